@@ -1,0 +1,291 @@
+"""Name one kernel completely: family, shape, regime, layout, schedule, and the spec that holds them.
+
+Everything here is a frozen record that validates itself; nothing here knows C, templates or a CPU.
+Sizes: ``m`` output rows, ``k`` reduction, ``n`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bitgen.errors import BitgenError
+
+# int8 activation rows are padded to a multiple of this: the least common multiple of a 64-byte block and of
+# every layout's k chunk (16 and 48), so that a kernel always reads whole chunks.
+X_ALIGN = 192
+
+# Bound of the scaled in-place accumulators of I2_S: field 64 * code 2 * |x| 128 = 16384 a weight, and each
+# accumulator sees a quarter of k, so k <= 4 * 2^31 / 16384 = 524288. The plain sum alone would allow 2^24.
+K_MAX = 524288
+
+
+def ceil_to(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is >= ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def x_stride(k: int) -> int:
+    """Bytes between two rows of int8 activations of length ``k``.
+
+    ``k`` rounded up to ``X_ALIGN``; one ``X_ALIGN`` more where that is a multiple of 2048, because rows a
+    multiple of 4 KiB apart would all compete for one L1 set.
+    """
+    stride = ceil_to(k, X_ALIGN)
+    return stride + X_ALIGN if stride % 2048 == 0 else stride
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """A weight matrix: ``m`` output rows by ``k`` inputs."""
+
+    m: int
+    k: int
+
+    def __post_init__(self) -> None:
+        if self.m < 1 or self.k < 1:
+            raise BitgenError(f"shape {self.m}x{self.k}: m and k must be at least 1")
+        if self.k > K_MAX:
+            raise BitgenError(f"shape {self.m}x{self.k}: k must be at most {K_MAX} (int32 accumulators)")
+        if self.m > 1 << 31:
+            raise BitgenError(f"shape {self.m}x{self.k}: m must be at most 2^31")
+
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.k}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Read ``"3200x8640"`` (m x k)."""
+        m, sep, k = text.lower().partition("x")
+        if not sep or not m.strip().isdecimal() or not k.strip().isdecimal():
+            raise BitgenError(f"shape {text!r}: write it as MxK, for example 3200x8640")
+        return cls(int(m), int(k))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A range of n that has kernels of its own."""
+
+    name: str
+    n_min: int
+    n_max: int | None
+
+
+N1 = Regime("n1", 1, 1)
+SMALL = Regime("small", 2, 16)
+LARGE = Regime("large", 17, None)
+REGIMES = (N1, SMALL, LARGE)
+
+
+def regime_of(n: int) -> Regime:
+    """The regime that ``n`` tokens fall into."""
+    if n < 1:
+        raise BitgenError(f"n must be at least 1, not {n}")
+    return next(r for r in reversed(REGIMES) if n >= r.n_min)
+
+
+def regime_named(name: str) -> Regime:
+    for regime in REGIMES:
+        if regime.name == name:
+            return regime
+    raise BitgenError(f"unknown regime {name!r}; there are {', '.join(r.name for r in REGIMES)}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to store ternary weights and to multiply with them.
+
+    ``g`` weights share one code; a chunk of 16 rows x ``k_chunk`` weights takes ``chunk_bytes``; a row block
+    ends with ``trailer_bytes`` for each 16 rows. ``table_bytes`` is the size of the lookup tables of one
+    token for one chunk (0: the kernels multiply).
+    """
+
+    name: str
+    title: str
+    g: int
+    k_chunk: int
+    chunk_bytes: int
+    trailer_bytes: int
+    table_bytes: int
+
+    @property
+    def bits_a_weight(self) -> float:
+        """Storage without padding, in bits a weight."""
+        return 8 * self.chunk_bytes / (16 * self.k_chunk)
+
+
+I2S = Family("i2s", "I2_S", g=1, k_chunk=16, chunk_bytes=64, trailer_bytes=0, table_bytes=0)
+TL1 = Family("tl1", "TL1", g=2, k_chunk=16, chunk_bytes=64, trailer_bytes=0, table_bytes=256)
+TL2 = Family("tl2", "TL2", g=3, k_chunk=48, chunk_bytes=160, trailer_bytes=64, table_bytes=512)
+FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2)}
+
+
+def family_named(name: str) -> Family:
+    key = name.lower().replace("_", "")
+    if key not in FAMILIES:
+        raise BitgenError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}")
+    return FAMILIES[key]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the weights of one matrix lie in memory. It is chosen before any schedule and serves every regime.
+
+    The matrix is padded with zero weights to whole row blocks of ``row_block`` rows and whole chunks of
+    ``family.k_chunk`` columns. A row block is contiguous: its chunks in order of k, each made of
+    ``row_block / 16`` sub-blocks of 16 rows, then the trailers of its sub-blocks.
+    """
+
+    family: str
+    row_block: int
+
+    def __post_init__(self) -> None:
+        family_named(self.family)
+        if self.row_block < 16 or self.row_block % 16:
+            raise BitgenError(f"row_block {self.row_block}: it must be a positive multiple of 16")
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}_r{self.row_block}"
+
+    @property
+    def sub_blocks(self) -> int:
+        return self.row_block // 16
+
+    def chunks(self, k: int) -> int:
+        """Chunks along k: ceil(k / k_chunk)."""
+        return -(-k // FAMILIES[self.family].k_chunk)
+
+    def block_bytes(self, k: int) -> int:
+        """Bytes of one row block, a multiple of 32."""
+        f = FAMILIES[self.family]
+        return self.sub_blocks * (self.chunks(k) * f.chunk_bytes + f.trailer_bytes)
+
+    def packed_bytes(self, shape: Shape) -> int:
+        """Bytes of the whole packed matrix."""
+        return -(-shape.m // self.row_block) * self.block_bytes(shape.k)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"family": self.family, "row_block": self.row_block}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
+        return cls(str(data["family"]), int(data["row_block"]))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel walks: an algorithm and the values of its knobs, in the order the space declares them."""
+
+    algorithm: str
+    knobs: tuple[tuple[str, int], ...]
+
+    def __getitem__(self, knob: str) -> int:
+        for name, value in self.knobs:
+            if name == knob:
+                return value
+        raise KeyError(knob)
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self.knobs)
+
+    def with_knobs(self, **values: int) -> Schedule:
+        """The same schedule with some knobs set to other values."""
+        unknown = set(values) - {name for name, _ in self.knobs}
+        if unknown:
+            known = ", ".join(name for name, _ in self.knobs)
+            raise BitgenError(f"{self.algorithm} has no knob {', '.join(sorted(unknown))}; it has {known}")
+        return replace(self, knobs=tuple((name, values.get(name, value)) for name, value in self.knobs))
+
+    @property
+    def name(self) -> str:
+        return "_".join((self.algorithm, *(f"{name}{value}" for name, value in self.knobs)))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"algorithm": self.algorithm, **dict(self.knobs)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
+        return cls(str(data["algorithm"]), tuple((k, int(v)) for k, v in data.items() if k != "algorithm"))
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel. ``shape`` is None for a kernel that takes m and k as arguments, which is the usual case."""
+
+    family: str
+    isa: str
+    regime: str
+    layout: Layout
+    schedule: Schedule
+    shape: Shape | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout.family != self.family:
+            raise BitgenError(f"layout {self.layout.name} is not a layout of {self.family}")
+        regime_named(self.regime)
+
+    @property
+    def name(self) -> str:
+        """A C identifier that tells everything; it is printed, never parsed."""
+        shape = f"_{self.shape.name}" if self.shape else ""
+        return (
+            f"bitgen_{self.family}{shape}_{self.regime}_r{self.layout.row_block}_{self.schedule.name}__{self.isa}"
+        )
+
+    @property
+    def prototype(self) -> str:
+        return f"void {self.name}(const struct bitgen_matmul *a)"
+
+    @property
+    def scratch_prototype(self) -> str:
+        return f"int64_t {self.name}_scratch(int64_t m, int64_t k, int64_t n)"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "isa": self.isa,
+            "regime": self.regime,
+            "layout": self.layout.to_dict(),
+            "schedule": self.schedule.to_dict(),
+            "shape": [self.shape.m, self.shape.k] if self.shape else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KernelSpec:
+        shape = data.get("shape")
+        return cls(
+            family=str(data["family"]),
+            isa=str(data["isa"]),
+            regime=str(data["regime"]),
+            layout=Layout.from_dict(data["layout"]),
+            schedule=Schedule.from_dict(data["schedule"]),
+            shape=Shape(int(shape[0]), int(shape[1])) if shape else None,
+        )
+
+
+QUANTIZE_PROTOTYPE = (
+    "int32_t bitgen_quantize__{isa}(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, "
+    "int32_t *x_sum)"
+)
+TABLES_PROTOTYPE = "void bitgen_{family}_tables__{isa}(const int8_t *xq, int64_t k, uint8_t *tables)"
+
+# The argument of every kernel; the C text and the cdef are both made from this string.
+MATMUL_STRUCT = """\
+struct bitgen_matmul {
+    const uint8_t *w;        /* packed weights of the whole matrix, 64-byte aligned */
+    const int8_t *x;         /* (n, x_stride) int8 activations, zero padded, rows 64-byte aligned */
+    const int32_t *x_sum;    /* (n) sum of each row of x */
+    const uint8_t *tables;   /* (n, table_stride) lookup tables, NULL when the kernel reads none */
+    const float *x_scale;    /* (n) */
+    const float *w_scale;    /* (m), or (1) with w_scale_stride 0 */
+    int32_t *acc;            /* (n, out_stride) exact integers, or NULL */
+    float *y;                /* (n, out_stride) (float)acc * (x_scale * w_scale), or NULL */
+    void *scratch;           /* NAME_scratch(m, k, n) bytes for each thread, 64-byte aligned */
+    int64_t x_stride, table_stride, w_scale_stride, out_stride;
+    int64_t m, k, n;
+    int64_t row_begin, row_end;  /* row_begin a multiple of the row block; row_end too, or m */
+};
+"""

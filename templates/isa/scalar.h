@@ -1,0 +1,365 @@
+// The vocabulary of the scalar ISA: plain C11, and the definition of what every word means.
+//
+// A block is 64 bytes on every ISA, whatever the register width: one zmm, two ymm, four NEON registers, or
+// these arrays. So a packed weight has one layout for all CPUs and a template has no loop over registers.
+//   vb  64 x uint8 (or int8)     vh  32 x int16     vw  16 x int32     vf  16 x float     vm  64 flags
+// "Lane" means one of the four 16-byte quarters of a block.
+// A line "//: NAME" opens the definition of the word NAME. Another ISA gives the same names with the same
+// meaning; the tests hold each of them against this file.
+
+//: types
+typedef struct { uint8_t b[64]; } vb;
+typedef struct { int16_t h[32]; } vh;
+typedef struct { int32_t w[16]; } vw;
+typedef struct { float f[16]; } vf;
+typedef struct { uint8_t m[64]; } vm;
+
+//: prefetch
+// Ask for the cache line at p, for reading; p need not be mapped.
+WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+
+//: vb_load
+// 64 bytes from p, any alignment.
+WORD vb vb_load(const void *p) { vb r; memcpy(r.b, p, 64); return r; }
+
+//: vb_store
+WORD void vb_store(void *p, vb v) { memcpy(p, v.b, 64); }
+
+//: vb_splat
+// b[i] = x
+WORD vb vb_splat(uint8_t x) { vb r; memset(r.b, x, 64); return r; }
+
+//: vb_splat4
+// Four bytes of p, 16 times: b[4 i + j] = p[j]
+WORD vb vb_splat4(const int8_t *p) {
+    vb r;
+    for (int i = 0; i < 64; ++i) r.b[i] = (uint8_t)p[i & 3];
+    return r;
+}
+
+//: vb_quad
+// Sixteen bytes of p in every lane: b[16 l + i] = p[i]
+WORD vb vb_quad(const void *p) {
+    vb r;
+    for (int l = 0; l < 4; ++l) memcpy(r.b + 16 * l, p, 16);
+    return r;
+}
+
+//: vb_and
+WORD vb vb_and(vb a, vb b) {
+    for (int i = 0; i < 64; ++i) a.b[i] &= b.b[i];
+    return a;
+}
+
+//: vb_add
+// b[i] = a[i] + b[i] mod 256
+WORD vb vb_add(vb a, vb b) {
+    for (int i = 0; i < 64; ++i) a.b[i] = (uint8_t)(a.b[i] + b.b[i]);
+    return a;
+}
+
+//: vb_field
+// b[i] = (v[i] >> bits) & mask[i]; mask has no bit above 8 - bits
+WORD vb vb_field(vb v, int bits, vb mask) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask.b[i]);
+    return v;
+}
+
+//: vb_lut16
+// Look up in the 16 entries of the own lane: b[16 l + i] = table[16 l + idx[16 l + i]], or 0 where idx >= 128.
+// An index is in 0..15 or in 128..255.
+WORD vb vb_lut16(vb table, vb idx) {
+    vb r;
+    for (int i = 0; i < 64; ++i) r.b[i] = (idx.b[i] & 0x80) ? 0 : table.b[(i & 48) + (idx.b[i] & 15)];
+    return r;
+}
+
+//: vb_test
+// m[i] = (v[i] & bits[i]) != 0
+WORD vm vb_test(vb v, vb bits) {
+    vm r;
+    for (int i = 0; i < 64; ++i) r.m[i] = (v.b[i] & bits.b[i]) != 0;
+    return r;
+}
+
+//: vb_flip
+// b[i] = m[i] ? ~v[i] : v[i]
+WORD vb vb_flip(vb v, vm m) {
+    for (int i = 0; i < 64; ++i) v.b[i] = m.m[i] ? (uint8_t)~v.b[i] : v.b[i];
+    return v;
+}
+
+//: vb_select
+// b[i] = m[i] ? a[i] : b[i]
+WORD vb vb_select(vm m, vb a, vb b) {
+    for (int i = 0; i < 64; ++i) b.b[i] = m.m[i] ? a.b[i] : b.b[i];
+    return b;
+}
+
+//: vh_zip_lo
+// In every lane, bytes 0..7 of lo and hi become eight int16: h[8 l + i] = lo[16 l + i] + 256 * (int8)hi[16 l + i]
+WORD vh vh_zip_lo(vb lo, vb hi) {
+    vh r;
+    for (int i = 0; i < 32; ++i) {
+        int j = 16 * (i >> 3) + (i & 7);
+        r.h[i] = (int16_t)(lo.b[j] | hi.b[j] << 8);
+    }
+    return r;
+}
+
+//: vh_zip_hi
+// The same for bytes 8..15 of every lane.
+WORD vh vh_zip_hi(vb lo, vb hi) {
+    vh r;
+    for (int i = 0; i < 32; ++i) {
+        int j = 16 * (i >> 3) + 8 + (i & 7);
+        r.h[i] = (int16_t)(lo.b[j] | hi.b[j] << 8);
+    }
+    return r;
+}
+
+//: vh_zero
+WORD vh vh_zero(void) { vh r; memset(r.h, 0, 64); return r; }
+
+//: vh_add
+// h[i] = a[i] + b[i] mod 2^16; a kernel's bound keeps the true sum inside int16.
+WORD vh vh_add(vh a, vh b) {
+    for (int i = 0; i < 32; ++i) a.h[i] = (int16_t)(uint16_t)(a.h[i] + b.h[i]);
+    return a;
+}
+
+//: vh_mul
+// h[i] = low 16 bits of a[i] * b[i]
+WORD vh vh_mul(vh a, vh b) {
+    for (int i = 0; i < 32; ++i) a.h[i] = (int16_t)(uint16_t)(a.h[i] * b.h[i]);
+    return a;
+}
+
+//: vh_load
+WORD vh vh_load(const int16_t *p) { vh r; memcpy(r.h, p, 64); return r; }
+
+//: vh_sign_high
+// h[i] = (int8)b[2 i + 1]: the odd byte of every pair, sign-extended.
+WORD vh vh_sign_high(vb v) {
+    vh r;
+    for (int i = 0; i < 32; ++i) r.h[i] = (int8_t)v.b[2 * i + 1];
+    return r;
+}
+
+//: vh_pairs
+// h[i] = u[2 i] * s[2 i] + u[2 i + 1] * s[2 i + 1], u uint8 <= 128, s int8: never saturates ([-32768, 32512]).
+WORD vh vh_pairs(vb u, vb s) {
+    vh r;
+    for (int i = 0; i < 32; ++i)
+        r.h[i] = (int16_t)(u.b[2 * i] * (int8_t)s.b[2 * i] + u.b[2 * i + 1] * (int8_t)s.b[2 * i + 1]);
+    return r;
+}
+
+//: vb_low_bytes
+// In every lane the low bytes of eight int16 of a, then of b: b[16 l + i] = a[8 l + i] & 255, b[16 l + 8 + i] = b[8 l + i] & 255
+WORD vb vb_low_bytes(vh a, vh b) {
+    vb r;
+    for (int i = 0; i < 32; ++i) {
+        int j = 16 * (i >> 3) + (i & 7);
+        r.b[j] = (uint8_t)a.h[i];
+        r.b[j + 8] = (uint8_t)b.h[i];
+    }
+    return r;
+}
+
+//: vb_high_bytes
+// The same with the high bytes.
+WORD vb vb_high_bytes(vh a, vh b) {
+    vb r;
+    for (int i = 0; i < 32; ++i) {
+        int j = 16 * (i >> 3) + (i & 7);
+        r.b[j] = (uint8_t)((uint16_t)a.h[i] >> 8);
+        r.b[j + 8] = (uint8_t)((uint16_t)b.h[i] >> 8);
+    }
+    return r;
+}
+
+//: vw_zero
+WORD vw vw_zero(void) { vw r; memset(r.w, 0, 64); return r; }
+
+//: vw_splat
+WORD vw vw_splat(int32_t x) {
+    vw r;
+    for (int i = 0; i < 16; ++i) r.w[i] = x;
+    return r;
+}
+
+//: vw_load
+WORD vw vw_load(const int32_t *p) { vw r; memcpy(r.w, p, 64); return r; }
+
+//: vw_store
+WORD void vw_store(int32_t *p, vw v) { memcpy(p, v.w, 64); }
+
+//: vw_store_n
+// The first n (1..16) elements; nothing behind them is written.
+WORD void vw_store_n(int32_t *p, vw v, int n) { memcpy(p, v.w, 4 * (size_t)n); }
+
+//: vw_add
+// w[i] = a[i] + b[i] mod 2^32
+WORD vw vw_add(vw a, vw b) {
+    for (int i = 0; i < 16; ++i) a.w[i] = (int32_t)((uint32_t)a.w[i] + (uint32_t)b.w[i]);
+    return a;
+}
+
+//: vw_sub
+WORD vw vw_sub(vw a, vw b) {
+    for (int i = 0; i < 16; ++i) a.w[i] = (int32_t)((uint32_t)a.w[i] - (uint32_t)b.w[i]);
+    return a;
+}
+
+//: vw_sra
+// w[i] = v[i] >> bits, arithmetic
+WORD vw vw_sra(vw v, int bits) {
+    for (int i = 0; i < 16; ++i) v.w[i] >>= bits;
+    return v;
+}
+
+//: vw_max
+WORD vw vw_max(vw a, vw b) {
+    for (int i = 0; i < 16; ++i) a.w[i] = a.w[i] > b.w[i] ? a.w[i] : b.w[i];
+    return a;
+}
+
+//: vw_hsum
+// The sum of the 16 elements, mod 2^32.
+WORD int32_t vw_hsum(vw v) {
+    uint32_t s = 0;
+    for (int i = 0; i < 16; ++i) s += (uint32_t)v.w[i];
+    return (int32_t)s;
+}
+
+//: vw_hmax
+// The largest of the 16 elements.
+WORD int32_t vw_hmax(vw v) {
+    int32_t s = v.w[0];
+    for (int i = 1; i < 16; ++i) s = v.w[i] > s ? v.w[i] : s;
+    return s;
+}
+
+//: vw_dot4
+// w[i] = acc[i] + sum_j u[4 i + j] * s[4 i + j], j = 0..3, u uint8 <= 128, s int8
+WORD vw vw_dot4(vw acc, vb u, vb s) {
+    for (int i = 0; i < 16; ++i) {
+        int32_t t = 0;
+        for (int j = 0; j < 4; ++j) t += u.b[4 * i + j] * (int8_t)s.b[4 * i + j];
+        acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)t);
+    }
+    return acc;
+}
+
+//: vw_widen
+// w[i] = acc[i] + v[2 i] + v[2 i + 1]
+WORD vw vw_widen(vw acc, vh v) {
+    for (int i = 0; i < 16; ++i) acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)(v.h[2 * i] + v.h[2 * i + 1]));
+    return acc;
+}
+
+//: vw_rows
+// Sum over the lanes: w[r] = acc[r] + sum_l lo[8 l + r] for r = 0..7, and + sum_l hi[8 l + r - 8] for r = 8..15.
+WORD vw vw_rows(vw acc, vh lo, vh hi) {
+    for (int l = 0; l < 4; ++l)
+        for (int r = 0; r < 8; ++r) {
+            acc.w[r] = (int32_t)((uint32_t)acc.w[r] + (uint32_t)lo.h[8 * l + r]);
+            acc.w[8 + r] = (int32_t)((uint32_t)acc.w[8 + r] + (uint32_t)hi.h[8 * l + r]);
+        }
+    return acc;
+}
+
+//: vw_zip_lo
+// In every lane, int16 0..3 of a and b alternate: the eight int16 are a0 b0 a1 b1 a2 b2 a3 b3.
+WORD vw vw_zip_lo(vh a, vh b) {
+    vw r;
+    for (int i = 0; i < 16; ++i) {
+        int j = 8 * (i >> 2) + (i & 3);
+        r.w[i] = (int32_t)((uint32_t)(uint16_t)a.h[j] | (uint32_t)(uint16_t)b.h[j] << 16);
+    }
+    return r;
+}
+
+//: vw_zip_hi
+// The same with int16 4..7 of every lane.
+WORD vw vw_zip_hi(vh a, vh b) {
+    vw r;
+    for (int i = 0; i < 16; ++i) {
+        int j = 8 * (i >> 2) + 4 + (i & 3);
+        r.w[i] = (int32_t)((uint32_t)(uint16_t)a.h[j] | (uint32_t)(uint16_t)b.h[j] << 16);
+    }
+    return r;
+}
+
+//: vw_transpose_lanes
+// Four blocks as a 4 x 4 matrix of lanes, transposed and stored: block j of p, lane i = lane j of v_i.
+WORD void vw_transpose_lanes(uint8_t *p, vw v0, vw v1, vw v2, vw v3) {
+    for (int j = 0; j < 4; ++j) {
+        memcpy(p + 64 * j, v0.w + 4 * j, 16);
+        memcpy(p + 64 * j + 16, v1.w + 4 * j, 16);
+        memcpy(p + 64 * j + 32, v2.w + 4 * j, 16);
+        memcpy(p + 64 * j + 48, v3.w + 4 * j, 16);
+    }
+}
+
+//: vw_store_s8
+// Saturate to int8 and store 16 bytes.
+WORD void vw_store_s8(int8_t *p, vw v) {
+    for (int i = 0; i < 16; ++i) p[i] = (int8_t)(v.w[i] < -128 ? -128 : v.w[i] > 127 ? 127 : v.w[i]);
+}
+
+//: vf_splat
+WORD vf vf_splat(float x) {
+    vf r;
+    for (int i = 0; i < 16; ++i) r.f[i] = x;
+    return r;
+}
+
+//: vf_load
+// 16 floats from p, any alignment.
+WORD vf vf_load(const float *p) { vf r; memcpy(r.f, p, 64); return r; }
+
+//: vf_load_n
+// The first n (0..16) floats of p, zeros behind them; nothing behind them is read.
+WORD vf vf_load_n(const float *p, int n) {
+    vf r;
+    memset(r.f, 0, 64);
+    memcpy(r.f, p, 4 * (size_t)n);
+    return r;
+}
+
+//: vf_store_n
+// The first n (1..16) floats; nothing behind them is written.
+WORD void vf_store_n(float *p, vf v, int n) { memcpy(p, v.f, 4 * (size_t)n); }
+
+//: vf_mul
+WORD vf vf_mul(vf a, vf b) {
+    for (int i = 0; i < 16; ++i) a.f[i] *= b.f[i];
+    return a;
+}
+
+//: vf_from_w
+// f[i] = (float)v[i], rounded to nearest even
+WORD vf vf_from_w(vw v) {
+    vf r;
+    for (int i = 0; i < 16; ++i) r.f[i] = (float)v.w[i];
+    return r;
+}
+
+//: vw_abs_bits
+// The bits of |v[i]| as int32: ordered as the magnitudes are; infinity is 0x7f800000, NaN is more.
+WORD vw vw_abs_bits(vf v) {
+    vw r;
+    memcpy(r.w, v.f, 64);
+    for (int i = 0; i < 16; ++i) r.w[i] &= 0x7fffffff;
+    return r;
+}
+
+//: vw_round
+// w[i] = v[i] rounded to the nearest integer, ties to even; |v[i]| < 2^31
+WORD vw vw_round(vf v) {
+    vw r;
+    for (int i = 0; i < 16; ++i) r.w[i] = (int32_t)lrintf(v.f[i]);
+    return r;
+}
