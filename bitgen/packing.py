@@ -1,0 +1,135 @@
+"""Lay out ternary weights for a kernel, and undo it: the numpy definition of every layout.
+
+``pack(layout, w)`` takes w int8 (m, k) in {-1, 0, 1} and gives uint8 (layout.packed_bytes,). The matrix is
+padded with zero weights to whole row blocks and chunks. In all layouts a sub-block is 16 rows, a lane is 16
+bytes, and a chunk is followed by the same chunk of the next sub-block of its row block.
+
+====== =================== ======================================================================================
+family a chunk             bytes
+====== =================== ======================================================================================
+i2s    16 rows x 16 k, 64  byte[4 r + j] = sum over s of (w[r, 4 s + j] + 1) << 2 s, s = 0..3
+tl1    16 rows x 16 k, 64  byte[16 l + r] = idx(w[r, 4 l], w[r, 4 l + 1]) | idx(w[r, 4 l + 2], w[r, 4 l + 3]) << 4,
+                           idx(w0, w1) = 3 w0 + w1 + 4
+tl2    16 rows x 48 k, 160 lane l holds k = 12 l .. 12 l + 11 as triples t = 0..3 with v = 9 w0 + 3 w1 + w2:
+                           64 bytes |v_0| | |v_1| << 4, 64 bytes |v_2| | |v_3| << 4, then 16 bytes of signs (one
+                           a row: bit l is v_0 < 0 in lane l, bit 4 + l is v_1 < 0), 16 bytes for v_2 and v_3.
+                           A sub-block's trailer is int32[16]: the number of negative v of each row.
+====== =================== ======================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import BitgenError
+from bitgen.spec import FAMILIES, Layout, Shape, ceil_to
+
+Bytes = NDArray[np.uint8]
+Ternary = NDArray[np.int8]
+
+
+def check_ternary(w: Ternary) -> Shape:
+    """The shape of ``w``, which must be int8 (m, k) with values in {-1, 0, 1}."""
+    if w.dtype != np.int8 or w.ndim != 2:
+        raise BitgenError(f"weights must be int8 with two dimensions (m, k), not {w.dtype} {w.shape}")
+    shape = Shape(*w.shape)
+    if w.min() < -1 or w.max() > 1:
+        raise BitgenError("weights must be -1, 0 or 1")
+    return shape
+
+
+def pack(layout: Layout, w: Ternary) -> Bytes:
+    """Pack w int8 (m, k) -> uint8 (layout.packed_bytes,)."""
+    shape = check_ternary(w)
+    chunks = layout.chunks(shape.k)
+    k_chunk = FAMILIES[layout.family].k_chunk
+    padded = np.zeros((ceil_to(shape.m, layout.row_block), chunks * k_chunk), np.int8)
+    padded[: shape.m, : shape.k] = w
+    # (blocks, chunks, sub-blocks, 16 rows, k_chunk)
+    tiles = padded.reshape(-1, layout.sub_blocks, 16, chunks, k_chunk).transpose(0, 3, 1, 2, 4)
+    body = _ENCODE[layout.family](tiles)
+    blocks = body.reshape(len(tiles), -1)
+    if FAMILIES[layout.family].trailer_bytes:
+        negative = (_triples(tiles) < 0).sum(axis=(1, 4, 5), dtype=np.int32)  # (blocks, sub-blocks, 16)
+        blocks = np.concatenate([blocks, negative.reshape(len(tiles), -1).view(np.uint8)], axis=1)
+    return np.ascontiguousarray(blocks).reshape(-1)
+
+
+def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
+    """The inverse of ``pack``: uint8 (layout.packed_bytes,) -> int8 (m, k)."""
+    if packed.dtype != np.uint8 or packed.size != layout.packed_bytes(shape):
+        raise BitgenError(
+            f"packed weights of {shape.name} in {layout.name} take {layout.packed_bytes(shape)} bytes, not {packed.size}"
+        )
+    family = FAMILIES[layout.family]
+    chunks = layout.chunks(shape.k)
+    blocks = packed.reshape(-1, layout.block_bytes(shape.k))
+    body = blocks[:, : layout.sub_blocks * chunks * family.chunk_bytes]
+    cells = body.reshape(-1, chunks, layout.sub_blocks, family.chunk_bytes)
+    tiles = _DECODE[layout.family](cells)
+    rows = tiles.transpose(0, 2, 3, 1, 4).reshape(len(blocks) * layout.row_block, -1)
+    return np.ascontiguousarray(rows[: shape.m, : shape.k])
+
+
+def _encode_i2s(tiles: Ternary) -> Bytes:
+    codes = (tiles + 1).astype(np.uint8).reshape(*tiles.shape[:4], 4, 4)  # (..., 16 rows, s, j)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.bitwise_or.reduce(codes << shifts, axis=-2)
+
+
+def _decode_i2s(cells: Bytes) -> Ternary:
+    codes = cells.reshape(*cells.shape[:3], 16, 1, 4) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return ((codes & 3).astype(np.int8) - 1).reshape(*cells.shape[:3], 16, 16)
+
+
+def _encode_tl1(tiles: Ternary) -> Bytes:
+    pairs = tiles.reshape(*tiles.shape[:4], 4, 2, 2)  # (..., 16 rows, lane, pair, 2)
+    idx = (3 * pairs[..., 0] + pairs[..., 1] + 4).astype(np.uint8)
+    return np.swapaxes(idx[..., 0] | idx[..., 1] << 4, -1, -2)  # (..., lane, 16 rows)
+
+
+def _decode_tl1(cells: Bytes) -> Ternary:
+    lanes = np.swapaxes(cells.reshape(*cells.shape[:3], 4, 16), -1, -2)
+    idx = np.stack([lanes & 15, lanes >> 4], axis=-1).astype(np.int8)  # (..., 16 rows, lane, pair)
+    w0 = idx // 3 - 1
+    return np.stack([w0, idx - 4 - 3 * w0], axis=-1).reshape(*cells.shape[:3], 16, 16)
+
+
+def _triples(tiles: Ternary) -> Ternary:
+    """v = 9 w0 + 3 w1 + w2 in -13..13: (blocks, chunks, sub-blocks, 16 rows, 4 lanes, 4 triples)."""
+    w = tiles.reshape(*tiles.shape[:4], 4, 4, 3)
+    return (9 * w[..., 0] + 3 * w[..., 1] + w[..., 2]).astype(np.int8)
+
+
+def _encode_tl2(tiles: Ternary) -> Bytes:
+    v = np.moveaxis(_triples(tiles), 3, 5)  # (..., lane, triple, 16 rows)
+    index = np.abs(v).astype(np.uint8)
+    nibbles = index[..., 0::2, :] | index[..., 1::2, :] << 4  # (..., lane, A or B, 16 rows)
+    negative = (v < 0).astype(np.uint8)
+    lane_bits = np.arange(4, dtype=np.uint8)[:, None, None]
+    bits = negative[..., 0::2, :] << lane_bits | negative[..., 1::2, :] << (lane_bits + 4)
+    signs = np.bitwise_or.reduce(bits, axis=-3)  # (..., A or B, 16 rows)
+    flat = (*tiles.shape[:3], -1)
+    return np.concatenate([np.swapaxes(nibbles, -2, -3).reshape(flat), signs.reshape(flat)], axis=-1)
+
+
+def _decode_tl2(cells: Bytes) -> Ternary:
+    head = cells.shape[:3]
+    nibbles = cells[..., :128].reshape(*head, 2, 4, 16)  # (A or B, lane, row)
+    signs = cells[..., 128:].reshape(*head, 2, 1, 16)
+    lane_bits = np.arange(4, dtype=np.uint8)[:, None]
+    index = np.stack([nibbles & 15, nibbles >> 4], axis=-4).astype(np.int8)  # (half, A or B, lane, row)
+    negative = np.stack([signs >> lane_bits & 1, signs >> (lane_bits + 4) & 1], axis=-4).astype(bool)
+    v = np.where(negative, -index, index)
+    v = np.moveaxis(v, (-1, -2, -3, -4), (-4, -3, -2, -1))  # (row, lane, A or B, half): triple = 2 * AB + half
+    w0 = (v + 13) // 9 - 1  # v + 13 = 9 (w0 + 1) + 3 (w1 + 1) + (w2 + 1)
+    w1 = (v + 13) // 3 % 3 - 1
+    w2 = (v + 13) % 3 - 1
+    return np.stack([w0, w1, w2], axis=-1).astype(np.int8).reshape(*head, 16, 48)
+
+
+_ENCODE: dict[str, Callable[[Ternary], Bytes]] = {"i2s": _encode_i2s, "tl1": _encode_tl1, "tl2": _encode_tl2}
+_DECODE: dict[str, Callable[[Bytes], Ternary]] = {"i2s": _decode_i2s, "tl1": _decode_tl1, "tl2": _decode_tl2}
