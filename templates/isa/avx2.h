@@ -1,0 +1,309 @@
+// The vocabulary of AVX2: a block is two ymm registers, a = bytes 0..31 and b = bytes 32..63.
+// What each word means is written in scalar.h; here are only the reasons for an instruction.
+
+//: types
+typedef struct { __m256i a, b; } vb;
+typedef struct { __m256i a, b; } vh;
+typedef struct { __m256i a, b; } vw;
+typedef struct { __m256 a, b; } vf;
+typedef struct { __m256i a, b; } vm;  // a byte is 0xff (flag set) or 0
+
+//: prefetch
+WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
+//: vb_load
+WORD vb vb_load(const void *p) {
+    const __m256i *q = (const __m256i *)p;
+    return (vb){_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+
+//: vb_store
+WORD void vb_store(void *p, vb v) {
+    __m256i *q = (__m256i *)p;
+    _mm256_storeu_si256(q, v.a);
+    _mm256_storeu_si256(q + 1, v.b);
+}
+
+//: vb_splat
+WORD vb vb_splat(uint8_t x) {
+    __m256i v = _mm256_set1_epi8((char)x);
+    return (vb){v, v};
+}
+
+//: vb_splat4
+// vpbroadcastd from memory: a load, no shuffle port.
+WORD vb vb_splat4(const int8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    __m256i v = _mm256_set1_epi32(x);
+    return (vb){v, v};
+}
+
+//: vb_quad
+// vbroadcasti128 from memory: a load, no shuffle port.
+WORD vb vb_quad(const void *p) {
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    return (vb){v, v};
+}
+
+//: vb_and
+WORD vb vb_and(vb a, vb b) { return (vb){_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
+
+//: vb_add
+WORD vb vb_add(vb a, vb b) { return (vb){_mm256_add_epi8(a.a, b.a), _mm256_add_epi8(a.b, b.b)}; }
+
+//: vb_field
+// There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
+WORD vb vb_field(vb v, int bits, vb mask) {
+    if (bits != 0) {
+        v.a = _mm256_srli_epi16(v.a, bits);
+        v.b = _mm256_srli_epi16(v.b, bits);
+    }
+    return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
+}
+
+//: vb_lut16
+WORD vb vb_lut16(vb table, vb idx) {
+    return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};
+}
+
+//: vb_test
+// AVX2 compares bytes only for equal and signed greater, so "not zero" is the complement of "equal to zero".
+WORD vm vb_test(vb v, vb bits) {
+    __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(-1);
+    __m256i a = _mm256_cmpeq_epi8(_mm256_and_si256(v.a, bits.a), zero);
+    __m256i b = _mm256_cmpeq_epi8(_mm256_and_si256(v.b, bits.b), zero);
+    return (vm){_mm256_xor_si256(a, ones), _mm256_xor_si256(b, ones)};
+}
+
+//: vb_flip
+WORD vb vb_flip(vb v, vm m) { return (vb){_mm256_xor_si256(v.a, m.a), _mm256_xor_si256(v.b, m.b)}; }
+
+//: vb_select
+WORD vb vb_select(vm m, vb a, vb b) {
+    return (vb){_mm256_blendv_epi8(b.a, a.a, m.a), _mm256_blendv_epi8(b.b, a.b, m.b)};
+}
+
+//: vh_zip_lo
+WORD vh vh_zip_lo(vb lo, vb hi) {
+    return (vh){_mm256_unpacklo_epi8(lo.a, hi.a), _mm256_unpacklo_epi8(lo.b, hi.b)};
+}
+
+//: vh_zip_hi
+WORD vh vh_zip_hi(vb lo, vb hi) {
+    return (vh){_mm256_unpackhi_epi8(lo.a, hi.a), _mm256_unpackhi_epi8(lo.b, hi.b)};
+}
+
+//: vh_zero
+WORD vh vh_zero(void) { return (vh){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+
+//: vh_add
+WORD vh vh_add(vh a, vh b) { return (vh){_mm256_add_epi16(a.a, b.a), _mm256_add_epi16(a.b, b.b)}; }
+
+//: vh_mul
+WORD vh vh_mul(vh a, vh b) { return (vh){_mm256_mullo_epi16(a.a, b.a), _mm256_mullo_epi16(a.b, b.b)}; }
+
+//: vh_load
+WORD vh vh_load(const int16_t *p) {
+    const __m256i *q = (const __m256i *)p;
+    return (vh){_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+
+//: vh_sign_high
+WORD vh vh_sign_high(vb v) { return (vh){_mm256_srai_epi16(v.a, 8), _mm256_srai_epi16(v.b, 8)}; }
+
+//: vh_pairs
+// vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
+WORD vh vh_pairs(vb u, vb s) { return (vh){_mm256_maddubs_epi16(u.a, s.a), _mm256_maddubs_epi16(u.b, s.b)}; }
+
+//: vb_low_bytes
+// vpackuswb saturates; what reaches it lies in 0..255.
+WORD vb vb_low_bytes(vh a, vh b) {
+    __m256i low = _mm256_set1_epi16(255);
+    return (vb){_mm256_packus_epi16(_mm256_and_si256(a.a, low), _mm256_and_si256(b.a, low)),
+                _mm256_packus_epi16(_mm256_and_si256(a.b, low), _mm256_and_si256(b.b, low))};
+}
+
+//: vb_high_bytes
+WORD vb vb_high_bytes(vh a, vh b) {
+    return (vb){_mm256_packus_epi16(_mm256_srli_epi16(a.a, 8), _mm256_srli_epi16(b.a, 8)),
+                _mm256_packus_epi16(_mm256_srli_epi16(a.b, 8), _mm256_srli_epi16(b.b, 8))};
+}
+
+//: vw_zero
+WORD vw vw_zero(void) { return (vw){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+
+//: vw_splat
+WORD vw vw_splat(int32_t x) {
+    __m256i v = _mm256_set1_epi32(x);
+    return (vw){v, v};
+}
+
+//: vw_load
+WORD vw vw_load(const int32_t *p) {
+    const __m256i *q = (const __m256i *)p;
+    return (vw){_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+
+//: vw_store
+WORD void vw_store(int32_t *p, vw v) {
+    __m256i *q = (__m256i *)p;
+    _mm256_storeu_si256(q, v.a);
+    _mm256_storeu_si256(q + 1, v.b);
+}
+
+//: vw_store_n
+// vpmaskmovd as a store is microcode on AMD (about 20 uops), so full blocks go around it.
+WORD void vw_store_n(int32_t *p, vw v, int n) {
+    if (n == 16) {
+        _mm256_storeu_si256((__m256i *)p, v.a);
+        _mm256_storeu_si256((__m256i *)(p + 8), v.b);
+        return;
+    }
+    __m256i count = _mm256_set1_epi32(n);
+    _mm256_maskstore_epi32(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v.a);
+    if (n > 8)
+        _mm256_maskstore_epi32(p + 8, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)), v.b);
+}
+
+//: vw_add
+WORD vw vw_add(vw a, vw b) { return (vw){_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+
+//: vw_sub
+WORD vw vw_sub(vw a, vw b) { return (vw){_mm256_sub_epi32(a.a, b.a), _mm256_sub_epi32(a.b, b.b)}; }
+
+//: vw_sra
+WORD vw vw_sra(vw v, int bits) { return (vw){_mm256_srai_epi32(v.a, bits), _mm256_srai_epi32(v.b, bits)}; }
+
+//: vw_max
+WORD vw vw_max(vw a, vw b) { return (vw){_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
+
+//: vw_hsum
+WORD int32_t vw_hsum(vw v) {
+    __m256i y = _mm256_add_epi32(v.a, v.b);
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    return _mm_cvtsi128_si32(x);
+}
+
+//: vw_hmax
+WORD int32_t vw_hmax(vw v) {
+    __m256i y = _mm256_max_epi32(v.a, v.b);
+    __m128i x = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    return _mm_cvtsi128_si32(x);
+}
+
+//: vw_dot4
+// vpmaddubsw is exact for u <= 128 (see vh_pairs); vpmaddwd with ones adds its pairs in int32.
+WORD vw vw_dot4(vw acc, vb u, vb s) {
+    __m256i ones = _mm256_set1_epi16(1);
+    return (vw){_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(u.a, s.a), ones)),
+                _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, s.b), ones))};
+}
+
+//: vw_widen
+// vpmaddwd with ones sign-extends and adds neighbours at once.
+WORD vw vw_widen(vw acc, vh v) {
+    __m256i ones = _mm256_set1_epi16(1);
+    return (vw){_mm256_add_epi32(acc.a, _mm256_madd_epi16(v.a, ones)),
+                _mm256_add_epi32(acc.b, _mm256_madd_epi16(v.b, ones))};
+}
+
+//: vw_rows
+// Interleaving lanes l and l + 2 makes them neighbours for vpmaddwd with ones, which widens while it adds: 8 instructions
+// for each of lo and hi. The int16 sum of two lanes could overflow, so nothing is added before.
+WORD vw vw_rows(vw acc, vh lo, vh hi) {
+    __m256i ones = _mm256_set1_epi16(1);
+    __m256i p = _mm256_unpacklo_epi16(lo.a, lo.b), q = _mm256_unpackhi_epi16(lo.a, lo.b);  // rows 0..3, rows 4..7
+    __m256i r = _mm256_unpacklo_epi16(hi.a, hi.b), s = _mm256_unpackhi_epi16(hi.a, hi.b);
+    __m256i even = _mm256_madd_epi16(_mm256_blend_epi32(p, q, 0xf0), ones);
+    __m256i odd = _mm256_madd_epi16(_mm256_permute2x128_si256(p, q, 0x21), ones);
+    acc.a = _mm256_add_epi32(acc.a, _mm256_add_epi32(even, odd));
+    even = _mm256_madd_epi16(_mm256_blend_epi32(r, s, 0xf0), ones);
+    odd = _mm256_madd_epi16(_mm256_permute2x128_si256(r, s, 0x21), ones);
+    acc.b = _mm256_add_epi32(acc.b, _mm256_add_epi32(even, odd));
+    return acc;
+}
+
+//: vw_zip_lo
+WORD vw vw_zip_lo(vh a, vh b) {
+    return (vw){_mm256_unpacklo_epi16(a.a, b.a), _mm256_unpacklo_epi16(a.b, b.b)};
+}
+
+//: vw_zip_hi
+WORD vw vw_zip_hi(vh a, vh b) {
+    return (vw){_mm256_unpackhi_epi16(a.a, b.a), _mm256_unpackhi_epi16(a.b, b.b)};
+}
+
+//: vw_transpose_lanes
+// One shuffle a stored register: 8, against 16 half-width stores without any.
+WORD void vw_transpose_lanes(uint8_t *p, vw v0, vw v1, vw v2, vw v3) {
+    __m256i *q = (__m256i *)p;
+    _mm256_storeu_si256(q + 0, _mm256_permute2x128_si256(v0.a, v1.a, 0x20));
+    _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(v2.a, v3.a, 0x20));
+    _mm256_storeu_si256(q + 2, _mm256_permute2x128_si256(v0.a, v1.a, 0x31));
+    _mm256_storeu_si256(q + 3, _mm256_permute2x128_si256(v2.a, v3.a, 0x31));
+    _mm256_storeu_si256(q + 4, _mm256_permute2x128_si256(v0.b, v1.b, 0x20));
+    _mm256_storeu_si256(q + 5, _mm256_permute2x128_si256(v2.b, v3.b, 0x20));
+    _mm256_storeu_si256(q + 6, _mm256_permute2x128_si256(v0.b, v1.b, 0x31));
+    _mm256_storeu_si256(q + 7, _mm256_permute2x128_si256(v2.b, v3.b, 0x31));
+}
+
+//: vw_store_s8
+// The packs work within lanes and leave dwords 0 2 1 3 (a0-3 b0-3 a4-7 b4-7); vpshufd puts them right.
+WORD void vw_store_s8(int8_t *p, vw v) {
+    __m256i h = _mm256_packs_epi32(v.a, v.b);
+    __m128i x = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+    _mm_storeu_si128((__m128i *)p, _mm_shuffle_epi32(x, 0xd8));
+}
+
+//: vf_splat
+WORD vf vf_splat(float x) {
+    __m256 v = _mm256_set1_ps(x);
+    return (vf){v, v};
+}
+
+//: vf_load
+WORD vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+
+//: vf_load_n
+// Elements that vmaskmovps leaves out are not touched, so they may lie on an unmapped page.
+WORD vf vf_load_n(const float *p, int n) {
+    if (n == 16) return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+    __m256i count = _mm256_set1_epi32(n);
+    return (vf){_mm256_maskload_ps(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))),
+                _mm256_maskload_ps(p + 8, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)))};
+}
+
+//: vf_store_n
+// As vw_store_n.
+WORD void vf_store_n(float *p, vf v, int n) {
+    if (n == 16) {
+        _mm256_storeu_ps(p, v.a);
+        _mm256_storeu_ps(p + 8, v.b);
+        return;
+    }
+    __m256i count = _mm256_set1_epi32(n);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v.a);
+    if (n > 8)
+        _mm256_maskstore_ps(p + 8, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)), v.b);
+}
+
+//: vf_mul
+WORD vf vf_mul(vf a, vf b) { return (vf){_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+
+//: vf_from_w
+WORD vf vf_from_w(vw v) { return (vf){_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+
+//: vw_abs_bits
+WORD vw vw_abs_bits(vf v) {
+    __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    return (vw){_mm256_and_si256(_mm256_castps_si256(v.a), mask), _mm256_and_si256(_mm256_castps_si256(v.b), mask)};
+}
+
+//: vw_round
+// vcvtps2dq rounds as MXCSR says: to nearest even, unless the program changed it.
+WORD vw vw_round(vf v) { return (vw){_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }

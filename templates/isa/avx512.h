@@ -1,0 +1,226 @@
+// The vocabulary of AVX-512 (F, BW, VL, DQ): a block is one zmm register, 64 flags are one mask register.
+// What each word means is written in scalar.h; here are only the reasons for an instruction.
+
+//: types
+typedef struct { __m512i v; } vb;
+typedef struct { __m512i v; } vh;
+typedef struct { __m512i v; } vw;
+typedef struct { __m512 v; } vf;
+typedef struct { __mmask64 v; } vm;
+
+//: prefetch
+WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
+//: vb_load
+WORD vb vb_load(const void *p) { return (vb){_mm512_loadu_si512(p)}; }
+
+//: vb_store
+WORD void vb_store(void *p, vb v) { _mm512_storeu_si512(p, v.v); }
+
+//: vb_splat
+WORD vb vb_splat(uint8_t x) { return (vb){_mm512_set1_epi8((char)x)}; }
+
+//: vb_splat4
+// vpbroadcastd from memory: a load, no shuffle port, and an operand of the dot product that reads it.
+WORD vb vb_splat4(const int8_t *p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return (vb){_mm512_set1_epi32(x)};
+}
+
+//: vb_quad
+// vbroadcasti32x4 from memory: a load, no shuffle port.
+WORD vb vb_quad(const void *p) { return (vb){_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))}; }
+
+//: vb_and
+WORD vb vb_and(vb a, vb b) { return (vb){_mm512_and_si512(a.v, b.v)}; }
+
+//: vb_add
+WORD vb vb_add(vb a, vb b) { return (vb){_mm512_add_epi8(a.v, b.v)}; }
+
+//: vb_field
+// There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
+WORD vb vb_field(vb v, int bits, vb mask) {
+    if (bits != 0) v.v = _mm512_srl_epi16(v.v, _mm_cvtsi32_si128(bits));
+    return (vb){_mm512_and_si512(v.v, mask.v)};
+}
+
+//: vb_lut16
+WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
+
+//: vb_test
+WORD vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
+
+//: vb_flip
+// ~v = -1 - v: a masked subtraction is one instruction, while vpternlog has no byte masks.
+WORD vb vb_flip(vb v, vm m) { return (vb){_mm512_mask_sub_epi8(v.v, m.v, _mm512_set1_epi8(-1), v.v)}; }
+
+//: vb_select
+WORD vb vb_select(vm m, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(m.v, b.v, a.v)}; }
+
+//: vh_zip_lo
+WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){_mm512_unpacklo_epi8(lo.v, hi.v)}; }
+
+//: vh_zip_hi
+WORD vh vh_zip_hi(vb lo, vb hi) { return (vh){_mm512_unpackhi_epi8(lo.v, hi.v)}; }
+
+//: vh_zero
+WORD vh vh_zero(void) { return (vh){_mm512_setzero_si512()}; }
+
+//: vh_add
+WORD vh vh_add(vh a, vh b) { return (vh){_mm512_add_epi16(a.v, b.v)}; }
+
+//: vh_mul
+WORD vh vh_mul(vh a, vh b) { return (vh){_mm512_mullo_epi16(a.v, b.v)}; }
+
+//: vh_load
+WORD vh vh_load(const int16_t *p) { return (vh){_mm512_loadu_si512(p)}; }
+
+//: vh_sign_high
+WORD vh vh_sign_high(vb v) { return (vh){_mm512_srai_epi16(v.v, 8)}; }
+
+//: vh_pairs
+// vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
+WORD vh vh_pairs(vb u, vb s) { return (vh){_mm512_maddubs_epi16(u.v, s.v)}; }
+
+//: vb_low_bytes
+// Two shuffles, the second under a mask; mask or shift and vpackuswb would be three instructions.
+WORD vb vb_low_bytes(vh a, vh b) {
+    __m512i even = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14));
+    return (vb){_mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(a.v, even), 0xff00ff00ff00ff00, b.v, even)};
+}
+
+//: vb_high_bytes
+WORD vb vb_high_bytes(vh a, vh b) {
+    __m512i odd = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15));
+    return (vb){_mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(a.v, odd), 0xff00ff00ff00ff00, b.v, odd)};
+}
+
+//: vw_zero
+WORD vw vw_zero(void) { return (vw){_mm512_setzero_si512()}; }
+
+//: vw_splat
+WORD vw vw_splat(int32_t x) { return (vw){_mm512_set1_epi32(x)}; }
+
+//: vw_load
+WORD vw vw_load(const int32_t *p) { return (vw){_mm512_loadu_si512(p)}; }
+
+//: vw_store
+WORD void vw_store(int32_t *p, vw v) { _mm512_storeu_si512(p, v.v); }
+
+//: vw_store_n
+// Elements outside the mask are not touched, so they may lie on an unmapped page.
+WORD void vw_store_n(int32_t *p, vw v, int n) {
+    _mm512_mask_storeu_epi32(p, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), v.v);
+}
+
+//: vw_add
+WORD vw vw_add(vw a, vw b) { return (vw){_mm512_add_epi32(a.v, b.v)}; }
+
+//: vw_sub
+WORD vw vw_sub(vw a, vw b) { return (vw){_mm512_sub_epi32(a.v, b.v)}; }
+
+//: vw_sra
+WORD vw vw_sra(vw v, int bits) { return (vw){_mm512_sra_epi32(v.v, _mm_cvtsi32_si128(bits))}; }
+
+//: vw_max
+WORD vw vw_max(vw a, vw b) { return (vw){_mm512_max_epi32(a.v, b.v)}; }
+
+//: vw_hsum
+WORD int32_t vw_hsum(vw v) {
+    __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(v.v), _mm512_extracti64x4_epi64(v.v, 1));
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    return _mm_cvtsi128_si32(x);
+}
+
+//: vw_hmax
+WORD int32_t vw_hmax(vw v) {
+    __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(v.v), _mm512_extracti64x4_epi64(v.v, 1));
+    __m128i x = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1));
+    return _mm_cvtsi128_si32(x);
+}
+
+//: vw_dot4
+// vpmaddubsw is exact for u <= 128 (see vh_pairs); vpmaddwd with ones adds its pairs in int32.
+WORD vw vw_dot4(vw acc, vb u, vb s) {
+    __m512i t = _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, s.v), _mm512_set1_epi16(1));
+    return (vw){_mm512_add_epi32(acc.v, t)};
+}
+
+//: vw_widen
+// vpmaddwd with ones sign-extends and adds neighbours at once.
+WORD vw vw_widen(vw acc, vh v) {
+    return (vw){_mm512_add_epi32(acc.v, _mm512_madd_epi16(v.v, _mm512_set1_epi16(1)))};
+}
+
+//: vw_rows
+// One vpermt2w puts lanes 0 and 1 of lo and of hi side by side, one the lanes 2 and 3; vpmaddwd with ones widens
+// while it adds: 6 instructions. The int16 sum of two lanes could overflow, so nothing is added before.
+WORD vw vw_rows(vw acc, vh lo, vh hi) {
+    __m512i ones = _mm512_set1_epi16(1);
+    __m512i lanes01 = _mm512_setr_epi32(0x080000, 0x090001, 0x0a0002, 0x0b0003, 0x0c0004, 0x0d0005, 0x0e0006, 0x0f0007,
+                                        0x280020, 0x290021, 0x2a0022, 0x2b0023, 0x2c0024, 0x2d0025, 0x2e0026, 0x2f0027);
+    __m512i lanes23 = _mm512_setr_epi32(0x180010, 0x190011, 0x1a0012, 0x1b0013, 0x1c0014, 0x1d0015, 0x1e0016, 0x1f0017,
+                                        0x380030, 0x390031, 0x3a0032, 0x3b0033, 0x3c0034, 0x3d0035, 0x3e0036, 0x3f0037);
+    __m512i p = _mm512_madd_epi16(_mm512_permutex2var_epi16(lo.v, lanes01, hi.v), ones);
+    __m512i q = _mm512_madd_epi16(_mm512_permutex2var_epi16(lo.v, lanes23, hi.v), ones);
+    return (vw){_mm512_add_epi32(acc.v, _mm512_add_epi32(p, q))};
+}
+
+//: vw_zip_lo
+WORD vw vw_zip_lo(vh a, vh b) { return (vw){_mm512_unpacklo_epi16(a.v, b.v)}; }
+
+//: vw_zip_hi
+WORD vw vw_zip_hi(vh a, vh b) { return (vw){_mm512_unpackhi_epi16(a.v, b.v)}; }
+
+//: vw_transpose_lanes
+// Two rounds of four shuffles and 4 stores, against 16 quarter-width stores without any.
+WORD void vw_transpose_lanes(uint8_t *p, vw v0, vw v1, vw v2, vw v3) {
+    __m512i a = _mm512_shuffle_i32x4(v0.v, v1.v, 0x44);  // v0.0 v0.1 v1.0 v1.1
+    __m512i b = _mm512_shuffle_i32x4(v2.v, v3.v, 0x44);
+    __m512i c = _mm512_shuffle_i32x4(v0.v, v1.v, 0xee);  // v0.2 v0.3 v1.2 v1.3
+    __m512i d = _mm512_shuffle_i32x4(v2.v, v3.v, 0xee);
+    _mm512_storeu_si512(p, _mm512_shuffle_i32x4(a, b, 0x88));
+    _mm512_storeu_si512(p + 64, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_storeu_si512(p + 128, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_storeu_si512(p + 192, _mm512_shuffle_i32x4(c, d, 0xdd));
+}
+
+//: vw_store_s8
+WORD void vw_store_s8(int8_t *p, vw v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(v.v)); }
+
+//: vf_splat
+WORD vf vf_splat(float x) { return (vf){_mm512_set1_ps(x)}; }
+
+//: vf_load
+WORD vf vf_load(const float *p) { return (vf){_mm512_loadu_ps(p)}; }
+
+//: vf_load_n
+// Elements outside the mask are not touched, so they may lie on an unmapped page.
+WORD vf vf_load_n(const float *p, int n) {
+    return (vf){_mm512_maskz_loadu_ps((__mmask16)_bzhi_u32(0xffff, (uint32_t)n), p)};
+}
+
+//: vf_store_n
+WORD void vf_store_n(float *p, vf v, int n) {
+    _mm512_mask_storeu_ps(p, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), v.v);
+}
+
+//: vf_mul
+WORD vf vf_mul(vf a, vf b) { return (vf){_mm512_mul_ps(a.v, b.v)}; }
+
+//: vf_from_w
+WORD vf vf_from_w(vw v) { return (vf){_mm512_cvtepi32_ps(v.v)}; }
+
+//: vw_abs_bits
+WORD vw vw_abs_bits(vf v) {
+    return (vw){_mm512_and_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(0x7fffffff))};
+}
+
+//: vw_round
+// vcvtps2dq rounds as MXCSR says: to nearest even, unless the program changed it.
+WORD vw vw_round(vf v) { return (vw){_mm512_cvtps_epi32(v.v)}; }
