@@ -240,16 +240,16 @@ WORD vw vw_zip_hi(vh a, vh b) {
 
 //: vw_transpose_lanes
 // One shuffle a stored register: 8, against 16 half-width stores without any.
-WORD void vw_transpose_lanes(uint8_t *p, vw v0, vw v1, vw v2, vw v3) {
-    __m256i *q = (__m256i *)p;
-    _mm256_storeu_si256(q + 0, _mm256_permute2x128_si256(v0.a, v1.a, 0x20));
-    _mm256_storeu_si256(q + 1, _mm256_permute2x128_si256(v2.a, v3.a, 0x20));
-    _mm256_storeu_si256(q + 2, _mm256_permute2x128_si256(v0.a, v1.a, 0x31));
-    _mm256_storeu_si256(q + 3, _mm256_permute2x128_si256(v2.a, v3.a, 0x31));
-    _mm256_storeu_si256(q + 4, _mm256_permute2x128_si256(v0.b, v1.b, 0x20));
-    _mm256_storeu_si256(q + 5, _mm256_permute2x128_si256(v2.b, v3.b, 0x20));
-    _mm256_storeu_si256(q + 6, _mm256_permute2x128_si256(v0.b, v1.b, 0x31));
-    _mm256_storeu_si256(q + 7, _mm256_permute2x128_si256(v2.b, v3.b, 0x31));
+WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
+    uint8_t *q = p + 32;
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute2x128_si256(v0.a, v1.a, 0x20));
+    _mm256_storeu_si256((__m256i *)q, _mm256_permute2x128_si256(v2.a, v3.a, 0x20));
+    _mm256_storeu_si256((__m256i *)(p + stride), _mm256_permute2x128_si256(v0.a, v1.a, 0x31));
+    _mm256_storeu_si256((__m256i *)(q + stride), _mm256_permute2x128_si256(v2.a, v3.a, 0x31));
+    _mm256_storeu_si256((__m256i *)(p + 2 * stride), _mm256_permute2x128_si256(v0.b, v1.b, 0x20));
+    _mm256_storeu_si256((__m256i *)(q + 2 * stride), _mm256_permute2x128_si256(v2.b, v3.b, 0x20));
+    _mm256_storeu_si256((__m256i *)(p + 3 * stride), _mm256_permute2x128_si256(v0.b, v1.b, 0x31));
+    _mm256_storeu_si256((__m256i *)(q + 3 * stride), _mm256_permute2x128_si256(v2.b, v3.b, 0x31));
 }
 
 //: vw_store_s8

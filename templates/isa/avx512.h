@@ -179,15 +179,15 @@ WORD vw vw_zip_hi(vh a, vh b) { return (vw){_mm512_unpackhi_epi16(a.v, b.v)}; }
 
 //: vw_transpose_lanes
 // Two rounds of four shuffles and 4 stores, against 16 quarter-width stores without any.
-WORD void vw_transpose_lanes(uint8_t *p, vw v0, vw v1, vw v2, vw v3) {
+WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
     __m512i a = _mm512_shuffle_i32x4(v0.v, v1.v, 0x44);  // v0.0 v0.1 v1.0 v1.1
     __m512i b = _mm512_shuffle_i32x4(v2.v, v3.v, 0x44);
     __m512i c = _mm512_shuffle_i32x4(v0.v, v1.v, 0xee);  // v0.2 v0.3 v1.2 v1.3
     __m512i d = _mm512_shuffle_i32x4(v2.v, v3.v, 0xee);
     _mm512_storeu_si512(p, _mm512_shuffle_i32x4(a, b, 0x88));
-    _mm512_storeu_si512(p + 64, _mm512_shuffle_i32x4(a, b, 0xdd));
-    _mm512_storeu_si512(p + 128, _mm512_shuffle_i32x4(c, d, 0x88));
-    _mm512_storeu_si512(p + 192, _mm512_shuffle_i32x4(c, d, 0xdd));
+    _mm512_storeu_si512(p + stride, _mm512_shuffle_i32x4(a, b, 0xdd));
+    _mm512_storeu_si512(p + 2 * stride, _mm512_shuffle_i32x4(c, d, 0x88));
+    _mm512_storeu_si512(p + 3 * stride, _mm512_shuffle_i32x4(c, d, 0xdd));
 }
 
 //: vw_store_s8

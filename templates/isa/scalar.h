@@ -293,13 +293,13 @@ WORD vw vw_zip_hi(vh a, vh b) {
 }
 
 //: vw_transpose_lanes
-// Four blocks as a 4 x 4 matrix of lanes, transposed and stored: block j of p, lane i = lane j of v_i.
-WORD void vw_transpose_lanes(uint8_t *p, vw v0, vw v1, vw v2, vw v3) {
+// Four blocks as a 4 x 4 matrix of lanes, transposed and stored `stride` bytes apart: lane i of block j = lane j of v_i.
+WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
     for (int j = 0; j < 4; ++j) {
-        memcpy(p + 64 * j, v0.w + 4 * j, 16);
-        memcpy(p + 64 * j + 16, v1.w + 4 * j, 16);
-        memcpy(p + 64 * j + 32, v2.w + 4 * j, 16);
-        memcpy(p + 64 * j + 48, v3.w + 4 * j, 16);
+        memcpy(p + stride * j, v0.w + 4 * j, 16);
+        memcpy(p + stride * j + 16, v1.w + 4 * j, 16);
+        memcpy(p + stride * j + 32, v2.w + 4 * j, 16);
+        memcpy(p + stride * j + 48, v3.w + 4 * j, 16);
     }
 }
 
