@@ -1,0 +1,178 @@
+"""The pool and bitgen_run, driven by a kernel that is plainly right (tests/data/host/driver.c)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitgen.errors import BitgenError
+from bitgen.host import ARCHS, host_headers, host_unit, run_units
+from bitgen.packing import pack
+from bitgen.reference import linear, ternary_matmul
+from bitgen.spec import Layout, Shape, x_stride
+from bitgen.target import detect_cpu
+from bitgen.toolchain import CcBuilder, Prototype, Toolchain, find_compiler
+
+DRIVER = Path(__file__).parent / "data" / "host" / "driver.c"
+LAYOUT = Layout("i2s", 16)
+NOT_FINITE, BUSY, FORKED = 11, 12, 13
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    arch = detect_cpu().arch
+    text = DRIVER.read_text(encoding="utf-8")
+    declared = re.findall(r"^BITGEN_API ([^{]*?)\s*\{", text, flags=re.MULTILINE)
+    unit = host_unit("driver", text, host_headers(arch))
+    functions = tuple(Prototype.parse(" ".join(d.split())) for d in declared)
+    unit = replace(unit, functions=functions)
+    toolchain = Toolchain(find_compiler(), cache_dir=tmp_path_factory.mktemp("cache"), werror=True)
+    return CcBuilder(toolchain).build([*run_units(arch), unit])
+
+
+@pytest.fixture(params=[1, 2, 5])
+def context(request: pytest.FixtureRequest, driver: Any) -> Iterator[Any]:
+    out = driver.ffi.new("void **")
+    assert driver.lib.test_open(out, request.param) == 0
+    yield out[0]
+    driver.lib.test_close(out[0])
+
+
+def random_case(m: int, k: int, n: int, seed: int = 0) -> SimpleNamespace:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-1, 2, (m, k), dtype=np.int8)
+    packed = np.zeros(LAYOUT.packed_bytes(Shape(m, k)) + 64, np.uint8)
+    packed = packed[-packed.ctypes.data % 64 :][: LAYOUT.packed_bytes(Shape(m, k))]
+    packed[:] = pack(LAYOUT, w)
+    return SimpleNamespace(
+        w=w,
+        packed=packed,
+        x=rng.normal(size=(n, k)).astype(np.float32),
+        xq=rng.integers(-128, 128, (n, k), dtype=np.int8),
+    )
+
+
+def run(
+    driver: Any, ctx: Any, case: Any, *, exact: bool, scale: Any = None, grain: int = 16, tables: bool = False
+) -> Any:
+    (n, k), m = case.x.shape, len(case.w)
+    ffi = driver.ffi
+    w_scale = np.atleast_1d(np.float32(0.5) if scale is None else scale)
+    out = np.zeros((n, m), np.int32 if exact else np.float32)
+    code = driver.lib.test_run(
+        ctx,
+        grain,
+        tables,
+        ffi.from_buffer("uint8_t[]", case.packed),
+        ffi.from_buffer("float[]", w_scale),
+        int(len(w_scale) > 1),
+        ffi.NULL if exact else ffi.from_buffer("float[]", case.x),
+        ffi.from_buffer("int8_t[]", case.xq) if exact else ffi.NULL,
+        n,
+        m,
+        k,
+        ffi.NULL if exact else ffi.from_buffer("float[]", out),
+        ffi.from_buffer("int32_t[]", out) if exact else ffi.NULL,
+    )
+    assert driver.lib.test_bad_ranges() == 0
+    return code, out
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 17, 33, 130])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (5, 127), (48, 200), (300, 640)])
+def test_integers_and_floats_equal_the_reference(driver: Any, context: Any, m: int, k: int, n: int) -> None:
+    case = random_case(m, k, n)
+    code, acc = run(driver, context, case, exact=True)
+    assert code == 0
+    assert np.array_equal(acc, ternary_matmul(case.xq, case.w))
+    for scale in (None, np.linspace(0.1, 2, m).astype(np.float32)):
+        code, y = run(driver, context, case, exact=False, scale=scale, grain=32, tables=True)
+        expected = linear(case.x, case.w, np.atleast_1d(np.float32(0.5) if scale is None else scale))
+        assert code == 0
+        assert np.array_equal(y, expected)
+
+
+def test_many_tokens_go_in_batches_and_stay_exact(driver: Any, context: Any) -> None:
+    # 4 KiB of tables a 16-column chunk and 64 tokens at least a batch: 2000 tokens are several batches.
+    case = random_case(20, 1000, 2000)
+    code, acc = run(driver, context, case, exact=True, tables=True)
+    assert code == 0
+    assert np.array_equal(acc, ternary_matmul(case.xq, case.w))
+    assert driver.lib.test_calls() >= 2
+
+
+def test_a_matrix_with_few_rows_is_split_over_tokens(driver: Any) -> None:
+    out = driver.ffi.new("void **")
+    assert driver.lib.test_open(out, 4) == 0
+    driver.lib.test_calls()
+    case = random_case(16, 4000, 128)
+    code, acc = run(driver, out[0], case, exact=True)
+    assert (code, driver.lib.test_calls()) == (0, 4)
+    assert np.array_equal(acc, ternary_matmul(case.xq, case.w))
+    driver.lib.test_close(out[0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [1, 40])
+def test_what_is_not_finite_is_an_error_and_the_context_lives_on(
+    driver: Any, context: Any, bad: float, n: int
+) -> None:
+    case = random_case(16, 700, n)
+    case.x[n - 1, 699] = bad
+    assert run(driver, context, case, exact=False)[0] == NOT_FINITE
+    case.x[n - 1, 699] = 0
+    assert run(driver, context, case, exact=False)[0] == 0
+
+
+def test_a_busy_context_refuses(driver: Any, context: Any) -> None:
+    case = random_case(16, 16, 1)
+    driver.lib.test_set_busy(context, 1)
+    assert run(driver, context, case, exact=True)[0] == BUSY
+    driver.lib.test_set_busy(context, 0)
+    assert run(driver, context, case, exact=True)[0] == 0
+
+
+def test_a_forked_child_is_refused_and_may_close(driver: Any, context: Any) -> None:
+    case = random_case(16, 16, 1)
+    assert run(driver, context, case, exact=True)[0] == 0
+    child = os.fork()
+    if child == 0:
+        code = run(driver, context, case, exact=True)[0]
+        driver.lib.test_close(context)
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == FORKED
+    assert run(driver, context, case, exact=True)[0] == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_every_item_of_a_loop_runs_once(driver: Any, threads: int) -> None:
+    for items, claim in ((1, 1), (2, 1), (7, 3), (64, 1), (1000, 7)):
+        assert driver.lib.test_pool(threads, items, claim, 50, 0) == 0
+    # Pauses longer than the spinning: the threads sleep in between and have to be woken.
+    assert driver.lib.test_pool(threads, 100, 1, 10, 1_000_000) == 0
+
+
+def test_row_strides_are_those_of_the_spec(driver: Any) -> None:
+    for k in (1, 191, 192, 193, 2048, 6144, 8640, 12288, 524288):
+        assert driver.lib.test_x_stride(k) == x_stride(k)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_generated_host_code_has_no_conditionals(arch: str) -> None:
+    texts = {name: text for name, text in host_headers(arch) if name != "bitgen.h"}
+    texts |= {unit.name: unit.text for unit in run_units(arch)}
+    for name, text in texts.items():
+        assert not re.search(r"^\s*#\s*(if|ifdef|ifndef)\b", text, flags=re.MULTILINE), name
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(BitgenError, match="no host code for riscv64"):
+        host_headers("riscv64")
