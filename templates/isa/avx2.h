@@ -1,10 +1,17 @@
 // The vocabulary of AVX2: a block is two ymm registers, a = bytes 0..31 and b = bytes 32..63.
 // What each word means is written in scalar.h; here are only the reasons for an instruction.
 
+//: includes
+#include <immintrin.h>
+
 //: types
+// Accumulators have the vector type of their elements: with __m256i (of int64) gcc 12 copies a register before and
+// after each addition in a loop and then has too few. The 16-bit type is unsigned: sums and products wrap.
+typedef uint16_t h_reg __attribute__((vector_size(32)));
+typedef uint32_t w_reg __attribute__((vector_size(32)));
 typedef struct { __m256i a, b; } vb;
-typedef struct { __m256i a, b; } vh;
-typedef struct { __m256i a, b; } vw;
+typedef struct { h_reg a, b; } vh;
+typedef struct { w_reg a, b; } vw;
 typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vm;  // a byte is 0xff (flag set) or 0
 
@@ -86,101 +93,117 @@ WORD vb vb_select(vm m, vb a, vb b) {
 
 //: vh_zip_lo
 WORD vh vh_zip_lo(vb lo, vb hi) {
-    return (vh){_mm256_unpacklo_epi8(lo.a, hi.a), _mm256_unpacklo_epi8(lo.b, hi.b)};
+    return (vh){(h_reg)_mm256_unpacklo_epi8(lo.a, hi.a), (h_reg)_mm256_unpacklo_epi8(lo.b, hi.b)};
 }
 
 //: vh_zip_hi
 WORD vh vh_zip_hi(vb lo, vb hi) {
-    return (vh){_mm256_unpackhi_epi8(lo.a, hi.a), _mm256_unpackhi_epi8(lo.b, hi.b)};
+    return (vh){(h_reg)_mm256_unpackhi_epi8(lo.a, hi.a), (h_reg)_mm256_unpackhi_epi8(lo.b, hi.b)};
 }
 
 //: vh_zero
-WORD vh vh_zero(void) { return (vh){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+WORD vh vh_zero(void) { return (vh){(h_reg)_mm256_setzero_si256(), (h_reg)_mm256_setzero_si256()}; }
 
 //: vh_add
-WORD vh vh_add(vh a, vh b) { return (vh){_mm256_add_epi16(a.a, b.a), _mm256_add_epi16(a.b, b.b)}; }
+WORD vh vh_add(vh a, vh b) { return (vh){a.a + b.a, a.b + b.b}; }
 
 //: vh_mul
-WORD vh vh_mul(vh a, vh b) { return (vh){_mm256_mullo_epi16(a.a, b.a), _mm256_mullo_epi16(a.b, b.b)}; }
+WORD vh vh_mul(vh a, vh b) { return (vh){a.a * b.a, a.b * b.b}; }
 
 //: vh_load
 WORD vh vh_load(const int16_t *p) {
     const __m256i *q = (const __m256i *)p;
-    return (vh){_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+    return (vh){(h_reg)_mm256_loadu_si256(q), (h_reg)_mm256_loadu_si256(q + 1)};
 }
 
 //: vh_sign_high
-WORD vh vh_sign_high(vb v) { return (vh){_mm256_srai_epi16(v.a, 8), _mm256_srai_epi16(v.b, 8)}; }
+WORD vh vh_sign_high(vb v) {
+    return (vh){(h_reg)_mm256_srai_epi16(v.a, 8), (h_reg)_mm256_srai_epi16(v.b, 8)};
+}
 
 //: vh_pairs
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
-WORD vh vh_pairs(vb u, vb s) { return (vh){_mm256_maddubs_epi16(u.a, s.a), _mm256_maddubs_epi16(u.b, s.b)}; }
+WORD vh vh_pairs(vb u, vb s) {
+    return (vh){(h_reg)_mm256_maddubs_epi16(u.a, s.a), (h_reg)_mm256_maddubs_epi16(u.b, s.b)};
+}
 
 //: vb_low_bytes
 // vpackuswb saturates; what reaches it lies in 0..255.
 WORD vb vb_low_bytes(vh a, vh b) {
     __m256i low = _mm256_set1_epi16(255);
-    return (vb){_mm256_packus_epi16(_mm256_and_si256(a.a, low), _mm256_and_si256(b.a, low)),
-                _mm256_packus_epi16(_mm256_and_si256(a.b, low), _mm256_and_si256(b.b, low))};
+    return (vb){_mm256_packus_epi16((__m256i)a.a & low, (__m256i)b.a & low),
+                _mm256_packus_epi16((__m256i)a.b & low, (__m256i)b.b & low)};
 }
 
 //: vb_high_bytes
 WORD vb vb_high_bytes(vh a, vh b) {
-    return (vb){_mm256_packus_epi16(_mm256_srli_epi16(a.a, 8), _mm256_srli_epi16(b.a, 8)),
-                _mm256_packus_epi16(_mm256_srli_epi16(a.b, 8), _mm256_srli_epi16(b.b, 8))};
+    return (vb){_mm256_packus_epi16((__m256i)(a.a >> 8), (__m256i)(b.a >> 8)),
+                _mm256_packus_epi16((__m256i)(a.b >> 8), (__m256i)(b.b >> 8))};
 }
 
 //: vw_zero
-WORD vw vw_zero(void) { return (vw){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+WORD vw vw_zero(void) { return (vw){(w_reg)_mm256_setzero_si256(), (w_reg)_mm256_setzero_si256()}; }
 
 //: vw_splat
 WORD vw vw_splat(int32_t x) {
-    __m256i v = _mm256_set1_epi32(x);
+    w_reg v = (w_reg)_mm256_set1_epi32(x);
     return (vw){v, v};
 }
 
 //: vw_load
 WORD vw vw_load(const int32_t *p) {
     const __m256i *q = (const __m256i *)p;
-    return (vw){_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+    return (vw){(w_reg)_mm256_loadu_si256(q), (w_reg)_mm256_loadu_si256(q + 1)};
 }
 
 //: vw_store
 WORD void vw_store(int32_t *p, vw v) {
     __m256i *q = (__m256i *)p;
-    _mm256_storeu_si256(q, v.a);
-    _mm256_storeu_si256(q + 1, v.b);
+    _mm256_storeu_si256(q, (__m256i)v.a);
+    _mm256_storeu_si256(q + 1, (__m256i)v.b);
 }
 
 //: vw_store_n
 // vpmaskmovd as a store is microcode on AMD (about 20 uops), so full blocks go around it.
 WORD void vw_store_n(int32_t *p, vw v, int n) {
     if (n == 16) {
-        _mm256_storeu_si256((__m256i *)p, v.a);
-        _mm256_storeu_si256((__m256i *)(p + 8), v.b);
+        _mm256_storeu_si256((__m256i *)p, (__m256i)v.a);
+        _mm256_storeu_si256((__m256i *)(p + 8), (__m256i)v.b);
         return;
     }
     __m256i count = _mm256_set1_epi32(n);
-    _mm256_maskstore_epi32(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v.a);
-    if (n > 8)
-        _mm256_maskstore_epi32(p + 8, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)), v.b);
+    __m256i first = _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256i last = _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15));
+    _mm256_maskstore_epi32(p, first, (__m256i)v.a);
+    if (n > 8) _mm256_maskstore_epi32(p + 8, last, (__m256i)v.b);
 }
 
 //: vw_add
-WORD vw vw_add(vw a, vw b) { return (vw){_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+WORD vw vw_add(vw a, vw b) {
+    return (vw){(w_reg)_mm256_add_epi32((__m256i)a.a, (__m256i)b.a),
+                (w_reg)_mm256_add_epi32((__m256i)a.b, (__m256i)b.b)};
+}
 
 //: vw_sub
-WORD vw vw_sub(vw a, vw b) { return (vw){_mm256_sub_epi32(a.a, b.a), _mm256_sub_epi32(a.b, b.b)}; }
+WORD vw vw_sub(vw a, vw b) {
+    return (vw){(w_reg)_mm256_sub_epi32((__m256i)a.a, (__m256i)b.a),
+                (w_reg)_mm256_sub_epi32((__m256i)a.b, (__m256i)b.b)};
+}
 
 //: vw_sra
-WORD vw vw_sra(vw v, int bits) { return (vw){_mm256_srai_epi32(v.a, bits), _mm256_srai_epi32(v.b, bits)}; }
+WORD vw vw_sra(vw v, int bits) {
+    return (vw){(w_reg)_mm256_srai_epi32((__m256i)v.a, bits), (w_reg)_mm256_srai_epi32((__m256i)v.b, bits)};
+}
 
 //: vw_max
-WORD vw vw_max(vw a, vw b) { return (vw){_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
+WORD vw vw_max(vw a, vw b) {
+    return (vw){(w_reg)_mm256_max_epi32((__m256i)a.a, (__m256i)b.a),
+                (w_reg)_mm256_max_epi32((__m256i)a.b, (__m256i)b.b)};
+}
 
 //: vw_hsum
 WORD int32_t vw_hsum(vw v) {
-    __m256i y = _mm256_add_epi32(v.a, v.b);
+    __m256i y = _mm256_add_epi32((__m256i)v.a, (__m256i)v.b);
     __m128i x = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
     x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
@@ -189,7 +212,7 @@ WORD int32_t vw_hsum(vw v) {
 
 //: vw_hmax
 WORD int32_t vw_hmax(vw v) {
-    __m256i y = _mm256_max_epi32(v.a, v.b);
+    __m256i y = _mm256_max_epi32((__m256i)v.a, (__m256i)v.b);
     __m128i x = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1));
@@ -200,62 +223,69 @@ WORD int32_t vw_hmax(vw v) {
 // vpmaddubsw is exact for u <= 128 (see vh_pairs); vpmaddwd with ones adds its pairs in int32.
 WORD vw vw_dot4(vw acc, vb u, vb s) {
     __m256i ones = _mm256_set1_epi16(1);
-    return (vw){_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(u.a, s.a), ones)),
-                _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, s.b), ones))};
+    __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(u.a, s.a), ones);
+    __m256i b = _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, s.b), ones);
+    return (vw){acc.a + (w_reg)a, acc.b + (w_reg)b};
 }
 
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
 WORD vw vw_widen(vw acc, vh v) {
     __m256i ones = _mm256_set1_epi16(1);
-    return (vw){_mm256_add_epi32(acc.a, _mm256_madd_epi16(v.a, ones)),
-                _mm256_add_epi32(acc.b, _mm256_madd_epi16(v.b, ones))};
+    return (vw){acc.a + (w_reg)_mm256_madd_epi16((__m256i)v.a, ones),
+                acc.b + (w_reg)_mm256_madd_epi16((__m256i)v.b, ones)};
 }
 
 //: vw_rows
-// Interleaving lanes l and l + 2 makes them neighbours for vpmaddwd with ones, which widens while it adds: 8 instructions
-// for each of lo and hi. The int16 sum of two lanes could overflow, so nothing is added before.
+// Interleaving lanes l and l + 2 makes them neighbours for vpmaddwd with ones, which widens while it adds: 8
+// instructions for each of lo and hi. Adding lanes as int16 first could overflow.
 WORD vw vw_rows(vw acc, vh lo, vh hi) {
     __m256i ones = _mm256_set1_epi16(1);
-    __m256i p = _mm256_unpacklo_epi16(lo.a, lo.b), q = _mm256_unpackhi_epi16(lo.a, lo.b);  // rows 0..3, rows 4..7
-    __m256i r = _mm256_unpacklo_epi16(hi.a, hi.b), s = _mm256_unpackhi_epi16(hi.a, hi.b);
-    __m256i even = _mm256_madd_epi16(_mm256_blend_epi32(p, q, 0xf0), ones);
-    __m256i odd = _mm256_madd_epi16(_mm256_permute2x128_si256(p, q, 0x21), ones);
-    acc.a = _mm256_add_epi32(acc.a, _mm256_add_epi32(even, odd));
-    even = _mm256_madd_epi16(_mm256_blend_epi32(r, s, 0xf0), ones);
-    odd = _mm256_madd_epi16(_mm256_permute2x128_si256(r, s, 0x21), ones);
-    acc.b = _mm256_add_epi32(acc.b, _mm256_add_epi32(even, odd));
+    __m256i p = _mm256_unpacklo_epi16((__m256i)lo.a, (__m256i)lo.b);  // rows 0..3: lanes 0 2 | 1 3
+    __m256i q = _mm256_unpackhi_epi16((__m256i)lo.a, (__m256i)lo.b);  // rows 4..7
+    __m256i r = _mm256_unpacklo_epi16((__m256i)hi.a, (__m256i)hi.b);
+    __m256i s = _mm256_unpackhi_epi16((__m256i)hi.a, (__m256i)hi.b);
+    __m256i x = _mm256_madd_epi16(_mm256_blend_epi32(p, q, 0xf0), ones);
+    __m256i y = _mm256_madd_epi16(_mm256_permute2x128_si256(p, q, 0x21), ones);
+    acc.a += (w_reg)_mm256_add_epi32(x, y);
+    x = _mm256_madd_epi16(_mm256_blend_epi32(r, s, 0xf0), ones);
+    y = _mm256_madd_epi16(_mm256_permute2x128_si256(r, s, 0x21), ones);
+    acc.b += (w_reg)_mm256_add_epi32(x, y);
     return acc;
 }
 
 //: vw_zip_lo
 WORD vw vw_zip_lo(vh a, vh b) {
-    return (vw){_mm256_unpacklo_epi16(a.a, b.a), _mm256_unpacklo_epi16(a.b, b.b)};
+    return (vw){(w_reg)_mm256_unpacklo_epi16((__m256i)a.a, (__m256i)b.a),
+                (w_reg)_mm256_unpacklo_epi16((__m256i)a.b, (__m256i)b.b)};
 }
 
 //: vw_zip_hi
 WORD vw vw_zip_hi(vh a, vh b) {
-    return (vw){_mm256_unpackhi_epi16(a.a, b.a), _mm256_unpackhi_epi16(a.b, b.b)};
+    return (vw){(w_reg)_mm256_unpackhi_epi16((__m256i)a.a, (__m256i)b.a),
+                (w_reg)_mm256_unpackhi_epi16((__m256i)a.b, (__m256i)b.b)};
 }
 
 //: vw_transpose_lanes
 // One shuffle a stored register: 8, against 16 half-width stores without any.
 WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
+    __m256i a0 = (__m256i)v0.a, a1 = (__m256i)v1.a, a2 = (__m256i)v2.a, a3 = (__m256i)v3.a;
+    __m256i b0 = (__m256i)v0.b, b1 = (__m256i)v1.b, b2 = (__m256i)v2.b, b3 = (__m256i)v3.b;
     uint8_t *q = p + 32;
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute2x128_si256(v0.a, v1.a, 0x20));
-    _mm256_storeu_si256((__m256i *)q, _mm256_permute2x128_si256(v2.a, v3.a, 0x20));
-    _mm256_storeu_si256((__m256i *)(p + stride), _mm256_permute2x128_si256(v0.a, v1.a, 0x31));
-    _mm256_storeu_si256((__m256i *)(q + stride), _mm256_permute2x128_si256(v2.a, v3.a, 0x31));
-    _mm256_storeu_si256((__m256i *)(p + 2 * stride), _mm256_permute2x128_si256(v0.b, v1.b, 0x20));
-    _mm256_storeu_si256((__m256i *)(q + 2 * stride), _mm256_permute2x128_si256(v2.b, v3.b, 0x20));
-    _mm256_storeu_si256((__m256i *)(p + 3 * stride), _mm256_permute2x128_si256(v0.b, v1.b, 0x31));
-    _mm256_storeu_si256((__m256i *)(q + 3 * stride), _mm256_permute2x128_si256(v2.b, v3.b, 0x31));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute2x128_si256(a0, a1, 0x20));
+    _mm256_storeu_si256((__m256i *)q, _mm256_permute2x128_si256(a2, a3, 0x20));
+    _mm256_storeu_si256((__m256i *)(p + stride), _mm256_permute2x128_si256(a0, a1, 0x31));
+    _mm256_storeu_si256((__m256i *)(q + stride), _mm256_permute2x128_si256(a2, a3, 0x31));
+    _mm256_storeu_si256((__m256i *)(p + 2 * stride), _mm256_permute2x128_si256(b0, b1, 0x20));
+    _mm256_storeu_si256((__m256i *)(q + 2 * stride), _mm256_permute2x128_si256(b2, b3, 0x20));
+    _mm256_storeu_si256((__m256i *)(p + 3 * stride), _mm256_permute2x128_si256(b0, b1, 0x31));
+    _mm256_storeu_si256((__m256i *)(q + 3 * stride), _mm256_permute2x128_si256(b2, b3, 0x31));
 }
 
 //: vw_store_s8
 // The packs work within lanes and leave dwords 0 2 1 3 (a0-3 b0-3 a4-7 b4-7); vpshufd puts them right.
 WORD void vw_store_s8(int8_t *p, vw v) {
-    __m256i h = _mm256_packs_epi32(v.a, v.b);
+    __m256i h = _mm256_packs_epi32((__m256i)v.a, (__m256i)v.b);
     __m128i x = _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
     _mm_storeu_si128((__m128i *)p, _mm_shuffle_epi32(x, 0xd8));
 }
@@ -274,8 +304,9 @@ WORD vf vf_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_p
 WORD vf vf_load_n(const float *p, int n) {
     if (n == 16) return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
     __m256i count = _mm256_set1_epi32(n);
-    return (vf){_mm256_maskload_ps(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))),
-                _mm256_maskload_ps(p + 8, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)))};
+    __m256i first = _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256i last = _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15));
+    return (vf){_mm256_maskload_ps(p, first), _mm256_maskload_ps(p + 8, last)};
 }
 
 //: vf_store_n
@@ -287,23 +318,23 @@ WORD void vf_store_n(float *p, vf v, int n) {
         return;
     }
     __m256i count = _mm256_set1_epi32(n);
-    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)), v.a);
-    if (n > 8)
-        _mm256_maskstore_ps(p + 8, _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)), v.b);
+    __m256i first = _mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256i last = _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15));
+    _mm256_maskstore_ps(p, first, v.a);
+    if (n > 8) _mm256_maskstore_ps(p + 8, last, v.b);
 }
 
 //: vf_mul
 WORD vf vf_mul(vf a, vf b) { return (vf){_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
 
 //: vf_from_w
-WORD vf vf_from_w(vw v) { return (vf){_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+WORD vf vf_from_w(vw v) { return (vf){_mm256_cvtepi32_ps((__m256i)v.a), _mm256_cvtepi32_ps((__m256i)v.b)}; }
 
 //: vw_abs_bits
 WORD vw vw_abs_bits(vf v) {
-    __m256i mask = _mm256_set1_epi32(0x7fffffff);
-    return (vw){_mm256_and_si256(_mm256_castps_si256(v.a), mask), _mm256_and_si256(_mm256_castps_si256(v.b), mask)};
+    return (vw){(w_reg)_mm256_castps_si256(v.a) & 0x7fffffff, (w_reg)_mm256_castps_si256(v.b) & 0x7fffffff};
 }
 
 //: vw_round
 // vcvtps2dq rounds as MXCSR says: to nearest even, unless the program changed it.
-WORD vw vw_round(vf v) { return (vw){_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+WORD vw vw_round(vf v) { return (vw){(w_reg)_mm256_cvtps_epi32(v.a), (w_reg)_mm256_cvtps_epi32(v.b)}; }

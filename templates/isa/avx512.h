@@ -1,10 +1,17 @@
 // The vocabulary of AVX-512 (F, BW, VL, DQ): a block is one zmm register, 64 flags are one mask register.
 // What each word means is written in scalar.h; here are only the reasons for an instruction.
 
+//: includes
+#include <immintrin.h>
+
 //: types
+// Accumulators have the vector type of their elements: with __m512i (of int64) gcc 12 copies a register before and
+// after each addition in a loop, 8 moves for 4 vpdpbusd. The 16-bit type is unsigned: sums and products wrap.
+typedef uint16_t h_reg __attribute__((vector_size(64)));
+typedef uint32_t w_reg __attribute__((vector_size(64)));
 typedef struct { __m512i v; } vb;
-typedef struct { __m512i v; } vh;
-typedef struct { __m512i v; } vw;
+typedef struct { h_reg v; } vh;
+typedef struct { w_reg v; } vw;
 typedef struct { __m512 v; } vf;
 typedef struct { __mmask64 v; } vm;
 
@@ -59,76 +66,77 @@ WORD vb vb_flip(vb v, vm m) { return (vb){_mm512_mask_sub_epi8(v.v, m.v, _mm512_
 WORD vb vb_select(vm m, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(m.v, b.v, a.v)}; }
 
 //: vh_zip_lo
-WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){_mm512_unpacklo_epi8(lo.v, hi.v)}; }
+WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpacklo_epi8(lo.v, hi.v)}; }
 
 //: vh_zip_hi
-WORD vh vh_zip_hi(vb lo, vb hi) { return (vh){_mm512_unpackhi_epi8(lo.v, hi.v)}; }
+WORD vh vh_zip_hi(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpackhi_epi8(lo.v, hi.v)}; }
 
 //: vh_zero
-WORD vh vh_zero(void) { return (vh){_mm512_setzero_si512()}; }
+WORD vh vh_zero(void) { return (vh){(h_reg)_mm512_setzero_si512()}; }
 
 //: vh_add
-WORD vh vh_add(vh a, vh b) { return (vh){_mm512_add_epi16(a.v, b.v)}; }
+WORD vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
 
 //: vh_mul
-WORD vh vh_mul(vh a, vh b) { return (vh){_mm512_mullo_epi16(a.v, b.v)}; }
+WORD vh vh_mul(vh a, vh b) { return (vh){a.v * b.v}; }
 
 //: vh_load
-WORD vh vh_load(const int16_t *p) { return (vh){_mm512_loadu_si512(p)}; }
+WORD vh vh_load(const int16_t *p) { return (vh){(h_reg)_mm512_loadu_si512(p)}; }
 
 //: vh_sign_high
-WORD vh vh_sign_high(vb v) { return (vh){_mm512_srai_epi16(v.v, 8)}; }
+WORD vh vh_sign_high(vb v) { return (vh){(h_reg)_mm512_srai_epi16(v.v, 8)}; }
 
 //: vh_pairs
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
-WORD vh vh_pairs(vb u, vb s) { return (vh){_mm512_maddubs_epi16(u.v, s.v)}; }
+WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
 
 //: vb_low_bytes
-// Two shuffles, the second under a mask; mask or shift and vpackuswb would be three instructions.
+// vpackuswb saturates; what reaches it lies in 0..255. Three instructions but one shuffle; two vpshufb, the second
+// under a mask, keep the shuffle port of Intel's cores busier, and clang splits them into ymm halves.
 WORD vb vb_low_bytes(vh a, vh b) {
-    __m512i even = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14));
-    return (vb){_mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(a.v, even), 0xff00ff00ff00ff00, b.v, even)};
+    __m512i low = _mm512_set1_epi16(255);
+    return (vb){_mm512_packus_epi16((__m512i)a.v & low, (__m512i)b.v & low)};
 }
 
 //: vb_high_bytes
-WORD vb vb_high_bytes(vh a, vh b) {
-    __m512i odd = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15));
-    return (vb){_mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(a.v, odd), 0xff00ff00ff00ff00, b.v, odd)};
-}
+WORD vb vb_high_bytes(vh a, vh b) { return (vb){_mm512_packus_epi16((__m512i)(a.v >> 8), (__m512i)(b.v >> 8))}; }
 
 //: vw_zero
-WORD vw vw_zero(void) { return (vw){_mm512_setzero_si512()}; }
+WORD vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
 
 //: vw_splat
-WORD vw vw_splat(int32_t x) { return (vw){_mm512_set1_epi32(x)}; }
+WORD vw vw_splat(int32_t x) { return (vw){(w_reg)_mm512_set1_epi32(x)}; }
 
 //: vw_load
-WORD vw vw_load(const int32_t *p) { return (vw){_mm512_loadu_si512(p)}; }
+WORD vw vw_load(const int32_t *p) { return (vw){(w_reg)_mm512_loadu_si512(p)}; }
 
 //: vw_store
-WORD void vw_store(int32_t *p, vw v) { _mm512_storeu_si512(p, v.v); }
+WORD void vw_store(int32_t *p, vw v) { _mm512_storeu_si512(p, (__m512i)v.v); }
 
 //: vw_store_n
 // Elements outside the mask are not touched, so they may lie on an unmapped page.
 WORD void vw_store_n(int32_t *p, vw v, int n) {
-    _mm512_mask_storeu_epi32(p, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), v.v);
+    _mm512_mask_storeu_epi32(p, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), (__m512i)v.v);
 }
 
 //: vw_add
-WORD vw vw_add(vw a, vw b) { return (vw){_mm512_add_epi32(a.v, b.v)}; }
+WORD vw vw_add(vw a, vw b) { return (vw){(w_reg)_mm512_add_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_sub
-WORD vw vw_sub(vw a, vw b) { return (vw){_mm512_sub_epi32(a.v, b.v)}; }
+WORD vw vw_sub(vw a, vw b) { return (vw){(w_reg)_mm512_sub_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_sra
-WORD vw vw_sra(vw v, int bits) { return (vw){_mm512_sra_epi32(v.v, _mm_cvtsi32_si128(bits))}; }
+WORD vw vw_sra(vw v, int bits) {
+    return (vw){(w_reg)_mm512_sra_epi32((__m512i)v.v, _mm_cvtsi32_si128(bits))};
+}
 
 //: vw_max
-WORD vw vw_max(vw a, vw b) { return (vw){_mm512_max_epi32(a.v, b.v)}; }
+WORD vw vw_max(vw a, vw b) { return (vw){(w_reg)_mm512_max_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_hsum
 WORD int32_t vw_hsum(vw v) {
-    __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(v.v), _mm512_extracti64x4_epi64(v.v, 1));
+    __m512i z = (__m512i)v.v;
+    __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(z), _mm512_extracti64x4_epi64(z, 1));
     __m128i x = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
     x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1));
@@ -137,7 +145,8 @@ WORD int32_t vw_hsum(vw v) {
 
 //: vw_hmax
 WORD int32_t vw_hmax(vw v) {
-    __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(v.v), _mm512_extracti64x4_epi64(v.v, 1));
+    __m512i z = (__m512i)v.v;
+    __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(z), _mm512_extracti64x4_epi64(z, 1));
     __m128i x = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0x4e));
     x = _mm_max_epi32(x, _mm_shuffle_epi32(x, 0xb1));
@@ -148,42 +157,44 @@ WORD int32_t vw_hmax(vw v) {
 // vpmaddubsw is exact for u <= 128 (see vh_pairs); vpmaddwd with ones adds its pairs in int32.
 WORD vw vw_dot4(vw acc, vb u, vb s) {
     __m512i t = _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, s.v), _mm512_set1_epi16(1));
-    return (vw){_mm512_add_epi32(acc.v, t)};
+    return (vw){acc.v + (w_reg)t};
 }
 
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
 WORD vw vw_widen(vw acc, vh v) {
-    return (vw){_mm512_add_epi32(acc.v, _mm512_madd_epi16(v.v, _mm512_set1_epi16(1)))};
+    return (vw){acc.v + (w_reg)_mm512_madd_epi16((__m512i)v.v, _mm512_set1_epi16(1))};
 }
 
 //: vw_rows
 // One vpermt2w puts lanes 0 and 1 of lo and of hi side by side, one the lanes 2 and 3; vpmaddwd with ones widens
-// while it adds: 6 instructions. The int16 sum of two lanes could overflow, so nothing is added before.
+// while it adds: 6 instructions. Adding lanes as int16 first could overflow.
 WORD vw vw_rows(vw acc, vh lo, vh hi) {
-    __m512i ones = _mm512_set1_epi16(1);
-    __m512i lanes01 = _mm512_setr_epi32(0x080000, 0x090001, 0x0a0002, 0x0b0003, 0x0c0004, 0x0d0005, 0x0e0006, 0x0f0007,
-                                        0x280020, 0x290021, 0x2a0022, 0x2b0023, 0x2c0024, 0x2d0025, 0x2e0026, 0x2f0027);
-    __m512i lanes23 = _mm512_setr_epi32(0x180010, 0x190011, 0x1a0012, 0x1b0013, 0x1c0014, 0x1d0015, 0x1e0016, 0x1f0017,
-                                        0x380030, 0x390031, 0x3a0032, 0x3b0033, 0x3c0034, 0x3d0035, 0x3e0036, 0x3f0037);
-    __m512i p = _mm512_madd_epi16(_mm512_permutex2var_epi16(lo.v, lanes01, hi.v), ones);
-    __m512i q = _mm512_madd_epi16(_mm512_permutex2var_epi16(lo.v, lanes23, hi.v), ones);
-    return (vw){_mm512_add_epi32(acc.v, _mm512_add_epi32(p, q))};
+    __m512i l = (__m512i)lo.v, h = (__m512i)hi.v, ones = _mm512_set1_epi16(1);
+    __m512i lanes01 = _mm512_setr_epi32(0x080000, 0x090001, 0x0a0002, 0x0b0003, 0x0c0004, 0x0d0005, 0x0e0006,
+                                        0x0f0007, 0x280020, 0x290021, 0x2a0022, 0x2b0023, 0x2c0024, 0x2d0025,
+                                        0x2e0026, 0x2f0027);
+    __m512i lanes23 = _mm512_setr_epi32(0x180010, 0x190011, 0x1a0012, 0x1b0013, 0x1c0014, 0x1d0015, 0x1e0016,
+                                        0x1f0017, 0x380030, 0x390031, 0x3a0032, 0x3b0033, 0x3c0034, 0x3d0035,
+                                        0x3e0036, 0x3f0037);
+    __m512i p = _mm512_madd_epi16(_mm512_permutex2var_epi16(l, lanes01, h), ones);
+    __m512i q = _mm512_madd_epi16(_mm512_permutex2var_epi16(l, lanes23, h), ones);
+    return (vw){acc.v + (w_reg)_mm512_add_epi32(p, q)};
 }
 
 //: vw_zip_lo
-WORD vw vw_zip_lo(vh a, vh b) { return (vw){_mm512_unpacklo_epi16(a.v, b.v)}; }
+WORD vw vw_zip_lo(vh a, vh b) { return (vw){(w_reg)_mm512_unpacklo_epi16((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_zip_hi
-WORD vw vw_zip_hi(vh a, vh b) { return (vw){_mm512_unpackhi_epi16(a.v, b.v)}; }
+WORD vw vw_zip_hi(vh a, vh b) { return (vw){(w_reg)_mm512_unpackhi_epi16((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_transpose_lanes
 // Two rounds of four shuffles and 4 stores, against 16 quarter-width stores without any.
 WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
-    __m512i a = _mm512_shuffle_i32x4(v0.v, v1.v, 0x44);  // v0.0 v0.1 v1.0 v1.1
-    __m512i b = _mm512_shuffle_i32x4(v2.v, v3.v, 0x44);
-    __m512i c = _mm512_shuffle_i32x4(v0.v, v1.v, 0xee);  // v0.2 v0.3 v1.2 v1.3
-    __m512i d = _mm512_shuffle_i32x4(v2.v, v3.v, 0xee);
+    __m512i a = _mm512_shuffle_i32x4((__m512i)v0.v, (__m512i)v1.v, 0x44);  // v0.0 v0.1 v1.0 v1.1
+    __m512i b = _mm512_shuffle_i32x4((__m512i)v2.v, (__m512i)v3.v, 0x44);
+    __m512i c = _mm512_shuffle_i32x4((__m512i)v0.v, (__m512i)v1.v, 0xee);  // v0.2 v0.3 v1.2 v1.3
+    __m512i d = _mm512_shuffle_i32x4((__m512i)v2.v, (__m512i)v3.v, 0xee);
     _mm512_storeu_si512(p, _mm512_shuffle_i32x4(a, b, 0x88));
     _mm512_storeu_si512(p + stride, _mm512_shuffle_i32x4(a, b, 0xdd));
     _mm512_storeu_si512(p + 2 * stride, _mm512_shuffle_i32x4(c, d, 0x88));
@@ -191,7 +202,7 @@ WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw
 }
 
 //: vw_store_s8
-WORD void vw_store_s8(int8_t *p, vw v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(v.v)); }
+WORD void vw_store_s8(int8_t *p, vw v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8((__m512i)v.v)); }
 
 //: vf_splat
 WORD vf vf_splat(float x) { return (vf){_mm512_set1_ps(x)}; }
@@ -214,13 +225,11 @@ WORD void vf_store_n(float *p, vf v, int n) {
 WORD vf vf_mul(vf a, vf b) { return (vf){_mm512_mul_ps(a.v, b.v)}; }
 
 //: vf_from_w
-WORD vf vf_from_w(vw v) { return (vf){_mm512_cvtepi32_ps(v.v)}; }
+WORD vf vf_from_w(vw v) { return (vf){_mm512_cvtepi32_ps((__m512i)v.v)}; }
 
 //: vw_abs_bits
-WORD vw vw_abs_bits(vf v) {
-    return (vw){_mm512_and_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(0x7fffffff))};
-}
+WORD vw vw_abs_bits(vf v) { return (vw){(w_reg)_mm512_castps_si512(v.v) & 0x7fffffff}; }
 
 //: vw_round
 // vcvtps2dq rounds as MXCSR says: to nearest even, unless the program changed it.
-WORD vw vw_round(vf v) { return (vw){_mm512_cvtps_epi32(v.v)}; }
+WORD vw vw_round(vf v) { return (vw){(w_reg)_mm512_cvtps_epi32(v.v)}; }

@@ -7,6 +7,9 @@
 // A line "//: NAME" opens the definition of the word NAME. Another ISA gives the same names with the same
 // meaning; the tests hold each of them against this file.
 
+//: includes
+#include <math.h>
+
 //: types
 typedef struct { uint8_t b[64]; } vb;
 typedef struct { int16_t h[32]; } vh;
