@@ -5,8 +5,8 @@
 #include <immintrin.h>
 
 //: types
-// Accumulators have the vector type of their elements: with __m256i (of int64) gcc 12 copies a register before and
-// after each addition in a loop and then has too few. The 16-bit type is unsigned: sums and products wrap.
+// Accumulators have the vector type of their elements: with __m256i (of int64) gcc 12 copies a register
+// before and after each addition in a loop, and spills for lack of them. Unsigned, because sums and products wrap.
 typedef uint16_t h_reg __attribute__((vector_size(32)));
 typedef uint32_t w_reg __attribute__((vector_size(32)));
 typedef struct { __m256i a, b; } vb;

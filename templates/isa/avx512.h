@@ -5,8 +5,8 @@
 #include <immintrin.h>
 
 //: types
-// Accumulators have the vector type of their elements: with __m512i (of int64) gcc 12 copies a register before and
-// after each addition in a loop, 8 moves for 4 vpdpbusd. The 16-bit type is unsigned: sums and products wrap.
+// Accumulators have the vector type of their elements: with __m512i (of int64) gcc 12 copies a register
+// before and after each addition in a loop, 8 moves for 4 vpdpbusd. Unsigned, because sums and products wrap.
 typedef uint16_t h_reg __attribute__((vector_size(64)));
 typedef uint32_t w_reg __attribute__((vector_size(64)));
 typedef struct { __m512i v; } vb;
@@ -91,15 +91,17 @@ WORD vh vh_sign_high(vb v) { return (vh){(h_reg)_mm512_srai_epi16(v.v, 8)}; }
 WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
 
 //: vb_low_bytes
-// vpackuswb saturates; what reaches it lies in 0..255. Three instructions but one shuffle; two vpshufb, the second
-// under a mask, keep the shuffle port of Intel's cores busier, and clang splits them into ymm halves.
+// vpackuswb saturates; what reaches it lies in 0..255. Three instructions, but one shuffle: two vpshufb, the
+// second under a mask, keep Intel's one shuffle port busy longer, and clang 14 makes 7 of them.
 WORD vb vb_low_bytes(vh a, vh b) {
     __m512i low = _mm512_set1_epi16(255);
     return (vb){_mm512_packus_epi16((__m512i)a.v & low, (__m512i)b.v & low)};
 }
 
 //: vb_high_bytes
-WORD vb vb_high_bytes(vh a, vh b) { return (vb){_mm512_packus_epi16((__m512i)(a.v >> 8), (__m512i)(b.v >> 8))}; }
+WORD vb vb_high_bytes(vh a, vh b) {
+    return (vb){_mm512_packus_epi16((__m512i)(a.v >> 8), (__m512i)(b.v >> 8))};
+}
 
 //: vw_zero
 WORD vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
@@ -167,8 +169,8 @@ WORD vw vw_widen(vw acc, vh v) {
 }
 
 //: vw_rows
-// One vpermt2w puts lanes 0 and 1 of lo and of hi side by side, one the lanes 2 and 3; vpmaddwd with ones widens
-// while it adds: 6 instructions. Adding lanes as int16 first could overflow.
+// One vpermt2w puts lanes 0 and 1 of lo and of hi side by side, one the lanes 2 and 3; vpmaddwd with ones
+// widens while it adds: 6 instructions. Adding lanes as int16 first could overflow.
 WORD vw vw_rows(vw acc, vh lo, vh hi) {
     __m512i l = (__m512i)lo.v, h = (__m512i)hi.v, ones = _mm512_set1_epi16(1);
     __m512i lanes01 = _mm512_setr_epi32(0x080000, 0x090001, 0x0a0002, 0x0b0003, 0x0c0004, 0x0d0005, 0x0e0006,
@@ -202,7 +204,9 @@ WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw
 }
 
 //: vw_store_s8
-WORD void vw_store_s8(int8_t *p, vw v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8((__m512i)v.v)); }
+WORD void vw_store_s8(int8_t *p, vw v) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8((__m512i)v.v));
+}
 
 //: vf_splat
 WORD vf vf_splat(float x) { return (vf){_mm512_set1_ps(x)}; }

@@ -1,8 +1,8 @@
 // The vocabulary of AVX-512 VNNI, over that of AVX-512.
 
 //: types
-// w_reg is signed, as the operands of gcc's vpdpbusd are: an unsigned one is copied in loops. No word below or of the
-// parent adds in it but through intrinsics, which wrap.
+// w_reg is signed, as the operands of gcc's vpdpbusd are: an unsigned one is copied in loops. Words add to it
+// by intrinsics alone, which wrap; those of the parent that use + are replaced below.
 typedef uint16_t h_reg __attribute__((vector_size(64)));
 typedef int32_t w_reg __attribute__((vector_size(64)));
 typedef struct { __m512i v; } vb;
