@@ -1,0 +1,188 @@
+"""Which C compilers are here, what they call themselves and which flags they get."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
+from bitgen.toolchain.process import Finished, TimedOutError, run
+
+if TYPE_CHECKING:
+    from bitgen.target import Isa
+
+NO_COMPILER = "no C compiler found: install gcc or clang, or pip install ziglang; or name one with --cc"
+PROBE_TIMEOUT_S = 10.0
+
+# c11 and no more: generated text must not lean on GNU dialect. Contraction off: (float)acc * scale has one
+# defined rounding on every ISA. math-errno off lets rintf be one instruction and changes no value.
+# Functions start on cache lines, so that a kernel's speed does not depend on its neighbours in the module.
+COMMON_FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-falign-functions=64",
+)
+
+_KIND_FLAGS = {
+    # Without the last one gcc inlines no function that is also exported; clang does by itself.
+    "gcc": ("-pipe", "-fmax-errors=20", "-fno-semantic-interposition"),
+    "clang": (),
+    "zig": ("-fno-sanitize=undefined",),  # zig turns UBSan traps on by itself
+}
+
+# zig cc compiles for the CPU it runs on unless told otherwise; gcc and clang start from the baseline.
+_BASELINE_FLAGS = {"gcc": (), "clang": (), "zig": ("-mcpu=baseline",)}
+
+_FORBIDDEN = ("-march=native", "-mcpu=native", "-mtune=native", "-ffast-math", "-Ofast")
+_FORBIDDEN_WHY = "results must be exact and flags come from the ISA level"
+
+
+def refuse_forbidden(flags: Sequence[str]) -> None:
+    """BitgenError when ``flags`` would change results or compile for whatever CPU is here."""
+    for flag in flags:
+        if flag in _FORBIDDEN:
+            raise BitgenError(f"the compiler flag {flag} is not allowed: {_FORBIDDEN_WHY}", EXIT_TOOLCHAIN)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C compiler: ``kind`` is gcc, clang or zig, ``command`` the words that start a command line.
+
+    ``version`` and ``target`` are asked for on first use and may raise BitgenError: a compiler that hangs
+    (longer than ``probe_timeout_s``) or fails is named there.
+    """
+
+    kind: str
+    command: tuple[str, ...]
+    probe_timeout_s: float = field(default=PROBE_TIMEOUT_S, compare=False)
+
+    def __post_init__(self) -> None:
+        refuse_forbidden(self.command)
+
+    @property
+    def name(self) -> str:
+        """The command as a person would type it."""
+        return shlex.join(self.command)
+
+    @property
+    def path(self) -> str:
+        """Where the program lies, for `bitgen detect`; not part of any record."""
+        return shutil.which(self.command[0]) or self.command[0]
+
+    @cached_property
+    def version(self) -> str:
+        """One line, for example "gcc (Debian 12.2.0-14) 12.2.0"; the same under every alias of a compiler."""
+        if self.kind == "zig":
+            return "zig " + self._probe((*self.command[:-1], "version")).strip()
+        first = self._version_text.strip().partition("\n")[0].strip()
+        # gcc prints the name it was called by: cc, gcc, x86_64-linux-gnu-gcc-12.
+        return re.sub(r"^\S+", "gcc", first) if self.kind == "gcc" else first
+
+    @cached_property
+    def target(self) -> str:
+        """The target triple, for example "x86_64-linux-gnu"."""
+        if self.kind == "gcc":
+            return self._probe((*self.command, "-dumpmachine")).strip()
+        match = re.search(r"^Target: (\S+)", self._version_text, re.MULTILINE)
+        if match is None:
+            raise BitgenError(f"{self.name} --version does not tell its target", EXIT_TOOLCHAIN)
+        # zig appends the running kernel's version; an update of it must not make records stale.
+        return re.sub(r"(?<=-linux)[0-9.]+", "", match[1])
+
+    def flags(self, isa: Isa | None) -> tuple[str, ...]:
+        """The flags of a translation unit of ``isa``; None means the architecture's baseline."""
+        if isa is None:
+            special = _BASELINE_FLAGS[self.kind]
+        else:
+            special = tuple(isa.zig_flags if self.kind == "zig" else isa.cc_flags)
+        return (*COMMON_FLAGS, *_KIND_FLAGS[self.kind], *special)
+
+    @cached_property
+    def _version_text(self) -> str:
+        return self._probe((*self.command, "--version"))
+
+    def _probe(self, command: tuple[str, ...]) -> str:
+        finished = _probe(command, self.probe_timeout_s)
+        if finished.status != 0:
+            said = (finished.stderr or finished.stdout).strip().partition("\n")[0]
+            message = f"the C compiler is broken: {shlex.join(command)} failed ({finished.status}): {said}"
+            raise BitgenError(message, EXIT_TOOLCHAIN)
+        return finished.stdout
+
+
+def find_compilers(probe_timeout_s: float = PROBE_TIMEOUT_S) -> list[Compiler]:
+    """The compilers of this machine in order of preference: gcc, clang, zig. Runs none of them."""
+    found = [Compiler(kind, (kind,), probe_timeout_s) for kind in ("gcc", "clang") if shutil.which(kind)]
+    zig = _zig_command()
+    return [*found, Compiler("zig", zig, probe_timeout_s)] if zig else found
+
+
+def find_compiler(name: str | None = None, probe_timeout_s: float = PROBE_TIMEOUT_S) -> Compiler:
+    """The compiler to use: ``name`` (--cc), else the environment's CC, else the first that is found.
+
+    ``name`` is a command line: "clang", "/opt/gcc-14/bin/gcc", "ccache gcc", "zig". BitgenError when it does
+    not exist, hangs or is none of gcc, clang and zig, and when there is no compiler at all.
+    """
+    for words, origin in ((name, "--cc"), (os.environ.get("CC"), "CC")):
+        if words and words.strip():
+            return _named(words, origin, probe_timeout_s)
+    found = find_compilers(probe_timeout_s)
+    if not found:
+        raise BitgenError(NO_COMPILER, EXIT_TOOLCHAIN)
+    return found[0]
+
+
+def _named(words: str, origin: str, probe_timeout_s: float) -> Compiler:
+    try:
+        command = tuple(shlex.split(words))
+    except ValueError as error:
+        raise BitgenError(f"{origin} {words!r}: {error}", EXIT_TOOLCHAIN) from error
+    if command == ("zig",):
+        command = _zig_command() or command
+    if shutil.which(command[0]) is None:
+        message = f"{origin} {words!r}: there is no such program; name a gcc, clang or zig that is installed"
+        raise BitgenError(message, EXIT_TOOLCHAIN)
+    if os.sep in command[0]:
+        # Compilers run in a scratch folder, where a relative path would lead elsewhere.
+        command = (str(Path(command[0]).absolute()), *command[1:])
+    if Path(command[0]).name == "zig" or "ziglang" in command:
+        return Compiler("zig", command if command[-1] == "cc" else (*command, "cc"), probe_timeout_s)
+    kind = _kind_of(command, probe_timeout_s)
+    if kind is None:
+        raise BitgenError(f"{origin} {words!r} is neither gcc nor clang nor zig", EXIT_TOOLCHAIN)
+    return Compiler(kind, command, probe_timeout_s)
+
+
+def _zig_command() -> tuple[str, ...] | None:
+    if shutil.which("zig"):
+        return ("zig", "cc")
+    if sys.executable and importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "cc")
+    return None
+
+
+def _kind_of(command: tuple[str, ...], probe_timeout_s: float) -> str | None:
+    # By its predefined macros: cc may be either, gcc is clang on some systems, and --version is prose.
+    macros = _probe((*command, "-dM", "-E", "-x", "c", os.devnull), probe_timeout_s).stdout
+    kinds = (("__clang__", "clang"), ("__GNUC__", "gcc"))  # clang defines both
+    return next((kind for macro, kind in kinds if f"#define {macro} " in macros), None)
+
+
+def _probe(command: tuple[str, ...], timeout_s: float) -> Finished:
+    try:
+        return run(command, timeout_s=timeout_s)
+    except TimedOutError as error:
+        message = f"the C compiler hangs: {shlex.join(command)} did not answer within {timeout_s:g} s"
+        raise BitgenError(f"{message}; choose another with --cc", EXIT_TOOLCHAIN) from error
