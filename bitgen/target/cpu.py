@@ -1,0 +1,79 @@
+"""What is known about a machine's CPU: plain records, nothing that reads or guesses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+# What to assume when the system does not tell. Small L1 and L2 keep blocks in cache everywhere; a large last
+# level keeps "cold" timings cold.
+_L1D_BYTES, _L2_BYTES, _LLC_BYTES = 32 << 10, 256 << 10, 32 << 20
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache as a core sees it; ``shared_by`` logical CPUs use the same one."""
+
+    level: int
+    type: str  # Data, Instruction, Unified
+    size_bytes: int
+    line_bytes: int
+    shared_by: int
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """One machine's CPU. ``features`` has the names of /proc/cpuinfo, also on macOS.
+
+    ``family`` is a label (zen5, haswell; the architecture when unknown): for people and as the key of shared
+    winners, never for deciding what runs. ``usable_threads`` is the number of physical cores this process may
+    use: within its affinity and its cgroup's quota, at least 1.
+    """
+
+    os: str
+    arch: str
+    vendor: str
+    model_name: str
+    family: str
+    features: frozenset[str]
+    logical_cpus: int
+    physical_cores: int
+    usable_threads: int
+    caches: tuple[Cache, ...] = ()
+
+    @property
+    def l1d_bytes(self) -> int:
+        """Level 1 data cache of a core; 32 KiB when the system does not tell."""
+        return next((c.size_bytes for c in self._data_caches if c.level == 1), _L1D_BYTES)
+
+    @property
+    def l2_bytes(self) -> int:
+        """Level 2 cache as a core sees it; 256 KiB when the system does not tell."""
+        return next((c.size_bytes for c in self._data_caches if c.level == 2), _L2_BYTES)
+
+    @property
+    def llc_bytes(self) -> int:
+        """The last-level cache a core can use, one instance; 32 MiB when the system does not tell."""
+        llc = self._llc
+        return llc.size_bytes if llc else _LLC_BYTES
+
+    @property
+    def llc_total_bytes(self) -> int:
+        """All instances of the last-level cache together (chiplets, sockets)."""
+        llc = self._llc
+        return llc.size_bytes * math.ceil(self.logical_cpus / llc.shared_by) if llc else _LLC_BYTES
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able picture of all fields, features sorted."""
+        return {**dataclasses.asdict(self), "features": sorted(self.features)}
+
+    @property
+    def _data_caches(self) -> tuple[Cache, ...]:
+        return tuple(sorted((c for c in self.caches if c.type != "Instruction"), key=lambda c: c.level))
+
+    @property
+    def _llc(self) -> Cache | None:
+        # A machine that tells only about L1 has not told about its last level.
+        return next((c for c in reversed(self._data_caches) if c.level >= 2), None)

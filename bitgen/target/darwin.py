@@ -1,0 +1,78 @@
+"""macOS: the output of sysctl -> Cpu, with the feature names of Linux."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+from bitgen.target.cpu import Cache, Cpu
+from bitgen.target.family import family_label, load_cpu_families
+
+# macOS names -> the names of Linux; what is not listed differs in case only.
+_X86 = {"avx1.0": "avx", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx512vnni": "avx512_vnni"}
+_ARM = {
+    "AdvSIMD": "asimd",
+    "FEAT_FP16": "asimdhp",
+    "FEAT_DotProd": "asimddp",
+    "FEAT_I8MM": "i8mm",
+    "FEAT_BF16": "bf16",
+    "FEAT_SME": "sme",
+    "FEAT_SME2": "sme2",
+}
+
+
+def cpu_from_sysctl(text: str, arch: str) -> Cpu:
+    """The CPU of the output of ``sysctl hw machdep.cpu``; ``arch`` is that of this process (Rosetta)."""
+    pairs = (line.partition(":") for line in text.splitlines())
+    values = {key.strip(): value.strip() for key, _, value in pairs}
+
+    def number(*keys: str) -> int:
+        return next((int(values[key]) for key in keys if values.get(key, "").isdigit()), 0)
+
+    words = " ".join(values.get(f"machdep.cpu.{key}", "") for key in ("features", "leaf7_features")).lower()
+    features = {_X86.get(word, word) for word in words.split()}
+    features |= {linux for mac, linux in _ARM.items() if values.get(f"hw.optional.arm.{mac}") == "1"}
+    brand = values.get("machdep.cpu.brand_string", "unknown")
+    logical = number("hw.logicalcpu") or number("machdep.cpu.thread_count") or 1
+    physical = number("hw.physicalcpu") or number("machdep.cpu.core_count") or logical
+    line = number("hw.cachelinesize") or 64
+    # perflevel0 are the performance cores; Intel Macs and old systems only have the plain keys.
+    sizes = (
+        (1, "Data", number("hw.perflevel0.l1dcachesize", "hw.l1dcachesize"), 1),
+        (
+            2,
+            "Unified",
+            number("hw.perflevel0.l2cachesize", "hw.l2cachesize"),
+            number("hw.perflevel0.cpusperl2"),
+        ),
+        (3, "Unified", number("hw.l3cachesize"), logical),
+    )
+    apple = re.match(r"Apple (M\d+)", brand)
+    vendor = values.get("machdep.cpu.vendor") or ("Apple" if apple else "unknown")
+    numbers = {"vendor_id": vendor, "cpu family": values.get("machdep.cpu.family", "6")}
+    numbers |= {key: values.get(f"machdep.cpu.{key}", "") for key in ("model", "stepping")}
+    if apple and arch == "aarch64":
+        label = apple[1].lower()
+    else:
+        label = family_label(numbers, arch, frozenset(features), load_cpu_families())
+    return Cpu(
+        os="Darwin",
+        arch=arch,
+        vendor=vendor,
+        model_name=brand,
+        family=label,
+        features=frozenset(features),
+        logical_cpus=logical,
+        physical_cores=physical,
+        usable_threads=physical,
+        caches=tuple(Cache(lvl, kind, size, line, shared or 1) for lvl, kind, size, shared in sizes if size),
+    )
+
+
+def run_sysctl() -> str:
+    try:
+        command = ["/usr/sbin/sysctl", "hw", "machdep.cpu"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout

@@ -1,0 +1,117 @@
+"""The CPU family label: zen5, haswell, neoverse_n1. For people and as a key of winners, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitgen.config import load_strict, load_yaml
+from bitgen.errors import BitgenError
+from bitgen.paths import configs_dir
+
+_ARCHS = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+
+
+def normal_arch(machine: str) -> str:
+    """The name this project uses for what platform.machine() says: x86_64, aarch64, ..."""
+    name = machine.lower()
+    return _ARCHS.get(name, name)
+
+
+@dataclass(frozen=True)
+class CpuFamily:
+    """One line of configs/cpu_families.yaml. Hexadecimal numbers and ranges: "55", "30-4f 60-7f"."""
+
+    label: str
+    vendor: str
+    family: int
+    models: str
+    steppings: str = "0-ff"
+
+    def __post_init__(self) -> None:
+        try:
+            ranges = [_bounds(part) for text in (self.models, self.steppings) for part in text.split()]
+        except ValueError as error:
+            raise BitgenError(f"models and steppings must be hexadecimal ranges: {error}") from error
+        if any(first > last for first, last in ranges):
+            raise BitgenError("models and steppings must be ranges first-last")
+
+    def holds(self, vendor: str, family: int, model: int, stepping: int) -> bool:
+        """Whether a CPU with these numbers belongs to the family."""
+        same = (self.vendor, self.family) == (vendor, family)
+        return same and _within(model, self.models) and _within(stepping, self.steppings)
+
+
+@dataclass(frozen=True)
+class _File:
+    cpu_families: tuple[CpuFamily, ...]
+
+
+def load_cpu_families(file: Path | None = None) -> tuple[CpuFamily, ...]:
+    """The families of ``file`` (default: configs/cpu_families.yaml); BitgenError when it is wrong."""
+    path = file if file is not None else configs_dir() / "cpu_families.yaml"
+    return load_strict(_File, load_yaml(path), str(path)).cpu_families
+
+
+def family_label(
+    processor: Mapping[str, str], arch: str, features: frozenset[str], families: Iterable[CpuFamily]
+) -> str:
+    """The label of one processor of /proc/cpuinfo: by ``families``, else archspec's, else ``arch``.
+
+    By numbers first, because a hypervisor hides features at will and archspec judges by features.
+    """
+    vendor = (processor.get("vendor_id") or processor.get("CPU implementer") or "").strip()
+    numbers = _numbers(processor)
+    if numbers is not None:
+        for family in families:
+            if family.holds(vendor.lower() if vendor.startswith("0x") else vendor, *numbers):
+                return family.label
+    return _archspec_label(vendor, processor.get("CPU part", ""), arch, features) or arch
+
+
+def _numbers(processor: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """(family, model, stepping); None when the text does not hold them."""
+    try:
+        if "CPU implementer" in processor:
+            return int(processor["CPU architecture"], 0), int(processor["CPU part"], 0), 0
+        return int(processor["cpu family"]), int(processor["model"]), int(processor.get("stepping") or "0")
+    except (KeyError, ValueError):
+        return None
+
+
+def _archspec_label(vendor: str, part: str, arch: str, features: frozenset[str]) -> str | None:
+    """The newest CPU of this vendor archspec knows whose features are all here; None when there is none.
+
+    archspec.cpu.host() would look at this machine; the label of a recorded one needs the same rule as a pure
+    function.
+    """
+    try:
+        from archspec.cpu import TARGETS  # 25 ms, and only for a CPU the table above does not list
+        from archspec.cpu.schema import TARGETS_JSON
+
+        maker = TARGETS_JSON["conversions"]["arm_vendors"].get(vendor, vendor)
+        root = TARGETS[arch]
+        if features & {"pni", "ssse3"}:
+            features |= {"sse3"}  # Linux calls it pni, archspec's tables do not
+        fitting = [t for t in TARGETS.values() if root in t.ancestors and t.features <= features]
+        known = [t for t in fitting if t.vendor == maker and getattr(t, "cpu_part", "") in ("", part)]
+        generic = max((t for t in fitting if t.vendor == "generic"), key=_depth, default=root)
+        # A CPU older than the generic level reached is one whose successors hide a feature.
+        newest = max((t for t in known if t > generic or arch == "aarch64"), key=_depth, default=None)
+        return str(newest.name) if newest is not None else None
+    except Exception:  # a label is never worth a failure, whatever a new release of archspec raises
+        return None
+
+
+def _depth(target: object) -> tuple[int, int]:
+    return len(target.ancestors), len(target.features)  # type: ignore[attr-defined]
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    return int(first, 16), int(last or first, 16)
+
+
+def _within(number: int, ranges: str) -> bool:
+    return any(first <= number <= last for first, last in map(_bounds, ranges.split()))

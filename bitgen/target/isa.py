@@ -1,0 +1,136 @@
+"""ISA levels (configs/isas.yaml), and which of them a CPU can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitgen.config import load_strict, load_yaml, nearest_names
+from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, EXIT_USAGE, BitgenError
+from bitgen.paths import configs_dir
+from bitgen.target.cpu import Cpu
+
+ANY_ARCH = "any"
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One ISA level kernels are generated for; see configs/isas.yaml for the meaning of each field."""
+
+    name: str
+    arch: str
+    parent: str | None
+    requires: frozenset[str]
+    cc_flags: tuple[str, ...]
+    zig_flags: tuple[str, ...]
+    vocabulary: tuple[str, ...]  # names of the headers below templates/isa/, base first, own last
+    native_dot4: bool
+    vector_bytes: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The CPU advertises everything ``isa`` needs."""
+
+    isa: Isa
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The CPU cannot run ``isa``, because of ``reason``."""
+
+    isa: Isa
+    reason: str
+
+
+@dataclass(frozen=True)
+class _IsaEntry:
+    arch: str
+    requires: frozenset[str]
+    cc_flags: tuple[str, ...]
+    zig_flags: tuple[str, ...]
+    native_dot4: bool
+    vector_bytes: int
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class _IsaFile:
+    isas: dict[str, _IsaEntry]
+
+
+def load_isas(file: Path | None = None) -> tuple[Isa, ...]:
+    """The ISA levels of ``file`` (default: configs/isas.yaml), weakest first.
+
+    BitgenError (EXIT_FILE) when the file is wrong: also when a parent does not stand before its child, is of
+    another architecture, or requires something the child does not.
+    """
+    path = file if file is not None else configs_dir() / "isas.yaml"
+    isas: dict[str, Isa] = {}
+    for name, entry in load_strict(_IsaFile, load_yaml(path), str(path)).isas.items():
+        where = f"{path}: isas.{name}"
+        vocabulary: tuple[str, ...] = (name,)
+        if entry.parent is not None:
+            parent = isas.get(entry.parent)
+            if parent is None:
+                raise BitgenError(f"{where}: the parent {entry.parent!r} must stand before it", EXIT_FILE)
+            if parent.arch != entry.arch or not parent.requires <= entry.requires:
+                message = f"{where}: arch and requires must include those of the parent {parent.name}"
+                raise BitgenError(message, EXIT_FILE)
+            vocabulary = (*parent.vocabulary, name)
+        isas[name] = Isa(
+            name=name,
+            arch=entry.arch,
+            parent=entry.parent,
+            requires=entry.requires,
+            cc_flags=entry.cc_flags,
+            zig_flags=entry.zig_flags,
+            vocabulary=vocabulary,
+            native_dot4=entry.native_dot4,
+            vector_bytes=entry.vector_bytes,
+        )
+    return tuple(isas.values())
+
+
+def resolve_isas(cpu: Cpu, isas: Iterable[Isa]) -> list[Accepted | Rejected]:
+    """Each of ``isas`` (given weakest first) accepted, or rejected with the reason; strongest first."""
+    return [_judge(cpu, isa) for isa in reversed(tuple(isas))]
+
+
+def accepted_isas(cpu: Cpu, isas: Iterable[Isa]) -> tuple[Isa, ...]:
+    """The levels ``cpu`` can run, strongest first."""
+    return tuple(d.isa for d in resolve_isas(cpu, isas) if isinstance(d, Accepted))
+
+
+def find_isa(name: str, isas: Iterable[Isa]) -> Isa:
+    """The level called ``name`` ("AVX512-VNNI" finds avx512_vnni); BitgenError (EXIT_USAGE) when none is."""
+    known = {isa.name: isa for isa in isas}
+    folded = name.lower().replace("-", "_")
+    if folded in known:
+        return known[folded]
+    near = nearest_names(folded, known)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+    raise BitgenError(f"unknown ISA level {name!r}; {hint}", EXIT_USAGE)
+
+
+def require_isa(name: str, cpu: Cpu, isas: Sequence[Isa]) -> Isa:
+    """The level called ``name`` if ``cpu`` can run it.
+
+    BitgenError: EXIT_USAGE for an unknown name, EXIT_UNSUPPORTED (with the reason) for one it cannot run.
+    """
+    decision = _judge(cpu, find_isa(name, isas))
+    if isinstance(decision, Accepted):
+        return decision.isa
+    runnable = ", ".join(isa.name for isa in accepted_isas(cpu, isas))
+    message = f"cannot run {decision.isa.name} here: {decision.reason}; this CPU runs {runnable}"
+    raise BitgenError(message, EXIT_UNSUPPORTED)
+
+
+def _judge(cpu: Cpu, isa: Isa) -> Accepted | Rejected:
+    if isa.arch not in (ANY_ARCH, cpu.arch):
+        return Rejected(isa, f"it is for {isa.arch}, this CPU is {cpu.arch}")
+    missing = sorted(isa.requires - cpu.features)
+    if missing:
+        return Rejected(isa, f"this CPU lacks {', '.join(missing)}")
+    return Accepted(isa)

@@ -1,0 +1,195 @@
+"""Linux: /proc and /sys below a root -> Cpu. Everything that interprets text is a pure function of it.
+
+Whether the operating system saves AVX and AVX-512 registers is not asked separately: Linux clears the flags
+in /proc/cpuinfo when it does not (XCR0).
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bitgen.target.cpu import Cache, Cpu
+from bitgen.target.family import family_label, load_cpu_families, normal_arch
+
+
+def detect_linux(root: Path) -> Cpu:
+    """The CPU described by the files below ``root``; what they do not tell is left empty, never guessed."""
+    processors = parse_cpuinfo(_read(root / "proc/cpuinfo"))
+    if not processors and root == Path("/"):
+        processors = _ask_py_cpuinfo()
+    online = [int(p["processor"]) for p in processors if p.get("processor", "").isdigit()] or [0]
+    cores = _core_of_each_cpu(root, processors, online)
+    allowed = set(parse_cpu_list(_status_field(root, "Cpus_allowed_list"))) & set(online) or set(online)
+    quota = cgroup_cpu_quota(root)
+    threads = len({cores[cpu] for cpu in allowed})
+    if quota is not None:
+        # Rounded down: a thread beyond the quota is stopped and stalls the others at the next barrier.
+        threads = min(threads, int(quota))
+    features = processor_features(processors)
+    arch = _arch_of(processors, features)
+    # The last processor: where ARM mixes cores, the big ones come last.
+    last = processors[-1] if processors else {}
+    vendor = last.get("vendor_id") or last.get("CPU implementer") or "unknown"
+    family = family_label(last, arch, features, load_cpu_families())
+    return Cpu(
+        os="Linux",
+        arch=arch,
+        vendor=vendor,
+        model_name=last.get("model name") or family.replace("_", " ").title(),
+        family=family,
+        features=features,
+        logical_cpus=len(online),
+        physical_cores=len(set(cores.values())),
+        usable_threads=max(1, threads),
+        caches=read_caches(root, min(allowed)),
+    )
+
+
+def parse_cpuinfo(text: str) -> list[dict[str, str]]:
+    """The processors of /proc/cpuinfo, each as key -> value; other blocks are dropped."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", text):
+        pairs = (line.partition(":") for line in block.splitlines() if ":" in line)
+        processor = {key.strip(): value.strip() for key, _, value in pairs}
+        if "processor" in processor:
+            blocks.append(processor)
+    return blocks
+
+
+def processor_features(processors: Sequence[Mapping[str, str]]) -> frozenset[str]:
+    """What *all* processors advertise: a thread may run on any of them, and cores may differ."""
+    sets = [frozenset((p.get("flags") or p.get("Features") or "").split()) for p in processors]
+    return frozenset.intersection(*sets) if sets else frozenset()
+
+
+def parse_cpu_list(text: str) -> list[int]:
+    """The numbers of a list: "0-2,8" -> [0, 1, 2, 8]. Malformed parts are dropped."""
+    cpus: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if found:
+            cpus.extend(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return cpus
+
+
+def parse_size(text: str) -> int:
+    """The bytes of "48K", "1M" or "64"; 0 when it is none of these."""
+    found = re.fullmatch(r"(\d+)([KMG]?)", text.strip())
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
+
+
+def read_caches(root: Path, cpu: int) -> tuple[Cache, ...]:
+    """The caches of one logical CPU, from sysfs below ``root``; empty when sysfs does not tell."""
+    caches = []
+    for index in sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")):
+        level, size = _read(index / "level"), parse_size(_read(index / "size"))
+        if level.isdigit() and size:
+            caches.append(
+                Cache(
+                    level=int(level),
+                    type=_read(index / "type") or "Unified",
+                    size_bytes=size,
+                    line_bytes=parse_size(_read(index / "coherency_line_size")) or 64,
+                    shared_by=len(parse_cpu_list(_read(index / "shared_cpu_list"))) or 1,
+                )
+            )
+    return tuple(caches)
+
+
+def cgroup_cpu_quota(root: Path) -> float | None:
+    """CPUs' worth of time this process may use, from cgroup v1 and v2; None when unlimited.
+
+    A limit of any ancestor holds for its children, so the smallest one counts.
+    """
+    quotas = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            bases = ["unified", ""]
+        elif "cpu" in controllers.split(","):
+            bases = ["cpu", "cpu,cpuacct", "cpuacct,cpu"]
+        else:
+            continue
+        # Inside a container the path may name a folder only the host sees; then its ancestors still count.
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for base in bases:
+            for depth in range(len(parts), -1, -1):
+                quotas.append(_quota_of(root.joinpath("sys/fs/cgroup", base, *parts[:depth])))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    """The limit of one cgroup folder: cpu.max is "max 100000" or "150000 100000"; v1 has two files."""
+    limit, _, period = _read(folder / "cpu.max").partition(" ")
+    if not limit:
+        limit, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    is_limit = limit.isdigit() and period.isdigit() and int(period) > 0  # "max" and "-1" are none
+    return int(limit) / int(period) if is_limit else None
+
+
+def _core_of_each_cpu(
+    root: Path, processors: Sequence[Mapping[str, str]], online: Sequence[int]
+) -> dict[int, object]:
+    """Logical CPU -> something equal for the hardware threads of one core.
+
+    From sysfs, else from the ids in /proc/cpuinfo (x86), else each logical CPU counts as a core.
+    """
+    by_number = {p.get("processor"): p for p in processors}
+    cores: dict[int, object] = {}
+    for cpu in online:
+        siblings = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        processor = by_number.get(str(cpu), {})
+        if siblings:
+            cores[cpu] = siblings
+        elif "core id" in processor:
+            cores[cpu] = (processor.get("physical id"), processor["core id"])
+        else:
+            cores[cpu] = cpu
+    return cores
+
+
+def _arch_of(processors: Sequence[Mapping[str, str]], features: frozenset[str]) -> str:
+    """Of the recorded processors where they tell, else of this process."""
+    if any("CPU implementer" in p for p in processors):
+        return "aarch64" if "asimd" in features else "arm"  # a 32-bit ARM kernel says neon, not asimd
+    if "lm" in features:
+        return "x86_64"
+    return normal_arch(platform.machine())
+
+
+def _status_field(root: Path, field: str) -> str:
+    for line in _read(root / "proc/self/status").splitlines():
+        key, _, value = line.partition(":")
+        if key == field:
+            return value.strip()
+    return ""
+
+
+def _read(file: Path) -> str:
+    """The text of a small file, stripped; empty when there is none or it may not be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _ask_py_cpuinfo() -> list[dict[str, str]]:
+    """One processor as py-cpuinfo sees it (1.2 s), for systems without /proc/cpuinfo; empty when it fails."""
+    try:
+        import cpuinfo
+
+        info = cpuinfo.get_cpu_info()
+        processor = {
+            "processor": "0",
+            "vendor_id": str(info.get("vendor_id_raw", "")),
+            "model name": str(info.get("brand_raw", "")),
+            "flags": " ".join(info.get("flags", ())),
+        }
+    except Exception:  # it raises plain Exception for CPUs it does not know
+        return []
+    count = int(info.get("count", 1))
+    return [{**processor, "processor": str(number)} for number in range(count)]

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bitgen.target import Cpu, detect_cpu
+
+RECORDED_CPUS = Path(__file__).parent / "data" / "cpuinfo"
+
+
+@pytest.fixture
+def recorded_cpu(tmp_path: Path) -> Callable[[str], Cpu]:
+    """A function from the name of a recording in tests/data/cpuinfo to the Cpu detected from it."""
+
+    def detect(name: str) -> Cpu:
+        root = tmp_path / "machines" / name
+        (root / "proc").mkdir(parents=True)
+        shutil.copy(RECORDED_CPUS / f"{name}.txt", root / "proc" / "cpuinfo")
+        return detect_cpu(root, "Linux")
+
+    return detect
+
+
+@pytest.fixture
+def bitgen_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that holds everything bitgen writes during the test."""
+    home = tmp_path / "bitgen_home"
+    monkeypatch.setenv("BITGEN_HOME", str(home))
+    return home

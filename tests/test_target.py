@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import bitgen.target.family
+import bitgen.target.linux
+from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, EXIT_USAGE, BitgenError
+from bitgen.paths import configs_dir
+from bitgen.target import (
+    Accepted,
+    Cache,
+    Cpu,
+    accepted_isas,
+    detect_cpu,
+    find_isa,
+    load_isas,
+    require_isa,
+    require_supported_os,
+    resolve_isas,
+)
+from bitgen.target.darwin import cpu_from_sysctl
+from bitgen.target.family import CpuFamily, family_label, load_cpu_families
+from bitgen.target.linux import (
+    cgroup_cpu_quota,
+    parse_cpu_list,
+    parse_cpuinfo,
+    parse_size,
+    processor_features,
+    read_caches,
+)
+
+Detect = Callable[[str], Cpu]
+RECORDED = Path(__file__).parent / "data" / "cpuinfo"
+
+X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi")
+ICELAKE_ON = ("avx512_vbmi", "avx512_vnni", "avx512", "avx2", "scalar")
+ALL = ("avx512_vbmi", "avx512_vnni", "avx512", "avx_vnni", "avx2", "scalar")
+HASWELL_ON = ("avx2", "scalar")
+
+# recording -> family, architecture, ISA levels it runs, strongest first
+MACHINES = {
+    "nehalem": ("nehalem", "x86_64", ("scalar",)),
+    "ivybridge": ("ivybridge", "x86_64", ("scalar",)),
+    "piledriver": ("piledriver", "x86_64", ("scalar",)),
+    "haswell": ("haswell", "x86_64", HASWELL_ON),
+    "broadwell": ("broadwell", "x86_64", HASWELL_ON),
+    "zen": ("zen", "x86_64", HASWELL_ON),
+    "zen2": ("zen2", "x86_64", HASWELL_ON),
+    "zen3": ("zen3", "x86_64", HASWELL_ON),
+    "raptorlake": ("raptorlake", "x86_64", ("avx_vnni", "avx2", "scalar")),
+    "arrowlake": ("arrowlake", "x86_64", ("avx_vnni", "avx2", "scalar")),
+    "skylake_avx512": ("skylake_avx512", "x86_64", ("avx512", "avx2", "scalar")),
+    "cascadelake": ("cascadelake", "x86_64", ("avx512_vnni", "avx512", "avx2", "scalar")),
+    "zen4": ("zen4", "x86_64", ICELAKE_ON),
+    "sapphirerapids": ("sapphirerapids", "x86_64", ALL),
+    "zen5": ("zen5", "x86_64", ALL),
+    "zen5_guest": ("zen5", "x86_64", ALL),
+    "cortex_a72": ("cortex_a72", "aarch64", ("scalar",)),
+    "cortex_a76": ("cortex_a76", "aarch64", ("scalar",)),
+    "neoverse_n1": ("neoverse_n1", "aarch64", ("scalar",)),
+    "neoverse_v2": ("neoverse_v2", "aarch64", ("scalar",)),
+    "apple_m1": ("m1", "aarch64", ("scalar",)),
+}
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+def reasons(cpu: Cpu) -> dict[str, str]:
+    decisions = resolve_isas(cpu, load_isas())
+    return {d.isa.name: "" if isinstance(d, Accepted) else d.reason for d in decisions}
+
+
+# ---- Recorded machines --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_recorded_machine(recorded_cpu: Detect, name: str) -> None:
+    cpu = recorded_cpu(name)
+    family, arch, runs = MACHINES[name]
+    assert (cpu.family, cpu.arch, cpu.os) == (family, arch, "Linux")
+    assert tuple(isa.name for isa in accepted_isas(cpu, load_isas())) == runs
+
+
+def test_every_linux_recording_is_tested() -> None:
+    recorded = {file.stem for file in RECORDED.glob("*.txt") if not file.stem.startswith("macos_")}
+    assert recorded == set(MACHINES)
+
+
+def test_rejections_name_exactly_what_is_missing(recorded_cpu: Detect) -> None:
+    assert reasons(recorded_cpu("nehalem"))["avx2"] == "this CPU lacks avx2, bmi2, f16c, fma"
+    assert reasons(recorded_cpu("piledriver"))["avx2"] == "this CPU lacks avx2, bmi2"
+    assert reasons(recorded_cpu("zen3"))["avx_vnni"] == "this CPU lacks avx_vnni"
+    assert reasons(recorded_cpu("raptorlake"))["avx512"] == (
+        "this CPU lacks avx512bw, avx512dq, avx512f, avx512vl"
+    )
+    assert reasons(recorded_cpu("skylake_avx512"))["avx512_vnni"] == "this CPU lacks avx512_vnni"
+    assert reasons(recorded_cpu("cascadelake"))["avx512_vbmi"] == "this CPU lacks avx512vbmi"
+    assert reasons(recorded_cpu("zen4"))["avx_vnni"] == "this CPU lacks avx_vnni"
+    assert reasons(recorded_cpu("neoverse_n1"))["avx2"] == "it is for x86_64, this CPU is aarch64"
+    assert set(reasons(recorded_cpu("zen5")).values()) == {""}
+
+
+def test_decisions_are_strongest_first_and_cover_every_level(recorded_cpu: Detect) -> None:
+    isas = load_isas()
+    decisions = resolve_isas(recorded_cpu("skylake_avx512"), isas)
+    assert [d.isa for d in decisions] == list(reversed(isas))
+
+
+def test_identity_of_a_guest(recorded_cpu: Detect) -> None:
+    cpu = recorded_cpu("zen5_guest")
+    assert (cpu.vendor, cpu.model_name) == ("AuthenticAMD", "AMD EPYC")
+    assert (cpu.logical_cpus, cpu.physical_cores, cpu.usable_threads) == (2, 2, 2)
+
+
+def test_arm_boards_count_processors_and_get_a_name(recorded_cpu: Detect) -> None:
+    cpu = recorded_cpu("cortex_a76")
+    assert (cpu.logical_cpus, cpu.physical_cores, cpu.model_name) == (4, 4, "Cortex A76")
+    assert "asimddp" in cpu.features
+    assert "asimddp" not in recorded_cpu("cortex_a72").features
+    assert {"i8mm", "sve2"} <= recorded_cpu("neoverse_v2").features
+
+
+def test_this_machine_is_detected() -> None:
+    cpu = detect_cpu()
+    assert 1 <= cpu.usable_threads <= cpu.physical_cores <= cpu.logical_cpus
+    assert accepted_isas(cpu, load_isas())[-1].name == "scalar"
+    assert set(cpu.to_dict()) == {field.name for field in dataclasses.fields(Cpu)}
+    assert cpu.to_dict()["features"] == sorted(cpu.features)
+
+
+# ---- Linux: topology, affinity, quota, caches ------------------------------------------------------
+
+
+def x86_processors(*ids: tuple[int, int], flags: str = "lm avx2") -> str:
+    """/proc/cpuinfo with one processor for each (physical id, core id)."""
+    block = "processor : {}\nvendor_id : X\nphysical id : {}\ncore id : {}\nflags : {}\n"
+    return "\n".join(block.format(i, package, core, flags) for i, (package, core) in enumerate(ids))
+
+
+def test_hyperthreads_count_once(tmp_path: Path) -> None:
+    root = write(tmp_path, {"proc/cpuinfo": x86_processors((0, 0), (0, 1), (1, 0), (1, 1), (0, 0), (0, 1))})
+    cpu = detect_cpu(root, "Linux")
+    assert (cpu.logical_cpus, cpu.physical_cores, cpu.usable_threads) == (6, 4, 4)
+
+
+def test_sysfs_knows_cores_better_than_cpuinfo(tmp_path: Path) -> None:
+    files = {"proc/cpuinfo": x86_processors((0, 0), (0, 1), (0, 2), (0, 3))}
+    for cpu_number, siblings in enumerate(["0-1", "0-1", "2-3", "2-3"]):
+        files[f"sys/devices/system/cpu/cpu{cpu_number}/topology/thread_siblings_list"] = siblings + "\n"
+    assert detect_cpu(write(tmp_path, files), "Linux").physical_cores == 2
+
+
+def test_affinity_limits_threads_not_cores(tmp_path: Path) -> None:
+    cpuinfo = x86_processors((0, 0), (0, 1), (0, 2), (0, 3), (0, 0), (0, 1), (0, 2), (0, 3))
+    status = "Name:\tx\nCpus_allowed:\tff\nCpus_allowed_list:\t1-2,5\n"  # 1 and 5 are one core
+    root = write(tmp_path, {"proc/cpuinfo": cpuinfo, "proc/self/status": status})
+    cpu = detect_cpu(root, "Linux")
+    assert (cpu.logical_cpus, cpu.physical_cores, cpu.usable_threads) == (8, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        ({"proc/self/cgroup": "0::/\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 1.5),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "300000 100000\n"}, 3.0),
+        (  # the smallest limit of all ancestors
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000",
+                "sys/fs/cgroup/a/b/cpu.max": "400000 100000",
+            },
+            2.0,
+        ),
+        ({"proc/self/cgroup": "0::/../../a\n", "sys/fs/cgroup/cpu.max": "50000 100000"}, 0.5),
+        (  # version 1, both controllers mounted together
+            {
+                "proc/self/cgroup": "5:memory:/m\n4:cpu,cpuacct:/docker/1\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/1/cpu.cfs_quota_us": "250000\n",
+                "sys/fs/cgroup/cpu,cpuacct/docker/1/cpu.cfs_period_us": "100000\n",
+            },
+            2.5,
+        ),
+        (  # version 1, unlimited; the folder of the host is not visible here
+            {
+                "proc/self/cgroup": "1:cpu:/docker/1\n0::/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
+        (  # another controller's quota is not ours
+            {
+                "proc/self/cgroup": "1:cpuset:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100\n",
+            },
+            None,
+        ),
+        ({"proc/self/cgroup": "nonsense\n0::/\n", "sys/fs/cgroup/cpu.max": "100 0"}, None),
+    ],
+)
+def test_cgroup_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    assert cgroup_cpu_quota(write(tmp_path, files)) == quota
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("250000", 2), ("50000", 1), ("900000", 4), ("max", 4)])
+def test_quota_limits_threads(tmp_path: Path, limit: str, threads: int) -> None:
+    files = {
+        "proc/cpuinfo": x86_processors((0, 0), (0, 1), (0, 2), (0, 3)),
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/cpu.max": f"{limit} 100000\n",
+    }
+    assert detect_cpu(write(tmp_path, files), "Linux").usable_threads == threads
+
+
+def cache_files(cpu: int, *caches: tuple[int, str, str, str]) -> dict[str, str]:
+    files = {}
+    for index, (level, kind, size, shared) in enumerate(caches):
+        folder = f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"
+        files |= {f"{folder}/level": f"{level}\n", f"{folder}/type": f"{kind}\n"}
+        files |= {f"{folder}/size": f"{size}\n", f"{folder}/shared_cpu_list": f"{shared}\n"}
+        files[f"{folder}/coherency_line_size"] = "64\n"
+    return files
+
+
+def test_caches_of_chiplets(tmp_path: Path) -> None:
+    # Two chiplets of two cores each, every one with its own L3.
+    files = {"proc/cpuinfo": x86_processors((0, 0), (0, 1), (0, 2), (0, 3))}
+    levels = ((1, "Data", "32K"), (1, "Instruction", "64K"), (2, "Unified", "512K"), (3, "Unified", "16M"))
+    for cpu_number in range(4):
+        chiplet = "0-1" if cpu_number < 2 else "2-3"
+        shared = [str(cpu_number)] * 3 + [chiplet]
+        files |= cache_files(cpu_number, *((*c, s) for c, s in zip(levels, shared, strict=True)))
+    cpu = detect_cpu(write(tmp_path, files), "Linux")
+    assert (cpu.l1d_bytes, cpu.l2_bytes, cpu.llc_bytes) == (32 << 10, 512 << 10, 16 << 20)
+    assert cpu.llc_total_bytes == 32 << 20
+    assert cpu.caches[3] == Cache(3, "Unified", 16 << 20, 64, 2)
+
+
+def test_caches_are_those_of_an_allowed_cpu(tmp_path: Path) -> None:
+    files = {
+        "proc/cpuinfo": x86_processors((0, 0), (0, 1)),
+        "proc/self/status": "Cpus_allowed_list:\t1\n",
+        **cache_files(0, (1, "Data", "32K", "0")),
+        **cache_files(1, (1, "Data", "48K", "1")),
+    }
+    assert detect_cpu(write(tmp_path, files), "Linux").l1d_bytes == 48 << 10
+
+
+def test_missing_caches_have_sane_sizes(tmp_path: Path) -> None:
+    cpu = detect_cpu(write(tmp_path, {"proc/cpuinfo": x86_processors((0, 0))}), "Linux")
+    assert cpu.caches == ()
+    assert cpu.l1d_bytes < cpu.l2_bytes < cpu.llc_bytes == cpu.llc_total_bytes
+    two_levels = dataclasses.replace(
+        cpu, caches=(Cache(2, "Unified", 1 << 20, 64, 1), Cache(1, "Data", 1 << 14, 64, 1))
+    )
+    assert (two_levels.l1d_bytes, two_levels.l2_bytes, two_levels.llc_bytes) == (1 << 14, 1 << 20, 1 << 20)
+
+
+def test_unreadable_cache_entries_are_skipped(tmp_path: Path) -> None:
+    files = cache_files(0, (1, "Data", "32K", "0"), (2, "Unified", "lots", "0"))
+    files |= {"sys/devices/system/cpu/cpu0/cache/index9/level": "x"}
+    assert [cache.level for cache in read_caches(write(tmp_path, files), 0)] == [1]
+
+
+def test_differing_cores_offer_only_what_all_have() -> None:
+    processors = parse_cpuinfo("processor : 0\nFeatures : a b\n\nprocessor : 1\nFeatures : b c\n")
+    assert processor_features(processors) == {"b"}
+    assert processor_features([]) == frozenset()
+
+
+def test_cpuinfo_keeps_values_with_colons_and_drops_the_board() -> None:
+    text = "processor\t: 0\nmodel name\t: a: b\n\nprocessor\t: 1\n\nHardware\t: X\nModel\t: Y\n"
+    assert parse_cpuinfo(text) == [{"processor": "0", "model name": "a: b"}, {"processor": "1"}]
+    assert parse_cpuinfo("") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0-2,8", [0, 1, 2, 8]), ("3\n", [3]), ("", []), ("x,1", [1]), ("4-2", [])]
+)
+def test_parse_cpu_list(text: str, cpus: list[int]) -> None:
+    assert parse_cpu_list(text) == cpus
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("48K", 49152), ("1M\n", 1 << 20), ("64", 64), ("2G", 2 << 30), ("", 0), ("K", 0)]
+)
+def test_parse_size(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_a_32_bit_arm_kernel_is_not_aarch64(tmp_path: Path) -> None:
+    text = "processor : 0\nFeatures : half thumb neon vfpv4 crc32\nCPU implementer : 0x41\nCPU part : 0xd08\n"
+    cpu = detect_cpu(write(tmp_path, {"proc/cpuinfo": text}), "Linux")
+    assert cpu.arch == "arm"
+    assert [isa.name for isa in accepted_isas(cpu, load_isas())] == ["scalar"]
+
+
+def test_an_empty_machine_runs_scalar(tmp_path: Path) -> None:
+    cpu = detect_cpu(tmp_path, "Linux")
+    assert (cpu.features, cpu.vendor, cpu.logical_cpus, cpu.usable_threads) == (frozenset(), "unknown", 1, 1)
+    assert [isa.name for isa in accepted_isas(cpu, load_isas())] == ["scalar"]
+
+
+def test_py_cpuinfo_answers_where_proc_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cpuinfo
+
+    info = {"vendor_id_raw": "V", "brand_raw": "B", "flags": ["lm", "avx2"], "count": 2}
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: info)
+    processors = bitgen.target.linux._ask_py_cpuinfo()
+    assert [p["processor"] for p in processors] == ["0", "1"]
+    assert processor_features(processors) == {"lm", "avx2"}
+
+    def fail() -> None:
+        raise Exception("py-cpuinfo currently only works on X86 and some ARM")
+
+    monkeypatch.setattr(cpuinfo, "get_cpu_info", fail)
+    assert bitgen.target.linux._ask_py_cpuinfo() == []
+
+
+# ---- macOS -----------------------------------------------------------------------------------------
+
+
+def test_apple_silicon() -> None:
+    cpu = cpu_from_sysctl((RECORDED / "macos_m3.txt").read_text(encoding="utf-8"), "aarch64")
+    assert (cpu.os, cpu.arch, cpu.vendor, cpu.model_name) == ("Darwin", "aarch64", "Apple", "Apple M3 Max")
+    assert (cpu.family, cpu.logical_cpus, cpu.physical_cores) == ("m3", 14, 14)
+    assert {"asimd", "asimddp", "i8mm", "bf16"} <= cpu.features
+    assert "sme" not in cpu.features
+    assert (cpu.l1d_bytes, cpu.l2_bytes, cpu.llc_bytes) == (128 << 10, 16 << 20, 16 << 20)
+    assert cpu.caches[0].line_bytes == 128
+
+
+def test_intel_mac() -> None:
+    cpu = cpu_from_sysctl((RECORDED / "macos_haswell.txt").read_text(encoding="utf-8"), "x86_64")
+    assert (cpu.family, cpu.vendor) == ("haswell", "GenuineIntel")
+    assert {"avx", "sse4_2"} <= cpu.features
+    assert [isa.name for isa in accepted_isas(cpu, load_isas())] == ["avx2", "scalar"]
+
+
+def test_rosetta_is_x86_without_avx() -> None:
+    cpu = cpu_from_sysctl("machdep.cpu.brand_string: Apple M1\nmachdep.cpu.features: SSE4.2\n", "x86_64")
+    assert (cpu.arch, cpu.logical_cpus) == ("x86_64", 1)
+    assert [isa.name for isa in accepted_isas(cpu, load_isas())] == ["scalar"]
+
+
+@pytest.mark.parametrize("system", ["Windows", "FreeBSD", "CYGWIN_NT-10.0", ""])
+def test_other_systems_are_refused(system: str) -> None:
+    with pytest.raises(BitgenError, match="bitgen runs on Linux and macOS; this is") as error:
+        detect_cpu(system=system or "Plan 9")
+    assert error.value.exit_code == EXIT_UNSUPPORTED
+    with pytest.raises(BitgenError, match=f"this is {system or 'an unknown system'}"):
+        require_supported_os(system)
+
+
+def test_supported_systems_pass() -> None:
+    require_supported_os("Linux")
+    require_supported_os("Darwin")
+
+
+# ---- ISA levels ---------------------------------------------------------------------------------------
+
+
+def test_isas_in_order_with_their_vocabularies() -> None:
+    vocabularies = {isa.name: isa.vocabulary for isa in load_isas()}
+    assert tuple(vocabularies) == X86
+    assert vocabularies == {
+        "scalar": ("scalar",),
+        "avx2": ("avx2",),
+        "avx_vnni": ("avx2", "avx_vnni"),
+        "avx512": ("avx512",),
+        "avx512_vnni": ("avx512", "avx512_vnni"),
+        "avx512_vbmi": ("avx512", "avx512_vnni", "avx512_vbmi"),
+    }
+
+
+@pytest.mark.parametrize("isa", load_isas(), ids=lambda isa: isa.name)
+def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) -> None:
+    spelled = {feature.replace("_", ""): feature for feature in isa.requires}
+    machine = [flag for flag in isa.cc_flags if not flag.startswith("-mprefer")]
+    assert {flag.removeprefix("-m") for flag in machine} == set(spelled)
+    assert "-march=native" not in isa.cc_flags + isa.zig_flags
+    base, *added = isa.zig_flags[0].split("+")
+    assert base == ("-mcpu=x86_64" if added else "-mcpu=baseline")
+    assert set(added) == set(spelled)
+    assert isa.zig_flags[1:] == tuple(flag for flag in isa.cc_flags if flag.startswith("-mprefer"))
+
+
+def test_vector_width_and_dot4() -> None:
+    isas = {isa.name: isa for isa in load_isas()}
+    assert {name for name, isa in isas.items() if isa.native_dot4} == {
+        "avx_vnni",
+        "avx512_vnni",
+        "avx512_vbmi",
+    }
+    assert [isas[name].vector_bytes for name in ("scalar", "avx2", "avx_vnni", "avx512")] == [8, 32, 32, 64]
+
+
+def test_find_isa_is_forgiving_and_helpful() -> None:
+    assert find_isa("AVX512-VNNI", load_isas()).name == "avx512_vnni"
+    with pytest.raises(BitgenError, match=r"unknown ISA level 'avx51'; did you mean avx512") as error:
+        find_isa("avx51", load_isas())
+    assert error.value.exit_code == EXIT_USAGE
+    with pytest.raises(BitgenError, match="known are scalar, avx2"):
+        find_isa("qqq", load_isas())
+
+
+def test_require_isa_says_why_not_and_what_instead(recorded_cpu: Detect) -> None:
+    cpu = recorded_cpu("haswell")
+    assert require_isa("avx2", cpu, load_isas()).name == "avx2"
+    with pytest.raises(BitgenError) as error:
+        require_isa("avx_vnni", cpu, load_isas())
+    assert error.value.message == (
+        "cannot run avx_vnni here: this CPU lacks avx_vnni; this CPU runs avx2, scalar"
+    )
+    assert error.value.exit_code == EXIT_UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("parent: avx2", "parent: avx3", "isas.avx_vnni: the parent 'avx3' must stand before it"),
+        ("parent: avx2", "parent: scalar", "isas.avx_vnni: arch and requires must include those of"),
+        ("bmi2, avx_vnni]", "avx_vnni]", "isas.avx_vnni: arch and requires must include those of"),
+        ("native_dot4", "native_dot5", "isas.scalar: unknown key 'native_dot5'; did you mean native_dot4?"),
+        ("vector_bytes: 8", "vector_bytes: eight", "vector_bytes must be a whole number"),
+    ],
+)
+def test_wrong_isa_files_are_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = (configs_dir() / "isas.yaml").read_text(encoding="utf-8")
+    assert old in text
+    file = write(tmp_path, {"isas.yaml": text.replace(old, new)}) / "isas.yaml"
+    with pytest.raises(BitgenError) as error:
+        load_isas(file)
+    assert message in error.value.message
+    assert str(file) in error.value.message
+    assert error.value.exit_code == EXIT_FILE
+
+
+# ---- Family labels ------------------------------------------------------------------------------------
+
+
+def test_unlisted_cpus_get_archspecs_label() -> None:
+    for name in ("haswell", "skylake_avx512", "zen4", "neoverse_n1", "neoverse_v2"):
+        processor = parse_cpuinfo((RECORDED / f"{name}.txt").read_text(encoding="utf-8"))[0]
+        arch = "aarch64" if "CPU part" in processor else "x86_64"
+        assert family_label(processor, arch, processor_features([processor]), ()) == name
+
+
+def test_a_cpu_nobody_knows_is_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert family_label({}, "x86_64", frozenset(), load_cpu_families()) == "x86_64"
+    assert family_label({"vendor_id": "X"}, "riscv64", frozenset(), ()) == "riscv64"
+    import archspec.cpu
+
+    monkeypatch.delattr(archspec.cpu, "TARGETS")
+    assert family_label({"vendor_id": "GenuineIntel"}, "x86_64", frozenset(), ()) == "x86_64"
+
+
+def test_labels_separate_steppings_and_models() -> None:
+    families = load_cpu_families()
+
+    def label(model: int, stepping: int) -> str:
+        text = {
+            "vendor_id": "GenuineIntel",
+            "cpu family": "6",
+            "model": str(model),
+            "stepping": str(stepping),
+        }
+        return family_label(text, "x86_64", frozenset(), families)
+
+    assert [label(85, 4), label(85, 7), label(85, 11)] == ["skylake_avx512", "cascadelake", "cooperlake"]
+    assert label(0xCF, 2) == "emeraldrapids"
+
+
+def test_no_cpu_belongs_to_two_families() -> None:
+    families = load_cpu_families()
+    for vendor, family in {(f.vendor, f.family) for f in families}:
+        for model in range(0x1000):
+            for stepping in range(16) if model == 0x55 else (0,):
+                holders = [f.label for f in families if f.holds(vendor, family, model, stepping)]
+                assert len(holders) <= 1, (vendor, family, hex(model), stepping, holders)
+
+
+@pytest.mark.parametrize("models", ["zz", "4-2", "1-2-3"])
+def test_wrong_family_ranges_are_refused(models: str) -> None:
+    with pytest.raises(BitgenError, match="models and steppings must be"):
+        CpuFamily("x", "v", 6, models)
