@@ -1,0 +1,67 @@
+"""Where answers come from: the store first, then the runner, whose answers are recorded at once."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+from bitgen.measure import Job, Measurement, Missing, Race, Runner
+from bitgen.spec import KernelSpec, Shape
+from bitgen.store import Fingerprint, RaceRecord, RecordStore, TrialRecord
+
+
+class Answers:
+    """A runner with a memory. ``fresh``: ask the runner again even where the store knows.
+
+    ``recorded`` counts what this run added to the store, ``recalled`` what it took from there.
+    """
+
+    def __init__(
+        self, runner: Runner, store: RecordStore, fingerprint: Fingerprint, seed: int, fresh: bool
+    ) -> None:
+        self.runner = runner
+        self.recorded = 0
+        self.recalled = 0
+        self._store = store
+        self._fingerprint = fingerprint
+        self._seed = seed
+        self._fresh = fresh
+
+    def measure(self, jobs: Sequence[Job]) -> Generator[Measurement | Missing, None, None]:
+        """One answer for each job: those known first, then the others as they are measured."""
+        unknown = []
+        for job in jobs:
+            known = None if self._fresh else self._store.known(job.key, self._fingerprint)
+            if known is None:
+                unknown.append(job)
+            else:
+                self.recalled += 1
+                yield known
+        if not unknown:
+            return
+        for answer in self.runner.measure(unknown):
+            if isinstance(answer, Measurement):
+                self._store.append(TrialRecord(self._fingerprint, answer, self._seed))
+                self.recorded += 1
+            yield answer
+
+    def race(
+        self,
+        specs: Sequence[KernelSpec],
+        shape: Shape,
+        n: int,
+        threads: int,
+        rounds: int,
+        cold: bool,
+        seed: int,
+    ) -> Race:
+        """One block of a race."""
+        key = (shape, n, threads, cold, rounds, seed, tuple(specs))
+        known = None if self._fresh else self._store.known_race(key, self._fingerprint)
+        if known is not None:
+            self.recalled += 1
+            return known
+        race = self.runner.race(specs, shape, n, threads, rounds, cold=cold, seed=seed)
+        record = RaceRecord(self._fingerprint, shape, n, threads, cold, rounds, seed, tuple(specs), race)
+        self._store.append(record)
+        self.recorded += 1
+        return race

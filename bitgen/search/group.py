@@ -1,0 +1,240 @@
+"""The search of one group: propose candidates, measure them on every shape, tell what the model would pay."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from bitgen.measure import Job, Limits, Measurement, Status
+from bitgen.search.answers import Answers
+from bitgen.search.plan import Group, RegimeConfig, SearchConfig, Target
+from bitgen.search.propose import Proposer, proposer_for
+from bitgen.spec import KernelSpec, Layout, Shape
+
+
+def roofline_ns(layout: Layout, shape: Shape, n: int, cold: bool, dram_gbs: float, peak_gops: float) -> float:
+    """The least time of one matmul of ``n`` tokens on a machine with these limits.
+
+    Cold, every packed byte is read once: packed_bytes / dram_gbs (1 GB/s is 1 byte a ns). In any case 2 * m *
+    k * n int8 operations are done: 2mkn / peak_gops. The larger of both counts.
+    """
+    memory = layout.packed_bytes(shape) / dram_gbs if cold else 0.0
+    return max(memory, 2 * shape.m * shape.k * n / peak_gops)
+
+
+@dataclass
+class Candidate:
+    """What is known of one kernel: its time on each shape it was measured on, in nanoseconds a call.
+
+    ``failure`` is the first measurement that was not OK. A kernel that fails on one shape wins on none.
+    """
+
+    spec: KernelSpec
+    times_ns: dict[Shape, float] = field(default_factory=dict)
+    failure: Measurement | None = None
+
+    def time_ns(self, shape: Shape) -> float:
+        """Infinity where it failed or was not timed."""
+        return math.inf if self.failure else self.times_ns.get(shape, math.inf)
+
+    @property
+    def outcome(self) -> str:
+        if self.failure:
+            return self.failure.status.value
+        return Status.OK.value if self.times_ns else "not measured"
+
+
+@dataclass(frozen=True)
+class GroupOutcome:
+    """What the search of a group found."""
+
+    group: Group
+    candidates: tuple[Candidate, ...]
+    seconds: float = 0.0
+
+    def ranked(self, shape: Shape) -> list[KernelSpec]:
+        """The candidates timed on ``shape``, fastest first; equals stay in the order they were tried."""
+        timed = [c for c in self.candidates if math.isfinite(c.time_ns(shape))]
+        return [c.spec for c in sorted(timed, key=lambda c: c.time_ns(shape))]
+
+    def times_ns(self, shape: Shape) -> list[float]:
+        """The times on ``shape`` of all candidates timed there."""
+        return [t for t in (c.time_ns(shape) for c in self.candidates) if math.isfinite(t)]
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Candidates by how they ended: a status, or "not measured"."""
+        return Counter(c.outcome for c in self.candidates)
+
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong, one text a candidate that failed."""
+        failures = [c.failure for c in self.candidates if c.failure]
+        return [f"{f.spec.name} on {f.shape.name}: {f.status.value}: {f.detail}" for f in failures]
+
+
+class GroupSearch:
+    """Searches one group until its trials, its time or its space end, or every shape is near its roofline."""
+
+    def __init__(
+        self,
+        group: Group,
+        targets: Sequence[Target],
+        starters: Iterable[KernelSpec],
+        config: SearchConfig,
+        answers: Answers,
+        limits: Limits,
+        seed: int,
+    ) -> None:
+        self._group = group
+        self._count = {target.shape: target.count for target in targets}
+        self._config = config
+        self._regime: RegimeConfig = config.regimes[group.regime]
+        self._answers = answers
+        self._limits = limits
+        self._candidates: dict[KernelSpec, Candidate] = {}
+        self._reference: dict[Shape, float] = {}  # times of the first candidate that ran on every shape
+        self._incumbent: dict[Shape, Candidate] = {}  # the default of each shape, where it runs
+        self._proposer: Proposer = proposer_for(
+            group.points, [*group.known_good, *starters], seed, config.enumerate_up_to
+        )
+
+    def run(self, trials: int, out_of_time: Callable[[], bool], seen: Callable[[int], None]) -> None:
+        """Search with at most ``trials`` candidates; ``seen`` hears their number after each batch.
+
+        The defaults are measured whatever the time: everything is compared with them.
+        """
+        defaults = list(dict.fromkeys(self._group.defaults.values()))
+        batch = self._proposer.ask(len(defaults))  # the starters begin with them
+        self._measure(batch, list(self._count), lambda: False)
+        self._note_defaults()
+        while True:
+            self._tell(batch)
+            seen(len(self._candidates))
+            left = trials - len(self._candidates)
+            shapes = self._open_shapes()
+            if left < 1 or not shapes or out_of_time():
+                break
+            batch = self._proposer.ask(min(self._config.batch, left))
+            if not batch:
+                break
+            self._measure_batch(batch, shapes, out_of_time)
+
+    @property
+    def outcome(self) -> GroupOutcome:
+        return GroupOutcome(self._group, tuple(self._candidates.values()))
+
+    def recall(self, specs: Iterable[KernelSpec]) -> None:
+        """Measure kernels that earlier tunes crowned, so that they take part in the race."""
+        known = set(self._group.points)
+        new = [s for s in dict.fromkeys(specs) if s in known and s not in self._candidates]
+        self._measure(new, list(self._count), lambda: False)
+
+    # ---- measuring ------------------------------------------------------------------------------------------
+
+    def _measure_batch(
+        self, batch: list[KernelSpec], shapes: list[Shape], out_of_time: Callable[[], bool]
+    ) -> None:
+        """With a drop ratio the first shape decides who is timed on the others."""
+        if self._regime.drop_ratio is None:
+            self._measure(batch, shapes, out_of_time)
+            return
+        first, *others = shapes
+        self._measure(batch, [first], out_of_time)
+        if out_of_time():
+            return
+        best = min(candidate.time_ns(first) for candidate in self._candidates.values())
+        bound = best * self._regime.drop_ratio
+        good = [
+            spec
+            for spec in batch
+            if spec not in self._group.legal[first] or self._candidates[spec].time_ns(first) <= bound
+        ]
+        self._measure(good, others, out_of_time)
+
+    def _measure(self, specs: list[KernelSpec], shapes: list[Shape], out_of_time: Callable[[], bool]) -> None:
+        jobs = [
+            self._job(spec, shape) for spec in specs for shape in shapes if spec in self._group.legal[shape]
+        ]
+        for spec in specs:
+            self._candidates.setdefault(spec, Candidate(spec))
+        # A generator closed early tells the runner to stop what it prepared.
+        answers = self._answers.measure(jobs)
+        with closing(answers):
+            for answer in answers:
+                if isinstance(answer, Measurement):
+                    self._note(answer)
+                if out_of_time():
+                    break
+
+    def _job(self, spec: KernelSpec, shape: Shape) -> Job:
+        against = None
+        if self._regime.interleave and shape in self._incumbent:
+            against = self._incumbent[shape].spec
+        return Job(spec, shape, self._regime.n, self._group.threads, self._regime.cold, against)
+
+    def _note(self, answer: Measurement) -> None:
+        candidate = self._candidates[answer.spec]
+        if not answer.ok:
+            candidate.failure = candidate.failure or answer
+            return
+        time_ns = answer.median_ns
+        incumbent = self._incumbent.get(answer.shape)
+        if incumbent and answer.against == incumbent.spec and answer.ratio is not None:
+            # In units of the incumbent's time at that very moment: a slow moment of the machine cancels.
+            time_ns = answer.ratio * incumbent.times_ns[answer.shape]
+        candidate.times_ns[answer.shape] = time_ns
+
+    def _note_defaults(self) -> None:
+        for shape, spec in self._group.defaults.items():
+            if math.isfinite(self._candidates[spec].time_ns(shape)):
+                self._incumbent[shape] = self._candidates[spec]
+
+    # ---- judging --------------------------------------------------------------------------------------------
+
+    def _tell(self, batch: list[KernelSpec]) -> None:
+        for spec in batch:
+            candidate = self._candidates[spec]
+            if not candidate.failure and len(candidate.times_ns) == len(self._count) and not self._reference:
+                self._reference = dict(candidate.times_ns)
+            self._proposer.tell(spec, self._cost(candidate))
+
+    def _cost(self, candidate: Candidate) -> float | None:
+        """Time of all the model's matrices of these shapes, sum of count * time, in nanoseconds.
+
+        On a shape where it was not timed (dropped, finished, not legal) the candidate is taken to stand to
+        the reference as it does on the others.
+        """
+        if candidate.failure or not candidate.times_ns:
+            return None
+        known = candidate.times_ns
+        missing = [shape for shape in self._count if shape not in known]
+        cost = sum(self._count[shape] * time for shape, time in known.items())
+        if missing:
+            if not self._reference:
+                return None
+            factor = statistics.geometric_mean(time / self._reference[shape] for shape, time in known.items())
+            cost += sum(self._count[shape] * self._reference[shape] * factor for shape in missing)
+        return cost
+
+    def _open_shapes(self) -> list[Shape]:
+        """The shapes where something is left to win: no kernel is within reach of the roofline yet.
+
+        A few candidates are timed on every shape all the same, so that the median of a space means something.
+        """
+        if len(self._candidates) < self._config.least_trials:
+            return list(self._count)
+        return [shape for shape in self._count if self._share(shape) < self._config.roofline_share]
+
+    def _share(self, shape: Shape) -> float:
+        """The largest share of the machine's limit that a candidate reaches on ``shape``."""
+        n, cold, dram_gbs = self._regime.n, self._regime.cold, self._limits.best_dram_gbs
+        peak_gops = self._limits.peak_gops[self._group.isa.name]
+        return max(
+            roofline_ns(c.spec.layout, shape, n, cold, dram_gbs, peak_gops) / c.time_ns(shape)
+            for c in self._candidates.values()
+        )

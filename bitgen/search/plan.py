@@ -1,0 +1,266 @@
+"""What is tuned: a model's matrices x families x ISA levels x regimes x threads, and with which budget."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bitgen.config import ModelPreset, load_strict, load_yaml
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.paths import configs_dir
+from bitgen.space import Space
+from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
+from bitgen.target import Cpu, Isa
+
+SpaceFactory = Callable[[str, Isa, str, Shape], Space]  # family, ISA level, regime, shape
+
+# ---- configs/search.yaml ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RegimeConfig:
+    """How kernels of a regime are timed; configs/search.yaml explains each field."""
+
+    n: int
+    cold: bool
+    interleave: bool
+    finalists: int
+    time_share: float
+    drop_ratio: float | None
+
+    def __post_init__(self) -> None:
+        if (
+            self.finalists < 1
+            or self.time_share <= 0
+            or (self.drop_ratio is not None and self.drop_ratio <= 1)
+        ):
+            raise BitgenError("finalists must be at least 1, time_share above 0, drop_ratio above 1")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a tune may spend: ``trials`` candidates a family and regime, ``timeout_s`` of wall time."""
+
+    trials: int
+    timeout_s: float
+    race_blocks: int
+    regimes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or self.race_blocks < 1 or not self.timeout_s > 0:
+            raise BitgenError("trials and race_blocks must be at least 1, timeout_s above 0")
+        for regime in self.regimes:
+            regime_named(regime)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The constants of the search; configs/search.yaml explains each field."""
+
+    regimes: dict[str, RegimeConfig]
+    objectives: dict[str, dict[str, float]]
+    objective: str
+    budgets: dict[str, Budget]
+    enumerate_up_to: int
+    batch: int
+    least_trials: int
+    roofline_share: float
+    race_share: float
+    race_block: int
+    alpha: float
+    drop_alpha: float
+    min_gain: float
+
+    def __post_init__(self) -> None:
+        names = {regime.name for regime in REGIMES}
+        if set(self.regimes) != names:
+            raise BitgenError(f"regimes must be exactly {', '.join(sorted(names))}")
+        for name, regime in self.regimes.items():
+            if regime_of(regime.n).name != name:
+                raise BitgenError(f"regimes: {name}: n = {regime.n} belongs to {regime_of(regime.n).name}")
+        for name, tokens in self.objectives.items():
+            if set(tokens) != names or min(tokens.values()) < 0 or not any(tokens.values()):
+                raise BitgenError(f"objectives: {name} needs the tokens of each regime, not all of them 0")
+        if self.objective not in self.objectives or set(self.budgets) != {"default", "quick"}:
+            raise BitgenError("objective must be one of objectives; budgets are default and quick")
+        if self.batch < 1 or self.race_block < 1 or not 0 <= self.race_share < 1:
+            raise BitgenError("batch and race_block must be at least 1, race_share in [0, 1)")
+
+
+def load_search_config(file: Path | None = None) -> SearchConfig:
+    """configs/search.yaml, or ``file``. BitgenError (EXIT_FILE) when it is wrong."""
+    path = file if file is not None else configs_dir() / "search.yaml"
+    return load_strict(SearchConfig, load_yaml(path), str(path))
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight shape of the model; a token is multiplied with ``count`` matrices of it."""
+
+    shape: Shape
+    roles: tuple[str, ...]
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Weights a token is multiplied with."""
+        return self.count * self.shape.m * self.shape.k
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a tune is asked for. ``isas`` are best first; ``timeout_s`` None: only trials limit it."""
+
+    model: str
+    targets: tuple[Target, ...]
+    families: tuple[str, ...]
+    isas: tuple[Isa, ...]
+    regimes: tuple[str, ...]
+    threads: tuple[int, ...]
+    objective: str
+    seed: int
+    trials: int
+    timeout_s: float | None
+    race_blocks: int
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "families", "isas", "regimes", "threads"):
+            if not getattr(self, name):
+                raise BitgenError(f"nothing to tune: no {name} given", EXIT_USAGE)
+        if self.trials < 1 or (self.timeout_s is not None and not self.timeout_s > 0):
+            raise BitgenError("--trials must be at least 1 and --timeout above 0 seconds", EXIT_USAGE)
+        if min(self.threads) < 1:
+            raise BitgenError("--threads must be at least 1", EXIT_USAGE)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        return tuple(target.shape for target in self.targets)
+
+
+def targets_of(model: ModelPreset) -> tuple[Target, ...]:
+    """The distinct weight shapes of a model, the one with most weights a token first."""
+    merged: dict[Shape, Target] = {}
+    for matmul in model.matmuls:
+        shape = Shape(matmul.m, matmul.k)
+        known = merged.get(shape, Target(shape, (), 0))
+        merged[shape] = Target(shape, (*known.roles, matmul.role), known.count + matmul.count)
+    return tuple(sorted(merged.values(), key=lambda t: (-t.weights, t.shape)))
+
+
+def plan_for(
+    model: ModelPreset,
+    cpu: Cpu,
+    isas: Sequence[Isa],
+    config: SearchConfig,
+    *,
+    quick: bool = False,
+    families: Iterable[str] = (),
+    regimes: Iterable[str] = (),
+    threads: Iterable[int] = (),
+    objective: str | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    timeout_s: float | None = None,
+) -> Plan:
+    """The plan of `bitgen tune`: what the caller leaves out comes from the budget, the CPU and the model.
+
+    ``isas``: the levels to search, best first; usually only the best one the CPU accepts.
+    """
+    budget = config.budgets["quick" if quick else "default"]
+    if objective is not None and objective not in config.objectives:
+        known = ", ".join(config.objectives)
+        raise BitgenError(f"unknown objective {objective!r}; there are {known}", EXIT_USAGE)
+    return Plan(
+        model=model.alias,
+        targets=targets_of(model),
+        families=tuple(dict.fromkeys(family_named(f).name for f in families)) or tuple(FAMILIES),
+        isas=tuple(isas),
+        regimes=tuple(dict.fromkeys(regime_named(r).name for r in regimes)) or budget.regimes,
+        threads=tuple(dict.fromkeys(threads)) or (cpu.usable_threads,),
+        objective=objective or config.objective,
+        seed=seed,
+        trials=budget.trials if trials is None else trials,
+        timeout_s=budget.timeout_s if timeout_s is None else timeout_s,
+        race_blocks=budget.race_blocks,
+    )
+
+
+def seed_of(seed: int, *parts: object) -> int:
+    """A seed of its own for each part of a tune: 31 bits, the same on every machine."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *parts))).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+# ---- groups -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is searched together: one compiled kernel serves every shape, so the shapes share candidates.
+
+    ``spaces`` may differ from shape to shape (a cache block must be smaller than the matrix): a candidate is
+    legal for some shapes and is timed on those.
+    """
+
+    family: str
+    isa: Isa
+    regime: str
+    threads: int
+    spaces: Mapping[Shape, Space]
+
+    @property
+    def name(self) -> str:
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{FAMILIES[self.family].title} {self.isa.name} {self.regime}, {threads}"
+
+    @cached_property
+    def legal(self) -> Mapping[Shape, frozenset[KernelSpec]]:
+        """The legal points of each shape's space."""
+        return {shape: frozenset(space) for shape, space in self.spaces.items()}
+
+    @cached_property
+    def points(self) -> tuple[KernelSpec, ...]:
+        """Every kernel that is legal for at least one shape, in a fixed order."""
+        return tuple(dict.fromkeys(spec for space in self.spaces.values() for spec in space))
+
+    @cached_property
+    def defaults(self) -> Mapping[Shape, KernelSpec]:
+        """What each shape would run untuned."""
+        return {shape: space.default for shape, space in self.spaces.items()}
+
+    @property
+    def known_good(self) -> list[KernelSpec]:
+        """The defaults first, then the other presets of the spaces, each once."""
+        presets = [spec for space in self.spaces.values() for spec in space.known_good]
+        return list(dict.fromkeys([*self.defaults.values(), *presets]))
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(dict.fromkeys(layout for space in self.spaces.values() for layout in space.layouts))
+
+
+def groups_of(plan: Plan, spaces: SpaceFactory) -> tuple[list[Group], list[str]]:
+    """The groups of a plan, and why others are left out.
+
+    A family that makes no sense on an ISA level says so by a BitgenError when its space is asked for.
+    """
+    groups, rejected = [], []
+    for threads in plan.threads:
+        for regime in plan.regimes:
+            for family in plan.families:
+                for isa in plan.isas:
+                    try:
+                        by_shape = {shape: spaces(family, isa, regime, shape) for shape in plan.shapes}
+                    except BitgenError as error:
+                        rejected.append(f"{FAMILIES[family].title} on {isa.name}, {regime}: {error.message}")
+                        continue
+                    groups.append(Group(family, isa, regime, threads, by_shape))
+    if not groups:
+        raise BitgenError(f"nothing to tune: {'; '.join(rejected)}", EXIT_USAGE)
+    return groups, list(dict.fromkeys(rejected))

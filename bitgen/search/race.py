@@ -1,0 +1,106 @@
+"""The race: finalists of all families timed in interleaved rounds, until the noise is out of the decision."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bitgen.measure import Race
+from bitgen.search.noise import beats, ratio
+from bitgen.search.plan import SearchConfig
+from bitgen.spec import KernelSpec, Layout
+
+AskRace = Callable[[Sequence[KernelSpec], int], Race]  # participants, block -> their rounds
+
+
+@dataclass(frozen=True)
+class Raced:
+    """The rounds of one race, in nanoseconds a call: round i of every kernel was taken in the same moments.
+
+    Kernels that left early have fewer rounds; kernels that crashed on the way are in ``dropped``.
+    """
+
+    rounds_ns: Mapping[KernelSpec, tuple[float, ...]]
+    dropped: Mapping[KernelSpec, str]
+    read_gbs: float  # the best bandwidth of the memory probe that ran along; 0 without one
+
+    @property
+    def finishers(self) -> list[KernelSpec]:
+        """Those who stayed to the end; the others lost to one of these."""
+        last = max(map(len, self.rounds_ns.values()), default=0)
+        return [spec for spec, times in self.rounds_ns.items() if len(times) == last]
+
+    def median_ns(self, spec: KernelSpec) -> float:
+        return statistics.median(self.rounds_ns[spec])
+
+    def champion(
+        self, layout: Layout, incumbent: KernelSpec | None, config: SearchConfig
+    ) -> KernelSpec | None:
+        """The winner among the kernels that read ``layout``; None when none of them ran.
+
+        ``incumbent`` keeps its place unless a challenger beats it beyond the noise. Where it does not take
+        part (another layout, or it failed) there is nothing to defend, and the fastest wins.
+        """
+        by_time = sorted((s for s in self.finishers if s.layout == layout), key=self.median_ns)
+        if incumbent not in by_time:
+            return by_time[0] if by_time else None
+        for challenger in by_time:
+            if challenger == incumbent:
+                break
+            pair = self.rounds_ns[challenger], self.rounds_ns[incumbent]
+            if beats(*pair, config.alpha, config.min_gain):
+                return challenger
+        return incumbent
+
+
+def run_race(
+    finalists: Sequence[KernelSpec],
+    defaults: Sequence[KernelSpec],
+    ask: AskRace,
+    blocks: int,
+    config: SearchConfig,
+    out_of_time: Callable[[], bool],
+) -> Raced:
+    """Race ``finalists`` for up to ``blocks`` blocks; the first block runs whatever the time.
+
+    After each block those leave that are clearly slower than the best of their own layout: layouts are
+    compared later, on the whole model. The defaults stay to the end, because everything is quoted against
+    them.
+    """
+    rounds: dict[KernelSpec, list[float]] = {spec: [] for spec in finalists}
+    dropped: dict[KernelSpec, str] = {}
+    running = list(finalists)
+    read_gbs = 0.0
+    for block in range(blocks):
+        if not running or (block and out_of_time()):
+            break
+        race = ask(running, block)
+        dropped.update(race.dropped)
+        running = [spec for spec in running if spec in race]
+        for spec in running:
+            rounds[spec].extend(race[spec])
+        read_gbs = max(read_gbs, race.read_gbs or 0.0)
+        running = _survivors(running, rounds, defaults, config)
+    # A kernel that crashed in a later block is no winner either.
+    kept = {spec: tuple(times) for spec, times in rounds.items() if times and spec not in dropped}
+    return Raced(kept, dropped, read_gbs)
+
+
+def _survivors(
+    running: Sequence[KernelSpec],
+    rounds: Mapping[KernelSpec, Sequence[float]],
+    defaults: Sequence[KernelSpec],
+    config: SearchConfig,
+) -> list[KernelSpec]:
+    leaders: dict[Layout, KernelSpec] = {}
+    for spec in running:
+        leader = leaders.setdefault(spec.layout, spec)
+        if ratio(rounds[spec], rounds[leader]) < 1:
+            leaders[spec.layout] = spec
+    return [
+        spec
+        for spec in running
+        if spec in defaults
+        or not beats(rounds[leaders[spec.layout]], rounds[spec], config.drop_alpha, config.min_gain)
+    ]
