@@ -1,5 +1,44 @@
-"""bitgen: from this CPU and a ternary model's shapes to a proven, tuned kernel library."""
+"""bitgen: from this CPU and a ternary model's shapes to a proven, tuned kernel library.
+
+The names below are the public Python API. They are imported when first used: `import bitgen` costs nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bitgen.config import ModelPreset as ModelPreset
+    from bitgen.config import find_model as find_model
+    from bitgen.config import load_models as load_models
+    from bitgen.errors import BitgenError as BitgenError
+    from bitgen.target import Cpu as Cpu
+    from bitgen.target import Isa as Isa
+    from bitgen.target import detect_cpu as detect_cpu
+    from bitgen.target import load_isas as load_isas
+    from bitgen.target import resolve_isas as resolve_isas
+
+_HOME = {
+    "BitgenError": "bitgen.errors",
+    "Cpu": "bitgen.target",
+    "Isa": "bitgen.target",
+    "ModelPreset": "bitgen.config",
+    "detect_cpu": "bitgen.target",
+    "find_model": "bitgen.config",
+    "load_isas": "bitgen.target",
+    "load_models": "bitgen.config",
+    "resolve_isas": "bitgen.target",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bitgen' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

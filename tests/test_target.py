@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import bitgen.target.family
+import bitgen
 import bitgen.target.linux
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, EXIT_USAGE, BitgenError
 from bitgen.paths import configs_dir
@@ -497,3 +499,26 @@ def test_no_cpu_belongs_to_two_families() -> None:
 def test_wrong_family_ranges_are_refused(models: str) -> None:
     with pytest.raises(BitgenError, match="models and steppings must be"):
         CpuFamily("x", "v", 6, models)
+
+
+# ---- The package's own door -------------------------------------------------------------------------
+
+
+def test_the_public_names_are_lazy_and_complete() -> None:
+    assert all(getattr(bitgen, name) is not None for name in bitgen._HOME)
+    assert bitgen.detect_cpu is detect_cpu
+    assert set(bitgen._HOME) <= set(dir(bitgen))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = bitgen.nonsense
+    code = "import sys, bitgen; print(sorted(m for m in sys.modules if m.startswith('bitgen.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_heavy_libraries_are_not_loaded_to_detect() -> None:
+    heavy = ("numpy", "optuna", "jinja2", "cffi", "cpuinfo", "archspec")
+    code = f"import sys, bitgen; bitgen.detect_cpu(); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.strip()
+    # A CPU the table does not list may ask archspec (25 ms), and one without /proc/cpuinfo py-cpuinfo.
+    assert loaded in ("[]", "['archspec']", "['cpuinfo', 'archspec']")
