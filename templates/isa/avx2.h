@@ -6,7 +6,7 @@
 
 //: types
 // Accumulators have the vector type of their elements: with __m256i (of int64) gcc 12 copies a register
-// before and after each addition in a loop, and spills for lack of them. Unsigned, because sums and products wrap.
+// before and after each addition in a loop, and spills for lack of them. Unsigned: sums and products wrap.
 typedef uint16_t h_reg __attribute__((vector_size(32)));
 typedef uint32_t w_reg __attribute__((vector_size(32)));
 typedef struct { __m256i a, b; } vb;
@@ -220,7 +220,7 @@ WORD int32_t vw_hmax(vw v) {
 }
 
 //: vw_dot4
-// vpmaddubsw is exact for u <= 128 (see vh_pairs); vpmaddwd with ones adds its pairs in int32.
+// vpmaddubsw saturates at 32767, which u <= 128 cannot reach; vpmaddwd with ones adds its pairs in int32.
 WORD vw vw_dot4(vw acc, vb u, vb s) {
     __m256i ones = _mm256_set1_epi16(1);
     __m256i a = _mm256_madd_epi16(_mm256_maddubs_epi16(u.a, s.a), ones);
@@ -310,7 +310,7 @@ WORD vf vf_load_n(const float *p, int n) {
 }
 
 //: vf_store_n
-// As vw_store_n.
+// vmaskmovps as a store is microcode on AMD, so full blocks go around it.
 WORD void vf_store_n(float *p, vf v, int n) {
     if (n == 16) {
         _mm256_storeu_ps(p, v.a);

@@ -156,7 +156,7 @@ WORD int32_t vw_hmax(vw v) {
 }
 
 //: vw_dot4
-// vpmaddubsw is exact for u <= 128 (see vh_pairs); vpmaddwd with ones adds its pairs in int32.
+// vpmaddubsw saturates at 32767, which u <= 128 cannot reach; vpmaddwd with ones adds its pairs in int32.
 WORD vw vw_dot4(vw acc, vb u, vb s) {
     __m512i t = _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, s.v), _mm512_set1_epi16(1));
     return (vw){acc.v + (w_reg)t};

@@ -1,0 +1,513 @@
+"""Every word of every ISA level that this CPU runs, against its meaning written down in numpy.
+
+For each word a C wrapper with one signature is generated: block and scalar arguments are read from memory,
+pointer arguments point into a page between two forbidden ones. Flags (vm) have no form in memory: they are
+made by vb_test and read by vb_select.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitgen.paths import templates_dir
+from bitgen.render import parse_vocabulary, vocabulary
+from bitgen.target import Isa, Rejected, detect_cpu, load_isas, resolve_isas
+from bitgen.toolchain import CcBuilder, Prototype, Toolchain, Unit, find_compilers
+
+DATA = Path(__file__).parent / "data" / "vocabulary_harness"
+ISA_FILES = sorted((templates_dir() / "isa").glob("*.h"))
+ISAS = load_isas()
+DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu(), ISAS)}
+# zig is a clang and takes seconds to start; it is used where there is nothing else.
+COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
+NOT_FUNCTIONS = {"includes", "types"}
+CANARY = 0xA5
+DTYPES = {"vb": np.uint8, "vh": np.int16, "vw": np.int32, "vf": np.float32, "vm": np.uint8}
+SCALARS = {"uint8_t": np.uint8, "int": np.intc, "int32_t": np.int32, "int64_t": np.int64, "float": np.float32}
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Signature:
+    name: str
+    returns: str
+    params: tuple[tuple[str, str], ...]  # (type, name)
+
+    @classmethod
+    def of(cls, text: str) -> Signature:
+        match = re.search(r"^WORD\s+(\w+)\s+(\w+)\(([^)]*)\)", text, re.MULTILINE)
+        assert match, text
+        params = [p.strip() for p in match[3].split(",") if p.strip() != "void"]
+        split = [re.fullmatch(r"(.*?\W)(\w+)", p) for p in params]
+        return cls(match[2], match[1], tuple((m[1].strip(), m[2]) for m in split if m))
+
+
+def signatures(isa_name: str) -> dict[str, Signature]:
+    words = vocabulary(isa_name)
+    return {name: Signature.of(words[name]) for name in words if name not in NOT_FUNCTIONS}
+
+
+SCALAR = signatures("scalar")
+
+# ---------------------------------------------------------------------------------------------------------
+# What the words mean. Arguments are arrays of the block's elements, numpy scalars, and for a pointer the
+# bytes that may be touched: a function that stores changes them in place.
+
+MEANINGS: dict[str, Callable[..., Any]] = {}
+
+
+def meaning(function: Callable[..., Any]) -> Callable[..., Any]:
+    MEANINGS[function.__name__] = function
+    return function
+
+
+def lanes(block: Array) -> Array:
+    """Rows: the four 16-byte quarters of a block."""
+    return block.reshape(4, -1)
+
+
+def wrapped(values: Array, dtype: Any) -> Array:
+    """int64 to a narrower integer, mod 2^bits."""
+    return values.astype(np.int64).astype(dtype)
+
+
+def i64(block: Array) -> Array:
+    return block.astype(np.int64)
+
+
+def loaded(dtype: Any) -> Callable[[Array], Array]:
+    return lambda p: p.view(dtype)
+
+
+def stored(p: Array, v: Array) -> None:
+    p[:] = v.view(np.uint8)
+
+
+def packed(part: int, *blocks: Array) -> Array:
+    """In every lane byte ``part`` (0 low, 1 high) of the eight int16 of each block."""
+    return np.hstack([v.view(np.uint8).reshape(4, 8, 2)[:, :, part] for v in blocks]).reshape(-1)
+
+
+def zipped(a: Array, b: Array, half: slice) -> Array:
+    """The elements ``half`` of every lane of a and of b, alternating."""
+    return np.stack([lanes(a)[:, half], lanes(b)[:, half]], axis=2).reshape(-1)
+
+
+MEANINGS.update(
+    prefetch=lambda _p: None,
+    vb_load=loaded(np.uint8),
+    vh_load=loaded(np.int16),
+    vw_load=loaded(np.int32),
+    vf_load=loaded(np.float32),
+    vb_store=stored,
+    vw_store=stored,
+    vb_splat=lambda x: np.full(64, x),
+    vw_splat=lambda x: np.full(16, x),
+    vf_splat=lambda x: np.full(16, x),
+    vb_splat4=lambda p: np.tile(p, 16),
+    vb_quad=lambda p: np.tile(p, 4),
+    vb_and=lambda a, b: a & b,
+    vb_add=lambda a, b: wrapped(i64(a) + i64(b), np.uint8),
+    vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & mask,
+    vb_test=lambda v, bits: (v & bits != 0).astype(np.uint8),
+    vb_flip=lambda v, m: np.where(m, ~v, v),
+    vb_select=lambda m, a, b: np.where(m, a, b),
+    vh_zip_lo=lambda lo, hi: zipped(lo, hi, slice(0, 8)).view(np.int16),
+    vh_zip_hi=lambda lo, hi: zipped(lo, hi, slice(8, 16)).view(np.int16),
+    vh_zero=lambda: np.zeros(32, np.int16),
+    vh_add=lambda a, b: wrapped(i64(a) + i64(b), np.int16),
+    vh_mul=lambda a, b: wrapped(i64(a) * i64(b), np.int16),
+    vh_sign_high=lambda v: v.view(np.int8)[1::2].astype(np.int16),
+    vb_low_bytes=lambda a, b: packed(0, a, b),
+    vb_high_bytes=lambda a, b: packed(1, a, b),
+    vw_zero=lambda: np.zeros(16, np.int32),
+    vw_add=lambda a, b: wrapped(i64(a) + i64(b), np.int32),
+    vw_sub=lambda a, b: wrapped(i64(a) - i64(b), np.int32),
+    vw_sra=lambda v, bits: v >> np.int32(bits),
+    vw_max=np.maximum,
+    vw_hsum=lambda v: wrapped(i64(v).sum(), np.int32),
+    vw_hmax=lambda v: v.max(),
+    vw_zip_lo=lambda a, b: zipped(a, b, slice(0, 4)).view(np.int32),
+    vw_zip_hi=lambda a, b: zipped(a, b, slice(4, 8)).view(np.int32),
+    vf_mul=lambda a, b: a * b,
+    vf_from_w=lambda v: v.astype(np.float32),
+    vw_abs_bits=lambda v: v.view(np.int32) & 0x7FFFFFFF,
+    vw_round=lambda v: np.rint(v).astype(np.int32),
+)
+
+
+@meaning
+def vb_lut16(table: Array, idx: Array) -> Array:
+    found = np.take_along_axis(lanes(table), i64(lanes(idx)) & 15, axis=1)
+    return np.where(idx >= 128, 0, found.reshape(-1))
+
+
+@meaning
+def vh_pairs(u: Array, s: Array) -> Array:
+    sums = (i64(u) * i64(s.view(np.int8))).reshape(32, 2).sum(axis=1)
+    exact = sums.astype(np.int16)
+    assert np.array_equal(exact, sums)  # that no legal input saturates
+    return exact
+
+
+@meaning
+def vw_dot4(acc: Array, u: Array, s: Array) -> Array:
+    return wrapped(i64(acc) + (i64(u) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1), np.int32)
+
+
+@meaning
+def vw_widen(acc: Array, v: Array) -> Array:
+    return wrapped(i64(acc) + i64(v).reshape(16, 2).sum(axis=1), np.int32)
+
+
+@meaning
+def vw_rows(acc: Array, lo: Array, hi: Array) -> Array:
+    sums = np.concatenate([i64(lanes(lo)).sum(axis=0), i64(lanes(hi)).sum(axis=0)])
+    return wrapped(i64(acc) + sums, np.int32)
+
+
+@meaning
+def vw_store_n(p: Array, v: Array, n: int) -> None:
+    p[:] = v[:n].view(np.uint8)
+
+
+@meaning
+def vf_load_n(p: Array, n: int) -> Array:
+    return np.concatenate([p.view(np.float32), np.zeros(16 - n, np.float32)])
+
+
+@meaning
+def vf_store_n(p: Array, v: Array, n: int) -> None:
+    p[:] = v[:n].view(np.uint8)
+
+
+@meaning
+def vw_transpose_lanes(p: Array, stride: int, *v: Array) -> None:
+    for j, i in itertools.product(range(4), range(4)):
+        at = stride * j + 16 * i
+        p[at : at + 16] = lanes(v[i].view(np.uint8))[j]
+
+
+@meaning
+def vw_store_s8(p: Array, v: Array) -> None:
+    p[:] = np.clip(v, -128, 127).astype(np.int8).view(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the words are tried on.
+
+EDGES: dict[str, list[Any]] = {
+    "vb": [0, 1, 0x0F, 0x55, 127, 128, 129, 255],
+    "vh": [0, 1, -1, 127, 255, -256, 32767, -32768],
+    "vw": [0, 1, -1, -128, 127, 128, -129, 2**24 + 1, 2**31 - 1, -(2**31)],
+    "vf": [0.0, -0.0, 1.5, -2.5, 3.4e38, 1e-40, np.inf, -np.inf, np.nan],
+    "vm": [0, 1],
+}
+# Arguments with a domain of their own, its edges first; everything else is drawn from all values of its type.
+CODES = [0, 1, 127, 128, *range(2, 127)]
+ROUNDED = [
+    -127.5,
+    -2.5,
+    -1.5,
+    -0.5,
+    0.5,
+    1.5,
+    2.5,
+    126.5,
+    0.49999997,
+    8388607.5,
+    2.0**31 - 128,
+    -(2.0**31) + 128,
+]
+DOMAINS: dict[tuple[str, str], list[Any]] = {
+    ("vb_lut16", "idx"): [0, 15, 128, 255, *range(1, 15), *range(129, 255)],
+    ("vh_pairs", "u"): CODES,
+    ("vw_dot4", "u"): CODES,
+    ("vw_round", "v"): [*ROUNDED, *np.arange(-300, 300, 0.25)],
+}
+RANGES: dict[tuple[str, str], range] = {
+    ("vb_field", "bits"): range(8),
+    ("vw_sra", "bits"): range(32),
+    ("vw_store_n", "n"): range(1, 17),
+    ("vf_load_n", "n"): range(17),
+    ("vf_store_n", "n"): range(1, 17),
+    ("vw_transpose_lanes", "stride"): range(64, 449, 64),
+}
+EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "prefetch": lambda _: 0,  # so that the address is the forbidden page's
+    "vb_splat4": lambda _: 4,
+    "vb_quad": lambda _: 16,
+    "vw_store_s8": lambda _: 16,
+    "vw_store_n": lambda args: 4 * args["n"],
+    "vf_load_n": lambda args: 4 * args["n"],
+    "vf_store_n": lambda args: 4 * args["n"],
+    "vw_transpose_lanes": lambda args: 3 * args["stride"] + 64,
+}
+
+
+def random_block(rng: np.random.Generator, kind: str) -> Array:
+    if kind == "vm":
+        return rng.integers(0, 2, 64, np.uint8)
+    return rng.integers(0, 256, 64, np.uint8).view(DTYPES[kind])
+
+
+def blocks(rng: np.random.Generator, signature: Signature, kind: str, name: str) -> Iterator[Array]:
+    """First every edge in all elements, then mixtures of edges and, in the whole type, any values."""
+    domain = DOMAINS.get((signature.name, name))
+    edges = np.array(EDGES[kind] if domain is None else domain).astype(DTYPES[kind])
+    count = 64 // edges.itemsize
+    yield from (np.full(count, edge) for edge in edges)
+    while True:
+        yield rng.choice(edges, count)
+        if domain is None:
+            yield random_block(rng, kind)
+
+
+def argument_lists(signature: Signature) -> Iterator[list[Any]]:
+    """Every count with some edges, or all pairs of edges and 40 random draws. The same on every run."""
+    rng = np.random.default_rng([ord(letter) for letter in signature.name])
+    made = {name: blocks(rng, signature, kind, name) for kind, name in signature.params if kind in DTYPES}
+    first = 20 if len(made) == 1 else 11
+    pairs = itertools.product(*(list(itertools.islice(stream, first)) for stream in list(made.values())[:2]))
+    given: list[dict[str, Any]] = [dict(zip(made, drawn, strict=False)) for drawn in pairs]
+    counts = [name for _, name in signature.params if (signature.name, name) in RANGES]
+    for name in counts:
+        some = given[:: max(1, len(given) // 8)]
+        given = [{**drawn, name: value} for value in RANGES[signature.name, name] for drawn in some]
+    for drawn in given if counts else given + [{}] * 40:
+        yield complete(rng, signature, made, drawn)
+
+
+def complete(
+    rng: np.random.Generator, signature: Signature, made: dict[str, Iterator[Array]], given: dict[str, Any]
+) -> list[Any]:
+    """Draw the arguments that are not given."""
+    args = dict(given)
+    for kind, name in signature.params:
+        if kind in DTYPES and name not in args:
+            args[name] = next(made[name])
+        elif kind in SCALARS:
+            anything = rng.integers(0, 256, 8, np.uint8).view(SCALARS[kind])[0]
+            args[name] = SCALARS[kind](args.get(name, anything))
+    for kind, name in signature.params:  # last, because a count may decide how many bytes there are
+        if "*" in kind:
+            size = EXTENTS.get(signature.name, lambda _: 64)(args)
+            reads = "const" in kind
+            args[name] = rng.integers(0, 256, size, np.uint8) if reads else np.full(size, CANARY, np.uint8)
+    if signature.name == "vb_field":
+        args["mask"] = args["mask"] & np.uint8(255 >> args["bits"])
+    return [args[name] for _, name in signature.params]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The harness.
+
+
+def function_name(signature: Signature, isa: Isa, args: list[Any]) -> str:
+    """Shifts by a count get a function for each: the count is a constant in every kernel."""
+    bits = [f"_{value}" for p, value in zip(signature.params, args, strict=True) if p == ("int", "bits")]
+    return f"test_{signature.name}{''.join(bits)}__{isa.name}"
+
+
+def wrapper(signature: Signature, function: str, bits: int | None = None) -> str:
+    """``void FUNCTION(void *const *arg, void *out)``; arg[i] points to argument i, or is it (a pointer)."""
+    lines = ["(void)arg, (void)out;"]
+    for i, (kind, name) in enumerate(signature.params):
+        if kind == "vm":
+            lines.append(f"vm {name} = vb_test(vb_load(arg[{i}]), vb_splat(255));")
+        elif "*" in kind:
+            lines.append(f"{kind}{name} = arg[{i}];")
+        elif name == "bits" and bits is not None:
+            lines.append(f"enum {{ bits = {bits} }};")
+        else:
+            lines += [f"{kind} {name};", f"memcpy(&{name}, arg[{i}], sizeof {name});"]
+    call = f"{signature.name}({', '.join(name for _, name in signature.params)})"
+    if signature.returns == "void":
+        lines.append(f"{call};")
+    elif signature.returns == "vm":
+        lines.append(f"vb_store(out, vb_select({call}, vb_splat(1), vb_splat(0)));")
+    else:
+        lines += [f"{signature.returns} result = {call};", "memcpy(out, &result, sizeof result);"]
+    body = "\n".join(f"    {line}" for line in lines)
+    return f"void {function}(void *const *arg, void *out)\n{{\n{body}\n}}\n"
+
+
+def unit_of(isa: Isa) -> Unit:
+    """All words of a level, each behind its wrappers."""
+    words = dict(vocabulary(isa.name))
+    head = ["#include <stdint.h>", "#include <string.h>", words.pop("includes"), words.pop("types")]
+    head.insert(3, "#define WORD static inline __attribute__((always_inline, unused))")
+    prototypes, bodies = [], []
+    for signature in SCALAR.values():
+        counts = RANGES.get((signature.name, "bits"), [None])
+        for bits in counts:
+            args = [bits] * len(signature.params)
+            name = function_name(signature, isa, args)
+            prototypes.append(Prototype.parse(f"void {name}(void *const *arg, void *out)"))
+            bodies.append(wrapper(signature, name, bits))
+    text = "\n".join([*head, *words.values(), *bodies])
+    return Unit(f"vocabulary_{isa.name}", text, isa, tuple(prototypes))
+
+
+GUARDED = Unit(
+    "guarded",
+    (DATA / "guarded.c").read_text(),
+    functions=(
+        Prototype.parse("int64_t page_bytes(void)"),
+        Prototype.parse("uint8_t *guarded_page(void)"),
+        Prototype.parse(
+            "int guarded_call(void (*word)(void *const *arg, void *out), void *const *arg, void *out)"
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    signal: int
+    result: Array  # the first 64 bytes at `out`
+    memory: Array  # the bytes the pointer argument may touch, afterwards
+    strayed: bool  # whether bytes around them changed
+
+
+class Harness:
+    """The words of all levels that run here, compiled by one compiler."""
+
+    def __init__(self, toolchain: Toolchain) -> None:
+        isas = [decision.isa for decision in DECISIONS.values() if not isinstance(decision, Rejected)]
+        units = [GUARDED, *(unit_of(isa) for isa in isas)]
+        toolchain.compile_objects(units)  # in parallel; what fails is raised by the next line
+        self.kernels = CcBuilder(toolchain).build(units)
+        self.page_bytes = int(self.kernels.lib.page_bytes())
+        self.page = self.kernels.lib.guarded_page()
+        assert self.page, "no memory for a guarded page"
+
+    def run(self, function: str, args: list[Any], is_pointer: list[bool], offset: int) -> Outcome:
+        """Call with the pointer argument (no word has two) at ``offset`` of the page, canaries all around."""
+        ffi = self.kernels.ffi
+        page = np.frombuffer(ffi.buffer(self.page, self.page_bytes), np.uint8)
+        page[:] = CANARY
+        size, pointers, alive = 0, [], []
+        for value, here in zip(args, is_pointer, strict=True):
+            if here:
+                size = len(value)
+                page[offset : offset + size] = value
+                pointers.append(self.page + offset)
+            else:
+                alive.append(np.atleast_1d(value).copy())
+                pointers.append(ffi.cast("void *", alive[-1].ctypes.data))
+        out = np.full(64, CANARY, np.uint8)
+        argv = ffi.new("void *[]", pointers or [ffi.NULL])
+        word = self.kernels.function(function)
+        number = self.kernels.lib.guarded_call(word, argv, ffi.cast("void *", out.ctypes.data))
+        around = np.delete(page, slice(offset, offset + size))
+        return Outcome(number, out, page[offset : offset + size].copy(), bool((around != CANARY).any()))
+
+    def offsets(self, kinds: list[str], args: list[Any]) -> list[int]:
+        """Where to put the bytes behind a pointer: at the page's end, unaligned before it, at its start."""
+        for kind, value in zip(kinds, args, strict=True):
+            if "*" in kind:
+                step = 4 if "32" in kind or "float" in kind else 2 if "16" in kind else 1
+                end = self.page_bytes - len(value)
+                return [end, end - step, 0]
+        return [0]
+
+
+@pytest.fixture(params=COMPILERS, ids=lambda compiler: compiler.kind, scope="session")
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Harness:
+    return Harness(Toolchain(request.param, tmp_path_factory.mktemp("vocabulary"), werror=True))
+
+
+def same(got: Array, expected: Any) -> bool:
+    """Bit for bit; any NaN is as good as another."""
+    want = np.atleast_1d(expected)
+    have = got[: want.nbytes].view(want.dtype)
+    if want.dtype != np.float32:
+        return np.array_equal(have, want)
+    nan = np.isnan(want)
+    return np.array_equal(np.isnan(have), nan) and np.array_equal(
+        have[~nan].view(np.uint32), want[~nan].view(np.uint32)
+    )
+
+
+def fault_of(outcome: Outcome, expected: Any, memories: list[Array]) -> str | None:
+    """What is wrong with a call that should return ``expected`` and leave ``memories`` behind its pointer."""
+    if outcome.signal:
+        return f"forbidden memory is touched (signal {outcome.signal})"
+    if outcome.strayed:
+        return "memory around the pointer's is written"
+    if expected is not None and not same(outcome.result, expected):
+        return f"not {expected}"
+    return next((f"not {memory}" for memory in memories if not np.array_equal(outcome.memory, memory)), None)
+
+
+@pytest.mark.parametrize("word", SCALAR)
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_word_means_what_numpy_says(harness: Harness, isa: Isa, word: str) -> None:
+    decision = DECISIONS[isa.name]
+    if isinstance(decision, Rejected):
+        pytest.skip(f"cannot run {isa.name} here: {decision.reason}")
+    signature = SCALAR[word]
+    kinds, names = [kind for kind, _ in signature.params], [name for _, name in signature.params]
+    is_pointer = ["*" in kind for kind in kinds]
+    tried = 0
+    for args in argument_lists(signature):
+        copies = [value.copy() for value in args]
+        with np.errstate(all="ignore"):
+            expected = MEANINGS[word](*copies)
+        function = function_name(signature, isa, args)
+        for offset in harness.offsets(kinds, args):
+            outcome = harness.run(function, args, is_pointer, offset)
+            fault = fault_of(outcome, expected, list(itertools.compress(copies, is_pointer)))
+            assert fault is None, f"{fault} with {dict(zip(names, args, strict=True))}"
+            tried += 1
+    assert tried >= (1 if not kinds else 15)
+
+
+def test_the_harness_sees_a_forbidden_access(harness: Harness) -> None:
+    """So that the test above can fail: the load of a block whose last byte is forbidden."""
+    block = np.zeros(63, np.uint8)
+    function = function_name(SCALAR["vb_load"], DECISIONS["scalar"].isa, [None])
+    assert harness.run(function, [block], [True], harness.page_bytes - 63).signal != 0
+    assert harness.run(function, [block], [True], 0).signal == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The files.
+
+
+def test_every_word_has_a_meaning() -> None:
+    assert set(MEANINGS) == set(SCALAR)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_every_level_has_the_words_of_scalar(isa: Isa) -> None:
+    assert set(vocabulary(isa.name)) == set(vocabulary("scalar"))
+    assert signatures(isa.name) == SCALAR
+
+
+@pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: path.name)
+def test_a_file_holds_words_and_no_preprocessor(path: Path) -> None:
+    assert path.stem in {isa.name for isa in ISAS}
+    text = path.read_text()
+    marks = re.findall(r"^//: (\w+)$", text, re.MULTILINE)
+    assert len(marks) == len(set(marks)) == len(parse_vocabulary(text)), "a word is defined twice"
+    directives = set(re.findall(r"^\s*#\s*(\w+)", text, re.MULTILINE))
+    assert directives <= {"include"}, "no #if: what an ISA level has is decided by its file"
+
+
+@pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: path.name)
+def test_a_comment_names_no_word(path: Path) -> None:
+    """The renderer takes every name in a word's text for a use, and would write that word out too."""
+    words = set(SCALAR)
+    for name, text in parse_vocabulary(path.read_text()).items():
+        comments = " ".join(re.findall(r"//(.*)", text))
+        assert not words & set(re.findall(r"\w+", comments)), f"in the comment of {name}"
