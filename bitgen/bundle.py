@@ -1,0 +1,266 @@
+"""Read, verify and choose a directory of kernels for a CPU family.
+
+A bundle is a folder: a library, its header, a manifest, a pkg-config file, and the C text it was made from.
+The manifest is believed only as far as it can be checked: the library's bytes against its digest, the CPU
+against the features it requires.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
+from bitgen.spec import KernelSpec, Shape
+from bitgen.target import Cpu
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+ABI_VERSION = 1  # BITGEN_ABI_VERSION of templates/host/bitgen.h.j2, which a test compares
+
+TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
+
+
+@dataclass(frozen=True)
+class KernelEntry:
+    """One kernel of a library: ``role`` is tuned, default (serves every shape) or portable (scalar).
+
+    ``shape`` and ``threads`` say what it was tuned for (None and 0 where it was not), ``digest`` is the
+    sha256 of its C text.
+    """
+
+    spec: KernelSpec
+    role: str
+    shape: Shape | None
+    threads: int
+    digest: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.spec.name,  # for people; the spec below is what counts
+            "role": self.role,
+            "shape": self.shape.name if self.shape else None,
+            "regime": self.spec.regime,
+            "threads": self.threads,
+            "spec": self.spec.to_dict(),
+            "sha256": self.digest,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KernelEntry:
+        return cls(
+            spec=KernelSpec.from_dict(data["spec"]),
+            role=str(data["role"]),
+            shape=Shape.parse(data["shape"]) if data["shape"] else None,
+            threads=int(data["threads"]),
+            digest=str(data["sha256"]),
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says about itself.
+
+    ``isas`` maps each ISA level of the library to the CPU features it requires; ``files`` maps each file to
+    its sha256; ``compiler`` is JSON-able and for people; ``fingerprint`` is the digest of the tuning records'
+    fingerprint, None for an untuned library.
+    """
+
+    name: str
+    library: str
+    arch: str
+    system: str
+    cpu_family: str
+    model: str | None
+    isas: Mapping[str, tuple[str, ...]]
+    kernels: tuple[KernelEntry, ...]
+    files: Mapping[str, str]
+    compiler: Mapping[str, Any]
+    fingerprint: str | None
+    bitgen_version: str
+    abi_version: int = ABI_VERSION
+    format: int = MANIFEST_FORMAT
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Everything a CPU needs to run the library."""
+        return frozenset(feature for features in self.isas.values() for feature in features)
+
+    @property
+    def is_tuned(self) -> bool:
+        return any(kernel.role == TUNED for kernel in self.kernels)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "isas": {name: list(features) for name, features in self.isas.items()},
+            "kernels": [kernel.to_dict() for kernel in self.kernels],
+            "files": dict(self.files),
+            "compiler": dict(self.compiler),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        return cls(
+            name=str(data["name"]),
+            library=str(data["library"]),
+            arch=str(data["arch"]),
+            system=str(data["system"]),
+            cpu_family=str(data["cpu_family"]),
+            model=None if data["model"] is None else str(data["model"]),
+            isas={str(name): tuple(map(str, features)) for name, features in data["isas"].items()},
+            kernels=tuple(KernelEntry.from_dict(kernel) for kernel in data["kernels"]),
+            files={str(name): str(digest) for name, digest in data["files"].items()},
+            compiler=dict(data["compiler"]),
+            fingerprint=None if data["fingerprint"] is None else str(data["fingerprint"]),
+            bitgen_version=str(data["bitgen_version"]),
+            abi_version=int(data["abi_version"]),
+            format=int(data["format"]),
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: the library is there and its bytes are those the manifest names."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def library(self) -> Path:
+        """The shared library."""
+        return self.path / self.manifest.library
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a CPU can use a bundle, and why."""
+
+    bundle: Bundle
+    accepted: bool
+    reason: str = field(compare=False)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether there is a manifest in the folder ``path``; whether it is right is for `read_bundle`."""
+    return (path / MANIFEST_NAME).is_file()
+
+
+def read_bundle(path: Path | str) -> Bundle:
+    """The bundle in the folder ``path``, its library's bytes verified.
+
+    BitgenError (EXIT_FILE), always one line: no manifest, one of another format or ABI version, a missing
+    library, a library that is not the one the manifest describes.
+    """
+    folder = Path(path)
+    file = folder / MANIFEST_NAME
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BitgenError(f"{folder} is not a bundle: there is no {MANIFEST_NAME} in it", EXIT_FILE) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise BitgenError(f"cannot read {file}: {error}", EXIT_FILE) from error
+    manifest = _parse(data, file)
+    library = folder / manifest.library
+    # A manifest from elsewhere must not name a library outside its folder.
+    if Path(manifest.library).name != manifest.library:
+        raise BitgenError(f"{file}: library must be a file name, not {manifest.library!r}", EXIT_FILE)
+    try:
+        digest = sha256_of(library)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise BitgenError(
+            f"the library of bundle {folder} cannot be read: {library}: {why}", EXIT_FILE
+        ) from error
+    if digest != manifest.files.get(manifest.library):
+        raise BitgenError(
+            f"{library} is not the file its manifest describes (sha256 differs): build it again", EXIT_FILE
+        )
+    return Bundle(folder, manifest)
+
+
+def _parse(data: Any, file: Path) -> Manifest:
+    versions = (("format", MANIFEST_FORMAT), ("abi_version", ABI_VERSION))
+    for key, wanted in versions:
+        found = data.get(key) if isinstance(data, dict) else None
+        if found != wanted:
+            raise BitgenError(
+                f"{file}: {key} is {found!r}, this bitgen reads {wanted}: build the bundle again", EXIT_FILE
+            )
+    try:
+        return Manifest.from_dict(data)
+    except BitgenError as error:
+        raise BitgenError(f"{file}: {error.message}", EXIT_FILE) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        detail = f"{type(error).__name__}: {error}"
+        raise BitgenError(f"{file} is damaged ({detail}): build the bundle again", EXIT_FILE) from error
+
+
+def find_bundles(folder: Path) -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles in the folders directly below ``folder``, and what is wrong with the damaged ones."""
+    bundles: list[Bundle] = []
+    errors: list[BitgenError] = []
+    for file in sorted(folder.glob(f"*/{MANIFEST_NAME}")):
+        try:
+            bundles.append(read_bundle(file.parent))
+        except BitgenError as error:
+            errors.append(error)
+    return bundles, errors
+
+
+def choose_bundle(bundles: Iterable[Bundle], cpu: Cpu) -> tuple[Bundle | None, list[Decision]]:
+    """The bundle to use on ``cpu``, None when it runs none of them, and a decision for each.
+
+    Among those it runs: made for this CPU family before others, tuned before untuned, more required features
+    before fewer (they use more of the CPU), the first given before later ones.
+    """
+    decisions = [judge(bundle, cpu) for bundle in bundles]
+    usable = [decision.bundle for decision in decisions if decision.accepted]
+    return max(usable, key=lambda bundle: _preference(bundle, cpu), default=None), decisions
+
+
+def _preference(bundle: Bundle, cpu: Cpu) -> tuple[bool, bool, int]:
+    manifest = bundle.manifest
+    return manifest.cpu_family == cpu.family, manifest.is_tuned, len(manifest.features)
+
+
+def judge(bundle: Bundle, cpu: Cpu) -> Decision:
+    """Whether ``cpu`` can run the bundle's library."""
+    manifest = bundle.manifest
+    if (manifest.system, manifest.arch) != (cpu.os, cpu.arch):
+        reason = f"it is for {manifest.system} on {manifest.arch}, this is {cpu.os} on {cpu.arch}"
+        return Decision(bundle, False, reason)
+    missing = sorted(manifest.features - cpu.features)
+    if missing:
+        reason = f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}"
+        return Decision(bundle, False, reason)
+    tuned = "tuned" if manifest.is_tuned else "untuned"
+    where = (
+        "this CPU family"
+        if manifest.cpu_family == cpu.family
+        else f"{manifest.cpu_family}, which also runs here"
+    )
+    return Decision(bundle, True, f"{tuned}, for {where}")
+
+
+def require_runnable(bundle: Bundle, cpu: Cpu) -> None:
+    """BitgenError (EXIT_UNSUPPORTED) with the reason when ``cpu`` cannot run the bundle's library."""
+    decision = judge(bundle, cpu)
+    if not decision.accepted:
+        raise BitgenError(f"cannot use {bundle.path}: {decision.reason}", EXIT_UNSUPPORTED)
+
+
+def describe(decisions: Sequence[Decision]) -> list[str]:
+    """One line for each decision."""
+    return [
+        f"{d.bundle.path.name}: {'accepted' if d.accepted else 'rejected'}, {d.reason}" for d in decisions
+    ]

@@ -1,0 +1,389 @@
+"""Call a kernel library from Python: pack weights once, multiply on numpy arrays without copies.
+
+Nothing here compiles, renders or searches::
+
+    table = load("generated/3B-zen5")
+    linear = table.linear(w, scale)      # w int8 (m, k) in {-1, 0, 1}, scale a float or float32 (m,)
+    y = linear(x)                        # x float32 (n, k) -> float32 (n, m)
+    acc = linear.accumulate(xq)          # xq int8 (n, k) -> int32 (n, m), exact
+
+``python -m bitgen.runtime PATH`` compares a library with numpy; `bitgen build` runs it in a child process.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import cffi
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.bundle import ABI_VERSION, Bundle, is_bundle, read_bundle, require_runnable
+from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
+from bitgen.paths import templates_dir
+from bitgen.reference import linear as reference_linear
+from bitgen.reference import ternary_matmul
+from bitgen.spec import REGIMES, Shape
+from bitgen.target import detect_cpu
+
+Floats: TypeAlias = NDArray[np.float32]
+Generic: TypeAlias = Literal["never", "fallback", "only"]
+_ALIGNMENT = 64
+
+
+class ArgumentTypeError(BitgenError, TypeError):
+    """An argument of the wrong type or dtype."""
+
+
+class ArgumentValueError(BitgenError, ValueError):
+    """An argument of the right type with a wrong shape, order or value."""
+
+
+class BusyError(BitgenError):
+    """The table serves a call of another thread: give each thread a table of its own."""
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """A kernel of a library. ``shape`` None: it serves every shape; ``threads`` 0: it was not tuned."""
+
+    name: str
+    isa: str
+    family: str
+    schedule: str
+    shape: Shape | None
+    n_min: int
+    n_max: int
+    threads: int
+    row_block: int
+
+
+def load(path: Path | str, threads: int | None = None, *, generic: Generic = "never") -> KernelTable:
+    """Open the library at ``path``, or the one of the bundle in the folder ``path``.
+
+    ``threads`` counts the calling thread; None means one a physical core this process may use.
+    ``generic`` tells when to use the library's portable kernels (slow, exact): never, as a fallback on a CPU
+    the library is not for, or only them.
+    BitgenError: EXIT_FILE for a file that is missing, damaged or no such library, EXIT_UNSUPPORTED for a
+    library of another CPU.
+    """
+    file = Path(path)
+    bundle = _bundle_of(file)
+    if bundle is None and file.is_dir():
+        bundle = read_bundle(file)  # raises, and says why
+    if bundle is not None and generic == "never":
+        require_runnable(bundle, detect_cpu())
+    return KernelTable(file if bundle is None else bundle.library, threads, bundle, generic)
+
+
+def _bundle_of(path: Path) -> Bundle | None:
+    """The bundle that ``path`` is, or whose library it is."""
+    if is_bundle(path):
+        return read_bundle(path)
+    if path.is_file() and is_bundle(path.parent):
+        bundle = read_bundle(path.parent)
+        return bundle if bundle.library.samefile(path) else None
+    return None
+
+
+@lru_cache(maxsize=1)
+def _ffi() -> Any:
+    """The declarations of the public header, as cffi reads them."""
+    header = (templates_dir() / "host" / "bitgen.h.j2").read_text(encoding="utf-8")
+    abi = re.search(r"/\* ABI begins.*?\*/(.*)/\* ABI ends", header, re.DOTALL)
+    if abi is None:
+        raise BitgenError("bitgen's installation is damaged: no declarations in bitgen.h", EXIT_FILE)
+    ffi: Any = cffi.FFI()
+    ffi.cdef(abi[1].replace("BITGEN_API ", ""))
+    return ffi
+
+
+def _open(path: Path) -> Any:
+    """The library's functions, once its ABI is known to be ours."""
+    ffi = _ffi()
+    try:
+        lib = ffi.dlopen(str(path.absolute()))
+    except OSError as error:
+        raise BitgenError(f"cannot open the library {path}: {error}", EXIT_FILE) from error
+    try:
+        version = lib.bitgen_abi_version()
+        sizes = ffi.new("int32_t[2]")
+        lib.bitgen_struct_sizes(sizes, sizes + 1)
+    except AttributeError as error:
+        raise BitgenError(f"{path} is not a bitgen library: {error}", EXIT_FILE) from error
+    if version != ABI_VERSION:
+        raise BitgenError(f"{path} has ABI version {version}, not {ABI_VERSION}: build it again", EXIT_FILE)
+    expected = [ffi.sizeof(f"struct {name}") for name in ("bitgen_kernel_info", "bitgen_packed_header")]
+    if list(sizes) != expected:
+        raise BitgenError(
+            f"{path} has structs of {list(sizes)} bytes, not {expected}: build it again", EXIT_FILE
+        )
+    return lib
+
+
+class KernelTable:
+    """An open library with a pool of threads. It serves one call at a time; BusyError for a second.
+
+    Use it in a ``with`` statement, or let it be collected.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        threads: int | None = None,
+        bundle: Bundle | None = None,
+        generic: Generic = "never",
+    ) -> None:
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+            raise ArgumentTypeError(f"threads must be an int or None, not {threads!r}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise ArgumentValueError(f"threads must be 1 to 1024, not {threads}")
+        self.path = library
+        self.bundle = bundle
+        self._lib = _open(library)
+        lib = self._lib
+        flags = {"never": 0, "fallback": lib.BITGEN_ALLOW_GENERIC, "only": lib.BITGEN_ONLY_GENERIC}.get(
+            generic
+        )
+        if flags is None:
+            raise ArgumentValueError(f"generic must be never, fallback or only, not {generic!r}")
+        out = _ffi().new("bitgen_context **")
+        self.check(self._lib.bitgen_context_create(out, threads or 0, flags))
+        self._context = _ffi().gc(out[0], self._lib.bitgen_context_destroy)
+
+    def __enter__(self) -> KernelTable:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the threads. The table and its layers cannot be called afterwards."""
+        _ffi().release(self._context)
+        self._context = _ffi().NULL
+
+    @property
+    def threads(self) -> int:
+        """The number of threads, the calling one included; 0 when closed."""
+        return int(self._lib.bitgen_context_threads(self._context))
+
+    @property
+    def version(self) -> str:
+        """The version of bitgen that built the library."""
+        return _text(self._lib.bitgen_version())
+
+    @property
+    def kernels(self) -> tuple[KernelInfo, ...]:
+        """What the library holds: tuned kernels, then defaults, then portable ones."""
+        return tuple(self._kernel(i) for i in range(self._lib.bitgen_kernel_count()))
+
+    def linear(self, w: NDArray[np.int8], scale: float | Floats) -> Linear:
+        """Pack ``w`` int8 (m, k) in {-1, 0, 1}; ``scale`` is a float or float32 (m,), one a row.
+
+        ArgumentTypeError, ArgumentValueError (BitgenErrors) name the argument that is wrong.
+        """
+        _check_array("w", w, np.int8, (2,))
+        shape = Shape(*w.shape)
+        scales = _scales(scale, shape.m)
+        ffi = _ffi()
+        size = ffi.new("size_t *")
+        self.check(self._lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size))
+        packed = _aligned(int(size[0]))
+        self.check(
+            self._lib.bitgen_pack(
+                self._context,
+                ffi.from_buffer("int8_t[]", w),
+                shape.m,
+                shape.k,
+                ffi.from_buffer("uint8_t[]", packed),
+                packed.size,
+            )
+        )
+        return Linear(self, shape, packed, scales)
+
+    def check(self, code: int) -> None:
+        """Raise what the code of a library call means; nothing for BITGEN_OK."""
+        lib = self._lib
+        if code == lib.BITGEN_OK:
+            return
+        message = _text(lib.bitgen_error_message(code))
+        if code == lib.BITGEN_ERROR_UNSUPPORTED_CPU:
+            missing = _text(lib.bitgen_missing_features())
+            raise BitgenError(f"cannot use {self.path}: this CPU lacks {missing}", EXIT_UNSUPPORTED)
+        if code == lib.BITGEN_ERROR_NULL and not self.threads:
+            raise BitgenError("the kernel table is closed")
+        if code == lib.BITGEN_ERROR_NOT_FINITE:
+            raise ArgumentValueError("x holds NaN or infinity")
+        if code == lib.BITGEN_ERROR_NOT_TERNARY:
+            raise ArgumentValueError("w must hold -1, 0 and 1 only")
+        raise (BusyError if code == lib.BITGEN_ERROR_BUSY else BitgenError)(f"{self.path.name}: {message}")
+
+    def _kernel(self, index: int) -> KernelInfo:
+        info = _ffi().new("struct bitgen_kernel_info *")
+        self.check(self._lib.bitgen_kernel_info(index, info))
+        return KernelInfo(
+            name=_text(info.name),
+            isa=_text(info.isa),
+            family=_text(info.family),
+            schedule=_text(info.schedule),
+            shape=Shape(info.m, info.k) if info.m else None,
+            n_min=info.n_min,
+            n_max=info.n_max,
+            threads=info.threads,
+            row_block=info.row_block,
+        )
+
+
+class Linear:
+    """Packed weights with their scales: y = x w^T. Made by `KernelTable.linear`."""
+
+    def __init__(self, table: KernelTable, shape: Shape, packed: NDArray[np.uint8], scales: Floats) -> None:
+        self.table = table
+        self.shape = shape
+        self.packed = packed  # (packed bytes,), 64-byte aligned: header and blocks
+        self.scales = scales  # (1,) or (m,)
+        # Made once: a pointer into an array costs 0.4 us, and these two never move.
+        self._packed = _ffi().from_buffer("uint8_t[]", packed)
+        self._scales = _ffi().from_buffer("float[]", scales)
+
+    def __call__(self, x: Floats) -> Floats:
+        """Y of x: float32 (n, k) -> (n, m), or (k,) -> (m,). NaN and infinity raise ArgumentValueError."""
+        n = self._tokens("x", x, np.float32)
+        y = np.empty((n, self.shape.m), np.float32)
+        table, ffi = self.table, _ffi()
+        code = table._lib.bitgen_matmul(
+            table._context,
+            self._packed,
+            self._scales,
+            self.scales.size,
+            ffi.from_buffer("float[]", x),
+            n,
+            self.shape.m,
+            self.shape.k,
+            ffi.from_buffer("float[]", y),
+        )
+        table.check(code)
+        return y if x.ndim == 2 else y[0]
+
+    def accumulate(self, xq: NDArray[np.int8]) -> NDArray[np.int32]:
+        """The exact integers of xq: int8 (n, k) -> int32 (n, m), or (k,) -> (m,)."""
+        n = self._tokens("xq", xq, np.int8)
+        acc = np.empty((n, self.shape.m), np.int32)
+        table, ffi = self.table, _ffi()
+        code = table._lib.bitgen_accumulate(
+            table._context,
+            self._packed,
+            ffi.from_buffer("int8_t[]", xq),
+            n,
+            self.shape.m,
+            self.shape.k,
+            ffi.from_buffer("int32_t[]", acc),
+        )
+        table.check(code)
+        return acc if xq.ndim == 2 else acc[0]
+
+    def kernel(self, n: int) -> KernelInfo:
+        """The kernel that multiplies ``n`` tokens."""
+        index = _ffi().new("int32_t *")
+        table = self.table
+        table.check(table._lib.bitgen_kernel_choice(table._context, self._packed, n, index))
+        return table._kernel(index[0])
+
+    def _tokens(self, name: str, x: Any, dtype: type[np.generic]) -> int:
+        """The number of tokens in an activation array that is right."""
+        _check_array(name, x, dtype, (1, 2))
+        if x.shape[-1] != self.shape.k:
+            raise ArgumentValueError(f"{name} must have {self.shape.k} columns (k), not shape {x.shape}")
+        return 1 if x.ndim == 1 else int(x.shape[0])
+
+
+def _check_array(name: str, array: Any, dtype: type[np.generic], dimensions: tuple[int, ...]) -> None:
+    """Type, dtype, dimensions, order and emptiness of an argument; the error names it."""
+    if not isinstance(array, np.ndarray):
+        raise ArgumentTypeError(f"{name} must be a numpy array, not {type(array).__name__}")
+    if array.dtype != dtype:
+        raise ArgumentTypeError(f"{name} must be {np.dtype(dtype)}, not {array.dtype}")
+    if array.ndim not in dimensions:
+        allowed = " or ".join(map(str, dimensions))
+        raise ArgumentValueError(f"{name} must have {allowed} dimensions, not shape {array.shape}")
+    if array.size == 0:
+        raise ArgumentValueError(f"{name} is empty: shape {array.shape}")
+    if not array.flags.c_contiguous:
+        raise ArgumentValueError(f"{name} is not C-contiguous: pass numpy.ascontiguousarray({name})")
+    if not array.flags.aligned:
+        raise ArgumentValueError(f"{name} is not aligned to its elements: pass a copy")
+
+
+def _scales(scale: Any, m: int) -> Floats:
+    """The weight scale as float32 (1,) or (m,), a copy."""
+    if isinstance(scale, np.ndarray) and scale.ndim:
+        _check_array("scale", scale, np.float32, (1,))
+        if scale.size not in (1, m):
+            raise ArgumentValueError(f"scale must have 1 or {m} values, not {scale.size}")
+        return scale.copy()
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, np.floating, np.integer, np.ndarray)):
+        raise ArgumentTypeError(f"scale must be a float or a float32 array, not {type(scale).__name__}")
+    return np.array([scale], np.float32)
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """``size`` uninitialised bytes at a multiple of 64."""
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size]
+
+
+def _text(chars: Any) -> str:
+    return str(_ffi().string(chars).decode())
+
+
+def self_test(table: KernelTable, seed: int = 0) -> int:
+    """Compare what the table chooses for each regime with numpy, on ragged shapes and those it was tuned for.
+
+    Returns the number of matmuls compared. BitgenError at the first difference.
+    """
+    rng = np.random.default_rng(seed)
+    tuned = {kernel.shape for kernel in table.kernels if kernel.shape}
+    shapes = [Shape(5, 127), Shape(33, 200), *sorted(tuned)]
+    count = 0
+    for shape in shapes:
+        w = rng.integers(-1, 2, (shape.m, shape.k), dtype=np.int8)
+        scale = rng.uniform(0.5, 2, shape.m).astype(np.float32)
+        linear = table.linear(w, scale)
+        rows = rng.choice(shape.m, min(shape.m, 64), replace=False)
+        for n in (regime.n_min for regime in REGIMES):
+            xq = rng.integers(-128, 128, (n, shape.k), dtype=np.int8)
+            x = rng.normal(size=(n, shape.k)).astype(np.float32)
+            exact = np.array_equal(linear.accumulate(xq)[:, rows], ternary_matmul(xq, w[rows]))
+            if not exact or not np.array_equal(linear(x)[:, rows], reference_linear(x, w[rows], scale[rows])):
+                raise BitgenError(f"{linear.kernel(n).name} computes wrong results for {shape.name}, n = {n}")
+            count += 2
+    return count
+
+
+def _main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m bitgen.runtime LIBRARY-OR-BUNDLE", file=sys.stderr)
+        return 2
+    try:
+        count = 0
+        for threads in (1, 2):
+            with load(arguments[0], threads) as table:
+                count += self_test(table)
+    except BitgenError as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code
+    print(f"{count} matmuls equal numpy")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
