@@ -13,7 +13,7 @@ typedef struct { __m256i a, b; } vb;
 typedef struct { h_reg a, b; } vh;
 typedef struct { w_reg a, b; } vw;
 typedef struct { __m256 a, b; } vf;
-typedef struct { __m256i a, b; } vm;  // a byte is 0xff (flag set) or 0
+typedef struct { __m256i a, b; } vm;  // a byte is 0 (flag set) or 0xff (clear)
 
 //: prefetch
 WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
@@ -75,20 +75,25 @@ WORD vb vb_lut16(vb table, vb idx) {
 }
 
 //: vb_test
-// AVX2 compares bytes only for equal and signed greater, so "not zero" is the complement of "equal to zero".
+// AVX2 compares bytes only for equal and signed greater, so flags are kept as "equal to zero".
 WORD vm vb_test(vb v, vb bits) {
-    __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(-1);
-    __m256i a = _mm256_cmpeq_epi8(_mm256_and_si256(v.a, bits.a), zero);
-    __m256i b = _mm256_cmpeq_epi8(_mm256_and_si256(v.b, bits.b), zero);
-    return (vm){_mm256_xor_si256(a, ones), _mm256_xor_si256(b, ones)};
+    __m256i zero = _mm256_setzero_si256();
+    return (vm){_mm256_cmpeq_epi8(_mm256_and_si256(v.a, bits.a), zero),
+                _mm256_cmpeq_epi8(_mm256_and_si256(v.b, bits.b), zero)};
 }
 
 //: vb_flip
-WORD vb vb_flip(vb v, vm m) { return (vb){_mm256_xor_si256(v.a, m.a), _mm256_xor_si256(v.b, m.b)}; }
+// The complement of the flags by a comparison: made once for all values flipped by the same flags, while
+// compilers move the ones of an exclusive or to each value.
+WORD vb vb_flip(vb v, vm m) {
+    __m256i zero = _mm256_setzero_si256();
+    return (vb){_mm256_xor_si256(v.a, _mm256_cmpeq_epi8(m.a, zero)),
+                _mm256_xor_si256(v.b, _mm256_cmpeq_epi8(m.b, zero))};
+}
 
 //: vb_select
 WORD vb vb_select(vm m, vb a, vb b) {
-    return (vb){_mm256_blendv_epi8(b.a, a.a, m.a), _mm256_blendv_epi8(b.b, a.b, m.b)};
+    return (vb){_mm256_blendv_epi8(a.a, b.a, m.a), _mm256_blendv_epi8(a.b, b.b, m.b)};
 }
 
 //: vh_zip_lo
@@ -164,7 +169,7 @@ WORD void vw_store(int32_t *p, vw v) {
 }
 
 //: vw_store_n
-// vpmaskmovd as a store is microcode on AMD (about 20 uops), so full blocks go around it.
+// vpmaskmovd as a store is slow microcode on Zen 1 to 3, so full blocks go around it.
 WORD void vw_store_n(int32_t *p, vw v, int n) {
     if (n == 16) {
         _mm256_storeu_si256((__m256i *)p, (__m256i)v.a);
@@ -310,7 +315,7 @@ WORD vf vf_load_n(const float *p, int n) {
 }
 
 //: vf_store_n
-// vmaskmovps as a store is microcode on AMD, so full blocks go around it.
+// vmaskmovps as a store is slow microcode on Zen 1 to 3, so full blocks go around it.
 WORD void vf_store_n(float *p, vf v, int n) {
     if (n == 16) {
         _mm256_storeu_ps(p, v.a);
