@@ -1,11 +1,13 @@
-"""One kernel in a child process: right? then how fast?
+"""One kernel in a child process: is it right, and then how fast is it.
 
 `LocalRunner` compiles candidates, proves each one exact in a forked child and times it there; `ReplayRunner`
-answers the same questions from records. `check_kernel` and `sweep` hold kernels against the numpy reference
-for the tests and for `bitgen check`.
+answers the same questions from records; `exact_sweep` proves whole spaces.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from bitgen.measure.records import (
     Job,
@@ -19,14 +21,42 @@ from bitgen.measure.records import (
 )
 from bitgen.measure.replay import ReplayRunner
 
+if TYPE_CHECKING:
+    from bitgen.measure.local import LocalRunner, Proof, TimingPolicy, measure_limits
+    from bitgen.measure.sweep import SweepCounts, exact_sweep, sweep
+
 __all__ = [
     "Job",
     "Limits",
     "Load",
+    "LocalRunner",
     "Measurement",
     "Missing",
+    "Proof",
     "Race",
     "ReplayRunner",
     "Runner",
     "Status",
+    "SweepCounts",
+    "TimingPolicy",
+    "exact_sweep",
+    "measure_limits",
+    "sweep",
 ]
+
+# numpy, the renderer and the toolchain: who reads records or replays them does not pay for these.
+_LAZY = {
+    "LocalRunner": "local",
+    "Proof": "local",
+    "TimingPolicy": "local",
+    "measure_limits": "local",
+    "SweepCounts": "sweep",
+    "exact_sweep": "sweep",
+    "sweep": "sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -54,7 +54,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to be proven and timed: a whole matmul of ``shape`` with ``n`` tokens on ``threads`` threads.
+    """One kernel to be proven and timed: a matmul of ``shape`` with ``n`` tokens on ``threads`` threads.
 
     ``cold``: every call reads another copy of the weights, from memory. ``against``: a proven kernel whose
     times are taken in turn with the candidate's (A B A B), so that both saw the same moments.
@@ -223,8 +223,8 @@ class Limits:
     """What this machine can do at most on ``threads`` threads, measured by generated kernels.
 
     ``dram_gbs``: for each access pattern (its name: streams, prefetch distance in bytes) the bandwidth of
-    reading memory, in 10^9 bytes a second. ``peak_gops``: for each ISA level the rate of int8 multiply-adds in
-    registers, in 10^9 operations a second; a multiply and an add count as two.
+    reading memory, in 10^9 bytes a second. ``peak_gops``: for each ISA level the rate of int8 multiply-adds
+    in registers, in 10^9 operations a second; a multiply and an add count as two.
     """
 
     threads: int
@@ -301,7 +301,7 @@ class Runner(Protocol):
         cold: bool = False,
         seed: int = 0,
     ) -> Race:
-        """Time proven kernels in ``rounds`` interleaved rounds; each round's order is shuffled by ``seed``."""
+        """Time kernels in ``rounds`` interleaved rounds; each round's order is shuffled by ``seed``."""
         ...
 
     def limits(self, threads: int, isas: Sequence[str]) -> Limits:

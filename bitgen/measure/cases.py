@@ -1,0 +1,272 @@
+"""What a kernel must get right before its time counts: ragged shapes, every n of the regime, overflow edges.
+
+A `Case` names a weight matrix and activations; `Checks` are cases packed for one layout in guarded memory,
+with the reference's answers beside them, ready for C to run against any number of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.measure.harness import Harness
+from bitgen.measure.memory import Guarded, guarded_copy
+from bitgen.packing import pack
+from bitgen.reference import scale_output, ternary_matmul
+from bitgen.spec import K_MAX, LARGE, N1, SMALL, Layout, Shape, ceil_to, family_named, x_stride
+
+Int8 = NDArray[np.int8]
+
+# The n of each regime: both ends, tails of every register block, powers of two.
+TOKENS: Mapping[str, tuple[int, ...]] = {
+    N1.name: (1,),
+    SMALL.name: (2, 3, 7, 8, 16),
+    LARGE.name: (17, 33, 64),
+}
+
+# 1x1; odd everything; a row behind two sub-blocks; k = 192 + 5 crosses the activations' padding; a real k;
+# more rows than any schedule walks at once (8 streams of 32 rows, cache blocks of 512).
+RAGGED = (Shape(1, 1), Shape(5, 127), Shape(33, 100), Shape(48, 197), Shape(100, 640), Shape(530, 97))
+# Longer than two int16 blocks of every family (at most 1016 columns between two widenings).
+EDGE = Shape(33, 2113)
+# Longer than every cache block along k.
+BLOCKED = Shape(20, 4001)
+# The largest k at all: the int32 sums of I2_S, scaled by 64, are within a factor of 1 of their bound.
+LONGEST = Shape(17, K_MAX)
+
+# Sums that reach the bounds of the accumulators. w and x are given for each column, all rows alike.
+_ONES, _SIGNS = (1, 1), (1, -1)
+EDGES: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = {
+    "all w = +1, x = 127": (_ONES, (127, 127)),
+    "all w = +1, x = -128": (_ONES, (-128, -128)),
+    "all w = -1, x = -128": ((-1, -1), (-128, -128)),
+    "all w = -1, x = 127": ((-1, -1), (127, 127)),
+    "w = +1, -1, ..., x = 127, -128, ...: no product cancels": (_SIGNS, (127, -128)),
+    "w = +1, -1, ..., x = -128, 127, ...: no product cancels": (_SIGNS, (-128, 127)),
+    "w = +1, x = 127, -128, ...": (_ONES, (127, -128)),
+    "w = +1, -1, ..., x = -128: every pair cancels": (_SIGNS, (-128, -128)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product of weights and activations by name; ``floats``: the epilogue's y, not the integers.
+
+    ``split`` runs the rows in two ranges and watches that neither writes the other's.
+    """
+
+    name: str
+    shape: Shape
+    n: int
+    floats: bool = False
+    split: bool = False
+
+    @property
+    def title(self) -> str:
+        what = "y" if self.floats else "acc"
+        return f"{what} of {self.shape.name}, n = {self.n}, {self.name}"
+
+
+def cases_of(regime: str, shapes: Sequence[Shape] = RAGGED, deep: bool = False) -> tuple[Case, ...]:
+    """The cases of a regime: integers and floats of random data on every shape and n, then the edges.
+
+    ``deep`` runs the edges for every n and adds the largest k: some hundred milliseconds a kernel.
+    """
+    tokens = TOKENS[regime]
+    cases = [
+        Case("random", shape, n, floats=floats, split=not floats)
+        for shape in shapes
+        for n in tokens
+        for floats in (False, True)
+    ]
+    cases += [Case("random", shape, tokens[-1], split=True) for shape in (EDGE, BLOCKED)]
+    edge_tokens = tokens if deep else tokens[:1]
+    cases += [Case(name, EDGE, n) for n in edge_tokens for name in EDGES]
+    cases += [
+        Case(name, Shape(33, 100), n) for n in edge_tokens for name in ("zero x", "zero w", "one product")
+    ]
+    cases.append(Case("zero x", Shape(33, 100), tokens[0], floats=True))
+    return tuple(cases)
+
+
+def longest_cases(regime: str) -> tuple[Case, ...]:
+    """The int32 edge: the largest k, where I2_S's scaled sums reach their bound."""
+    return tuple(Case(name, LONGEST, TOKENS[regime][0]) for name in tuple(EDGES)[:4])
+
+
+def shape_cases(regime: str, shape: Shape) -> tuple[Case, ...]:
+    """The cases of a kernel that is for one shape only."""
+    tokens = TOKENS[regime]
+    random = [Case("random", shape, n, floats=f, split=not f) for n in tokens for f in (False, True)]
+    return (*random, *(Case(name, shape, tokens[0]) for name in (*EDGES, "zero x", "zero w", "one product")))
+
+
+def case_weights(case: Case) -> Int8:
+    """W int8 (m, k) of a case."""
+    return _weights(case.name, case.shape)
+
+
+def case_activations(case: Case) -> Int8:
+    """Xq int8 (n, k) of a case."""
+    return _activations(case.name, case.n, case.shape.k)
+
+
+@lru_cache(maxsize=64)
+def _weights(name: str, shape: Shape) -> Int8:
+    if name == "one product":
+        w = np.zeros((shape.m, shape.k), np.int8)
+        w[-1, -1] = -1
+        return w
+    if name in EDGES:
+        return np.broadcast_to(_alternating(EDGES[name][0], shape.k), (shape.m, shape.k)).copy()
+    if name == "zero w":
+        return np.zeros((shape.m, shape.k), np.int8)
+    return _rng(shape.m, shape.k).integers(-1, 2, (shape.m, shape.k), dtype=np.int8)
+
+
+@lru_cache(maxsize=64)
+def _activations(name: str, n: int, k: int) -> Int8:
+    if name == "one product":
+        x = np.zeros((n, k), np.int8)
+        x[:, -1] = -128
+        return x
+    if name in EDGES:
+        return np.broadcast_to(_alternating(EDGES[name][1], k), (n, k)).copy()
+    if name == "zero x":
+        return np.zeros((n, k), np.int8)
+    return _rng(n, k, 1).integers(-128, 128, (n, k), dtype=np.int8)
+
+
+def _alternating(pair: tuple[int, int], k: int) -> Int8:
+    return np.resize(np.array(pair, np.int8), k)
+
+
+def _rng(*key: int) -> np.random.Generator:
+    return np.random.default_rng(key)
+
+
+# enum harness_kind of harness.c
+_KINDS = {
+    1: "row {row} of token {token} is {got:#010x}, not {want:#010x}",
+    2: "it writes outside the rows of the output (token {token}, row {row})",
+    3: "it writes row {row} of token {token}, which is outside its row range",
+    4: "it wants {got} bytes of scratch, there are {want}",
+    5: "it writes outside its scratch, or the table builder in front of the tables",
+    6: "the harness has no room for the tables",
+}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first thing a kernel got wrong."""
+
+    case: Case
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.case.title}: {self.what}"
+
+
+class Checks:
+    """Cases packed for one layout, inputs read-only with unmapped pages behind every buffer."""
+
+    def __init__(
+        self, harness: Harness, layout: Layout, cases: Sequence[Case], scratch_bytes: int = 32 << 20
+    ) -> None:
+        self.cases = tuple(cases)
+        self._harness = harness
+        self._layout = layout
+        self._buffers: dict[tuple[Any, ...], Guarded] = {}
+        self._calls = harness.ffi.new("struct harness_check[]", len(self.cases))
+        for call, case in zip(self._calls, self.cases, strict=True):
+            self._fill(call, case)
+        self._areas = self._work_areas(scratch_bytes)
+        self._arena = harness.ffi.new("struct harness_arena *")
+        for name, area in self._areas.items():
+            setattr(self._arena, f"{name}_end", area.pointer("uint8_t *", area.end))
+            setattr(self._arena, f"{name}_bytes", area.nbytes)
+
+    def run(self, kernel: Any, progress: Any, first: int = 0) -> Mismatch | None:
+        """Run every case through ``kernel`` (struct harness_kernel *) up to the first mismatch.
+
+        Case i is ``first + i`` in ``progress`` (struct harness_progress *).
+        """
+        found = self._harness.ffi.new("struct harness_mismatch *")
+        count = len(self.cases)
+        kind = self._harness.lib.harness_check(
+            kernel, self._calls, count, first, self._arena, progress, found
+        )
+        if not kind:
+            return None
+        what = _KINDS[kind].format(token=found.token, row=found.row, got=found.got, want=found.want)
+        return Mismatch(self.cases[found.check], what)
+
+    def _fill(self, call: Any, case: Case) -> None:
+        m, k, n = case.shape.m, case.shape.k, case.n
+        a = call.call
+        a.m, a.k, a.n, a.x_stride = m, k, n, x_stride(k)
+        a.out_stride = m if case.floats else m + 3  # three columns nobody may write
+        a.w_scale_stride = n % 2  # a scale a row, and one for the tensor
+        w_name, x_name = (_input_name(case, part) for part in (0, 1))
+        a.w = self._input(
+            "const uint8_t *", ("w", w_name, m, k), lambda: pack(self._layout, case_weights(case)), 64
+        )
+        a.x = self._input("const int8_t *", ("x", x_name, n, k), lambda: _padded(case_activations(case)), 64)
+        a.x_sum = self._input("const int32_t *", ("sum", x_name, n, k), lambda: _sums(case_activations(case)))
+        a.x_scale = self._input("const float *", ("xs", n), lambda: _scales(n))
+        a.w_scale = self._input(
+            "const float *", ("ws", m if n % 2 else 1), lambda: _scales(m if n % 2 else 1)
+        )
+        what = ("y" if case.floats else "acc", case.name, m, k, n)
+        call.expected = self._input("const void *", what, lambda: _expected(case))
+        call.floats = case.floats
+        half = -(-m // self._layout.row_block) // 2 * self._layout.row_block
+        call.split = half if case.split else 0
+
+    def _input(
+        self, ctype: str, key: tuple[Any, ...], make: Callable[[], NDArray[Any]], align: int = 1
+    ) -> Any:
+        if key not in self._buffers:
+            self._buffers[key] = guarded_copy(self._harness, make(), align)
+        return self._buffers[key].pointer(ctype)
+
+    def _work_areas(self, scratch_bytes: int) -> dict[str, Guarded]:
+        table_bytes = family_named(self._layout.family).table_bytes
+        out = max(4 * c.n * (c.shape.m + 3) for c in self.cases)
+        tables = max(c.n * self._layout.chunks(c.shape.k) * table_bytes for c in self.cases)
+        edge = 64  # watched in front of each area
+        sizes = {"out": out + edge, "tables": tables + edge, "scratch": scratch_bytes}
+        return {name: Guarded(self._harness, ceil_to(size, 64), 64) for name, size in sizes.items()}
+
+
+def _input_name(case: Case, part: int) -> object:
+    """What decides an input besides its size, so that cases which share one share the buffer."""
+    return EDGES[case.name][part] if case.name in EDGES else case.name
+
+
+def _padded(xq: Int8) -> Int8:
+    n, k = xq.shape
+    padded = np.zeros((n, x_stride(k)), np.int8)
+    padded[:, :k] = xq
+    return padded
+
+
+def _sums(xq: Int8) -> NDArray[np.int32]:
+    sums: NDArray[np.int32] = xq.sum(axis=1, dtype=np.int32)
+    return sums
+
+
+def _scales(count: int) -> NDArray[np.float32]:
+    return _rng(count).uniform(0.001, 0.1, count).astype(np.float32)
+
+
+def _expected(case: Case) -> NDArray[Any]:
+    acc = ternary_matmul(case_activations(case), case_weights(case))
+    if not case.floats:
+        return acc
+    return scale_output(acc, _scales(case.n), _scales(case.shape.m if case.n % 2 else 1))

@@ -1,0 +1,179 @@
+"""The C side of measuring: the library's own host code, the checks and the clock, in one shared library.
+
+``templates/probes/harness.h`` says what it does; Python is never inside a timed region.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from bitgen.errors import BitgenError
+from bitgen.host import host_headers, run_units
+from bitgen.paths import templates_dir
+from bitgen.render import Source
+from bitgen.spec import MATMUL_STRUCT, KernelSpec, Layout, family_named, regime_named
+from bitgen.target import Isa, find_isa, load_isas
+from bitgen.toolchain import Prototype, Toolchain, Unit
+from bitgen.toolchain.cache import key_of
+
+_DLFCN = "void *dlopen(const char *, int); void *dlsym(void *, const char *); char *dlerror(void);\n"
+_MPROTECT = "int mprotect(void *, size_t, int);\n"
+_N_ANY = 2**31 - 1  # the host's "no bound"
+
+
+def harness_text(name: str) -> str:
+    """The text of ``templates/probes/NAME``: plain C, nothing is rendered."""
+    return (templates_dir() / "probes" / name).read_text(encoding="utf-8")
+
+
+def build_harness(toolchain: Toolchain, arch: str) -> Path:
+    """The shared library of `harness.h` for this architecture, from the cache where it is there already."""
+    headers = (*host_headers(arch), ("harness.h", harness_text("harness.h")))
+    units = (*run_units(arch), Unit("harness", harness_text("harness.c"), headers=headers))
+    objects = []
+    for result in toolchain.compile_objects(units):
+        if isinstance(result, BitgenError):
+            raise result  # no candidate's fault: nothing can be measured
+        objects.append(result)
+    # An object's name is the hash of its content.
+    key = key_of({**toolchain.fingerprint(), "objects": [path.name for path in objects]})
+    return toolchain.cache.make(
+        "harness", key, ".so", lambda folder: toolchain.link_shared(objects, folder / "harness.so")
+    )
+
+
+@dataclass(frozen=True)
+class Functions:
+    """Where the machine code of one kernel is: a library and the names in it.
+
+    ``support`` is the library with the ISA's quantiser and the family's table builder. ``scaled``: its int32
+    sums are scaled, so that the largest k takes them to their bound.
+    """
+
+    library: str
+    run: str
+    scratch: str
+    support: str
+    quantize: str
+    tables: str | None
+    row_block: int
+    family: str
+    row_grain: int
+    n_min: int
+    n_max: int
+    scaled: bool = False
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.family, self.row_block)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Functions:
+        return cls(**data)
+
+
+def row_grain(spec: KernelSpec) -> int:
+    """Rows that a piece of work should be a multiple of: what the schedule walks at once.
+
+    A kernel takes any multiple of its row block; less than this wastes streams or unpacked panels.
+    """
+    knobs = dict(spec.schedule)
+    streams = knobs.get("streams", 1) * spec.layout.row_block
+    return max(streams, knobs.get("mc", 0), spec.layout.row_block)
+
+
+def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
+    """The names that `bitgen.render` gives the functions of ``spec``."""
+    regime = regime_named(spec.regime)
+    has_tables = family_named(spec.family).table_bytes > 0
+    return Functions(
+        library=str(library),
+        run=spec.name,
+        scratch=f"{spec.name}_scratch",
+        support=str(support),
+        quantize=f"bitgen_quantize__{spec.isa}",
+        tables=f"bitgen_{spec.family}_tables__{spec.isa}" if has_tables else None,
+        row_block=spec.layout.row_block,
+        family=spec.family,
+        row_grain=row_grain(spec),
+        n_min=regime.n_min,
+        n_max=regime.n_max or _N_ANY,
+        scaled=dict(spec.schedule).get("accs", 1) > 1,
+    )
+
+
+@lru_cache(maxsize=1)
+def isas() -> Mapping[str, Isa]:
+    """The ISA levels by name."""
+    return {isa.name: isa for isa in load_isas()}
+
+
+def unit_of(source: Source) -> Unit:
+    """A rendered file as a translation unit whose prototypes the compiler checks."""
+    isa = isas().get(source.isa) or find_isa(source.isa, isas().values())
+    functions = tuple(Prototype(_declared(text), text) for text in source.prototypes)
+    return Unit(source.name, source.text, isa, functions, MATMUL_STRUCT)
+
+
+def _declared(prototype: str) -> str:
+    """The name of the function that a prototype declares."""
+    found = re.search(r"(\w+)\s*\(", prototype)
+    if found is None:
+        raise BitgenError(f"{prototype!r} declares no function")
+    return found[1]
+
+
+class Harness:
+    """The harness opened in this process. Only measuring children open kernels with it."""
+
+    def __init__(self, path: Path | str) -> None:
+        import cffi  # here, because records and replays need no compiler's helper
+
+        self.ffi: Any = cffi.FFI()
+        self.ffi.cdef(MATMUL_STRUCT + harness_text("harness.h") + _DLFCN + _MPROTECT)
+        self.lib: Any = self.ffi.dlopen(str(path))
+        self.libc: Any = self.ffi.dlopen(None)
+
+    def symbol(self, library: str, name: str) -> Any:
+        """The address of a function in a shared library, which stays loaded.
+
+        BitgenError when the library or the function is not there.
+        """
+        now = 2  # RTLD_NOW: an undefined function is found here, not in the middle of a call
+        handle = self.libc.dlopen(library.encode(), now)
+        address = self.libc.dlsym(handle, name.encode()) if handle else self.ffi.NULL
+        if address == self.ffi.NULL:
+            said = self.libc.dlerror()
+            reason = self.ffi.string(said).decode(errors="replace") if said else "no reason given"
+            raise BitgenError(f"cannot load {name}: {reason}")
+        return address
+
+    def kernel(self, functions: Functions) -> Any:
+        """``struct harness_kernel *`` of a kernel, its libraries opened."""
+        family = family_named(functions.family)
+        tables = self.symbol(functions.support, functions.tables) if functions.tables else self.ffi.NULL
+        return self.ffi.new(
+            "struct harness_kernel *",
+            {
+                "run": self.symbol(functions.library, functions.run),
+                "scratch": self.symbol(functions.library, functions.scratch),
+                "quantize": self.symbol(functions.support, functions.quantize),
+                "tables": tables,
+                "n_min": functions.n_min,
+                "n_max": functions.n_max,
+                "row_block": functions.row_block,
+                "k_chunk": family.k_chunk,
+                "chunk_bytes": family.chunk_bytes,
+                "trailer_bytes": family.trailer_bytes,
+                "table_bytes": family.table_bytes,
+                "row_grain": functions.row_grain,
+            },
+        )

@@ -1,0 +1,365 @@
+"""Measure on this machine: compile, prove and time kernels in processes that may die."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bitgen.errors import BitgenError
+from bitgen.measure.candidates import Candidates, Render
+from bitgen.measure.child import Task, Timing
+from bitgen.measure.harness import Functions, build_harness
+from bitgen.measure.link import ServerDiedError, ServerLink
+from bitgen.measure.lock import MachineLock
+from bitgen.measure.probes import (
+    DEFAULT_PATTERN,
+    DOT_SHAPE,
+    LAYOUT,
+    PATTERNS,
+    READ_SHAPE,
+    Dot4,
+    ReadPattern,
+    build_probes,
+)
+from bitgen.measure.records import Job, Limits, Load, Measurement, Missing, Race, Status
+from bitgen.measure.server import Deadlines
+from bitgen.render import render_kernel
+from bitgen.spec import KernelSpec, Shape
+from bitgen.target import Cpu
+from bitgen.toolchain import Toolchain
+
+_AHEAD = 64  # candidates compiled before the first of them is timed
+_COLD_BYTES_MAX = 128 << 20  # of last-level cache taken at its word: pools are twice that
+_NO_BUDGET_NS = 1e18
+
+_STATUS = {"crashed": Status.CRASHED, "timeout": Status.TIMEOUT, "failed": Status.CRASHED}
+
+
+@dataclass(frozen=True)
+class TimingPolicy:
+    """How long to look at a kernel.
+
+    A candidate gets up to ``repeats`` repeats of at least ``min_repeat_ms``, fewer when they take more than
+    ``budget_ms`` together (a slow kernel needs no precise time); a finalist of a race gets every round.
+    ``check_timeout_s`` and ``timeout_s`` end a kernel that hangs.
+    """
+
+    repeats: int = 5
+    min_repeat_ms: float = 3.0
+    budget_ms: float = 100.0
+    race_min_ms: float = 4.0
+    check_timeout_s: float = 10.0
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Whether a kernel is exact: OK after ``cases`` cases, or what is wrong with it."""
+
+    spec: KernelSpec
+    status: Status
+    cases: int
+    detail: str = ""
+
+
+class LocalRunner:
+    """A `Runner` on this machine, used in a ``with`` statement: it holds the machine's lock and a process.
+
+    ``render`` gives the C text of a spec. ``lock_folder`` and ``report`` are those of `MachineLock`.
+    """
+
+    def __init__(
+        self,
+        toolchain: Toolchain,
+        cpu: Cpu,
+        *,
+        policy: TimingPolicy | None = None,
+        render: Render = render_kernel,
+        huge_pages: bool = True,
+        pool_budget_bytes: int = 768 << 20,
+        lock_folder: Path | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self._toolchain = toolchain
+        self._cpu = cpu
+        self._policy = policy or TimingPolicy()
+        self._candidates = Candidates(toolchain, render=render)
+        self._lock = MachineLock(lock_folder, report) if report else MachineLock(lock_folder)
+        self._huge_pages = huge_pages
+        self._pool_budget_bytes = pool_budget_bytes
+        self._proven: set[KernelSpec] = set()
+        self._limits: dict[int, Limits] = {}
+        self._read_probes: dict[tuple[str, ReadPattern], Functions] = {}
+
+    def __enter__(self) -> LocalRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._server.kill()
+            self.close()
+
+    def close(self) -> None:
+        """End the measuring process and free the machine's lock. The runner may be used again."""
+        self._server.close()
+        self._lock.release()
+
+    # ---- the questions
+
+    def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
+        """One answer for each job, in the order of the jobs.
+
+        Up to 64 candidates are compiled on all cores, then they are timed while nothing is compiled.
+        """
+        self._lock.acquire()
+        compiled: set[KernelSpec] = set()
+        for at, job in enumerate(jobs):
+            if not _specs(job) <= compiled:
+                ahead = _first_specs(jobs[at:])
+                self._candidates.compile(ahead)
+                compiled |= set(ahead)
+            yield self._measure(job)
+
+    def race(
+        self,
+        specs: Sequence[KernelSpec],
+        shape: Shape,
+        n: int,
+        threads: int,
+        rounds: int,
+        cold: bool = False,
+        seed: int = 0,
+    ) -> Race:
+        """Time kernels in interleaved rounds; one that fails on the way is dropped and the race starts anew.
+
+        A cold race has the reading probe as a participant.
+        """
+        self._lock.acquire()
+        runners = list(dict.fromkeys(specs))
+        self._candidates.compile(runners)
+        dropped: dict[KernelSpec, str] = {}
+        while True:
+            functions = {spec: self._candidates.functions(spec) for spec in runners}
+            dropped |= {spec: reason for spec, reason in functions.items() if isinstance(reason, str)}
+            runners = [spec for spec in runners if spec not in dropped]
+            if not runners:
+                return Race({}, dropped)
+            lanes = [f for f in functions.values() if isinstance(f, Functions)]
+            probes: frozenset[int] = frozenset()
+            if cold:
+                probes = frozenset({len(lanes)})
+                lanes.append(self._read_probe(runners[0].isa, self._best_pattern(threads)))
+            order = _shuffled_rounds(len(lanes), rounds, seed)
+            timing = self._timing(shape, n, threads, cold, order, self._policy.race_min_ms, None)
+            checks = tuple(self._level(spec) for spec in runners) + (None,) * len(probes)
+            answer = self._ask(Task(tuple(lanes), checks, probes, timing))
+            failed = _failures(answer, runners)
+            if not failed:
+                self._proven |= set(runners)
+                return _race_of(answer, runners, dropped, shape)
+            dropped |= failed
+            self._proven -= set(failed)
+
+    def limits(self, threads: int, isas: Sequence[str]) -> Limits:
+        """What the machine can do at most; measured once for each number of threads and kept."""
+        self._lock.acquire()
+        known = self._limits.get(threads)
+        if known is None or not set(isas) <= set(known.peak_gops):
+            self._limits[threads] = self._measure_limits(threads, isas)
+        return self._limits[threads]
+
+    def prove(self, specs: Sequence[KernelSpec], deep: bool = True, together: int = 16) -> Iterator[Proof]:
+        """Whether each kernel is exact, without timing it; ``together`` kernels share a process."""
+        self._lock.acquire()
+        for start in range(0, len(specs), _AHEAD):
+            self._candidates.compile(specs[start : start + _AHEAD])
+            for first in range(start, min(start + _AHEAD, len(specs)), together):
+                yield from self._prove(specs[first : min(first + together, start + _AHEAD)], deep)
+
+    @property
+    def server_pid(self) -> int | None:
+        """The process id of the measuring process, None when it does not run."""
+        return self._server.pid
+
+    # ---- one job
+
+    def _measure(self, job: Job) -> Measurement:
+        load = Load.now()
+        functions = self._candidates.functions(job.spec)
+        if isinstance(functions, str):
+            return Measurement.of(job, Status.COMPILE_ERROR, functions, load=load)
+        rival = job.against if job.against != job.spec else None
+        incumbent = self._candidates.functions(rival) if rival else None
+        lanes = [functions, incumbent] if isinstance(incumbent, Functions) else [functions]
+        order = tuple(tuple(range(len(lanes))) for _ in range(self._policy.repeats))
+        timing = self._timing(
+            job.shape, job.n, job.threads, job.cold, order, self._policy.min_repeat_ms, self._policy.budget_ms
+        )
+        checks = (self._level(job.spec), None)[: len(lanes)]
+        answer = self._ask(Task(tuple(lanes), checks, frozenset(), timing, job.spec.shape))
+        if answer.get("culprit") == 1 or any(answer.get("wrong", ())[1:]):
+            # The incumbent failed, not the candidate: measure that alone.
+            return self._measure(replace(job, against=None))
+        if answer["status"] != "done":
+            self._proven.discard(job.spec)
+            return Measurement.of(job, _STATUS[answer["status"]], answer["detail"], load=load)
+        if answer["wrong"][0]:
+            self._proven.discard(job.spec)
+            return Measurement.of(job, Status.INCORRECT, answer["wrong"][0], load=load)
+        self._proven.add(job.spec)
+        times = answer["times"]
+        return Measurement.of(job, Status.OK, "", times[0], times[1] if len(lanes) > 1 else (), load)
+
+    def _prove(self, specs: Sequence[KernelSpec], deep: bool) -> Iterator[Proof]:
+        level = "deep" if deep else "quick"
+        left = list(specs)
+        while left:
+            functions = [self._candidates.functions(spec) for spec in left]
+            for spec, found in zip(left, functions, strict=True):
+                if isinstance(found, str):
+                    yield Proof(spec, Status.COMPILE_ERROR, 0, found)
+            good = [(s, f) for s, f in zip(left, functions, strict=True) if isinstance(f, Functions)]
+            if not good:
+                return
+            left = [spec for spec, _ in good]
+            answer = self._ask(Task(tuple(f for _, f in good), (level,) * len(good)))
+            if answer["status"] == "done":
+                for spec, wrong, cases in zip(left, answer["wrong"], answer["cases"], strict=True):
+                    yield Proof(spec, Status.INCORRECT if wrong else Status.OK, cases, wrong or "")
+                return
+            culprit = left.pop(answer["culprit"])
+            yield Proof(culprit, _STATUS[answer["status"]], 0, answer["detail"])
+
+    def _level(self, spec: KernelSpec) -> str | None:
+        """The cases a kernel must pass before it is timed: none when it did so before in this run."""
+        return None if spec in self._proven else "quick"
+
+    def _timing(
+        self,
+        shape: Shape,
+        n: int,
+        threads: int,
+        cold: bool,
+        order: tuple[tuple[int, ...], ...],
+        min_ms: float,
+        budget_ms: float | None,
+    ) -> Timing:
+        budget_ns = _NO_BUDGET_NS if budget_ms is None else 1e6 * budget_ms
+        return Timing(shape, n, threads, cold, 1e6 * min_ms, budget_ns, order)
+
+    def _ask(self, task: Task) -> dict[str, Any]:
+        """The answer of the measuring process, which is started anew, once, when it is killed meanwhile."""
+        rounds = len(task.timing.order) * len(task.kernels) if task.timing else 0
+        check_s = self._policy.check_timeout_s * max(1, len(task.kernels))
+        deadlines = Deadlines(
+            check_s, check_s + self._policy.timeout_s + rounds * self._policy.race_min_ms / 1e3 * 4
+        )
+        try:
+            return self._server.ask(task, deadlines)
+        except ServerDiedError:
+            pass
+        try:
+            return self._server.ask(task, deadlines)
+        except ServerDiedError as error:
+            return {"status": "crashed", "detail": str(error), "culprit": 0}
+
+    @cached_property
+    def _server(self) -> ServerLink:
+        options = {
+            "harness": str(build_harness(self._toolchain, self._cpu.arch)),
+            "llc_bytes": min(self._cpu.llc_total_bytes, max(self._cpu.llc_bytes, _COLD_BYTES_MAX)),
+            "pool_budget_bytes": self._pool_budget_bytes,
+            "huge_pages": self._huge_pages,
+        }
+        return ServerLink(options)
+
+    # ---- the machine
+
+    def _best_pattern(self, threads: int) -> ReadPattern:
+        known = self._limits.get(threads)
+        return next((p for p in PATTERNS if known and p.name == known.best_pattern), DEFAULT_PATTERN)
+
+    def _read_probe(self, isa: str, pattern: ReadPattern) -> Functions:
+        key = (isa, pattern)
+        if key not in self._read_probes:
+            self._read_probes[key] = build_probes(self._toolchain, [pattern.source(isa)])[0]
+        return self._read_probes[key]
+
+    def _measure_limits(self, threads: int, isas: Sequence[str]) -> Limits:
+        if not isas:
+            raise BitgenError("name at least one ISA level whose limits are to be measured")
+        dots = [Dot4(isa) for isa in isas]
+        # Every level reads as fast as memory gives; the first one named is the strongest.
+        sources = [*(p.source(isas[0]) for p in PATTERNS), *(dot.source() for dot in dots)]
+        probes = build_probes(self._toolchain, sources)
+        reads, peaks = probes[: len(PATTERNS)], probes[len(PATTERNS) :]
+        read_ns = self._probe(reads, READ_SHAPE, threads, True)
+        peak_ns = self._probe(peaks, DOT_SHAPE, threads, False)
+        read_bytes = LAYOUT.packed_bytes(READ_SHAPE)
+        return Limits(
+            threads,
+            {p.name: read_bytes / t for p, t in zip(PATTERNS, read_ns, strict=True)},
+            {dot.isa: dot.operations / t for dot, t in zip(dots, peak_ns, strict=True)},
+        )
+
+    def _probe(self, probes: Sequence[Functions], shape: Shape, threads: int, cold: bool) -> list[float]:
+        """Nanoseconds a call of each probe: the median of interleaved rounds."""
+        lanes = tuple(range(len(probes)))
+        rounds = 7
+        timing = self._timing(shape, 1, threads, cold, (lanes,) * rounds, self._policy.min_repeat_ms, None)
+        answer = self._ask(Task(tuple(probes), (None,) * len(probes), frozenset(lanes), timing))
+        if answer["status"] != "done":
+            raise BitgenError(f"the machine's limits cannot be measured: {answer['detail']}")
+        return [statistics.median(times) for times in answer["times"]]
+
+
+def measure_limits(toolchain: Toolchain, cpu: Cpu, threads: int, isas: Sequence[str]) -> Limits:
+    """What this machine can do at most on ``threads`` threads with ``isas``, in two to three seconds."""
+    with LocalRunner(toolchain, cpu) as runner:
+        return runner.limits(threads, isas)
+
+
+def _specs(job: Job) -> set[KernelSpec]:
+    return {job.spec} | ({job.against} if job.against else set())
+
+
+def _first_specs(jobs: Sequence[Job]) -> list[KernelSpec]:
+    """The kernels of the first jobs, in their order: at most `_AHEAD`, and all of the first job."""
+    found: dict[KernelSpec, None] = {}
+    for job in jobs:
+        if found and len(found) + len(_specs(job) - found.keys()) > _AHEAD:
+            break
+        found |= dict.fromkeys(_specs(job))
+    return list(found)
+
+
+def _shuffled_rounds(lanes: int, rounds: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    draw = random.Random(seed)  # noqa: S311 - an order, no secret
+    return tuple(tuple(draw.sample(range(lanes), lanes)) for _ in range(rounds))
+
+
+def _failures(answer: dict[str, Any], runners: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
+    """The finalists that failed in a race, with the reasons."""
+    if answer["status"] != "done":
+        at = min(int(answer["culprit"]), len(runners) - 1)
+        return {runners[at]: str(answer["detail"])}
+    return {spec: wrong for spec, wrong in zip(runners, answer["wrong"], strict=False) if wrong}
+
+
+def _race_of(
+    answer: dict[str, Any], runners: Sequence[KernelSpec], dropped: dict[KernelSpec, str], shape: Shape
+) -> Race:
+    times = dict(zip(runners, answer["times"], strict=False))
+    probe = answer["times"][len(runners) :]
+    read = [t / LAYOUT.packed_bytes(shape) for t in probe[0]] if probe else []
+    return Race(times, dropped, tuple(read))

@@ -1,0 +1,120 @@
+"""Memory for kernels: buffers that end at an unmapped page, and pools of weights larger than the caches."""
+
+from __future__ import annotations
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import BitgenError
+from bitgen.measure.harness import Harness
+
+_PAGE = mmap.PAGESIZE
+_NONE, _READ, _READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+_HUGE = 2 << 20
+FILL = 0x5A  # what surrounds a buffer on its own pages
+
+
+class Guarded:
+    """Memory whose last byte is the last of its page, between two pages that fault when touched.
+
+    ``align`` moves the start down to a multiple of it, so up to ``align - 1`` bytes behind the end stay
+    reachable. ``seal`` makes it read-only.
+    """
+
+    def __init__(self, harness: Harness, nbytes: int, align: int = 1) -> None:
+        inner = -(-max(nbytes, 1) // _PAGE) * _PAGE
+        self._harness = harness
+        self._map = mmap.mmap(-1, inner + 2 * _PAGE)
+        self._base = int(harness.ffi.cast("uintptr_t", harness.ffi.from_buffer(self._map)))
+        self._inner = inner
+        self._protect(0, _PAGE, _NONE)
+        self._protect(_PAGE + inner, _PAGE, _NONE)
+        self.address = (self._base + _PAGE + inner - nbytes) // align * align
+        self.nbytes = nbytes
+        start = self.address - self._base
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, nbytes, start)
+        np.frombuffer(self._map, np.uint8, inner, _PAGE)[:] = FILL
+
+    @property
+    def end(self) -> int:
+        """The address of the page behind."""
+        return self._base + _PAGE + self._inner
+
+    def seal(self) -> None:
+        """From now on a write to it is a fault."""
+        self._protect(_PAGE, self._inner, _READ)
+
+    def pointer(self, ctype: str, address: int | None = None) -> Any:
+        """The start, or another address, as a C pointer."""
+        return self._harness.ffi.cast(ctype, self.address if address is None else address)
+
+    def _protect(self, offset: int, nbytes: int, access: int) -> None:
+        at = self._harness.ffi.cast("void *", self._base + offset)
+        if self._harness.libc.mprotect(at, nbytes, access) != 0:
+            raise BitgenError("the system refuses guard pages (too many mappings?)")
+
+
+def guarded_copy(harness: Harness, data: NDArray[Any], align: int = 1) -> Guarded:
+    """A sealed copy of ``data``."""
+    buffer = Guarded(harness, data.nbytes, align)
+    buffer.bytes[:] = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+    buffer.seal()
+    return buffer
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Packed weights over and over: copy i of a matrix starts at ``address + i * step``."""
+
+    memory: mmap.mmap
+    address: int
+    nbytes: int
+
+
+class Pools:
+    """Large buffers of repeated packed rows, kept while they fit ``budget_bytes``; the least used one goes.
+
+    Anonymous private memory: a forked child reads the parent's pages and copies none. ``huge_pages`` asks for
+    2 MiB pages, as numpy does for its large arrays.
+    """
+
+    def __init__(self, harness: Harness, budget_bytes: int, huge_pages: bool = True) -> None:
+        self._harness = harness
+        self._budget = budget_bytes
+        self._huge = huge_pages
+        self._pools: OrderedDict[tuple[Any, ...], Pool] = OrderedDict()
+
+    def get(self, key: tuple[Any, ...], nbytes: int, content: Callable[[], NDArray[np.uint8]]) -> Pool:
+        """At least ``nbytes`` of repetitions of ``content()``; a large enough pool of ``key`` is reused.
+
+        The start of the pool is 64-byte aligned (a page).
+        """
+        pool = self._pools.pop(key, None)
+        if pool is None or pool.nbytes < nbytes:
+            pool = None  # its memory goes back before the new one is taken
+            self._make_room(nbytes)
+            pool = self._filled(nbytes, content())
+        self._pools[key] = pool
+        return pool
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._pools and sum(p.nbytes for p in self._pools.values()) + nbytes > self._budget:
+            self._pools.popitem(last=False)
+
+    def _filled(self, nbytes: int, unit: NDArray[np.uint8]) -> Pool:
+        memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self._huge and hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        base = int(self._harness.ffi.cast("uintptr_t", self._harness.ffi.from_buffer(memory)))
+        address = -(-base // _HUGE) * _HUGE  # whole huge pages only
+        view = np.frombuffer(memory, np.uint8, nbytes, address - base)
+        whole = nbytes // unit.size
+        view[: whole * unit.size].reshape(whole, unit.size)[:] = unit
+        view[whole * unit.size :] = unit[: nbytes - whole * unit.size]
+        return Pool(memory, address, nbytes)

@@ -1,0 +1,99 @@
+"""Kernels that measure the machine: memory bandwidth by access pattern, peak rate by ISA level.
+
+They are called like every kernel, through the same host code with the same threads and weight pools, so they
+can take part in a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitgen.measure.candidates import support_units
+from bitgen.measure.harness import Functions, isas, unit_of
+from bitgen.render import Source, render_probe
+from bitgen.spec import I2S, Layout, Shape
+from bitgen.toolchain import Toolchain, best_builder
+
+LAYOUT = Layout(I2S.name, 16)  # whose bytes the reading probe reads
+
+# 32 MiB a call: what a thread waits for at the end of a call is below 1 %.
+READ_SHAPE = Shape(8192, 16384)
+# Enough work for the host code to split rows over threads, and little enough for a turn of a few ms.
+DOT_SHAPE = Shape(2048, 4096)
+
+
+@dataclass(frozen=True)
+class ReadPattern:
+    """A way to read memory: ``streams`` at once, each asking for lines ``prefetch`` bytes ahead (0: not)."""
+
+    streams: int
+    prefetch: int
+
+    @property
+    def name(self) -> str:
+        return f"streams{self.streams}_prefetch{self.prefetch}"
+
+    def source(self, isa: str) -> Source:
+        return render_probe("read", isa, streams=self.streams, prefetch=self.prefetch)
+
+
+PATTERNS = tuple(ReadPattern(s, p) for s in (1, 2, 4, 8) for p in (0, 1024))
+DEFAULT_PATTERN = ReadPattern(4, 1024)
+
+
+@dataclass(frozen=True)
+class Dot4:
+    """Independent sums of multiply-adds in registers."""
+
+    isa: str
+
+    @property
+    def chains(self) -> int:
+        # Two of latency 4 to 5 a cycle need 10 sums; an AVX2 block is two of 16 registers, a word two sums.
+        return {64: 12, 32: 6}.get(isas()[self.isa].vector_bytes, 4)
+
+    @property
+    def turns(self) -> int:
+        """For each 16 rows; a call of `DOT_SHAPE` takes about a millisecond on every level."""
+        return 40 if isas()[self.isa].vector_bytes < 16 else 2000
+
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * self.chains * 64 * 2
+
+    def source(self) -> Source:
+        return render_probe("dot4", self.isa, chains=self.chains, turns=self.turns)
+
+
+def build_probes(toolchain: Toolchain, sources: Sequence[Source]) -> list[Functions]:
+    """The probes compiled, those of one ISA level in one library. CompileError when one does not compile."""
+    units = {source: unit_of(source) for source in sources}
+    levels = list(dict.fromkeys(source.isa for source in sources))
+    support = {isa: support_units(isa) for isa in levels}
+    # All at once, so that every core has work; the builders below find the objects in the cache.
+    toolchain.compile_objects([*units.values(), *(unit for isa in levels for unit in support[isa])])
+    builder = best_builder(toolchain)
+    libraries = {
+        isa: builder.build([*(units[s] for s in sources if s.isa == isa), *support[isa]]).path
+        for isa in levels
+    }
+    return [_functions(source, libraries[source.isa]) for source in sources]
+
+
+def _functions(source: Source, library: Path) -> Functions:
+    return Functions(
+        library=str(library),
+        run=source.name,
+        scratch=f"{source.name}_scratch",
+        support=str(library),
+        quantize=f"bitgen_quantize__{source.isa}",
+        tables=None,
+        family=LAYOUT.family,
+        row_block=LAYOUT.row_block,
+        row_grain=LAYOUT.row_block,
+        n_min=1,
+        n_max=2**31 - 1,
+    )

@@ -1,0 +1,240 @@
+/* Proves kernels exact and times them; compiled with the library's host code at the architecture's baseline. */
+#define _POSIX_C_SOURCE 200809L /* clock_gettime; -std=c11 alone hides it */
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernel.h"
+#include "harness.h"
+
+enum { CANARY = 0x5a, STALE = 0xa5, EDGE = 64 /* bytes watched in front of an area */ };
+
+enum harness_kind {
+    HARNESS_RIGHT = 0,
+    HARNESS_VALUE = 1,   /* a wrong number */
+    HARNESS_OUTSIDE = 2, /* a write between or in front of the rows of the output */
+    HARNESS_RANGE = 3,   /* a write to rows outside [row_begin, row_end) */
+    HARNESS_SCRATCH = 4, /* more scratch wanted than there is */
+    HARNESS_OVERRUN = 5, /* a write outside the scratch or in front of the tables */
+    HARNESS_TABLES = 6   /* the tables do not fit: a fault of the caller */
+};
+
+static struct bitgen_kernel host_kernel(const struct harness_kernel *k)
+{
+    struct bitgen_kernel kernel = {
+        .name = "candidate",
+        .isa = "",
+        .family = "",
+        .schedule = "",
+        .n_min = k->n_min,
+        .n_max = k->n_max,
+        .row_block = k->row_block,
+        .k_chunk = k->k_chunk,
+        .chunk_bytes = k->chunk_bytes,
+        .trailer_bytes = k->trailer_bytes,
+        .table_bytes = k->table_bytes,
+        .row_grain = k->row_grain,
+    };
+    /* ISO C has no conversion from void * to a function; POSIX guarantees that the bits are the same. */
+    memcpy(&kernel.run, &k->run, sizeof kernel.run);
+    memcpy(&kernel.scratch, &k->scratch, sizeof kernel.scratch);
+    memcpy(&kernel.quantize, &k->quantize, sizeof kernel.quantize);
+    memcpy(&kernel.tables, &k->tables, sizeof kernel.tables);
+    return kernel;
+}
+
+/* ---- exactness ---- */
+
+static int64_t round64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int is_filled(const uint8_t *p, int64_t bytes, int value)
+{
+    for (int64_t i = 0; i < bytes; ++i)
+        if (p[i] != value) return 0;
+    return 1;
+}
+
+static int64_t fail(struct harness_mismatch *found, int64_t kind, int64_t token, int64_t row, int64_t got, int64_t want)
+{
+    found->kind = kind;
+    found->token = token;
+    found->row = row;
+    found->got = got;
+    found->want = want;
+    return kind;
+}
+
+/* Rows [0, m) of every token against `expected` (NULL: they must be untouched from row `from` on). */
+static int64_t compare(const struct harness_check *check, const uint32_t *out, int64_t from, const uint32_t *expected,
+                       struct harness_mismatch *found)
+{
+    const struct bitgen_matmul *a = &check->call;
+    uint32_t untouched;
+    memset(&untouched, CANARY, sizeof untouched);
+    for (int64_t t = 0; t < a->n; ++t) {
+        const uint32_t *row = out + t * a->out_stride;
+        for (int64_t r = from; r < a->m; ++r) {
+            const uint32_t want = expected ? expected[t * a->m + r] : untouched;
+            if (row[r] != want) return fail(found, expected ? HARNESS_VALUE : HARNESS_RANGE, t, r, row[r], want);
+        }
+        for (int64_t r = a->m; r < a->out_stride; ++r)
+            if (row[r] != untouched) return fail(found, HARNESS_OUTSIDE, t, r, row[r], untouched);
+    }
+    if (!is_filled((const uint8_t *)out - EDGE, EDGE, CANARY)) return fail(found, HARNESS_OUTSIDE, 0, -1, 0, 0);
+    return HARNESS_RIGHT;
+}
+
+/* Outputs hold the canary, scratch holds bytes that are wrong as anything, tables are built anew. */
+static int64_t prepare(const struct bitgen_kernel *kernel, const struct harness_check *check,
+                       const struct harness_arena *arena, struct bitgen_matmul *a, int64_t *scratch_bytes,
+                       struct harness_mismatch *found)
+{
+    const int64_t out_bytes = a->n * a->out_stride * 4;
+    uint8_t *out = arena->out_end - out_bytes;
+    memset(out - EDGE, CANARY, (size_t)(out_bytes + EDGE));
+    a->acc = check->floats ? NULL : (int32_t *)out;
+    a->y = check->floats ? (float *)out : NULL;
+
+    const int64_t bytes = kernel->scratch(a->m, a->k, a->n);
+    if (bytes < 0 || round64(bytes) + EDGE > arena->scratch_bytes) return fail(found, HARNESS_SCRATCH, 0, 0, bytes, arena->scratch_bytes);
+    uint8_t *scratch = arena->scratch_end - round64(bytes);
+    memset(scratch - EDGE, CANARY, EDGE);
+    memset(scratch, STALE, (size_t)bytes);
+    memset(scratch + bytes, CANARY, (size_t)(round64(bytes) - bytes));
+    a->scratch = scratch;
+    *scratch_bytes = bytes;
+
+    if (!kernel->table_bytes) return HARNESS_RIGHT;
+    a->table_stride = (a->k + kernel->k_chunk - 1) / kernel->k_chunk * kernel->table_bytes;
+    if (a->n * a->table_stride + EDGE > arena->tables_bytes) return fail(found, HARNESS_TABLES, 0, 0, 0, 0);
+    uint8_t *tables = arena->tables_end - a->n * a->table_stride;
+    memset(tables - EDGE, CANARY, EDGE);
+    for (int64_t t = 0; t < a->n; ++t) kernel->tables(a->x + t * a->x_stride, a->k, tables + t * a->table_stride);
+    a->tables = tables;
+    return HARNESS_RIGHT;
+}
+
+static int64_t one_check(const struct bitgen_kernel *kernel, const struct harness_check *check,
+                         const struct harness_arena *arena, struct harness_mismatch *found)
+{
+    struct bitgen_matmul a = check->call;
+    int64_t scratch_bytes = 0;
+    int64_t kind = prepare(kernel, check, arena, &a, &scratch_bytes, found);
+    if (kind) return kind;
+    const uint32_t *out = check->floats ? (const uint32_t *)a.y : (const uint32_t *)a.acc;
+    a.row_begin = 0;
+    if (check->split) {
+        a.row_end = check->split;
+        kernel->run(&a);
+        kind = compare(check, out, check->split, NULL, found);
+        if (kind) return kind;
+        a.row_begin = check->split;
+    }
+    a.row_end = a.m;
+    kernel->run(&a);
+    kind = compare(check, out, 0, check->expected, found);
+    if (kind) return kind;
+    const uint8_t *scratch = a.scratch;
+    if (!is_filled(scratch - EDGE, EDGE, CANARY) ||
+        !is_filled(scratch + scratch_bytes, round64(scratch_bytes) - scratch_bytes, CANARY) ||
+        (a.tables && !is_filled(a.tables - EDGE, EDGE, CANARY)))
+        return fail(found, HARNESS_OVERRUN, 0, 0, 0, 0);
+    return HARNESS_RIGHT;
+}
+
+int64_t harness_check(const struct harness_kernel *candidate, const struct harness_check *checks, int64_t count,
+                      int64_t first, const struct harness_arena *arena, volatile struct harness_progress *progress,
+                      struct harness_mismatch *found)
+{
+    const struct bitgen_kernel kernel = host_kernel(candidate);
+    memset(found, 0, sizeof *found);
+    for (int64_t i = 0; i < count; ++i) {
+        progress->item = first + i;
+        const int64_t kind = one_check(&kernel, checks + i, arena, found);
+        if (kind) {
+            found->check = i;
+            return kind;
+        }
+    }
+    return HARNESS_RIGHT;
+}
+
+/* ---- time ---- */
+
+static double now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return 1e9 * (double)t.tv_sec + (double)t.tv_nsec;
+}
+
+/* `calls` whole matmuls, each with the next copy of the weights. */
+static int32_t run_lane(struct bitgen_context *ctx, struct harness_lane *lane, const struct bitgen_kernel *kernel,
+                        int64_t calls)
+{
+    int32_t code = BITGEN_OK;
+    for (int64_t i = 0; i < calls && !code; ++i) {
+        const struct bitgen_call call = {
+            .kernel = kernel,
+            .w = lane->w + lane->w_next * lane->w_step,
+            .w_scale = lane->w_scale,
+            .w_scale_stride = 1,
+            .x = lane->x,
+            .y = lane->y,
+            .m = lane->m,
+            .k = lane->k,
+            .n = lane->n,
+        };
+        code = bitgen_run(ctx, &call);
+        lane->w_next = (lane->w_next + 1) % lane->w_copies;
+    }
+    return code;
+}
+
+enum { LANES = 64 };
+
+static int64_t timed_rounds(struct bitgen_context *ctx, struct harness_lane *lanes, const struct bitgen_kernel *kernels,
+                            int64_t *calls, int64_t count, const int32_t *order, int64_t rounds, double min_ns,
+                            double budget_ns, double *times, volatile struct harness_progress *progress)
+{
+    const double start = now_ns();
+    for (int64_t i = 0; i < count; ++i) { /* warm up, and learn how many calls take min_ns */
+        progress->item = i;
+        const double begin = now_ns();
+        const int32_t code = run_lane(ctx, lanes + i, kernels + i, 1);
+        if (code) return -code;
+        calls[i] = (int64_t)(min_ns / (now_ns() - begin + 1)) + 1;
+    }
+    for (int64_t r = 0; r < rounds; ++r) {
+        for (int64_t j = 0; j < count; ++j) {
+            const int64_t i = order[r * count + j];
+            progress->item = i;
+            const double begin = now_ns();
+            const int32_t code = run_lane(ctx, lanes + i, kernels + i, calls[i]);
+            const double taken = now_ns() - begin;
+            if (code) return -code;
+            times[r * count + i] = taken / (double)calls[i];
+            /* The first call was slow (cold code, first touches): later rounds must not become too short. */
+            if (taken < 0.8 * min_ns) calls[i] = (int64_t)((double)calls[i] * min_ns / (taken + 1)) + 1;
+        }
+        if (now_ns() - start > budget_ns) return r + 1;
+    }
+    return rounds;
+}
+
+int64_t harness_bench(int64_t threads, struct harness_lane *lanes, int64_t count, const int32_t *order,
+                      int64_t rounds, double min_ns, double budget_ns, double *times,
+                      volatile struct harness_progress *progress)
+{
+    struct bitgen_kernel kernels[LANES];
+    int64_t calls[LANES];
+    struct bitgen_context *ctx;
+    if (count < 1 || count > LANES || rounds < 1) return -BITGEN_ERROR_ARGUMENT;
+    const int32_t code = bitgen_context_open(&ctx, (int32_t)threads);
+    if (code) return -code;
+    for (int64_t i = 0; i < count; ++i) kernels[i] = host_kernel(&lanes[i].kernel);
+    const int64_t done = timed_rounds(ctx, lanes, kernels, calls, count, order, rounds, min_ns, budget_ns, times, progress);
+    bitgen_context_close(ctx);
+    return done;
+}
