@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from bitgen.api import build as build
+    from bitgen.api import load as load
+    from bitgen.api import tune as tune
     from bitgen.config import ModelPreset as ModelPreset
     from bitgen.config import find_model as find_model
     from bitgen.config import load_models as load_models
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from bitgen.target import resolve_isas as resolve_isas
 
 _HOME = {
+    "build": "bitgen.api",
+    "load": "bitgen.api",
+    "tune": "bitgen.api",
     "BitgenError": "bitgen.errors",
     "Cpu": "bitgen.target",
     "Isa": "bitgen.target",

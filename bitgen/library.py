@@ -193,7 +193,7 @@ def _default_spec(
     return spec
 
 
-def build(
+def write_library(
     choices: Sequence[KernelChoice],
     toolchain: Toolchain,
     out_dir: Path | str,
@@ -423,4 +423,4 @@ def _move(made: Path, folder: Path, replaced: Path) -> None:
         shutil.rmtree(replaced)
 
 
-__all__ = ["Contents", "KernelChoice", "Target", "build", "choose_contents", "read_bundle"]
+__all__ = ["Contents", "KernelChoice", "Target", "choose_contents", "read_bundle", "write_library"]

@@ -1,0 +1,315 @@
+"""The steps of bitgen as functions: render, tune, build, load. The command line calls these and nothing else.
+
+::
+
+    import bitgen
+
+    result = bitgen.tune("3B")                 # records go to tune_logs/, winners are in result.winners
+    bundle = bitgen.build("3B")                # generated/bitgen-3B-<cpu family>/: library, header, manifest
+    table = bitgen.load(bundle)                # or bitgen.load(): the best library for this CPU
+    linear = table.linear(w, scale)            # w int8 (m, k) in {-1, 0, 1}
+    y = linear(x)                              # x float32 (n, k) -> float32 (n, m)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen import __version__
+from bitgen.config import ModelPreset, find_model
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.paths import generated_dir, tune_logs_dir
+from bitgen.render import Source, render_kernel, render_quantize, render_tables, template_digest
+from bitgen.space import Space, space_for
+from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, family_named, regime_named
+from bitgen.store import Fingerprint, RecordStore, export_winners, family_winners
+from bitgen.target import Cpu, Isa, accepted_isas, detect_cpu, find_isa, load_isas, require_isa
+from bitgen.toolchain import Toolchain, find_compiler
+
+if TYPE_CHECKING:
+    from bitgen.library import KernelChoice
+    from bitgen.runtime import KernelTable
+    from bitgen.search import Progress, TuningResult
+
+# Schedules depend on the shape only through cache blocks; where no shape is given, this one stands for it.
+ANY_SHAPE = Shape(4096, 4096)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every step needs: this CPU, the ISA levels, a compiler, and the folder of records.
+
+    ``cc`` names a compiler (None: $CC, gcc, clang, zig); ``logs`` is the folder of records.
+    """
+
+    cc: str | None = None
+    logs: Path | None = None
+
+    @cached_property
+    def cpu(self) -> Cpu:
+        return detect_cpu()
+
+    @cached_property
+    def isas(self) -> tuple[Isa, ...]:
+        return load_isas()
+
+    @cached_property
+    def toolchain(self) -> Toolchain:
+        return Toolchain(find_compiler(self.cc))
+
+    @cached_property
+    def store(self) -> RecordStore:
+        return RecordStore(tune_logs_dir(self.logs) / f"{self.cpu.family}.jsonl")
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Everything a timing depends on besides the spec; a record with another fingerprint is stale."""
+        cpu, flags = self.cpu, {isa.name: self.toolchain.fingerprint(isa) for isa in self.isas}
+        return Fingerprint(
+            cpu=f"{cpu.family} {cpu.model_name} {_digest(sorted(cpu.features))}",
+            compiler=f"{self.toolchain.compiler.version.splitlines()[0]} {_digest(flags)}",
+            templates=template_digest()[:16],
+            version=__version__,
+        )
+
+    def isa(self, name: str | None) -> Isa:
+        """The named ISA level, which this CPU must run; None: the best one it runs."""
+        return require_isa(name, self.cpu, self.isas) if name else accepted_isas(self.cpu, self.isas)[0]
+
+    def space(self, family: str, isa: Isa, regime: str, shape: Shape) -> Space:
+        return space_for(family, isa, regime_named(regime), shape, self.cpu)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# ---- render ----
+
+
+def legal_space(
+    family: str, *, isa: str | None = None, shape: str | None = None, regime: str = "n1"
+) -> Space:
+    """The legal schedules of a family; ``isa`` may be a level that this CPU cannot run."""
+    workshop = Workshop()
+    level = find_isa(isa, workshop.isas) if isa else workshop.isa(None)
+    at = Shape.parse(shape) if shape else ANY_SHAPE
+    return workshop.space(family_named(family).name, level, regime, at)
+
+
+def render_source(
+    family: str,
+    *,
+    shape: str | None = None,
+    isa: str | None = None,
+    regime: str = "n1",
+    row_block: int | None = None,
+    algorithm: str | None = None,
+    knobs: Sequence[str] = (),
+) -> Source:
+    """The C text of one kernel: the default schedule of its space, with ``knobs`` ("name=value") set.
+
+    ``family`` may also be quantize, tl1_tables or tl2_tables. BitgenError quotes the rules that a schedule
+    breaks.
+    """
+    level = isa or Workshop().isa(None).name
+    if family == "quantize":
+        return render_quantize(level)
+    if family.endswith("_tables"):
+        return render_tables(family.removesuffix("_tables"), level)
+    space = legal_space(family, isa=level, shape=shape, regime=regime)
+    start = next(
+        (s for s in (space.default, *space) if algorithm in (None, s.schedule.algorithm)),
+        None,
+    )
+    if start is None:
+        space.knobs(algorithm or "")  # raises, naming the algorithms there are
+        raise BitgenError(f"no legal schedule uses {algorithm}", EXIT_USAGE)
+    layout = Layout(space.family, row_block) if row_block else start.layout
+    spec = space.make(start.schedule.algorithm, layout, {**dict(start.schedule), **_parse_knobs(knobs)})
+    space.check(spec)
+    fixed = Shape.parse(shape) if shape else None
+    return render_kernel(KernelSpec(spec.family, spec.isa, spec.regime, layout, spec.schedule, fixed))
+
+
+def _parse_knobs(knobs: Sequence[str]) -> dict[str, int]:
+    values = {}
+    for knob in knobs:
+        name, sep, value = knob.partition("=")
+        if not sep or not value.strip().lstrip("-").isdecimal():
+            raise BitgenError(f"knob {knob!r}: write it as name=integer, for example streams=4", EXIT_USAGE)
+        values[name.strip()] = int(value)
+    return values
+
+
+# ---- tune ----
+
+
+def tune(
+    model: str | ModelPreset,
+    *,
+    isas: Iterable[str] = (),
+    families: Iterable[str] = (),
+    regimes: Iterable[str] = (),
+    threads: Iterable[int] = (),
+    objective: str | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    timeout_s: float | None = None,
+    quick: bool = False,
+    fresh: bool = False,
+    cc: str | None = None,
+    logs: Path | None = None,
+    progress: Progress | None = None,
+) -> TuningResult:
+    """Find the fastest exact kernels for a model on this machine and record them.
+
+    What is left out comes from configs/search.yaml, the CPU (its best ISA level, all usable threads) and the
+    model. A second call continues: what the records know is not measured again, unless ``fresh``.
+    """
+    from bitgen.measure.local import LocalRunner
+    from bitgen.search import load_search_config, plan_for
+    from bitgen.search import tune as search
+
+    workshop = Workshop(cc, logs)
+    preset = find_model(model) if isinstance(model, str) else model
+    config = load_search_config()
+    plan = plan_for(
+        preset,
+        workshop.cpu,
+        [workshop.isa(name) for name in isas] or [workshop.isa(None)],
+        config,
+        quick=quick,
+        families=families,
+        regimes=regimes,
+        threads=threads,
+        objective=objective,
+        seed=seed,
+        trials=trials,
+        timeout_s=timeout_s,
+    )
+    starters = [winner.spec for winner in family_winners(workshop.cpu.family)]
+    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+        return search(
+            plan,
+            runner,
+            workshop.store,
+            workshop.fingerprint,
+            workshop.space,
+            config=config,
+            family_winners=starters,
+            fresh=fresh,
+            progress=progress,
+        )
+
+
+# ---- build ----
+
+
+def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[KernelChoice]:
+    """The kernels of a model's shapes: tuned here, else committed for this CPU family; else none.
+
+    A shape without any runs on the default kernels that every library holds.
+    """
+    from bitgen.library import KernelChoice
+
+    store, fingerprint = workshop.store, workshop.fingerprint
+    committed = family_winners(workshop.cpu.family)
+    choices = []
+    for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in model.matmuls):
+        tuned = {
+            winner.threads
+            for record in store.tunings
+            if record.shape == shape and record.fingerprint.digest == fingerprint.digest
+            for winner in record.winners
+        }
+        found = [
+            KernelChoice(shape, winner.spec, winner.threads)
+            for threads in sorted(tuned)
+            for regime in REGIMES
+            if (winner := store.best(shape, regime.name, threads, fingerprint))
+            and winner.spec.isa == isa.name
+        ]
+        found = found or [
+            KernelChoice(shape, winner.spec, winner.threads)
+            for winner in committed
+            if winner.shape == shape and winner.spec.isa == isa.name
+        ]
+        choices += dict.fromkeys(found)
+    return choices
+
+
+def build(
+    model: str | ModelPreset,
+    *,
+    isa: str | None = None,
+    cc: str | None = None,
+    out: Path | None = None,
+    logs: Path | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write the kernel library of a model: a folder with library, header, manifest and the C text.
+
+    The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
+    defaults. Returns the folder, ``<out>/bitgen-<model>-<cpu family>``.
+    """
+    from bitgen.library import Target, write_library
+
+    workshop = Workshop(cc, logs)
+    preset = find_model(model) if isinstance(model, str) else model
+    level = workshop.isa(isa)
+    choices = choices_for(preset, workshop, level)
+    return write_library(
+        choices,
+        workshop.toolchain,
+        generated_dir(out),
+        name or f"{preset.alias}-{workshop.cpu.family}",
+        Target.of(workshop.cpu, level.name, workshop.isas),
+        model=preset.alias,
+        fingerprint=workshop.fingerprint.digest if choices else None,
+    )
+
+
+# ---- load ----
+
+
+def load(path: str | Path | None = None, threads: int | None = None) -> KernelTable:
+    """Open a kernel library: a .so, a bundle folder, or without a path the best one built here.
+
+    Where nothing was built yet, an untuned library of default kernels is built once (seconds) and kept.
+    """
+    from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.runtime import load as open_library
+
+    if path is not None:
+        return open_library(path, threads)
+    bundles, _ = find_bundles(generated_dir())
+    bundle, _ = choose_bundle(bundles, detect_cpu())
+    if bundle is None:
+        bundle_path = _untuned_library()
+    else:
+        bundle_path = bundle.path
+    return open_library(bundle_path, threads)
+
+
+def _untuned_library() -> Path:
+    from bitgen.library import Target, write_library
+
+    workshop = Workshop()
+    target = Target.of(workshop.cpu, None, workshop.isas)
+    return write_library((), workshop.toolchain, generated_dir(), f"untuned-{workshop.cpu.family}", target)
+
+
+# ---- share ----
+
+
+def export(*, cc: str | None = None, logs: Path | None = None, out: Path | None = None) -> Path:
+    """Write this machine's winners as schedules of its CPU family, to be committed; returns the file."""
+    workshop = Workshop(cc, logs)
+    return export_winners(workshop.store, workshop.fingerprint, workshop.cpu.family, out)

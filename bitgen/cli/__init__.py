@@ -1,0 +1,65 @@
+"""The command line: arguments in, tables and exit codes out; the work is done by the package.
+
+Results go to standard output, progress and errors to standard error. A command module is light to import:
+it declares its arguments and imports what it needs when it runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from bitgen import __version__
+from bitgen.cli import bench, build, check, detect, export, models, render, show, tune
+from bitgen.errors import EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
+
+COMMANDS: tuple[ModuleType, ...] = (detect, models, render, tune, build, bench, show, check, export)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; every command module adds its own part."""
+    top = argparse.ArgumentParser(
+        prog="bitgen",
+        description="Generate, prove, tune and ship CPU kernels for ternary language models.",
+        epilog="Start with `bitgen detect`, then `bitgen tune --model 3B` and `bitgen build --model 3B`.",
+    )
+    top.add_argument("--version", action="version", version=f"bitgen {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        name = module.__name__.rpartition(".")[2]
+        sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code tells what happened (bitgen.errors)."""
+    args = parser().parse_args(argv)
+    try:
+        from bitgen.target import require_supported_os
+
+        require_supported_os()
+        code = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return code
+    except BitgenError as error:
+        print(f"bitgen: {error.message}", file=sys.stderr)
+        detail = getattr(error, "stderr", "")  # a compiler's own words
+        if detail:
+            print(str(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("bitgen: interrupted; what was recorded is kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) left: not an error; keep Python from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        name = f" {error.filename}" if error.filename else ""
+        print(f"bitgen: {error.strerror or error}{name}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, FileNotFoundError) else 1

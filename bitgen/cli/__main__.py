@@ -1,0 +1,7 @@
+"""`python -m bitgen.cli` is `bitgen`."""
+
+import sys
+
+from bitgen.cli import main
+
+sys.exit(main())

@@ -1,0 +1,43 @@
+"""Show this CPU, its caches, the ISA levels it can run (and why not the others), and the compilers found."""
+
+from __future__ import annotations
+
+import argparse
+
+from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+SUMMARY = "this CPU: caches, ISA levels accepted or rejected with the reason, compilers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from bitgen.target import Accepted, detect_cpu, load_isas, resolve_isas
+    from bitgen.toolchain import find_compilers
+
+    cpu = detect_cpu()
+    facts = [
+        ("model", cpu.model_name),
+        ("family", f"{cpu.family} ({cpu.vendor}, {cpu.arch}, {cpu.os})"),
+        ("cores", f"{cpu.physical_cores} physical, {cpu.logical_cpus} logical, {cpu.usable_threads} usable threads"),
+        ("caches", ", ".join(f"L{c.level} {c.type} {c.size_bytes >> 10} KiB" for c in cpu.caches)),
+    ]
+    decisions = [
+        (d.isa.name, "accepted", "") if isinstance(d, Accepted) else (d.isa.name, "rejected", d.reason)
+        for d in resolve_isas(cpu, load_isas())
+    ]
+    compilers = [(c.name, c.version.splitlines()[0], " ".join(c.command)) for c in find_compilers()]
+    tables = [
+        Table("cpu", (Column("what", "cpu"), Column("value", "")), facts),
+        Table(
+            "isas", (Column("isa", "ISA level, best first"), Column("state", ""), Column("reason", "reason")), decisions
+        ),
+        Table(
+            "compilers",
+            (Column("kind", "compiler"), Column("version", "version"), Column("command", "command")),
+            compilers or [("none", "install gcc or clang, or pip install ziglang", "")],
+        ),
+    ]
+    print(render_tables(tables, args.output, {"cpu_record": cpu.to_dict()}))

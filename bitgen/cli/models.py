@@ -1,0 +1,35 @@
+"""List the model presets with the distinct matrices that the runtime multiplies with."""
+
+from __future__ import annotations
+
+import argparse
+
+from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+SUMMARY = "the presets of configs/models/ with their distinct shapes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", help="one preset, or a path to a YAML file (default: all presets)")
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from bitgen.config import find_model, load_models
+
+    models = [find_model(args.model)] if args.model else load_models()
+    rows = []
+    for model in models:
+        shapes: dict[str, list[str]] = {}
+        for matmul in model.matmuls:
+            shapes.setdefault(f"{matmul.m}x{matmul.k}", []).append(matmul.role)
+        listed = ", ".join(f"{shape} ({'/'.join(roles)})" for shape, roles in shapes.items())
+        rows.append((model.alias, model.name, model.layers, model.ternary_weights / 1e9, listed))
+    columns = (
+        Column("alias", "model"),
+        Column("name", "name"),
+        Column("layers", "layers", "d"),
+        Column("ternary_gweights", "ternary 10^9", ".2f"),
+        Column("shapes", "m x k of each layer, stacked as they run"),
+    )
+    print(render_tables([Table("models", columns, rows)], args.output))
