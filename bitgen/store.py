@@ -15,6 +15,7 @@ used, and its schedule is only a starting point.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -239,7 +240,7 @@ class RecordStore:
         for record in self._read():
             self._remember(record)
 
-    # ---- questions ---------------------------------------------------------------------------------
+    # ---- questions ----
 
     def known(self, job: JobKey, fingerprint: Fingerprint) -> Measurement | None:
         """The newest measurement of exactly this job under exactly this fingerprint."""
@@ -292,7 +293,7 @@ class RecordStore:
         digest = fingerprint.digest
         return (r for r in reversed(self.tunings) if r.shape == shape and r.fingerprint.digest == digest)
 
-    # ---- writing -----------------------------------------------------------------------------------
+    # ---- writing ----
 
     def append(self, record: Record) -> None:
         """Write ``record`` at the end of the file and remember it. BitgenError when it cannot be written."""
@@ -324,7 +325,7 @@ class RecordStore:
         else:
             self.tunings.append(record)
 
-    # ---- reading -----------------------------------------------------------------------------------
+    # ---- reading ----
 
     def _read(self) -> Iterator[Record]:
         try:
@@ -376,7 +377,8 @@ def _append_line(path: Path, line: bytes, sync: bool) -> None:
             if sync:
                 os.fsync(fd)
         except OSError:
-            os.ftruncate(fd, end)
+            with contextlib.suppress(OSError):  # a torn tail is harmless too, and this error is not the news
+                os.ftruncate(fd, end)
             raise
     finally:
         os.close(fd)
