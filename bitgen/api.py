@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +28,16 @@ from bitgen.errors import EXIT_USAGE, BitgenError
 from bitgen.paths import generated_dir, tune_logs_dir
 from bitgen.render import Source, render_kernel, render_quantize, render_tables, template_digest
 from bitgen.space import Space, space_for
-from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, family_named, regime_named
+from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
 from bitgen.store import Fingerprint, RecordStore, export_winners, family_winners
 from bitgen.target import Cpu, Isa, accepted_isas, detect_cpu, find_isa, load_isas, require_isa
 from bitgen.toolchain import Toolchain, find_compiler
 
 if TYPE_CHECKING:
     from bitgen.library import KernelChoice
+    from bitgen.measure import Limits
+    from bitgen.measure.local import LocalRunner
+    from bitgen.measure.sweep import SweepCounts
     from bitgen.runtime import KernelTable
     from bitgen.search import Progress, TuningResult
 
@@ -304,6 +308,129 @@ def _untuned_library() -> Path:
     workshop = Workshop()
     target = Target.of(workshop.cpu, None, workshop.isas)
     return write_library((), workshop.toolchain, generated_dir(), f"untuned-{workshop.cpu.family}", target)
+
+
+# ---- prove and time ----
+
+
+def check(
+    *,
+    isas: Sequence[str] = (),
+    families: Sequence[str] = (),
+    regimes: Sequence[str] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    cc: str | None = None,
+    progress: Callable[[SweepCounts], None] | None = None,
+) -> SweepCounts:
+    """Hold every schedule of the spaces (or ``sample`` of each) against numpy; all ISA levels this CPU runs."""
+    from bitgen.measure.local import LocalRunner
+    from bitgen.measure.sweep import exact_sweep
+
+    workshop = Workshop(cc)
+    levels = [workshop.isa(name) for name in isas] or list(accepted_isas(workshop.cpu, workshop.isas))
+    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+        return exact_sweep(
+            runner,
+            workshop.cpu,
+            [level.name for level in levels],
+            [family_named(name).name for name in families] or list(FAMILIES),
+            sample,
+            seed,
+            [regime_named(name) for name in regimes] or REGIMES,
+            progress,
+        )
+
+
+@dataclass(frozen=True)
+class KernelTiming:
+    """A kernel timed in interleaved rounds with the untuned default; times are medians for one call.
+
+    ``limit_ns`` is the roofline of this run: reading the packed weights once, or the int8 operations at the
+    peak of the ISA level, whichever takes longer.
+    """
+
+    shape: Shape
+    n: int
+    threads: int
+    spec: KernelSpec
+    tuned: bool
+    time_ns: float
+    default_ns: float
+    limit_ns: float
+
+    @property
+    def weight_gbs(self) -> float:
+        return self.spec.layout.packed_bytes(self.shape) / self.time_ns
+
+    @property
+    def gops(self) -> float:
+        return 2 * self.shape.m * self.shape.k * self.n / self.time_ns
+
+    @property
+    def limit_share(self) -> float:
+        return self.limit_ns / self.time_ns
+
+
+def bench_kernels(
+    model: str | ModelPreset,
+    *,
+    tokens: Sequence[int] = (1, 8, 128, 512),
+    threads: int | None = None,
+    rounds: int = 9,
+    isa: str | None = None,
+    cc: str | None = None,
+    logs: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[KernelTiming]:
+    """Time what the model would run, tuned or not, against the default of each space: up to 16 tokens cold."""
+    from bitgen.measure.local import LocalRunner
+
+    workshop = Workshop(cc, logs)
+    preset = find_model(model) if isinstance(model, str) else model
+    level, count = workshop.isa(isa), threads or workshop.cpu.usable_threads
+    chosen = {
+        (choice.shape, choice.spec.regime): choice.spec
+        for choice in choices_for(preset, workshop, level)
+        if choice.threads <= count
+    }
+    timings = []
+    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+        limits = runner.limits(count, [level.name])
+        for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in preset.matmuls):
+            for n in tokens:
+                if progress:
+                    progress(f"{shape.name}, n = {n}")
+                timings.append(_time_kernel(runner, workshop, level, limits, chosen, shape, n, count, rounds))
+    return timings
+
+
+def _time_kernel(
+    runner: LocalRunner,
+    workshop: Workshop,
+    level: Isa,
+    limits: Limits,
+    chosen: Mapping[tuple[Shape | None, str], KernelSpec],
+    shape: Shape,
+    n: int,
+    threads: int,
+    rounds: int,
+) -> KernelTiming:
+    from bitgen.search import roofline_ns
+
+    regime = regime_of(n)
+    tuned = chosen.get((shape, regime.name))
+    default = workshop.space("i2s", level, regime.name, shape).default
+    spec = tuned or default
+    cold = regime is not LARGE
+    race = runner.race([spec, default], shape, n, threads, rounds, cold)
+    if spec not in race or default not in race:
+        raise BitgenError(f"{shape.name}, n = {n}: {'; '.join(race.dropped.values())}")
+    times = {s: statistics.median(race[s]) for s in (spec, default)}
+    packed = spec.layout.packed_bytes(shape)
+    fastest_read = max(limits.best_dram_gbs, race.read_gbs or 0.0, packed / times[spec] if cold else 0.0)
+    limit = roofline_ns(spec.layout, shape, n, cold, fastest_read, limits.peak_gops[level.name])
+    return KernelTiming(shape, n, threads, spec, tuned is not None, times[spec], times[default], limit)
 
 
 # ---- share ----

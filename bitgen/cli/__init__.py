@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from bitgen.target import require_supported_os
 
-        require_supported_os()
+        require_supported_os(platform.system())
         code = int(args.run(args) or 0)
         sys.stdout.flush()
         return code

@@ -1,0 +1,27 @@
+"""Build the kernel library of a model: shared library, header, manifest, pkg-config file and the C text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "write the kernel library of a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
+    parser.add_argument("--isa", help="ISA level of the kernels (default: the best this CPU runs)")
+    parser.add_argument("--out", type=Path, help="folder that gets the library's folder (generated/)")
+    parser.add_argument("--name", help="name of the library (default: <model>-<cpu family>)")
+    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
+    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from bitgen.api import build
+    from bitgen.cli.show import library_table
+    from bitgen.cli.tables import render_tables
+
+    path = build(args.model, isa=args.isa, cc=args.cc, out=args.out, logs=args.logs, name=args.name)
+    print(render_tables([library_table(path)], "text"))
+    print(f"\n{path}")

@@ -1,0 +1,36 @@
+"""Prove kernels exact: every schedule of the spaces against numpy, on ragged shapes and at the overflow bounds."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "prove every schedule exact against numpy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--isa", action="append", default=[], help="ISA level (default: all this CPU runs)")
+    parser.add_argument("--family", action="append", default=[], help="i2s, tl1 or tl2 (default: all)")
+    parser.add_argument("--regime", action="append", default=[], help="n1, small or large (default: all)")
+    parser.add_argument("--sample", type=int, help="only so many schedules of each space, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitgen.api import check
+    from bitgen.cli.progress import ProgressLine
+
+    with ProgressLine() as line:
+        counts = check(
+            isas=args.isa,
+            families=args.family,
+            regimes=args.regime,
+            sample=args.sample,
+            seed=args.seed,
+            cc=args.cc,
+            progress=lambda seen: line.show(str(seen)),
+        )
+    for proof in counts.failures:
+        print(f"{proof.spec.name}: {proof.status.value}: {proof.detail}")
+    print(counts)
+    return 0 if counts.exact else 1

@@ -1,0 +1,121 @@
+"""Show what is tuned on this machine, or what a library contains."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+SUMMARY = "what is tuned, and what a library contains"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", type=Path, help="a library's folder or .so (default: records and libraries)")
+    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    parser.add_argument("--cc", help="C compiler whose records count as current")
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.path:
+        tables = [library_table(args.path)]
+    else:
+        tables = [_tuned_table(args.logs, args.cc), _bundles_table()]
+    print(render_tables(tables, args.output))
+
+
+def library_table(path: Path) -> Table:
+    """The kernels of a bundle, in the order in which the library prefers them."""
+    from bitgen.bundle import read_bundle
+
+    bundle = read_bundle(path.parent if path.is_file() else path)
+    columns = (
+        Column("shape", "m x k"),
+        Column("regime", "regime"),
+        Column("threads", "threads"),
+        Column("role", "role"),
+        Column("isa", "ISA"),
+        Column("layout", "layout"),
+        Column("schedule", "schedule"),
+    )
+    rows = [
+        (
+            entry.shape.name if entry.shape else "any",
+            entry.spec.regime,
+            entry.threads or "any",
+            entry.role,
+            entry.spec.isa,
+            entry.spec.layout.name,
+            entry.spec.schedule.name,
+        )
+        for entry in bundle.manifest.kernels
+    ]
+    manifest = bundle.manifest
+    needs = ", ".join(sorted(manifest.features)) or "nothing special"
+    return Table(f"{manifest.library} for {manifest.cpu_family} (needs {needs})", columns, rows)
+
+
+def _tuned_table(logs: Path | None, cc: str | None) -> Table:
+    """The newest decision for every shape; a stale one tells why its timing does not count."""
+    from bitgen.api import Workshop
+
+    workshop = Workshop(cc, logs)
+    newest = {(r.shape, r.fingerprint.digest): r for r in workshop.store.tunings}
+    rows = []
+    for record in newest.values():
+        current = record.fingerprint.digest == workshop.fingerprint.digest
+        for winner in record.winners:
+            if winner.spec.layout == record.layout:
+                ratio = winner.time_ns / winner.default_ns if winner.default_ns else None
+                rows.append(
+                    (
+                        record.shape.name,
+                        winner.n,
+                        winner.threads,
+                        winner.spec.isa,
+                        winner.spec.layout.name,
+                        winner.spec.schedule.name,
+                        winner.time_ns / 1e3,
+                        ratio,
+                        record.objective,
+                        "current" if current else _why_stale(record.fingerprint, workshop.fingerprint),
+                    )
+                )
+    columns = (
+        Column("shape", "m x k"),
+        Column("n", "n", "d"),
+        Column("threads", "threads", "d"),
+        Column("isa", "ISA"),
+        Column("layout", "layout"),
+        Column("schedule", "schedule"),
+        Column("time_us", "us", ",.1f"),
+        Column("over_default", "winner/default", ".2f"),
+        Column("objective", "objective"),
+        Column("state", "state"),
+    )
+    return Table("tuned", columns, rows)
+
+
+def _why_stale(old: object, new: object) -> str:
+    changed = [name for name in ("cpu", "compiler", "templates", "version") if getattr(old, name) != getattr(new, name)]
+    return f"stale: other {', '.join(changed)}"
+
+
+def _bundles_table() -> Table:
+    from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.paths import generated_dir
+    from bitgen.target import detect_cpu
+
+    bundles, errors = find_bundles(generated_dir())
+    chosen, decisions = choose_bundle(bundles, detect_cpu())
+    rows: list[tuple[str, str, str]] = [
+        (
+            str(d.bundle.path),
+            "chosen" if d.bundle == chosen else "accepted" if d.accepted else "rejected",
+            d.reason,
+        )
+        for d in decisions
+    ]
+    rows += [("-", "damaged", error.message) for error in errors]
+    return Table("libraries", (Column("path", "library"), Column("state", "state"), Column("reason", "why")), rows)

@@ -1,0 +1,146 @@
+"""Tune the kernels of a model on this machine: winners as a table, records in tune_logs/. A second call resumes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+if TYPE_CHECKING:
+    from bitgen.search import TuningResult
+
+SUMMARY = "find this machine's fastest kernels for a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
+    parser.add_argument("--quick", action="store_true", help="within 90 seconds: few candidates, n = 1 and large n")
+    parser.add_argument("--objective", help="decode, prefill or balanced (configs/search.yaml)")
+    parser.add_argument("--regime", action="append", default=[], help="n1, small or large; may be given again")
+    parser.add_argument("--family", action="append", default=[], help="i2s, tl1 or tl2; may be given again")
+    parser.add_argument("--isa", action="append", default=[], help="ISA level (default: the best); may be given again")
+    parser.add_argument(
+        "-t", "--threads", action="append", type=int, default=[], help="threads (default: all); may be given again"
+    )
+    parser.add_argument("--trials", type=int, help="candidates of each family and regime")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="wall time of the whole tune")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the search (0)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the records already know")
+    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
+    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from bitgen.api import tune
+    from bitgen.cli.progress import ProgressLine
+
+    with ProgressLine() as line:
+        result = tune(
+            args.model,
+            isas=args.isa,
+            families=args.family,
+            regimes=args.regime,
+            threads=args.threads,
+            objective=args.objective,
+            seed=args.seed,
+            trials=args.trials,
+            timeout_s=args.timeout,
+            quick=args.quick,
+            fresh=args.fresh,
+            cc=args.cc,
+            logs=args.logs,
+            progress=lambda step: line.show(f"{step.seconds:4.0f} s  {step.stage}  {step.title}"),
+        )
+    print(render_tables([*winner_tables(result)], args.output))
+    if args.output == "text":
+        print(f"\n{summary(result)}")
+
+
+def winner_tables(result: TuningResult) -> list[Table]:
+    """What was chosen, what each family reached on each shape, what each format would cost, the limits."""
+    columns = (
+        Column("shape", "m x k"),
+        Column("roles", "used by"),
+        Column("n", "n", "d"),
+        Column("threads", "threads", "d"),
+        Column("family", "family"),
+        Column("isa", "ISA"),
+        Column("layout", "layout"),
+        Column("schedule", "schedule"),
+        Column("time_us", "us", ",.1f"),
+        Column("weight_gbs", "GB/s", ".1f"),
+        Column("gops", "GOP/s", ",.0f"),
+        Column("limit_share", "% of limit", ".0%"),
+        Column("over_default", "winner/default", ".2f"),
+        Column("over_median", "winner/median", ".2f"),
+        Column("candidates", "timed", "d"),
+        Column("chosen", "chosen"),
+    )
+    rows = [
+        (
+            row.shape.name,
+            "/".join(row.roles),
+            row.n,
+            row.threads,
+            row.family,
+            row.spec.isa,
+            row.spec.layout.name,
+            row.spec.schedule.name,
+            row.time_ns / 1e3,
+            row.weight_gbs,
+            row.gops,
+            row.limit_share,
+            row.over_default,
+            row.over_median,
+            row.candidates,
+            "yes" if row.chosen else "",
+        )
+        for row in sorted(result.rows, key=lambda r: (r.n, r.threads, r.shape, r.time_ns))
+    ]
+    return [Table("winners", columns, rows), _format_table(result), _limit_table(result)]
+
+
+def _format_table(result: TuningResult) -> Table:
+    slots = list(dict.fromkeys(slot for cost in result.formats for slot in cost.token_ns))
+    columns = [Column("format", "format"), Column("packed_mb", "MB", ",.0f")]
+    columns += [Column(f"token_ms_{r}_t{t}", f"ms/token {r} t={t}", ".3f") for r, t in slots]
+    columns.append(Column("relative", f"{result.objective} cost", ".3f"))
+    best = min(cost.session_ns for cost in result.formats)
+    rows = [
+        (
+            cost.family or "chosen",
+            cost.packed_bytes / 1e6,
+            *(cost.token_ns[slot] / 1e6 for slot in slots),
+            cost.session_ns / best,
+        )
+        for cost in result.formats
+    ]
+    return Table("formats", columns, rows)
+
+
+def _limit_table(result: TuningResult) -> Table:
+    rows: list[tuple[str, int, float, str]] = []
+    for threads, limits in result.limits.items():
+        rows.append(("DRAM read, best of the run", threads, result.dram_gbs[threads], "GB/s"))
+        rows += [(f"DRAM read, {name}", threads, gbs, "GB/s") for name, gbs in limits.dram_gbs.items()]
+        rows += [(f"int8 in registers, {isa}", threads, gops, "GOP/s") for isa, gops in limits.peak_gops.items()]
+    columns = (Column("what", "limit"), Column("threads", "threads", "d"), Column("value", "value", ",.1f"))
+    return Table("limits", (*columns, Column("unit", "unit")), rows)
+
+
+def summary(result: TuningResult) -> str:
+    """How the tune went, in a few lines."""
+    outcomes = ", ".join(f"{count} {name}" for name, count in sorted(result.outcomes.items()))
+    lines = [
+        f"{result.seconds:.0f} s, seed {result.seed}: {outcomes}; {result.recorded} measured, "
+        f"{result.recalled} known from the records."
+    ]
+    lines += [f"left out: {text}" for text in result.rejected]
+    lines += [f"failed: {text}" for group in result.groups for text in group.failures[:3]]
+    if not result.complete:
+        lines.append("The time ran out before the spaces did; the same command continues.")
+    lines.append(f"Next: bitgen build --model {result.model}")
+    return "\n".join(lines)
