@@ -1,4 +1,5 @@
-"""A machine that does not exist: small spaces with a known optimum, and recorded noisy timings of every point."""
+# ruff: noqa: ARG005 - a fake takes the arguments of what it stands for
+"""A machine that does not exist: spaces with a known optimum, and recorded noisy timings of every point."""
 
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ WIDE, TALL = Shape(640, 256), Shape(256, 512)
 FINGERPRINT = Fingerprint("zen5 26 68", "gcc 12", "abcd", "0.1.0")
 SCALAR: Isa = find_isa("scalar", load_isas())
 SMALL_AXES = {"streams": (1, 2, 4), "unroll": (1, 2, 4), "prefetch": (0, 512, 1024)}
-LARGE_AXES = {"streams": (1, 2, 4, 8), "nr": (1, 2, 3, 4), "unroll": (1, 2, 4, 8), "prefetch": (0, 1, 2, 3, 4)}
+LARGE_AXES = {
+    "streams": (1, 2, 4, 8),
+    "nr": (1, 2, 3, 4),
+    "unroll": (1, 2, 4, 8),
+    "prefetch": (0, 1, 2, 3, 4),
+}
 SPEED = {"i2s": 1.0, "tl1": 1.5, "tl2": 1.2}  # a family's best time, in units of I2_S's
 
 
@@ -71,7 +77,7 @@ def spaces(axes: Mapping[str, tuple[int, ...]] = SMALL_AXES) -> Callable[[str, I
 
 
 def true_ns(spec: KernelSpec, shape: Shape, n: int) -> float:
-    """The best point has the middle of each axis; every step away costs, and layout 32 suits the tall shape."""
+    """The best point is the middle of each axis, every step away costs; layout 32 suits the tall shape."""
     wanted = {"streams": 2, "unroll": 2, "prefetch": 512 if spec.schedule["prefetch"] > 9 else 2, "nr": 3}
     steps = sum(
         abs(math.log2((value + 1) / (wanted[knob] + 1))) if knob != "prefetch" else abs(value != wanted[knob])
@@ -84,13 +90,14 @@ def true_ns(spec: KernelSpec, shape: Shape, n: int) -> float:
 
 
 def measured(job: Job, noise: float, seed: int = 0, status: Status = Status.OK) -> Measurement:
-    """What the machine answers: nine repeats with log-normal noise and an occasional hiccup."""
+    """What the machine answers: nine repeats with log-normal noise and, if any, an occasional hiccup."""
     if status is not Status.OK:
         return Measurement.of(job, status, "made to fail", load=Load(0.0, 1))
     draw = random.Random(f"{seed} {job.spec.name} {job.shape.name} {job.n} {job.threads}")
     time_ns = true_ns(job.spec, job.shape, job.n)
+    hiccups = 0.05 if noise else 0.0
     times = [
-        time_ns * math.exp(draw.gauss(0, noise)) * (1.5 if draw.random() < 0.05 else 1) for _ in range(9)
+        time_ns * math.exp(draw.gauss(0, noise)) * (1.5 if draw.random() < hiccups else 1) for _ in range(9)
     ]
     return Measurement.of(job, status, times_ns=times, load=Load(0.0, 1))
 
@@ -100,19 +107,19 @@ def config(**changes: Any) -> SearchConfig:
 
 
 def plan(**changes: Any) -> Plan:
-    values: dict[str, Any] = dict(
-        model="toy",
-        targets=(Target(WIDE, ("qkv",), 3), Target(TALL, ("down",), 3)),
-        families=("i2s", "tl1"),
-        isas=(SCALAR,),
-        regimes=("n1", "large"),
-        threads=(1,),
-        objective="balanced",
-        seed=0,
-        trials=300,
-        timeout_s=None,
-        race_blocks=3,
-    )
+    values: dict[str, Any] = {
+        "model": "toy",
+        "targets": (Target(WIDE, ("qkv",), 3), Target(TALL, ("down",), 3)),
+        "families": ("i2s", "tl1"),
+        "isas": (SCALAR,),
+        "regimes": ("n1", "large"),
+        "threads": (1,),
+        "objective": "balanced",
+        "seed": 0,
+        "trials": 300,
+        "timeout_s": None,
+        "race_blocks": 3,
+    }
     return Plan(**{**values, **changes})
 
 
@@ -130,7 +137,10 @@ def runner(
         for spec, shape in product(Grid(family, isa, regime, axes), plan.shapes):
             job = Job(spec, shape, regimes[regime].n, threads, regimes[regime].cold)
             records.append(measured(job, noise, seed, fails(spec, shape)))
-    limits = [Limits(threads, {"4 streams": 1000.0}, {isa.name: 1e6 for isa in plan.isas}) for threads in plan.threads]
+    limits = [
+        Limits(threads, {"4 streams": 1000.0}, {isa.name: 1e6 for isa in plan.isas})
+        for threads in plan.threads
+    ]
     return ReplayRunner(records, limits)
 
 

@@ -25,7 +25,9 @@ from bitgen.store import (
 )
 
 OTHER = replace(FINGERPRINT, compiler="clang 14")
-POINTS = Grid("i2s", SCALAR, "n1", {"streams": (1, 2, 4), "unroll": (1, 2, 4), "prefetch": (0, 512, 1024)}).points
+POINTS = Grid(
+    "i2s", SCALAR, "n1", {"streams": (1, 2, 4), "unroll": (1, 2, 4), "prefetch": (0, 512, 1024)}
+).points
 LARGE = Grid("i2s", SCALAR, "large", {"streams": (1, 2), "unroll": (1,), "prefetch": (0,)}).points
 R16, R32 = Layout("i2s", 16), Layout("i2s", 32)
 
@@ -58,10 +60,13 @@ def of_layout(layout: Layout, points: tuple[KernelSpec, ...] = POINTS, i: int = 
 @pytest.mark.parametrize(
     "record", [trial(), trial(status=Status.CRASHED), race(), tuning([(POINTS[0], 1)])], ids=lambda r: r.kind
 )
-def test_a_record_reads_back_as_it_was(tmp_path: Path, record: TrialRecord | RaceRecord | TuningRecord) -> None:
+def test_a_record_reads_back_as_it_was(
+    tmp_path: Path, record: TrialRecord | RaceRecord | TuningRecord
+) -> None:
     RecordStore(tmp_path / "r.jsonl").append(record)
     data = json.loads((tmp_path / "r.jsonl").read_text())
-    assert data["schema"] == 1 and data["fingerprint"]["compiler"] == "gcc 12"
+    assert data["schema"] == 1
+    assert data["fingerprint"]["compiler"] == "gcc 12"
     read = type(record).from_dict(Fingerprint.from_dict(data["fingerprint"]), data)
     assert read == record
 
@@ -210,7 +215,8 @@ def test_best_follows_the_layout_of_the_newest_tune(tmp_path: Path) -> None:
     store.append(tuning([(a16, 1), (a32, 1)], R32))
     for opened in (store, RecordStore(store.path)):
         found = opened.best(WIDE, "n1", 1, FINGERPRINT)
-        assert found is not None and found.spec == a32
+        assert found is not None
+        assert found.spec == a32
         assert opened.layout(WIDE, FINGERPRINT) == R32
         assert opened.best(WIDE, "large", 1, FINGERPRINT) is None  # the only one known reads another layout
         assert opened.best(TALL, "n1", 1, FINGERPRINT) is None
@@ -221,8 +227,10 @@ def test_an_older_tune_fills_in_for_a_regime_in_the_same_layout(tmp_path: Path) 
     store.append(tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)]))
     store.append(tuning([(of_layout(R16, i=1), 1)]))
     n1, large = (store.best(WIDE, regime, 1, FINGERPRINT) for regime in ("n1", "large"))
-    assert n1 is not None and n1.spec == of_layout(R16, i=1)
-    assert large is not None and large.spec == of_layout(R16, LARGE)
+    assert n1 is not None
+    assert n1.spec == of_layout(R16, i=1)
+    assert large is not None
+    assert large.spec == of_layout(R16, LARGE)
 
 
 def test_the_nearest_lower_thread_count_serves(tmp_path: Path) -> None:
@@ -231,7 +239,8 @@ def test_the_nearest_lower_thread_count_serves(tmp_path: Path) -> None:
         store.append(tuning([(of_layout(R16, i=threads), threads)]))
     for asked, expected in ((1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (100, 8)):
         found = store.best(WIDE, "n1", asked, FINGERPRINT)
-        assert found is not None and found.threads == expected
+        assert found is not None
+        assert found.threads == expected
 
 
 def test_a_stale_winner_is_a_starting_point_and_nothing_else(tmp_path: Path) -> None:

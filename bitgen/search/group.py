@@ -100,7 +100,10 @@ class GroupSearch:
         self._reference: dict[Shape, float] = {}  # times of the first candidate that ran on every shape
         self._incumbent: dict[Shape, Candidate] = {}  # the default of each shape, where it runs
         self._proposer: Proposer = proposer_for(
-            group.points, [*group.known_good, *starters], seed, config.enumerate_up_to
+            group.points,
+            [*group.defaults.values(), *starters, *group.known_good],
+            seed,
+            config.enumerate_up_to,
         )
 
     def run(self, trials: int, out_of_time: Callable[[], bool], seen: Callable[[int], None]) -> None:
@@ -134,7 +137,7 @@ class GroupSearch:
         new = [s for s in dict.fromkeys(specs) if s in known and s not in self._candidates]
         self._measure(new, list(self._count), lambda: False)
 
-    # ---- measuring ------------------------------------------------------------------------------------------
+    # ---- measuring ----
 
     def _measure_batch(
         self, batch: list[KernelSpec], shapes: list[Shape], out_of_time: Callable[[], bool]
@@ -194,7 +197,7 @@ class GroupSearch:
             if math.isfinite(self._candidates[spec].time_ns(shape)):
                 self._incumbent[shape] = self._candidates[spec]
 
-    # ---- judging --------------------------------------------------------------------------------------------
+    # ---- judging ----
 
     def _tell(self, batch: list[KernelSpec]) -> None:
         for spec in batch:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
 
 # 2 * sum of ranks of 60 rounds is 3660: the exact distribution takes about 10 ms. More rounds are cut.
 _MAX_PAIRS = 60
@@ -37,6 +40,19 @@ def beats(challenger: Sequence[float], incumbent: Sequence[float], alpha: float,
     """Whether ``challenger`` is faster by at least ``min_gain`` and the difference is no accident."""
     gain = 1 - ratio(challenger, incumbent)
     return gain >= min_gain and p_faster(challenger, incumbent) <= alpha
+
+
+def crown(rounds: Mapping[T, Sequence[float]], incumbent: T | None, alpha: float, min_gain: float) -> T:
+    """The winner among ``rounds``: the fastest one that beats the incumbent, else the incumbent.
+
+    Without an incumbent among them there is nothing to defend, and the least median wins.
+    """
+    by_time = sorted(rounds, key=lambda entrant: statistics.median(rounds[entrant]))
+    if incumbent is None or incumbent not in rounds:
+        return by_time[0]
+    faster = by_time[: by_time.index(incumbent)]
+    held = rounds[incumbent]
+    return next((c for c in faster if beats(rounds[c], held, alpha, min_gain)), incumbent)
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:

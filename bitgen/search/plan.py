@@ -17,7 +17,7 @@ from bitgen.target import Cpu, Isa
 
 SpaceFactory = Callable[[str, Isa, str, Shape], Space]  # family, ISA level, regime, shape
 
-# ---- configs/search.yaml ----------------------------------------------------------------------------------
+# ---- configs/search.yaml ----
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def load_search_config(file: Path | None = None) -> SearchConfig:
     return load_strict(SearchConfig, load_yaml(path), str(path))
 
 
-# ---- the plan ---------------------------------------------------------------------------------------------
+# ---- the plan ----
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def seed_of(seed: int, *parts: object) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-# ---- groups -----------------------------------------------------------------------------------------------
+# ---- groups ----
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,8 @@ class Group:
 
     @property
     def known_good(self) -> list[KernelSpec]:
-        """The defaults first, then the other presets of the spaces, each once."""
-        presets = [spec for space in self.spaces.values() for spec in space.known_good]
-        return list(dict.fromkeys([*self.defaults.values(), *presets]))
+        """The presets of the spaces, each once."""
+        return list(dict.fromkeys(spec for space in self.spaces.values() for spec in space.known_good))
 
     @property
     def layouts(self) -> tuple[Layout, ...]:

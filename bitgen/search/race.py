@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitgen.measure import Race
-from bitgen.search.noise import beats, ratio
+from bitgen.search.noise import beats, crown, ratio
 from bitgen.search.plan import SearchConfig
 from bitgen.spec import KernelSpec, Layout
 
@@ -42,16 +42,8 @@ class Raced:
         ``incumbent`` keeps its place unless a challenger beats it beyond the noise. Where it does not take
         part (another layout, or it failed) there is nothing to defend, and the fastest wins.
         """
-        by_time = sorted((s for s in self.finishers if s.layout == layout), key=self.median_ns)
-        if incumbent not in by_time:
-            return by_time[0] if by_time else None
-        for challenger in by_time:
-            if challenger == incumbent:
-                break
-            pair = self.rounds_ns[challenger], self.rounds_ns[incumbent]
-            if beats(*pair, config.alpha, config.min_gain):
-                return challenger
-        return incumbent
+        own = {spec: self.rounds_ns[spec] for spec in self.finishers if spec.layout == layout}
+        return crown(own, incumbent, config.alpha, config.min_gain) if own else None
 
 
 def run_race(

@@ -1,0 +1,161 @@
+"""Layout before schedule: which layout each shape gets, and which format the model gets.
+
+One packed copy of a matrix serves every regime and thread count, so a layout is judged by the best kernels
+that read it, over the whole objective:
+
+    cost(shape, layout) = sum over regimes and threads of tokens[regime] / n * time of the layout's champion
+
+All costs are vectors over the rounds of the races. Comparing two of them is the same paired test that
+compares two kernels: the default layout, the first family and a uniform format stay unless beaten beyond the
+noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bitgen.search.noise import crown
+from bitgen.search.plan import SearchConfig, Target
+from bitgen.search.race import Raced
+from bitgen.spec import KernelSpec, Layout, Shape
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A case every layout must serve: a regime on a number of threads."""
+
+    regime: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The kernel that won a slot among those that read one layout, and the default of its family there.
+
+    ``rounds_ns`` and ``default_rounds_ns`` are times of one call in the same rounds; the latter is empty
+    where the default failed.
+    """
+
+    spec: KernelSpec
+    rounds_ns: tuple[float, ...]
+    default: KernelSpec
+    default_rounds_ns: tuple[float, ...]
+
+    @property
+    def time_ns(self) -> float:
+        return statistics.median(self.rounds_ns)
+
+    @property
+    def default_ns(self) -> float | None:
+        return statistics.median(self.default_rounds_ns) if self.default_rounds_ns else None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One shape in one layout: a champion for every slot, and what a session costs, round by round (ns)."""
+
+    shape: Shape
+    layout: Layout
+    champions: Mapping[Slot, Champion]
+    cost_ns: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided: for each shape the option it gets, and the best option of every family."""
+
+    options: Mapping[Shape, Option]
+    by_family: Mapping[Shape, Mapping[str, Option]]
+    every: Mapping[Shape, tuple[Option, ...]]
+
+
+@dataclass(frozen=True)
+class SlotRace:
+    """The race of one shape and slot, with the default kernel of each family in it."""
+
+    raced: Raced
+    defaults: Mapping[str, KernelSpec]
+
+
+def options_of(
+    shape: Shape,
+    layouts: Sequence[Layout],
+    races: Mapping[Slot, SlotRace],
+    config: SearchConfig,
+    objective: str,
+) -> tuple[Option, ...]:
+    """The layouts that serve every slot of ``shape``."""
+    weights = token_weights(config, objective, [slot.regime for slot in races])
+    options = []
+    for layout in layouts:
+        champions = {slot: _champion(race, layout, config) for slot, race in races.items()}
+        found = {slot: champion for slot, champion in champions.items() if champion is not None}
+        if len(found) == len(races):
+            parts = [
+                [weights[slot.regime] / config.regimes[slot.regime].n * t for t in champion.rounds_ns]
+                for slot, champion in found.items()
+            ]
+            options.append(Option(shape, layout, found, _sum(parts)))
+    return tuple(options)
+
+
+def _champion(race: SlotRace, layout: Layout, config: SearchConfig) -> Champion | None:
+    default = race.defaults.get(layout.family)
+    spec = race.raced.champion(layout, default, config)
+    if spec is None or default is None:
+        return None
+    rounds = race.raced.rounds_ns
+    return Champion(spec, rounds[spec], default, rounds.get(default, ()))
+
+
+def token_weights(config: SearchConfig, objective: str, regimes: Sequence[str]) -> dict[str, float]:
+    """Tokens of a session in each of ``regimes``; all alike where the objective has none in any of them."""
+    tokens = {regime: config.objectives[objective][regime] for regime in regimes}
+    return tokens if any(tokens.values()) else dict.fromkeys(tokens, 1.0)
+
+
+def choose(
+    targets: Sequence[Target],
+    families: Sequence[str],
+    every: Mapping[Shape, tuple[Option, ...]],
+    default_layouts: Mapping[str, Layout],
+    config: SearchConfig,
+) -> Choice:
+    """Choose a layout for each shape; ``families[0]`` is the incumbent format.
+
+    1. Each family enters with its best layout of each shape. 2. The family with the least total over the
+    model is the format. 3. A shape leaves it for another family only where that wins beyond the noise.
+    BitgenError when some shape has no kernel at all.
+    """
+    by_family: dict[Shape, dict[str, Option]] = {}
+    for target in targets:
+        mine = {f: [o for o in every[target.shape] if o.layout.family == f] for f in families}
+        by_family[target.shape] = {
+            f: _best(options, default_layouts.get(f), config) for f, options in mine.items() if options
+        }
+    everywhere = [f for f in families if all(f in by_family[target.shape] for target in targets)]
+    totals = {f: total_ns(targets, {s: options[f] for s, options in by_family.items()}) for f in everywhere}
+    uniform = crown(totals, families[0], config.alpha, config.min_gain) if totals else None
+    chosen = {}
+    for shape, options in by_family.items():
+        costs = {family: option.cost_ns for family, option in options.items()}
+        chosen[shape] = options[crown(costs, uniform, config.alpha, config.min_gain)]
+    return Choice(chosen, by_family, every)
+
+
+def total_ns(targets: Sequence[Target], options: Mapping[Shape, Option]) -> tuple[float, ...]:
+    """What a session costs on the whole model with these options, round by round: sum of count * cost."""
+    return _sum([[target.count * c for c in options[target.shape].cost_ns] for target in targets])
+
+
+def _best(options: Sequence[Option], default: Layout | None, config: SearchConfig) -> Option:
+    by_layout = {option.layout: option for option in options}
+    costs = {layout: option.cost_ns for layout, option in by_layout.items()}
+    return by_layout[crown(costs, default, config.alpha, config.min_gain)]
+
+
+def _sum(parts: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Added round by round, over the rounds that all of them have."""
+    return tuple(sum(values) for values in zip(*parts, strict=False))

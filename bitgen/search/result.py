@@ -1,0 +1,122 @@
+"""What a tune hands back: everything its tables show, in plain records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bitgen.measure import Limits
+from bitgen.spec import KernelSpec, Layout, Shape
+
+
+@dataclass(frozen=True)
+class Row:
+    """The winner of one family for a shape, a regime and a thread count, in the family's best layout.
+
+    ``default_ns`` is the family's default in the same race, ``space_median_ns`` the median over all its
+    candidates timed on this shape; each is None where nothing ran. ``limit_ns`` is the roofline.
+    """
+
+    shape: Shape
+    roles: tuple[str, ...]
+    count: int
+    regime: str
+    n: int
+    threads: int
+    spec: KernelSpec
+    time_ns: float
+    default_ns: float | None
+    space_median_ns: float | None
+    candidates: int
+    limit_ns: float
+    chosen: bool
+
+    @property
+    def family(self) -> str:
+        return self.spec.family
+
+    @property
+    def weight_gbs(self) -> float:
+        """Packed bytes read, in 10^9 bytes a second."""
+        return self.spec.layout.packed_bytes(self.shape) / self.time_ns
+
+    @property
+    def gops(self) -> float:
+        """10^9 operations a second; a multiply and an add count as two."""
+        return 2 * self.shape.m * self.shape.k * self.n / self.time_ns
+
+    @property
+    def limit_share(self) -> float:
+        """Share of the machine's limit: 1.0 is the roofline."""
+        return self.limit_ns / self.time_ns
+
+    @property
+    def over_default(self) -> float | None:
+        """Winner / default: below 1 is faster."""
+        return None if self.default_ns is None else self.time_ns / self.default_ns
+
+    @property
+    def over_median(self) -> float | None:
+        """Winner / median of the space: below 1 is faster."""
+        return None if self.space_median_ns is None else self.time_ns / self.space_median_ns
+
+
+@dataclass(frozen=True)
+class FormatCost:
+    """What the model would cost in one family throughout, and in the format chosen (``family`` None).
+
+    ``token_ns[regime, threads]``: all the model's matrices for one token. ``session_ns``: the objective.
+    ``packed_bytes``: all the model's ternary weights.
+    """
+
+    family: str | None
+    token_ns: Mapping[tuple[str, int], float]
+    session_ns: float
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """How the search of one group went."""
+
+    name: str
+    points: int
+    outcomes: Counter[str]
+    failures: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """The outcome of a tune.
+
+    ``dram_gbs[threads]`` is the bandwidth that shares are quoted against: the most that any probe or kernel
+    of this run reached. ``recorded`` and ``recalled``: answers added to the store and taken from it.
+    ``complete`` is False when the time ran out before the trials or the spaces did.
+    """
+
+    model: str
+    objective: str
+    seed: int
+    rows: tuple[Row, ...]
+    formats: tuple[FormatCost, ...]
+    layouts: Mapping[Shape, Layout]
+    limits: Mapping[int, Limits]
+    dram_gbs: Mapping[int, float]
+    groups: tuple[GroupReport, ...]
+    rejected: tuple[str, ...]
+    recorded: int
+    recalled: int
+    seconds: float
+    complete: bool
+
+    @property
+    def winners(self) -> tuple[Row, ...]:
+        """The kernels the model runs: the rows of the chosen layouts."""
+        return tuple(row for row in self.rows if row.chosen)
+
+    @property
+    def outcomes(self) -> Counter[str]:
+        """Candidates of all groups by how they ended."""
+        return sum((group.outcomes for group in self.groups), Counter())

@@ -1,0 +1,373 @@
+"""The whole tune: limits, search of every group, races, choice of the layouts, records."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from bitgen.errors import EXIT_INTERRUPTED, BitgenError
+from bitgen.measure import Limits, Race, Runner
+from bitgen.search.answers import Answers
+from bitgen.search.choose import Choice, Option, Slot, SlotRace, choose, options_of, total_ns
+from bitgen.search.group import GroupOutcome, GroupSearch, roofline_ns
+from bitgen.search.plan import (
+    Group,
+    Plan,
+    SearchConfig,
+    SpaceFactory,
+    groups_of,
+    load_search_config,
+    seed_of,
+)
+from bitgen.search.race import run_race
+from bitgen.search.result import FormatCost, GroupReport, Row, TuningResult
+from bitgen.spec import KernelSpec, Layout, Shape
+from bitgen.store import Fingerprint, RecordStore, TuningRecord, Winner
+
+_LEAST_REPEAT_NS = 5e6  # a runner repeats a short call at least this long
+
+
+@dataclass(frozen=True)
+class Step:
+    """A moment of a tune: ``done`` of ``total`` in a stage ("limits", "search", "race"), and what is on."""
+
+    stage: str
+    title: str
+    done: int
+    total: int
+    seconds: float
+
+
+class Progress(Protocol):
+    """Hears of every step; must be quick and must not print to stdout."""
+
+    def __call__(self, step: Step) -> None: ...
+
+
+def tune(
+    plan: Plan,
+    runner: Runner,
+    store: RecordStore,
+    fingerprint: Fingerprint,
+    spaces: SpaceFactory,
+    *,
+    config: SearchConfig | None = None,
+    family_winners: Iterable[KernelSpec] = (),
+    fresh: bool = False,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> TuningResult:
+    """Find the fastest kernels of ``plan`` and record them in ``store``.
+
+    Everything that is measured is recorded at once, and what the store knows under ``fingerprint`` is not
+    measured again (unless ``fresh``): after a kill the same call walks the same way and continues. With a
+    trial budget and no timeout the outcome depends on the answers and ``plan.seed`` alone.
+    ``family_winners``: committed schedules of this CPU family, tried first, as are stale winners.
+    BitgenError: exit code EXIT_INTERRUPTED after Ctrl-C; EXIT_FILE when the store cannot be written.
+    """
+    answers = Answers(runner, store, fingerprint, plan.seed, fresh)
+    starters = [*store.stale(fingerprint), *family_winners]
+    session = _Tune(
+        plan, config or load_search_config(), answers, store, fingerprint, starters, progress, clock
+    )
+    try:
+        return session.run(spaces)
+    except KeyboardInterrupt:
+        raise BitgenError(
+            f"interrupted; {answers.recorded} new measurements are in {store.path}, and the same command "
+            "continues from them",
+            EXIT_INTERRUPTED,
+        ) from None
+
+
+class _Tune:
+    """One tune under way."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: SearchConfig,
+        answers: Answers,
+        store: RecordStore,
+        fingerprint: Fingerprint,
+        starters: Sequence[KernelSpec],
+        progress: Progress | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._plan = plan
+        self._config = config
+        self._answers = answers
+        self._store = store
+        self._fingerprint = fingerprint
+        self._starters = starters
+        self._progress = progress
+        self._clock = clock
+        self._begin = clock()
+        self._end = self._begin + (plan.timeout_s or math.inf)
+        self._limits: dict[int, Limits] = {}
+        self._read_gbs: dict[int, float] = {}
+        self._complete = True
+
+    def run(self, spaces: SpaceFactory) -> TuningResult:
+        plan = self._plan
+        groups, rejected = groups_of(plan, spaces)
+        for done, threads in enumerate(plan.threads):
+            self._report("limits", f"the machine's limits, {threads} threads", done, len(plan.threads))
+            self._limits[threads] = self._answers.runner.limits(threads, [isa.name for isa in plan.isas])
+            self._read_gbs[threads] = self._limits[threads].best_dram_gbs
+        outcomes = self._search(groups)
+        races = self._race_all(outcomes)
+        layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
+        every = {
+            shape: options_of(shape, layouts, races[shape], self._config, plan.objective)
+            for shape in plan.shapes
+        }
+        self._require_kernels(every, outcomes)
+        choice = choose(plan.targets, plan.families, every, self._default_layouts(groups), self._config)
+        self._record(choice)
+        return self._result(choice, outcomes, rejected)
+
+    # ---- search ----
+
+    def _search(self, groups: Sequence[Group]) -> list[GroupOutcome]:
+        """Search the groups one after the other; each gets its share of the time that is left then."""
+        end = self._begin + (self._end - self._begin) * (1 - self._config.race_share)
+        shares = [self._config.regimes[group.regime].time_share for group in groups]
+        outcomes = []
+        for i, group in enumerate(groups):
+            start = self._clock()
+            deadline = start + (end - start) * shares[i] / sum(shares[i:]) if math.isfinite(end) else end
+            outcome = self._search_group(group, i, len(groups), deadline)
+            outcomes.append(replace(outcome, seconds=self._clock() - start))
+        return outcomes
+
+    def _search_group(self, group: Group, done: int, total: int, deadline: float) -> GroupOutcome:
+        search = GroupSearch(
+            group,
+            self._plan.targets,
+            [spec for spec in self._starters if spec.family == group.family],
+            self._config,
+            self._answers,
+            self._limits[group.threads],
+            seed_of(self._plan.seed, group.name),
+        )
+
+        def out_of_time() -> bool:
+            late = self._clock() >= deadline
+            self._complete = self._complete and not late
+            return late
+
+        def seen(candidates: int) -> None:
+            title = f"{group.name}: {candidates} of {len(group.points)} points"
+            self._report("search", title, done, total)
+
+        seen(0)
+        search.run(self._plan.trials, out_of_time, seen)
+        for shape in self._plan.shapes:  # what an earlier tune crowned must not be lost by a shorter one
+            search.recall(self._store.current(shape, self._fingerprint))
+        return search.outcome
+
+    # ---- races ----
+
+    def _race_all(self, outcomes: Sequence[GroupOutcome]) -> dict[Shape, dict[Slot, SlotRace]]:
+        """One race for each shape, regime and thread count, in which all families take part."""
+        slots = list(dict.fromkeys(Slot(o.group.regime, o.group.threads) for o in outcomes))
+        pairs = [(slot, shape) for slot in slots for shape in self._plan.shapes]
+        races: dict[Shape, dict[Slot, SlotRace]] = {shape: {} for shape in self._plan.shapes}
+        for done, (slot, shape) in enumerate(pairs):
+            self._report("race", f"{shape.name} {slot.regime}, {slot.threads} threads", done, len(pairs))
+            now = self._clock()
+            deadline = now + (self._end - now) / (len(pairs) - done)
+            mine = [o for o in outcomes if Slot(o.group.regime, o.group.threads) == slot]
+            races[shape][slot] = self._race(shape, slot, mine, deadline)
+        return races
+
+    def _race(self, shape: Shape, slot: Slot, outcomes: Sequence[GroupOutcome], deadline: float) -> SlotRace:
+        regime = self._config.regimes[slot.regime]
+        defaults: dict[str, KernelSpec] = {}
+        for outcome in outcomes:  # best ISA level first
+            defaults.setdefault(outcome.group.family, outcome.group.defaults[shape])
+        crowned = set(self._store.current(shape, self._fingerprint))
+        finalists = _finalists(shape, outcomes, regime.finalists, defaults, crowned)
+        for fewer in range(regime.finalists - 1, 0, -1):
+            if self._race_seconds(shape, finalists, outcomes) <= deadline - self._clock():
+                break
+            finalists = _finalists(shape, outcomes, fewer, defaults, crowned)
+
+        def ask(running: Sequence[KernelSpec], block: int) -> Race:
+            seed = seed_of(self._plan.seed, shape.name, slot.regime, slot.threads, block)
+            rounds = self._config.race_block
+            return self._answers.race(running, shape, regime.n, slot.threads, rounds, regime.cold, seed)
+
+        raced = run_race(
+            finalists,
+            list(defaults.values()),
+            ask,
+            self._plan.race_blocks,
+            self._config,
+            lambda: self._clock() >= deadline,
+        )
+        self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], raced.read_gbs)
+        return SlotRace(raced, defaults)
+
+    def _race_seconds(
+        self, shape: Shape, finalists: Sequence[KernelSpec], outcomes: Sequence[GroupOutcome]
+    ) -> float:
+        """About how long one block takes: a round times each finalist for some milliseconds at least."""
+        times = {c.spec: c.time_ns(shape) for outcome in outcomes for c in outcome.candidates}
+        round_ns = sum(max(times[spec], _LEAST_REPEAT_NS) for spec in finalists)
+        return self._config.race_block * round_ns * 1e-9
+
+    # ---- outcome ----
+
+    @staticmethod
+    def _require_kernels(every: Mapping[Shape, tuple[Option, ...]], outcomes: Sequence[GroupOutcome]) -> None:
+        for shape, options in every.items():
+            if not options:
+                failures = [text for outcome in outcomes for text in outcome.failures]
+                reason = failures[0] if failures else "none was measured"
+                raise BitgenError(f"no layout of {shape.name} has a kernel for every regime: {reason}")
+
+    def _default_layouts(self, groups: Sequence[Group]) -> dict[str, Layout]:
+        """The layout of each family's default in the first regime searched."""
+        found: dict[str, Layout] = {}
+        for group in groups:
+            found.setdefault(group.family, next(iter(group.defaults.values())).layout)
+        return found
+
+    def _record(self, choice: Choice) -> None:
+        for shape, option in choice.options.items():
+            winners = tuple(
+                Winner(c.spec, self._config.regimes[slot.regime].n, slot.threads, c.time_ns, c.default_ns)
+                for other in choice.every[shape]
+                for slot, c in other.champions.items()
+            )
+            record = TuningRecord(
+                self._fingerprint, shape, self._plan.objective, option.layout, winners, self._plan.seed
+            )
+            self._store.append(record)
+
+    def _result(
+        self, choice: Choice, outcomes: Sequence[GroupOutcome], rejected: Sequence[str]
+    ) -> TuningResult:
+        return TuningResult(
+            model=self._plan.model,
+            objective=self._plan.objective,
+            seed=self._plan.seed,
+            rows=self._rows(choice, outcomes),
+            formats=self._formats(choice),
+            layouts={shape: option.layout for shape, option in choice.options.items()},
+            limits=self._limits,
+            dram_gbs=self._read_gbs,
+            groups=tuple(
+                GroupReport(o.group.name, len(o.group.points), o.outcomes, tuple(o.failures), o.seconds)
+                for o in outcomes
+            ),
+            rejected=tuple(rejected),
+            recorded=self._answers.recorded,
+            recalled=self._answers.recalled,
+            seconds=self._clock() - self._begin,
+            complete=self._complete,
+        )
+
+    def _rows(self, choice: Choice, outcomes: Sequence[GroupOutcome]) -> tuple[Row, ...]:
+        self._raise_roof(choice)
+        rows = []
+        for target in self._plan.targets:
+            for family, option in choice.by_family[target.shape].items():
+                for slot, champion in option.champions.items():
+                    regime = self._config.regimes[slot.regime]
+                    times = [
+                        t
+                        for o in outcomes
+                        if o.group.family == family and Slot(o.group.regime, o.group.threads) == slot
+                        for t in o.times_ns(target.shape)
+                    ]
+                    rows.append(
+                        Row(
+                            shape=target.shape,
+                            roles=target.roles,
+                            count=target.count,
+                            regime=slot.regime,
+                            n=regime.n,
+                            threads=slot.threads,
+                            spec=champion.spec,
+                            time_ns=champion.time_ns,
+                            default_ns=champion.default_ns,
+                            space_median_ns=statistics.median(times) if times else None,
+                            candidates=len(times),
+                            limit_ns=self._roofline_ns(champion.spec, target.shape, slot),
+                            chosen=option is choice.options[target.shape],
+                        )
+                    )
+        return tuple(rows)
+
+    def _raise_roof(self, choice: Choice) -> None:
+        """The limit quoted is the most that any probe *or kernel* of this run read from memory."""
+        for options in choice.every.values():
+            for option in options:
+                for slot, champion in option.champions.items():
+                    if self._config.regimes[slot.regime].cold:
+                        gbs = option.layout.packed_bytes(option.shape) / champion.time_ns
+                        self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], gbs)
+
+    def _roofline_ns(self, spec: KernelSpec, shape: Shape, slot: Slot) -> float:
+        regime = self._config.regimes[slot.regime]
+        peak = self._limits[slot.threads].peak_gops[spec.isa]
+        return roofline_ns(spec.layout, shape, regime.n, regime.cold, self._read_gbs[slot.threads], peak)
+
+    def _formats(self, choice: Choice) -> tuple[FormatCost, ...]:
+        """Every family that could serve the whole model, then the format chosen."""
+        whole: list[tuple[str | None, Mapping[Shape, Option]]] = []
+        for family in self._plan.families:
+            options = {s: found[family] for s, found in choice.by_family.items() if family in found}
+            if len(options) == len(self._plan.targets):
+                whole.append((family, options))
+        whole.append((None, choice.options))
+        return tuple(self._format(family, options) for family, options in whole)
+
+    def _format(self, family: str | None, options: Mapping[Shape, Option]) -> FormatCost:
+        token_ns: dict[tuple[str, int], float] = {}
+        for target in self._plan.targets:
+            for slot, champion in options[target.shape].champions.items():
+                key = (slot.regime, slot.threads)
+                each = target.count * champion.time_ns / self._config.regimes[slot.regime].n
+                token_ns[key] = token_ns.get(key, 0.0) + each
+        return FormatCost(
+            family=family,
+            token_ns=token_ns,
+            session_ns=statistics.median(total_ns(self._plan.targets, options)),
+            packed_bytes=sum(
+                t.count * options[t.shape].layout.packed_bytes(t.shape) for t in self._plan.targets
+            ),
+        )
+
+    def _report(self, stage: str, title: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(Step(stage, title, done, total, self._clock() - self._begin))
+
+
+def _finalists(
+    shape: Shape,
+    outcomes: Sequence[GroupOutcome],
+    count: int,
+    defaults: Mapping[str, KernelSpec],
+    crowned: set[KernelSpec],
+) -> list[KernelSpec]:
+    """Who races on ``shape``.
+
+    Of each family the default, the fastest ``count``, the fastest of each layout, and whom an earlier tune
+    crowned.
+    """
+    finalists: dict[KernelSpec, None] = {}
+    for outcome in outcomes:
+        ranked = outcome.ranked(shape)
+        fastest_of_layout = {spec.layout: spec for spec in reversed(ranked)}
+        default = defaults[outcome.group.family]
+        wanted = {default, *ranked[:count], *fastest_of_layout.values(), *crowned}
+        finalists.update(dict.fromkeys(spec for spec in ranked if spec in wanted))
+    return list(finalists)

@@ -1,0 +1,743 @@
+# ruff: noqa: ARG001, ARG002, ARG005 - a fake takes the arguments of what it stands for
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import (
+    FINGERPRINT,
+    LARGE_AXES,
+    SCALAR,
+    SMALL_AXES,
+    TALL,
+    WIDE,
+    CountingRunner,
+    Grid,
+    config,
+    plan,
+    runner,
+    spaces,
+    true_ns,
+)
+
+from bitgen.config import find_model
+from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
+from bitgen.measure import Job, Limits, Measurement, Missing, Race, ReplayRunner, Status
+from bitgen.search import Plan, Step, TuningResult, load_search_config, plan_for, targets_of, tune
+from bitgen.search.choose import Champion, Option, Slot, choose
+from bitgen.search.group import roofline_ns
+from bitgen.search.noise import beats, crown, p_faster
+from bitgen.search.propose import Enumeration, TpeProposer, proposer_for
+from bitgen.search.race import run_race
+from bitgen.spec import KernelSpec, Layout, Shape
+from bitgen.store import RecordStore
+from bitgen.target import detect_cpu
+
+CONFIG = load_search_config()
+
+
+def go(
+    store: Path | RecordStore, plan: Plan, runner: Any, axes: Any = SMALL_AXES, **options: Any
+) -> TuningResult:
+    opened = store if isinstance(store, RecordStore) else RecordStore(store)
+    return tune(
+        plan, runner, opened, FINGERPRINT, spaces(axes), config=options.pop("config", CONFIG), **options
+    )
+
+
+def crowned(result: TuningResult) -> dict[tuple[Any, ...], KernelSpec]:
+    return {(r.shape, r.regime, r.threads, r.family): r.spec for r in result.rows}
+
+
+def best_ns(shape: Shape, family: str, regime: str, axes: Any = SMALL_AXES) -> float:
+    n = CONFIG.regimes[regime].n
+    return min(true_ns(spec, shape, n) for spec in Grid(family, SCALAR, regime, axes))
+
+
+# ---- noise ----
+
+
+def test_the_signed_rank_test_is_exact_for_small_samples() -> None:
+    # All sign patterns of n distinct differences are equally likely when nothing differs.
+    for n in (1, 3, 6):
+        sizes = [0.01 * (i + 1) for i in range(n)]
+        sums = []
+        for signs in product((-1, 1), repeat=n):
+            logs = [s * d for s, d in zip(signs, sizes, strict=True)]
+            slower = sum(rank for rank, x in enumerate(logs, 1) if x > 0)
+            p = p_faster([math.exp(x) for x in logs], [1.0] * n)
+            sums.append((slower, p))
+        for slower, p in sums:
+            assert p == pytest.approx(sum(s <= slower for s, _ in sums) / 2**n)
+
+
+def test_nothing_differs_is_no_evidence() -> None:
+    assert p_faster([1.0, 2.0], [1.0, 2.0]) == 1.0
+    assert p_faster([], []) == 1.0
+
+
+def test_false_alarms_are_as_rare_as_alpha_says() -> None:
+    draw = random.Random(1)
+
+    def times() -> list[float]:
+        return [math.exp(draw.gauss(0, 0.1)) for _ in range(14)]
+
+    alarms = sum(p_faster(times(), times()) <= 0.05 for _ in range(2000))
+    assert 0.03 < alarms / 2000 < 0.07
+
+
+def test_a_common_disturbance_does_not_hide_a_difference() -> None:
+    draw = random.Random(2)
+    moments = [math.exp(draw.gauss(0, 0.5)) for _ in range(14)]
+    slow, fast = [100 * m for m in moments], [97 * m * math.exp(draw.gauss(0, 0.005)) for m in moments]
+    assert beats(fast, slow, 0.01, 0.005)
+    assert not beats(slow, fast, 0.01, 0.005)
+    assert not beats(fast, slow, 0.01, 0.2)  # real, but not enough to be worth it
+
+
+def test_nothing_inside_the_noise_dethrones_the_incumbent() -> None:
+    old, luck, fast = [10.0, 11, 12, 13, 14, 15, 16], [9.0, 12, 11, 14, 13, 14, 15], [5.0, 6, 5, 6, 5, 6, 5]
+    assert statistics.median(luck) <= statistics.median(old)
+    assert crown({"luck": luck, "old": old}, "old", 0.01, 0.005) == "old"
+    assert crown({"luck": luck, "old": old, "fast": fast}, "old", 0.01, 0.005) == "fast"
+    assert crown({"luck": luck, "old": old}, None, 0.01, 0.005) == "luck"
+    assert crown({"luck": luck, "old": old}, "absent", 0.01, 0.005) == "luck"
+
+
+# ---- proposing ----
+
+
+def asked(proposer: Any, count: int, cost: Callable[[KernelSpec], float | None]) -> list[KernelSpec]:
+    found: list[KernelSpec] = []
+    while batch := proposer.ask(min(7, count - len(found))) if len(found) < count else []:
+        found += batch
+        for spec in batch:
+            proposer.tell(spec, cost(spec))
+    return found
+
+
+def cost_of(spec: KernelSpec) -> float | None:
+    return None if spec.schedule["unroll"] == 8 else true_ns(spec, WIDE, 1)
+
+
+@pytest.mark.parametrize("kind", [Enumeration, TpeProposer])
+def test_a_proposer_gives_starters_first_and_each_point_once(kind: Any) -> None:
+    points = Grid("i2s", SCALAR, "n1", {"unroll": (1, 2, 4, 8), "streams": (1, 2), "prefetch": (0,)}).points
+    found = asked(kind(points, points[5:7], 0), 1000, cost_of)
+    assert found[:2] == list(points[5:7])
+    assert sorted(s.name for s in found) == sorted(s.name for s in points)
+
+
+@pytest.mark.parametrize("kind", [Enumeration, TpeProposer])
+def test_a_proposer_depends_on_seed_and_answers_alone(kind: Any) -> None:
+    points = Grid("i2s", SCALAR, "n1", LARGE_AXES).points
+    first, second = (asked(kind(points, (), 3), 40, cost_of) for _ in range(2))
+    assert first == second
+    assert asked(kind(points, (), 4), 40, cost_of) != first
+
+
+def test_small_spaces_are_enumerated_and_large_ones_modelled() -> None:
+    points = Grid("i2s", SCALAR, "n1", SMALL_AXES).points
+    foreign = Grid("tl1", SCALAR, "n1", SMALL_AXES).points[0]
+    small = proposer_for(points, [foreign, points[3]], 0, len(points))
+    assert isinstance(small, Enumeration)
+    assert small.ask(1) == [points[3]]  # a starter that is not legal here is left out
+    assert isinstance(proposer_for(points, (), 0, len(points) - 1), TpeProposer)
+
+
+def test_tpe_finds_better_points_than_chance() -> None:
+    points = Grid("i2s", SCALAR, "n1", LARGE_AXES).points
+    ranks = []
+    ordered = sorted(points, key=lambda s: true_ns(s, WIDE, 1))
+    for seed in range(6):
+        found = asked(TpeProposer(points, points[:2], seed), 60, lambda s: true_ns(s, WIDE, 1))
+        ranks.append(min(ordered.index(s) for s in found))
+    # The best of 60 random points of 640 has rank 9.5 on average.
+    assert statistics.mean(ranks) < 4, ranks
+
+
+# ---- the whole tune ----
+
+
+def test_the_known_optimum_is_found_in_an_enumerated_space(tmp_path: Path) -> None:
+    result = go(tmp_path / "r", plan(), runner(plan(), noise=0.0))
+    for (shape, regime, _, family), spec in crowned(result).items():
+        assert true_ns(spec, shape, CONFIG.regimes[regime].n) == best_ns(shape, family, regime)
+    assert result.complete
+    assert result.outcomes == {"ok": 4 * 54}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_comes_near_the_optimum_in_a_large_noisy_space(tmp_path: Path, seed: int) -> None:
+    asked_for = plan(seed=seed, trials=100, regimes=("n1",))
+    result = go(tmp_path / "r", asked_for, runner(asked_for, LARGE_AXES, 0.03, seed), LARGE_AXES)
+    for (shape, regime, _, family), spec in crowned(result).items():
+        assert true_ns(spec, shape, 1) <= 1.10 * best_ns(shape, family, regime, LARGE_AXES), spec.name
+    assert max(Counter(group.outcomes)["ok"] for group in result.groups) <= 100
+
+
+def test_layout_is_chosen_for_each_shape_over_all_regimes(tmp_path: Path) -> None:
+    result = go(tmp_path / "r", plan(), runner(plan()))
+    assert result.layouts == {WIDE: Layout("i2s", 16), TALL: Layout("i2s", 32)}
+    for row in result.winners:
+        assert row.spec.layout == result.layouts[row.shape]
+    assert {(r.shape, r.regime) for r in result.winners} == set(product((WIDE, TALL), ("n1", "large")))
+
+
+def test_the_table_shows_what_each_format_would_cost(tmp_path: Path) -> None:
+    result = go(tmp_path / "r", plan(), runner(plan(), noise=0.0))
+    cost = {cost.family: cost for cost in result.formats}
+    assert set(cost) == {"i2s", "tl1", None}
+    assert cost["tl1"].session_ns == pytest.approx(1.5 * cost["i2s"].session_ns)
+    assert cost[None] == replace(cost["i2s"], family=None)
+    n1 = sum(3 * best_ns(shape, "i2s", "n1") for shape in (WIDE, TALL))
+    assert cost["i2s"].token_ns["n1", 1] == pytest.approx(n1)
+
+
+def test_the_rows_hold_what_a_table_needs(tmp_path: Path) -> None:
+    result = go(tmp_path / "r", plan(), runner(plan(), noise=0.0))
+    row = next(r for r in result.winners if r.shape == WIDE and r.regime == "n1")
+    default = Grid("i2s", SCALAR, "n1", SMALL_AXES).default
+    assert row.default_ns == pytest.approx(true_ns(default, WIDE, 1))
+    assert row.over_default == pytest.approx(row.time_ns / row.default_ns)
+    assert row.candidates == 54
+    assert row.over_median is not None
+    assert 0.5 < row.over_median < 1
+    assert row.weight_gbs == pytest.approx(row.spec.layout.packed_bytes(WIDE) / row.time_ns)
+    assert row.gops == pytest.approx(2 * 640 * 256 / row.time_ns)
+    # The limit quoted is what the fastest kernel or probe read: nothing exceeds it.
+    assert result.dram_gbs[1] >= max(1000.0, row.weight_gbs)
+    assert 0 < row.limit_share <= 1
+
+
+def test_the_default_is_kept_when_everything_is_equal(tmp_path: Path) -> None:
+    flat = plan(families=("i2s",), regimes=("n1",))
+
+    class Flat(CountingRunner):
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+            for job in jobs:
+                draw = random.Random(job.spec.name)
+                yield Measurement.of(job, Status.OK, times_ns=[draw.gauss(100, 5) for _ in range(5)])
+
+        def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
+            draw = random.Random(keywords["seed"])
+            return Race({spec: [draw.gauss(100, 5) for _ in range(7)] for spec in specs})
+
+    result = go(tmp_path / "r", flat, Flat(runner(flat)))
+    default = Grid("i2s", SCALAR, "n1", SMALL_AXES).default
+    assert [row.spec for row in result.winners] == [default, default]
+
+
+def test_failures_are_counted_and_never_win_or_end_the_run(tmp_path: Path) -> None:
+    outcomes = {1: Status.OK, 2: Status.INCORRECT, 4: Status.CRASHED}
+
+    def fails(spec: KernelSpec, shape: Shape) -> Status:
+        # Wrong on one of the shapes is wrong altogether.
+        return outcomes[spec.schedule["unroll"]] if shape == TALL else Status.OK
+
+    n1 = plan(regimes=("n1",))
+    result = go(tmp_path / "r", n1, runner(n1, fails=fails))
+    assert all(row.spec.schedule["unroll"] == 1 for row in result.rows)
+    assert result.outcomes == {"ok": 36, "incorrect": 36, "crashed": 36}
+    assert "256x512: crashed: made to fail" in " ".join(result.groups[0].failures)
+
+
+def test_a_default_that_fails_leaves_the_others_in_the_race(tmp_path: Path) -> None:
+    default = Grid("i2s", SCALAR, "n1", SMALL_AXES).default
+    fails = lambda spec, shape: Status.TIMEOUT if spec == default else Status.OK  # noqa: E731
+    result = go(tmp_path / "r", plan(), runner(plan(), fails=fails))
+    row = next(r for r in result.winners if r.regime == "n1")
+    assert row.spec != default
+    assert row.default_ns is None
+    assert row.over_default is None
+
+
+def test_a_family_that_fails_everywhere_is_no_format(tmp_path: Path) -> None:
+    fails = lambda spec, shape: Status.CRASHED if spec.family == "i2s" else Status.OK  # noqa: E731
+    result = go(tmp_path / "r", plan(), runner(plan(), fails=fails))
+    assert {layout.family for layout in result.layouts.values()} == {"tl1"}
+    assert [cost.family for cost in result.formats] == ["tl1", None]
+
+
+def test_when_nothing_runs_the_error_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BitgenError, match=r"no layout of 640x256 has a kernel .*crashed: made to fail"):
+        go(tmp_path / "r", plan(), runner(plan(), fails=lambda spec, shape: Status.CRASHED))
+
+
+def test_answers_that_were_never_recorded_are_no_failures(tmp_path: Path) -> None:
+    full = runner(plan(), noise=0.0)
+    known = [m for m in full._records.values() if m.spec.schedule["streams"] != 2]
+    result = go(
+        tmp_path / "r", plan(), ReplayRunner(known, [Limits(1, {"4 streams": 1000.0}, {"scalar": 1e6})])
+    )
+    assert result.outcomes == {"ok": 4 * 36, "not measured": 4 * 18}
+    assert all(row.spec.schedule["streams"] != 2 for row in result.rows)
+
+
+def test_a_spec_that_crashes_in_the_race_does_not_win(tmp_path: Path) -> None:
+    winner = crowned(go(tmp_path / "1", plan(), runner(plan())))[WIDE, "n1", 1, "i2s"]
+
+    class Fragile(CountingRunner):
+        def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
+            race = self.inner.race([s for s in specs if s != winner], *args, **keywords)
+            return Race(race.times_ns, {winner: "crashed: SIGSEGV"} if winner in specs else {})
+
+    assert crowned(go(tmp_path / "2", plan(), Fragile(runner(plan()))))[WIDE, "n1", 1, "i2s"] != winner
+
+
+# ---- budgets ----
+
+
+def test_trials_bound_the_candidates_and_the_default_is_always_measured(tmp_path: Path) -> None:
+    counting = CountingRunner(runner(plan()))
+    result = go(tmp_path / "r", plan(trials=1), counting)
+    assert {job.spec for job in counting.jobs} == {
+        Grid(family, SCALAR, regime, SMALL_AXES).default
+        for family, regime in product(("i2s", "tl1"), ("n1", "large"))
+    }
+    assert result.outcomes == {"ok": 4}
+    assert all(row.over_default == 1.0 for row in result.rows)
+
+
+def test_time_is_shared_fairly_and_ends_the_search(tmp_path: Path) -> None:
+    now = 0.0
+
+    class Slow(CountingRunner):
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+            nonlocal now
+            for answer in super().measure(jobs):
+                now += 1.0
+                yield answer
+
+    asked_for = plan(timeout_s=100.0)
+    slow = Slow(runner(asked_for))
+    steps: list[Step] = []
+    result = go(tmp_path / "r", asked_for, slow, clock=lambda: now, progress=steps.append)
+    assert not result.complete
+    seconds = {group.name: group.seconds for group in result.groups}
+    n1, large = seconds["I2_S scalar n1, 1 thread"], seconds["I2_S scalar large, 1 thread"]
+    assert large / n1 == pytest.approx(1.5, rel=0.15)  # time_share in configs/search.yaml
+    assert sum(seconds.values()) == pytest.approx(75, abs=3)  # race_share: the rest belongs to the races
+    assert result.seconds <= 102
+    assert {step.stage for step in steps} == {"limits", "search", "race"}
+    assert all(0 <= step.done < step.total for step in steps)
+
+
+def test_without_any_time_left_defaults_are_measured_and_raced(tmp_path: Path) -> None:
+    ticks = iter(range(10**9))
+    result = go(tmp_path / "r", plan(timeout_s=1.0), runner(plan()), clock=lambda: float(next(ticks)))
+    assert all(row.over_default == 1.0 for row in result.rows)
+    assert not result.complete
+
+
+def test_a_shape_at_its_roofline_is_not_searched_further(tmp_path: Path) -> None:
+    near = runner(plan(), noise=0.0)
+    # n = 1 and large alike: a limit below every time of WIDE's second point, out of reach for none.
+    slow_memory = ReplayRunner(near._records.values(), [Limits(1, {"1 stream": 1e-3}, {"scalar": 1e6})])
+    result = go(tmp_path / "r", plan(families=("i2s",)), slow_memory)
+    by_name = {group.name.split()[2].rstrip(","): sum(group.outcomes.values()) for group in result.groups}
+    assert CONFIG.least_trials <= by_name["n1"] < CONFIG.least_trials + CONFIG.batch
+    assert by_name["large"] == 54  # large batches are not bound by memory
+
+
+def test_the_roofline_is_memory_when_cold_and_operations_when_warm() -> None:
+    layout, shape = Layout("i2s", 16), Shape(1600, 3200)
+    assert roofline_ns(layout, shape, 1, True, 16.0, 1000.0) == 1600 * 3200 / 4 / 16
+    assert roofline_ns(layout, shape, 128, False, 16.0, 1000.0) == 2 * 128 * 1600 * 3200 / 1000
+    assert roofline_ns(layout, shape, 16, True, 1e9, 1000.0) == 2 * 16 * 1600 * 3200 / 1000
+
+
+def test_a_slow_candidate_is_not_timed_on_every_shape_of_a_large_batch(tmp_path: Path) -> None:
+    counting = CountingRunner(runner(plan(families=("i2s",)), noise=0.0))
+    go(tmp_path / "r", plan(families=("i2s",)), counting)
+    jobs = Counter((job.spec.regime, job.shape) for job in counting.jobs)
+    assert jobs["n1", WIDE] == jobs["n1", TALL] == jobs["large", WIDE] == 54
+    assert jobs["large", TALL] < 45
+
+
+def test_candidates_are_measured_against_the_default_where_calls_are_short(tmp_path: Path) -> None:
+    counting = CountingRunner(runner(plan()))
+    go(tmp_path / "r", plan(), counting)
+    for job in counting.jobs:
+        default = Grid(job.spec.family, SCALAR, job.spec.regime, SMALL_AXES).default
+        interleaved = job.spec.regime == "n1" and job.spec != default
+        assert job.against == (default if interleaved else None)
+
+
+def test_interleaving_cancels_a_slow_moment(tmp_path: Path) -> None:
+    only = plan(families=("i2s",), regimes=("n1",), targets=plan().targets[:1])
+
+    class Drifting(CountingRunner):
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+            for job in jobs:
+                slow = 1 + 0.02 * len(self.jobs)  # the machine gets slower and slower
+                self.jobs.append(job)
+                own = [true_ns(job.spec, job.shape, 1) * slow] * 5
+                against = [true_ns(job.against, job.shape, 1) * slow] * 5 if job.against else []
+                yield Measurement.of(job, Status.OK, "", own, against)
+
+    drifting = Drifting(runner(only, noise=0.0))
+    go(tmp_path / "r", only, drifting)
+    assert min(drifting.races[0], key=lambda s: true_ns(s, WIDE, 1)) == min(
+        Grid("i2s", SCALAR, "n1", SMALL_AXES), key=lambda s: true_ns(s, WIDE, 1)
+    )
+
+
+# ---- races and choices ----
+
+
+def test_losers_leave_the_race_and_defaults_stay() -> None:
+    a, b, c, d = Grid(
+        "i2s", SCALAR, "n1", {"streams": (1, 2, 4, 8), "unroll": (1,), "prefetch": (0,)}
+    ).points[:4]
+    speed = {a: 120.0, b: 100.0, c: 150.0, d: 100.1}
+    seen: list[list[KernelSpec]] = []
+
+    def ask(running: Sequence[KernelSpec], block: int) -> Race:
+        seen.append(list(running))
+        draw = random.Random(block)
+        return Race({s: [speed[s] * math.exp(draw.gauss(0, 0.01)) for _ in range(7)] for s in running})
+
+    raced = run_race([a, b, c, d], [a], ask, 3, CONFIG, lambda: False)
+    assert seen == [[a, b, c, d], [a, b, d], [a, b, d]]
+    assert len(raced.rounds_ns[c]) == 7
+    assert len(raced.rounds_ns[a]) == 21
+    assert c not in raced.finishers
+    assert raced.champion(a.layout, a, CONFIG) in (b, d)
+    assert raced.champion(Layout("i2s", 32), a, CONFIG) is None
+    late = run_race([a, b], [a], ask, 3, CONFIG, lambda: True)
+    assert len(late.rounds_ns[a]) == 7  # the first block always runs
+
+
+def option(shape: Shape, layout: Layout, *cost_ns: float) -> Option:
+    spec = Grid(layout.family, SCALAR, "n1", SMALL_AXES).make(layout, streams=1, unroll=1, prefetch=0)
+    return Option(shape, layout, {Slot("n1", 1): Champion(spec, cost_ns, spec, cost_ns)}, cost_ns)
+
+
+def test_a_mixed_format_needs_a_win_beyond_the_noise() -> None:
+    i2s, tl1 = Layout("i2s", 16), Layout("tl1", 16)
+    rounds = [100.0, 101, 102, 103, 104, 105, 106]
+    targets = plan().targets
+
+    def chosen(on_wide: list[float], on_tall: list[float]) -> dict[str, str]:
+        every = {
+            WIDE: (option(WIDE, i2s, *rounds), option(WIDE, tl1, *on_wide)),
+            TALL: (option(TALL, i2s, *rounds), option(TALL, tl1, *on_tall)),
+        }
+        options = choose(targets, ("i2s", "tl1"), every, {"i2s": i2s, "tl1": tl1}, CONFIG).options
+        return {shape.name: o.layout.family for shape, o in options.items()}
+
+    noise = [r * f for r, f in zip(rounds, (0.98, 1.02, 0.97, 1.01, 0.98, 1.02, 0.97), strict=True)]
+    fast, slow = [r * 0.8 for r in rounds], [r * 1.5 for r in rounds]
+    assert chosen(noise, noise) == {"640x256": "i2s", "256x512": "i2s"}
+    assert chosen(fast, slow) == {"640x256": "tl1", "256x512": "i2s"}
+    assert chosen(fast, noise) == {
+        "640x256": "tl1",
+        "256x512": "tl1",
+    }  # one format while nothing speaks against it
+    assert chosen(fast, fast) == {"640x256": "tl1", "256x512": "tl1"}
+
+
+def test_the_objective_decides_between_layouts(tmp_path: Path) -> None:
+    # Layout 32 is a tenth slower for one token and a tenth faster for a large batch.
+    class Torn(CountingRunner):
+        def factor(self, spec: KernelSpec) -> float:
+            return 1.1 if (spec.layout.row_block == 32) == (spec.regime == "n1") else 1.0
+
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+            for job in jobs:
+                times = [
+                    100 * job.n * 0.1 ** (job.n > 1) * self.factor(job.spec) * (1 + 0.001 * i)
+                    for i in range(5)
+                ]
+                yield Measurement.of(job, Status.OK, times_ns=times)
+
+        def race(
+            self, specs: Sequence[KernelSpec], shape: Shape, n: int, *args: Any, **keywords: Any
+        ) -> Race:
+            base = 100 * n * 0.1 ** (n > 1)
+            return Race({s: [base * self.factor(s) * (1 + 0.001 * i) for i in range(7)] for s in specs})
+
+    for objective, rows in (("decode", 16), ("prefill", 32)):
+        asked_for = plan(families=("i2s",), objective=objective)
+        result = go(tmp_path / objective, asked_for, Torn(runner(asked_for)))
+        assert {layout.row_block for layout in result.layouts.values()} == {rows}, objective
+
+
+# ---- records, resuming ----
+
+
+def test_a_second_tune_asks_the_machine_nothing_and_agrees(tmp_path: Path) -> None:
+    first = go(tmp_path / "r", plan(), runner(plan()))
+    counting = CountingRunner(runner(plan(), seed=99))  # it would answer otherwise
+    again = go(tmp_path / "r", plan(), counting)
+    assert counting.jobs == []
+    assert counting.races == []
+    assert crowned(again) == crowned(first)
+    assert (first.recalled, again.recorded) == (0, 0)
+    assert again.rows == first.rows
+    fresh = go(tmp_path / "r", plan(), counting, fresh=True)
+    assert fresh.recalled == 0
+    assert counting.jobs
+
+
+def test_winners_are_found_in_the_store(tmp_path: Path) -> None:
+    result = go(tmp_path / "r", plan(threads=(1, 2)), runner(plan(threads=(1, 2))))
+    store = RecordStore(tmp_path / "r")
+    for row in result.winners:
+        best = store.best(row.shape, row.regime, row.threads, FINGERPRINT)
+        assert best is not None
+        assert (best.spec, best.time_ns, best.default_ns) == (row.spec, row.time_ns, row.default_ns)
+
+
+def test_a_changed_fingerprint_tries_old_winners_first_and_trusts_none_of_their_times(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r")
+    old = crowned(go(store, plan(), runner(plan())))
+    counting = CountingRunner(runner(plan()))
+    changed = replace(FINGERPRINT, compiler="clang 14")
+    tune(plan(), counting, store, changed, spaces(), config=CONFIG)
+    assert len(counting.jobs) > 4 * 54
+    n1 = list(
+        dict.fromkeys(
+            job.spec for job in counting.jobs if (job.spec.family, job.spec.regime) == ("i2s", "n1")
+        )
+    )
+    default = Grid("i2s", SCALAR, "n1", SMALL_AXES).default
+    stale = {spec for spec in store.stale(changed) if (spec.family, spec.regime) == ("i2s", "n1")}
+    assert n1[0] == default
+    assert set(n1[1 : 1 + len(stale - {default})]) == stale - {default}
+    assert old[WIDE, "n1", 1, "i2s"] in stale
+
+
+def test_committed_winners_of_the_cpu_family_are_tried(tmp_path: Path) -> None:
+    points = Grid("i2s", SCALAR, "n1", SMALL_AXES).points
+    counting = CountingRunner(runner(plan()))
+    go(tmp_path / "r", plan(trials=2), counting, family_winners=[points[40]])
+    assert points[40] in {job.spec for job in counting.jobs}
+
+
+def test_a_shorter_tune_does_not_lose_what_a_longer_one_found(tmp_path: Path) -> None:
+    thorough = crowned(go(tmp_path / "r", plan(), runner(plan(), noise=0.0)))
+    hasty = crowned(go(tmp_path / "r", plan(trials=1, seed=5), runner(plan(), noise=0.0)))
+    assert hasty == thorough
+
+
+def test_ctrl_c_keeps_what_is_recorded_and_says_how_to_go_on(tmp_path: Path) -> None:
+    class Interrupted(CountingRunner):
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+            for answer in super().measure(jobs):
+                if len(self.jobs) == 50:
+                    raise KeyboardInterrupt
+                yield answer
+
+    with pytest.raises(BitgenError, match=r"interrupted; 49 new measurements are in .* continues") as caught:
+        go(tmp_path / "r", plan(), Interrupted(runner(plan())))
+    assert caught.value.exit_code == EXIT_INTERRUPTED
+    result = go(tmp_path / "r", plan(), runner(plan()))
+    assert result.recalled == 49
+    assert crowned(result) == crowned(go(tmp_path / "undisturbed", plan(), runner(plan())))
+
+
+def test_a_full_disk_ends_the_tune_with_the_records_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RecordStore(tmp_path / "r")
+    real, left = os.write, 40
+
+    def write(fd: int, data: bytes) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(BitgenError, match="No space left on device") as caught:
+            go(store, plan(), runner(plan()))
+    assert caught.value.exit_code == EXIT_FILE
+    assert len(list(RecordStore(store.path).trials())) == 40
+    assert crowned(go(store.path, plan(), runner(plan()))) == crowned(
+        go(tmp_path / "2", plan(), runner(plan()))
+    )
+
+
+class Sleepy(CountingRunner):
+    """Takes a moment for each answer, as a real machine does."""
+
+    def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        for answer in super().measure(jobs):
+            time.sleep(0.001)
+            yield answer
+
+    def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
+        time.sleep(0.01)
+        return super().race(specs, *args, **keywords)
+
+
+def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    asked_for = plan(trials=60)
+    inner = runner(asked_for, LARGE_AXES)
+    undisturbed = go(tmp_path / "undisturbed", asked_for, inner, LARGE_AXES)  # 640 points: TPE proposes
+    path = tmp_path / "killed"
+    fork = multiprocessing.get_context("fork")  # a process of its own that need not import anything again
+    moments = random.Random(int(os.environ.get("BITGEN_KILL_SEED", "0")))
+    progress = [0]
+    for _ in range(10):
+        child = fork.Process(target=go, args=(path, asked_for, Sleepy(inner), LARGE_AXES))
+        child.start()
+        child.join(moments.uniform(0.05, 0.35))
+        assert child.is_alive(), "the run must be longer than the kills"
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        store = RecordStore(path)  # it opens each time
+        assert store.skipped <= len(progress)
+        progress.append(len(list(store.trials())))
+    assert progress == sorted(progress)
+    assert progress[-1] > progress[1]
+    result = go(path, asked_for, inner, LARGE_AXES)
+    assert result.recalled >= progress[-1]
+    assert crowned(result) == crowned(undisturbed)
+    assert result.layouts == undisturbed.layouts
+    assert result.rows == undisturbed.rows
+
+
+def test_a_kill_after_any_record_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = plan(trials=12)
+    inner = runner(asked_for)
+    undisturbed = RecordStore(tmp_path / "undisturbed")
+    expected = go(undisturbed, asked_for, inner)
+    total = len(undisturbed.path.read_text().splitlines())
+    assert (
+        total > 4 * 12 + 4 + 2
+    )  # trials on one shape at least, a race a shape and regime, a decision a shape
+
+    class Killed(BaseException):
+        pass
+
+    for survivors in sorted({*range(0, total, 9), *range(total - 12, total)}):
+        store = RecordStore(tmp_path / f"after{survivors}")
+        append, left = store.append, survivors
+
+        def dying(record: Any, append: Any = append) -> None:
+            nonlocal left
+            if not left:
+                raise Killed
+            left -= 1
+            append(record)
+
+        monkeypatch.setattr(store, "append", dying)
+        with pytest.raises(Killed):
+            go(store, asked_for, inner)
+        resumed = go(store.path, asked_for, inner)
+        assert resumed.rows == expected.rows
+        assert resumed.layouts == expected.layouts, survivors
+        assert resumed.recalled == min(survivors, total - 2), survivors
+
+
+# ---- plans ----
+
+
+def test_a_model_is_tuned_for_its_stacked_shapes() -> None:
+    targets = targets_of(find_model("3B"))
+    assert [(t.shape.name, t.roles, t.count) for t in targets] == [
+        ("17280x3200", ("gate_up",), 26),
+        ("9600x3200", ("qkv",), 26),
+        ("3200x8640", ("down",), 26),
+        ("3200x3200", ("o",), 26),
+    ]
+
+
+def test_shapes_that_appear_twice_are_tuned_once() -> None:
+    square = replace(find_model("3B"), ffn=1600, kv_heads=32, hidden=3200)  # gate_up is 3200x3200, like o
+    assert {t.shape.name: (t.roles, t.count) for t in targets_of(square)}["3200x3200"] == (
+        ("o", "gate_up"),
+        52,
+    )
+
+
+def test_a_plan_fills_in_what_is_not_asked_for() -> None:
+    cpu, model = detect_cpu(), find_model("3B")
+    default = plan_for(model, cpu, [SCALAR], CONFIG)
+    assert default.regimes == ("n1", "small", "large")
+    assert default.families == ("i2s", "tl1", "tl2")
+    assert default.threads == (cpu.usable_threads,)
+    assert default.timeout_s is not None
+    assert default.timeout_s <= 540
+    quick = plan_for(model, cpu, [SCALAR], CONFIG, quick=True, families=["TL1"], threads=[3], seed=4)
+    assert (quick.regimes, quick.families, quick.threads, quick.seed) == (("n1", "large"), ("tl1",), (3,), 4)
+    assert quick.timeout_s is not None
+    assert quick.timeout_s <= 80
+    asked_for = plan_for(
+        model, cpu, [SCALAR], CONFIG, regimes=["n1"], trials=5, timeout_s=7.0, objective="decode"
+    )
+    assert (asked_for.regimes, asked_for.trials, asked_for.timeout_s) == (("n1",), 5, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"trials": 0}, "--trials must be at least 1"),
+        ({"timeout_s": 0.0}, "--timeout above 0"),
+        ({"threads": [0]}, "--threads must be at least 1"),
+        ({"objective": "speed"}, "unknown objective 'speed'; there are decode, prefill, balanced"),
+        ({"families": ["q4"]}, "unknown family 'q4'"),
+        ({"regimes": ["huge"]}, "unknown regime 'huge'"),
+    ],
+)
+def test_a_wrong_wish_is_one_clear_line(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitgenError, match=message):
+        plan_for(find_model("3B"), detect_cpu(), [SCALAR], CONFIG, **wrong)
+
+
+def test_no_isa_is_a_usage_error() -> None:
+    with pytest.raises(BitgenError, match="nothing to tune: no isas given") as caught:
+        plan_for(find_model("3B"), detect_cpu(), [], CONFIG)
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_a_family_without_kernels_on_an_isa_is_rejected_with_its_reason(tmp_path: Path) -> None:
+    def some(family: str, isa: Any, regime: str, shape: Shape) -> Any:
+        if family == "tl1":
+            raise BitgenError("tables do not fit")
+        return Grid(family, isa, regime, SMALL_AXES)
+
+    result = tune(plan(), runner(plan()), RecordStore(tmp_path / "r"), FINGERPRINT, some, config=CONFIG)
+    assert result.rejected == (
+        "TL1 on scalar, n1: tables do not fit",
+        "TL1 on scalar, large: tables do not fit",
+    )
+    assert {row.family for row in result.rows} == {"i2s"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"objective": "speed"},
+        {"batch": 0},
+        {"regimes": {"n1": CONFIG.regimes["n1"]}},
+        {"regimes": {**CONFIG.regimes, "n1": CONFIG.regimes["small"]}},
+        {"objectives": {**CONFIG.objectives, "decode": {"n1": 0.0, "small": 0.0, "large": 0.0}}},
+    ],
+)
+def test_a_wrong_configuration_cannot_be_built(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BitgenError):
+        config(**wrong)
+
+
+def test_missing_is_what_a_replay_answers() -> None:
+    job = Job(Grid("i2s", SCALAR, "n1", SMALL_AXES).default, Shape(1, 1), 1)
+    assert list(runner(plan()).measure([job])) == [Missing(job)]
