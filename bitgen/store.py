@@ -232,6 +232,10 @@ class RecordStore:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again: another process may have appended to it."""
         self.skipped = 0
         self.tunings: list[TuningRecord] = []
         self._trials: dict[tuple[str, JobKey], TrialRecord] = {}

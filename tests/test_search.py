@@ -493,6 +493,18 @@ def test_a_second_tune_asks_the_machine_nothing_and_agrees(tmp_path: Path) -> No
     assert counting.jobs
 
 
+def test_a_tune_that_waited_for_another_uses_what_that_one_recorded(tmp_path: Path) -> None:
+    class Waiting(CountingRunner):
+        def limits(self, threads: int, isas: Sequence[str]) -> Limits:
+            go(tmp_path / "r", plan(), runner(plan()))  # meanwhile the other one finishes
+            return super().limits(threads, isas)
+
+    waiting = Waiting(runner(plan()))
+    result = go(RecordStore(tmp_path / "r"), plan(), waiting)
+    assert waiting.jobs == []
+    assert result.recorded == 0
+
+
 def test_winners_are_found_in_the_store(tmp_path: Path) -> None:
     result = go(tmp_path / "r", plan(threads=(1, 2)), runner(plan(threads=(1, 2))))
     store = RecordStore(tmp_path / "r")

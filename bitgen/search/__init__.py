@@ -6,6 +6,7 @@ plan of a model. The only package that imports optuna, and only when a space is 
 
 from __future__ import annotations
 
+from bitgen.search.group import roofline_ns
 from bitgen.search.plan import (
     Plan,
     SearchConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "TuningResult",
     "load_search_config",
     "plan_for",
+    "roofline_ns",
     "targets_of",
     "tune",
 ]

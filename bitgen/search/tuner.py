@@ -70,9 +70,8 @@ def tune(
     BitgenError: exit code EXIT_INTERRUPTED after Ctrl-C; EXIT_FILE when the store cannot be written.
     """
     answers = Answers(runner, store, fingerprint, plan.seed, fresh)
-    starters = [*store.stale(fingerprint), *family_winners]
     session = _Tune(
-        plan, config or load_search_config(), answers, store, fingerprint, starters, progress, clock
+        plan, config or load_search_config(), answers, store, fingerprint, family_winners, progress, clock
     )
     try:
         return session.run(spaces)
@@ -94,7 +93,7 @@ class _Tune:
         answers: Answers,
         store: RecordStore,
         fingerprint: Fingerprint,
-        starters: Sequence[KernelSpec],
+        family_winners: Iterable[KernelSpec],
         progress: Progress | None,
         clock: Callable[[], float],
     ) -> None:
@@ -103,7 +102,7 @@ class _Tune:
         self._answers = answers
         self._store = store
         self._fingerprint = fingerprint
-        self._starters = starters
+        self._starters = list(family_winners)
         self._progress = progress
         self._clock = clock
         self._begin = clock()
@@ -119,6 +118,9 @@ class _Tune:
             self._report("limits", f"the machine's limits, {threads} threads", done, len(plan.threads))
             self._limits[threads] = self._answers.runner.limits(threads, [isa.name for isa in plan.isas])
             self._read_gbs[threads] = self._limits[threads].best_dram_gbs
+        # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
+        self._store.reload()
+        self._starters = [*self._store.stale(self._fingerprint), *self._starters]
         outcomes = self._search(groups)
         races = self._race_all(outcomes)
         layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
