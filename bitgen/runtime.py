@@ -167,8 +167,9 @@ class KernelTable:
 
     def close(self) -> None:
         """End the threads. The table and its layers cannot be called afterwards."""
-        _ffi().release(self._context)
-        self._context = _ffi().NULL
+        if self._context != _ffi().NULL:
+            _ffi().release(self._context)
+            self._context = _ffi().NULL
 
     @property
     def threads(self) -> int:

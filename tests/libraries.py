@@ -1,0 +1,73 @@
+"""Libraries that several test modules call, compiled once a test session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from bitgen.library import KernelChoice, Target, write_library
+from bitgen.space import space_for
+from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape
+from bitgen.target import Cpu, detect_cpu
+from bitgen.toolchain import Toolchain, find_compiler
+
+# Shapes the library is "tuned" for: a layout with two 16-row sub-blocks and signs, and one with tables.
+TL2_SHAPE, TL1_SHAPE = Shape(100, 500), Shape(64, 640)
+TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT = Layout("tl2", 32), Layout("tl1", 16), Layout("i2s", 16)
+
+
+def layout_of(shape: Shape) -> Layout:
+    """The layout the library packs a shape in."""
+    return {TL2_SHAPE: TL2_LAYOUT, TL1_SHAPE: TL1_LAYOUT}.get(shape, DEFAULT_LAYOUT)
+
+
+def spec_for(layout: Layout, regime: Regime, shape: Shape, cpu: Cpu, nth: int = 0) -> KernelSpec:
+    """The nth legal kernel of a space that reads a layout, at this CPU's best ISA level."""
+    space = space_for(layout.family, Target.of(cpu).isa, regime, shape, cpu)
+    legal: Iterator[KernelSpec] = (replace(spec, layout=layout) for spec in (*space.known_good, *space))
+    legal = (spec for spec in dict.fromkeys(legal) if not space.broken(spec))
+    return next(spec for i, spec in enumerate(legal) if i == nth)
+
+
+def choices(cpu: Cpu) -> list[KernelChoice]:
+    """Winners of an invented tune: for one and for two threads, and not for every regime."""
+    return [
+        KernelChoice(TL2_SHAPE, spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu), 1),
+        KernelChoice(TL2_SHAPE, spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu, 1), 2),
+        KernelChoice(TL2_SHAPE, spec_for(TL2_LAYOUT, LARGE, TL2_SHAPE, cpu), 2),
+        KernelChoice(TL1_SHAPE, spec_for(TL1_LAYOUT, SMALL, TL1_SHAPE, cpu), 2),
+    ]
+
+
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a parallel test run share, and later runs do not see."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bitgen"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def toolchain_of(factory: pytest.TempPathFactory, *extra_flags: str) -> Toolchain:
+    """A toolchain that takes every warning as an error."""
+    return _toolchain(session_folder(factory), extra_flags)
+
+
+def built_library(factory: pytest.TempPathFactory) -> Path:
+    """The bundle of a library with `choices` for this CPU, proven by its self-test."""
+    return _library(session_folder(factory))
+
+
+def _toolchain(folder: Path, extra_flags: tuple[str, ...] = ()) -> Toolchain:
+    return Toolchain(find_compiler(), cache_dir=folder / "cache", werror=True, extra_flags=extra_flags)
+
+
+@lru_cache(maxsize=1)
+def _library(folder: Path) -> Path:
+    cpu = detect_cpu()
+    out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    return write_library(choices(cpu), _toolchain(folder), out, "tests", Target.of(cpu), model="tests")

@@ -1,0 +1,211 @@
+"""Bundles: read, verified, chosen, and each refusal one clear line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitgen.bundle import (
+    DEFAULT,
+    MANIFEST_NAME,
+    TUNED,
+    Bundle,
+    KernelEntry,
+    Manifest,
+    choose_bundle,
+    describe,
+    find_bundles,
+    read_bundle,
+    require_runnable,
+    sha256_of,
+)
+from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
+from bitgen.spec import KernelSpec, Layout, Schedule, Shape
+from bitgen.target import Cache, Cpu
+
+AVX2 = ("avx2", "bmi2", "f16c", "fma")
+AVX512 = (*AVX2, "avx512bw", "avx512f")
+SPEC = KernelSpec("tl2", "avx2", "n1", Layout("tl2", 32), Schedule("direct", (("streams", 2), ("nr", 1))))
+
+
+def cpu(family: str = "zen2", features: tuple[str, ...] = AVX2, **values: Any) -> Cpu:
+    fields: dict[str, Any] = {
+        "os": "Linux",
+        "arch": "x86_64",
+        "vendor": "AuthenticAMD",
+        "model_name": "a CPU",
+        "family": family,
+        "features": frozenset(features),
+        "logical_cpus": 2,
+        "physical_cores": 2,
+        "usable_threads": 2,
+        "caches": (Cache(1, "Data", 32768, 64, 1),),
+    }
+    return Cpu(**{**fields, **values})
+
+
+def manifest(**changes: Any) -> Manifest:
+    kernels = (
+        KernelEntry(SPEC, TUNED, Shape(100, 500), 2, "a" * 64),
+        KernelEntry(SPEC, DEFAULT, None, 0, "b" * 64),
+    )
+    base = Manifest(
+        name="test",
+        library="libbitgen-test.so",
+        arch="x86_64",
+        system="Linux",
+        cpu_family="zen2",
+        model="3B",
+        isas={"avx2": AVX2, "scalar": ()},
+        kernels=kernels,
+        files={},
+        compiler={"avx2": {"compiler": "gcc"}},
+        fingerprint="f" * 64,
+        bitgen_version="0.1.0",
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write(folder: str = "test", library: bytes = b"machine code", **changes: Any) -> Path:
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "libbitgen-test.so").write_bytes(library)
+        made = manifest(**changes)
+        made = replace(made, files={"libbitgen-test.so": sha256_of(path / "libbitgen-test.so")})
+        (path / MANIFEST_NAME).write_text(json.dumps(made.to_dict()))
+        return path
+
+    return write
+
+
+def test_a_manifest_survives_json(write: Callable[..., Path]) -> None:
+    bundle = read_bundle(write())
+    expected = manifest(files=bundle.manifest.files)
+    assert bundle.manifest == expected
+    assert bundle.library.read_bytes() == b"machine code"
+    assert expected.features == frozenset(AVX2)
+    assert expected.is_tuned
+    assert not manifest(kernels=expected.kernels[1:]).is_tuned
+
+
+def edit(path: Path, **changes: Any) -> None:
+    file = path / MANIFEST_NAME
+    data = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in data.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / MANIFEST_NAME).unlink(), r"is not a bundle: there is no manifest\.json in it"),
+        (lambda p: (p / MANIFEST_NAME).write_text("{"), "cannot read .*manifest.json"),
+        (lambda p: (p / MANIFEST_NAME).write_text("[]"), "format is None, this bitgen reads 1"),
+        (lambda p: (p / MANIFEST_NAME).write_bytes(b"\xff"), "cannot read .*manifest.json"),
+        (lambda p: (p / MANIFEST_NAME).write_text("[" * 100_000), "cannot read .*manifest.json"),
+        (lambda p: edit(p, format=2), "format is 2, this bitgen reads 1"),
+        (lambda p: edit(p, abi_version=7), "abi_version is 7, this bitgen reads 1: build the bundle again"),
+        (lambda p: edit(p, isas=...), "is damaged .*isas"),
+        (lambda p: edit(p, kernels=[{}]), "is damaged"),
+        (lambda p: edit(p, kernels=7), "is damaged"),
+        (lambda p: edit(p, library="../x.so"), "library must be a file name"),
+        (lambda p: edit(p, files={}), "sha256 differs"),
+        (lambda p: (p / "libbitgen-test.so").write_bytes(b"other"), "sha256 differs"),
+        (lambda p: (p / "libbitgen-test.so").unlink(), "cannot be read: .*No such file"),
+    ],
+)
+def test_a_spoilt_bundle_is_one_line(
+    write: Callable[..., Path], spoil: Callable[[Path], object], message: str
+) -> None:
+    path = write()
+    spoil(path)
+    with pytest.raises(BitgenError, match=message) as caught:
+        read_bundle(path)
+    assert caught.value.exit_code == EXIT_FILE
+    assert "\n" not in caught.value.message
+
+
+def test_a_kernel_with_an_unknown_family_is_named(write: Callable[..., Path]) -> None:
+    path = write()
+    data = json.loads((path / MANIFEST_NAME).read_text())
+    data["kernels"][0]["spec"]["layout"]["family"] = "t9"
+    (path / MANIFEST_NAME).write_text(json.dumps(data))
+    with pytest.raises(BitgenError, match="unknown family 't9'"):
+        read_bundle(path)
+
+
+def bundle(name: str, **changes: Any) -> Bundle:
+    return Bundle(Path(name), manifest(**changes))
+
+
+UNTUNED = {"kernels": manifest().kernels[1:]}
+WIDE = {"isas": {"avx512": AVX512, "scalar": ()}}
+
+
+@pytest.mark.parametrize(
+    ("given", "best"),
+    [
+        ([bundle("here")], "here"),
+        ([bundle("other", cpu_family="haswell"), bundle("here")], "here"),
+        ([bundle("untuned", **UNTUNED), bundle("here")], "here"),
+        ([bundle("other", cpu_family="haswell"), bundle("untuned", **UNTUNED)], "untuned"),
+        ([bundle("wide", **WIDE), bundle("here")], "here"),
+        ([bundle("first"), bundle("second")], "first"),
+        ([bundle("wide", **WIDE)], None),
+        ([], None),
+    ],
+)
+def test_the_best_runnable_bundle_is_chosen(given: list[Bundle], best: str | None) -> None:
+    chosen, decisions = choose_bundle(given, cpu())
+    assert (chosen.path.name if chosen else None) == best
+    assert [decision.bundle for decision in decisions] == given
+
+
+def test_a_bundle_that_uses_more_of_the_cpu_is_preferred() -> None:
+    big = cpu("zen4", AVX512)
+    given = [bundle("narrow", cpu_family="x86_64"), bundle("wide", cpu_family="icelake", **WIDE)]
+    assert choose_bundle(given, big)[0] == given[1]
+
+
+@pytest.mark.parametrize(
+    ("of", "reason"),
+    [
+        (bundle("b", **WIDE), "it is for zen2, this CPU (zen2) lacks avx512bw, avx512f"),
+        (bundle("b", arch="aarch64"), "it is for Linux on aarch64, this is Linux on x86_64"),
+        (bundle("b", system="Darwin"), "it is for Darwin on x86_64, this is Linux on x86_64"),
+    ],
+)
+def test_a_rejection_says_why(of: Bundle, reason: str) -> None:
+    _, (decision,) = choose_bundle([of], cpu())
+    assert not decision.accepted
+    assert decision.reason == reason
+    assert describe([decision]) == [f"b: rejected, {reason}"]
+    with pytest.raises(BitgenError) as caught:
+        require_runnable(of, cpu())
+    assert caught.value.message == f"cannot use b: {reason}"
+    assert caught.value.exit_code == EXIT_UNSUPPORTED
+
+
+def test_an_acceptance_says_why() -> None:
+    _, decisions = choose_bundle([bundle("a"), bundle("b", cpu_family="haswell", **UNTUNED)], cpu())
+    assert describe(decisions) == [
+        "a: accepted, tuned, for this CPU family",
+        "b: accepted, untuned, for haswell, which also runs here",
+    ]
+    require_runnable(decisions[0].bundle, cpu())
+
+
+def test_bundles_are_found_and_damaged_ones_reported(write: Callable[..., Path], tmp_path: Path) -> None:
+    good, bad = write("good"), write("spoilt")
+    (bad / "libbitgen-test.so").write_bytes(b"")
+    (tmp_path / "unrelated").mkdir()
+    bundles, errors = find_bundles(tmp_path)
+    assert [bundle.path for bundle in bundles] == [good]
+    assert [bad.name in error.message for error in errors] == [True]
+    assert find_bundles(tmp_path / "nothing") == ([], [])
