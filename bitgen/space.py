@@ -177,41 +177,57 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> 
 
 # ------------------------------------------------------------------------------------------------- axes
 
-_KC = (0, 960, 1920, 3840)  # multiples of 48 and 16, so every family's chunks divide them
+# Values that were measured to matter; what lies between them was never outside the noise. kc is a multiple of 48
+# and 16, so every family's chunks divide it. The scalar level is a fallback and an oracle: it needs one point of
+# each kind, not a search.
 
 
 def _axes(family: str, isa: Isa, regime: Regime) -> dict[str, Axes]:
-    wide = isa.name != "scalar"
     axes: dict[str, Axes] = {}
-    if family == "i2s" and regime is not LARGE:
-        axes["direct"] = {
-            "streams": (1, 2, 4, 8) if wide else (1, 2),
-            "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2, 4),
-            "accs": (1, 2, 4),
-            "widen": _pair_widths(isa, (1, 4, 8, 16)),
-            "unroll": (1, 2, 4) if regime is N1 else (1, 2),
-            "prefetch": (0, 512, 1024, 2048) if regime is N1 and wide else (0, 1024),
-        }
-    elif family != "i2s":
-        axes["direct"] = {
-            "streams": (1, 2, 4) if wide else (1, 2),
-            "nr": (1,) if regime is N1 else (2, 4, 8) if wide else (2,),
-            "mc": (0, 128, 512),
-            "kc": _KC if wide else (0, 960),
-            "widen": {"tl1": (16, 63), "tl2": (8, 21)}[family],
-            "unroll": (1, 2) if regime is N1 else (1,),
-            "prefetch": (0, 1024) if regime is not LARGE else (0,),
-        }
+    if family != "i2s":
+        axes["direct"] = _lookup_axes(family, isa, regime)
+    elif regime is not LARGE:
+        axes["direct"] = _multiply_axes(isa, regime)
     if regime is not N1:
-        axes["panel"] = {
-            "mr": (16, 32, 64) if wide else (16, 32),
-            "nr": (4, 6, 8, 12) if wide else (2, 4),
-            "mc": (64, 128, 256),
-            "kc": (0, 480, 960, 1920) if wide else (0, 480),
-            "widen": _pair_widths(isa, (16, 64)),
-            "unroll": (1, 2, 4) if wide else (1, 2),
-        }
+        axes["panel"] = _panel_axes(isa, regime)
     return axes
+
+
+def _multiply_axes(isa: Isa, regime: Regime) -> Axes:
+    wide = isa.name != "scalar"
+    return {
+        "streams": (1, 2, 4, 8) if wide else (1, 2),
+        "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2,),
+        "accs": (1, 2, 4) if regime is N1 or not wide else (1, 2),
+        "widen": _pair_widths(isa, (8, 16)),
+        "unroll": (1, 2) if regime is N1 else (1,),
+        "prefetch": (0, 1024, 2048) if regime is N1 and wide else (0, 1024),
+    }
+
+
+def _lookup_axes(family: str, isa: Isa, regime: Regime) -> Axes:
+    wide = isa.name != "scalar"
+    return {
+        "streams": (1, 2, 4) if wide else (1, 2),
+        "nr": (1,) if regime is N1 else (2, 4, 8) if wide else (2,),
+        "mc": (0, 128, 512) if wide else (0, 128),
+        "kc": (0, 960, 1920) if wide else (0, 960),
+        "widen": {"tl1": (63,), "tl2": (21,)}[family],
+        "unroll": (1, 2) if regime is N1 else (1,),
+        "prefetch": (0, 1024) if regime is N1 else (0,),
+    }
+
+
+def _panel_axes(isa: Isa, regime: Regime) -> Axes:
+    wide, large = isa.name != "scalar", regime is LARGE
+    return {
+        "mr": ((32, 64) if isa.vector_bytes == 64 else (16, 32)),
+        "nr": ((4, 6, 8, 12) if large else (4, 8)) if wide else (2, 4),
+        "mc": (64, 256) if large and wide else (64,),
+        "kc": (0, 960, 1920) if large and wide else (0, 960),
+        "widen": _pair_widths(isa, (64,)),
+        "unroll": (1, 2) if large else (1,),
+    }
 
 
 def _pair_widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
