@@ -1,0 +1,113 @@
+"""Block formats of GGML in numpy: the exact values that stored bytes stand for.
+
+Every function works on whole rows: uint8 (rows, row_bytes) <-> float32 (rows, cols). A row is a run of blocks
+of ``block`` values in ``block_bytes`` bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import EXIT_FILE, BitgenError
+
+Bytes: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """A storage type of GGML: its number in a GGUF file and the size of its blocks."""
+
+    name: str
+    id: int
+    block: int  # values
+    block_bytes: int
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row of ``cols`` values. BitgenError when it does not fill whole blocks."""
+        if cols % self.block:
+            raise BitgenError(f"{self.name} holds blocks of {self.block}: {cols} columns do not fit", EXIT_FILE)
+        return cols // self.block * self.block_bytes
+
+
+DENSE = {
+    t.name: t
+    for t in (
+        BlockType("f32", 0, 1, 4),
+        BlockType("f16", 1, 1, 2),
+        BlockType("q4_0", 2, 32, 18),
+        BlockType("q4_1", 3, 32, 20),
+        BlockType("q8_0", 8, 32, 34),
+        BlockType("q4_k", 12, 256, 144),
+        BlockType("q6_k", 14, 256, 210),
+        BlockType("bf16", 30, 1, 2),
+    )
+}
+
+
+def dequantize(name: str, data: Bytes, cols: int) -> Floats:
+    """uint8 (rows, row_bytes) -> float32 (rows, cols), exactly as GGML's own dequantisation."""
+    kind = DENSE[name]
+    rows = len(data)
+    raw = np.ascontiguousarray(data)
+    if name == "f32":
+        return raw.view("<f4").astype(np.float32, copy=False)
+    if name == "f16":
+        return raw.view("<f2").astype(np.float32)
+    if name == "bf16":
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    blocks = raw.reshape(rows, cols // kind.block, kind.block_bytes)
+    return _DEQUANTIZE[name](blocks).reshape(rows, cols)
+
+
+def _half(blocks: Bytes, at: int) -> Floats:
+    """The f16 at byte ``at`` of each block: float32 (rows, blocks, 1)."""
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2").astype(np.float32)
+
+
+def _nibbles(packed: Bytes) -> Floats:
+    """Low nibbles, then high nibbles of the last axis."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.float32)
+
+
+def _q4_0(blocks: Bytes) -> Floats:
+    return _half(blocks, 0) * (_nibbles(blocks[..., 2:]) - 8)
+
+
+def _q4_1(blocks: Bytes) -> Floats:
+    return _half(blocks, 0) * _nibbles(blocks[..., 4:]) + _half(blocks, 2)
+
+
+def _q8_0(blocks: Bytes) -> Floats:
+    return _half(blocks, 0) * np.ascontiguousarray(blocks[..., 2:]).view(np.int8).astype(np.float32)
+
+
+def _q4_k(blocks: Bytes) -> Floats:
+    s = blocks[..., 4:16]
+    low, mid, high = s[..., 0:4], s[..., 4:8], s[..., 8:12]
+    scale = np.concatenate([low & 63, (high & 15) | (low >> 6) << 4], axis=-1)  # 8 groups of 32
+    least = np.concatenate([mid & 63, (high >> 4) | (mid >> 6) << 4], axis=-1)
+    quads = blocks[..., 16:].reshape(*blocks.shape[:2], 4, 32)
+    q = np.stack([quads & 15, quads >> 4], axis=-2).reshape(*blocks.shape[:2], 8, 32).astype(np.float32)
+    d = (_half(blocks, 0) * scale)[..., None]
+    m = (_half(blocks, 2) * least)[..., None]
+    return d * q - m
+
+
+def _q6_k(blocks: Bytes) -> Floats:
+    halves = (*blocks.shape[:2], 2)
+    ql = blocks[..., :128].reshape(*halves, 2, 32)
+    qh = blocks[..., 128:192].reshape(*halves, 1, 32)
+    low = np.concatenate([ql & 15, ql >> 4], axis=-2)  # (..., half, 4, 32)
+    high = qh >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    q = (low | high << 4).astype(np.int8) - 32
+    scales = np.ascontiguousarray(blocks[..., 192:208]).view(np.int8)
+    scale = (_half(blocks, 208) * scales)[..., None]  # 16 groups of 16
+    return scale * q.reshape(*blocks.shape[:2], 16, 16).astype(np.float32)
+
+
+_DEQUANTIZE = {"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q6_k": _q6_k}
