@@ -16,7 +16,7 @@ from bitgen.config import load_strict, load_yaml
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
 from bitgen.paths import configs_dir
 from bitgen.render import render_host
-from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, KernelSpec
+from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.toolchain import Unit
 
 ARCHS = ("x86_64", "aarch64")
@@ -48,7 +48,7 @@ def host_headers(arch: str) -> Headers:
     _require_arch(arch)
     return (
         ("bitgen.h", render_host("bitgen.h.j2")),
-        ("kernel.h", render_host("kernel.h.j2", x_align=X_ALIGN, k_max=K_MAX)),
+        ("kernel.h", render_host("kernel.h.j2", x_align=X_ALIGN, x_pad=X_PAD, k_max=K_MAX)),
         ("pool.h", render_host("pool.h.j2")),
         ("arch.h", render_host(f"arch_{arch}.h.j2")),
     )

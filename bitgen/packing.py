@@ -4,17 +4,20 @@
 padded with zero weights to whole row blocks and chunks. In all layouts a sub-block is 16 rows, a lane is 16
 bytes, and a chunk is followed by the same chunk of the next sub-block of its row block.
 
-====== =================== ======================================================================================
+====== =================== ==================================================================================
 family a chunk             bytes
-====== =================== ======================================================================================
+====== =================== ==================================================================================
 i2s    16 rows x 16 k, 64  byte[4 r + j] = sum over s of (w[r, 4 s + j] + 1) << 2 s, s = 0..3
-tl1    16 rows x 16 k, 64  byte[16 l + r] = idx(w[r, 4 l], w[r, 4 l + 1]) | idx(w[r, 4 l + 2], w[r, 4 l + 3]) << 4,
-                           idx(w0, w1) = 3 w0 + w1 + 4
+tl1    16 rows x 16 k, 64  byte[16 l + r] = idx(w[r, 4 l], w[r, 4 l + 1])
+                           | idx(w[r, 4 l + 2], w[r, 4 l + 3]) << 4, idx(w0, w1) = 3 w0 + w1 + 4
 tl2    16 rows x 48 k, 160 lane l holds k = 12 l .. 12 l + 11 as triples t = 0..3 with v = 9 w0 + 3 w1 + w2:
-                           64 bytes |v_0| | |v_1| << 4, 64 bytes |v_2| | |v_3| << 4, then 16 bytes of signs (one
-                           a row: bit l is v_0 < 0 in lane l, bit 4 + l is v_1 < 0), 16 bytes for v_2 and v_3.
+                           64 bytes |v_0| | |v_1| << 4, 64 bytes |v_2| | |v_3| << 4, then 16 bytes of signs
+                           (one a row: bit l is v_0 < 0 in lane l, bit 4 + l is v_1 < 0), 16 bytes for v_2 and v_3.
                            A sub-block's trailer is int32[16]: the number of negative v of each row.
-====== =================== ======================================================================================
+t5     16 rows x 20 k, 64  byte[4 r + j] holds w[r, 4 s + j], s = 0..4: its third of 0..254 (85 codes each) is w_4 + 1;
+                           T5_TABLE[byte & 127] holds the codes w_s + 1 << 2 s, s = 0..3, of a byte below 128; a byte
+                           from 128 on has 2 - code in every place. The smallest byte that decodes right is used.
+====== =================== ==================================================================================
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
     """The inverse of ``pack``: uint8 (layout.packed_bytes,) -> int8 (m, k)."""
     if packed.dtype != np.uint8 or packed.size != layout.packed_bytes(shape):
         raise BitgenError(
-            f"packed weights of {shape.name} in {layout.name} take {layout.packed_bytes(shape)} bytes, not {packed.size}"
+            f"packed weights of {shape.name} in {layout.name} take {layout.packed_bytes(shape)} bytes, "
+            f"not {packed.size}"
         )
     family = FAMILIES[layout.family]
     chunks = layout.chunks(shape.k)
@@ -98,8 +102,54 @@ def _decode_tl1(cells: Bytes) -> Ternary:
     return np.stack([w0, idx - 4 - 3 * w0], axis=-1).reshape(*cells.shape[:3], 16, 16)
 
 
+def _t5_value(index: int) -> int:
+    """v = 27 w0 + 9 w1 + 3 w2 + w3 of a table entry: the negative half, the positive half, the negative half again.
+
+    So each third of 0..254 reaches all 81 patterns, some of them only mirrored; five entries are spare zeros.
+    """
+    first, count = (0, 41) if index < 42 else (42, 41) if index < 85 else (85, 41)
+    at = index - first
+    if at >= count:
+        return 0
+    return at if first == 42 else at - 40
+
+
+def _t5_pattern(value: int) -> int:
+    """The four 2-bit codes of v, as they stand in a byte."""
+    digits = [(value + 40) // 3 ** (3 - s) % 3 for s in range(4)]  # v + 40 = 27 (w0 + 1) + 9 (w1 + 1) + ...
+    return sum(digit << 2 * s for s, digit in enumerate(digits))
+
+
+T5_TABLE: Bytes = np.array([_t5_pattern(_t5_value(i)) for i in range(128)], np.uint8)
+
+
+def _t5_codes() -> Bytes:
+    """(3, 81): the smallest byte for a fifth trit's code and a value v + 40."""
+    codes = np.zeros((3, 81), np.uint8)
+    for byte in reversed(range(255)):
+        value = _t5_value(byte & 127)
+        codes[byte // 85, (-value if byte >= 128 else value) + 40] = byte
+    return codes
+
+
+T5_CODES = _t5_codes()
+
+
+def _encode_t5(tiles: Ternary) -> Bytes:
+    w = tiles.reshape(*tiles.shape[:4], 5, 4)  # (..., 16 rows, s, j)
+    value = 27 * w[..., 0, :] + 9 * w[..., 1, :] + 3 * w[..., 2, :] + w[..., 3, :]
+    return T5_CODES[w[..., 4, :] + 1, value + 40]
+
+
+def _decode_t5(cells: Bytes) -> Ternary:
+    byte = cells.reshape(*cells.shape[:3], 16, 1, 4)
+    codes = T5_TABLE[byte & 127] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    codes = np.where(byte >= 128, 2 - codes, codes)
+    return (np.concatenate([codes, byte // 85], axis=-2).astype(np.int8) - 1).reshape(*cells.shape[:3], 16, 20)
+
+
 def _triples(tiles: Ternary) -> Ternary:
-    """v = 9 w0 + 3 w1 + w2 in -13..13: (blocks, chunks, sub-blocks, 16 rows, 4 lanes, 4 triples)."""
+    """Triples v = 9 w0 + 3 w1 + w2 in -13..13: (blocks, chunks, sub-blocks, 16 rows, 4 lanes, 4 triples)."""
     w = tiles.reshape(*tiles.shape[:4], 4, 4, 3)
     return (9 * w[..., 0] + 3 * w[..., 1] + w[..., 2]).astype(np.int8)
 
@@ -124,12 +174,24 @@ def _decode_tl2(cells: Bytes) -> Ternary:
     index = np.stack([nibbles & 15, nibbles >> 4], axis=-4).astype(np.int8)  # (half, A or B, lane, row)
     negative = np.stack([signs >> lane_bits & 1, signs >> (lane_bits + 4) & 1], axis=-4).astype(bool)
     v = np.where(negative, -index, index)
-    v = np.moveaxis(v, (-1, -2, -3, -4), (-4, -3, -2, -1))  # (row, lane, A or B, half): triple = 2 * AB + half
+    v = np.moveaxis(
+        v, (-1, -2, -3, -4), (-4, -3, -2, -1)
+    )  # (row, lane, A or B, half): triple = 2 * AB + half
     w0 = (v + 13) // 9 - 1  # v + 13 = 9 (w0 + 1) + 3 (w1 + 1) + (w2 + 1)
     w1 = (v + 13) // 3 % 3 - 1
     w2 = (v + 13) % 3 - 1
     return np.stack([w0, w1, w2], axis=-1).astype(np.int8).reshape(*head, 16, 48)
 
 
-_ENCODE: dict[str, Callable[[Ternary], Bytes]] = {"i2s": _encode_i2s, "tl1": _encode_tl1, "tl2": _encode_tl2}
-_DECODE: dict[str, Callable[[Bytes], Ternary]] = {"i2s": _decode_i2s, "tl1": _decode_tl1, "tl2": _decode_tl2}
+_ENCODE: dict[str, Callable[[Ternary], Bytes]] = {
+    "i2s": _encode_i2s,
+    "tl1": _encode_tl1,
+    "tl2": _encode_tl2,
+    "t5": _encode_t5,
+}
+_DECODE: dict[str, Callable[[Bytes], Ternary]] = {
+    "i2s": _decode_i2s,
+    "tl1": _decode_tl1,
+    "tl2": _decode_tl2,
+    "t5": _decode_t5,
+}

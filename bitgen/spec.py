@@ -12,13 +12,14 @@ from typing import Any
 
 from bitgen.errors import BitgenError
 
-# int8 activation rows are padded to a multiple of this: the least common multiple of a 64-byte block and of
-# every layout's k chunk (16 and 48), so that a kernel always reads whole chunks.
-X_ALIGN = 192
+# Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last element.
+X_PAD = 47
+# Rows begin on cache lines.
+X_ALIGN = 64
 
-# Bound of the scaled in-place accumulators of I2_S: field 64 * code 2 * |x| 128 = 16384 a weight, and each
-# accumulator sees a quarter of k, so k <= 4 * 2^31 / 16384 = 524288. The plain sum alone would allow 2^24.
-K_MAX = 524288
+# Bound of the scaled in-place accumulators: field 64 * code 2 * |x| 128 = 16384 a weight. One accumulator of I2_S
+# sees a quarter of k, one of T5 two fifths: 2^31 / (16384 * 2 / 5) = 327680. The plain sum alone would allow 2^24.
+K_MAX = 1 << 18
 
 
 def ceil_to(value: int, multiple: int) -> int:
@@ -27,12 +28,11 @@ def ceil_to(value: int, multiple: int) -> int:
 
 
 def x_stride(k: int) -> int:
-    """Bytes between two rows of int8 activations of length ``k``.
+    """Bytes between two rows of int8 activations of length ``k``: ``k + X_PAD`` rounded up to ``X_ALIGN``.
 
-    ``k`` rounded up to ``X_ALIGN``; one ``X_ALIGN`` more where that is a multiple of 2048, because rows a
-    multiple of 4 KiB apart would all compete for one L1 set.
+    One ``X_ALIGN`` more where that is a multiple of 2048: rows 4 KiB apart would compete for one L1 set.
     """
-    stride = ceil_to(k, X_ALIGN)
+    stride = ceil_to(k + X_PAD, X_ALIGN)
     return stride + X_ALIGN if stride % 2048 == 0 else stride
 
 
@@ -119,7 +119,8 @@ class Family:
 I2S = Family("i2s", "I2_S", g=1, k_chunk=16, chunk_bytes=64, trailer_bytes=0, table_bytes=0)
 TL1 = Family("tl1", "TL1", g=2, k_chunk=16, chunk_bytes=64, trailer_bytes=0, table_bytes=256)
 TL2 = Family("tl2", "TL2", g=3, k_chunk=48, chunk_bytes=160, trailer_bytes=64, table_bytes=512)
-FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2)}
+T5 = Family("t5", "T5", g=5, k_chunk=20, chunk_bytes=64, trailer_bytes=0, table_bytes=0)
+FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2, T5)}
 
 
 def family_named(name: str) -> Family:
@@ -231,9 +232,8 @@ class KernelSpec:
     def name(self) -> str:
         """A C identifier that tells everything; it is printed, never parsed."""
         shape = f"_{self.shape.name}" if self.shape else ""
-        return (
-            f"bitgen_{self.family}{shape}_{self.regime}_r{self.layout.row_block}_{self.schedule.name}__{self.isa}"
-        )
+        layout = f"r{self.layout.row_block}"
+        return f"bitgen_{self.family}{shape}_{self.regime}_{layout}_{self.schedule.name}__{self.isa}"
 
     @property
     def prototype(self) -> str:
