@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bitgen.errors import BitgenError
+from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
 from bitgen.measure.harness import Functions, functions_of, unit_of
 from bitgen.render import Source, render_kernel, render_quantize, render_tables
 from bitgen.spec import FAMILIES, KernelSpec
@@ -73,12 +73,14 @@ class Candidates:
     def _link(self, specs: Sequence[KernelSpec], units: dict[KernelSpec, Unit]) -> None:
         try:
             library = self._builder.build([units[spec] for spec in specs]).path
-        except CompileError as error:
-            if len(specs) > 1:  # one of them, say with an undefined function: the others must not pay for it
+        except BitgenError as error:
+            if error.exit_code != EXIT_TOOLCHAIN:
+                raise  # a full disk is no kernel's fault
+            if len(specs) > 1:  # one of them has, say, an undefined function: the others must not pay for it
                 for spec in specs:
                     self._link([spec], units)
-                return
-            self._compiled[specs[0]] = str(error)
+            else:
+                self._compiled[specs[0]] = str(error)
             return
         for spec in specs:
             self._compiled[spec] = functions_of(spec, library, self.support(spec.isa))

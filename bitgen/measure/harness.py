@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgen.errors import BitgenError
-from bitgen.host import host_headers, run_units
+from bitgen.host import host_headers, row_grain, run_units, table_bytes
 from bitgen.paths import templates_dir
 from bitgen.render import Source
 from bitgen.spec import MATMUL_STRUCT, KernelSpec, Layout, family_named, regime_named
@@ -80,27 +79,16 @@ class Functions:
         return cls(**data)
 
 
-def row_grain(spec: KernelSpec) -> int:
-    """Rows that a piece of work should be a multiple of: what the schedule walks at once.
-
-    A kernel takes any multiple of its row block; less than this wastes streams or unpacked panels.
-    """
-    knobs = dict(spec.schedule)
-    streams = knobs.get("streams", 1) * spec.layout.row_block
-    return max(streams, knobs.get("mc", 0), spec.layout.row_block)
-
-
 def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
     """The names that `bitgen.render` gives the functions of ``spec``."""
     regime = regime_named(spec.regime)
-    has_tables = family_named(spec.family).table_bytes > 0
     return Functions(
         library=str(library),
         run=spec.name,
         scratch=f"{spec.name}_scratch",
         support=str(support),
         quantize=f"bitgen_quantize__{spec.isa}",
-        tables=f"bitgen_{spec.family}_tables__{spec.isa}" if has_tables else None,
+        tables=f"bitgen_{spec.family}_tables__{spec.isa}" if table_bytes(spec) else None,
         row_block=spec.layout.row_block,
         family=spec.family,
         row_grain=row_grain(spec),
@@ -119,16 +107,8 @@ def isas() -> Mapping[str, Isa]:
 def unit_of(source: Source) -> Unit:
     """A rendered file as a translation unit whose prototypes the compiler checks."""
     isa = isas().get(source.isa) or find_isa(source.isa, isas().values())
-    functions = tuple(Prototype(_declared(text), text) for text in source.prototypes)
+    functions = tuple(Prototype.parse(text) for text in source.prototypes)
     return Unit(source.name, source.text, isa, functions, MATMUL_STRUCT)
-
-
-def _declared(prototype: str) -> str:
-    """The name of the function that a prototype declares."""
-    found = re.search(r"(\w+)\s*\(", prototype)
-    if found is None:
-        raise BitgenError(f"{prototype!r} declares no function")
-    return found[1]
 
 
 class Harness:
@@ -173,7 +153,7 @@ class Harness:
                 "k_chunk": family.k_chunk,
                 "chunk_bytes": family.chunk_bytes,
                 "trailer_bytes": family.trailer_bytes,
-                "table_bytes": family.table_bytes,
+                "table_bytes": family.table_bytes if functions.tables else 0,
                 "row_grain": functions.row_grain,
             },
         )

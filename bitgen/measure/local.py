@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -145,30 +145,20 @@ class LocalRunner:
         A cold race has the reading probe as a participant.
         """
         self._lock.acquire()
-        runners = list(dict.fromkeys(specs))
-        self._candidates.compile(runners)
-        dropped: dict[KernelSpec, str] = {}
-        while True:
-            functions = {spec: self._candidates.functions(spec) for spec in runners}
-            dropped |= {spec: reason for spec, reason in functions.items() if isinstance(reason, str)}
-            runners = [spec for spec in runners if spec not in dropped]
-            if not runners:
-                return Race({}, dropped)
-            lanes = [f for f in functions.values() if isinstance(f, Functions)]
-            probes: frozenset[int] = frozenset()
-            if cold:
-                probes = frozenset({len(lanes)})
-                lanes.append(self._read_probe(runners[0].isa, self._best_pattern(threads)))
-            order = _shuffled_rounds(len(lanes), rounds, seed)
-            timing = self._timing(shape, n, threads, cold, order, self._policy.race_min_ms, None)
-            checks = tuple(self._level(spec) for spec in runners) + (None,) * len(probes)
-            answer = self._ask(Task(tuple(lanes), checks, probes, timing))
-            failed = _failures(answer, runners)
+        self._candidates.compile(specs)
+        functions = {spec: self._candidates.functions(spec) for spec in specs}
+        dropped = {spec: reason for spec, reason in functions.items() if isinstance(reason, str)}
+        lanes = {spec: found for spec, found in functions.items() if isinstance(found, Functions)}
+        while lanes:
+            answer = self._race_once(lanes, shape, n, threads, rounds, cold, seed)
+            failed = _failures(answer, tuple(lanes))
+            self._proven |= set(lanes) - set(failed) if answer["status"] == "done" else set()
             if not failed:
-                self._proven |= set(runners)
-                return _race_of(answer, runners, dropped, shape)
-            dropped |= failed
+                return _race_of(answer, tuple(lanes), dropped, shape)
             self._proven -= set(failed)
+            dropped |= failed
+            lanes = {spec: found for spec, found in lanes.items() if spec not in failed}
+        return Race({}, dropped)
 
     def limits(self, threads: int, isas: Sequence[str]) -> Limits:
         """What the machine can do at most; measured once for each number of threads and kept."""
@@ -240,6 +230,27 @@ class LocalRunner:
             culprit = left.pop(answer["culprit"])
             yield Proof(culprit, _STATUS[answer["status"]], 0, answer["detail"])
 
+    def _race_once(
+        self,
+        runners: Mapping[KernelSpec, Functions],
+        shape: Shape,
+        n: int,
+        threads: int,
+        rounds: int,
+        cold: bool,
+        seed: int,
+    ) -> dict[str, Any]:
+        lanes, checks = list(runners.values()), [self._level(spec) for spec in runners]
+        probes: frozenset[int] = frozenset()
+        if cold:
+            probes = frozenset({len(lanes)})
+            isa = next(iter(runners)).isa
+            lanes.append(self._read_probe(isa, self._best_pattern(threads)))
+            checks.append(None)
+        order = _shuffled_rounds(len(lanes), rounds, seed)
+        timing = self._timing(shape, n, threads, cold, order, self._policy.race_min_ms, None)
+        return self._ask(Task(tuple(lanes), tuple(checks), probes, timing))
+
     def _level(self, spec: KernelSpec) -> str | None:
         """The cases a kernel must pass before it is timed: none when it did so before in this run."""
         return None if spec in self._proven else "quick"
@@ -259,11 +270,10 @@ class LocalRunner:
 
     def _ask(self, task: Task) -> dict[str, Any]:
         """The answer of the measuring process, which is started anew, once, when it is killed meanwhile."""
-        rounds = len(task.timing.order) * len(task.kernels) if task.timing else 0
-        check_s = self._policy.check_timeout_s * max(1, len(task.kernels))
-        deadlines = Deadlines(
-            check_s, check_s + self._policy.timeout_s + rounds * self._policy.race_min_ms / 1e3 * 4
-        )
+        policy, kernels = self._policy, len(task.kernels)
+        rounds = len(task.timing.order) * kernels if task.timing else 0
+        total_s = policy.check_timeout_s * kernels + policy.timeout_s + rounds * policy.race_min_ms / 250
+        deadlines = Deadlines(policy.check_timeout_s, total_s)
         try:
             return self._server.ask(task, deadlines)
         except ServerDiedError:

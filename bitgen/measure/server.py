@@ -31,7 +31,7 @@ _GRACE_S = 5  # a child whose server was killed outlives its time limit by this 
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds a child gets: for opening and checking its kernels, and altogether."""
+    """Seconds a child gets: for opening, for checking each kernel, and altogether."""
 
     check_s: float
     total_s: float
@@ -97,7 +97,8 @@ class Server:
 
     def _listen(self, receive: int, deadlines: Deadlines) -> tuple[bytes, bool]:
         """What the child writes until it closes its end, and whether its time was up first."""
-        start, said = time.monotonic(), b""
+        start = step = time.monotonic()
+        said, seen = b"", (OPENING, 0)
         poller = select.poll()
         poller.register(receive, select.POLLIN)
         poller.register(self._lifeline, select.POLLIN)
@@ -110,9 +111,11 @@ class Server:
                 if not part:
                     return said, False
                 said += part
-            used = time.monotonic() - start
-            checking = self._progress.phase in (OPENING, CHECKING)
-            if used > deadlines.total_s or (checking and used > deadlines.check_s):
+            phase, now = int(self._progress.phase), time.monotonic()
+            if seen != (phase, self._bench.culprit(phase, int(self._progress.item))):
+                seen, step = (phase, self._bench.culprit(phase, int(self._progress.item))), now
+            stuck = phase in (OPENING, CHECKING) and now - step > deadlines.check_s
+            if stuck or now - start > deadlines.total_s:
                 return said, True
 
     def _verdict(

@@ -1,0 +1,423 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import broken_kernels
+import numpy as np
+import pytest
+from broken_kernels import ALL, RIGHT, Broken, spec_of
+from libraries import toolchain_of
+
+from bitgen.errors import BitgenError
+from bitgen.measure import (
+    Job,
+    Limits,
+    LocalRunner,
+    Measurement,
+    Missing,
+    Proof,
+    Race,
+    ReplayRunner,
+    Status,
+    TimingPolicy,
+    exact_sweep,
+)
+from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
+from bitgen.measure.lock import MachineLock
+from bitgen.reference import ternary_matmul
+from bitgen.space import space_for
+from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
+from bitgen.target import detect_cpu, find_isa, load_isas
+
+SHAPE = Shape(700, 96)  # more rows than any check has, so that a kernel can tell the timing from the checks
+QUICK = TimingPolicy(repeats=3, min_repeat_ms=0.1, race_min_ms=0.1, check_timeout_s=1, timeout_s=1)
+
+
+def job(spec: KernelSpec, **changes: object) -> Job:
+    return replace(Job(spec, SHAPE, 1, cold=True), **changes)
+
+
+def invented(index: int = 0, regime: str = "n1") -> KernelSpec:
+    return KernelSpec("i2s", "scalar", regime, Layout("i2s", 16), Schedule("direct", (("streams", index),)))
+
+
+@pytest.fixture
+def runner(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator[LocalRunner]:
+    toolchain = replace(toolchain_of(tmp_path_factory), werror=False)
+    with LocalRunner(
+        toolchain,
+        detect_cpu(),
+        policy=QUICK,
+        render=broken_kernels.render,
+        lock_folder=tmp_path,
+    ) as local:
+        yield local
+
+
+# ---- records
+
+
+def test_a_measurement_survives_json() -> None:
+    asked = Job(invented(), SHAPE, 1, 2, cold=True, against=invented(1))
+    answer = Measurement.of(asked, Status.OK, "", [3.0, 1.0, 2.0], [2.0, 2.0, 2.0])
+    assert Measurement.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
+    assert answer.median_ns == 2
+    assert answer.ratio == 1
+    assert answer.key == asked.key
+    failed = Measurement.of(asked, Status.CRASHED, "SIGSEGV")
+    assert Measurement.from_dict(failed.to_dict()) == failed
+    assert failed.median_ns == math.inf
+    assert failed.ratio is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"times_ns": ()}, "at least one time"),
+        ({"times_ns": (1.0, -1.0), "against_ns": (1.0, 1.0)}, "positive"),
+        ({"times_ns": (math.nan,), "against_ns": (1.0,)}, "finite"),
+        ({"against_ns": (1.0, 1.0)}, "as many"),
+        ({"against": None}, "not named"),
+        ({"status": Status.CRASHED, "detail": "x"}, "no times"),
+        ({"status": Status.TIMEOUT, "times_ns": (), "against_ns": ()}, "says why"),
+    ],
+)
+def test_a_measurement_that_contradicts_itself_cannot_be_built(changes: dict[str, object], says: str) -> None:
+    right = Measurement.of(job(invented(), against=invented(1)), Status.OK, "", [1.0], [1.0])
+    with pytest.raises(BitgenError, match=says):
+        replace(right, **changes)
+
+
+def test_a_job_must_fit_its_kernel() -> None:
+    with pytest.raises(BitgenError, match="not for n = 2"):
+        Job(invented(), SHAPE, 2)
+    with pytest.raises(BitgenError, match="not for n = 1"):
+        Job(invented(), SHAPE, 1, against=invented(regime="small"))
+    with pytest.raises(BitgenError, match="not for 700x96"):
+        Job(replace(invented(), shape=Shape(1, 1)), SHAPE, 1)
+    with pytest.raises(BitgenError, match="threads"):
+        Job(invented(), SHAPE, 1, 0)
+
+
+def test_limits_name_the_best_pattern_and_survive_json() -> None:
+    limits = Limits(2, {"streams1": 10.0, "streams4": 15.0}, {"avx2": 200.0})
+    assert limits.best_dram_gbs == 15
+    assert limits.best_pattern == "streams4"
+    assert Limits.from_dict(json.loads(json.dumps(limits.to_dict()))) == limits
+    with pytest.raises(BitgenError, match="at least one"):
+        Limits(1, {}, {"avx2": 1.0})
+
+
+# ---- replay
+
+
+def test_a_replay_answers_what_was_recorded_and_says_what_was_not() -> None:
+    known, unknown = job(invented(0)), job(invented(1))
+    record = Measurement.of(known, Status.OK, "", [5.0, 6.0])
+    newer = Measurement.of(known, Status.OK, "", [7.0, 8.0])
+    replay = ReplayRunner([record, newer], [Limits(1, {"p": 1.0}, {"scalar": 2.0})])
+    assert list(replay.measure([unknown, known, replace(known, against=invented(2))])) == [
+        Missing(unknown),
+        newer,
+        newer,
+    ]
+    assert "never measured on 700x96" in Missing(unknown).detail
+    assert replay.limits(1, ["scalar"]).peak_gops == {"scalar": 2.0}
+    with pytest.raises(BitgenError, match="2 threads"):
+        replay.limits(2, ["scalar"])
+    with pytest.raises(BitgenError, match="avx2"):
+        replay.limits(1, ["avx2"])
+
+
+def test_a_replayed_race_draws_the_same_rounds_for_the_same_seed() -> None:
+    jobs = [job(invented(i)) for i in range(3)]
+    replay = ReplayRunner(
+        [
+            Measurement.of(jobs[0], Status.OK, "", [1.0, 2.0, 3.0]),
+            Measurement.of(jobs[1], Status.CRASHED, "SIGILL"),
+        ]
+    )
+    specs = [j.spec for j in jobs]
+    race = replay.race(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=7)
+    assert list(race) == [specs[0]]
+    assert len(race[specs[0]]) == 20
+    assert set(race[specs[0]]) == {1.0, 2.0, 3.0}
+    assert race.dropped[specs[1]] == "SIGILL"
+    assert "never measured" in race.dropped[specs[2]]
+    assert replay.race(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=7) == race
+    assert replay.race(specs[:1], SHAPE, 1, 1, rounds=20, cold=True, seed=7)[specs[0]] == race[specs[0]]
+    assert replay.race(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=8) != race
+
+
+def test_reading_records_imports_no_machinery() -> None:
+    script = "import sys, bitgen.measure; print(sorted({'numpy', 'cffi', 'jinja2', 'filelock'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout == b"[]\n"
+
+
+# ---- cases
+
+
+def test_every_case_has_the_numbers_its_name_says() -> None:
+    for name, ((w0, w1), (x0, x1)) in EDGES.items():
+        case = Case(name, Shape(3, 7), 2)
+        assert case_weights(case).tolist() == [[w0, w1, w0, w1, w0, w1, w0]] * 3
+        assert case_activations(case).tolist() == [[x0, x1, x0, x1, x0, x1, x0]] * 2
+    extremes = {
+        int(np.abs(ternary_matmul(case_activations(c), case_weights(c))).max())
+        for c in (Case(name, Shape(1, 1000), 1) for name in EDGES)
+    }
+    assert max(extremes) == 128 * 1000  # the largest sum there is
+    one = Case("one product", Shape(4, 9), 1)
+    assert ternary_matmul(case_activations(one), case_weights(one)).tolist() == [[0, 0, 0, 128]]
+
+
+@pytest.mark.parametrize("regime", TOKENS)
+def test_cases_cover_every_ragged_shape_and_n_as_integers_and_floats(regime: str) -> None:
+    random = {(c.shape, c.n, c.floats) for c in cases_of(regime) if c.name == "random"}
+    assert random >= {(shape, n, f) for shape in RAGGED for n in TOKENS[regime] for f in (False, True)}
+    assert set(EDGES) <= {c.name for c in cases_of(regime)}
+    assert len(cases_of(regime, deep=True)) >= len(cases_of(regime))
+
+
+# ---- kernels that are wrong, crash and hang
+
+
+def test_every_way_to_fail_is_a_recorded_value_and_ends_nothing(runner: LocalRunner) -> None:
+    jobs = [job(spec_of(kernel)) for kernel in ALL]
+    answers = list(runner.measure(jobs))
+    assert [a.spec for a in answers] == [j.spec for j in jobs]
+    seen = [(kernel.name, a.status, a.detail) for kernel, a in zip(ALL, answers, strict=True)]
+    wanted = [(kernel.name, kernel.status, kernel.says) for kernel in ALL]
+    assert [(name, status) for name, status, _ in seen] == [(name, status) for name, status, _ in wanted]
+    for (name, _, detail), (_, _, says) in zip(seen, wanted, strict=True):
+        assert says in detail, name
+    # After all that: another answer of the same process.
+    assert next(runner.measure([job(spec_of(RIGHT), shape=Shape(100, 50))])).status is Status.OK
+
+
+def test_a_right_kernel_has_times_and_so_has_its_incumbent(runner: LocalRunner) -> None:
+    right, rival = spec_of(RIGHT), spec_of(_named("only wrong for many rows"))
+    small = Shape(300, 96)
+    (alone, both) = runner.measure([job(right), job(right, against=rival, shape=small)])
+    assert len(alone.times_ns) == QUICK.repeats
+    assert alone.against is None
+    assert (both.against, len(both.times_ns), len(both.against_ns)) == (rival, QUICK.repeats, QUICK.repeats)
+    assert both.ratio == pytest.approx(1, abs=0.99)
+    # An incumbent that fails is no fault of the candidate.
+    (answer,) = runner.measure([job(right, against=_spec("crashes when timed"))])
+    assert (answer.status, answer.against, answer.against_ns) == (Status.OK, None, ())
+    (answer,) = runner.measure([job(right, against=_spec("no C"))])
+    assert (answer.status, answer.against) == (Status.OK, None)
+
+
+def test_several_threads_and_a_matrix_smaller_than_a_row_block(runner: LocalRunner) -> None:
+    jobs = [
+        job(spec_of(RIGHT), threads=3),
+        job(spec_of(RIGHT), shape=Shape(1, 1)),
+        job(spec_of(RIGHT), cold=False),
+    ]
+    assert [a.status for a in runner.measure(jobs)] == [Status.OK] * 3
+
+
+def test_proofs_name_the_kernel_that_ended_the_process_of_several(runner: LocalRunner) -> None:
+    names = ["right", "aborts", "int16 sums overflow", "no C", "hangs", "only wrong for many rows"]
+    proofs = {p.spec: p for p in runner.prove([_spec(name) for name in names], deep=False)}
+    assert [proofs[_spec(name)].status for name in names] == [
+        Status.OK,
+        Status.CRASHED,
+        Status.INCORRECT,
+        Status.COMPILE_ERROR,
+        Status.TIMEOUT,
+        Status.OK,
+    ]
+    assert proofs[_spec("right")].cases == len(cases_of("n1"))
+
+
+def test_a_race_interleaves_drops_who_fails_and_times_the_memory(runner: LocalRunner) -> None:
+    good = spec_of(RIGHT)
+    specs = [good, _spec("crashes when timed"), _spec("no C"), _spec("hangs"), _spec("rows it was not given")]
+    race = runner.race(specs, SHAPE, 1, 1, rounds=4, cold=True, seed=1)
+    assert list(race) == [good]
+    assert len(race[good]) == 4
+    assert set(race.dropped) == set(specs[1:])
+    assert len(race.read_ns_a_byte) == 4
+    assert race.read_gbs is not None
+    warm = runner.race([good], SHAPE, 1, 1, rounds=2)
+    assert warm.read_gbs is None
+    assert runner.race(specs[1:3], SHAPE, 1, 1, rounds=2) == Race(
+        {}, {s: race.dropped[s] for s in specs[1:3]}
+    )
+
+
+def test_a_killed_measuring_process_is_started_again(runner: LocalRunner) -> None:
+    answers = runner.measure([job(spec_of(RIGHT)), job(spec_of(RIGHT), shape=Shape(100, 50))])
+    assert next(answers).status is Status.OK
+    pid = runner.server_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert next(answers).status is Status.OK
+    assert runner.server_pid not in (None, pid)
+
+
+def test_limits_have_every_pattern_and_level(runner: LocalRunner) -> None:
+    levels = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
+    runnable = [name for name in levels if find_isa(name, load_isas()).requires <= detect_cpu().features]
+    strongest = [*runnable[::-1][:1], "scalar"]
+    limits = runner.limits(1, strongest)
+    assert set(limits.peak_gops) == set(strongest)
+    assert {"streams1_prefetch0", "streams8_prefetch1024"} <= set(limits.dram_gbs)
+    assert all(0.01 < value < 1e6 for value in (*limits.dram_gbs.values(), *limits.peak_gops.values()))
+    assert runner.limits(1, strongest) is limits  # once a run
+    with pytest.raises(BitgenError, match="at least one ISA"):
+        runner.limits(2, [])
+
+
+def test_a_sweep_counts_schedules_and_cases(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    cpu = detect_cpu()
+    with LocalRunner(toolchain_of(tmp_path_factory), cpu, lock_folder=tmp_path) as local:
+        seen: list[int] = []
+        counts = exact_sweep(
+            local,
+            cpu,
+            ["scalar"],
+            ["i2s", "tl2"],
+            sample=1,
+            seed=3,
+            regimes=[N1],
+            progress=lambda c: seen.append(c.schedules),
+        )
+    assert counts.exact, counts.failures
+    assert (counts.schedules, seen) == (2, [1, 2])
+    assert counts.cases >= 2 * len(cases_of("n1", deep=True))
+    assert str(counts) == f"2 schedules, {counts.cases} (schedule, shape, n) cases: all exact"
+    counts.add(Proof(spec_of(RIGHT), Status.INCORRECT, 1, "wrong"))
+    assert not counts.exact
+    assert "1 NOT exact" in str(counts)
+
+
+def test_a_kernel_for_one_shape_is_proven_on_that_shape(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    cpu, shape = detect_cpu(), Shape(45, 130)
+    space = space_for("i2s", find_isa("scalar", load_isas()), SMALL, shape, cpu)
+    with LocalRunner(toolchain_of(tmp_path_factory), cpu, policy=QUICK, lock_folder=tmp_path) as local:
+        (answer,) = local.measure([Job(replace(space.default, shape=shape), shape, 5)])
+    assert answer.status is Status.OK, answer.detail
+
+
+# ---- processes and the lock
+
+
+_SCRIPT = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import broken_kernels as b
+    from bitgen.measure import Job, LocalRunner, TimingPolicy
+    from bitgen.spec import KernelSpec, Shape
+    from bitgen.render import Source
+    from bitgen.target import detect_cpu
+    from bitgen.toolchain import Toolchain, find_compiler
+
+    def render(spec):
+        source = b.render(spec)
+        says_pid = '{{FILE *f = fopen({pid_file!s}, "w"); fprintf(f, "%d", getpid()); fclose(f); for (;;) pause();}}'
+        text = source.text.replace("/*START*/", says_pid).replace("/*PRELUDE*/", "#include <stdio.h>")
+        return Source(source.name, text, source.isa, source.prototypes)
+
+    toolchain = Toolchain(find_compiler(), cache_dir=Path({cache!r}))
+    with LocalRunner(toolchain, detect_cpu(), render=render, lock_folder=Path({lock!r})) as runner:
+        for answer in runner.measure([Job(b.spec_of(b.RIGHT), Shape(50, 50), 1)]):
+            print(answer)
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_stays_behind_when_the_runner_is_ended(
+    ending: signal.Signals, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pid_file = tmp_path / "pid"
+    script = textwrap.dedent(_SCRIPT).format(
+        tests=str(Path(__file__).parent),
+        pid_file=json.dumps(str(pid_file)),
+        cache=str(toolchain_of(tmp_path_factory).cache_dir),
+        lock=str(tmp_path),
+    )
+    runner = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for(lambda: pid_file.exists() and pid_file.read_text() != "", "the kernel runs")
+        child = int(pid_file.read_text())
+        server = parent_of(child)
+        assert parent_of(server) == runner.pid
+        runner.send_signal(ending)
+        assert runner.wait(30) != 0
+    finally:
+        runner.kill()
+        runner.wait()
+    wait_for(lambda: not alive(child) and not alive(server), "both processes are gone")
+
+
+def test_two_runs_wait_for_each_other_and_say_so(tmp_path: Path) -> None:
+    first, messages, done = MachineLock(tmp_path), [], threading.Event()
+    first.acquire()
+    first.acquire()  # held already: nothing to wait for
+
+    def wait_and_take() -> None:
+        second = MachineLock(tmp_path, messages.append)
+        second.acquire()
+        done.set()
+        second.release()
+
+    thread = threading.Thread(target=wait_and_take)
+    thread.start()
+    wait_for(lambda: bool(messages), "the second run says that it waits")
+    assert messages == [
+        f"another bitgen (pid {os.getpid()}) is measuring on this machine; waiting until it is done"
+    ]
+    assert not done.is_set()
+    first.release()
+    thread.join(30)
+    assert done.is_set()
+    MachineLock(tmp_path, messages.append).acquire()  # free again, and no message
+    assert len(messages) == 1
+
+
+def _named(name: str) -> Broken:
+    return next(kernel for kernel in ALL if kernel.name == name)
+
+
+def _spec(name: str) -> KernelSpec:
+    return spec_of(_named(name))
+
+
+def wait_for(condition: object, what: str, seconds: float = 60) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not after {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # a zombie has ended; whoever adopted it has not looked yet
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
