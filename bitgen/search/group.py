@@ -231,7 +231,9 @@ class GroupSearch:
         """
         if len(self._candidates) < self._config.least_trials:
             return list(self._count)
-        return [shape for shape in self._count if self._share(shape) < self._config.roofline_share]
+        enough = self._config.roofline_share
+        # Beyond the limit: the limit was probed in a bad moment and is no reason to stop.
+        return [shape for shape in self._count if not enough <= self._share(shape) <= 2 - enough]
 
     def _share(self, shape: Shape) -> float:
         """The largest share of the machine's limit that a candidate reaches on ``shape``."""

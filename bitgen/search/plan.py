@@ -69,6 +69,7 @@ class SearchConfig:
     least_trials: int
     roofline_share: float
     race_share: float
+    finalist_ratio: float
     race_block: int
     alpha: float
     drop_alpha: float
@@ -86,8 +87,8 @@ class SearchConfig:
                 raise BitgenError(f"objectives: {name} needs the tokens of each regime, not all of them 0")
         if self.objective not in self.objectives or set(self.budgets) != {"default", "quick"}:
             raise BitgenError("objective must be one of objectives; budgets are default and quick")
-        if self.batch < 1 or self.race_block < 1 or not 0 <= self.race_share < 1:
-            raise BitgenError("batch and race_block must be at least 1, race_share in [0, 1)")
+        if self.batch < 1 or self.race_block < 1 or not 0 <= self.race_share < 1 or self.finalist_ratio < 1:
+            raise BitgenError("batch, race_block and finalist_ratio must be at least 1, race_share in [0, 1)")
 
 
 def load_search_config(file: Path | None = None) -> SearchConfig:

@@ -14,8 +14,9 @@ from bitgen.spec import KernelSpec, Layout, Shape
 class Row:
     """The winner of one family for a shape, a regime and a thread count, in the family's best layout.
 
-    ``default_ns`` is the family's default in the same race, ``space_median_ns`` the median over all its
-    candidates timed on this shape; each is None where nothing ran. ``limit_ns`` is the roofline.
+    ``default_ns`` is the family's default in the same race, ``space_median_ns`` the median over the
+    ``candidates`` timed on this shape, in units of the default's time in the race; each is None where nothing
+    ran. ``limit_ns`` is the roofline.
     """
 
     shape: Shape
@@ -91,8 +92,9 @@ class GroupReport:
 class TuningResult:
     """The outcome of a tune.
 
-    ``dram_gbs[threads]`` is the bandwidth that shares are quoted against: the most that any probe or kernel
-    of this run reached. ``recorded`` and ``recalled``: answers added to the store and taken from it.
+    ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted against: the most that
+    any probe or kernel of this run reached. ``recorded`` and ``recalled``: answers added to the store, and
+    taken from it.
     ``complete`` is False when the time ran out before the trials or the spaces did.
     """
 
@@ -104,6 +106,7 @@ class TuningResult:
     layouts: Mapping[Shape, Layout]
     limits: Mapping[int, Limits]
     dram_gbs: Mapping[int, float]
+    peak_gops: Mapping[int, Mapping[str, float]]
     groups: tuple[GroupReport, ...]
     rejected: tuple[str, ...]
     recorded: int

@@ -12,7 +12,7 @@ from typing import Protocol
 from bitgen.errors import EXIT_INTERRUPTED, BitgenError
 from bitgen.measure import Limits, Race, Runner
 from bitgen.search.answers import Answers
-from bitgen.search.choose import Choice, Option, Slot, SlotRace, choose, options_of, total_ns
+from bitgen.search.choose import Champion, Choice, Option, Slot, SlotRace, choose, options_of, total_ns
 from bitgen.search.group import GroupOutcome, GroupSearch, roofline_ns
 from bitgen.search.plan import (
     Group,
@@ -109,6 +109,7 @@ class _Tune:
         self._end = self._begin + (plan.timeout_s or math.inf)
         self._limits: dict[int, Limits] = {}
         self._read_gbs: dict[int, float] = {}
+        self._peak_gops: dict[int, dict[str, float]] = {}
         self._complete = True
 
     def run(self, spaces: SpaceFactory) -> TuningResult:
@@ -118,6 +119,7 @@ class _Tune:
             self._report("limits", f"the machine's limits, {threads} threads", done, len(plan.threads))
             self._limits[threads] = self._answers.runner.limits(threads, [isa.name for isa in plan.isas])
             self._read_gbs[threads] = self._limits[threads].best_dram_gbs
+            self._peak_gops[threads] = dict(self._limits[threads].peak_gops)
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
         self._store.reload()
         self._starters = [*self._store.stale(self._fingerprint), *self._starters]
@@ -177,14 +179,14 @@ class _Tune:
 
     def _race_all(self, outcomes: Sequence[GroupOutcome]) -> dict[Shape, dict[Slot, SlotRace]]:
         """One race for each shape, regime and thread count, in which all families take part."""
-        slots = list(dict.fromkeys(Slot(o.group.regime, o.group.threads) for o in outcomes))
+        slots = list(dict.fromkeys(_slot(o.group) for o in outcomes))
         pairs = [(slot, shape) for slot in slots for shape in self._plan.shapes]
         races: dict[Shape, dict[Slot, SlotRace]] = {shape: {} for shape in self._plan.shapes}
         for done, (slot, shape) in enumerate(pairs):
             self._report("race", f"{shape.name} {slot.regime}, {slot.threads} threads", done, len(pairs))
             now = self._clock()
             deadline = now + (self._end - now) / (len(pairs) - done)
-            mine = [o for o in outcomes if Slot(o.group.regime, o.group.threads) == slot]
+            mine = [o for o in outcomes if _slot(o.group) == slot]
             races[shape][slot] = self._race(shape, slot, mine, deadline)
         return races
 
@@ -194,11 +196,12 @@ class _Tune:
         for outcome in outcomes:  # best ISA level first
             defaults.setdefault(outcome.group.family, outcome.group.defaults[shape])
         crowned = set(self._store.current(shape, self._fingerprint))
-        finalists = _finalists(shape, outcomes, regime.finalists, defaults, crowned)
+        limit = self._config.finalist_ratio
+        finalists = _finalists(shape, outcomes, regime.finalists, limit, defaults, crowned)
         for fewer in range(regime.finalists - 1, 0, -1):
             if self._race_seconds(shape, finalists, outcomes) <= deadline - self._clock():
                 break
-            finalists = _finalists(shape, outcomes, fewer, defaults, crowned)
+            finalists = _finalists(shape, outcomes, fewer, limit, defaults, crowned)
 
         def ask(running: Sequence[KernelSpec], block: int) -> Race:
             seed = seed_of(self._plan.seed, shape.name, slot.regime, slot.threads, block)
@@ -256,6 +259,7 @@ class _Tune:
     def _result(
         self, choice: Choice, outcomes: Sequence[GroupOutcome], rejected: Sequence[str]
     ) -> TuningResult:
+        self._raise_roof(choice)
         return TuningResult(
             model=self._plan.model,
             objective=self._plan.objective,
@@ -265,6 +269,7 @@ class _Tune:
             layouts={shape: option.layout for shape, option in choice.options.items()},
             limits=self._limits,
             dram_gbs=self._read_gbs,
+            peak_gops=self._peak_gops,
             groups=tuple(
                 GroupReport(o.group.name, len(o.group.points), o.outcomes, tuple(o.failures), o.seconds)
                 for o in outcomes
@@ -277,31 +282,24 @@ class _Tune:
         )
 
     def _rows(self, choice: Choice, outcomes: Sequence[GroupOutcome]) -> tuple[Row, ...]:
-        self._raise_roof(choice)
         rows = []
         for target in self._plan.targets:
             for family, option in choice.by_family[target.shape].items():
                 for slot, champion in option.champions.items():
-                    regime = self._config.regimes[slot.regime]
-                    times = [
-                        t
-                        for o in outcomes
-                        if o.group.family == family and Slot(o.group.regime, o.group.threads) == slot
-                        for t in o.times_ns(target.shape)
-                    ]
+                    mine = [o for o in outcomes if o.group.family == family and _slot(o.group) == slot]
                     rows.append(
                         Row(
                             shape=target.shape,
                             roles=target.roles,
                             count=target.count,
                             regime=slot.regime,
-                            n=regime.n,
+                            n=self._config.regimes[slot.regime].n,
                             threads=slot.threads,
                             spec=champion.spec,
                             time_ns=champion.time_ns,
                             default_ns=champion.default_ns,
-                            space_median_ns=statistics.median(times) if times else None,
-                            candidates=len(times),
+                            space_median_ns=_space_median_ns(target.shape, champion, mine),
+                            candidates=sum(len(o.times_ns(target.shape)) for o in mine),
                             limit_ns=self._roofline_ns(champion.spec, target.shape, slot),
                             chosen=option is choice.options[target.shape],
                         )
@@ -309,18 +307,20 @@ class _Tune:
         return tuple(rows)
 
     def _raise_roof(self, choice: Choice) -> None:
-        """The limit quoted is the most that any probe *or kernel* of this run read from memory."""
-        for options in choice.every.values():
-            for option in options:
-                for slot, champion in option.champions.items():
-                    if self._config.regimes[slot.regime].cold:
-                        gbs = option.layout.packed_bytes(option.shape) / champion.time_ns
-                        self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], gbs)
+        """The limits quoted are the most that any probe *or kernel* of this run reached."""
+        for option in (option for options in choice.every.values() for option in options):
+            for slot, champion in option.champions.items():
+                regime, threads, isa = self._config.regimes[slot.regime], slot.threads, champion.spec.isa
+                if regime.cold:
+                    gbs = option.layout.packed_bytes(option.shape) / champion.time_ns
+                    self._read_gbs[threads] = max(self._read_gbs[threads], gbs)
+                gops = 2 * option.shape.m * option.shape.k * regime.n / champion.time_ns
+                self._peak_gops[threads][isa] = max(self._peak_gops[threads][isa], gops)
 
     def _roofline_ns(self, spec: KernelSpec, shape: Shape, slot: Slot) -> float:
         regime = self._config.regimes[slot.regime]
-        peak = self._limits[slot.threads].peak_gops[spec.isa]
-        return roofline_ns(spec.layout, shape, regime.n, regime.cold, self._read_gbs[slot.threads], peak)
+        dram_gbs, peak_gops = self._read_gbs[slot.threads], self._peak_gops[slot.threads][spec.isa]
+        return roofline_ns(spec.layout, shape, regime.n, regime.cold, dram_gbs, peak_gops)
 
     def _formats(self, choice: Choice) -> tuple[FormatCost, ...]:
         """Every family that could serve the whole model, then the format chosen."""
@@ -353,23 +353,45 @@ class _Tune:
             self._progress(Step(stage, title, done, total, self._clock() - self._begin))
 
 
+def _slot(group: Group) -> Slot:
+    return Slot(group.regime, group.threads)
+
+
+def _space_median_ns(shape: Shape, champion: Champion, outcomes: Sequence[GroupOutcome]) -> float | None:
+    """The median time of all candidates on ``shape``, as it would have been in the moments of the race.
+
+    The search and the race see the machine in different moments; the default was timed in both, and stands
+    for the difference.
+    """
+    times = [time for outcome in outcomes for time in outcome.times_ns(shape)]
+    if not times:
+        return None
+    then = next(
+        (c.time_ns(shape) for o in outcomes for c in o.candidates if c.spec == champion.default), math.inf
+    )
+    moment = champion.default_ns / then if champion.default_ns and math.isfinite(then) else 1.0
+    return statistics.median(times) * moment
+
+
 def _finalists(
     shape: Shape,
     outcomes: Sequence[GroupOutcome],
     count: int,
+    ratio: float,
     defaults: Mapping[str, KernelSpec],
     crowned: set[KernelSpec],
 ) -> list[KernelSpec]:
     """Who races on ``shape``.
 
-    Of each family the default, the fastest ``count``, the fastest of each layout, and whom an earlier tune
-    crowned.
+    Of each family the default, the fastest of each layout, whom an earlier tune crowned, and the ``count``
+    fastest of those at most ``ratio`` times slower than the best.
     """
     finalists: dict[KernelSpec, None] = {}
     for outcome in outcomes:
         ranked = outcome.ranked(shape)
+        time_ns = {candidate.spec: candidate.time_ns(shape) for candidate in outcome.candidates}
         fastest_of_layout = {spec.layout: spec for spec in reversed(ranked)}
-        default = defaults[outcome.group.family]
-        wanted = {default, *ranked[:count], *fastest_of_layout.values(), *crowned}
+        near = [spec for spec in ranked[:count] if time_ns[spec] <= ratio * time_ns[ranked[0]]]
+        wanted = {defaults[outcome.group.family], *near, *fastest_of_layout.values(), *crowned}
         finalists.update(dict.fromkeys(spec for spec in ranked if spec in wanted))
     return list(finalists)
