@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from bitgen.errors import BitgenError
-from bitgen.host import ARCHS, host_headers, host_unit, run_units
+from bitgen.host import ARCHS, feature_rows, host_headers, host_unit, run_units
 from bitgen.packing import pack
+from bitgen.paths import configs_dir
 from bitgen.reference import linear, ternary_matmul
+from bitgen.render import render_host
 from bitgen.spec import Layout, Shape, x_stride
 from bitgen.target import detect_cpu
-from bitgen.toolchain import CcBuilder, Prototype, Toolchain, find_compiler
+from bitgen.toolchain import CcBuilder, Prototype, Toolchain, Unit, find_compiler
 
 DRIVER = Path(__file__).parent / "data" / "host" / "driver.c"
 LAYOUT = Layout("i2s", 16)
@@ -171,6 +175,85 @@ def test_generated_host_code_has_no_conditionals(arch: str) -> None:
     texts |= {unit.name: unit.text for unit in run_units(arch)}
     for name, text in texts.items():
         assert not re.search(r"^\s*#\s*(if|ifdef|ifndef)\b", text, flags=re.MULTILINE), name
+
+
+CPU_PROGRAM = """
+#include <stdio.h>
+int main(void)
+{
+    uint64_t found = bitgen_cpu_features();
+    for (int32_t i = 0; i < bitgen_feature_count; ++i)
+        if (found >> i & 1) puts(bitgen_feature_names[i]);
+    return 0;
+}
+"""
+
+
+def test_the_check_of_the_cpu_agrees_with_the_system(tmp_path: Path) -> None:
+    cpu = detect_cpu()
+    if cpu.arch not in ARCHS or not cpu.features:
+        pytest.skip(f"nothing to compare with: {cpu.arch}, {len(cpu.features)} features")
+    known = yaml.safe_load((configs_dir() / "cpu_features.yaml").read_text(encoding="utf-8"))[cpu.arch]
+    rows = feature_rows(cpu.arch, known)
+    table = Unit(
+        "cpu", render_host(f"cpu_{cpu.arch}.c.j2", features=rows) + CPU_PROGRAM, headers=all_headers()
+    )
+    assert set(run_program(tmp_path, [table]).split()) == set(known) & cpu.features
+
+
+POOL_PROGRAM = """
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include "pool.h"
+static int plain[4096];
+static void body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    (void)arg, (void)worker;
+    for (int64_t i = begin; i < end; ++i) plain[i] += 1; /* a data race if two threads get one item */
+}
+int main(void)
+{
+    for (int32_t threads = 1; threads <= 4; ++threads) {
+        struct bitgen_pool *pool;
+        if (bitgen_pool_create(&pool, threads)) return 1;
+        for (int loop = 0; loop < 300; ++loop) bitgen_pool_run(pool, body, NULL, 1 + loop * 13, 1 + loop % 7);
+        bitgen_pool_destroy(pool);
+    }
+    int total = 0;
+    for (int i = 0; i < 4096; ++i) total += plain[i];
+    printf("%d", total);
+    return 0;
+}
+"""
+
+
+def test_the_pool_has_no_data_race(tmp_path: Path) -> None:
+    pool = next(unit for unit in run_units(detect_cpu().arch) if unit.name == "pool")
+    program = Unit("main", POOL_PROGRAM, headers=all_headers())
+    said = run_program(tmp_path, [pool, program], "-fsanitize=thread", "-g")
+    assert int(said) == 4 * sum(1 + loop * 13 for loop in range(300))
+
+
+def all_headers() -> tuple[tuple[str, str], ...]:
+    return (*host_headers(detect_cpu().arch), ("table.h", render_host("table.h.j2")))
+
+
+def run_program(folder: Path, units: list[Unit], *flags: str) -> str:
+    """Compile units to a program and run it: what it printed."""
+    for unit in units:
+        for name, text in (*unit.headers, (f"{unit.name}.c", unit.text)):
+            (folder / name).write_text(text, encoding="utf-8")
+    sources = [f"{unit.name}.c" for unit in units]
+    command = [*find_compiler().command, "-std=c11", "-O1", *flags, "-o", "program", *sources, "-lpthread"]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    done = subprocess.run([folder / "program"], capture_output=True, text=True, timeout=120, check=False)
+    if "ThreadSanitizer: unexpected memory mapping" in done.stderr:
+        pytest.skip(
+            "this kernel randomises addresses in a way that this compiler's ThreadSanitizer does not know"
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_an_unknown_architecture_is_named() -> None:
