@@ -3,24 +3,24 @@
 A `Space` is a grid of knob values per algorithm plus a few presets, thinned by named rules. What a rule
 forbids cannot be built: `Space` never yields it, and `Space.check` says in words which rule it breaks.
 
-====== ========== ==============================================================================================
+====== ========== ============================================================================================
 knob   algorithm  meaning
-====== ========== ==============================================================================================
+====== ========== ============================================================================================
 streams direct    row blocks walked at once, each a stream of its own in memory; rows in registers = streams x
                   row_block
 nr      both      tokens whose accumulators live in registers
-accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every field masked in place (scales 1, 4,
-                  16, 64), 2 = one shift (scales 1, 4), 1 = three shifts
-widen   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums, added to
-                  int32 every W chunks (direct) or every W steps of 4 k (panel)
+accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every field masked in place (scales
+                  1, 4, 16, 64), 2 = one shift (scales 1, 4), 1 = three shifts
+widen   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums, added
+                  to int32 every W chunks (direct) or every W steps of 4 k (panel)
 unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
 prefetch direct   bytes ahead of each stream that are asked for; 0: leave it to the hardware
 mr      panel     rows whose accumulators live in registers
 mc      both      rows of a cache block;  kc  columns of a cache block, 0: all of k
-====== ========== ==============================================================================================
+====== ========== ============================================================================================
 
-``direct`` reads packed weights and multiplies or looks up at once; ``panel`` unpacks ``mc`` x ``kc`` weights to
-bytes that serve every token of the batch.
+``direct`` reads packed weights and multiplies or looks up at once; ``panel`` unpacks ``mc`` x ``kc`` weights
+to bytes that serve every token of the batch.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
-from bitgen.errors import BitgenError
-from bitgen.spec import FAMILIES, I2S, LARGE, N1, SMALL, KernelSpec, Layout, Regime, Schedule, Shape
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.spec import FAMILIES, I2S, K_MAX, LARGE, N1, SMALL, KernelSpec, Layout, Regime, Schedule, Shape
 from bitgen.target import Cpu, Isa
 
-INT16_MAX_SUM = 32768  # the most negative int16; the largest positive sum is smaller for every family
-# The largest |value| one addition puts into an int16 lane, with activations in -128..127:
-PAIR_BOUND = 2 * 2 * 128  # I2_S and panels: codes 0..2, two products a lane
-ENTRY_BOUND = {"tl1": 256, "tl2": 384}  # a sum of two, of three activations
-MAX_WEIGHT_BLOCKS = 1 << 31  # int32 indices of rows
+INT16_MIN, INT16_MAX = -32768, 32767
+# The least and the largest value that one addition puts into an int16 lane, with activations in -128..127.
+PAIR_RANGE = (-2 * 2 * 128, 2 * 2 * 127)  # I2_S and panels: codes 0..2, two products a lane
+ENTRY_RANGE = {"tl1": (-2 * 128, 2 * 128), "tl2": (-3 * 128, 3 * 128)}  # signed sums of two, of three
 
 Axes = Mapping[str, tuple[int, ...]]
 
@@ -51,28 +50,57 @@ class Rule:
     holds: Callable[[KernelSpec], bool] = field(repr=False, compare=False)
 
 
-def adds_before_widening(spec: KernelSpec) -> tuple[int, int]:
-    """(additions into one int16 lane between two widenings, bound on |one addition|); (0, 0) without int16 sums."""
+@dataclass(frozen=True)
+class Int16Sums:
+    """Additions into one int16 lane between two widenings, each of a value in [low, high]."""
+
+    additions: int
+    low: int
+    high: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether no sum can leave int16."""
+        return self.additions * self.low >= INT16_MIN and self.additions * self.high <= INT16_MAX
+
+    def __str__(self) -> str:
+        low, high = self.additions * self.low, self.additions * self.high
+        return f"{self.additions} additions of {self.low} .. {self.high} give {low} .. {high}"
+
+
+def int16_sums(spec: KernelSpec) -> Int16Sums | None:
+    """The int16 partial sums of a kernel; None when every product goes to int32 at once."""
     s = dict(spec.schedule)
-    if not s.get("widen"):
-        return 0, 0
+    if not s["widen"]:
+        return None
     if spec.schedule.algorithm == "panel":
-        return s["widen"], PAIR_BOUND
-    if spec.family == "i2s":
-        scale = {1: 1, 2: 4, 4: 64}[s["accs"]]
-        return s["widen"] * 4 // s["accs"], PAIR_BOUND * scale
-    groups = FAMILIES[spec.family].k_chunk // FAMILIES[spec.family].g // 4  # lookups a lane and chunk
-    return s["widen"] * groups, ENTRY_BOUND[spec.family]
+        return Int16Sums(s["widen"], *PAIR_RANGE)
+    if not FAMILIES[spec.family].looks_up:
+        # The last accumulator has the largest scale; T5's fifth field goes there too.
+        fields = FAMILIES[spec.family].k_chunk // 4
+        scale = field_scale(s["accs"])
+        adds = s["widen"] * (4 // s["accs"] + fields - 4)
+        return Int16Sums(adds, scale * PAIR_RANGE[0], scale * PAIR_RANGE[1])
+    lookups = FAMILIES[spec.family].k_chunk // FAMILIES[spec.family].g // 4  # a lane and chunk
+    return Int16Sums(s["widen"] * lookups, *ENTRY_RANGE[spec.family])
+
+
+def field_scale(accs: int) -> int:
+    """The largest scale of codes in place that ``accs`` accumulators add: field f stays at 4^(f mod accs)."""
+    return int(4 ** (accs - 1))
 
 
 def headroom_lines(spec: KernelSpec) -> list[str]:
     """The bounds of a kernel's accumulators as arithmetic."""
-    adds, bound = adds_before_widening(spec)
-    lines = [f"int16: {adds} additions x {bound} = {adds * bound} <= {INT16_MAX_SUM}"] if adds else []
-    scale = 64 if dict(spec.schedule).get("accs") == 4 else 4 if dict(spec.schedule).get("accs") == 2 else 1
-    per = 2 * 128 * scale if spec.family == "i2s" or spec.schedule.algorithm == "panel" else 128
-    share = dict(spec.schedule).get("accs", 1) if spec.family == "i2s" and spec.schedule.algorithm == "direct" else 1
-    lines.append(f"int32: k / {share} x {per} <= 2^31 for k <= {share * (1 << 31) // per}; k is at most 524288")
+    sums = int16_sums(spec)
+    lines = [f"int16: {sums}, within {INT16_MIN} .. {INT16_MAX}"] if sums else []
+    s, family = dict(spec.schedule), FAMILIES[spec.family]
+    multiplies = spec.schedule.algorithm == "panel" or not family.looks_up
+    accs, fields = s.get("accs", 1), family.k_chunk // 4
+    per = 2 * 128 * field_scale(accs) if multiplies else 128
+    # of a chunk's fields, those of the last accumulator
+    mine = f"{4 // accs + fields - 4}/{fields}" if accs > 1 else "1"
+    lines.append(f"int32: {mine} of k x {per} is below 2^31 for k <= {K_MAX}")
     return lines
 
 
@@ -93,7 +121,8 @@ class Space:
     layouts: tuple[Layout, ...]
     axes: Mapping[str, Axes]
     presets: tuple[KernelSpec, ...]
-    rules: tuple[Rule, ...] = field(repr=False)
+    bounds: tuple[Rule, ...] = field(repr=False)  # what each value may be at all
+    rules: tuple[Rule, ...] = field(repr=False)  # what values may be together; asked only within the bounds
 
     @property
     def algorithms(self) -> tuple[str, ...]:
@@ -104,7 +133,8 @@ class Space:
         if algorithm not in self.axes:
             raise BitgenError(
                 f"{FAMILIES[self.family].title} for {self.regime.name} has no algorithm {algorithm!r}; "
-                f"it has {', '.join(self.axes)}"
+                f"it has {', '.join(self.axes)}",
+                EXIT_USAGE,
             )
         return self.axes[algorithm]
 
@@ -113,22 +143,25 @@ class Space:
         knobs = self.knobs(algorithm)
         unknown = set(values) - set(knobs)
         if unknown:
-            raise BitgenError(f"{algorithm} has no knob {', '.join(sorted(unknown))}; it has {', '.join(knobs)}")
+            names = ", ".join(sorted(unknown))
+            raise BitgenError(f"{algorithm} has no knob {names}; it has {', '.join(knobs)}", EXIT_USAGE)
         missing = set(knobs) - set(values)
         if missing:
-            raise BitgenError(f"{algorithm} needs a value for {', '.join(sorted(missing))}")
+            raise BitgenError(f"{algorithm} needs a value for {', '.join(sorted(missing))}", EXIT_USAGE)
         schedule = Schedule(algorithm, tuple((name, int(values[name])) for name in knobs))
         return KernelSpec(self.family, self.isa.name, self.regime.name, layout, schedule)
 
     def broken(self, spec: KernelSpec) -> list[Rule]:
         """The rules that ``spec`` breaks; empty for a legal one."""
-        return [rule for rule in self.rules if not rule.holds(spec)]
+        outside = [rule for rule in self.bounds if not rule.holds(spec)]
+        return outside or [rule for rule in self.rules if not rule.holds(spec)]
 
     def check(self, spec: KernelSpec) -> None:
         """BitgenError that quotes every broken rule."""
         texts = [rule.text for rule in self.broken(spec)]
         if texts:
-            raise BitgenError(f"schedule {spec.schedule.name} is not legal: {'; '.join(texts)}")
+            message = f"schedule {spec.schedule.name} is not legal: {'; '.join(texts)}"
+            raise BitgenError(message, EXIT_USAGE)
 
     @cached_property
     def points(self) -> tuple[KernelSpec, ...]:
@@ -161,7 +194,7 @@ class Space:
 def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Space:
     """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes."""
     if family not in FAMILIES:
-        raise BitgenError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}")
+        raise BitgenError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}", EXIT_USAGE)
     layouts = tuple(Layout(family, rows) for rows in (16, 32))
     return Space(
         family=family,
@@ -171,35 +204,36 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> 
         layouts=layouts,
         axes=_axes(family, isa, regime),
         presets=tuple(_presets(family, isa, regime)),
+        bounds=tuple(_bounds(family, isa, regime, layouts)),
         rules=tuple(_rules(family, isa, regime, shape, cpu)),
     )
 
 
 # ------------------------------------------------------------------------------------------------- axes
 
-# Values that were measured to matter; what lies between them was never outside the noise. kc is a multiple of 48
-# and 16, so every family's chunks divide it. The scalar level is a fallback and an oracle: it needs one point of
-# each kind, not a search.
+# Values that were measured to matter; what lies between them was never outside the noise. kc is a multiple of
+# 48 and 16, so every family's chunks divide it. The scalar level is a fallback and an oracle: it needs one
+# point of each kind, not a search.
 
 
 def _axes(family: str, isa: Isa, regime: Regime) -> dict[str, Axes]:
     axes: dict[str, Axes] = {}
-    if family != "i2s":
+    if FAMILIES[family].looks_up:
         axes["direct"] = _lookup_axes(family, isa, regime)
     elif regime is not LARGE:
-        axes["direct"] = _multiply_axes(isa, regime)
+        axes["direct"] = _multiply_axes(family, isa, regime)
     if regime is not N1:
         axes["panel"] = _panel_axes(isa, regime)
     return axes
 
 
-def _multiply_axes(isa: Isa, regime: Regime) -> Axes:
+def _multiply_axes(family: str, isa: Isa, regime: Regime) -> Axes:
     wide = isa.name != "scalar"
     return {
         "streams": (1, 2, 4, 8) if wide else (1, 2),
         "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2,),
         "accs": (1, 2, 4) if regime is N1 or not wide else (1, 2),
-        "widen": _pair_widths(isa, (8, 16)),
+        "widen": _pair_widths(isa, (8, _pairs(family))),
         "unroll": (1, 2) if regime is N1 else (1,),
         "prefetch": (0, 1024, 2048) if regime is N1 and wide else (0, 1024),
     }
@@ -230,6 +264,11 @@ def _panel_axes(isa: Isa, regime: Regime) -> Axes:
     }
 
 
+def _pairs(family: str) -> int:
+    """Chunks that one int16 accumulator takes: 4 fields x 16 x 512 is its bound, of 5 fields 12 chunks fit."""
+    return 16 if family == "i2s" else 12
+
+
 def _pair_widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
     """A dot instruction widens by itself; without one int16 sums are three instructions cheaper a step."""
     if isa.name == "scalar":
@@ -239,11 +278,45 @@ def _pair_widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------------- rules
 
+# Knobs that multiply the code of a kernel.
+_COUNTS, _COUNT_MAX = ("streams", "nr", "unroll"), 16
+# Bytes, rows, columns, steps: far above every useful value.
+_SIZE_MAX = 1 << 20
+
+
+def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) -> Iterator[Rule]:
+    yield Rule(
+        f"it must be a kernel of {family} on {isa.name} for {regime.name}",
+        lambda s: (s.family, s.isa, s.regime) == (family, isa.name, regime.name),
+    )
+    axes = _axes(family, isa, regime)
+    yield Rule(
+        f"it must have all knobs of one of {', '.join(axes)}",
+        lambda s: tuple(name for name, _ in s.schedule) == tuple(axes.get(s.schedule.algorithm, ())),
+    )
+    yield Rule(
+        f"row_block must be one of {', '.join(str(layout.row_block) for layout in layouts)}",
+        lambda s: s.layout in layouts,
+    )
+    yield Rule(
+        f"{', '.join(_COUNTS)} must be 1 .. {_COUNT_MAX}",
+        lambda s: all(1 <= value <= _COUNT_MAX for name, value in s.schedule if name in _COUNTS),
+    )
+    yield Rule("accs must be 1, 2 or 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 4))
+    yield Rule(
+        "mr must be a multiple of 16, at most 256",
+        lambda s: 16 <= dict(s.schedule).get("mr", 16) <= 256 and not dict(s.schedule).get("mr", 16) % 16,
+    )
+    yield Rule(
+        f"widen, prefetch, mc and kc must be 0 .. {_SIZE_MAX}",
+        lambda s: all(0 <= value <= _SIZE_MAX for _, value in s.schedule),
+    )
+
 
 def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Iterator[Rule]:
     yield Rule(
-        f"int16 partial sums must stay within {INT16_MAX_SUM}: widen less often",
-        lambda s: adds_before_widening(s)[0] * adds_before_widening(s)[1] <= INT16_MAX_SUM,
+        f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
+        lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
     yield Rule(
         f"accumulators and operands must fit the registers of {isa.name}",
@@ -255,15 +328,21 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         "kc must be 0 (all of k) or a multiple of the family's chunk, below k",
         lambda s: _kc_fits(s, shape.k),
     )
-    if family != "i2s":
+    if FAMILIES[family].looks_up:
+        yield Rule(
+            "entries of lookup tables are int16 sums: widen must be at least 1",
+            lambda s: s.schedule.algorithm == "panel" or s.schedule["widen"] >= 1,
+        )
         yield Rule(
             "mc and kc block the cache together: give both, or neither",
             lambda s: s.schedule.algorithm == "panel" or (s.schedule["mc"] > 0) == (s.schedule["kc"] > 0),
         )
         yield Rule(
             "mc must be a multiple of the rows walked at once",
-            lambda s: s.schedule.algorithm == "panel"
-            or s.schedule["mc"] % (s.schedule["streams"] * s.layout.row_block) == 0,
+            lambda s: (
+                s.schedule.algorithm == "panel"
+                or s.schedule["mc"] % (s.schedule["streams"] * s.layout.row_block) == 0
+            ),
         )
     if regime is not N1:
         yield Rule("mc must be a multiple of mr and of the row block", _panel_rows_divide)
@@ -307,7 +386,7 @@ def _registers_used(spec: KernelSpec, isa: Isa) -> int:
         rows = s["mr"] // 16
         return each * rows * (s["nr"] + 1) + 1
     rows = s["streams"] * spec.layout.sub_blocks
-    if spec.family == "i2s":
+    if not FAMILIES[spec.family].looks_up:
         # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.
         return each * (rows * s["nr"] * s["accs"] + 1) + 1 + s["accs"]
     return each * (2 * rows * s["nr"] + 2) + 1  # two int16 accumulators, two nibbles
@@ -324,9 +403,11 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         return KernelSpec(family, isa.name, regime.name, Layout(family, row_block), schedule)
 
     zmm = isa.vector_bytes == 64
-    pairs = 0 if isa.native_dot4 or isa.name == "scalar" else 16
+    dots = isa.native_dot4 or isa.name == "scalar"
+    pairs, steps = (0, 0) if dots else (_pairs(family), 64)
     widen = {"tl1": 63, "tl2": 21}.get(family, pairs)
-    if regime is N1 and family == "i2s":
+    looks_up = FAMILIES[family].looks_up
+    if regime is N1 and not looks_up:
         accs = 4 if isa.native_dot4 and zmm else 1
         yield spec("direct", streams=4 if zmm else 2, nr=1, accs=accs, widen=pairs, unroll=1, prefetch=1024)
         yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0)
@@ -336,19 +417,21 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         # bitnet.cpp's presets for the 3B shapes: BM x BK blocks, bm rows in registers.
         for bm, block, kc in ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=1, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)
-    elif regime is SMALL and family == "i2s":
-        yield spec("direct", streams=2 if zmm else 1, nr=8 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
+    elif regime is SMALL and not looks_up:
+        yield spec(
+            "direct", streams=2 if zmm else 1, nr=8 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0
+        )
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
     if regime is not N1:
-        small = dict(mr=16, nr=4, mc=16, kc=0, widen=4 * pairs, unroll=1)
-        large = dict(mr=64, nr=6, mc=64, kc=960, widen=4 * pairs, unroll=1)
+        small = {"mr": 16, "nr": 4, "mc": 16, "kc": 0, "widen": steps, "unroll": 1}
+        large = {"mr": 64, "nr": 6, "mc": 64, "kc": 960, "widen": steps, "unroll": 1}
         if zmm:
             yield spec("panel", **large)
         yield spec("panel", **{**small, "mc": 64, "kc": 960})
         yield spec("panel", **small)
-    if regime is not N1 and family != "i2s":
+    if regime is not N1 and looks_up:
         for bm, block, kc in ((2, 160, 96), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=2, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)
 
 
-__all__ = ["I2S", "Rule", "Space", "adds_before_widening", "headroom_lines", "space_for"]
+__all__ = ["I2S", "Rule", "Space", "headroom_lines", "int16_sums", "space_for"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bitgen.errors import BitgenError
+from bitgen.errors import EXIT_USAGE, BitgenError
 
 # Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last element.
 X_PAD = 47
@@ -45,11 +45,13 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.m < 1 or self.k < 1:
-            raise BitgenError(f"shape {self.m}x{self.k}: m and k must be at least 1")
+            raise BitgenError(f"shape {self.m}x{self.k}: m and k must be at least 1", EXIT_USAGE)
         if self.k > K_MAX:
-            raise BitgenError(f"shape {self.m}x{self.k}: k must be at most {K_MAX} (int32 accumulators)")
+            raise BitgenError(
+                f"shape {self.m}x{self.k}: k must be at most {K_MAX} (int32 accumulators)", EXIT_USAGE
+            )
         if self.m > 1 << 31:
-            raise BitgenError(f"shape {self.m}x{self.k}: m must be at most 2^31")
+            raise BitgenError(f"shape {self.m}x{self.k}: m must be at most 2^31", EXIT_USAGE)
 
     @property
     def name(self) -> str:
@@ -60,7 +62,7 @@ class Shape:
         """Read ``"3200x8640"`` (m x k)."""
         m, sep, k = text.lower().partition("x")
         if not sep or not m.strip().isdecimal() or not k.strip().isdecimal():
-            raise BitgenError(f"shape {text!r}: write it as MxK, for example 3200x8640")
+            raise BitgenError(f"shape {text!r}: write it as MxK, for example 3200x8640", EXIT_USAGE)
         return cls(int(m), int(k))
 
 
@@ -82,7 +84,7 @@ REGIMES = (N1, SMALL, LARGE)
 def regime_of(n: int) -> Regime:
     """The regime that ``n`` tokens fall into."""
     if n < 1:
-        raise BitgenError(f"n must be at least 1, not {n}")
+        raise BitgenError(f"n must be at least 1, not {n}", EXIT_USAGE)
     return next(r for r in reversed(REGIMES) if n >= r.n_min)
 
 
@@ -90,7 +92,7 @@ def regime_named(name: str) -> Regime:
     for regime in REGIMES:
         if regime.name == name:
             return regime
-    raise BitgenError(f"unknown regime {name!r}; there are {', '.join(r.name for r in REGIMES)}")
+    raise BitgenError(f"unknown regime {name!r}; there are {', '.join(r.name for r in REGIMES)}", EXIT_USAGE)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class Family:
     table_bytes: int
 
     @property
+    def looks_up(self) -> bool:
+        """Whether direct kernels look sums up in tables; they multiply codes otherwise."""
+        return self.table_bytes > 0
+
+    @property
     def bits_a_weight(self) -> float:
         """Storage without padding, in bits a weight."""
         return 8 * self.chunk_bytes / (16 * self.k_chunk)
@@ -126,7 +133,7 @@ FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2, T5)}
 def family_named(name: str) -> Family:
     key = name.lower().replace("_", "")
     if key not in FAMILIES:
-        raise BitgenError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}")
+        raise BitgenError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}", EXIT_USAGE)
     return FAMILIES[key]
 
 
@@ -145,7 +152,7 @@ class Layout:
     def __post_init__(self) -> None:
         family_named(self.family)
         if self.row_block < 16 or self.row_block % 16:
-            raise BitgenError(f"row_block {self.row_block}: it must be a positive multiple of 16")
+            raise BitgenError(f"row_block {self.row_block}: it must be a positive multiple of 16", EXIT_USAGE)
 
     @property
     def name(self) -> str:
@@ -197,7 +204,9 @@ class Schedule:
         unknown = set(values) - {name for name, _ in self.knobs}
         if unknown:
             known = ", ".join(name for name, _ in self.knobs)
-            raise BitgenError(f"{self.algorithm} has no knob {', '.join(sorted(unknown))}; it has {known}")
+            raise BitgenError(
+                f"{self.algorithm} has no knob {', '.join(sorted(unknown))}; it has {known}", EXIT_USAGE
+            )
         return replace(self, knobs=tuple((name, values.get(name, value)) for name, value in self.knobs))
 
     @property
@@ -225,7 +234,7 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         if self.layout.family != self.family:
-            raise BitgenError(f"layout {self.layout.name} is not a layout of {self.family}")
+            raise BitgenError(f"layout {self.layout.name} is not a layout of {self.family}", EXIT_USAGE)
         regime_named(self.regime)
 
     @property
