@@ -28,7 +28,17 @@ from bitgen.errors import EXIT_USAGE, BitgenError
 from bitgen.paths import generated_dir, tune_logs_dir
 from bitgen.render import Source, render_kernel, render_quantize, render_tables, template_digest
 from bitgen.space import Space, space_for
-from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
+from bitgen.spec import (
+    FAMILIES,
+    LARGE,
+    REGIMES,
+    KernelSpec,
+    Layout,
+    Shape,
+    family_named,
+    regime_named,
+    regime_of,
+)
 from bitgen.store import Fingerprint, RecordStore, export_winners, family_winners
 from bitgen.target import Cpu, Isa, accepted_isas, detect_cpu, find_isa, load_isas, require_isa
 from bitgen.toolchain import Toolchain, find_compiler
@@ -225,7 +235,7 @@ def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[Kernel
 
     store, fingerprint = workshop.store, workshop.fingerprint
     committed = family_winners(workshop.cpu.family)
-    choices = []
+    choices: list[KernelChoice] = []
     for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in model.matmuls):
         tuned = {
             winner.threads
@@ -295,11 +305,7 @@ def load(path: str | Path | None = None, threads: int | None = None) -> KernelTa
         return open_library(path, threads)
     bundles, _ = find_bundles(generated_dir())
     bundle, _ = choose_bundle(bundles, detect_cpu())
-    if bundle is None:
-        bundle_path = _untuned_library()
-    else:
-        bundle_path = bundle.path
-    return open_library(bundle_path, threads)
+    return open_library(_untuned_library() if bundle is None else bundle.path, threads)
 
 
 def _untuned_library() -> Path:
@@ -323,7 +329,7 @@ def check(
     cc: str | None = None,
     progress: Callable[[SweepCounts], None] | None = None,
 ) -> SweepCounts:
-    """Hold every schedule of the spaces (or ``sample`` of each) against numpy; all ISA levels this CPU runs."""
+    """Hold every schedule of the spaces (or ``sample`` of each) against numpy, on all levels of this CPU."""
     from bitgen.measure.local import LocalRunner
     from bitgen.measure.sweep import exact_sweep
 
@@ -383,7 +389,7 @@ def bench_kernels(
     logs: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[KernelTiming]:
-    """Time what the model would run, tuned or not, against the default of each space: up to 16 tokens cold."""
+    """Time what the model would run, tuned or not, against the default of each space; small n cold."""
     from bitgen.measure.local import LocalRunner
 
     workshop = Workshop(cc, logs)

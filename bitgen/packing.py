@@ -12,7 +12,7 @@ tl1    16 rows x 16 k, 64  byte[16 l + r] = idx(w[r, 4 l], w[r, 4 l + 1])
                            | idx(w[r, 4 l + 2], w[r, 4 l + 3]) << 4, idx(w0, w1) = 3 w0 + w1 + 4
 tl2    16 rows x 48 k, 160 lane l holds k = 12 l .. 12 l + 11 as triples t = 0..3 with v = 9 w0 + 3 w1 + w2:
                            64 bytes |v_0| | |v_1| << 4, 64 bytes |v_2| | |v_3| << 4, then 16 bytes of signs
-                           (one a row: bit l is v_0 < 0 in lane l, bit 4 + l is v_1 < 0), 16 bytes for v_2 and v_3.
+                           (one a row: bit l is v_0 < 0 in lane l, bit 4 + l is v_1 < 0), 16 for v_2 and v_3.
                            A sub-block's trailer is int32[16]: the number of negative v of each row.
 t5     16 rows x 20 k, 64  byte[4 r + j] holds w[r, 4 s + j], s = 0..4: its third of 0..254 (85 codes each) is w_4 + 1;
                            T5_TABLE[byte & 127] holds the codes w_s + 1 << 2 s, s = 0..3, of a byte below 128; a byte
@@ -81,7 +81,8 @@ def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
 def _encode_i2s(tiles: Ternary) -> Bytes:
     codes = (tiles + 1).astype(np.uint8).reshape(*tiles.shape[:4], 4, 4)  # (..., 16 rows, s, j)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return np.bitwise_or.reduce(codes << shifts, axis=-2)
+    packed: Bytes = np.bitwise_or.reduce(codes << shifts, axis=-2)
+    return packed
 
 
 def _decode_i2s(cells: Bytes) -> Ternary:

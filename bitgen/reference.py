@@ -13,7 +13,7 @@ from bitgen.packing import check_ternary
 
 
 def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """x float32 (n, k) -> (xq int8 (n, k), x_scale float32 (n,)).
+    """Quantise x float32 (n, k) -> (xq int8 (n, k), x_scale float32 (n,)).
 
     For each token ``s = 127 / max(absmax, 1e-5)``, ``xq = clamp(round_half_even(x * s), -128, 127)`` and
     ``x_scale = 1 / s``, all in float32. Raises on NaN and infinity.
@@ -29,7 +29,7 @@ def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
 
 
 def ternary_matmul(xq: NDArray[np.int8], w: NDArray[np.int8]) -> NDArray[np.int32]:
-    """acc int32 (n, m) = xq int8 (n, k) times w int8 (m, k) transposed, exactly.
+    """Multiply exactly: acc int32 (n, m) = xq int8 (n, k) times w int8 (m, k) transposed.
 
     float64 holds every partial sum exactly (|sum| <= 128 k < 2^53), so BLAS may be used in any order.
     """
@@ -42,7 +42,7 @@ def ternary_matmul(xq: NDArray[np.int8], w: NDArray[np.int8]) -> NDArray[np.int3
 def scale_output(
     acc: NDArray[np.int32], x_scale: NDArray[np.float32], w_scale: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """y float32 (n, m) = (float)acc * (x_scale * w_scale); w_scale (m,) or (1,). One order, every ISA."""
+    """Scale to y float32 (n, m) = (float)acc * (x_scale * w_scale), w_scale (m,) or (1,); in this order."""
     return acc.astype(np.float32) * (x_scale[:, None] * w_scale[None, :])
 
 

@@ -1,4 +1,4 @@
-"""Prove kernels exact: every schedule of the spaces against numpy, on ragged shapes and at the overflow bounds."""
+"""Prove kernels exact: every schedule of the spaces against numpy, ragged shapes and overflow edges."""
 
 from __future__ import annotations
 

@@ -21,7 +21,10 @@ def run(args: argparse.Namespace) -> None:
     facts = [
         ("model", cpu.model_name),
         ("family", f"{cpu.family} ({cpu.vendor}, {cpu.arch}, {cpu.os})"),
-        ("cores", f"{cpu.physical_cores} physical, {cpu.logical_cpus} logical, {cpu.usable_threads} usable threads"),
+        (
+            "cores",
+            f"{cpu.physical_cores} physical, {cpu.logical_cpus} logical, {cpu.usable_threads} usable threads",
+        ),
         ("caches", ", ".join(f"L{c.level} {c.type} {c.size_bytes >> 10} KiB" for c in cpu.caches)),
     ]
     decisions = [
@@ -32,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     tables = [
         Table("cpu", (Column("what", "cpu"), Column("value", "")), facts),
         Table(
-            "isas", (Column("isa", "ISA level, best first"), Column("state", ""), Column("reason", "reason")), decisions
+            "isas",
+            (Column("isa", "ISA level, best first"), Column("state", ""), Column("reason", "reason")),
+            decisions,
         ),
         Table(
             "compilers",

@@ -1,4 +1,4 @@
-"""Write this machine's winners as schedules of its CPU family, without timings: what tune starts from there."""
+"""Write this machine's winners as schedules of its CPU family, no timings: tune starts from them."""
 
 from __future__ import annotations
 

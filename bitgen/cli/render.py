@@ -11,11 +11,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", help="i2s, tl1 or tl2; or quantize, tl1_tables, tl2_tables")
     parser.add_argument("--shape", help="MxK: fix the shape in the code (default: m and k are arguments)")
     parser.add_argument("--isa", help="ISA level (default: the best this CPU runs)")
-    parser.add_argument("--regime", default="n1", help="n1, small (2..16 tokens) or large (17 and more); default n1")
+    parser.add_argument(
+        "--regime", default="n1", help="n1, small (2..16 tokens) or large (17 and more); default n1"
+    )
     parser.add_argument("--row-block", type=int, help="rows of a row block of the layout: 16 or 32")
     parser.add_argument("--algorithm", help="direct or panel (default: that of the default schedule)")
     parser.add_argument(
-        "--knob", action="append", default=[], metavar="NAME=VALUE", help="a schedule knob; may be given again"
+        "--knob",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a schedule knob; may be given again",
     )
     parser.add_argument("--list", action="store_true", help="list the legal schedules instead")
 

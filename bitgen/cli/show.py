@@ -11,18 +11,17 @@ SUMMARY = "what is tuned, and what a library contains"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", type=Path, help="a library's folder or .so (default: records and libraries)")
+    parser.add_argument(
+        "path", nargs="?", type=Path, help="a library's folder or .so (default: records and libraries)"
+    )
     parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
     parser.add_argument("--cc", help="C compiler whose records count as current")
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.path:
-        tables = [library_table(args.path)]
-    else:
-        tables = [_tuned_table(args.logs, args.cc), _bundles_table()]
-    print(render_tables(tables, args.output))
+    own = [library_table(args.path)] if args.path else []
+    print(render_tables(own or [_tuned_table(args.logs, args.cc), _bundles_table()], args.output))
 
 
 def library_table(path: Path) -> Table:
@@ -98,7 +97,11 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
 
 
 def _why_stale(old: object, new: object) -> str:
-    changed = [name for name in ("cpu", "compiler", "templates", "version") if getattr(old, name) != getattr(new, name)]
+    changed = [
+        name
+        for name in ("cpu", "compiler", "templates", "version")
+        if getattr(old, name) != getattr(new, name)
+    ]
     return f"stale: other {', '.join(changed)}"
 
 
@@ -118,4 +121,6 @@ def _bundles_table() -> Table:
         for d in decisions
     ]
     rows += [("-", "damaged", error.message) for error in errors]
-    return Table("libraries", (Column("path", "library"), Column("state", "state"), Column("reason", "why")), rows)
+    return Table(
+        "libraries", (Column("path", "library"), Column("state", "state"), Column("reason", "why")), rows
+    )

@@ -1,4 +1,4 @@
-"""Tune the kernels of a model on this machine: winners as a table, records in tune_logs/. A second call resumes."""
+"""Tune the kernels of a model on this machine: winners as a table, records in tune_logs/. It resumes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,24 @@ SUMMARY = "find this machine's fastest kernels for a model"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
-    parser.add_argument("--quick", action="store_true", help="within 90 seconds: few candidates, n = 1 and large n")
-    parser.add_argument("--objective", help="decode, prefill or balanced (configs/search.yaml)")
-    parser.add_argument("--regime", action="append", default=[], help="n1, small or large; may be given again")
-    parser.add_argument("--family", action="append", default=[], help="i2s, tl1 or tl2; may be given again")
-    parser.add_argument("--isa", action="append", default=[], help="ISA level (default: the best); may be given again")
     parser.add_argument(
-        "-t", "--threads", action="append", type=int, default=[], help="threads (default: all); may be given again"
+        "--quick", action="store_true", help="within 90 seconds: few candidates, n = 1 and large n"
+    )
+    parser.add_argument("--objective", help="decode, prefill or balanced (configs/search.yaml)")
+    parser.add_argument(
+        "--regime", action="append", default=[], help="n1, small or large; may be given again"
+    )
+    parser.add_argument("--family", action="append", default=[], help="i2s, tl1 or tl2; may be given again")
+    parser.add_argument(
+        "--isa", action="append", default=[], help="ISA level (default: the best); may be given again"
+    )
+    parser.add_argument(
+        "-t",
+        "--threads",
+        action="append",
+        type=int,
+        default=[],
+        help="threads (default: all); may be given again",
     )
     parser.add_argument("--trials", type=int, help="candidates of each family and regime")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="wall time of the whole tune")
@@ -126,7 +137,9 @@ def _limit_table(result: TuningResult) -> Table:
     for threads, limits in result.limits.items():
         rows.append(("DRAM read, best of the run", threads, result.dram_gbs[threads], "GB/s"))
         rows += [(f"DRAM read, {name}", threads, gbs, "GB/s") for name, gbs in limits.dram_gbs.items()]
-        rows += [(f"int8 in registers, {isa}", threads, gops, "GOP/s") for isa, gops in limits.peak_gops.items()]
+        rows += [
+            (f"int8 in registers, {isa}", threads, gops, "GOP/s") for isa, gops in limits.peak_gops.items()
+        ]
     columns = (Column("what", "limit"), Column("threads", "threads", "d"), Column("value", "value", ",.1f"))
     return Table("limits", (*columns, Column("unit", "unit")), rows)
 
