@@ -627,9 +627,12 @@ class Sleepy(CountingRunner):
 
 
 def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    asked_for = plan(trials=60)
+    asked_for = plan(trials=40)
     inner = runner(asked_for, LARGE_AXES)
     undisturbed = go(tmp_path / "undisturbed", asked_for, inner, LARGE_AXES)  # 640 points: TPE proposes
+    start = time.monotonic()
+    go(tmp_path / "timed", asked_for, inner, LARGE_AXES)
+    seconds = time.monotonic() - start
     path = tmp_path / "killed"
     fork = multiprocessing.get_context("fork")  # a process of its own that need not import anything again
     moments = random.Random(int(os.environ.get("BITGEN_KILL_SEED", "0")))
@@ -637,18 +640,18 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     for _ in range(10):
         child = fork.Process(target=go, args=(path, asked_for, Sleepy(inner), LARGE_AXES))
         child.start()
-        child.join(moments.uniform(0.05, 0.35))
-        assert child.is_alive(), "the run must be longer than the kills"
+        child.join(moments.uniform(0.1, 0.5) * seconds)  # even one that knows every answer takes longer
         child.kill()
         child.join()
-        assert child.exitcode == -signal.SIGKILL
+        assert child.exitcode == -signal.SIGKILL, "it was over before it was killed"
         store = RecordStore(path)  # it opens each time
         assert store.skipped <= len(progress)
         progress.append(len(list(store.trials())))
     assert progress == sorted(progress)
-    assert progress[-1] > progress[1]
+    assert progress[-1] > 0
     result = go(path, asked_for, inner, LARGE_AXES)
     assert result.recalled >= progress[-1]
+    assert result.recorded > 0
     assert crowned(result) == crowned(undisturbed)
     assert result.layouts == undisturbed.layouts
     assert result.rows == undisturbed.rows
