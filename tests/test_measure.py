@@ -161,7 +161,8 @@ def test_a_replayed_race_draws_the_same_rounds_for_the_same_seed() -> None:
 
 
 def test_reading_records_imports_no_machinery() -> None:
-    script = "import sys, bitgen.measure; print(sorted({'numpy', 'cffi', 'jinja2', 'filelock'} & set(sys.modules)))"
+    heavy = "{'numpy', 'cffi', 'jinja2', 'filelock'}"
+    script = f"import sys, bitgen.measure; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout == b"[]\n"
 
 
@@ -332,8 +333,9 @@ _SCRIPT = """
 
     def render(spec):
         source = b.render(spec)
-        says_pid = '{{FILE *f = fopen({pid_file!s}, "w"); fprintf(f, "%d", getpid()); fclose(f); for (;;) pause();}}'
-        text = source.text.replace("/*START*/", says_pid).replace("/*PRELUDE*/", "#include <stdio.h>")
+        says_pid = 'FILE *f = fopen({pid_file!s}, "w"); fprintf(f, "%d", getpid()); fclose(f);'
+        text = source.text.replace("/*START*/", says_pid + " for (;;) pause();")
+        text = text.replace("/*PRELUDE*/", "#include <stdio.h>")
         return Source(source.name, text, source.isa, source.prototypes)
 
     toolchain = Toolchain(find_compiler(), cache_dir=Path({cache!r}))
@@ -384,9 +386,8 @@ def test_two_runs_wait_for_each_other_and_say_so(tmp_path: Path) -> None:
     thread = threading.Thread(target=wait_and_take)
     thread.start()
     wait_for(lambda: bool(messages), "the second run says that it waits")
-    assert messages == [
-        f"another bitgen (pid {os.getpid()}) is measuring on this machine; waiting until it is done"
-    ]
+    holder = f"another bitgen (pid {os.getpid()})"
+    assert messages == [f"{holder} is measuring on this machine; waiting until it is done"]
     assert not done.is_set()
     first.release()
     thread.join(30)
