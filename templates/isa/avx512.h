@@ -55,6 +55,31 @@ WORD vb vb_field(vb v, int bits, vb mask) {
 //: vb_lut16
 WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
+//: vb_lut128
+// Eight tables of 16: vpshufb gives 0 for an index below its table (negative) and repeats itself above it, so each
+// table holds what to xor to the one before. The tables are loop invariants and stay in registers.
+WORD vb vb_lut128(const uint8_t *table, vb idx) {
+    const __m512i step = _mm512_set1_epi8(16);
+    __m512i i = _mm512_and_si512(idx.v, _mm512_set1_epi8(127));
+    __m512i before = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    __m512i sum = _mm512_shuffle_epi8(before, i);
+    for (int t = 1; t < 8; ++t) {
+        const __m512i own = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(table + 16 * t)));
+        i = _mm512_sub_epi8(i, step);
+        sum = _mm512_xor_si512(sum, _mm512_shuffle_epi8(_mm512_xor_si512(own, before), i));
+        before = own;
+    }
+    return (vb){sum};
+}
+
+//: vb_avg
+WORD vb vb_avg(vb a, vb b) { return (vb){_mm512_avg_epu8(a.v, b.v)}; }
+
+//: vb_mirror
+WORD vb vb_mirror(vb v, vb s) {
+    return (vb){_mm512_mask_sub_epi8(v.v, _mm512_movepi8_mask(s.v), _mm512_set1_epi8((char)0xaa), v.v)};
+}
+
 //: vb_test
 WORD vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
 

@@ -18,3 +18,9 @@ WORD vb vb_high_bytes(vh a, vh b) {
                                      0x37353331, 0x3f3d3b39, 0x77757371, 0x7f7d7b79);
     return (vb){_mm512_permutex2var_epi8((__m512i)a.v, pick, (__m512i)b.v)};
 }
+
+//: vb_lut128
+// One vpermi2b, which reads the low 7 bits of an index, against 24 instructions.
+WORD vb vb_lut128(const uint8_t *table, vb idx) {
+    return (vb){_mm512_permutex2var_epi8(_mm512_loadu_si512(table), idx.v, _mm512_loadu_si512(table + 64))};
+}

@@ -77,6 +77,27 @@ WORD vb vb_lut16(vb table, vb idx) {
     return r;
 }
 
+//: vb_lut128
+// Look up in 128 bytes of memory: b[i] = table[idx[i] & 127]
+WORD vb vb_lut128(const uint8_t *table, vb idx) {
+    for (int i = 0; i < 64; ++i) idx.b[i] = table[idx.b[i] & 127];
+    return idx;
+}
+
+//: vb_avg
+// b[i] = (a[i] + b[i] + 1) >> 1, without overflow
+WORD vb vb_avg(vb a, vb b) {
+    for (int i = 0; i < 64; ++i) a.b[i] = (uint8_t)((a.b[i] + b.b[i] + 1) >> 1);
+    return a;
+}
+
+//: vb_mirror
+// b[i] = s[i] >= 128 ? 0xaa - v[i] : v[i]; with v four 2-bit codes 0..2, each becomes 2 - code
+WORD vb vb_mirror(vb v, vb s) {
+    for (int i = 0; i < 64; ++i) v.b[i] = s.b[i] & 0x80 ? (uint8_t)(0xaa - v.b[i]) : v.b[i];
+    return v;
+}
+
 //: vb_test
 // m[i] = (v[i] & bits[i]) != 0
 WORD vm vb_test(vb v, vb bits) {

@@ -57,7 +57,8 @@ struct harness_lane {
 
 /* Times `lanes` in `rounds` interleaved rounds. Round r runs the lanes order[r * count .. + count), each for
  * at least min_ns, and puts the nanoseconds of one call into times[r * count + lane]. Ends early when budget_ns
- * is spent. Gives the number of rounds done (at least one), or minus an error code of the host. */
+ * is spent. A repeat in which another process took the processor is made again. Gives the number of rounds done
+ * (at least one), or minus an error code of the host. */
 int64_t harness_bench(int64_t threads, struct harness_lane *lanes, int64_t count, const int32_t *order,
                       int64_t rounds, double min_ns, double budget_ns, double *times,
                       volatile struct harness_progress *progress);
