@@ -64,9 +64,10 @@ def vocabulary(isa_name: str) -> Mapping[str, str]:
     """All words of an ISA level: its parents' first, each replaced by the level's own of the same name."""
     words: dict[str, str] = {}
     for level in isa_named(isa_name).vocabulary:
-        path = templates_dir() / "isa" / f"{level}.h"
-        if path.exists():
-            words.update(parse_vocabulary(path.read_text(encoding="utf-8")))
+        for folder in ("isa", "isa/floats"):
+            path = templates_dir() / folder / f"{level}.h"
+            if path.exists():
+                words.update(parse_vocabulary(path.read_text(encoding="utf-8")))
     return words
 
 

@@ -21,9 +21,10 @@ from bitgen.paths import templates_dir
 from bitgen.render import parse_vocabulary, vocabulary
 from bitgen.target import Isa, Rejected, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import CcBuilder, Prototype, Toolchain, Unit, find_compilers
+from float_words import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
 
 DATA = Path(__file__).parent / "data" / "vocabulary_harness"
-ISA_FILES = sorted((templates_dir() / "isa").glob("*.h"))
+ISA_FILES = sorted((templates_dir() / "isa").rglob("*.h"))
 ISAS = load_isas()
 DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu(), ISAS)}
 # zig is a clang and takes seconds to start; it is used where there is nothing else.
@@ -101,6 +102,7 @@ def zipped(a: Array, b: Array, half: slice) -> Array:
     return np.stack([lanes(a)[:, half], lanes(b)[:, half]], axis=2).reshape(-1)
 
 
+MEANINGS.update(FLOAT_MEANINGS)
 MEANINGS.update(
     prefetch=lambda _p: None,
     vb_load=loaded(np.uint8),
@@ -232,6 +234,7 @@ DOMAINS: dict[tuple[str, str], list[Any]] = {
     ("vh_pairs", "u"): CODES,
     ("vw_dot4", "u"): CODES,
     ("vw_round", "v"): [*ROUNDED, *np.arange(-300, 300, 0.25)],
+    **FLOAT_DOMAINS,
 }
 RANGES: dict[tuple[str, str], range] = {
     ("vb_field", "bits"): range(8),
@@ -240,6 +243,7 @@ RANGES: dict[tuple[str, str], range] = {
     ("vf_load_n", "n"): range(17),
     ("vf_store_n", "n"): range(1, 17),
     ("vw_transpose_lanes", "stride"): range(64, 449, 64),
+    **FLOAT_RANGES,
 }
 EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "prefetch": lambda _: 0,  # so that the address is the forbidden page's
@@ -250,6 +254,7 @@ EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "vf_load_n": lambda args: 4 * args["n"],
     "vf_store_n": lambda args: 4 * args["n"],
     "vw_transpose_lanes": lambda args: 3 * args["stride"] + 64,
+    **FLOAT_EXTENTS,
 }
 
 
@@ -494,7 +499,7 @@ def test_every_level_has_the_words_of_scalar(isa: Isa) -> None:
     assert signatures(isa.name) == SCALAR
 
 
-@pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_file_holds_words_and_no_preprocessor(path: Path) -> None:
     assert path.stem in {isa.name for isa in ISAS}
     text = path.read_text()
@@ -504,7 +509,7 @@ def test_a_file_holds_words_and_no_preprocessor(path: Path) -> None:
     assert directives <= {"include"}, "no #if: what an ISA level has is decided by its file"
 
 
-@pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_comment_names_no_word(path: Path) -> None:
     """The renderer takes every name in a word's text for a use, and would write that word out too."""
     words = set(SCALAR)
