@@ -15,6 +15,7 @@ from typing import Any, Literal
 from bitgen.config import load_strict, load_yaml
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
 from bitgen.paths import configs_dir
+from bitgen.packing import T5_CODES
 from bitgen.render import render_host
 from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.toolchain import Unit
@@ -81,7 +82,7 @@ def library_units(
     rows = feature_rows(arch, features)
     texts = {
         "library": render_host("library.c.j2"),
-        "pack": render_host("pack.c.j2"),
+        "pack": render_host("pack.c.j2", t5_codes=T5_CODES.tolist()),
         "cpu": render_host(f"cpu_{arch}.c.j2", features=rows),
         "cores": render_host(f"cores_{SYSTEMS[system]}.c.j2"),
         "table": render_host("table.c.j2", **table),
