@@ -1,0 +1,186 @@
+"""A whole model in plain numpy, from the formulas: the oracle for the engine, and its stand-in in tests.
+
+Everything is float64 except what is float32 by definition: the input of a BitLinear, which is rounded to
+float32 and quantised as `bitgen.reference` says, and its output. Slow, for small models only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.model.config import ModelConfig
+from bitgen.model.weights import TernaryMatrix, Weights
+from bitgen.reference import quantize_activations, scale_output
+
+Doubles = NDArray[np.float64]
+
+
+def small_config(**changes: Any) -> ModelConfig:
+    """A small model with odd sizes; ``changes`` replace fields."""
+    fields: dict[str, Any] = {
+        "architecture": "bitnet",
+        "hidden": 100,
+        "ffn": 150,
+        "layers": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 26,
+        "vocab": 97,
+        "context": 256,
+        "rope_theta": 10000.0,
+        "activation": "silu",
+        "sub_norms": True,
+        "norm_eps": 1e-5,
+        "tied_head": True,
+    }
+    return ModelConfig(**{**fields, **changes})
+
+
+def rms_norm(x: Doubles, weight: NDArray[np.float32], eps: float) -> Doubles:
+    """x (n, d) -> x / sqrt(mean(x^2) + eps) * weight (d)."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def rope(x: Doubles, positions: NDArray[np.int32], config: ModelConfig) -> Doubles:
+    """x (n, heads, head_dim): the pairs (i, i + head_dim / 2) turned by position * frequency."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-np.arange(half) / half)
+    if config.rope_factors is not None:
+        frequency = frequency / config.rope_factors
+    angle = positions[:, None, None] * frequency  # (n, 1, half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1
+    )
+
+
+def activate(gate: Doubles, up: Doubles, activation: str) -> Doubles:
+    gated = gate / (1 + np.exp(-gate)) if activation == "silu" else np.maximum(gate, 0) ** 2
+    return gated * up
+
+
+@dataclass
+class Step:
+    """One BitLinear as it ran: its quantised input and its exact integers."""
+
+    name: str  # "3.qkv"
+    xq: NDArray[np.int8]  # (n, k)
+    x_scale: NDArray[np.float32]  # (n)
+    acc: NDArray[np.int32]  # (n, m)
+
+
+@dataclass
+class ReferenceEngine:
+    """The engine's interface over the formulas. ``kv`` f32 keeps keys and values as float32, f16 as float16.
+
+    With ``steps`` a list, every BitLinear is appended to it.
+    """
+
+    weights: Weights
+    context: int = 256
+    max_batch: int = 4
+    kv: str = "f32"
+    steps: list[Step] | None = None
+    calls: list[int] = field(default_factory=list)  # tokens of each forward call
+
+    def __post_init__(self) -> None:
+        c = self.weights.config
+        shape = (self.max_batch, c.layers, self.context, c.kv_heads, c.head_dim)
+        dtype = {"f32": np.float32, "f16": np.float16}[self.kv]
+        self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
+        self.lengths = [0] * self.max_batch
+        self._matrices: dict[int, NDArray[np.float64]] = {}
+        self._head = self.weights.output.rows(0, c.vocab).astype(np.float64)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Logits float32 (outputs.sum(), vocab) of the tokens chosen by ``outputs``."""
+        tokens, positions = np.asarray(tokens, np.int32), np.asarray(positions, np.int32)
+        self.calls.append(len(tokens))
+        for token, position, sequence in zip(tokens, positions, sequences, strict=True):
+            assert 0 <= token < self.config.vocab
+            assert position == self.lengths[sequence] < self.context, "positions must continue the sequence"
+            self.lengths[sequence] += 1
+        x = self.weights.embedding.gather(tokens).astype(np.float64)
+        for number in range(self.config.layers):
+            x = self._layer(number, x, positions, sequences)
+        x = rms_norm(x[np.asarray(outputs, bool)], self.weights.final_norm, self.config.norm_eps)
+        return (x @ self._head.T).astype(np.float32)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        assert 0 <= length <= self.lengths[sequence]
+        self.lengths[sequence] = length
+
+    def copy(self, source: int, target: int) -> None:
+        self.keys[target], self.values[target] = self.keys[source], self.values[source]
+        self.lengths[target] = self.lengths[source]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _layer(self, number: int, x: Doubles, positions: Any, sequences: Any) -> Doubles:
+        c, layer, eps = self.config, self.weights.layers[number], self.config.norm_eps
+        n = len(x)
+        qkv = self._linear(f"{number}.qkv", layer.qkv, rms_norm(x, layer.attn_norm, eps))
+        q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
+        q = rope(q.reshape(n, c.heads, c.head_dim), positions, c)
+        k = rope(k.reshape(n, c.kv_heads, c.head_dim), positions, c)
+        self.keys[sequences, number, positions] = k
+        self.values[sequences, number, positions] = v.reshape(n, c.kv_heads, c.head_dim)
+        rows = [self._attend(number, *each) for each in zip(q, positions, sequences, strict=True)]
+        attended = np.stack(rows).reshape(n, c.q_rows)
+        if layer.attn_sub_norm is not None:
+            attended = rms_norm(attended, layer.attn_sub_norm, eps)
+        x = x + self._linear(f"{number}.o", layer.o, attended)
+        gate_up = self._linear(f"{number}.gate_up", layer.gate_up, rms_norm(x, layer.ffn_norm, eps))
+        inner = activate(gate_up[:, : c.ffn], gate_up[:, c.ffn :], c.activation)
+        if layer.ffn_sub_norm is not None:
+            inner = rms_norm(inner, layer.ffn_sub_norm, eps)
+        return x + self._linear(f"{number}.down", layer.down, inner)
+
+    def _attend(self, number: int, q: Doubles, position: int, sequence: int) -> Doubles:
+        """q (heads, head_dim) over the keys and values of positions 0..position -> (heads, head_dim)."""
+        group = self.config.heads // self.config.kv_heads
+        keys = self.keys[sequence, number, : position + 1].astype(np.float64).repeat(group, axis=1)
+        values = self.values[sequence, number, : position + 1].astype(np.float64).repeat(group, axis=1)
+        scores = np.einsum("hd,phd->hp", q, keys) / np.sqrt(self.config.head_dim)
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        return np.einsum("hp,phd->hd", shares, values)
+
+    def _linear(self, name: str, matrix: TernaryMatrix, x: Doubles) -> Doubles:
+        xq, x_scale = quantize_activations(x.astype(np.float32))
+        w = self._matrices.get(id(matrix))
+        if w is None:
+            w = self._matrices[id(matrix)] = matrix.rows(0, matrix.shape.m).astype(np.float64)
+        acc = (xq.astype(np.float64) @ w.T).astype(np.int32)
+        if self.steps is not None:
+            self.steps.append(Step(name, xq, x_scale, acc))
+        return scale_output(acc, x_scale, np.broadcast_to(matrix.scale, (matrix.shape.m,))).astype(np.float64)
+
+
+def logits_of(weights: Weights, ids: Sequence[int], **options: Any) -> NDArray[np.float32]:
+    """Logits float32 (len(ids), vocab) of one text."""
+    n = len(ids)
+    engine = ReferenceEngine(weights, context=n, max_batch=1, **options)
+    return engine.forward(
+        np.asarray(ids, np.int32), np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.ones(n, bool)
+    )
