@@ -116,6 +116,9 @@ MEANINGS.update(
     vf_splat=lambda x: np.full(16, x),
     vb_splat4=lambda p: np.tile(p, 16),
     vb_quad=lambda p: np.tile(p, 4),
+    vb_lut128=lambda p, idx: p[idx & 127],
+    vb_avg=lambda a, b: ((i64(a) + i64(b) + 1) >> 1).astype(np.uint8),
+    vb_mirror=lambda v, s: np.where(s >= 128, np.uint8(0xAA) - v, v),
     vb_and=lambda a, b: a & b,
     vb_add=lambda a, b: wrapped(i64(a) + i64(b), np.uint8),
     vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & mask,
@@ -249,6 +252,7 @@ EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "prefetch": lambda _: 0,  # so that the address is the forbidden page's
     "vb_splat4": lambda _: 4,
     "vb_quad": lambda _: 16,
+    "vb_lut128": lambda _: 128,
     "vw_store_s8": lambda _: 16,
     "vw_store_n": lambda args: 4 * args["n"],
     "vf_load_n": lambda args: 4 * args["n"],
