@@ -77,21 +77,21 @@ WORD vb vb_lut16(vb table, vb idx) {
 //: vb_lut128
 // Eight tables of 16 in 24 instructions: vpshufb gives 0 for an index below its table (negative) and repeats itself
 // above it, so each table holds what to xor to the one before. The tables are loop invariants.
-WORD __m256i lut128_half(const uint8_t *table, __m256i idx) {
-    const __m256i step = _mm256_set1_epi8(16);
-    __m256i i = _mm256_and_si256(idx, _mm256_set1_epi8(127));
+WORD vb vb_lut128(const uint8_t *table, vb idx) {
+    const __m256i step = _mm256_set1_epi8(16), low7 = _mm256_set1_epi8(127);
+    __m256i i = _mm256_and_si256(idx.a, low7), j = _mm256_and_si256(idx.b, low7);
     __m256i before = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
-    __m256i sum = _mm256_shuffle_epi8(before, i);
+    vb sum = {_mm256_shuffle_epi8(before, i), _mm256_shuffle_epi8(before, j)};
     for (int t = 1; t < 8; ++t) {
         const __m256i own = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(table + 16 * t)));
+        const __m256i change = _mm256_xor_si256(own, before);
         i = _mm256_sub_epi8(i, step);
-        sum = _mm256_xor_si256(sum, _mm256_shuffle_epi8(_mm256_xor_si256(own, before), i));
+        j = _mm256_sub_epi8(j, step);
+        sum.a = _mm256_xor_si256(sum.a, _mm256_shuffle_epi8(change, i));
+        sum.b = _mm256_xor_si256(sum.b, _mm256_shuffle_epi8(change, j));
         before = own;
     }
     return sum;
-}
-WORD vb vb_lut128(const uint8_t *table, vb idx) {
-    return (vb){lut128_half(table, idx.a), lut128_half(table, idx.b)};
 }
 
 //: vb_avg
