@@ -226,7 +226,7 @@ class Workbench:
         step = ceil_to(layout.packed_bytes(shape), packed.size)
         copies = -(-self._cold_bytes // step) + 1 if timing.cold else 1
         pool = self._pools.get((layout, shape.k), copies * step, lambda: packed)
-        key = (layout, shape, timing.n)
+        key = (layout.row_block, shape, timing.n)  # of a row block's weights, not of how they are packed
         return _Lane(pool, step, copies, self._kept(key, lambda: _inputs(w, shape, timing.n)))
 
     def _unit(self, layout: Layout, k: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:

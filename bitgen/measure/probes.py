@@ -39,8 +39,8 @@ class ReadPattern:
         return render_probe("read", isa, streams=self.streams, prefetch=self.prefetch)
 
 
-PATTERNS = tuple(ReadPattern(s, p) for s in (1, 2, 4, 8) for p in (0, 1024))
-DEFAULT_PATTERN = ReadPattern(4, 1024)
+PATTERNS = tuple(ReadPattern(s, p) for s in (1, 2, 4, 8) for p in (0, 1024, 4096))
+DEFAULT_PATTERN = ReadPattern(4, 4096)
 
 
 @dataclass(frozen=True)
