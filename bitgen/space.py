@@ -265,7 +265,7 @@ def _panel_axes(isa: Isa, regime: Regime) -> Axes:
 
 
 def _pairs(family: str) -> int:
-    """Chunks that one int16 accumulator takes: 4 fields x 16 x 512 is its bound, of 5 fields 12 chunks fit."""
+    """Chunks that one int16 accumulator takes: 64 additions of 512 fit, 4 a chunk or T5's 5."""
     return 16 if family == "i2s" else 12
 
 
@@ -290,9 +290,10 @@ def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) 
         lambda s: (s.family, s.isa, s.regime) == (family, isa.name, regime.name),
     )
     axes = _axes(family, isa, regime)
+    knobs = {name for algorithm in axes.values() for name in algorithm}
     yield Rule(
         f"it must have all knobs of one of {', '.join(axes)}",
-        lambda s: tuple(name for name, _ in s.schedule) == tuple(axes.get(s.schedule.algorithm, ())),
+        lambda s: tuple(name for name, _ in s.schedule) == tuple(axes.get(s.schedule.algorithm, ("",))),
     )
     yield Rule(
         f"row_block must be one of {', '.join(str(layout.row_block) for layout in layouts)}",
@@ -302,13 +303,15 @@ def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) 
         f"{', '.join(_COUNTS)} must be 1 .. {_COUNT_MAX}",
         lambda s: all(1 <= value <= _COUNT_MAX for name, value in s.schedule if name in _COUNTS),
     )
-    yield Rule("accs must be 1, 2 or 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 4))
+    if "accs" in knobs:
+        yield Rule("accs must be 1, 2 or 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 4))
+    if "mr" in knobs:
+        yield Rule(
+            "mr must be 16, 32, ... 256", lambda s: dict(s.schedule).get("mr", 16) in range(16, 257, 16)
+        )
+    sizes = [name for name in ("widen", "prefetch", "mc", "kc") if name in knobs]
     yield Rule(
-        "mr must be a multiple of 16, at most 256",
-        lambda s: 16 <= dict(s.schedule).get("mr", 16) <= 256 and not dict(s.schedule).get("mr", 16) % 16,
-    )
-    yield Rule(
-        f"widen, prefetch, mc and kc must be 0 .. {_SIZE_MAX}",
+        f"{', '.join(sizes)} must be 0 .. {_SIZE_MAX}",
         lambda s: all(0 <= value <= _SIZE_MAX for _, value in s.schedule),
     )
 
@@ -318,16 +321,16 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
         lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
-    yield Rule(
-        f"accumulators and operands must fit the registers of {isa.name}",
-        lambda s: _registers_used(s, isa) <= block_registers(isa)[1],
-    )
-    if regime is SMALL:
-        yield Rule("nr is at most the 16 tokens of the regime", lambda s: s.schedule["nr"] <= 16)
-    yield Rule(
-        "kc must be 0 (all of k) or a multiple of the family's chunk, below k",
-        lambda s: _kc_fits(s, shape.k),
-    )
+    if isa.name != "scalar":  # its blocks are arrays: the compiler decides
+        yield Rule(
+            f"accumulators and operands must fit the registers of {isa.name}",
+            lambda s: _registers_used(s, isa) <= block_registers(isa)[1],
+        )
+    if FAMILIES[family].looks_up or regime is not N1:
+        yield Rule(
+            "kc must be 0 (all of k) or a multiple of the family's chunk, below k",
+            lambda s: _kc_fits(s, shape.k),
+        )
     if FAMILIES[family].looks_up:
         yield Rule(
             "entries of lookup tables are int16 sums: widen must be at least 1",
@@ -380,8 +383,6 @@ def _registers_used(spec: KernelSpec, isa: Isa) -> int:
     """Accumulators that live across the inner loop, plus the operands of one step."""
     each, _ = block_registers(isa)
     s = dict(spec.schedule)
-    if isa.name == "scalar":
-        return 0  # arrays: the compiler decides
     if spec.schedule.algorithm == "panel":
         rows = s["mr"] // 16
         return each * rows * (s["nr"] + 1) + 1

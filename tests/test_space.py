@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.render import render_kernel
+from bitgen.space import Space, int16_sums, space_for
+from bitgen.spec import (
+    FAMILIES,
+    K_MAX,
+    LARGE,
+    N1,
+    REGIMES,
+    SMALL,
+    KernelSpec,
+    Layout,
+    Regime,
+    Schedule,
+    Shape,
+)
+from bitgen.target import Cpu, Isa, detect_cpu, load_isas
+
+ISAS = {isa.name: isa for isa in load_isas()}
+CPU = detect_cpu()
+SHAPE = Shape(3200, 8640)
+COMBINATIONS = [(f, isa, r) for f in FAMILIES for isa in ISAS.values() for r in REGIMES]
+combinations = pytest.mark.parametrize(
+    ("family", "isa", "regime"), COMBINATIONS, ids=[f"{f}-{isa.name}-{r.name}" for f, isa, r in COMBINATIONS]
+)
+
+
+def space_of(family: str, isa: Isa | str, regime: Regime, shape: Shape = SHAPE, cpu: Cpu = CPU) -> Space:
+    return space_for(family, ISAS[isa] if isinstance(isa, str) else isa, regime, shape, cpu)
+
+
+def changed(spec: KernelSpec, **knobs: int) -> KernelSpec:
+    return replace(spec, schedule=spec.schedule.with_knobs(**knobs))
+
+
+# ---- the points
+
+
+@combinations
+def test_points_are_legal_and_distinct(family: str, isa: Isa, regime: Regime) -> None:
+    space = space_of(family, isa, regime)
+    points = list(space)
+    assert len(points) == len(space) > 1
+    assert len(set(points)) == len(points)
+    assert len({spec.name for spec in points}) == len(points), "two kernels share a C name"
+    assert all(not space.broken(spec) for spec in points)
+    assert set(space.known_good) <= set(points)
+    assert space.default in points
+    assert {spec.layout for spec in points} == set(space.layouts), "a layout without kernels"
+    assert {spec.schedule.algorithm for spec in points} == set(space.algorithms)
+    for spec in points:
+        assert re.fullmatch(r"[a-z_][a-z0-9_]*", spec.name)
+        assert KernelSpec.from_dict(spec.to_dict()) == spec
+        assert spec.shape is None
+
+
+@combinations
+def test_every_layout_has_a_kernel_for_every_regime(family: str, isa: Isa, regime: Regime) -> None:
+    """A layout is chosen before schedules: each must be readable in all regimes, at every shape."""
+    for shape in (Shape(1, 1), Shape(530, 97), Shape(3200, K_MAX)):
+        points = space_of(family, isa, regime, shape).points
+        assert {spec.layout.row_block for spec in points} == {16, 32}
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(1, 1 << 31), k=st.one_of(st.integers(1, 300), st.integers(1, K_MAX)))
+def test_every_shape_has_a_default(m: int, k: int) -> None:
+    for family, isa, regime in COMBINATIONS:
+        space = space_of(family, isa, regime, Shape(m, k))
+        assert not space.broken(space.default)
+        assert space.default in space.known_good
+
+
+@pytest.mark.parametrize("name", ["nehalem", "zen", "zen4", "sapphirerapids", "skylake_avx512", "zen5_guest"])
+def test_every_cpu_has_a_default(name: str, recorded_cpu: Callable[[str], Cpu]) -> None:
+    cpu = recorded_cpu(name)
+    for family, isa, regime in COMBINATIONS:
+        for shape in (Shape(1, 1), Shape(17, 127), SHAPE, Shape(1, K_MAX)):
+            assert space_of(family, isa, regime, shape, cpu).default
+
+
+def test_a_cpu_of_unknown_caches_has_a_default() -> None:
+    cpu = replace(CPU, caches=())
+    for family, isa, regime in COMBINATIONS:
+        for shape in (Shape(1, 1), SHAPE, Shape(1, K_MAX)):
+            assert space_of(family, isa, regime, shape, cpu).default
+
+
+def test_the_presets_of_bitnet_cpp_are_tried() -> None:
+    """BM x BK cache blocks with bm rows in registers, for the lookup families at n = 1."""
+    for family in ("tl1", "tl2"):
+        blocks = {
+            (spec.schedule["mc"], spec.schedule["kc"]) for spec in space_of(family, "avx2", N1).known_good
+        }
+        assert {(160, 96), (320, 96), (320, 192)} & blocks
+
+
+def test_the_same_space_every_time() -> None:
+    for family, isa, regime in COMBINATIONS:
+        assert space_of(family, isa, regime).points == space_of(family, isa, regime).points
+
+
+# ---- the rules
+
+
+def one(
+    family: str, isa: str, regime: Regime, algorithm: str, shape: Shape = SHAPE
+) -> tuple[Space, KernelSpec]:
+    """A space and its first point of an algorithm, in the narrow layout."""
+    space = space_of(family, isa, regime, shape)
+    points = (spec for spec in space if spec.schedule.algorithm == algorithm and spec.layout.row_block == 16)
+    return space, next(points)
+
+
+BREAKING = [
+    ("i2s", "avx2", N1, "direct", {"widen": 17}, "int16 partial sums"),
+    ("i2s", "avx2", N1, "direct", {"accs": 2, "widen": 9}, "int16 partial sums"),
+    ("i2s", "avx2", N1, "direct", {"accs": 4, "widen": 2}, "int16 partial sums"),
+    ("i2s", "avx2", LARGE, "panel", {"widen": 65}, "int16 partial sums"),
+    ("tl1", "avx512", N1, "direct", {"widen": 64}, "int16 partial sums"),
+    ("tl2", "avx512", N1, "direct", {"widen": 22}, "int16 partial sums"),
+    ("tl1", "avx512", N1, "direct", {"widen": 0}, "widen must be at least 1"),
+    ("tl2", "avx512_vbmi", SMALL, "direct", {"widen": 0}, "widen must be at least 1"),
+    ("i2s", "avx2", SMALL, "direct", {"nr": 16}, "registers of avx2"),
+    ("i2s", "avx512_vnni", SMALL, "direct", {"streams": 8, "nr": 8}, "registers of avx512_vnni"),
+    ("i2s", "avx512_vnni", LARGE, "panel", {"mr": 128, "mc": 128, "nr": 12}, "registers of avx512_vnni"),
+    ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 17}, "kc must be 0"),
+    ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 8640}, "kc must be 0"),
+    ("tl2", "avx512", N1, "direct", {"mc": 128, "kc": 64}, "kc must be 0"),
+    ("tl1", "avx512", N1, "direct", {"mc": 128, "kc": 0}, "give both, or neither"),
+    ("tl1", "avx512", N1, "direct", {"mc": 0, "kc": 960}, "give both, or neither"),
+    (
+        "tl1",
+        "avx512",
+        N1,
+        "direct",
+        {"streams": 4, "mc": 160, "kc": 96},
+        "multiple of the rows walked at once",
+    ),
+    ("i2s", "avx512", LARGE, "panel", {"mr": 64, "mc": 96}, "multiple of mr"),
+    ("i2s", "avx512", LARGE, "panel", {"mr": 32, "mc": 0, "kc": 0}, "mc must be at least 16"),
+    ("i2s", "avx512", LARGE, "panel", {"mc": 1 << 18, "kc": 960}, "quarter of the L2 cache"),
+    ("i2s", "avx512", N1, "direct", {"streams": 0}, "must be 1 .. 16"),
+    ("i2s", "avx512", N1, "direct", {"streams": -1}, "must be 1 .. 16"),
+    ("i2s", "scalar", N1, "direct", {"streams": 17}, "must be 1 .. 16"),
+    ("tl1", "avx512", N1, "direct", {"unroll": 0}, "must be 1 .. 16"),
+    ("tl1", "avx512", N1, "direct", {"unroll": 10**9}, "must be 1 .. 16"),
+    ("i2s", "avx512", SMALL, "direct", {"nr": 17}, "must be 1 .. 16"),
+    ("i2s", "avx512", N1, "direct", {"nr": 0}, "must be 1 .. 16"),
+    ("i2s", "avx512", N1, "direct", {"accs": 3}, "accs must be 1, 2 or 4"),
+    ("i2s", "avx512", N1, "direct", {"accs": 0}, "accs must be 1, 2 or 4"),
+    ("i2s", "avx512", LARGE, "panel", {"mr": 24}, "mr must be 16, 32, ... 256"),
+    ("i2s", "avx512", LARGE, "panel", {"mr": 0}, "mr must be 16, 32, ... 256"),
+    ("i2s", "avx512", LARGE, "panel", {"mr": 512, "mc": 512}, "mr must be 16, 32, ... 256"),
+    ("i2s", "avx512", N1, "direct", {"prefetch": -64}, "must be 0 .. "),
+    ("i2s", "avx512", N1, "direct", {"prefetch": 10**12}, "must be 0 .. "),
+    ("tl1", "avx512", N1, "direct", {"widen": -1}, "must be 0 .. "),
+]
+
+
+@pytest.mark.parametrize(("family", "isa", "regime", "algorithm", "knobs", "told"), BREAKING)
+def test_a_broken_rule_is_quoted(
+    family: str, isa: str, regime: Regime, algorithm: str, knobs: dict[str, int], told: str
+) -> None:
+    space, legal = one(family, isa, regime, algorithm)
+    assert not space.broken(legal)
+    bad = changed(legal, **knobs)
+    assert any(told in rule.text for rule in space.broken(bad)), [r.text for r in space.broken(bad)]
+    with pytest.raises(BitgenError, match=re.escape(told)) as caught:
+        space.check(bad)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert bad.schedule.name in caught.value.message
+    assert bad not in space.points
+
+
+def test_all_broken_rules_are_quoted_together() -> None:
+    space, legal = one("tl2", "avx512", N1, "direct")
+    with pytest.raises(BitgenError, match=r"int16 partial sums.*; .*kc must be 0.*; .*both, or neither"):
+        space.check(changed(legal, widen=40, kc=50))
+
+
+def test_foreign_specs_are_not_legal() -> None:
+    space = space_of("i2s", "avx512", N1)
+    spec = space.default
+    for other in (
+        replace(spec, isa="avx2"),
+        replace(spec, regime="small"),
+        replace(spec, layout=Layout("i2s", 48)),
+        replace(spec, family="tl1", layout=Layout("tl1", 16)),
+        replace(spec, schedule=Schedule("outer", spec.schedule.knobs)),
+        replace(spec, schedule=Schedule("direct", spec.schedule.knobs[:-1])),
+        replace(spec, schedule=Schedule("direct", (*spec.schedule.knobs, ("tile", 3)))),
+    ):
+        assert space.broken(other)
+
+
+def mutants(spec: KernelSpec) -> Iterator[KernelSpec]:
+    """Specs near a legal one, most of them wrong."""
+    values = (-1, 0, 1, 3, 16, 24, 64, 66, 960, 1 << 19, 1 << 21)
+    for name, _ in spec.schedule:
+        for value in values:
+            yield changed(spec, **{name: value})
+    knobs = dict(spec.schedule)
+    if "mr" in knobs:
+        yield changed(spec, mr=256, mc=256, nr=16)
+        yield changed(spec, mc=1 << 18, mr=16)
+    if "streams" in knobs:
+        yield changed(spec, streams=16, nr=16)
+    yield replace(spec, layout=Layout(spec.family, 64))
+    yield replace(spec, isa="none")
+    yield replace(spec, schedule=Schedule("none", ()))
+
+
+@combinations
+def test_every_rule_can_be_broken(family: str, isa: Isa, regime: Regime) -> None:
+    """A rule that nothing breaks is no rule."""
+    space = space_of(family, isa, regime)
+    broken = {
+        rule.text for spec in space.known_good for mutant in mutants(spec) for rule in space.broken(mutant)
+    }
+    assert broken == {rule.text for rule in (*space.bounds, *space.rules)}
+
+
+# ---- the accumulator bound, computed again from the definitions of the families
+
+
+def extremes(values: Iterator[int]) -> tuple[int, int]:
+    found = list(values)
+    return min(found), max(found)
+
+
+def pair_extremes(scale: int) -> tuple[int, int]:
+    """Two products of codes 0, 1, 2 in place and activations."""
+    codes, xs = (0, scale, 2 * scale), (-128, 0, 127)
+    return extremes(a * x + b * y for a, b, x, y in product(codes, codes, xs, xs))
+
+
+def entry_extremes(g: int, mirrored: bool) -> tuple[int, int]:
+    """Sums of g activations with signs; a mirrored table holds v >= 0 and flips all bits for v < 0."""
+    xs, signs = (-128, 0, 127), (-1, 0, 1)
+    sums = []
+    for w in product(signs, repeat=g):
+        first = next((sign for sign in w if sign), 0)
+        for x in product(xs, repeat=g):
+            entry = sum(a * b for a, b in zip(w, x, strict=True))
+            sums.append(~-entry if mirrored and first < 0 else entry)
+    return min(sums), max(sums)
+
+
+def lane_extremes(spec: KernelSpec) -> tuple[int, int]:
+    """The least and largest sum in any int16 lane between two widenings."""
+    family, s = FAMILIES[spec.family], dict(spec.schedule)
+    if spec.schedule.algorithm == "panel":
+        low, high = pair_extremes(1)
+        return s["widen"] * low, s["widen"] * high
+    if family.table_bytes:
+        # 16 rows of a chunk in four lanes: each lane of a row takes a quarter of the chunk's groups
+        low, high = entry_extremes(family.g, family.name == "tl2")
+        adds = s["widen"] * family.k_chunk // family.g // 4
+        return adds * low, adds * high
+    # Every field is one addition a chunk. Field f is masked in place, shifted so that scales stay below
+    # 4^accs; a fifth field stands where the fourth does.
+    totals = dict.fromkeys(range(s["accs"]), (0, 0))
+    for f in range(family.k_chunk // 4):
+        a = s["accs"] - 1 if f == 4 else f % s["accs"]
+        low, high = pair_extremes(4**a)
+        totals[a] = (totals[a][0] + s["widen"] * low, totals[a][1] + s["widen"] * high)
+    return min(low for low, _ in totals.values()), max(high for _, high in totals.values())
+
+
+@combinations
+def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Regime) -> None:
+    counted = 0
+    for shape in (SHAPE, Shape(8640, 3200), Shape(530, 97)):
+        for spec in space_of(family, isa, regime, shape):
+            if not dict(spec.schedule)["widen"]:
+                assert int16_sums(spec) is None
+                continue
+            low, high = lane_extremes(spec)
+            assert low >= -32768, spec
+            assert high <= 32767, spec
+            counted += 1
+    needs = FAMILIES[family].table_bytes or isa.name == "scalar" or not isa.native_dot4
+    assert counted or not needs or regime is LARGE, "nothing was counted"
+
+
+@pytest.mark.parametrize(
+    ("family", "isa", "regime", "algorithm", "accs", "most"),
+    [
+        ("i2s", "avx2", N1, "direct", 1, 16),
+        ("i2s", "avx2", N1, "direct", 2, 8),
+        ("i2s", "avx2", N1, "direct", 4, 1),
+        ("i2s", "avx2", LARGE, "panel", None, 64),
+        ("tl1", "avx2", N1, "direct", None, 63),
+        ("tl2", "avx2", N1, "direct", None, 21),
+        ("tl2", "avx2", LARGE, "panel", None, 64),
+        ("t5", "avx2", N1, "direct", 1, 12),
+    ],
+)
+def test_the_rule_allows_exactly_what_fits(
+    family: str, isa: str, regime: Regime, algorithm: str, accs: int | None, most: int
+) -> None:
+    space, legal = one(family, isa, regime, algorithm)
+    spec = changed(legal, **({"accs": accs} if accs else {}))
+    for widen in range(1, 70):
+        candidate = changed(spec, widen=widen)
+        low, high = lane_extremes(candidate)
+        fits = low >= -32768 and high <= 32767
+        assert fits == (widen <= most)
+        assert fits != any("int16" in rule.text for rule in space.broken(candidate)), widen
+
+
+CONFIGURATIONS = {
+    (
+        spec.family,
+        spec.schedule.algorithm,
+        tuple((n, v) for n, v in spec.schedule if n in ("accs", "widen")),
+    ): spec
+    for family, isa, regime in COMBINATIONS
+    for spec in space_of(family, isa, regime)
+    if spec.schedule["widen"] and spec.schedule["unroll"] == 1
+}
+
+
+@pytest.mark.parametrize(
+    "spec", CONFIGURATIONS.values(), ids=lambda spec: f"{spec.family}-{spec.schedule.name}"
+)
+def test_the_text_adds_as_often_as_the_bound_assumes(spec: KernelSpec) -> None:
+    """Count the int16 additions of a turn of the inner loop in the C text itself."""
+    text = render_kernel(spec).text
+    tile = text[text.index("static void tile") :]
+    body = tile[: tile.index("\n}\n")]
+    found = re.findall(r"\b((?:h|lo)0_0(?:_\d)?) = vh_add\(\1,", body)
+    most = max(found.count(name) for name in set(found))
+    sums = int16_sums(spec)
+    assert sums is not None
+    assert sums.additions == most * spec.schedule["widen"]
+
+
+@combinations
+def test_int32_sums_fit_for_the_largest_k(family: str, isa: Isa, regime: Regime) -> None:
+    f = FAMILIES[family]
+    for spec in space_of(family, isa, regime):
+        accs = dict(spec.schedule).get("accs", 1)
+        fields = f.k_chunk // 4
+        for a in range(accs):
+            mine = sum((accs - 1 if i == 4 else i % accs) == a for i in range(fields)) if accs > 1 else fields
+            scale = 4**a if accs > 1 else 1
+            assert -K_MAX * mine // fields * 2 * scale * 128 >= -(2**31)
+            assert K_MAX * mine // fields * 2 * scale * 127 < 2**31
+
+
+# ---- what there is not
+
+
+def test_unknown_family() -> None:
+    with pytest.raises(BitgenError, match="unknown family 'tl3'; there are i2s, tl1, tl2"):
+        space_of("tl3", "avx2", N1)
+
+
+def test_a_missing_algorithm_names_those_there_are() -> None:
+    with pytest.raises(BitgenError, match="I2_S for large has no algorithm 'direct'; it has panel"):
+        space_of("i2s", "avx2", LARGE).knobs("direct")
+    with pytest.raises(BitgenError, match="TL1 for n1 has no algorithm 'panel'; it has direct"):
+        space_of("tl1", "avx2", N1).make("panel", Layout("tl1", 16), {})
+
+
+def test_make_refuses_unknown_and_missing_knobs() -> None:
+    space = space_of("i2s", "avx2", N1)
+    values = dict(space.default.schedule)
+    with pytest.raises(BitgenError, match="direct has no knob tile; it has streams, nr"):
+        space.make("direct", Layout("i2s", 16), {**values, "tile": 3})
+    with pytest.raises(BitgenError, match="direct needs a value for accs, nr"):
+        space.make("direct", Layout("i2s", 16), {n: v for n, v in values.items() if n not in ("accs", "nr")})
+    with pytest.raises(BitgenError, match="tl1_r16 is not a layout of i2s"):
+        space.make("direct", Layout("tl1", 16), values)
+
+
+def test_widen_is_offered_only_where_it_can_help() -> None:
+    """A dot instruction adds to int32 by itself; without one, int16 sums are shorter."""
+    for family, isa, regime in COMBINATIONS:
+        for spec in space_of(family, isa, regime):
+            lookup = FAMILIES[family].table_bytes and spec.schedule.algorithm == "direct"
+            if isa.native_dot4 and not lookup:
+                assert spec.schedule["widen"] == 0
+            elif isa.name != "scalar":
+                assert spec.schedule["widen"] > 0
