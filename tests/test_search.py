@@ -405,20 +405,33 @@ def test_candidates_are_measured_against_the_default_where_calls_are_short(tmp_p
 
 def test_interleaving_cancels_a_slow_moment(tmp_path: Path) -> None:
     only = plan(families=("i2s",), regimes=("n1",), targets=plan().targets[:1])
+    best = min(Grid("i2s", SCALAR, "n1", SMALL_AXES), key=lambda s: true_ns(s, WIDE, 1))
 
-    class Drifting(CountingRunner):
+    class Unlucky(CountingRunner):
         def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
             for job in jobs:
-                slow = 1 + 0.02 * len(self.jobs)  # the machine gets slower and slower
-                self.jobs.append(job)
+                slow = 3.0 if job.spec == best else 1.0  # just then the machine is busy with something else
                 own = [true_ns(job.spec, job.shape, 1) * slow] * 5
                 against = [true_ns(job.against, job.shape, 1) * slow] * 5 if job.against else []
                 yield Measurement.of(job, Status.OK, "", own, against)
 
-    drifting = Drifting(runner(only, noise=0.0))
-    go(tmp_path / "r", only, drifting)
-    best = min(Grid("i2s", SCALAR, "n1", SMALL_AXES), key=lambda s: true_ns(s, WIDE, 1))
-    assert drifting.races[0][0] == best  # finalists line up by what the search found
+    unlucky = Unlucky(runner(only, noise=0.0))
+    go(tmp_path / "r", only, unlucky)
+    assert unlucky.races[0][0] == best  # finalists line up by what the search found
+
+
+def test_the_fastest_of_each_family_race_with_the_best_of_each_layout_and_the_default(tmp_path: Path) -> None:
+    counting = CountingRunner(runner(plan(), noise=0.0))
+    go(tmp_path / "r", plan(), counting)
+    for family in ("i2s", "tl1"):
+        grid = Grid(family, SCALAR, "n1", SMALL_AXES)
+        ranked = sorted(grid, key=lambda s: true_ns(s, WIDE, 1))
+        expected = {*ranked[: CONFIG.regimes["n1"].finalists], grid.default}
+        expected |= {next(s for s in ranked if s.layout == layout) for layout in grid.layouts}
+        raced = [s for s in counting.races[0] if s.family == family]
+        assert {grid.default} <= set(raced)
+        # Some points are equally fast, and any of them may stand for the others.
+        assert sorted(true_ns(s, WIDE, 1) for s in raced) == sorted(true_ns(s, WIDE, 1) for s in expected)
 
 
 # ---- races and choices ----

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
 import resource
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +165,18 @@ def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:
         assert writer.exitcode == 0
     assert len(path.read_text().splitlines()) == 60
     assert RecordStore(path).skipped == 0
+
+
+def test_a_writer_waits_for_the_one_before(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r.jsonl")
+    with (tmp_path / "r.jsonl").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer = threading.Thread(target=store.append, args=(trial(),))
+        writer.start()
+        writer.join(0.1)
+        assert (tmp_path / "r.jsonl").stat().st_size == 0
+    writer.join()
+    assert len(list(RecordStore(store.path).trials())) == 1
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_record_loses_only_that_record(tmp_path: Path) -> None:
