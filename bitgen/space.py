@@ -348,7 +348,7 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
             ),
         )
     if regime is not N1:
-        yield Rule("mc must be a multiple of mr and of the row block", _panel_rows_divide)
+        yield Rule("mc of a panel must be a multiple of mr and of the row block, not 0", _panel_rows_divide)
         yield Rule(
             f"a panel of mc x kc bytes must leave a quarter of the L2 cache free ({cpu.l2_bytes} bytes)",
             lambda s: s.schedule.algorithm != "panel" or _panel_bytes(s, shape.k) <= cpu.l2_bytes * 3 // 4,
@@ -364,7 +364,7 @@ def _panel_rows_divide(spec: KernelSpec) -> bool:
     if spec.schedule.algorithm != "panel":
         return True
     s = dict(spec.schedule)
-    return s["mc"] % s["mr"] == 0 and s["mc"] % spec.layout.row_block == 0
+    return s["mc"] > 0 and s["mc"] % s["mr"] == 0 and s["mc"] % spec.layout.row_block == 0
 
 
 def _panel_bytes(spec: KernelSpec, k: int) -> int:
