@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from bitgen.config import load_strict, load_yaml
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
-from bitgen.paths import configs_dir
 from bitgen.packing import T5_CODES
+from bitgen.paths import configs_dir
 from bitgen.render import render_host
 from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.toolchain import Unit

@@ -15,9 +15,10 @@ target's ISA level with default schedules and portable ones: every shape is serv
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,6 @@ from bitgen.bundle import (
     KernelEntry,
     Manifest,
     is_bundle,
-    read_bundle,
     sha256_of,
 )
 from bitgen.errors import EXIT_FAILURE, EXIT_FILE, BitgenError
@@ -411,16 +411,26 @@ def _execute(folder: Path) -> None:
 
 def _move(made: Path, folder: Path, replaced: Path) -> None:
     """Put the finished folder in its place; programs that have the old library open keep it."""
-    if folder.exists():
-        folder.rename(replaced)
+    with _one_at_a_time(folder.parent):
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            made.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes that put bundles into ``folder`` take turns. The lock is on the folder: no file is left."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        made.rename(folder)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(folder)
-        raise
-    with contextlib.suppress(OSError):
-        shutil.rmtree(replaced)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
-__all__ = ["Contents", "KernelChoice", "Target", "choose_contents", "read_bundle", "write_library"]
+__all__ = ["Contents", "KernelChoice", "Target", "choose_contents", "write_library"]

@@ -16,18 +16,18 @@ import pytest
 import yaml
 
 from bitgen.errors import BitgenError
-from bitgen.host import ARCHS, feature_rows, host_headers, host_unit, run_units
+from bitgen.host import ARCHS, feature_rows, host_headers, host_unit, library_units, run_units
 from bitgen.packing import pack
 from bitgen.paths import configs_dir
 from bitgen.reference import linear, ternary_matmul
 from bitgen.render import render_host
-from bitgen.spec import Layout, Shape, x_stride
+from bitgen.spec import FAMILIES, Family, Layout, Shape, x_stride
 from bitgen.target import detect_cpu
-from bitgen.toolchain import CcBuilder, Prototype, Toolchain, Unit, find_compiler
+from bitgen.toolchain import CcBuilder, Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
 
 DRIVER = Path(__file__).parent / "data" / "host" / "driver.c"
 LAYOUT = Layout("i2s", 16)
-NOT_FINITE, BUSY, FORKED = 11, 12, 13
+NOT_TERNARY, NOT_FINITE, BUSY, FORKED = 10, 11, 12, 13
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,70 @@ def test_every_item_of_a_loop_runs_once(driver: Any, threads: int) -> None:
     assert driver.lib.test_pool(threads, 100, 1, 10, 1_000_000) == 0
 
 
+PACK_TEST = """
+int32_t test_pack(const char *family, int32_t row_block, int32_t k_chunk, int32_t chunk_bytes,
+                  int32_t trailer_bytes, const int8_t *w, int64_t m, int64_t k, uint8_t *blocks)
+{
+    const struct bitgen_layout layout = {family, row_block, k_chunk, chunk_bytes, trailer_bytes};
+    struct bitgen_pool *pool;
+    if (bitgen_pool_create(&pool, 2)) return -1;
+    int32_t code = bitgen_pack_layout(pool, &layout, w, m, k, blocks);
+    bitgen_pool_destroy(pool);
+    return code;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def packer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    units = {unit.name: unit for unit in library_units(detect_cpu().arch, "Linux", (), EMPTY_TABLE)}
+    prototype = PACK_TEST.partition("{")[0].strip()
+    text = f"{units['pack'].text}\n{prototype};\n{PACK_TEST}"
+    tested = replace(units["pack"], text=text, functions=(Prototype.parse(prototype),), flags=())
+    toolchain = Toolchain(find_compiler(), cache_dir=tmp_path_factory.mktemp("cache"), werror=True)
+    return CcBuilder(toolchain).build([units["pool"], tested])
+
+
+EMPTY_TABLE = {"version": "", "prototypes": (), "layouts": (), "isas": (), "kernels": (), "entries": ()}
+
+
+@pytest.mark.parametrize("row_block", [16, 32, 48])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_is_packed_as_numpy_packs_it(packer: Any, family: str, row_block: int) -> None:
+    layout, facts = Layout(family, row_block), FAMILIES[family]
+    rng = np.random.default_rng(3)
+    for m, k in ((1, 1), (16, 48), (33, 95), (64, 240), (100, 503), (7, 960)):
+        w = rng.integers(-1, 2, (m, k), dtype=np.int8)
+        expected = pack(layout, w)
+        code, blocks = c_pack(packer, layout, facts, w)
+        assert code == 0
+        assert np.array_equal(blocks, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_that_is_not_ternary_is_found(packer: Any, family: str) -> None:
+    layout, facts = Layout(family, 16), FAMILIES[family]
+    for value in [v for v in range(-128, 128) if abs(v) > 1]:
+        w = np.zeros((17, 50), np.int8)
+        w[value % 17, value % 50] = value
+        assert c_pack(packer, layout, facts, w)[0] == NOT_TERNARY, value
+
+
+def c_pack(packer: Any, layout: Layout, facts: Family, w: np.ndarray) -> tuple[int, np.ndarray]:
+    blocks = np.full(layout.packed_bytes(Shape(*w.shape)), 0xA5, np.uint8)
+    code = packer.lib.test_pack(
+        packer.ffi.new("char[]", facts.name.encode()),
+        layout.row_block,
+        facts.k_chunk,
+        facts.chunk_bytes,
+        facts.trailer_bytes,
+        packer.ffi.from_buffer("int8_t[]", w),
+        *w.shape,
+        packer.ffi.from_buffer("uint8_t[]", blocks),
+    )
+    return code, blocks
+
+
 def test_row_strides_are_those_of_the_spec(driver: Any) -> None:
     for k in (1, 17, 18, 2001, 2002, 2048, 6144, 8640, 12288, 262144):
         assert driver.lib.test_x_stride(k) == x_stride(k)
@@ -254,6 +318,18 @@ def run_program(folder: Path, units: list[Unit], *flags: str) -> str:
         )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("compiler", find_compilers(), ids=lambda compiler: compiler.kind)
+def test_host_code_compiles_without_a_warning(compiler: Compiler, tmp_path: Path) -> None:
+    cpu = detect_cpu()
+    units = library_units(
+        cpu.arch, cpu.os, (), EMPTY_TABLE
+    )  # tests/test_library.py compiles a table with rows
+    units = tuple(unit for unit in units if unit.name != "table")
+    toolchain = Toolchain(compiler, cache_dir=tmp_path, werror=True, extra_flags=("-Wpedantic", "-Wshadow"))
+    for result in toolchain.compile_objects(units):
+        assert isinstance(result, Path), result
 
 
 def test_an_unknown_architecture_is_named() -> None:
