@@ -149,7 +149,7 @@ BREAKING = [
         "multiple of the rows walked at once",
     ),
     ("i2s", "avx512", LARGE, "panel", {"mr": 64, "mc": 96}, "multiple of mr"),
-    ("i2s", "avx512", LARGE, "panel", {"mr": 32, "mc": 0, "kc": 0}, "mc must be at least 16"),
+    ("i2s", "avx512", LARGE, "panel", {"mr": 32, "mc": 0, "kc": 0}, "multiple of mr"),
     ("i2s", "avx512", LARGE, "panel", {"mc": 1 << 18, "kc": 960}, "quarter of the L2 cache"),
     ("i2s", "avx512", N1, "direct", {"streams": 0}, "must be 1 .. 16"),
     ("i2s", "avx512", N1, "direct", {"streams": -1}, "must be 1 .. 16"),
