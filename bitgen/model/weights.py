@@ -57,6 +57,10 @@ class TernaryMatrix:
             return np.empty((0, self.shape.k), np.int8)
         return self.decode(begin, end)
 
+    def scaled(self, factor: Floats) -> TernaryMatrix:
+        """The matrix times ``factor``, float32 (1,)."""
+        return TernaryMatrix(self.name, self.shape, self.decode, lambda: self.scale * factor)
+
     def reordered(self, order: NDArray[np.int64]) -> TernaryMatrix:
         """Row i of the result is row order[i]. Cheap where ``order`` moves rows only a short way."""
         if sorted(order.tolist()) != list(range(self.shape.m)):
@@ -120,7 +124,8 @@ class DenseMatrix:
 
     def row(self, i: int) -> Floats:
         """Row i, float32 (cols), dequantised exactly."""
-        return self.rows(i, i + 1)[0]
+        values: Floats = self.rows(i, i + 1)[0]
+        return values
 
     def rows(self, begin: int, end: int) -> Floats:
         """Rows [begin, end), float32 (end - begin, cols), dequantised exactly."""

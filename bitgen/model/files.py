@@ -1,0 +1,120 @@
+"""Open a model file, whatever it is: one GGUF file, or a folder as Hugging Face lays it out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.model.config import ModelConfig, TokenizerData
+from bitgen.model.weights import Weights
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cache made from a file is kept under: another or a changed file has another fingerprint."""
+
+    size: int  # bytes, of all files
+    mtime_ns: int  # the latest
+    header: str  # hexadecimal SHA-256 of all headers
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits, for file names."""
+        return hashlib.sha256(f"{self.size} {self.mtime_ns} {self.header}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor as the file stores it, for `bitgen inspect`."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    size: int | None  # bytes
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model on disk. Opening checks its structure; values are read when they are asked for."""
+
+    path: Path
+    container: str  # "gguf" or "safetensors"
+    config: ModelConfig
+    weights: Weights
+    metadata: Mapping[str, Any]  # of the GGUF file, or config.json
+    tensors: tuple[TensorSummary, ...]
+    fingerprint: Fingerprint
+    read_tokenizer: Any = field(repr=False)  # () -> TokenizerData
+
+    @cached_property
+    def tokenizer_data(self) -> TokenizerData:
+        """BitgenError (EXIT_FILE) when the tokenizer's data is missing or damaged."""
+        data: TokenizerData = self.read_tokenizer()
+        return data
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Open a .gguf file, a folder with config.json and safetensors, or a folder with one .gguf file.
+
+    A .safetensors file stands for its folder. BitgenError (EXIT_FILE) when there is no model, when it is
+    damaged, or when it is of a kind that bitgen does not run.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        if (file / "config.json").is_file():
+            return _open_folder(file)
+        found = sorted(file.glob("*.gguf"))
+        if len(found) != 1:
+            what = (
+                "no model: neither config.json nor a .gguf file"
+                if not found
+                else f"{len(found)} .gguf files: name one"
+            )
+            raise BitgenError(f"the folder {file} holds {what}", EXIT_FILE)
+        file = found[0]
+    if file.suffix == ".safetensors" and (file.parent / "config.json").is_file():
+        return _open_folder(file.parent)
+    return _open_gguf(file)
+
+
+def fingerprint_of(paths: list[Path], headers: list[Any]) -> Fingerprint:
+    """``headers``: the bytes that describe the content of each file, bytes-like."""
+    try:
+        stats = [path.stat() for path in paths]
+    except OSError as error:
+        raise BitgenError(f"cannot read {error.filename}: {error.strerror or error}", EXIT_FILE) from error
+    digest = hashlib.sha256()
+    for header in headers:
+        digest.update(len(header).to_bytes(8, "little"))
+        digest.update(header)
+    return Fingerprint(sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), digest.hexdigest())
+
+
+def _open_gguf(path: Path) -> ModelFile:
+    from bitgen.model.gguf_model import gguf_tokenizer, read_gguf_model, type_name
+
+    file, config, weights = read_gguf_model(path)
+    return ModelFile(
+        path=path,
+        container="gguf",
+        config=config,
+        weights=weights,
+        metadata=file.metadata,
+        tensors=tuple(
+            TensorSummary(t.name, type_name(file, t), t.shape, t.size) for t in file.tensors.values()
+        ),
+        fingerprint=fingerprint_of([path], [file.data[: file.header_bytes].data]),
+        read_tokenizer=lambda: gguf_tokenizer(file),
+    )
+
+
+def _open_folder(folder: Path) -> ModelFile:
+    from bitgen.model.hf import open_folder
+
+    return open_folder(folder)
