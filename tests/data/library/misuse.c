@@ -180,6 +180,11 @@ static void check_packing(bitgen_context *ctx, struct buffer *packed, size_t byt
     }
     w[M * K - 1] = 0;
     CHECK(bitgen_pack(ctx, w, M, K, packed->data, bytes) == BITGEN_OK);
+    w[0] = 2; /* what was packed before must not be taken for the result of a failed call */
+    CHECK(bitgen_pack(ctx, w, M, K, packed->data, bytes) == BITGEN_ERROR_NOT_TERNARY);
+    CHECK(bitgen_check_packed(ctx, packed->data, bytes, M, K) == BITGEN_ERROR_NOT_PACKED);
+    w[0] = 0;
+    CHECK(bitgen_pack(ctx, w, M, K, packed->data, bytes) == BITGEN_OK);
     CHECK(intact(packed));
 }
 
@@ -213,9 +218,20 @@ static void check_headers(bitgen_context *ctx, const struct buffer *packed)
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_SHAPE);
     h = right, h.m = -5;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
+    h = right, h.m = 0, h.bytes = sizeof h;
+    CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     h = right, h.bytes += 64;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     CHECK(with_header(ctx, packed, &right) == BITGEN_OK);
+    int32_t index;
+    size_t bytes = 0;
+    struct buffer huge = make(sizeof h, 64, 0); /* n x m floats that no address space holds */
+    CHECK(bitgen_packed_bytes(ctx, (int64_t)1 << 31, 1, &bytes) == BITGEN_OK);
+    h = right, h.m = (int64_t)1 << 31, h.k = 1, h.bytes = bytes;
+    memcpy(huge.data, &h, sizeof h);
+    CHECK(bitgen_kernel_choice(ctx, huge.data, 1, &index) == BITGEN_OK);
+    CHECK(bitgen_kernel_choice(ctx, huge.data, INT32_MAX, &index) == BITGEN_ERROR_SHAPE);
+    free(huge.memory);
     CHECK(bitgen_check_packed(ctx, packed->data, packed->bytes - 1, M, K) == BITGEN_ERROR_BUFFER_SIZE);
     CHECK(bitgen_check_packed(ctx, packed->data, 8, M, K) == BITGEN_ERROR_BUFFER_SIZE);
     CHECK(bitgen_check_packed(ctx, packed->data, packed->bytes, K, M) == BITGEN_ERROR_SHAPE);
