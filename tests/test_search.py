@@ -345,8 +345,29 @@ def test_time_is_shared_fairly_and_ends_the_search(tmp_path: Path) -> None:
     assert large / n1 == pytest.approx(1.5, rel=0.15)  # time_share in configs/search.yaml
     assert sum(seconds.values()) == pytest.approx(75, abs=3)  # race_share: the rest belongs to the races
     assert result.seconds <= 102
+    assert "not measured" not in result.outcomes
     assert {step.stage for step in steps} == {"limits", "search", "race"}
     assert all(0 <= step.done < step.total for step in steps)
+
+
+def test_what_is_compiled_is_timed(tmp_path: Path) -> None:
+    now = 0.0
+
+    class SlowCompiler(CountingRunner):
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+            nonlocal now
+            new = {job.spec for job in jobs} - compiled
+            now += 2.0 * len(new)  # before the first answer
+            compiled.update(new)
+            yield from super().measure(jobs)
+
+    compiled: set[KernelSpec] = set()
+    asked_for = plan(timeout_s=120.0)
+    slow = SlowCompiler(runner(asked_for))
+    result = go(tmp_path / "r", asked_for, slow, clock=lambda: now)
+    assert len(compiled) > 30
+    assert sum(result.outcomes.values()) == len(compiled)
+    assert result.seconds <= 120
 
 
 def test_without_any_time_left_defaults_are_measured_and_raced(tmp_path: Path) -> None:

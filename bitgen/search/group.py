@@ -15,6 +15,8 @@ from bitgen.search.plan import Group, RegimeConfig, SearchConfig, Target
 from bitgen.search.propose import Proposer, proposer_for
 from bitgen.spec import KernelSpec, Layout, Shape
 
+_GRACE = 0.1  # of a group's time: how much later than its end a batch under way may finish
+
 
 def roofline_ns(layout: Layout, shape: Shape, n: int, cold: bool, dram_gbs: float, peak_gops: float) -> float:
     """The least time of one matmul of ``n`` tokens on a machine with these limits.
@@ -106,26 +108,31 @@ class GroupSearch:
             config.enumerate_up_to,
         )
 
-    def run(self, trials: int, out_of_time: Callable[[], bool], seen: Callable[[int], None]) -> None:
+    def run(self, trials: int, time_left: Callable[[], float], seen: Callable[[int], None]) -> None:
         """Search with at most ``trials`` candidates; ``seen`` hears their number after each batch.
 
-        The defaults are measured whatever the time: everything is compared with them.
+        ``time_left``: seconds, infinity without a timeout. The defaults are measured whatever the time:
+        everything is compared with them.
         """
+        begin, asked = time_left(), 0
         defaults = list(dict.fromkeys(self._group.defaults.values()))
         batch = self._proposer.ask(len(defaults))  # the starters begin with them
-        self._measure(batch, list(self._count), lambda: False)
+        self._measure(batch, list(self._count), lambda: math.inf)
         self._note_defaults()
-        while True:
+        while batch:
+            asked += len(batch)
             self._tell(batch)
             seen(len(self._candidates))
-            left = trials - len(self._candidates)
-            shapes = self._open_shapes()
-            if left < 1 or not shapes or out_of_time():
+            left, shapes = time_left(), self._open_shapes()
+            if asked >= trials or not shapes or left <= 0:
                 break
-            batch = self._proposer.ask(min(self._config.batch, left))
-            if not batch:
-                break
-            self._measure_batch(batch, shapes, out_of_time)
+            size = min(self._config.batch, trials - asked)
+            if math.isfinite(left):
+                # No more than the time allows at the pace so far: what is compiled should be timed, too.
+                size = max(1, min(size, int(left * asked / max(begin - left, 1e-9))))
+            batch = self._proposer.ask(size)
+            # Compiling costs more than timing: a batch that is a little late is worth its end.
+            self._measure_batch(batch, shapes, lambda: time_left() + _GRACE * begin)
 
     @property
     def outcome(self) -> GroupOutcome:
@@ -135,20 +142,20 @@ class GroupSearch:
         """Measure kernels that earlier tunes crowned, so that they take part in the race."""
         known = set(self._group.points)
         new = [s for s in dict.fromkeys(specs) if s in known and s not in self._candidates]
-        self._measure(new, list(self._count), lambda: False)
+        self._measure(new, list(self._count), lambda: math.inf)
 
     # ---- measuring ----
 
     def _measure_batch(
-        self, batch: list[KernelSpec], shapes: list[Shape], out_of_time: Callable[[], bool]
+        self, batch: list[KernelSpec], shapes: list[Shape], time_left: Callable[[], float]
     ) -> None:
         """With a drop ratio the first shape decides who is timed on the others."""
         if self._regime.drop_ratio is None:
-            self._measure(batch, shapes, out_of_time)
+            self._measure(batch, shapes, time_left)
             return
         first, *others = shapes
-        self._measure(batch, [first], out_of_time)
-        if out_of_time():
+        self._measure(batch, [first], time_left)
+        if time_left() <= 0:
             return
         best = min(candidate.time_ns(first) for candidate in self._candidates.values())
         bound = best * self._regime.drop_ratio
@@ -157,21 +164,21 @@ class GroupSearch:
             for spec in batch
             if spec not in self._group.legal[first] or self._candidates[spec].time_ns(first) <= bound
         ]
-        self._measure(good, others, out_of_time)
+        self._measure(good, others, time_left)
 
-    def _measure(self, specs: list[KernelSpec], shapes: list[Shape], out_of_time: Callable[[], bool]) -> None:
+    def _measure(self, specs: list[KernelSpec], shapes: list[Shape], time_left: Callable[[], float]) -> None:
         jobs = [
             self._job(spec, shape) for spec in specs for shape in shapes if spec in self._group.legal[shape]
         ]
-        for spec in specs:
-            self._candidates.setdefault(spec, Candidate(spec))
         # A generator closed early tells the runner to stop what it prepared.
         answers = self._answers.measure(jobs)
         with closing(answers):
             for answer in answers:
+                spec = answer.spec if isinstance(answer, Measurement) else answer.job.spec
+                candidate = self._candidates.setdefault(spec, Candidate(spec))
                 if isinstance(answer, Measurement):
-                    self._note(answer)
-                if out_of_time():
+                    self._note(candidate, answer)
+                if time_left() <= 0:
                     break
 
     def _job(self, spec: KernelSpec, shape: Shape) -> Job:
@@ -180,8 +187,7 @@ class GroupSearch:
             against = self._incumbent[shape].spec
         return Job(spec, shape, self._regime.n, self._group.threads, self._regime.cold, against)
 
-    def _note(self, answer: Measurement) -> None:
-        candidate = self._candidates[answer.spec]
+    def _note(self, candidate: Candidate, answer: Measurement) -> None:
         if not answer.ok:
             candidate.failure = candidate.failure or answer
             return
@@ -194,14 +200,17 @@ class GroupSearch:
 
     def _note_defaults(self) -> None:
         for shape, spec in self._group.defaults.items():
-            if math.isfinite(self._candidates[spec].time_ns(shape)):
-                self._incumbent[shape] = self._candidates[spec]
+            candidate = self._candidates.get(spec)
+            if candidate and math.isfinite(candidate.time_ns(shape)):
+                self._incumbent[shape] = candidate
 
     # ---- judging ----
 
     def _tell(self, batch: list[KernelSpec]) -> None:
         for spec in batch:
-            candidate = self._candidates[spec]
+            candidate = self._candidates.get(spec)
+            if candidate is None:  # the time ran out before it was measured
+                continue
             if not candidate.failure and len(candidate.times_ns) == len(self._count) and not self._reference:
                 self._reference = dict(candidate.times_ns)
             self._proposer.tell(spec, self._cost(candidate))

@@ -160,17 +160,17 @@ class _Tune:
             seed_of(self._plan.seed, group.name),
         )
 
-        def out_of_time() -> bool:
-            late = self._clock() >= deadline
-            self._complete = self._complete and not late
-            return late
+        def time_left() -> float:
+            left = deadline - self._clock()
+            self._complete = self._complete and left > 0
+            return left
 
         def seen(candidates: int) -> None:
             title = f"{group.name}: {candidates} of {len(group.points)} points"
             self._report("search", title, done, total)
 
         seen(0)
-        search.run(self._plan.trials, out_of_time, seen)
+        search.run(self._plan.trials, time_left, seen)
         for shape in self._plan.shapes:  # what an earlier tune crowned must not be lost by a shorter one
             search.recall(self._store.current(shape, self._fingerprint))
         return search.outcome
