@@ -235,7 +235,7 @@ def _multiply_axes(family: str, isa: Isa, regime: Regime) -> Axes:
         "accs": (1, 2, 4) if regime is N1 or not wide else (1, 2),
         "widen": _pair_widths(isa, (8, _pairs(family))),
         "unroll": (1, 2) if regime is N1 else (1,),
-        "prefetch": (0, 1024, 2048) if regime is N1 and wide else (0, 1024),
+        "prefetch": (0, 1024, 4096) if regime is N1 and wide else (0, 1024),
     }
 
 
@@ -248,7 +248,7 @@ def _lookup_axes(family: str, isa: Isa, regime: Regime) -> Axes:
         "kc": (0, 960, 1920) if wide else (0, 960),
         "widen": {"tl1": (63,), "tl2": (21,)}[family],
         "unroll": (1, 2) if regime is N1 else (1,),
-        "prefetch": (0, 1024) if regime is N1 else (0,),
+        "prefetch": (0, 4096) if regime is N1 else (0,),
     }
 
 
