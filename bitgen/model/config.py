@@ -17,6 +17,19 @@ Activation: TypeAlias = Literal["silu", "relu2"]
 
 # Far above every model there is: a damaged file must not talk the loop into absurd allocations.
 _SIZE_MAX = 1 << 24
+_HEAD_DIM_MAX = 1 << 14
+
+
+def printable(text: str) -> str:
+    """``text`` without characters that could steer a terminal or that no encoding can write."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def check_head_dim(head_dim: int, where: str) -> int:
+    """``head_dim`` when it is one; tables of its size are made before a ModelConfig can check it."""
+    if not 2 <= head_dim <= _HEAD_DIM_MAX:
+        raise BitgenError(f"{where}: heads of {head_dim} are not possible", EXIT_FILE)
+    return head_dim
 
 
 @dataclass(frozen=True)

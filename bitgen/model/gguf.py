@@ -251,10 +251,10 @@ class _Cursor:
         length = self.number(8)
         if length > _NAME_MAX:
             raise damaged(self._path, f"a {noun} of {length} bytes")
-        try:
-            return bytes(self.take(length)).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise damaged(self._path, f"a {noun} is not UTF-8") from error
+        text = bytes(self.take(length)).decode("utf-8", "replace")
+        if not text.isprintable() or "\ufffd" in text:
+            raise damaged(self._path, f"a {noun} is no printable text")
+        return text
 
     def value(self, key: str) -> _Value:
         kind = self.number(4)

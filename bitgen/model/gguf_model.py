@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import EXIT_FILE, BitgenError
-from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData
+from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
 from bitgen.model.gguf import GgufFile, TensorInfo
 from bitgen.model.quants import (
     BY_ID,
@@ -168,7 +168,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     heads = keys.integer("attention.head_count")
     if heads < 1:
         raise keys.error("attention.head_count", f"is {heads}")
-    head_dim = keys.integer("attention.key_length", hidden // heads)
+    head_dim = check_head_dim(keys.integer("attention.key_length", hidden // heads), str(file.path))
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(key, head_dim) != head_dim:
             raise keys.error(key, f"is {keys.get(key)} with heads of {head_dim}, which is not supported")
@@ -190,14 +190,14 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         sub_norms=arch.sub_norms,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head="output.weight" not in file.tensors,
-        name=_Keys(file, "general.").text("name"),
+        name=printable(_Keys(file, "general.").text("name")[:200]),
         rope_factors=_rope_factors(file, keys, head_dim),
     )
 
 
 def _rope_factors(file: GgufFile, keys: _Keys, head_dim: int) -> Floats | None:
     """The divisors of the RoPE frequencies: a tensor (Llama 3.1), times a linear factor."""
-    half = max(head_dim // 2, 1)
+    half = head_dim // 2
     factors = np.ones(half, np.float32)
     if "rope_freqs.weight" in file.tensors:
         factors = _vector(file, "rope_freqs.weight", half)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import EXIT_FILE, BitgenError
-from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData
+from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
 from bitgen.model.files import ModelFile, TensorSummary, fingerprint_of
 from bitgen.model.gguf_model import float_matrix
 from bitgen.model.quants import DENSE, Bytes, absmean, dequantize
@@ -92,7 +92,7 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
     hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
     if heads < 1:
         raise settings.error("num_attention_heads", f"is {heads}")
-    head_dim = settings.integer("head_dim", hidden // heads)
+    head_dim = check_head_dim(settings.integer("head_dim", hidden // heads), settings.where)
     act = settings.get("hidden_act") or ("relu2" if architecture == "bitnet-b1.58" else "silu")
     if not isinstance(act, str) or act not in _ACTIVATIONS:
         raise settings.error("hidden_act", f"is {str(act)[:40]!r}; silu and relu2 are supported")
@@ -116,7 +116,7 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         sub_norms=architecture != "llama",
         norm_eps=settings.number("rms_norm_eps"),
         tied_head="lm_head.weight" not in tensors if tied is None else bool(tied),
-        name=str(data.get("_name_or_path") or folder.resolve().name)[:200],
+        name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
         rope_factors=factors,
     )
 
@@ -140,7 +140,7 @@ def _rope(settings: _Settings, head_dim: int) -> tuple[float, Floats | None]:
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, np.full(max(head_dim // 2, 1), rope.number("factor"), np.float32)
+        return theta, np.full(head_dim // 2, rope.number("factor"), np.float32)
     if kind == "llama3":
         old = rope.number(
             "original_max_position_embeddings", float(settings.integer("max_position_embeddings"))
@@ -190,6 +190,12 @@ def quantization_of(settings_data: Mapping[str, Any], architecture: str, where: 
     if linear not in ("bitlinear", "autobitlinear"):
         raise settings.error(
             "linear_class", f"is {str(linear)[:40]!r}; bitlinear and autobitlinear are known"
+        )
+    kept = settings.get("modules_to_not_convert")
+    odd = [str(name) for name in kept if "lm_head" not in str(name)] if isinstance(kept, list) else []
+    if odd:
+        raise settings.error(
+            "modules_to_not_convert", f"names {odd[0][:40]!r}; only lm_head may be no BitLinear"
         )
     return Quantization(method == "bitnet" or architecture != "llama", linear == "autobitlinear")
 

@@ -76,6 +76,18 @@ class TernaryMatrix:
 
         return TernaryMatrix(self.name, self.shape, decode, find_scale)
 
+    def slice(self, begin: int, end: int) -> TernaryMatrix:
+        """The rows [begin, end) as a matrix, with one scale where all of them share it."""
+
+        def find_scale() -> Floats:
+            part = self.scale if self.scale.size == 1 else self.scale[begin:end]
+            return part[:1] if (part == part[0]).all() else part
+
+        def decode(first: int, last: int) -> Ternary:
+            return self.rows(begin + first, begin + last)
+
+        return TernaryMatrix(self.name, Shape(end - begin, self.shape.k), decode, find_scale)
+
     @classmethod
     def stack(cls, parts: Sequence[TernaryMatrix]) -> TernaryMatrix:
         """The rows of all ``parts``, one below the other, with one scale a row."""

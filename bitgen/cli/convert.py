@@ -1,0 +1,37 @@
+"""Write a Hugging Face folder (or another GGUF file) as one GGUF file; every weight keeps its value."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bitgen.cli.progress import ProgressLine
+
+SUMMARY = "Hugging Face folder -> GGUF"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="a Hugging Face folder, or a GGUF file")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the GGUF file to write")
+    parser.add_argument(
+        "--type",
+        choices=("i2_s", "tq1_0", "tq2_0", "f16"),
+        default="i2_s",
+        help="storage of the ternary matrices, where it can hold them (i2_s); f16 elsewhere",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from bitgen.model.convert import convert
+
+    with ProgressLine() as line:
+
+        def show(done: int, total: int) -> None:
+            line.show(f"writing {args.out}: {100 * done / max(total, 1):3.0f} %  {done / 1e9:.2f} GB")
+
+        written = convert(args.source, args.out, args.type, show)
+    for note in written.notes:
+        print(f"bitgen: note: {note}", file=sys.stderr)
+    counts = ", ".join(f"{count} {kind}" for kind, count in written.counts.items())
+    print(f"{written.path}: {written.size:,} bytes, tensors: {counts}")

@@ -1,0 +1,186 @@
+"""tokenizer.json -> the tokenizer metadata of a GGUF file.
+
+The whole tokenizer.json goes in under `tokenizer.huggingface.json`, which bitgen reads back: the tokens stay
+exactly those of the source. For other programs the vocabulary follows in their own form (`tokenizer.ggml.*`):
+byte-level BPE as `gpt2` with merges and the name of its pre-tokenizer, BPE with byte fallback as `llama` with
+scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.model.bpe import PRE_TOKENIZERS
+from bitgen.model.config import TokenizerData
+from bitgen.model.gguf import U32
+from bitgen.model.hf import added_ids
+from bitgen.model.safetensors import parse_json
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any], list[str]]:
+    """Metadata for a GGUF file of ``vocab`` tokens, and notes for the user.
+
+    BitgenError (EXIT_FILE) when tokenizer.json is damaged or has tokens beyond ``vocab``.
+    """
+    text = data.json
+    if text is None:
+        raise BitgenError("the model has no tokenizer.json to convert", EXIT_FILE)
+    tokenizer = parse_json(text.encode(), "tokenizer.json")
+    model = tokenizer.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    notes: list[str] = []
+    out: dict[str, Any] = {}
+    if model.get("type", "BPE") == "BPE" and isinstance(model.get("vocab"), Mapping):
+        out |= _vocabulary(tokenizer, model, data, vocab, notes)
+    else:
+        kind = str(model.get("type"))[:40]
+        notes.append(
+            f"the tokenizer is {kind}: the file keeps its tokenizer.json only, which llama.cpp does not read"
+        )
+    for name, value in (
+        ("bos", data.bos),
+        ("eos", data.eos),
+        ("unknown", data.unknown),
+        ("padding", data.pad),
+    ):
+        if value is not None and value < vocab:
+            out[f"tokenizer.ggml.{name}_token_id"] = U32(value)
+    if data.eot is not None and data.eot < vocab:
+        out["tokenizer.ggml.eot_token_id"] = U32(data.eot)
+    add_bos = data.add_bos if data.add_bos is not None else _adds_bos(tokenizer, data.bos)
+    if add_bos is not None:
+        out["tokenizer.ggml.add_bos_token"] = add_bos
+    if data.add_eos is not None:
+        out["tokenizer.ggml.add_eos_token"] = data.add_eos
+    if data.add_space_prefix is not None:
+        out["tokenizer.ggml.add_space_prefix"] = data.add_space_prefix
+    if data.chat_template is not None:
+        out["tokenizer.chat_template"] = data.chat_template
+    out["tokenizer.huggingface.json"] = text
+    return out, notes
+
+
+def _vocabulary(
+    tokenizer: Mapping[str, Any], model: Mapping[str, Any], data: TokenizerData, vocab: int, notes: list[str]
+) -> dict[str, Any]:
+    byte_level = "ByteLevel" in _types(tokenizer.get("pre_tokenizer")) | _types(tokenizer.get("decoder"))
+    tokens = [f"[PAD{i}]" for i in range(vocab)]
+    types = np.full(vocab, _UNUSED, np.int32)
+    ids = model["vocab"]
+    for token, i in ids.items():
+        _put(tokens, token, i)
+        types[i] = _BYTE if not byte_level and _BYTE_TOKEN.fullmatch(token) else _NORMAL
+    for token, i in added_ids(tokenizer).items():
+        _put(tokens, token, i)
+        types[i] = _CONTROL if token in _specials(tokenizer) else _USER
+    unknown = data.unknown if data.unknown is not None else ids.get(model.get("unk_token") or "")
+    if isinstance(unknown, int) and 0 <= unknown < vocab and not byte_level:
+        types[unknown] = _UNKNOWN
+    merges = _merges(model.get("merges"))
+    out: dict[str, Any] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    if byte_level:
+        pre = _pre_name(tokenizer.get("pre_tokenizer"))
+        if pre is None:
+            notes.append(
+                "its pre-tokenizer has no name in GGUF: llama.cpp may cut words elsewhere than bitgen does"
+            )
+        return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre or "default", **out,
+                "tokenizer.ggml.merges": merges}  # fmt: skip
+    scores = np.zeros(vocab, np.float32)
+    for rank, merge in reversed(list(enumerate(merges))):  # the first merge that makes a token counts
+        i = ids.get(merge.replace(" ", "", 1) if merge[:1] != " " else merge[1:])
+        if isinstance(i, int):
+            scores[i] = -(rank + 1)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        **out,
+        "tokenizer.ggml.scores": scores,
+    }
+
+
+def _put(tokens: list[str], token: str, i: object) -> None:
+    if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(tokens):
+        raise BitgenError(
+            f"tokenizer.json: the token {token[:40]!r} has the id {str(i)[:40]}; the model has "
+            f"{len(tokens)} rows",
+            EXIT_FILE,
+        )
+    tokens[i] = token
+
+
+def _merges(merges: object) -> list[str]:
+    """Merges as "left right", from texts or pairs."""
+    out = []
+    for merge in merges if isinstance(merges, list) else []:
+        pair = merge if isinstance(merge, str) else " ".join(merge) if _is_pair(merge) else None
+        if pair is None:
+            raise BitgenError("tokenizer.json: a merge is neither a text nor a pair of texts", EXIT_FILE)
+        out.append(pair)
+    return out
+
+
+def _is_pair(merge: object) -> bool:
+    return isinstance(merge, list) and len(merge) == 2 and all(isinstance(part, str) for part in merge)
+
+
+def _specials(tokenizer: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(
+        t["content"]
+        for t in tokenizer["added_tokens"]
+        if isinstance(t, Mapping) and t.get("special") is True and isinstance(t.get("content"), str)
+    )
+
+
+def _parts(step: object) -> list[Mapping[str, Any]]:
+    """A pipeline step and, of a Sequence, its own steps."""
+    if not isinstance(step, Mapping):
+        return []
+    inner = step.get("pretokenizers") or step.get("decoders") or step.get("processors")
+    if step.get("type") == "Sequence" and isinstance(inner, list):
+        return [part for part in inner if isinstance(part, Mapping)]
+    return [step]
+
+
+def _types(step: object) -> set[str]:
+    return {str(part.get("type")) for part in _parts(step)}
+
+
+def _pre_name(step: object) -> str | None:
+    """The name that GGUF has for the regular expressions of a pre-tokenizer."""
+    patterns = []
+    for part in _parts(step):
+        pattern = part.get("pattern")
+        if (
+            part.get("type") == "Split"
+            and isinstance(pattern, Mapping)
+            and isinstance(pattern.get("Regex"), str)
+        ):
+            patterns.append(pattern["Regex"])
+        elif part.get("type") == "Digits" and part.get("individual_digits") is True:
+            patterns.append(r"\p{N}")
+        elif part.get("type") == "ByteLevel" and part.get("use_regex", True) is not False:
+            patterns.append(PRE_TOKENIZERS["gpt-2"].patterns[0])
+    preferred = ("llama-bpe", "gpt-2", "qwen2", "smollm", *PRE_TOKENIZERS)
+    return next((name for name in preferred if PRE_TOKENIZERS[name].patterns == tuple(patterns)), None)
+
+
+def _adds_bos(tokenizer: Mapping[str, Any], bos: int | None) -> bool | None:
+    """Whether the post-processor starts every text with BOS; None where it does not tell."""
+    if bos is None:
+        return None
+    names = {token for token, i in added_ids(tokenizer).items() if i == bos}
+    for part in _parts(tokenizer.get("post_processor")):
+        single = part.get("single")
+        first = single[0] if isinstance(single, list) and single else None
+        if isinstance(first, Mapping) and isinstance(first.get("SpecialToken"), Mapping):
+            return first["SpecialToken"].get("id") in names
+    return None
