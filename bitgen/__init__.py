@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitgen.config import find_model as find_model
     from bitgen.config import load_models as load_models
     from bitgen.errors import BitgenError as BitgenError
+    from bitgen.llm import LLM as LLM
     from bitgen.target import Cpu as Cpu
     from bitgen.target import Isa as Isa
     from bitgen.target import detect_cpu as detect_cpu
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from bitgen.target import resolve_isas as resolve_isas
 
 _HOME = {
+    "LLM": "bitgen.llm",
     "build": "bitgen.api",
     "load": "bitgen.api",
     "tune": "bitgen.api",

@@ -14,10 +14,28 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from bitgen import __version__
-from bitgen.cli import bench, build, check, detect, export, models, render, show, tune
+from bitgen.cli import (
+    bench,
+    build,
+    chat,
+    check,
+    convert,
+    detect,
+    export,
+    inspect,
+    models,
+    perplexity,
+    render,
+    run,
+    show,
+    tune,
+)
 from bitgen.errors import EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
 
-COMMANDS: tuple[ModuleType, ...] = (detect, models, render, tune, build, bench, show, check, export)
+COMMANDS: tuple[ModuleType, ...] = (
+    *(detect, models, render, tune, build, bench, show, check, export),
+    *(run, chat, perplexity, convert, inspect),
+)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,0 +1,138 @@
+"""Talk with a model. Ctrl-C stops an answer, Ctrl-D or /exit ends the chat, /help shows the commands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen.cli.text import add_model, add_sampling, open_llm, print_timings, sampling_options
+
+if TYPE_CHECKING:
+    from bitgen.model.conversation import Conversation
+
+SUMMARY = "talk with a model"
+
+_HELP = """\
+/clear    forget the conversation
+/help     show this
+/exit     end the chat (also Ctrl-D)
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("-sys", "--system-prompt", metavar="TEXT", help="the system message")
+    parser.add_argument("-p", "--prompt", help="the first message of the user")
+    add_sampling(parser, tokens=-1)
+    parser.add_argument(
+        "--chat-template", metavar="NAME", help="chatml, llama3, plain, or a file (default: the model's own)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    return converse(args, system=args.system_prompt, first=args.prompt)
+
+
+def converse(args: argparse.Namespace, system: str | None = None, first: str | None = None) -> int:
+    """The loop of questions and answers."""
+    from bitgen.errors import BitgenError
+    from bitgen.model.conversation import Conversation
+
+    with open_llm(args) as llm:
+        name = getattr(args, "chat_template", None)
+        if name:
+            llm.template = _template(name)
+        talk = Conversation(llm, system, **sampling_options(args))
+        lines = _Lines()
+        message = first if first is not None else lines.read()
+        while message is not None:
+            command = message.strip()
+            if command in ("/exit", "/quit"):
+                break
+            if command == "/clear":
+                talk.clear()
+            elif command == "/help":
+                print(_HELP, file=sys.stderr)
+            elif command:
+                try:
+                    _answer(talk, message)
+                except BitgenError as error:  # a message that does not fit; the chat goes on
+                    print(f"bitgen: {error.message}", file=sys.stderr)
+            message = lines.read()
+        if not args.no_perf:
+            print_timings(llm.timings)
+    return 0
+
+
+def _answer(talk: Conversation, message: str) -> None:
+    forgotten = talk.forgotten
+    answer = talk.say(message)
+    if talk.forgotten > forgotten:
+        count = talk.forgotten - forgotten
+        print(
+            f"bitgen: the context of {talk.llm.context} positions is full: the {count} oldest messages "
+            "are left out from here on (/clear starts over)",
+            file=sys.stderr,
+        )
+    try:
+        for piece in answer:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" ...", end="")
+    print(flush=True)
+    if answer.finish == "context":
+        print(
+            f"bitgen: the answer was cut: the context of {talk.llm.context} positions is full; "
+            "-c makes it larger",
+            file=sys.stderr,
+        )
+    talk.heard(answer)
+
+
+class _Lines:
+    """Messages from standard input: with a prompt and editing on a terminal, one a line elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdin.isatty()
+        if self._terminal:
+            with contextlib.suppress(ImportError):  # without it there is no editing
+                import readline  # noqa: F401 - input() uses it
+
+    def read(self) -> str | None:
+        """The next message; None at the end of the input, or after Ctrl-C twice."""
+        lines: list[str] = []
+        interrupted = False
+        while True:
+            try:
+                line = input(("... " if lines else "> ") if self._terminal else "")
+            except EOFError:
+                if self._terminal:
+                    print(file=sys.stderr)
+                return "\n".join(lines) if lines else None
+            except KeyboardInterrupt:
+                if interrupted or not self._terminal:
+                    return None
+                print("\n(Ctrl-C again or Ctrl-D ends the chat)", file=sys.stderr)
+                lines, interrupted = [], True
+                continue
+            if not line.endswith("\\"):
+                return "\n".join([*lines, line])
+            lines.append(line[:-1])
+
+
+def _template(name: str) -> str:
+    from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+    from bitgen.model.chat import BUILT_IN
+
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    file = Path(name)
+    if not file.is_file():
+        raise BitgenError(f"no chat template {name!r}: give {', '.join(BUILT_IN)} or a file", EXIT_USAGE)
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BitgenError(f"{file} is not UTF-8 text: {error.reason}", EXIT_FILE) from error

@@ -1,0 +1,51 @@
+"""How well a model predicts a text: perplexity over the windows that llama.cpp uses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bitgen.cli.text import add_model, open_llm
+
+SUMMARY = "how well a model predicts a text"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, context=512)
+    parser.add_argument("-f", "--file", type=Path, required=True, help="the text, UTF-8; - is standard input")
+    parser.add_argument("--chunks", type=int, help="windows at most (default: all of the text)")
+    parser.add_argument("--json", action="store_true", help="the result as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    from bitgen.errors import EXIT_FILE, BitgenError
+    from bitgen.model.perplexity import perplexity
+
+    try:
+        data = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BitgenError(
+            f"{args.file} is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_FILE
+        ) from None
+    with open_llm(args) as llm:
+        for result in perplexity(llm, text, llm.context, args.chunks):
+            print(f"[{result.windows}]{result.value:.4f}", end=",", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+    if args.json:
+        print(
+            json.dumps(
+                {
+                    "perplexity": result.value,
+                    "error": result.error,
+                    "windows": result.windows,
+                    "tokens": result.tokens,
+                    "context": llm.context,
+                }
+            )
+        )
+    else:
+        print(f"PPL = {result.value:.4f} +/- {result.error:.5f} ({result.windows} windows of {llm.context})")

@@ -1,0 +1,90 @@
+"""Continue a text with a model; the text goes to standard output, timings to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bitgen.cli.text import add_model, add_sampling, open_llm, print_timings, sampling_options
+
+SUMMARY = "continue a text with a model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    source = parser.add_argument_group("the prompt").add_mutually_exclusive_group()
+    source.add_argument("-p", "--prompt", help="the text to continue")
+    source.add_argument("-f", "--file", type=Path, help="read it from a file; - is standard input")
+    parser.add_argument("-e", "--escape", action="store_true", help=r"read \n, \t, \\ and the like in -p")
+    parser.add_argument("--no-display-prompt", action="store_true", help="print only what is new")
+    parser.add_argument(
+        "-cnv",
+        "--conversation",
+        action="store_true",
+        help="chat; -p is the system message (see `bitgen chat`)",
+    )
+    add_sampling(parser, tokens=128)
+
+
+def run(args: argparse.Namespace) -> int:
+    from bitgen.errors import EXIT_INTERRUPTED
+
+    if args.conversation:
+        from bitgen.cli.chat import converse
+
+        return converse(args, system=args.prompt)
+    prompt = _prompt(args)
+    with open_llm(args) as llm:
+        generation = llm.generate(prompt, **sampling_options(args))
+        if not args.no_display_prompt:
+            print(prompt, end="", flush=True)
+        code = 0
+        try:
+            for piece in generation:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+        print(flush=True)
+        if generation.finish == "context":
+            print(
+                f"bitgen: the context of {llm.context} positions is full; -c makes it larger", file=sys.stderr
+            )
+        if not args.no_perf:
+            print_timings(llm.timings, generation.seed)
+    return code
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    """-p, the file of -f, or standard input where neither is given and it is no terminal."""
+    from bitgen.errors import EXIT_USAGE, BitgenError
+
+    if args.prompt is not None:
+        return _unescape(args.prompt) if args.escape else str(args.prompt)
+    if args.file is None and sys.stdin.isatty():
+        raise BitgenError("give a prompt: -p TEXT, -f FILE, or standard input", EXIT_USAGE)
+    try:
+        if args.file is None or str(args.file) == "-":
+            text = sys.stdin.buffer.read().decode("utf-8")
+        else:
+            text = args.file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BitgenError(
+            f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_USAGE
+        ) from None
+    return text[:-1] if text.endswith("\n") else text  # the newline that ends a file is not meant
+
+
+def _unescape(text: str) -> str:
+    known = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
+    parts = text.split("\\")
+    out, at = [parts[0]], 1
+    while at < len(parts):
+        part = parts[at]
+        if part == "" and at + 1 < len(parts):  # an escaped backslash
+            out.append("\\" + parts[at + 1])
+            at += 1
+        else:
+            out.append(known.get(part[:1], "\\" + part[:1]) + part[1:])
+        at += 1
+    return "".join(out)

@@ -1,0 +1,142 @@
+"""What the commands that run a model share: arguments, opening the model, the timings at the end."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitgen.llm import LLM
+    from bitgen.model.generate import Timings
+
+
+def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
+    """The model and how it runs. ``context`` replaces the default of -c."""
+    group = parser.add_argument_group("the model")
+    group.add_argument("-m", "--model", required=True, help="a .gguf file or a Hugging Face folder")
+    group.add_argument("-t", "--threads", type=int, help="threads (default: one a physical core)")
+    group.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=context,
+        dest="context",
+        metavar="N",
+        help="positions of the context; 0: all the model has"
+        + (f" ({context})" if context else " (4096, or what the model has)"),
+    )
+    group.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
+    group.add_argument(
+        "--head",
+        choices=("exact", "q8"),
+        default="exact",
+        help="the output matrix as the file has it, or int8 a row: half the bytes, slightly other logits",
+    )
+    group.add_argument(
+        "--library", type=Path, help="kernel library: a bundle or a .so (default: the best here)"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
+    """How tokens are chosen; names and defaults are llama.cpp's."""
+    group = parser.add_argument_group("the text")
+    group.add_argument(
+        "-n",
+        "--n-predict",
+        "--predict",
+        type=int,
+        default=tokens,
+        metavar="N",
+        help=f"tokens at most; -1: until the model ends or the context is full ({tokens})",
+    )
+    group.add_argument(
+        "--temp", "-temp", "--temperature", type=float, default=0.8, help="0: the likeliest (0.8)"
+    )
+    group.add_argument("--top-k", type=int, default=40, metavar="N", help="0: all (40)")
+    group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="1: all (0.95)")
+    group.add_argument("--min-p", type=float, default=0.05, metavar="P", help="0: all (0.05)")
+    group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="1: none (1.0)")
+    group.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="-1: the whole text (64)")
+    group.add_argument(
+        "-s", "--seed", type=int, default=-1, help="the same seed gives the same text (-1: any)"
+    )
+    group.add_argument(
+        "--stop",
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on where the model wants to end")
+    group.add_argument(
+        "--lookup", action="store_true", help="guess tokens from the text so far: the same text, often sooner"
+    )
+    group.add_argument("--no-perf", action="store_true", help="no timings at the end")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `LLM.generate`."""
+    return {
+        "max_tokens": None if args.n_predict < 0 else args.n_predict,
+        "temperature": args.temp,
+        "top_k": max(0, args.top_k),
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repeat_penalty": args.repeat_penalty,
+        "repeat_last_n": args.repeat_last_n,
+        "seed": None if args.seed < 0 else args.seed,
+        "stop": args.stop,
+        "ignore_end": args.ignore_eos,
+        "lookup": args.lookup,
+    }
+
+
+def open_llm(args: argparse.Namespace) -> LLM:
+    """The model of the arguments; what its user should know goes to standard error."""
+    from bitgen.cli.progress import ProgressLine
+    from bitgen.llm import LLM
+
+    with ProgressLine() as line:
+        llm = LLM(
+            args.model,
+            library=args.library,
+            threads=args.threads,
+            context=args.context,
+            kv=args.kv,
+            head=args.head,
+            progress=line.show,
+        )
+    for note in llm.notes:
+        print(f"bitgen: {note}", file=sys.stderr)
+    return llm
+
+
+def print_timings(timings: Timings, seed: int | None = None) -> None:
+    """The lines that llama.cpp prints at the end, on standard error."""
+
+    def line(name: str, seconds: float, count: int, noun: str) -> str:
+        each = (
+            f"{1e3 * seconds / count:9.2f} ms per token, {count / max(seconds, 1e-9):9.2f} tokens per second"
+        )
+        return f"{name:>17} = {1e3 * seconds:10.2f} ms / {count:5d} {noun:<6} ({each})"
+
+    t = timings
+    lines = [f"{'load time':>17} = {1e3 * t.load_s:10.2f} ms"]
+    if t.prompt_tokens:
+        lines.append(line("prompt eval time", t.prompt_s, t.prompt_tokens, "tokens"))
+    if t.step_tokens:
+        lines.append(line("eval time", t.step_s, t.step_tokens, "runs"))
+    if t.drawn:
+        lines.append(line("sampling time", t.sample_s, t.drawn, "runs"))
+    total = t.prompt_s + t.step_s + t.sample_s
+    lines.append(f"{'total time':>17} = {1e3 * total:10.2f} ms / {t.prompt_tokens + t.step_tokens:5d} tokens")
+    if t.guessed:
+        share = t.guessed_right / t.guessed
+        lines.append(f"{'lookup':>17} = {t.guessed_right} of {t.guessed} guesses right ({share:.0%})")
+    if seed is not None:
+        lines.append(f"{'seed':>17} = {seed}")
+    print("", *(f"bitgen: {text}" for text in lines), sep="\n", file=sys.stderr)

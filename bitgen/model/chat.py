@@ -1,0 +1,182 @@
+"""Chat templates: messages in, the text the model was trained to continue out.
+
+A template comes with the model, so it is not trusted: it runs in jinja2's immutable sandbox, with bounds on
+its steps and its output, and can read nothing but the messages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import lru_cache
+from types import FrameType
+from typing import Any, TypeAlias
+
+from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+
+Message: TypeAlias = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+
+_ROLES = ("system", "user", "assistant")
+_STEPS_MAX = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
+_TEXT_MAX = 1 << 26
+_REPEAT_MAX = 1 << 20  # characters or elements that one multiplication may make
+
+# For files without a template. The tokens of a vocabulary tell which one it was trained with.
+BUILT_IN = {
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for message in messages %}"
+        "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+        "{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}\n\n"
+        "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}"
+    ),
+}
+PLAIN_STOP = ("\nUser:",)  # where a model without special tokens starts to speak for the user
+
+
+def template_for(tokens: Mapping[str, int]) -> str:
+    """The name of the built-in template that fits a vocabulary."""
+    if "<|start_header_id|>" in tokens and "<|eot_id|>" in tokens:
+        return "llama3"
+    return "chatml" if "<|im_start|>" in tokens and "<|im_end|>" in tokens else "plain"
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """BitgenError (EXIT_USAGE) when a message has no known role or no text."""
+    if not messages:
+        raise BitgenError("a chat needs at least one message", EXIT_USAGE)
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise BitgenError("a message is a mapping with the texts role and content", EXIT_USAGE)
+        if message.get("role") not in _ROLES:
+            raise BitgenError(
+                f"a message has the role {message.get('role')!r}; known are {', '.join(_ROLES)}", EXIT_USAGE
+            )
+
+
+def render_chat(
+    template: str, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = True
+) -> str:
+    """The prompt for ``messages``; ``answer`` ends it where the assistant is to speak.
+
+    BitgenError (EXIT_FILE) when the template is wrong, refuses the messages, or runs away.
+    """
+    import jinja2
+
+    check_messages(messages)
+    try:
+        compiled = _compile(template)
+        stream = compiled.generate(
+            messages=[dict(message) for message in messages],
+            add_generation_prompt=answer,
+            bos_token=bos,
+            eos_token=eos,
+        )
+        parts, length = [], 0
+        with _bounded_steps():
+            for part in stream:
+                parts.append(part)
+                length += len(part)
+                if length > _TEXT_MAX:
+                    raise BitgenError("the chat template writes without end", EXIT_FILE)
+        return "".join(parts)
+    except BitgenError:
+        raise
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise BitgenError(f"the chat template of the model fails: {error}", EXIT_FILE) from error
+    except (RecursionError, MemoryError) as error:
+        raise BitgenError("the chat template of the model runs away", EXIT_FILE) from error
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> Any:
+    environment = _environment()
+    with _bounded_steps():
+        return environment.from_string(template)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Any:
+    """jinja2's immutable sandbox with the functions that templates of Hugging Face expect."""
+    from jinja2.exceptions import SecurityError, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            """Arithmetic on numbers of a sane size; texts and lists only so often."""
+            sequences = [v for v in (left, right) if isinstance(v, (str, list, tuple))]
+            if operator == "*" and sequences:
+                times = next((v for v in (left, right) if isinstance(v, int)), 0)
+                if len(sequences[0]) * times > _REPEAT_MAX:
+                    raise SecurityError("it repeats a text too often")
+            elif operator == "%" and isinstance(left, str):
+                raise SecurityError("formatting with % is not allowed")
+            elif any(isinstance(v, int) and abs(v) > 1 << 31 for v in (left, right)) or (
+                operator == "**" and isinstance(right, int) and abs(right) > 64
+            ):
+                raise SecurityError("its numbers are too large")
+            return super().call_binop(context, operator, left, right)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            padding = {"center", "ljust", "rjust", "zfill", "format", "format_map", "expandtabs"}
+            return attr not in padding and super().is_safe_attribute(obj, attr, value)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(str(message))
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    for padding in ("center", "format", "indent", "wordwrap", "batch", "slice"):
+        environment.filters.pop(padding, None)
+    environment.filters["tojson"] = _to_json
+    environment.globals.pop("lipsum", None)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = _now
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Not jinja2's own, which escapes for HTML.
+    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(int(indent), 16))
+
+
+def _now(form: str) -> str:
+    return datetime.now().astimezone().strftime(str(form)[:100])
+
+
+@contextmanager
+def _bounded_steps() -> Iterator[None]:
+    """End a template that loops for ever: count its lines through Python's tracing, for this thread only."""
+    steps = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:  # noqa: ARG001
+        nonlocal steps
+        steps += 1
+        if steps > _STEPS_MAX:
+            raise BitgenError("the chat template of the model runs away", EXIT_FILE)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

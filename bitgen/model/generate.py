@@ -1,0 +1,383 @@
+"""The loop that makes tokens: prompts in, pieces of text out, one or many sequences at once.
+
+`Generator` keeps what the sequences of an engine hold, so a prompt that starts like the last one costs only
+its new part. Every sequence draws its tokens by itself, from logits that do not depend on what else is
+computed: a text is the same alone, in a batch, and with speculation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.model.sampling import Sampler, Sampling
+from bitgen.model.tokenizer import Tokenizer
+
+Finish: TypeAlias = Literal["end", "stop", "length", "context"]
+Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
+
+_CHUNK = 512  # prompt tokens a step: Ctrl-C and progress are seen between steps
+_ROWS = 16  # tokens a step while decoding: the kernels for small batches end here
+_SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
+
+
+class Engine(Protocol):
+    """What runs the model: bitgen.model.engine, or a stand-in."""
+
+    context: int  # positions of a sequence
+    max_batch: int  # sequences
+
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+    ) -> NDArray[np.float32]: ...
+
+    def truncate(self, sequence: int, length: int) -> None: ...
+
+    def copy(self, source: int, target: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it.
+
+    ``max_tokens`` None goes on until the model ends or the context is full. The answer ends before the first
+    of the ``stop`` texts. ``lookup`` guesses tokens from the text so far and checks several in one step.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False
+    lookup: bool = False
+
+
+@dataclass
+class Timings:
+    """Seconds and counts of what ran, to be added up."""
+
+    load_s: float = 0.0
+    prompt_tokens: int = 0  # computed; tokens that the cache held are not among them
+    prompt_s: float = 0.0
+    steps: int = 0
+    step_tokens: int = 0  # tokens that came out of steps after the prompt
+    step_s: float = 0.0
+    drawn: int = 0
+    sample_s: float = 0.0
+    guessed: int = 0
+    guessed_right: int = 0
+
+
+class Answer:
+    """One request as it runs: its tokens and its text so far, and why it ended (``finish``, None before)."""
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.request = request
+        self.tokens: list[int] = []  # drawn, the token that ended it included
+        self.text = ""
+        self.finish: Finish | None = None
+        self._sampler = Sampler(request.sampling)
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream()
+        self._stop = StopFilter(request.stop)
+        self._guesser = Guesser(request.prompt) if request.lookup else None
+        self._whole = list(request.prompt)
+
+    @property
+    def seed(self) -> int:
+        """The seed it was drawn with."""
+        return self._sampler.seed
+
+    @property
+    def whole(self) -> list[int]:
+        """The prompt and what was drawn; the last token has not been computed yet."""
+        return self._whole
+
+    def guess(self, most: int) -> list[int]:
+        """Up to ``most`` tokens that may come next."""
+        request = self.request
+        if self._guesser is None:
+            return []
+        if request.max_tokens is not None:
+            most = min(most, request.max_tokens - len(self.tokens) - 1)
+        return self._guesser.guess(self._whole, most)
+
+    def learn(self, guessed: int, right: int) -> None:
+        if self._guesser is not None:
+            self._guesser.learn(guessed, right)
+
+    def draw(self, logits: NDArray[np.float32], context: int) -> tuple[int, str]:
+        """Draw the next token; returns it and the text that is ready to be shown."""
+        token = self._sampler.choose(logits, self._whole, len(self.tokens))
+        self.tokens.append(token)
+        self._whole.append(token)
+        if self._guesser is not None:
+            self._guesser.add(self._whole)
+        if token in self._tokenizer.end_ids and not self.request.ignore_end:
+            return token, self._end("end")
+        piece = self._stop.feed(self._stream.feed(token))
+        if self._stop.stopped:
+            self.finish = "stop"
+        elif self.request.max_tokens is not None and len(self.tokens) >= self.request.max_tokens:
+            piece += self._end("length")
+        elif len(self._whole) > context:
+            piece += self._end("context")
+        self.text += piece
+        return token, piece
+
+    def _end(self, finish: Finish) -> str:
+        rest = self._stop.feed(self._stream.close()) + self._stop.close()
+        self.finish = finish
+        if finish == "end":
+            self.text += rest
+        return rest
+
+
+class StopFilter:
+    """Lets text through up to the first stop text; holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far that is certain to come before a stop text."""
+        if self.stopped or not self._stops:
+            return "" if self.stopped else text
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = max(self._overlap(stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def close(self) -> str:
+        """What was held back and became no stop text."""
+        text, self._held = self._held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end of the held text start the stop text."""
+        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
+        return next((n for n in lengths if self._held.endswith(stop[:n])), 0)
+
+
+class Guesser:
+    """Prompt lookup: where the last few tokens stood before, what followed them may follow again."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._after: dict[tuple[int, ...], int] = {}  # the last tokens -> where the next one stands
+        self._here: dict[int, int | None] = {}  # length of the run of tokens -> the same for the current end
+        self._most = 8
+        for end in range(1, len(tokens) + 1):
+            self._add(tokens, end)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """A token was appended to ``tokens``."""
+        self._add(tokens, len(tokens))
+
+    def guess(self, tokens: Sequence[int], most: int) -> list[int]:
+        """What followed the last time, for the longest run that is known."""
+        most = min(most, self._most)
+        for size in (3, 2):
+            at = self._here.get(size)
+            if at is not None and most > 0:
+                return list(tokens[at : at + most])
+        return []
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Guess more while guesses are right, fewer when they are not: a wrong guess costs a row."""
+        self._most = min(_ROWS - 1, 2 * guessed) if right == guessed else max(2, right + 1)
+
+    def _add(self, tokens: Sequence[int], end: int) -> None:
+        for size in (3, 2):
+            if end >= size:
+                run = tuple(tokens[end - size : end])
+                self._here[size] = self._after.get(run)
+                self._after[run] = end
+
+
+class Generator:
+    """Runs requests on an engine. It serves one caller at a time."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.timings = Timings()
+        self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each sequence
+        # Ctrl-C may come at any point of a step; the engine then may hold more than is written down here.
+        self._unsure = False
+
+    def run(
+        self, requests: Sequence[Request], progress: Progress | None = None
+    ) -> Iterator[tuple[Answer, str]]:
+        """Yield each answer with its next piece of text; the last one of an answer has ``finish`` set.
+
+        As many run at once as the engine has sequences; a request that ends makes room for the next.
+        BitgenError (EXIT_USAGE) when a prompt is empty or longer than the context.
+        """
+        for request in requests:
+            self.check(request.prompt)
+        waiting = [Answer(i, request, self.tokenizer) for i, request in enumerate(requests)]
+        waiting.reverse()
+        running: dict[int, Answer] = {}
+        while waiting or running:
+            while waiting and len(running) < self.engine.max_batch:
+                answer = waiting.pop()
+                slot = self._slot(answer.request.prompt, running)
+                running[slot] = answer
+                logits = self._read(slot, answer.request.prompt, progress)
+                yield answer, self._draw(answer, logits)
+                if answer.finish:
+                    del running[slot]
+            if running:
+                yield from self._step(running)
+
+    def logits(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
+        """Logits float32 (len(ids) - first, vocab) of a text from the token ``first`` on."""
+        self.check(ids)
+        self._forget(0, 0)
+        parts = []
+        for at in range(0, len(ids), _CHUNK):
+            part = ids[at : at + _CHUNK]
+            parts.append(self._forward([(0, part, [at + i >= first for i in range(len(part))])]))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def check(self, prompt: Sequence[int]) -> None:
+        """BitgenError when a prompt cannot be computed."""
+        if not prompt:
+            raise BitgenError("the prompt is empty", EXIT_USAGE)
+        if len(prompt) > self.engine.context:
+            raise BitgenError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.engine.context}: "
+                "shorten it or ask for a larger context (-c)",
+                EXIT_USAGE,
+            )
+
+    # ---- Prompts ----
+
+    def _slot(self, prompt: Sequence[int], running: Collection[int]) -> int:
+        """A free sequence, the one that already holds most of the prompt.
+
+        Where a sequence in use holds much more of it, the free one becomes a copy of that.
+        """
+        common = [_common(held, prompt) for held in self._held]
+        slot = max((i for i in range(len(common)) if i not in running), key=common.__getitem__)
+        best = max(range(len(common)), key=common.__getitem__)
+        if common[best] >= common[slot] + _SHARED_MIN:
+            self.engine.copy(best, slot)
+            self._held[slot] = list(self._held[best])
+        return slot
+
+    def _read(self, slot: int, prompt: Sequence[int], progress: Progress | None) -> NDArray[np.float32]:
+        """Compute what the sequence does not hold of the prompt; logits (vocab) after its last token."""
+        known = min(_common(self._held[slot], prompt), len(prompt) - 1)
+        self._forget(slot, known)
+        started = time.perf_counter()
+        logits = np.empty((0, 0), np.float32)
+        for at in range(known, len(prompt), _CHUNK):
+            if progress:
+                progress(at, len(prompt))
+            part = prompt[at : at + _CHUNK]
+            wanted = [at + len(part) == len(prompt)]
+            logits = self._forward([(slot, part, [False] * (len(part) - 1) + wanted)])
+        if progress:
+            progress(len(prompt), len(prompt))
+        self.timings.prompt_tokens += len(prompt) - known
+        self.timings.prompt_s += time.perf_counter() - started
+        last: NDArray[np.float32] = logits[0]
+        return last
+
+    # ---- Steps ----
+
+    def _step(self, running: dict[int, Answer]) -> Iterator[tuple[Answer, str]]:
+        """One token, or several guessed right, for every running answer."""
+        started = time.perf_counter()
+        room = max(0, _ROWS // len(running) - 1)
+        rows = []
+        for slot, answer in running.items():
+            spare = self.engine.context - len(answer.whole)
+            guesses = answer.guess(min(room, spare))
+            rows.append((slot, [answer.whole[-1], *guesses], None))
+        logits = self._forward(rows)
+        self.timings.steps += 1
+        self.timings.step_s += time.perf_counter() - started
+        at = 0
+        for slot, fed, _ in rows:
+            answer = running[slot]
+            pieces, drawn = [], 0
+            for row, guess in enumerate([*fed[1:], None]):
+                pieces.append(self._draw(answer, logits[at + row]))
+                drawn += 1
+                if answer.finish or answer.whole[-1] != guess:
+                    break
+            at += len(fed)
+            self.timings.step_tokens += drawn
+            if len(fed) > 1:
+                answer.learn(len(fed) - 1, drawn - 1)
+                self.timings.guessed += len(fed) - 1
+                self.timings.guessed_right += drawn - 1
+                self._forget(slot, len(answer.whole) - 1)
+            if answer.finish:
+                del running[slot]
+            yield answer, "".join(pieces)
+
+    def _draw(self, answer: Answer, logits: NDArray[np.float32]) -> str:
+        started = time.perf_counter()
+        _, piece = answer.draw(logits, self.engine.context)
+        self.timings.drawn += 1
+        self.timings.sample_s += time.perf_counter() - started
+        return piece
+
+    def _forward(
+        self, rows: Sequence[tuple[int, Sequence[int], Sequence[bool] | None]]
+    ) -> NDArray[np.float32]:
+        """One step: for each sequence its next tokens, and which of them get logits (None: all)."""
+        tokens = [token for _, part, _ in rows for token in part]
+        positions = [len(self._held[slot]) + i for slot, part, _ in rows for i in range(len(part))]
+        sequences = [slot for slot, part, _ in rows for _ in part]
+        wanted = [flag for _, part, flags in rows for flag in (flags or [True] * len(part))]
+        if self._unsure:
+            for slot, held in enumerate(self._held):
+                self.engine.truncate(slot, len(held))
+        self._unsure = True
+        logits = self.engine.forward(
+            np.array(tokens, np.int32),
+            np.array(positions, np.int32),
+            np.array(sequences, np.int32),
+            np.array(wanted, np.bool_),
+        )
+        for slot, part, _ in rows:
+            self._held[slot] += part
+        self._unsure = False
+        return logits
+
+    def _forget(self, slot: int, length: int) -> None:
+        """Keep the first ``length`` tokens of a sequence."""
+        if length < len(self._held[slot]):
+            self.engine.truncate(slot, length)
+            del self._held[slot][length:]
+
+
+def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens two texts have in common at their start."""
+    most = min(len(held), len(prompt))
+    if list(held[:most]) == list(prompt[:most]):
+        return most
+    return next(i for i in range(most) if held[i] != prompt[i])

@@ -1,0 +1,366 @@
+"""A model that can be asked for text.
+
+::
+
+    llm = LLM("model.gguf", library="generated/bitgen-3B-zen5")
+    for piece in llm.generate("Once upon a time", max_tokens=64):
+        print(piece, end="", flush=True)
+    texts = llm.generate(["One prompt", "and another"], max_tokens=64)
+    logits = llm.logits(llm.tokenizer.encode("Once"))           # float32 (tokens, vocab)
+    for piece in llm.chat([{"role": "user", "content": "Hello"}]): ...
+
+`bitgen.LLM` is this class with one thing more: without a library it builds one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
+from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.model.chat import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
+from bitgen.model.config import ModelConfig, TokenizerData
+from bitgen.model.generate import Answer, Engine, Finish, Generator, Progress, Request, Timings
+from bitgen.model.sampling import Sampling
+from bitgen.model.tokenizer import Tokenizer
+from bitgen.paths import generated_dir
+from bitgen.spec import Shape
+from bitgen.target import detect_cpu
+
+if TYPE_CHECKING:
+    from bitgen.model.files import ModelFile
+    from bitgen.model.weights import Weights
+    from bitgen.runtime import KernelTable
+
+KV: TypeAlias = Literal["f16", "f32", "q8"]
+Head: TypeAlias = Literal["exact", "q8"]
+Prompt: TypeAlias = "str | Sequence[int]"
+
+CONTEXT_DEFAULT = 4096  # positions, where the model has as many and nobody asks for more
+
+
+class Generation:
+    """The text of one answer as it comes: iterate over its pieces.
+
+    ``text`` is what came so far, ``finish`` why it ended (None before): end (the model ended it), stop (a
+    stop text), length (max_tokens) or context (the context is full).
+    """
+
+    def __init__(self, llm: LLM, request: Request, progress: Progress | None = None) -> None:
+        self.request = request
+        self._answer: Answer | None = None
+        self._pieces = self._run(llm, request, progress)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def text(self) -> str:
+        return self._answer.text if self._answer else ""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that were drawn."""
+        return list(self._answer.tokens) if self._answer else []
+
+    @property
+    def finish(self) -> Finish | None:
+        return self._answer.finish if self._answer else None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed it was drawn with; None before the first token."""
+        return self._answer.seed if self._answer else None
+
+    def _run(self, llm: LLM, request: Request, progress: Progress | None) -> Iterator[str]:
+        for answer, piece in llm.generator.run([request], progress):
+            self._answer = answer
+            if piece:
+                yield piece
+
+
+class LLM:
+    """A model file with its tokenizer and an engine over a kernel library.
+
+    ``library`` is a bundle, a .so, or None for the best bundle in generated/; ``threads`` None means one a
+    physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
+    ``batch`` the number of sequences that decode at once. ``progress(text)`` is told what takes long.
+    BitgenError when anything does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        library: str | Path | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        kv: KV = "f16",
+        head: Head = "exact",
+        batch: int = 1,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        from bitgen.model.files import open_model
+        from bitgen.runtime import load
+
+        started = time.perf_counter()
+        file = open_model(model)
+        config = file.config
+        positions = context_for(config, context)
+        tokenizer = file.tokenizer_data  # before the long work: it may be missing
+        self.table = load(library or self._find_library(config, progress), threads)
+        engine = open_engine(
+            file, self.table, context=positions, kv=kv, head=head, batch=batch, progress=progress
+        )
+        self._setup(engine, config, tokenizer)
+        self.generator.timings.load_s = time.perf_counter() - started
+        self._note_untuned()
+
+    @classmethod
+    def over(cls, engine: Engine, config: ModelConfig, tokenizer: TokenizerData) -> LLM:
+        """The same on an engine that is already there."""
+        llm = cls.__new__(cls)
+        llm._setup(engine, config, tokenizer)
+        return llm
+
+    def _setup(self, engine: Engine, config: ModelConfig, data: TokenizerData) -> None:
+        self.engine = engine
+        self.config = config
+        self.tokenizer = Tokenizer(data)
+        self.generator = Generator(engine, self.tokenizer)
+        self.template = data.chat_template
+        self.notes = list(self.tokenizer.notes)  # what a user should know
+
+    def _find_library(
+        self,
+        config: ModelConfig,
+        progress: Callable[[str], None] | None,  # noqa: ARG002 - for those who build one
+    ) -> str | Path:
+        """The library to use when none was named."""
+        bundle = find_library(config)
+        if bundle is None:
+            raise BitgenError(
+                "there is no kernel library for this CPU: make one with `bitgen build --model NAME`",
+                EXIT_FILE,
+            )
+        return bundle.path
+
+    def _note_untuned(self) -> None:
+        """Say how to tune when the library holds no kernel that was tuned for this model."""
+        tuned = {kernel.shape for kernel in self.table.kernels if kernel.shape}
+        if not tuned & set(shapes_of(self.config)):
+            name = preset_name(self.config) or "SHAPES.yaml"
+            self.notes.append(
+                f"running on untuned kernels; faster after `bitgen tune --model {name}` and "
+                f"`bitgen build --model {name}`"
+            )
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine's memory and end its threads."""
+        for each in (self.engine, getattr(self, "table", None)):
+            close = getattr(each, "close", None)
+            if close:
+                close()
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence."""
+        return self.engine.context
+
+    @property
+    def timings(self) -> Timings:
+        return self.generator.timings
+
+    # ---- Text ----
+
+    @overload
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[str]: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[str]:
+        """Continue a text: one prompt gives a `Generation`, a list of prompts the list of their texts.
+
+        A prompt is a text or a list of token ids. Options: ``max_tokens`` (128; None: until the context is
+        full), ``stop`` (a text or several), ``lookup``, ``ignore_end``, and the fields of `Sampling`
+        (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed).
+        """
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
+            return Generation(self, self.request(prompt, **options))
+        texts = [""] * len(prompt)
+        requests = [self.request(each, **options) for each in prompt]
+        for answer, _ in self.generator.run(requests):
+            texts[answer.index] = answer.text
+        return texts
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """Answer the last of ``messages``; the options of `generate`, but ``max_tokens`` is None."""
+        return self.answer(self.chat_prompt(messages), **options)
+
+    def answer(self, prompt: Sequence[int], **options: Any) -> Generation:
+        """What follows a prompt made by `chat_prompt`."""
+        options.setdefault("max_tokens", None)
+        if self.template_text == BUILT_IN["plain"]:
+            options["stop"] = (*_texts(options.get("stop", ())), *PLAIN_STOP)
+        return Generation(self, self.request(prompt, **options))
+
+    def logits(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
+        """Logits float32 (len(ids) - first, vocab) of the tokens from ``first`` on, each for the next one."""
+        return self.generator.logits(self._checked([int(i) for i in ids]), first)
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = 128,
+        stop: str | Iterable[str] = (),
+        lookup: bool = False,
+        ignore_end: bool = False,
+        **sampling: Any,
+    ) -> Request:
+        """What `generate` runs. BitgenError (EXIT_USAGE) names an option that is wrong."""
+        if max_tokens is not None and max_tokens < 1:
+            raise BitgenError(f"max_tokens must be 1 or more, not {max_tokens}", EXIT_USAGE)
+        unknown = set(sampling) - set(Sampling.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(("max_tokens", "stop", "lookup", "ignore_end", *Sampling.__dataclass_fields__))
+            raise BitgenError(f"unknown option {', '.join(sorted(unknown))}; there are {known}", EXIT_USAGE)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids and isinstance(prompt, str):
+            start = next((i for i in (self.tokenizer.bos, self.tokenizer.eos) if i is not None), None)
+            ids = [] if start is None else [start]
+        return Request(
+            prompt=tuple(self._checked(ids)),
+            max_tokens=max_tokens,
+            sampling=Sampling(**sampling),
+            stop=_texts(stop),
+            ignore_end=ignore_end,
+            lookup=lookup,
+        )
+
+    # ---- Chat ----
+
+    @property
+    def template_text(self) -> str:
+        """The model's chat template, or the built-in one that fits its vocabulary."""
+        return self.template or BUILT_IN[template_for(self.tokenizer.ids)]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where the assistant is to speak."""
+        tokenizer = self.tokenizer
+        text = render_chat(
+            self.template_text,
+            messages,
+            bos=tokenizer.token(tokenizer.bos),
+            eos=tokenizer.token(tokenizer.eos),
+        )
+        ids = tokenizer.encode(text, special=False)
+        if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+            ids.insert(0, tokenizer.bos)
+        return ids
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        """``ids``, all of which the model knows."""
+        wrong = next((i for i in ids if not 0 <= i < self.config.vocab), None)
+        if wrong is not None:
+            raise BitgenError(
+                f"token {wrong} is outside the model's vocabulary of {self.config.vocab}: does the tokenizer "
+                "belong to the model?",
+                EXIT_USAGE,
+            )
+        return ids
+
+
+def _texts(texts: str | Iterable[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
+
+
+# ---- What a model needs ----
+
+
+def context_for(config: ModelConfig, asked: int | None) -> int:
+    """The number of positions to make room for. BitgenError when the model does not have as many."""
+    if asked is None:
+        return min(CONTEXT_DEFAULT, config.context)
+    if asked < 0 or asked > config.context:
+        raise BitgenError(
+            f"the context must be 1 to {config.context} positions (0: all of them), not {asked}", EXIT_USAGE
+        )
+    return asked or config.context
+
+
+def shapes_of(config: ModelConfig) -> tuple[Shape, ...]:
+    """The distinct matrices a token is multiplied with, stacked as they run."""
+    q, kv = config.q_rows, config.kv_rows
+    shapes = (
+        Shape(q + 2 * kv, config.hidden),
+        Shape(config.hidden, q),
+        Shape(2 * config.ffn, config.hidden),
+        Shape(config.hidden, config.ffn),
+    )
+    return tuple(dict.fromkeys(shapes))
+
+
+def preset_name(config: ModelConfig) -> str | None:
+    """The preset with the same matrices, for `bitgen tune --model`."""
+    from bitgen.config import load_models
+
+    wanted = set(shapes_of(config))
+    found = (m.alias for m in load_models() if {Shape(each.m, each.k) for each in m.matmuls} == wanted)
+    return next(found, None)
+
+
+def find_library(config: ModelConfig) -> Bundle | None:
+    """The bundle in generated/ to run a model with on this CPU: tuned for its matrices before any other."""
+    cpu, wanted = detect_cpu(), set(shapes_of(config))
+    bundles = [bundle for bundle in find_bundles(generated_dir())[0] if judge(bundle, cpu).accepted]
+
+    def fitting(bundle: Bundle) -> int:
+        return len(wanted & {kernel.shape for kernel in bundle.manifest.kernels if kernel.shape})
+
+    most = max(map(fitting, bundles), default=0)
+    return choose_bundle([bundle for bundle in bundles if fitting(bundle) == most], cpu)[0]
+
+
+def open_engine(
+    model: ModelFile | Weights,
+    table: KernelTable,
+    *,
+    context: int,
+    kv: KV = "f16",
+    head: Head = "exact",
+    batch: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> Engine:
+    """The compiled step over a kernel library, its weights packed or mapped from the cache."""
+    from bitgen.model.engine import Engine as CompiledEngine
+    from bitgen.model.files import ModelFile
+
+    engine: Engine = CompiledEngine(
+        model.weights if isinstance(model, ModelFile) else model,
+        table,
+        context=context,
+        kv=kv,
+        head=head,
+        max_batch=batch,
+    )
+    return engine

@@ -1,0 +1,67 @@
+"""Perplexity of a text, over the same windows as llama.cpp's.
+
+The text's tokens (with BOS in front where the model uses one) are cut into windows of ``context`` tokens that
+do not overlap; what is left at the end is not used. In each window the first token is replaced by BOS where
+the model uses one, and the tokens of its second half are predicted: with first = context / 2, positions
+first .. context - 2 each predict the next token. The result is exp of the mean negative log-likelihood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.model.llm import LLM
+from bitgen.model.sampling import log_softmax_at
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The estimate after ``windows`` of ``total`` windows; ``error`` is its standard error."""
+
+    value: float
+    error: float
+    windows: int
+    total: int
+    tokens: int  # predicted so far
+
+
+def perplexity(llm: LLM, text: str, context: int = 512, most: int | None = None) -> Iterator[Perplexity]:
+    """Estimates, one after each window, of ``most`` windows at most; the last one is the result.
+
+    BitgenError (EXIT_USAGE) when the text is shorter than two windows, as in llama.cpp.
+    """
+    if not 4 <= context <= llm.context:
+        raise BitgenError(f"a window must be 4 to {llm.context} tokens, not {context}", EXIT_USAGE)
+    tokenizer = llm.tokenizer
+    ids = tokenizer.encode(text, parse=False)
+    total = len(ids) // context
+    if total < 2:
+        raise BitgenError(
+            f"the text has {len(ids)} tokens; two windows of {context} are the least: give more text or a "
+            "smaller -c",
+            EXIT_USAGE,
+        )
+    total = total if most is None else max(1, min(most, total))
+    first = context // 2
+    sum_nll, sum_squares, count = 0.0, 0.0, 0
+    for number in range(total):
+        window = ids[number * context : (number + 1) * context]
+        targets = window[first + 1 :]
+        if tokenizer.add_bos and tokenizer.bos is not None:
+            window[0] = tokenizer.bos
+        logits = llm.logits(window, first)[:-1]  # position i predicts the token at i + 1
+        for row, target in zip(logits, targets, strict=True):
+            nll = -log_softmax_at(row, target)
+            sum_nll += nll
+            sum_squares += nll * nll
+        count += len(targets)
+        mean = sum_nll / count
+        variance = sum_squares / count - mean * mean
+        spread = math.sqrt(variance / (count - 1)) if variance > 0 and count > 1 else 0.0
+        value = math.exp(mean) if mean < np.log(np.finfo(float).max) else math.inf
+        yield Perplexity(value, spread * value, number + 1, total, count)

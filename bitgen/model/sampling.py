@@ -1,0 +1,171 @@
+"""From logits to the next token: the same seed gives the same text, on every machine.
+
+In order, as in llama.cpp: repetition penalty, top-k, top-p, min-p, temperature, draw. Everything after the
+logits is double precision in one fixed order: exp is our own (`exp`), sums run from the most likely token
+to the least likely one, and tokens with equal logits are ordered by id. The number that is drawn is a
+function of the seed and the position in the answer alone, so a token does not depend on how many were
+computed at once.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import EXIT_USAGE, BitgenError
+
+Doubles: TypeAlias = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.float32]
+
+# ln 2 in two parts: k * _LN2_HIGH is exact for |k| < 2^20 (the high part ends in 21 zero bits).
+_LN2_HIGH = float.fromhex("0x1.62e42feep-1")
+_LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
+_LOG2_E = float.fromhex("0x1.71547652b82fep+0")
+# Taylor's series of exp to r^13 / 13!: for |r| <= ln 2 / 2 the next term is below 2^-57.
+_COEFFICIENTS = tuple(1 / math.factorial(i) for i in range(13, -1, -1))
+_LOWEST = -700.0  # exp of less counts as 0
+
+
+def exp(x: Doubles) -> Doubles:
+    """e^x for x <= 700, within 2 units in the last place; 0 below -700. Multiplications and additions only.
+
+    numpy's own exp differs between machines in the last bit.
+    """
+    x = np.asarray(x, np.float64)
+    clipped = np.maximum(x, _LOWEST)
+    k = np.rint(clipped * _LOG2_E)
+    r = (clipped - k * _LN2_HIGH) - k * _LN2_LOW
+    p = np.full_like(r, _COEFFICIENTS[0])
+    for coefficient in _COEFFICIENTS[1:]:
+        p = p * r + coefficient
+    return np.where(x < _LOWEST, 0.0, np.ldexp(p, k.astype(np.int64)))
+
+
+def total(values: Doubles) -> float:
+    """The sum from left to right; numpy's own sum has another order on another machine."""
+    return float(np.add.accumulate(values)[-1]) if values.size else 0.0
+
+
+def log_softmax_at(logits: Floats, i: int) -> float:
+    """Log of the probability of token ``i``."""
+    x = logits.astype(np.float64)
+    top = float(x.max())
+    return float(x[i]) - top - math.log(total(exp(x - top)))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are llama.cpp's.
+
+    ``temperature`` 0 takes the most likely token (of equals the one with the lowest id); ``top_k`` 0 keeps
+    all; ``top_p`` 1 and ``min_p`` 0 keep all; ``repeat_penalty`` 1 penalises nothing, ``repeat_last_n`` -1
+    looks at the whole text. ``seed`` None means one that nobody knows.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("temperature", "0 or more", math.isfinite(self.temperature) and self.temperature >= 0),
+            ("top_k", "0 or more", self.top_k >= 0),
+            ("top_p", "between 0 and 1", 0 <= self.top_p <= 1),
+            ("min_p", "between 0 and 1", 0 <= self.min_p <= 1),
+            (
+                "repeat_penalty",
+                "greater than 0",
+                math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0,
+            ),
+            ("repeat_last_n", "-1 or more", self.repeat_last_n >= -1),
+            ("seed", "between 0 and 2^64 - 1", self.seed is None or 0 <= self.seed < 1 << 64),
+        )
+        for name, wanted, holds in rules:
+            if not holds:
+                raise BitgenError(f"{name} must be {wanted}, not {getattr(self, name)}", EXIT_USAGE)
+
+
+GREEDY = Sampling(temperature=0, seed=0)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) for each seed and position: splitmix64, 53 bits."""
+    mask = (1 << 64) - 1
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+class Sampler:
+    """Chooses tokens by one `Sampling`; ``seed`` is its seed, or one made up where it has none.
+
+    It keeps no state between two calls.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+
+    def choose(self, logits: Floats, text: Sequence[int], position: int) -> int:
+        """The next token.
+
+        ``logits`` float32 (vocab), not NaN; ``text`` the tokens so far, for the repetition penalty;
+        ``position`` the number of tokens already drawn.
+        """
+        s = self.sampling
+        logits = self._penalised(logits, text)
+        if s.temperature == 0:
+            return int(np.argmax(logits))
+        ids, x = self._candidates(logits)
+        x = x.astype(np.float64)
+        if s.top_p < 1:
+            p = exp(x - x[0])
+            enough = np.add.accumulate(p) >= s.top_p * total(p)
+            keep = int(np.argmax(enough)) + 1 if enough.any() else len(p)
+            ids, x = ids[:keep], x[:keep]
+        if s.min_p > 0:
+            keep = max(1, int(np.count_nonzero(exp(x - x[0]) >= s.min_p)))
+            ids, x = ids[:keep], x[:keep]
+        sums = np.add.accumulate(exp((x - x[0]) / s.temperature))
+        drawn = uniform(self.seed, position) * sums[-1]
+        return int(ids[min(int(np.searchsorted(sums, drawn, side="right")), len(ids) - 1)])
+
+    def _penalised(self, logits: Floats, text: Sequence[int]) -> Floats:
+        """Positive logits of recent tokens divided, negative ones multiplied by the penalty."""
+        s = self.sampling
+        if s.repeat_penalty == 1 or s.repeat_last_n == 0:
+            return logits
+        recent = text if s.repeat_last_n < 0 else text[-s.repeat_last_n :]
+        ids = np.unique(np.asarray(recent, np.int64))
+        ids = ids[(ids >= 0) & (ids < len(logits))]
+        penalty = np.float32(s.repeat_penalty)
+        logits = logits.copy()
+        logits[ids] = np.where(logits[ids] <= 0, logits[ids] * penalty, logits[ids] / penalty)
+        return logits
+
+    def _candidates(self, logits: Floats) -> tuple[NDArray[np.intp], Floats]:
+        """The top_k ids and logits, the most likely first, of equals the lowest id first."""
+        k = self.sampling.top_k
+        ids = np.arange(len(logits))
+        if 0 < k < len(logits):
+            # Which of equal elements a partition moves depends on the machine; the k-th value does not.
+            bound = np.partition(logits, len(logits) - k)[len(logits) - k]
+            above = np.flatnonzero(logits > bound)
+            ids = np.sort(np.concatenate([above, np.flatnonzero(logits == bound)[: k - len(above)]]))
+        elif self.sampling.min_p > 0 and self.sampling.top_p == 1:
+            # What min_p is going to drop need not be sorted; half of it, to be safe from rounding.
+            ids = np.flatnonzero(logits >= logits.max() + math.log(self.sampling.min_p) - 1)
+        order = np.argsort(-logits[ids], kind="stable")
+        ids = ids[order]
+        return ids, logits[ids]
