@@ -20,7 +20,7 @@ from bitgen.target import Cpu
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
-ABI_VERSION = 1  # BITGEN_ABI_VERSION of templates/host/bitgen.h.j2, which a test compares
+ABI_VERSION = 2  # BITGEN_ABI_VERSION of templates/host/bitgen.h.j2, which a test compares
 
 TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 

@@ -16,7 +16,7 @@ from bitgen.config import load_strict, load_yaml
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
 from bitgen.packing import T5_CODES
 from bitgen.paths import configs_dir
-from bitgen.render import render_host
+from bitgen.render import render_host, render_step_header
 from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.toolchain import Unit
 
@@ -51,6 +51,7 @@ def host_headers(arch: str) -> Headers:
         ("bitgen.h", render_host("bitgen.h.j2")),
         ("kernel.h", render_host("kernel.h.j2", x_align=X_ALIGN, x_pad=X_PAD, k_max=K_MAX)),
         ("pool.h", render_host("pool.h.j2")),
+        ("step.h", render_step_header()),
         ("arch.h", render_host(f"arch_{arch}.h.j2")),
     )
 
@@ -82,6 +83,7 @@ def library_units(
     rows = feature_rows(arch, features)
     texts = {
         "library": render_host("library.c.j2"),
+        "step": render_host("step.c.j2"),
         "pack": render_host("pack.c.j2", t5_codes=T5_CODES.tolist()),
         "cpu": render_host(f"cpu_{arch}.c.j2", features=rows),
         "cores": render_host(f"cores_{SYSTEMS[system]}.c.j2"),

@@ -43,7 +43,14 @@ from bitgen.bundle import (
 from bitgen.errors import EXIT_FAILURE, EXIT_FILE, BitgenError
 from bitgen.host import SYSTEMS, host_headers, library_units, row_grain, table_bytes
 from bitgen.paths import HOME_VARIABLE, ensure_dir
-from bitgen.render import Source, render_kernel, render_quantize, render_tables
+from bitgen.render import (
+    Source,
+    render_kernel,
+    render_quantize,
+    render_step,
+    render_step_header,
+    render_tables,
+)
 from bitgen.space import space_for
 from bitgen.spec import (
     FAMILIES,
@@ -125,6 +132,12 @@ class Contents:
     def isas(self) -> tuple[Isa, ...]:
         names = dict.fromkeys(spec.isa for spec in self.specs)
         return tuple(find_isa(name, self.target.isas) for name in names)
+
+    @cached_property
+    def steps(self) -> tuple[Source, ...]:
+        """The forward step at the target's ISA level, and a portable one."""
+        isas = dict.fromkeys((self.target.isa.name, self.target.scalar.name))
+        return tuple(render_step(isa) for isa in isas)
 
     @cached_property
     def features(self) -> tuple[str, ...]:
@@ -308,8 +321,12 @@ def library_units_of(contents: Contents) -> tuple[Unit, ...]:
         )
         for source in contents.sources
     )
+    headers = (("step.h", render_step_header()),)
+    steps = tuple(
+        Unit(source.name, source.text, isas[source.isa], headers=headers) for source in contents.steps
+    )
     cpu = contents.target.cpu
-    return (*kernels, *library_units(cpu.arch, cpu.os, contents.features, table_values(contents)))
+    return (*kernels, *steps, *library_units(cpu.arch, cpu.os, contents.features, table_values(contents)))
 
 
 def table_values(contents: Contents) -> dict[str, Any]:
@@ -326,6 +343,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
             for isa in contents.isas
         ],
         "kernels": [_kernel_values(spec, isa_names) for spec in specs],
+        "steps": [{"isa": step.isa, "isa_id": isa_names.index(step.isa)} for step in contents.steps],
         "entries": [
             {
                 "kernel": specs.index(entry.spec),

@@ -1,4 +1,4 @@
-"""What the float words of the vocabulary mean (templates/isa/floats), in numpy; test_vocabulary.py tries them."""
+"""The meaning of the float words (templates/isa/floats) in numpy; test_vocabulary.py tries them."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ FLOAT_MEANINGS: dict[str, Callable[..., Any]] = {
     "vf_from_f16": lambda p: p.view(np.float16).astype(np.float32),
     "vf_to_f16": to_f16,
     "vf_from_bf16": lambda p: (p.view(np.uint16).astype(np.uint32) << 16).view(np.float32),
+    "vf_splat_f16": lambda p: np.full(16, p.view(np.float16).astype(np.float32)),
     "vw_load_s8": lambda p: p.view(np.int8).astype(np.int32),
     "vw_load_u8": lambda p: p.astype(np.int32),
     "vw_and": lambda a, b: a & b,
@@ -89,6 +90,7 @@ FLOAT_EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "vf_from_f16": lambda _: 32,
     "vf_to_f16": lambda _: 32,
     "vf_from_bf16": lambda _: 32,
+    "vf_splat_f16": lambda _: 2,
     "vw_load_s8": lambda _: 16,
     "vw_load_u8": lambda _: 16,
 }

@@ -103,3 +103,11 @@ WORD vw vw_and(vw a, vw b) { return (vw){a.a & b.a, a.b & b.b}; }
 WORD vw vw_shl(vw v, int bits) {
     return (vw){(w_reg)_mm256_slli_epi32((__m256i)v.a, bits), (w_reg)_mm256_slli_epi32((__m256i)v.b, bits)};
 }
+
+//: vf_splat_f16
+WORD vf vf_splat_f16(const uint16_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    __m256 v = _mm256_set1_ps(_cvtsh_ss(h));
+    return (vf){v, v};
+}

@@ -84,3 +84,10 @@ WORD vw vw_and(vw a, vw b) { return (vw){a.v & b.v}; }
 WORD vw vw_shl(vw v, int bits) {
     return (vw){(w_reg)_mm512_sll_epi32((__m512i)v.v, _mm_cvtsi32_si128(bits))};
 }
+
+//: vf_splat_f16
+WORD vf vf_splat_f16(const uint16_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return (vf){_mm512_set1_ps(_cvtsh_ss(h))};
+}

@@ -153,3 +153,11 @@ WORD vw vw_shl(vw v, int bits) {
     for (int i = 0; i < 16; ++i) v.w[i] = (int32_t)((uint32_t)v.w[i] << bits);
     return v;
 }
+
+//: vf_splat_f16
+// The half float at p in all elements.
+WORD vf vf_splat_f16(const uint16_t *p) {
+    uint16_t h[16];
+    for (int i = 0; i < 16; ++i) memcpy(h + i, p, 2);
+    return vf_from_f16(h);
+}
