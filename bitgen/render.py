@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -89,7 +90,7 @@ def words_used(words: Mapping[str, str], body: str) -> list[str]:
 
 def _environment() -> jinja2.Environment:
     # Delimiters that a C compiler's reader tolerates, so that a template is still C to eye and editor.
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(templates_dir())),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # noqa: S701 - C text, no HTML
@@ -104,6 +105,35 @@ def _environment() -> jinja2.Environment:
         comment_end_string="#*/",
         line_statement_prefix="//%",
     )
+    environment.globals.update(plus=_plus, times=_times, numbers=_numbers)
+    environment.filters["at_column"] = _at_column
+    return environment
+
+
+def _plus(*terms: str | int) -> str:
+    """A sum as C text: ``plus("w", 8, "k", -8)`` is "w + k". Numbers are added up, and a 0 is dropped."""
+    number = sum(term for term in terms if isinstance(term, int))
+    words = [str(term) for term in terms if not isinstance(term, int) and term != "0"]
+    return " + ".join([*words, *([str(number)] if number or not words else [])])
+
+
+def _times(factor: int, term: str) -> str:
+    """A product as C text, for sums: ``times(64, "c + 1")`` is "64 * (c + 1)", ``times(1, x)`` is x."""
+    if factor in (0, 1):
+        return term if factor else "0"
+    return f"{factor} * {term}" if term.isidentifier() else f"{factor} * ({term})"
+
+
+def _numbers(values: Sequence[int], column: int) -> str:
+    """The rows of an array initialiser, 16 numbers a line; all but the first line start at ``column``."""
+    lines = [", ".join(map(str, values[i : i + 16])) for i in range(0, len(values), 16)]
+    return (",\n" + " " * column).join(lines)
+
+
+def _at_column(text: str, column: int) -> str:
+    """Lines of C (a macro's) moved to start at ``column``, without empty lines around and between them."""
+    lines = [line for line in textwrap.dedent(text).splitlines() if line.strip()]
+    return textwrap.indent("\n".join(lines), " " * column)
 
 
 @cache

@@ -180,7 +180,8 @@ WORD vh vh_pairs(vb u, vb s) {
 }
 
 //: vb_low_bytes
-// In every lane the low bytes of eight int16 of a, then of b: b[16 l + i] = a[8 l + i] & 255, b[16 l + 8 + i] = b[8 l + i] & 255
+// In every lane the low bytes of eight int16 of a, then of b:
+// b[16 l + i] = a[8 l + i] & 255, b[16 l + 8 + i] = b[8 l + i] & 255
 WORD vb vb_low_bytes(vh a, vh b) {
     vb r;
     for (int i = 0; i < 32; ++i) {
@@ -317,7 +318,7 @@ WORD vw vw_zip_hi(vh a, vh b) {
 }
 
 //: vw_transpose_lanes
-// Four blocks as a 4 x 4 matrix of lanes, transposed and stored `stride` bytes apart: lane i of block j = lane j of v_i.
+// Four blocks as a 4 x 4 matrix of lanes, transposed, stored `stride` bytes apart: lane i of block j = lane j of v_i.
 WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
     for (int j = 0; j < 4; ++j) {
         memcpy(p + stride * j, v0.w + 4 * j, 16);
