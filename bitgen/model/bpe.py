@@ -126,18 +126,28 @@ def build_bpe(ids: Mapping[str, int], merges: Sequence[str], pre: PreTokenizer) 
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     vocabulary = {token: i for token, i in ids.items() if token.isprintable() or _is_text(token)}
+    try:  # as they should be: half a second less than looking at every one
+        pairs = [tuple(merge.split(" ")) for merge in merges]
+        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre.whole_words)
+    except Exception:  # the library has no narrower one
+        pairs = _possible(vocabulary, merges)
+        model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre.whole_words)
+    tokenizer = Tokenizer(model)
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
+    return tokenizer
+
+
+def _possible(vocabulary: Mapping[str, int], merges: Sequence[str]) -> list[tuple[str, ...]]:
+    """The merges of two tokens to a third."""
     pairs = []
     for merge in merges:
         head, _, right = merge[1:].partition(" ")  # a part may itself start with a space
         left = merge[:1] + head
         if left in vocabulary and right in vocabulary and left + right in vocabulary:
             pairs.append((left, right))
-    model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre.whole_words)
-    tokenizer = Tokenizer(model)
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
-    return tokenizer
+    return pairs
 
 
 def _is_text(token: str) -> bool:

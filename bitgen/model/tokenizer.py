@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
+
 from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.bpe import PreTokenizer, build_bpe, bytes_of, pre_tokenizer
 from bitgen.model.config import TokenizerData
@@ -28,7 +30,7 @@ from bitgen.model.sentencepiece import SPACE, SentencePiece, byte_of
 
 T = TypeVar("T")
 
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6  # token types of GGUF
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # token types of GGUF
 
 # Tokens that end an answer though a file may not say so; llama.cpp ends at the same ones.
 _END_TOKENS = (
@@ -82,19 +84,21 @@ class Tokenizer:
     eos: int | None
     add_bos: bool
     add_eos: bool
-    _texts: Mapping[int, bytes]  # id -> what it prints
+    size: int  # one more than the largest id
+    _text_of: Callable[[int], bytes]  # what a token prints; KeyError or IndexError for none
     _hidden: frozenset[int]  # control tokens: they print nothing
     _strip: bool  # one space before the text was added when it was encoded
     _encode_text: Callable[[str, bool, bool], list[int]]  # text, special tokens around, special tokens inside
 
-    @property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return max(self._texts, default=-1) + 1
-
     def token(self, i: int | None) -> str:
         """How a token is written, "" for None and for an id without a token."""
-        return "" if i is None else self._texts.get(i, b"").decode("utf-8", "replace")
+        return "" if i is None else self._bytes(i).decode("utf-8", "replace")
+
+    def _bytes(self, i: int) -> bytes:
+        try:
+            return self._text_of(i) if i >= 0 else b""
+        except (IndexError, KeyError):  # models have more rows of logits than there are tokens
+            return b""
 
     def encode(self, text: str, *, special: bool = True, parse: bool = True) -> list[int]:
         """The ids of ``text``.
@@ -106,7 +110,7 @@ class Tokenizer:
 
     def piece(self, i: int, *, special: bool = False) -> bytes:
         """The bytes a token prints; control tokens print only with ``special``."""
-        return b"" if i in self._hidden and not special else self._texts.get(i, b"")
+        return b"" if i in self._hidden and not special else self._bytes(i)
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""
@@ -127,8 +131,10 @@ class Tokenizer:
         self.ids = _guarded(lambda: encoder.get_vocab(with_added_tokens=True))
         added = _guarded(encoder.get_added_tokens_decoder)
         decode, self._strip = _decoder_of(content.get("decoder"))
-        self._texts = {i: decode(token) for token, i in self.ids.items()}
-        self._texts.update({i: token.content.encode() for i, token in added.items()})
+        texts = {i: decode(token) for token, i in self.ids.items()}
+        texts.update({i: token.content.encode() for i, token in added.items()})
+        self.size = max(texts, default=-1) + 1
+        self._text_of = texts.__getitem__
         self._hidden = frozenset(i for i, token in added.items() if token.special)
         self.bos, self.eos = data.bos, data.eos
         self.add_bos, self.add_eos = bool(data.add_bos), bool(data.add_eos)
@@ -190,33 +196,35 @@ class Tokenizer:
     def _make_table(self, decode: Callable[[str], bytes]) -> None:
         """``ids``, the bytes of each token, and which tokens are special, from a GGUF vocabulary."""
         data = self.data
-        if not data.tokens:
+        tokens, types = data.tokens, data.types
+        if not tokens:
             raise BitgenError("the model file names a tokenizer and holds no tokens for it", EXIT_FILE)
-        types = [1] * len(data.tokens) if data.types is None else data.types.tolist()
-        if len(types) < len(data.tokens):
-            raise BitgenError(
-                f"the tokenizer has {len(data.tokens)} tokens and {len(types)} types", EXIT_FILE
-            )
-        ids: dict[str, int] = {}
-        texts: dict[int, bytes] = {}
-        for i, (token, kind) in enumerate(zip(data.tokens, types, strict=False)):
-            ids.setdefault(token, i)
+        if types is not None and len(types) < len(tokens):
+            raise BitgenError(f"the tokenizer has {len(tokens)} tokens and {len(types)} types", EXIT_FILE)
+        kinds: Mapping[int, int] = {}  # of the tokens that are not normal
+        if types is not None:
+            kinds = {i: int(types[i]) for i in np.flatnonzero(types[: len(tokens)] != _NORMAL).tolist()}
+        self.ids = dict(
+            zip(reversed(tokens), range(len(tokens) - 1, -1, -1), strict=True)
+        )  # the first of equals
+
+        def text_of(i: int) -> bytes:
+            token, kind = tokens[i], kinds.get(i, _NORMAL)
             byte = byte_of(token) if kind == _BYTE else None
             if byte is not None:
-                texts[i] = bytes([byte])
-            elif kind in (_UNKNOWN, _CONTROL, _USER):
-                texts[i] = token.encode("utf-8", "surrogateescape")
-            else:
-                texts[i] = decode(token)
-        control = {
-            i for i, kind in zip(range(len(data.tokens)), types, strict=False) if kind in (_UNKNOWN, _CONTROL)
-        }
+                return bytes([byte])
+            if kind in (_UNKNOWN, _CONTROL, _USER):
+                return token.encode("utf-8", "surrogateescape")
+            return decode(token)
+
+        self.size = len(tokens)
+        self._text_of = text_of
+        control = {i for i, kind in kinds.items() if kind in (_UNKNOWN, _CONTROL)}
         # Some converters mark the tokens that end an answer as ordinary text.
-        control.update(ids[token] for token in _END_TOKENS if token in ids)
-        self.ids, self._texts, self._hidden = ids, texts, frozenset(control)
-        self._special = {
-            token: i for token, i in ids.items() if token and (i in control or types[i] == _USER)
-        }
+        control.update(self.ids[token] for token in _END_TOKENS if token in self.ids)
+        self._hidden = frozenset(control)
+        special = control.union(i for i, kind in kinds.items() if kind == _USER)
+        self._special = {tokens[i]: i for i in special if tokens[i]}
 
     _special: Mapping[str, int]  # tokens that are found in the text before anything else is
 
