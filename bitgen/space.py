@@ -235,7 +235,7 @@ def _multiply_axes(family: str, isa: Isa, regime: Regime) -> Axes:
         "accs": (1, 2, 4) if regime is N1 or not wide else (1, 2),
         "widen": _pair_widths(isa, (8, _pairs(family))),
         "unroll": (1, 2) if regime is N1 else (1,),
-        "prefetch": (0, 1024, 4096) if regime is N1 and wide else (0, 1024),
+        "prefetch": (0, 2048, 4096, 6144) if regime is N1 and wide else (0, 2048),
     }
 
 
@@ -408,12 +408,13 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
     pairs, steps = (0, 0) if dots else (_pairs(family), 64)
     widen = {"tl1": 63, "tl2": 21}.get(family, pairs)
     looks_up = FAMILIES[family].looks_up
+    ahead = 4096 if family == "i2s" else 6144  # measured for two streams (docs/performance.md)
     if regime is N1 and not looks_up:
-        accs = 4 if isa.native_dot4 and zmm else 1
-        yield spec("direct", streams=4 if zmm else 2, nr=1, accs=accs, widen=pairs, unroll=1, prefetch=1024)
+        accs = 4 if isa.native_dot4 and zmm else 1 if pairs and family == "t5" else 2
+        yield spec("direct", streams=2, nr=1, accs=accs, widen=pairs // accs, unroll=1, prefetch=ahead)
         yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0)
     elif regime is N1:
-        yield spec("direct", streams=4 if zmm else 1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=1024)
+        yield spec("direct", streams=4 if zmm else 1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=4096)
         yield spec("direct", streams=1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=0)
         # bitnet.cpp's presets for the 3B shapes: BM x BK blocks, bm rows in registers.
         for bm, block, kc in ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96)):
