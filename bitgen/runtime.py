@@ -119,12 +119,17 @@ def _open(path: Path) -> Any:
         raise BitgenError(f"{path} is not a bitgen library: {error}", EXIT_FILE) from error
     if version != ABI_VERSION:
         raise BitgenError(f"{path} has ABI version {version}, not {ABI_VERSION}: build it again", EXIT_FILE)
-    expected = [ffi.sizeof(f"struct {name}") for name in ("bitgen_kernel_info", "bitgen_packed_header")]
-    if list(sizes) != expected:
-        raise BitgenError(
-            f"{path} has structs of {list(sizes)} bytes, not {expected}: build it again", EXIT_FILE
-        )
+    _check_sizes(path, list(sizes), "kernel_info", "packed_header")
+    sizes = ffi.new("int32_t[3]")
+    lib.bitgen_model_sizes(sizes, sizes + 1, sizes + 2)
+    _check_sizes(path, list(sizes), "layer", "model", "tokens")
     return lib
+
+
+def _check_sizes(path: Path, found: list[int], *structs: str) -> None:
+    expected = [_ffi().sizeof(f"struct bitgen_{name}") for name in structs]
+    if found != expected:
+        raise BitgenError(f"{path} has structs of {found} bytes, not {expected}: build it again", EXIT_FILE)
 
 
 class KernelTable:
@@ -194,21 +199,52 @@ class KernelTable:
         _check_array("w", w, np.int8, (2,))
         shape = Shape(*w.shape)
         scales = _scales(scale, shape.m)
-        ffi = _ffi()
-        size = ffi.new("size_t *")
-        self.check(self._lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size))
-        packed = _aligned(int(size[0]))
-        self.check(
-            self._lib.bitgen_pack(
-                self._context,
-                ffi.from_buffer("int8_t[]", w),
-                shape.m,
-                shape.k,
-                ffi.from_buffer("uint8_t[]", packed),
-                packed.size,
-            )
-        )
+        packed = aligned_bytes(self.packed_bytes(shape))
+        self.pack_rows(w, 0, shape, packed)
         return Linear(self, shape, packed, scales)
+
+    # ---- Packed weights, for those who keep them elsewhere than in a `Linear` ----
+
+    def layout_name(self, shape: Shape) -> str:
+        """The layout that weights of this shape are packed in, for example "i2s_r16"."""
+        header = _ffi().new("struct bitgen_packed_header *")
+        self.check(self._lib.bitgen_packed_layout(self._context, shape.m, shape.k, header))
+        return f"{_text(header.family)}_r{header.row_block}"
+
+    def packed_bytes(self, shape: Shape) -> int:
+        """Bytes of packed weights of this shape."""
+        size = _ffi().new("size_t *")
+        self.check(self._lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size))
+        return int(size[0])
+
+    def pack_rows(self, w: NDArray[np.int8], begin: int, shape: Shape, packed: NDArray[np.uint8]) -> None:
+        """Pack rows of a matrix, from ``begin`` on, w int8 (rows, k), into ``packed`` (64-byte aligned).
+
+        Call it with all rows in order, each ``begin`` a multiple of 256; ``packed`` is valid after the last.
+        """
+        ffi = _ffi()
+        code = self._lib.bitgen_pack_rows(
+            self._context,
+            ffi.from_buffer("int8_t[]", w),
+            begin,
+            begin + w.shape[0],
+            shape.m,
+            shape.k,
+            ffi.from_buffer("uint8_t[]", packed),
+            packed.size,
+        )
+        self.check(code)
+
+    def is_packed(self, packed: NDArray[np.uint8], shape: Shape) -> bool:
+        """Whether ``packed`` opens like weights of this shape that the library can multiply with."""
+        data = _ffi().from_buffer("uint8_t[]", packed)
+        code = self._lib.bitgen_check_packed(self._context, data, packed.size, shape.m, shape.k)
+        return bool(code == self._lib.BITGEN_OK)
+
+    @property
+    def native(self) -> tuple[Any, Any, Any]:
+        """(ffi, functions, context) of the library: for what this class has no method for."""
+        return _ffi(), self._lib, self._context
 
     def check(self, code: int) -> None:
         """Raise what the code of a library call means; nothing for BITGEN_OK."""
@@ -335,9 +371,9 @@ def _scales(scale: Any, m: int) -> Floats:
     return np.array([scale], np.float32)
 
 
-def _aligned(size: int) -> NDArray[np.uint8]:
-    """``size`` uninitialised bytes at a multiple of 64."""
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
+def aligned_bytes(size: int, *, zeros: bool = False) -> NDArray[np.uint8]:
+    """``size`` bytes at a multiple of 64, uninitialised unless ``zeros``."""
+    memory = (np.zeros if zeros else np.empty)(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size]
 

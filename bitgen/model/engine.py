@@ -1,0 +1,340 @@
+"""Run a model: whole forward steps in one C call each, over a kernel library.
+
+::
+
+    engine = Engine(weights, table, context=2048)
+    logits = engine.forward(tokens, positions, sequences, outputs)
+
+The logits of a token are the same bits whatever the number of threads, the batch it is in, and the ISA level
+of the library: every float operation has one order (templates/step), every integer sum is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Context, Decimal
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import BitgenError
+from bitgen.model.config import ModelConfig
+from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
+from bitgen.model.weights import DenseMatrix, Weights
+from bitgen.runtime import KernelTable, aligned_bytes
+from bitgen.spec import DENSE_TYPES
+
+Floats: TypeAlias = NDArray[np.float32]
+Kv: TypeAlias = Literal["f16", "f32", "q8"]
+Head: TypeAlias = Literal["exact", "q8"]
+
+PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
+KV_TYPES = ("f16", "f32", "q8")
+ACTIVATIONS = ("silu", "relu2")
+STAGES = ("embed", "norm", "matmul", "rope", "attention", "gate", "head")
+_ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes an engine holds: packed weights with their scales, the cache of keys and values, work memory."""
+
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
+
+
+class Engine:
+    """A model ready to run, with a cache of ``max_batch`` sequences of up to ``context`` positions.
+
+    ``kv`` is the type of cached keys and values, ``head`` whether logits come from the file's head or from
+    int8 rows made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
+    user's cache and mapped next time. ``progress(done, total)`` is called while weights are packed. It serves
+    one call at a time, as its table does. BitgenError when something does not fit: the arguments, the model,
+    the memory.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        table: KernelTable,
+        *,
+        context: int | None = None,
+        kv: Kv = "f16",
+        head: Head = "exact",
+        max_batch: int = 1,
+        fingerprint: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        config = weights.config
+        self.weights = weights
+        self.config = config
+        self.table = table
+        self.context = _checked_context(config, context)
+        self.max_batch = max_batch
+        self.lengths = [0] * max_batch  # positions of each sequence in the cache
+        self._ffi, self._lib, _ = table.native
+        if max_batch < 1:
+            raise BitgenError(f"max_batch must be at least 1, not {max_batch}")
+        if kv not in KV_TYPES or head not in ("exact", "q8"):
+            raise BitgenError(f"kv must be f16, f32 or q8, head exact or q8, not {kv!r}, {head!r}")
+        self._sizes(kv)
+        self.memory = self._plan(head)
+        # What C reads must live as long as its addresses: everything is kept in these two.
+        self._alive: list[Any] = []
+        self._set_weights(pack_model(weights, table, fingerprint, progress), head, fingerprint, progress)
+        self._set_cache()
+        self._times = np.zeros(len(STAGES), np.int64)
+        self._rope_ready = 0
+
+    # ---- Running ----
+
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+    ) -> Floats:
+        """Logits float32 (outputs.sum(), vocab) of the tokens chosen by ``outputs``, in their order.
+
+        All four are (n,), for any n >= 1: token i stands at its position of its sequence, which must be the
+        next one that is not in the cache.
+        """
+        tokens, positions, sequences = (_int32(a) for a in (tokens, positions, sequences))
+        wanted = np.ascontiguousarray(outputs, np.bool_)
+        n = tokens.size
+        if not n or {positions.size, sequences.size, wanted.size} != {n}:
+            raise BitgenError("tokens, positions, sequences and outputs must be as many, and not none")
+        self._check_tokens(tokens)
+        self._check_places(positions, sequences)
+        self._fill_rope(int(positions.max()) + 1)
+        logits = np.empty((int(np.count_nonzero(wanted)), self.config.vocab), np.float32)
+        done = 0
+        for begin in range(0, n, PREFILL):
+            part = slice(begin, min(begin + PREFILL, n))
+            count = int(np.count_nonzero(wanted[part]))
+            rows = logits[done : done + count]
+            self._step(tokens[part], positions[part], sequences[part], wanted[part], rows)
+            done += count
+        return logits
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what a sequence holds from position ``length`` on."""
+        self._check_sequence(sequence)
+        if not 0 <= length <= self.context:
+            raise BitgenError(f"length must be 0 to {self.context}, not {length}")
+        self.lengths[sequence] = min(length, self.lengths[sequence])
+
+    def copy(self, source: int, target: int) -> None:
+        """Make sequence ``target`` hold what ``source`` holds."""
+        self._check_sequence(source)
+        self._check_sequence(target)
+        _, _, context = self.table.native
+        length = self.lengths[source]
+        self.table.check(self._lib.bitgen_cache_copy(context, self._model, source, target, length))
+        self.lengths[target] = length
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the engine holds at most, mapped weights included, the model file's own pages not."""
+        return self.memory.total
+
+    @property
+    def times_ns(self) -> dict[str, int]:
+        """Nanoseconds spent in each stage of all steps since `reset_times`."""
+        return dict(zip(STAGES, self._times.tolist(), strict=True))
+
+    def reset_times(self) -> None:
+        self._times[:] = 0
+
+    def close(self) -> None:
+        """Drop the cache and the mapped weights; the engine cannot run afterwards."""
+        self._model.layers = 0  # a step is then an error
+        self._alive.clear()
+
+    # ---- Inside ----
+
+    def _step(self, tokens: Any, positions: Any, sequences: Any, wanted: Any, logits: Floats) -> None:
+        ffi, lib = self._ffi, self._lib
+        _, _, context = self.table.native
+        call = ffi.new("struct bitgen_tokens *")
+        x = None if self._gathers else np.ascontiguousarray(self.weights.embedding.gather(tokens))
+        arrays = {
+            "token": ("int32_t[]", tokens),
+            "position": ("int32_t[]", positions),
+            "sequence": ("int32_t[]", sequences),
+            "output": ("uint8_t[]", wanted.view(np.uint8)),
+            "x": ("float[]", x),
+        }
+        pointers = {name: ffi.from_buffer(t, a) for name, (t, a) in arrays.items() if a is not None}
+        for name, pointer in pointers.items():
+            setattr(call, name, pointer)
+        call.n = tokens.size
+        out = ffi.from_buffer("float[]", logits) if logits.size else ffi.NULL
+        times = ffi.from_buffer("int64_t[]", self._times)
+        # Until it is done a step may have overwritten these positions.
+        lowest = {int(s): int(positions[sequences == s].min()) for s in np.unique(sequences)}
+        for sequence, position in lowest.items():
+            self.lengths[sequence] = position
+        code = lib.bitgen_step(context, self._model, call, out, times)
+        if code == lib.BITGEN_ERROR_NOT_FINITE:
+            raise BitgenError("the model computes NaN or infinity: is its file damaged?")
+        self.table.check(code)
+        for sequence in lowest:
+            self.lengths[sequence] = int(positions[sequences == sequence].max()) + 1
+
+    def _check_tokens(self, tokens: NDArray[np.int32]) -> None:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab:
+            wrong = low if low < 0 else high
+            raise BitgenError(f"token {wrong} is not in the vocabulary of {self.config.vocab}")
+
+    def _check_places(self, positions: NDArray[np.int32], sequences: NDArray[np.int32]) -> None:
+        expected = dict(enumerate(self.lengths))
+        for position, sequence in zip(positions.tolist(), sequences.tolist(), strict=True):
+            self._check_sequence(sequence)
+            if position != expected[sequence]:
+                raise BitgenError(
+                    f"position {position} of sequence {sequence} is not its next one, {expected[sequence]}"
+                )
+            expected[sequence] += 1
+            if position >= self.context:
+                raise BitgenError(f"the context of {self.context} positions is full")
+
+    def _check_sequence(self, sequence: int) -> None:
+        if not 0 <= sequence < self.max_batch:
+            raise BitgenError(f"sequence {sequence} is not one of {self.max_batch}")
+
+    def _fill_rope(self, positions: int) -> None:
+        if positions <= self._rope_ready:
+            return
+        end = min(-(-positions // _ROPE_BLOCK) * _ROPE_BLOCK, self.context)
+        frequency = self._ffi.from_buffer("float[]", self._frequency)
+        table = self._ffi.from_buffer("float[]", self._rope)
+        half = self.config.head_dim // 2
+        self.table.check(self._lib.bitgen_rope(frequency, half, self._rope_ready, end, table))
+        self._rope_ready = end
+
+    # ---- Setting up ----
+
+    def _sizes(self, kv: Kv) -> None:
+        """The struct's dimensions: enough to ask for the sizes of everything else."""
+        config = self.config
+        model = self._model = self._ffi.new("struct bitgen_model *")
+        for name in ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab"):
+            setattr(model, name, getattr(config, name))
+        model.context, model.sequences = self.context, self.max_batch
+        model.norm_eps = config.norm_eps
+        model.activation = ACTIVATIONS.index(config.activation)
+        model.kv_type = KV_TYPES.index(kv)
+
+    def _plan(self, head: Head) -> Memory:
+        """Everything the engine will hold, before it holds anything."""
+        ffi, lib = self._ffi, self._lib
+        _, _, context = self.table.native
+        size, config = ffi.new("size_t *"), self.config
+        self.table.check(lib.bitgen_cache_bytes(self._model, size))
+        cache = int(size[0])
+        tokens = min(PREFILL, self.context * self.max_batch)
+        self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, size))
+        work = int(size[0]) + self.context * config.head_dim * 4  # RoPE
+        weights = packed_bytes(self.weights, self.table)
+        if head == "q8":
+            weights += config.vocab * (config.hidden + 4)
+        return Memory(weights, cache, work)
+
+    def _set_weights(
+        self, layers: tuple[PackedLayer, ...], head: Head, fingerprint: str | None, progress: Progress | None
+    ) -> None:
+        model, weights = self._model, self.weights
+        self.head_error = 0.0  # of the int8 head, see QuantizedHead
+        self._gathers = weights.embedding.type in DENSE_TYPES  # other types are gathered in numpy
+        if self._gathers:
+            self._set_dense(model.embedding, weights.embedding)
+        if head == "q8":
+            name = self.config.name or self.config.architecture
+            small = quantize_head(weights.output, self.table, fingerprint, progress, name)
+            self.head_error = small.error
+            model.head.data = self._pointer("uint8_t[]", small.data)
+            model.head.scale = self._pointer("float[]", small.scale)
+            model.head.row_bytes = self.config.hidden
+            model.head.type = DENSE_TYPES.index("i8")
+        else:
+            if weights.output.type not in DENSE_TYPES:
+                raise BitgenError(
+                    f"{weights.output.name} is {weights.output.type}, which no head can be: use --head q8"
+                )
+            self._set_dense(model.head, weights.output)
+        model.final_norm = self._pointer("float[]", weights.final_norm)
+        model.layer = self._layers(layers)
+
+    def _layers(self, packed: tuple[PackedLayer, ...]) -> Any:
+        structs = self._ffi.new("struct bitgen_layer[]", len(packed))
+        for struct, layer, matrices in zip(structs, self.weights.layers, packed, strict=True):
+            for name in ("qkv", "o", "gate_up", "down"):
+                matrix, place = getattr(matrices, name), getattr(struct, name)
+                place.packed = self._pointer("uint8_t[]", matrix.data)
+                place.scale = self._pointer("float[]", matrix.scale)
+                place.scale_count = matrix.scale.size
+            for name in ("attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm"):
+                norm = getattr(layer, name)
+                if norm is not None:
+                    setattr(struct, name, self._pointer("float[]", norm))
+        self._alive.append(structs)
+        return structs
+
+    def _set_dense(self, struct: Any, matrix: DenseMatrix) -> None:
+        struct.data = self._pointer("uint8_t[]", matrix.data)
+        struct.row_bytes = matrix.data.shape[1]
+        struct.type = DENSE_TYPES.index(matrix.type)
+
+    def _set_cache(self) -> None:
+        config = self.config
+        try:
+            cache = aligned_bytes(self.memory.cache, zeros=True)
+            self._rope = np.empty(self.context * config.head_dim, np.float32)
+        except MemoryError:
+            raise BitgenError(
+                f"not enough memory: {self.memory.cache / 1e9:.1f} GB for keys and values of "
+                f"{self.max_batch} x {self.context} positions; ask for a smaller context (-c) or --kv q8"
+            ) from None
+        self._frequency = inverse_frequencies(config)
+        self._model.cache = self._pointer("uint8_t[]", cache)
+        self._model.rope = self._pointer("float[]", self._rope)
+
+    def _pointer(self, kind: str, array: NDArray[Any]) -> Any:
+        """The address of an array that C reads from now on."""
+        contiguous = np.ascontiguousarray(array)
+        pointer = self._ffi.from_buffer(kind, contiguous)
+        self._alive += [contiguous, pointer]
+        return pointer
+
+
+def inverse_frequencies(config: ModelConfig) -> Floats:
+    """1 / rope_theta^(2 i / head_dim) / rope_factors[i], float32 (head_dim / 2), rounded as PyTorch does.
+
+    The power is computed with 30 decimal digits, not by the machine's libm: the same bits everywhere.
+    """
+    exact = Context(prec=30)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = [float(exact.power(Decimal(config.rope_theta), Decimal(float(e)))) for e in exponents]
+    inverse = np.float32(1) / np.array(powers, np.float32)
+    return inverse if config.rope_factors is None else inverse / config.rope_factors
+
+
+def _checked_context(config: ModelConfig, context: int | None) -> int:
+    if context is None:
+        return config.context
+    if not 1 <= context <= config.context:
+        raise BitgenError(f"context must be 1 to {config.context} positions, not {context}")
+    return context
+
+
+def _int32(values: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(values, np.int32).reshape(-1)
