@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
@@ -35,6 +36,7 @@ from bitgen.spec import Shape
 from bitgen.target import detect_cpu
 
 if TYPE_CHECKING:
+    from bitgen.model.engine import Engine as CompiledEngine
     from bitgen.model.files import ModelFile
     from bitgen.model.weights import Weights
     from bitgen.runtime import KernelTable
@@ -43,6 +45,7 @@ KV: TypeAlias = Literal["f16", "f32", "q8"]
 Head: TypeAlias = Literal["exact", "q8"]
 Prompt: TypeAlias = "str | Sequence[int]"
 
+BATCH_MAX = 16  # sequences that run at once
 CONTEXT_DEFAULT = 4096  # positions, where the model has as many and nobody asks for more
 
 
@@ -94,7 +97,8 @@ class LLM:
 
     ``library`` is a bundle, a .so, or None for the best bundle in generated/; ``threads`` None means one a
     physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
-    ``batch`` the number of sequences that decode at once. ``progress(text)`` is told what takes long.
+    ``batch`` the number of sequences that there is room for from the start (more are made room for when a list
+    of prompts comes). ``progress(text)`` is told what takes long.
     BitgenError when anything does not fit.
     """
 
@@ -119,10 +123,10 @@ class LLM:
         positions = context_for(config, context)
         tokenizer = file.tokenizer_data  # before the long work: it may be missing
         self.table = load(library or self._find_library(config, progress), threads)
-        engine = open_engine(
-            file, self.table, context=positions, kv=kv, head=head, batch=batch, progress=progress
+        self._open = partial(
+            open_engine, file, self.table, context=positions, kv=kv, head=head, progress=progress
         )
-        self._setup(engine, config, tokenizer)
+        self._setup(self._open(batch=batch), config, tokenizer)
         self.generator.timings.load_s = time.perf_counter() - started
         self._note_untuned()
 
@@ -140,6 +144,17 @@ class LLM:
         self.generator = Generator(engine, self.tokenizer)
         self.template = data.chat_template
         self.notes = list(self.tokenizer.notes)  # what a user should know
+
+    _open: Callable[..., Engine] | None = None  # makes the engine again, for another batch
+
+    def _make_room(self, sequences: int) -> None:
+        """An engine for as many sequences at once, up to what the kernels for small batches take."""
+        wanted = min(sequences, BATCH_MAX)
+        if self._open is not None and wanted > self.engine.max_batch:
+            timings = self.generator.timings
+            self.engine = self._open(batch=wanted)
+            self.generator = Generator(self.engine, self.tokenizer)
+            self.generator.timings = timings
 
     def _find_library(
         self,
@@ -207,6 +222,7 @@ class LLM:
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
             return Generation(self, self.request(prompt, **options))
         texts = [""] * len(prompt)
+        self._make_room(len(prompt))
         requests = [self.request(each, **options) for each in prompt]
         for answer, _ in self.generator.run(requests):
             texts[answer.index] = answer.text
@@ -350,17 +366,23 @@ def open_engine(
     head: Head = "exact",
     batch: int = 1,
     progress: Callable[[str], None] | None = None,
-) -> Engine:
-    """The compiled step over a kernel library, its weights packed or mapped from the cache."""
+) -> CompiledEngine:
+    """The compiled step over a kernel library; the weights of a file are packed once and then mapped."""
     from bitgen.model.engine import Engine as CompiledEngine
-    from bitgen.model.files import ModelFile
+    from bitgen.model.weights import Weights
 
-    engine: Engine = CompiledEngine(
-        model.weights if isinstance(model, ModelFile) else model,
+    def packing(done: int, total: int) -> None:
+        if progress:
+            progress(f"packing weights for these kernels, once: {done / max(1, total):.0%}")
+
+    in_memory = isinstance(model, Weights)
+    return CompiledEngine(
+        model if in_memory else model.weights,
         table,
         context=context,
         kv=kv,
         head=head,
         max_batch=batch,
+        fingerprint=None if in_memory else model.fingerprint.key,
+        progress=packing,
     )
-    return engine

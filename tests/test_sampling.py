@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitgen.errors import BitgenError
+from bitgen.model.sampling import GREEDY, Sampler, Sampling, exp, log_softmax_at, total, uniform
+
+ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
+
+
+def draw(logits: Any, count: int = 1, text: Any = (), **options: Any) -> list[int]:
+    """What is drawn at positions 0 .. count - 1, all from the same logits."""
+    sampler = Sampler(Sampling(**{"seed": 0, **options}))
+    values = np.asarray(logits, np.float32)
+    return [sampler.choose(values, text, position) for position in range(count)]
+
+
+@settings(max_examples=300)
+@given(st.floats(-700, 700))
+def test_exp_is_right_to_two_units_in_the_last_place(x: float) -> None:
+    expected = math.exp(x)
+    assert abs(float(exp(np.array(x))) - expected) <= 2 * math.ulp(expected)
+
+
+def test_exp_at_its_edges() -> None:
+    values = exp(np.array([0.0, -0.0, -700.0, -700.1, -1e9, -np.inf]))
+    assert values[:2].tolist() == [1, 1]
+    assert values[2] > 0
+    assert values[3:].tolist() == [0, 0, 0]
+
+
+def test_exp_has_the_bits_it_always_had() -> None:
+    # The same on every machine, or a seed would not give the same text there.
+    bits = [float(v).hex() for v in exp(np.array([-0.1, -1.0, -2.5, -20.0, -300.25]))]
+    assert bits == [
+        "0x1.cf46d99d52b3ap-1",
+        "0x1.78b56362cef38p-2",
+        "0x1.50385c094f425p-4",
+        "0x1.1b48655f37267p-29",
+        "0x1.c758233102acep-434",
+    ]
+
+
+def test_sums_run_from_left_to_right() -> None:
+    values = np.array([1.0, 1e16, -1e16, 1.0] * 9)
+    expected = 0.0
+    for value in values:
+        expected += value
+    assert total(values) == expected
+    assert total(np.array([])) == 0
+
+
+def test_uniform_numbers_depend_on_seed_and_position_only() -> None:
+    assert uniform(0, 0) == uniform(0, 0) != uniform(0, 1) != uniform(1, 0)
+    # splitmix64 of seed 0 starts with 0xE220A8397B1DCDAF.
+    assert uniform(0, 0) == (0xE220A8397B1DCDAF >> 11) / 2**53
+    numbers = [uniform(seed, position) for seed in range(40) for position in range(50)]
+    assert 0 <= min(numbers) < 0.01
+    assert 0.99 < max(numbers) < 1
+    assert abs(np.mean(numbers) - 0.5) < 0.02
+
+
+def test_greedy_takes_the_likeliest_and_of_equals_the_first() -> None:
+    assert Sampler(GREEDY).choose(np.array([1, 3, 3, 2], np.float32), (), 0) == 1
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
+    counts = Counter(draw(logits, 20000, **ALL))
+    shares = [counts[i] / 20000 for i in range(4)]
+    assert np.abs(np.array(shares) - [0.5, 0.25, 0.15, 0.1]).max() < 0.015
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    logits = [2.0, 0.0]
+    cold, hot = (Counter(draw(logits, 5000, **{**ALL, "temperature": t}))[0] / 5000 for t in (0.5, 10.0))
+    assert abs(cold - 1 / (1 + math.exp(-4))) < 0.02
+    assert abs(hot - 1 / (1 + math.exp(-0.2))) < 0.02
+
+
+def test_top_k_keeps_k_and_of_equals_the_first() -> None:
+    logits = [0.0, 1.0, 1.0, 1.0, 2.0]
+    assert set(draw(logits, 500, **{**ALL, "top_k": 3})) == {4, 1, 2}
+    assert set(draw(logits, 500, **{**ALL, "top_k": 1})) == {4}
+    assert set(draw(logits, 500, **{**ALL, "top_k": 99})) == {0, 1, 2, 3, 4}
+
+
+def test_top_p_keeps_the_fewest_that_reach_p() -> None:
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    assert set(draw(logits, 500, **{**ALL, "top_p": 0.45})) == {0}
+    assert set(draw(logits, 500, **{**ALL, "top_p": 0.6})) == {0, 1}
+    assert set(draw(logits, 500, **{**ALL, "top_p": 0.9})) == {0, 1, 2}
+    assert set(draw(logits, 500, **{**ALL, "top_p": 0.0})) == {0}
+
+
+def test_min_p_drops_what_is_far_less_likely_than_the_likeliest() -> None:
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    assert set(draw(logits, 500, **{**ALL, "min_p": 0.5})) == {0, 1}
+    assert set(draw(logits, 500, **{**ALL, "min_p": 1.0})) == {0}
+    assert set(draw(logits, 2000, **{**ALL, "min_p": 0.09})) == {0, 1, 2, 3}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 60), st.floats(0.3, 1), st.floats(0, 0.5), st.floats(0.2, 3))
+def test_a_draw_is_what_the_definition_says(seed: int, k: int, p: float, min_p: float, t: float) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, 50).astype(np.float32).round(1)  # with equals
+    order = sorted(range(50), key=lambda i: (-float(logits[i]), i))[:k]
+    weights = [math.exp(float(logits[i]) - float(logits[order[0]])) for i in order]
+    kept, so_far = 0, 0.0
+    while kept < len(order) and (kept == 0 or so_far < p * sum(weights) * (1 - 1e-12)):
+        so_far += weights[kept]
+        kept += 1
+    order = [i for i, w in zip(order[:kept], weights, strict=False) if w >= min_p * (1 - 1e-12)]
+    heat = [math.exp((float(logits[i]) - float(logits[order[0]])) / t) for i in order]
+    u = uniform(seed, 3) * sum(heat)
+    expected = next(
+        (i for i, end in zip(order, np.cumsum(heat), strict=True) if u < end * (1 + 1e-12)), order[-1]
+    )
+    sampler = Sampler(Sampling(temperature=t, top_k=k, top_p=p, min_p=min_p, seed=seed))
+    assert sampler.choose(logits, (), 3) == expected
+
+
+def test_repetition_penalty_counts_recent_tokens_once() -> None:
+    logits = [2.0, 1.5, -1.0, -1.2]
+    options = {"temperature": 0.0, "repeat_penalty": 1.5}
+    assert draw(logits, text=[0, 0], **options) == [1]  # 2 / 1.5 < 1.5
+    assert draw(logits, text=[0, 1], **options) == [0]
+    assert draw(logits, text=[0, 3, 3], repeat_last_n=2, **options) == [0]
+    assert draw(logits, text=[0, *[3] * 99], repeat_last_n=-1, **options) == [1]
+    assert draw(logits, text=[0], repeat_last_n=0, **options) == [0]
+    assert draw([-1.0, -1.2], text=[0], **options) == [1]  # negative logits move away from 0
+
+
+def test_logits_are_not_changed() -> None:
+    logits = np.arange(10, dtype=np.float32)
+    kept = logits.copy()
+    Sampler(Sampling(repeat_penalty=2.0, seed=1)).choose(logits, [9], 0)
+    assert np.array_equal(logits, kept)
+
+
+def test_a_seed_gives_the_same_draws_and_no_seed_others() -> None:
+    logits = np.zeros(1000)
+    assert draw(logits, 20, **ALL, seed=5) == draw(logits, 20, **ALL, seed=5)
+    assert draw(logits, 20, **ALL, seed=5) != draw(logits, 20, **ALL, seed=6)
+    assert draw(logits, 20, **ALL, seed=None) != draw(logits, 20, **ALL, seed=None)
+
+
+def test_log_softmax_is_the_log_of_the_probability() -> None:
+    logits = np.array([1.0, 2.0, 3.0], np.float32)
+    expected = 2 - math.log(math.exp(1) + math.exp(2) + math.exp(3))
+    assert abs(log_softmax_at(logits, 1) - expected) < 1e-15
+    assert log_softmax_at(np.array([1e4, -1e4], np.float32), 1) == -2e4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature must be 0 or more, not -1"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"top_p": 1.5}, "top_p must be between 0 and 1"),
+        ({"min_p": -0.1}, "min_p must be between 0 and 1"),
+        ({"repeat_penalty": 0}, "repeat_penalty must be greater than 0"),
+        ({"repeat_last_n": -2}, "repeat_last_n must be -1 or more"),
+        ({"seed": -1}, "seed must be between"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BitgenError, match=message):
+        Sampling(**options)
