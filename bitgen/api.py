@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def render_source(
         raise BitgenError(f"no legal schedule uses {algorithm}", EXIT_USAGE)
     layout = Layout(space.family, row_block) if row_block else start.layout
     spec = space.make(start.schedule.algorithm, layout, {**dict(start.schedule), **_parse_knobs(knobs)})
-    space.check(spec)
+    space.check(spec, local=False)
     fixed = Shape.parse(shape) if shape else None
     return render_kernel(KernelSpec(spec.family, spec.isa, spec.regime, layout, spec.schedule, fixed))
 
@@ -156,7 +157,7 @@ def _parse_knobs(knobs: Sequence[str]) -> dict[str, int]:
     values = {}
     for knob in knobs:
         name, sep, value = knob.partition("=")
-        if not sep or not value.strip().lstrip("-").isdecimal():
+        if not sep or not re.fullmatch(r"-?[0-9]+", value.strip()):
             raise BitgenError(f"knob {knob!r}: write it as name=integer, for example streams=4", EXIT_USAGE)
         values[name.strip()] = int(value)
     return values

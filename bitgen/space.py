@@ -44,10 +44,15 @@ Axes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Rule:
-    """A named constraint; ``text`` is what a user is told when a schedule breaks it."""
+    """A named constraint; ``text`` is what a user is told when a schedule breaks it.
+
+    ``local``: it is about the shape and the caches of this CPU. A kernel that breaks it is right, and may be
+    useful elsewhere.
+    """
 
     text: str
     holds: Callable[[KernelSpec], bool] = field(repr=False, compare=False)
+    local: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,9 +161,9 @@ class Space:
         outside = [rule for rule in self.bounds if not rule.holds(spec)]
         return outside or [rule for rule in self.rules if not rule.holds(spec)]
 
-    def check(self, spec: KernelSpec) -> None:
-        """BitgenError that quotes every broken rule."""
-        texts = [rule.text for rule in self.broken(spec)]
+    def check(self, spec: KernelSpec, local: bool = True) -> None:
+        """BitgenError that quotes every broken rule; ``local`` False: only those that make a kernel wrong."""
+        texts = [rule.text for rule in self.broken(spec) if local or not rule.local]
         if texts:
             message = f"schedule {spec.schedule.name} is not legal: {'; '.join(texts)}"
             raise BitgenError(message, EXIT_USAGE)
@@ -328,8 +333,11 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         )
     if FAMILIES[family].looks_up or regime is not N1:
         yield Rule(
-            "kc must be 0 (all of k) or a multiple of the family's chunk, below k",
-            lambda s: _kc_fits(s, shape.k),
+            f"kc must be 0 (all of k) or a multiple of the family's chunk, {FAMILIES[family].k_chunk}",
+            lambda s: dict(s.schedule).get("kc", 0) % FAMILIES[s.family].k_chunk == 0,
+        )
+        yield Rule(
+            f"kc must be below k = {shape.k}", lambda s: dict(s.schedule).get("kc", 0) < shape.k, local=True
         )
     if FAMILIES[family].looks_up:
         yield Rule(
@@ -352,12 +360,8 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         yield Rule(
             f"a panel of mc x kc bytes must leave a quarter of the L2 cache free ({cpu.l2_bytes} bytes)",
             lambda s: s.schedule.algorithm != "panel" or _panel_bytes(s, shape.k) <= cpu.l2_bytes * 3 // 4,
+            local=True,
         )
-
-
-def _kc_fits(spec: KernelSpec, k: int) -> bool:
-    kc = dict(spec.schedule).get("kc", 0)
-    return kc == 0 or (kc % FAMILIES[spec.family].k_chunk == 0 and kc < k)
 
 
 def _panel_rows_divide(spec: KernelSpec) -> bool:

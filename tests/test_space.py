@@ -136,7 +136,7 @@ BREAKING = [
     ("i2s", "avx512_vnni", SMALL, "direct", {"streams": 8, "nr": 8}, "registers of avx512_vnni"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"mr": 128, "mc": 128, "nr": 12}, "registers of avx512_vnni"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 17}, "kc must be 0"),
-    ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 8640}, "kc must be 0"),
+    ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 8640}, "kc must be below k = 8640"),
     ("tl2", "avx512", N1, "direct", {"mc": 128, "kc": 64}, "kc must be 0"),
     ("tl1", "avx512", N1, "direct", {"mc": 128, "kc": 0}, "give both, or neither"),
     ("tl1", "avx512", N1, "direct", {"mc": 0, "kc": 960}, "give both, or neither"),
@@ -188,6 +188,17 @@ def test_all_broken_rules_are_quoted_together() -> None:
     space, legal = one("tl2", "avx512", N1, "direct")
     with pytest.raises(BitgenError, match=r"int16 partial sums.*; .*kc must be 0.*; .*both, or neither"):
         space.check(changed(legal, widen=40, kc=50))
+
+
+def test_rules_about_this_machine_and_shape_are_told_apart() -> None:
+    """`bitgen render` writes a kernel that is right, whatever the caches of the CPU it runs on."""
+    space, legal = one("i2s", "avx512", LARGE, "panel")
+    for knobs in ({"mc": 1 << 18, "kc": 960}, {"kc": 8640}):
+        assert all(rule.local for rule in space.broken(changed(legal, **knobs)))
+        space.check(changed(legal, **knobs), local=False)
+    for knobs in ({"kc": 17}, {"mc": 0}, {"nr": 99}):
+        with pytest.raises(BitgenError):
+            space.check(changed(legal, **knobs), local=False)
 
 
 def test_foreign_specs_are_not_legal() -> None:
