@@ -424,9 +424,8 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         for bm, block, kc in ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=1, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)
     elif regime is SMALL and not looks_up:
-        yield spec(
-            "direct", streams=2 if zmm else 1, nr=8 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0
-        )
+        rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": 2}
+        yield spec("direct", **rows, accs=1, widen=pairs, unroll=1, prefetch=2048)
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
     if regime is not N1:
         small = {"mr": 16, "nr": 4, "mc": 16, "kc": 0, "widen": steps, "unroll": 1}
