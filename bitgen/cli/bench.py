@@ -1,62 +1,176 @@
-"""Time a model's kernels on this machine: the winners against the untuned defaults, and against the limit."""
+"""Time a model: prompts and steps as llama-bench does, or with --kernels its matrix kernels one by one.
+
+The model is a file, or a preset (see `bitgen models`), which gets random weights.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
-SUMMARY = "time the kernels of a model against the defaults and the machine's limit"
+if TYPE_CHECKING:
+    from bitgen.model.bench import Run
+    from bitgen.model.engine import Engine
+    from bitgen.model.files import ModelFile
+    from bitgen.model.weights import Weights
+
+SUMMARY = "time a model in tokens a second, or its kernels against the defaults and the machine's limit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
-    parser.add_argument("--kernels", action="store_true", help="matrix kernels (what there is to time)")
-    parser.add_argument("-n", "--tokens", default="1,8,128,512", help="numbers of tokens (1,8,128,512)")
-    parser.add_argument("-t", "--threads", type=int, help="threads (default: all usable)")
-    parser.add_argument("-r", "--rounds", type=int, default=9, help="interleaved rounds (9)")
-    parser.add_argument("--isa", help="ISA level (default: the best this CPU runs)")
-    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
-    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    parser.add_argument("-m", "--model", required=True, help="a model file, a preset or a YAML file")
+    parser.add_argument(
+        "-p", "--n-prompt", default="512", metavar="LIST", help="tokens of prompts; 0: none (512)"
+    )
+    parser.add_argument(
+        "-n",
+        "--n-gen",
+        "--tokens",
+        metavar="LIST",
+        help="steps of one token; 0: none (128). With --kernels: tokens at once (1,8,128,512)",
+    )
+    parser.add_argument("-b", "--batch", default="1", metavar="LIST", help="sequences that step at once (1)")
+    parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
+    parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
+    parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
+    parser.add_argument("--head", choices=("exact", "q8"), default="exact", help="the output matrix (exact)")
+    parser.add_argument(
+        "--library", type=Path, help="kernel library: a bundle or a .so (default: the best here)"
+    )
+    parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
+    parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")
+    parser.add_argument("--cc", help="with --kernels: C compiler: gcc, clang, zig or a path")
+    parser.add_argument("--logs", type=Path, help="with --kernels: folder of the records (tune_logs/)")
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.api import bench_kernels
-    from bitgen.cli.progress import ProgressLine
+    (_run_kernels if args.kernels else _run_model)(args)
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    """The numbers of a list like 1,2,4."""
     from bitgen.errors import EXIT_USAGE, BitgenError
 
-    if not args.kernels:
-        raise BitgenError("say what to time: bitgen bench --kernels --model NAME", EXIT_USAGE)
-    words = args.tokens.split(",")
-    if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
-        raise BitgenError(f"--tokens {args.tokens}: give positive numbers, separated by commas", EXIT_USAGE)
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) >= least for word in words):
+        raise BitgenError(f"{option} {text}: give numbers from {least} on, separated by commas", EXIT_USAGE)
+    return [int(word) for word in words]
+
+
+# ---- Models ----
+
+
+def _run_model(args: argparse.Namespace) -> None:
+    from bitgen.cli.progress import ProgressLine
+    from bitgen.errors import EXIT_USAGE, BitgenError
+    from bitgen.llm import library_for
+    from bitgen.model.bench import bench_engine
+    from bitgen.model.llm import open_engine
+    from bitgen.runtime import load
+
+    prompts = [n for n in _numbers("-p", args.n_prompt, 0) if n]
+    steps = [n for n in _numbers("-n", args.n_gen or "128", 0) if n]
+    batches = _numbers("-b", args.batch, 1)
+    threads = _numbers("-t", args.threads, 1) if args.threads else [None]
+    repeats = 5 if args.repetitions is None else args.repetitions
+    if not (prompts or steps) or repeats < 1:
+        raise BitgenError("nothing to time: -p or -n, and -r, must be at least 1", EXIT_USAGE)
+    context = max((*prompts, *steps))
+    rows = []
+    with ProgressLine() as line:
+        model = _open(args.model, context)
+        library = args.library or library_for(model.config, line.show)
+        for count in threads:
+            with load(library, count) as table:
+                engine = open_engine(
+                    model,
+                    table,
+                    context=context,
+                    kv=args.kv,
+                    head=args.head,
+                    batch=max(batches),
+                    progress=line.show,
+                )
+                for run in bench_engine(
+                    engine,
+                    table.threads,
+                    prompts=prompts,
+                    steps=steps,
+                    batches=batches,
+                    repeats=repeats,
+                    progress=line.show,
+                ):
+                    rows.append(_row(engine, run, args))
+                engine.close()
+    print(render_tables([Table("bench", _COLUMNS, rows)], args.output))
+
+
+def _open(name: str, context: int) -> ModelFile | Weights:
+    """A model file, or the random weights of a preset."""
+    from bitgen.config import find_model
+
+    if Path(name).suffix in (".gguf", ".safetensors") or Path(name).is_dir():
+        from bitgen.model.files import open_model
+
+        return open_model(name)
+    from bitgen.model.synthetic import config_of, random_weights
+
+    return random_weights(config_of(find_model(name), context=context))
+
+
+_COLUMNS = (
+    Column("model", "model"),
+    Column("streamed_mib", "MiB a token", ",.0f"),
+    Column("parameters_m", "params (M)", ",.1f"),
+    Column("library", "library"),
+    Column("threads", "threads", "d"),
+    Column("batch", "batch", "d"),
+    Column("test", "test"),
+    Column("avg_ts", "t/s", ",.2f"),
+    Column("stddev_ts", "±", ",.2f"),
+)
+
+
+def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ...]:
+    from bitgen.model.bench import parameters
+
+    head = 0 if args.head == "q8" else engine.weights.output.data.nbytes  # q8 counts as packed
+    return (
+        engine.config.name or Path(args.model).stem,
+        (engine.memory.weights + head) / 2**20,
+        parameters(engine.config) / 1e6,
+        engine.table.path.parent.name,
+        run.threads,
+        run.batch,
+        run.test,
+        run.mean,
+        run.deviation,
+    )
+
+
+# ---- Kernels ----
+
+
+def _run_kernels(args: argparse.Namespace) -> None:
+    from bitgen.api import bench_kernels
+    from bitgen.cli.progress import ProgressLine
+
+    threads = _numbers("-t", args.threads, 1)[0] if args.threads else None
     with ProgressLine() as line:
         timings = bench_kernels(
             args.model,
-            tokens=[int(word) for word in words],
-            threads=args.threads,
-            rounds=args.rounds,
+            tokens=_numbers("-n", args.n_gen or "1,8,128,512", 1),
+            threads=threads,
+            rounds=9 if args.repetitions is None else args.repetitions,
             isa=args.isa,
             cc=args.cc,
             logs=args.logs,
             progress=line.show,
         )
-    columns = (
-        Column("shape", "m x k"),
-        Column("n", "n", "d"),
-        Column("threads", "threads", "d"),
-        Column("isa", "ISA"),
-        Column("layout", "layout"),
-        Column("schedule", "schedule"),
-        Column("time_us", "us", ",.1f"),
-        Column("weight_gbs", "GB/s", ".1f"),
-        Column("gops", "GOP/s", ",.0f"),
-        Column("limit_share", "% of limit", ".0%"),
-        Column("over_default", "time/default", ".2f"),
-        Column("state", "state"),
-    )
     rows = [
         (
             t.shape.name,
@@ -74,4 +188,20 @@ def run(args: argparse.Namespace) -> None:
         )
         for t in timings
     ]
-    print(render_tables([Table("kernels", columns, rows)], args.output))
+    print(render_tables([Table("kernels", _KERNEL_COLUMNS, rows)], args.output))
+
+
+_KERNEL_COLUMNS = (
+    Column("shape", "m x k"),
+    Column("n", "n", "d"),
+    Column("threads", "threads", "d"),
+    Column("isa", "ISA"),
+    Column("layout", "layout"),
+    Column("schedule", "schedule"),
+    Column("time_us", "us", ",.1f"),
+    Column("weight_gbs", "GB/s", ".1f"),
+    Column("gops", "GOP/s", ",.0f"),
+    Column("limit_share", "% of limit", ".0%"),
+    Column("over_default", "time/default", ".2f"),
+    Column("state", "state"),
+)

@@ -127,7 +127,7 @@ def build_bpe(ids: Mapping[str, int], merges: Sequence[str], pre: PreTokenizer) 
 
     vocabulary = {token: i for token, i in ids.items() if token.isprintable() or _is_text(token)}
     try:  # as they should be: half a second less than looking at every one
-        pairs = [tuple(merge.split(" ")) for merge in merges]
+        pairs: Any = [tuple(merge.split(" ")) for merge in merges]
         model = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre.whole_words)
     except Exception:  # the library has no narrower one
         pairs = _possible(vocabulary, merges)
@@ -139,7 +139,7 @@ def build_bpe(ids: Mapping[str, int], merges: Sequence[str], pre: PreTokenizer) 
     return tokenizer
 
 
-def _possible(vocabulary: Mapping[str, int], merges: Sequence[str]) -> list[tuple[str, ...]]:
+def _possible(vocabulary: Mapping[str, int], merges: Sequence[str]) -> list[tuple[str, str]]:
     """The merges of two tokens to a third."""
     pairs = []
     for merge in merges:

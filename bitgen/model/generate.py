@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.model.config import ModelConfig
 from bitgen.model.sampling import Sampler, Sampling
 from bitgen.model.tokenizer import Tokenizer
 
@@ -29,6 +30,9 @@ _SHARED_MIN = 16  # a common start of two prompts that is shorter than this is c
 
 class Engine(Protocol):
     """What runs the model: bitgen.model.engine, or a stand-in."""
+
+    @property
+    def config(self) -> ModelConfig: ...
 
     context: int  # positions of a sequence
     max_batch: int  # sequences

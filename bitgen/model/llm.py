@@ -97,9 +97,8 @@ class LLM:
 
     ``library`` is a bundle, a .so, or None for the best bundle in generated/; ``threads`` None means one a
     physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
-    ``batch`` the number of sequences that there is room for from the start (more are made room for when a list
-    of prompts comes). ``progress(text)`` is told what takes long.
-    BitgenError when anything does not fit.
+    ``batch`` the number of sequences there is room for from the start (a list of prompts makes more).
+    ``progress(text)`` is told what takes long. BitgenError when anything does not fit.
     """
 
     def __init__(
@@ -375,14 +374,16 @@ def open_engine(
         if progress:
             progress(f"packing weights for these kernels, once: {done / max(1, total):.0%}")
 
-    in_memory = isinstance(model, Weights)
+    weights, fingerprint = (
+        (model, None) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
+    )
     return CompiledEngine(
-        model if in_memory else model.weights,
+        weights,
         table,
         context=context,
         kv=kv,
         head=head,
         max_batch=batch,
-        fingerprint=None if in_memory else model.fingerprint.key,
+        fingerprint=fingerprint,
         progress=packing,
     )
