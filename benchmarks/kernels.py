@@ -1,0 +1,166 @@
+"""Time a model's matrices with the tuned kernels of every family, side by side in one run, against the limits.
+
+    python benchmarks/kernels.py decode  --model 3B --threads 1,2        # n = 1, weights cold
+    python benchmarks/kernels.py batch   --model 3B --threads 2          # n = 1, 2, 4, 8, 16, weights cold
+    python benchmarks/kernels.py prefill --model 3B --threads 1 -n 512   # weights warm
+
+Kernels are the winners in tune_logs/ (run `bitgen tune` first, for each ISA level that is asked for with --isa), the
+defaults where nothing is recorded. For each shape all kernels, and for cold runs the best memory-reading probe, take
+turns in interleaved, shuffled rounds; figures are medians. The limit is the most that any probe or kernel of this run
+reached. A token's time is the sum over the model's matrices, each as often as a token uses it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bitgen.api import Workshop
+from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.config import ModelPreset, find_model
+from bitgen.measure.local import LocalRunner
+from bitgen.spec import FAMILIES, LARGE, KernelSpec, Shape, regime_of
+from bitgen.target import Isa
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kernel on one shape: the median of a call in ns, and the bytes it reads."""
+
+    shape: Shape
+    count: int
+    spec: KernelSpec
+    n: int
+    threads: int
+    time_ns: float
+    limit_gbs: float | None
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.spec.layout.packed_bytes(self.shape)
+
+
+def recorded(workshop: Workshop, shape: Shape, family: str, isa: Isa, regime: str, threads: int) -> KernelSpec:
+    """The fastest recorded winner of a family, else its default."""
+    found = [
+        winner
+        for record in workshop.store.tunings
+        if record.shape == shape and record.fingerprint.digest == workshop.fingerprint.digest
+        for winner in record.winners
+        if (winner.spec.family, winner.spec.isa, winner.regime) == (family, isa.name, regime)
+        and winner.threads <= threads
+    ]
+    if not found:
+        return workshop.space(family, isa, regime, shape).default
+    most = max(winner.threads for winner in found)
+    return min((w for w in found if w.threads == most), key=lambda w: w.time_ns).spec
+
+
+def time_shape(
+    runner: LocalRunner, specs: Iterable[KernelSpec], shape: Shape, count: int, n: int, threads: int, rounds: int
+) -> list[Cell]:
+    cold = regime_of(n) is not LARGE
+    race = runner.race(list(specs), shape, n, threads, rounds, cold)
+    for spec, reason in race.dropped.items():
+        print(f"dropped {spec.name}: {reason}", file=sys.stderr)
+    cells = [Cell(shape, count, s, n, threads, statistics.median(t), race.read_gbs) for s, t in race.items()]
+    return cells
+
+
+def shapes_of(model: ModelPreset) -> dict[Shape, int]:
+    counts: dict[Shape, int] = {}
+    for matmul in model.matmuls:
+        shape = Shape(matmul.m, matmul.k)
+        counts[shape] = counts.get(shape, 0) + matmul.count
+    return counts
+
+
+def measure(args: argparse.Namespace, workshop: Workshop, ns: list[int], threads: int) -> list[Cell]:
+    isas = [workshop.isa(name) for name in args.isa] or [workshop.isa(None)]
+    cells: list[Cell] = []
+    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+        for n in ns:
+            for shape, count in shapes_of(find_model(args.model)).items():
+                specs = dict.fromkeys(
+                    recorded(workshop, shape, family, isa, regime_of(n).name, threads)
+                    for isa in isas
+                    for family in args.family or FAMILIES
+                )
+                cells += time_shape(runner, specs, shape, count, n, threads, args.rounds)
+        peak = {isa.name: runner.limits(threads, [isa.name]).peak_gops[isa.name] for isa in isas}
+        dram = runner.limits(threads, [isas[0].name]).best_dram_gbs
+    report(args, cells, ns, threads, dram, peak)
+    return cells
+
+
+def report(
+    args: argparse.Namespace, cells: list[Cell], ns: list[int], threads: int, dram: float, peak: dict[str, float]
+) -> None:
+    """Two tables: every shape, and the whole model for each family and ISA level."""
+    roof = dram
+    for cell in cells:
+        if regime_of(cell.n) is not LARGE:
+            roof = max(roof, cell.limit_gbs or 0.0, cell.packed_bytes / cell.time_ns if cell.n == 1 else 0.0)
+    names = sorted({(cell.spec.isa, cell.spec.family) for cell in cells})
+    rows, totals = [], []
+    for cell in cells:
+        gops = 2 * cell.shape.m * cell.shape.k * cell.n / cell.time_ns
+        gbs = cell.packed_bytes / cell.time_ns
+        rows.append(
+            (cell.shape.name, cell.n, cell.spec.family, cell.spec.isa, cell.time_ns / 1e3, gbs, gbs / roof, gops)
+            + (gops / peak[cell.spec.isa], f"{cell.spec.layout.name} {cell.spec.schedule.name}")
+        )
+    for n in ns:
+        base = None
+        for isa, family in names:
+            mine = [c for c in cells if (c.n, c.spec.isa, c.spec.family) == (n, isa, family)]
+            time_ns = sum(c.count * c.time_ns for c in mine)
+            bytes_ = sum(c.count * c.packed_bytes for c in mine)
+            ops = sum(2 * c.count * c.shape.m * c.shape.k * n for c in mine)
+            base = base or time_ns
+            totals.append(
+                (n, family, isa, bytes_ / 1e6, time_ns / 1e6, bytes_ / time_ns, bytes_ / time_ns / roof)
+                + (ops / time_ns, ops / time_ns / peak[isa], base / time_ns)
+            )
+    shape_columns = (
+        *(Column("shape", "m x k"), Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA")),
+        *(Column("time_us", "us", ",.1f"), Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
+        *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%"), Column("kernel", "kernel")),
+    )
+    total_columns = (
+        *(Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA"), Column("mb", "MB", ",.0f")),
+        *(Column("time_ms", "ms a step", ".2f"), Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
+        *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%")),
+        Column("speedup", "against the first", ".2f"),
+    )
+    title = f"{args.model}, {threads} thread{'s' if threads > 1 else ''}, best DRAM read {roof:.1f} GB/s"
+    print(
+        render_tables(
+            [Table(f"{title}: shapes", shape_columns, rows), Table(f"{title}: model", total_columns, totals)],
+            args.output,
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("decode", "batch", "prefill"))
+    parser.add_argument("--model", default="3B")
+    parser.add_argument("--isa", action="append", default=[])
+    parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("-n", type=int, default=512, help="tokens of prefill")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
+    args = parser.parse_args()
+    workshop = Workshop()
+    ns = {"decode": [1], "batch": [1, 2, 4, 8, 16], "prefill": [args.n]}[args.what]
+    for threads in args.threads.split(","):
+        measure(args, workshop, ns, int(threads))
+
+
+if __name__ == "__main__":
+    main()
