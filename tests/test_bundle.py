@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bitgen.bundle import (
+    ABI_VERSION,
     DEFAULT,
     MANIFEST_NAME,
     TUNED,
@@ -110,7 +111,10 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda p: (p / MANIFEST_NAME).write_bytes(b"\xff"), "cannot read .*manifest.json"),
         (lambda p: (p / MANIFEST_NAME).write_text("[" * 100_000), "cannot read .*manifest.json"),
         (lambda p: edit(p, format=2), "format is 2, this bitgen reads 1"),
-        (lambda p: edit(p, abi_version=7), "abi_version is 7, this bitgen reads 1: build the bundle again"),
+        (
+            lambda p: edit(p, abi_version=7),
+            f"abi_version is 7, this bitgen reads {ABI_VERSION}: build the bundle again",
+        ),
         (lambda p: edit(p, isas=...), "is damaged .*isas"),
         (lambda p: edit(p, kernels=[{}]), "is damaged"),
         (lambda p: edit(p, kernels=7), "is damaged"),

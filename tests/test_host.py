@@ -188,7 +188,15 @@ def packer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return CcBuilder(toolchain).build([units["pool"], tested])
 
 
-EMPTY_TABLE = {"version": "", "prototypes": (), "layouts": (), "isas": (), "kernels": (), "entries": ()}
+EMPTY_TABLE = {
+    "version": "",
+    "prototypes": (),
+    "layouts": (),
+    "isas": (),
+    "kernels": (),
+    "entries": (),
+    "steps": (),
+}
 
 
 @pytest.mark.parametrize("row_block", [16, 32, 48])
