@@ -126,7 +126,7 @@ def _architecture(settings: _Settings) -> str:
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in CLASSES:
         raise settings.error(
-            "architectures", f"is {str(names)[:60]}; bitgen runs {', '.join(CLASSES)} with ternary matrices"
+            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(CLASSES)} with ternary matrices"
         )
     return CLASSES[name]
 

@@ -114,7 +114,7 @@ def _tensor(path: Path, name: str, entry: object, body: Bytes) -> StoredTensor:
     if not isinstance(dtype, str) or dtype not in _BYTES:
         raise _damaged(path, f"{short!r} has the type {str(dtype)[:20]!r}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(shape) > _DIMS_MAX or len(offsets) != 2:
-        raise _damaged(path, f"{short!r} has the shape {str(shape)[:60]} at {str(offsets)[:60]}")
+        raise _damaged(path, f"{short!r} has the shape {shape!r:.60} at {offsets!r:.60}")
     begin, end = offsets
     if not begin <= end <= len(body):
         raise _damaged(path, f"{short!r} ends after the file; was the download cut short?")

@@ -41,7 +41,7 @@ def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any],
     if model.get("type", "BPE") == "BPE" and isinstance(model.get("vocab"), Mapping):
         out |= _vocabulary(tokenizer, model, data, vocab, notes)
     else:
-        kind = str(model.get("type"))[:40]
+        kind = repr(model.get("type"))[:40]
         notes.append(
             f"the tokenizer is {kind}: the file keeps its tokenizer.json only, which llama.cpp does not read"
         )
@@ -110,7 +110,7 @@ def _vocabulary(
 def _put(tokens: list[str], token: str, i: object) -> None:
     if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(tokens):
         raise BitgenError(
-            f"tokenizer.json: the token {token[:40]!r} has the id {str(i)[:40]}; the model has "
+            f"tokenizer.json: the token {token[:40]!r} has the id {i!r:.40}; the model has "
             f"{len(tokens)} rows",
             EXIT_FILE,
         )

@@ -1,0 +1,243 @@
+"""Damage model files in every way and read them: each must open, or be refused with a BitgenError.
+
+    python tests/mutations.py --count 100000 --seed 1
+
+Runs under a limit of memory and of time a file, and prints how many files opened and how many were refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from model_files import plain_model, small_config, write_folder, write_model
+
+from bitgen.errors import BitgenError
+from bitgen.model import open_model
+from bitgen.model.config import TokenizerData
+from bitgen.model.inspect import facts, metadata_lines, token_bytes, type_uses
+
+SECONDS_A_FILE = 10
+MEMORY_BYTES = 1 << 30  # beyond what the process has mapped at the start
+OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+# One layer and few tokens: the smaller the file, the more of its bytes steer the reader.
+TINY = {"layers": 1, "hidden": 8, "ffn": 8, "heads": 2, "kv_heads": 1, "head_dim": 4}
+
+
+def read_everything(path: Path) -> TokenizerData:
+    """Open a model and touch all of it."""
+    model = open_model(path)
+    facts(model), list(metadata_lines(model)), type_uses(model), token_bytes(model)
+    for layer in model.weights.layers:
+        for matrix in layer.matrices:
+            assert matrix.scale.size in (1, matrix.shape.m)
+            w = matrix.rows(0, matrix.shape.m)
+            assert w.min() >= -1
+            assert w.max() <= 1
+    model.weights.embedding.rows(0, model.config.vocab)
+    model.weights.output.rows(0, model.config.vocab)
+    return model.tokenizer_data
+
+
+def use_tokenizer(data: TokenizerData) -> None:
+    from bitgen.model.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(data)
+    tokenizer.decode(tokenizer.encode("ab<s>w1 x"))
+
+
+def outcome(path: Path) -> str:
+    """ "valid" or "refused"; anything else is a failure of the reader and is raised."""
+    signal.alarm(SECONDS_A_FILE)
+    try:
+        try:
+            data = read_everything(path)
+        except BitgenError as error:
+            if not error.message.isprintable():
+                raise ValueError(f"not printable: {error.message!r}") from error
+            return "refused"
+        try:
+            use_tokenizer(data)
+        except BitgenError:
+            return "refused by the tokenizer"
+        return "valid"
+    finally:
+        signal.alarm(0)
+
+
+def mutations(path: Path, damaged: Path, places: Iterable[tuple[int, bytes]]) -> Counter[str]:
+    """Each of ``places``, new bytes at an offset of ``damaged``, alone; the file is whole afterwards."""
+    content = damaged.read_bytes()
+    counts: Counter[str] = Counter()
+    with damaged.open("r+b", buffering=0) as file:
+        for at, new in places:
+            os.pwrite(file.fileno(), new, at)
+            try:
+                counts[outcome(path)] += 1
+            except BaseException:
+                print(f"{damaged.name}: {new!r} at {at}", file=sys.stderr)
+                raise
+            finally:
+                os.pwrite(file.fileno(), content[at : at + len(new)], at)
+    return counts
+
+
+def one_byte(content: bytes, count: int, rng: random.Random, header: int) -> Iterator[tuple[int, bytes]]:
+    """One byte changed, three times of four within the first ``header`` bytes."""
+    for _ in range(count):
+        at = rng.randrange(min(header, len(content)) if rng.random() < 0.75 else len(content))
+        old = content[at]
+        changes = (rng.randrange(256), 0, 255, old ^ 1 << rng.randrange(8), old + 1 & 255, old - 1 & 255)
+        yield at, bytes([rng.choice(changes)])
+
+
+def one_character(content: bytes, count: int, rng: random.Random) -> Iterator[tuple[int, bytes]]:
+    """One byte of a text as another printable one: what JSON's syntax does not stop by itself."""
+    for _ in range(count):
+        yield (
+            rng.randrange(len(content)),
+            rng.choice(b'0123456789-+.eE"[]{}:, \\untrlsabcXYZ<>/~').to_bytes(1, "little"),
+        )
+
+
+def one_number(content: bytes, count: int, rng: random.Random, header: int) -> Iterator[tuple[int, bytes]]:
+    """A 32-bit or 64-bit number that is hard to bear, anywhere in the header."""
+    for _ in range(count):
+        size = rng.choice((4, 8))
+        bits = rng.choice((0, 1, 7, 31, 32, 40, 47, 48, 62, 63))
+        value = ((1 << bits) + rng.choice((-1, 0, 1))) % (1 << 8 * size)
+        yield rng.randrange(min(header, len(content)) - size), value.to_bytes(size, "little")
+
+
+def json_values(path: Path, damaged: Path, count: int, rng: random.Random) -> Counter[str]:
+    """One value of a JSON file (or of a safetensors header) as another one."""
+    content = damaged.read_bytes()
+    binary = damaged.suffix == ".safetensors"
+    length = int.from_bytes(content[:8], "little") if binary else 0
+    text = content[8 : 8 + length] if binary else content
+    counts: Counter[str] = Counter()
+    for _ in range(count):
+        data = json.loads(text)
+        _replace_one(data, rng)
+        new = json.dumps(data).encode()
+        damaged.write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :] if binary else new)
+        try:
+            counts[outcome(path)] += 1
+        except BaseException:
+            print(f"{damaged.name}: {new!r}", file=sys.stderr)
+            raise
+        finally:
+            damaged.write_bytes(content)
+    return counts
+
+
+ODD_NUMBERS = (-1, 0, 1, 2, 7, 1 << 31, 1 << 63, 1 << 200, 1.5, -0.0, 1e308, float("nan"), float("inf"))
+ODD_TEXTS = ("", "x", "a b", "\ud800", "\x1b[2J", "y" * 5000, "ByteLevel", "F64", "../x")
+ODD_THINGS = (None, True, [], [0], [1, 2], {}, {"type": "Sequence"}, {"a": []}, [[]])
+ODD = (*ODD_NUMBERS, *ODD_TEXTS, *ODD_THINGS)
+
+
+def _replace_one(data: Any, rng: random.Random) -> None:
+    """Walk down to a random place and put something else there, take it away, or give it another name."""
+    while True:
+        keys = list(data) if isinstance(data, dict) else list(range(len(data)))
+        key = rng.choice(keys)
+        inner = data[key]
+        if isinstance(inner, (dict, list)) and inner and rng.random() < 0.8:
+            data = inner
+            continue
+        kind = rng.random()
+        if kind < 0.7:
+            data[key] = rng.choice(ODD)
+        elif kind < 0.85 or isinstance(data, list):
+            del data[key]
+        else:
+            data[rng.choice(("x", "", str(key)[:-1]))] = data.pop(key)
+        return
+
+
+def gguf_file(folder: Path, architecture: str = "llama") -> tuple[Path, int]:
+    """A small GGUF file and the size of its header."""
+    from bitgen.model.gguf import read_gguf
+
+    path = write_model(folder / f"{architecture}.gguf", plain_model(small_config(architecture, **TINY)))
+    return path, read_gguf(path).header_bytes
+
+
+def hf_folder(folder: Path) -> Path:
+    return write_folder(folder / "hf", plain_model(small_config("bitnet-b1.58", **TINY)), "packed", OFFLINE)
+
+
+def run(count: int, seed: int) -> dict[str, dict[str, int]]:
+    """All kinds of damage, ``count`` of each kind where it is random; the counts of each outcome."""
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, header = gguf_file(folder)
+        old, old_header = gguf_file(folder, "bitnet")
+        hf = hf_folder(folder)
+        for each in (path, old, hf):
+            use_tokenizer(read_everything(each))  # everything is imported before the limits
+        limit_memory()
+        results: dict[str, Counter[str]] = {}
+        for file, size in ((path, header), (old, old_header)):
+            content = file.read_bytes()
+            kind = f"GGUF {file.stem}"
+            results[f"{kind}, one byte"] = mutations(file, file, one_byte(content, count, rng, size))
+            results[f"{kind}, one number"] = mutations(file, file, one_number(content, count, rng, size))
+        weights = hf / "model.safetensors"
+        content = weights.read_bytes()
+        results["model.safetensors, one byte"] = mutations(hf, weights, one_byte(content, count, rng, 1400))
+        for text in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            content = (hf / text).read_bytes()
+            results[f"{text}, one character"] = mutations(hf, hf / text, one_character(content, count, rng))
+        for text in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+            results[f"{text}, one value"] = json_values(hf, hf / text, count, rng)
+        results |= {
+            "GGUF llama, every prefix": prefixes(path, path),
+            "model.safetensors, every prefix": prefixes(hf, hf / "model.safetensors"),
+            "tokenizer.json, every prefix": prefixes(hf_folder(folder), hf / "tokenizer.json"),
+        }
+    return {kind: dict(counts) for kind, counts in results.items()}
+
+
+def prefixes(path: Path, damaged: Path) -> Counter[str]:
+    """Every length of ``damaged`` from its own down to 0; the file is spent afterwards."""
+    counts: Counter[str] = Counter()
+    for length in range(damaged.stat().st_size - 1, -1, -1):
+        os.truncate(damaged, length)
+        counts[outcome(path)] += 1
+    return counts
+
+
+def limit_memory() -> None:
+    """Fail, instead of filling the machine, when a file asks for too much."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=2000, help="mutations of each file")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    results = run(args.count, args.seed)
+    print(json.dumps({"seconds": round(time.perf_counter() - started, 1), **results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
