@@ -46,6 +46,7 @@ _SCALARS = {
     12: "<f8",
 }
 _BOOL = 7
+_LENGTH = struct.Struct("<Q")
 
 
 def damaged(path: Path, what: str) -> BitgenError:
@@ -93,7 +94,7 @@ class Metadata(Mapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
         if value.count is None:
-            return self._string(value.offset)[0] if value.kind == _STRING else self._scalar(value)
+            return next(self._strings(value.offset, 1)) if value.kind == _STRING else self._scalar(value)
         if value.kind == _STRING:
             return tuple(self._strings(value.offset, value.count))
         dtype = np.dtype(_SCALARS[value.kind])
@@ -119,16 +120,14 @@ class Metadata(Mapping[str, Any]):
         number = np.frombuffer(raw, dtype)[0].item()
         return bool(number) if value.kind == _BOOL else number
 
-    def _string(self, offset: int) -> tuple[str, int]:
-        length = int.from_bytes(self._data[offset : offset + 8].tobytes(), "little")
-        end = offset + 8 + length
-        # surrogateescape: a token may be a piece of a character, and every byte must survive.
-        return self._data[offset + 8 : end].tobytes().decode("utf-8", "surrogateescape"), end
-
     def _strings(self, offset: int, count: int) -> Iterator[str]:
+        data = self._data.data  # a memoryview: vocabularies have hundreds of thousands of strings
+        unpack = _LENGTH.unpack_from
         for _ in range(count):
-            text, offset = self._string(offset)
-            yield text
+            end = offset + 8 + unpack(data, offset)[0]
+            # surrogateescape: a token may be a piece of a character, and every byte must survive.
+            yield str(data[offset + 8 : end], "utf-8", "surrogateescape")
+            offset = end
 
 
 @dataclass(frozen=True)
@@ -312,7 +311,7 @@ class _Cursor:
     def _skip_strings(self, count: int, key: str) -> None:
         """Written for speed: vocabularies have hundreds of thousands of strings."""
         data, end, at = self._data, self._end, self.at
-        unpack: Callable[..., tuple[int]] = struct.Struct("<Q").unpack_from
+        unpack = _LENGTH.unpack_from
         for _ in range(count):
             if at + 8 > end:
                 self.take(end)  # raises

@@ -287,14 +287,14 @@ def ternary_of_floats(kind: str, data: Bytes, cols: int, name: str) -> tuple[Ter
         negative = values < 0
     largest = size.max(axis=1, keepdims=True)
     nonzero = size != 0
-    if not np.array_equal(size == largest, nonzero | (largest == 0)):
+    if np.count_nonzero(size == largest) != np.count_nonzero(nonzero | (largest == 0)):
         raise BitgenError(
             f"{name} ({kind}) is not ternary: a row holds other values than -s, 0 and s; bitgen runs "
             "BitNet-style models (train one, or convert a checkpoint whose master weights are made for it)",
             EXIT_FILE,
         )
-    w = nonzero.astype(np.int8)
-    w[negative & nonzero] = -1
+    negative &= nonzero
+    w: Ternary = nonzero.view(np.int8) - 2 * negative.view(np.int8)
     if kind in _FLOAT_BITS:
         row_bytes = np.ascontiguousarray(largest).view(np.uint8)
         scale = dequantize(kind, row_bytes, 1)[:, 0]
