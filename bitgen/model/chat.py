@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -21,8 +22,12 @@ Message: TypeAlias = Mapping[str, str]  # {"role": "system" | "user" | "assistan
 
 _ROLES = ("system", "user", "assistant")
 _STEPS_MAX = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
-_TEXT_MAX = 1 << 26
-_REPEAT_MAX = 1 << 20  # characters or elements that one multiplication may make
+_SECONDS_MAX = 10.0
+_TEXT_MAX = 1 << 24  # characters; a context of 131072 tokens has half a million
+_NUMBER_MAX = 1 << 53
+_PADDING = frozenset(
+    ("center", "ljust", "rjust", "zfill", "format", "format_map", "expandtabs", "translate", "encode")
+)
 
 # For files without a template. The tokens of a vocabulary tell which one it was trained with.
 BUILT_IN = {
@@ -33,7 +38,8 @@ BUILT_IN = {
     "llama3": (
         "{{ bos_token }}{% for message in messages %}"
         "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-        "{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+        "{{ message.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
     ),
     "plain": (
         "{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}\n\n"
@@ -114,39 +120,87 @@ def _compile(template: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    """jinja2's immutable sandbox with the functions that templates of Hugging Face expect."""
+    """jinja2's immutable sandbox with the functions that templates of Hugging Face expect.
+
+    The sandbox keeps a template from reaching anything; what is added here keeps its texts and numbers small:
+    doubling a text forty times would fill any memory.
+    """
+    from jinja2.compiler import CodeGenerator
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def allow(length: int) -> None:
+        if length > _TEXT_MAX:
+            raise SecurityError("it makes a text that is too long")
+
+    def join(parts: Any) -> str:
+        texts = [part if isinstance(part, str) else str(part) for part in parts]
+        allow(sum(map(len, texts)))
+        return "".join(texts)
+
+    def join_with(separator: str, parts: Any) -> str:
+        texts = [part if isinstance(part, str) else str(part) for part in parts]
+        allow(sum(map(len, texts)) + len(separator) * len(texts))
+        return separator.join(texts)
+
+    def replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+        text, old, new = str(text), str(old), str(new)
+        allow(len(text) + text.count(old) * len(new))
+        changed: str = text.replace(old, new, -1 if count is None else count)
+        return changed
+
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**", "%"})
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
+        join_texts = staticmethod(join)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            """Arithmetic on numbers of a sane size; texts and lists only so often."""
+            """Arithmetic on numbers of a sane size, and on texts and lists of one."""
             sequences = [v for v in (left, right) if isinstance(v, (str, list, tuple))]
-            if operator == "*" and sequences:
-                times = next((v for v in (left, right) if isinstance(v, int)), 0)
-                if len(sequences[0]) * times > _REPEAT_MAX:
-                    raise SecurityError("it repeats a text too often")
+            if operator == "+":
+                allow(sum(map(len, sequences)))
+            elif operator == "*" and sequences:
+                allow(len(sequences[0]) * next((v for v in (left, right) if isinstance(v, int)), 0))
             elif operator == "%" and isinstance(left, str):
                 raise SecurityError("formatting with % is not allowed")
-            elif any(isinstance(v, int) and abs(v) > 1 << 31 for v in (left, right)) or (
+            if any(isinstance(v, int) and abs(v) > _NUMBER_MAX for v in (left, right)) or (
                 operator == "**" and isinstance(right, int) and abs(right) > 64
             ):
                 raise SecurityError("its numbers are too large")
             return super().call_binop(context, operator, left, right)
 
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            padding = {"center", "ljust", "rjust", "zfill", "format", "format_map", "expandtabs"}
-            return attr not in padding and super().is_safe_attribute(obj, attr, value)
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            return self._method(obj, attribute) or super().getattr(obj, attribute)
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            return self._method(obj, argument) or super().getitem(obj, argument)
+
+        def _method(self, obj: Any, name: Any) -> Any:
+            """Our own methods of texts where those of Python make long ones; None for all others."""
+            if not isinstance(obj, str) or not isinstance(name, str):
+                return None
+            if name in _PADDING:
+                raise SecurityError(f"the method {name} is not allowed")
+            return {"replace": partial(replace, obj), "join": partial(join_with, obj)}.get(name)
+
+    class Generator(CodeGenerator):
+        def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802 - jinja2's name
+            self.write("environment.join_texts((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
 
     def refuse(message: str) -> None:
         raise TemplateError(str(message))
 
+    Sandbox.code_generator_class = Generator
+    Sandbox.concat = staticmethod(join)
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    for padding in ("center", "format", "indent", "wordwrap", "batch", "slice"):
+    for padding in ("center", "format", "indent", "wordwrap", "batch", "slice", "xmlattr", "urlize"):
         environment.filters.pop(padding, None)
     environment.filters["tojson"] = _to_json
+    environment.filters["replace"] = replace
+    environment.filters["join"] = lambda parts, separator="": join_with(str(separator), parts)
     environment.globals.pop("lipsum", None)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = _now
@@ -164,13 +218,13 @@ def _now(form: str) -> str:
 
 @contextmanager
 def _bounded_steps() -> Iterator[None]:
-    """End a template that loops for ever: count its lines through Python's tracing, for this thread only."""
-    steps = 0
+    """End a template that runs for ever: see its lines through Python's tracing, for this thread only."""
+    steps, end = 0, time.monotonic() + _SECONDS_MAX
 
     def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:  # noqa: ARG001
         nonlocal steps
         steps += 1
-        if steps > _STEPS_MAX:
+        if steps > _STEPS_MAX or time.monotonic() > end:
             raise BitgenError("the chat template of the model runs away", EXIT_FILE)
         return trace
 

@@ -149,7 +149,7 @@ class Answer:
 
 
 class StopFilter:
-    """Lets text through up to the first stop text; holds back what may become one."""
+    """Lets text through up to the stop text that is complete first; holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
@@ -161,10 +161,11 @@ class StopFilter:
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        # The stop text that is complete first, so that it does not matter how the text was cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            text, self._held = self._held[: min(found)[1]], ""
             return text
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep
