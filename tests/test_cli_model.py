@@ -1,0 +1,308 @@
+"""The commands that run a model, from a file on disk through the compiled step."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from libraries import built_library
+from model_files import plain_model, small_config, write_model
+from text_models import piece_data
+
+import bitgen
+from bitgen.cli import main
+from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
+from bitgen.model.config import ModelConfig
+
+
+def config() -> ModelConfig:
+    return small_config(vocab=len(piece_data().tokens), context=128, tied_head=False)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_library(tmp_path_factory)
+
+
+@pytest.fixture
+def model(tmp_path: Path, bitgen_home: Path) -> Path:
+    """A GGUF file of random weights; packed weights go to an empty cache."""
+    data = piece_data()
+    metadata = {
+        "tokenizer.ggml.tokens": list(data.tokens),
+        "tokenizer.ggml.scores": data.scores,
+        "tokenizer.ggml.token_type": data.types,
+    }
+    assert bitgen_home.name
+    return write_model(tmp_path / "nonsense.gguf", plain_model(config()), metadata=metadata)
+
+
+@pytest.fixture
+def arguments(model: Path, library: Path) -> list[str]:
+    return ["-m", str(model), "--library", str(library), "-t", "2"]
+
+
+def out_of(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> tuple[str, str]:
+    assert main(argv) == code
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_run_prints_the_prompt_and_its_continuation(
+    arguments: list[str], library: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, err = out_of(capsys, "run", *arguments, "-p", "the end", "-n", "9", "--seed", "5")
+    with bitgen.LLM(model, library=library) as llm:
+        expected = "".join(llm.generate("the end", max_tokens=9, seed=5))
+    assert out == f"the end{expected}\n"
+    for line in ("load time", "prompt eval time", "eval time", "sampling time", "total time", "seed = 5"):
+        assert line in err
+    assert "running on untuned kernels; faster after `bitgen tune" in err
+
+
+def test_run_takes_the_flags_of_llama_and_bitnet_cpp(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [
+        "--prompt",
+        "an end",
+        "--n-predict",
+        "6",
+        "--ctx-size",
+        "64",
+        "--temperature",
+        "0.5",
+        "--seed",
+        "1",
+    ]
+    short = ["-p", "an end", "-n", "6", "-c", "64", "-temp", "0.5", "-s", "1"]
+    first, _ = out_of(capsys, "run", *arguments, *long, "--no-perf")
+    second, _ = out_of(capsys, "run", *arguments, *short, "--top-k", "40", "--top-p", "0.95", "--lookup")
+    assert first == second
+    hidden, err = out_of(capsys, "run", *arguments, *short, "--no-display-prompt", "--no-perf")
+    assert f"an end{hidden}" == first
+    assert "eval time" not in err
+
+
+def test_run_reads_prompts_from_files_and_standard_input(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("on a hand\n", encoding="utf-8")
+    options = ["-n", "4", "--temp", "0"]
+    expected, _ = out_of(capsys, "run", *arguments, "-p", "on a hand", *options)
+    assert out_of(capsys, "run", *arguments, "-f", str(file), *options)[0] == expected
+    for source in (["-f", "-"], []):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"on a hand\n")))
+        assert out_of(capsys, "run", *arguments, *source, *options)[0] == expected
+    escaped = out_of(capsys, "run", *arguments, "-e", "-p", r"a\n\\n\tb\q", "-n", "1")[0]
+    assert escaped.startswith("a\n\\n\tb\\q")
+    file.write_bytes(b"\xff")
+    assert "not UTF-8" in out_of(capsys, "run", *arguments, "-f", str(file), code=EXIT_USAGE)[1]
+
+
+def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = out_of(capsys, "run", *arguments, "-c", "16", "-n", "-1", "--ignore-eos", "-p", "the end")
+    assert "the context of 16 positions is full; -c makes it larger" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["-p", "a", "-c", "999"], EXIT_USAGE, "the context must be 1 to 128 positions"),
+        (["-p", "the end " * 99], EXIT_USAGE, "and the context holds 128: shorten it"),
+        (["-p", "a", "--temp", "-1"], EXIT_USAGE, "temperature must be 0 or more"),
+        (["-p", "a", "-n", "0"], EXIT_USAGE, "max_tokens must be 1 or more"),
+        (["-f", "no-such-file"], EXIT_USAGE, "No such file"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    arguments: list[str], options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = out_of(capsys, "run", *arguments, *options, code=code)
+    line = next(line for line in err.splitlines() if message in line)
+    assert line.startswith("bitgen: ")
+    assert "Traceback" not in err
+
+
+def test_a_model_that_is_not_there_is_one_line(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nothing.gguf", "nothing"):
+        argv = ("run", "-m", name, "--library", str(library), "-p", "a")
+        _, err = out_of(capsys, *argv, code=EXIT_FILE)
+        assert name in err
+
+
+def test_ctrl_c_ends_a_run_with_its_timings(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitgen.model.engine import Engine
+
+    original, steps = Engine.forward, []
+
+    def forward(self: Engine, *args: object) -> object:
+        steps.append(0)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return original(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Engine, "forward", forward)
+    out, err = out_of(capsys, "run", *arguments, "-p", "a", "-n", "50", "--ignore-eos", code=EXIT_INTERRUPTED)
+    assert out.startswith("a")
+    assert "eval time" in err
+
+
+def test_chat_answers_line_by_line_and_knows_its_commands(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(*lines: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+        out, _ = out_of(capsys, "chat", *arguments, "-n", "3", "--temp", "0", "--stop", "\n", "--no-perf")
+        return out.splitlines()
+
+    once = talk("the end")
+    assert len(once) == 1
+    assert talk("the end", "/clear", "the end", "/exit", "never read") == once * 2
+    assert talk("the \\", "end") == talk("the \\", "end", "")
+    assert talk("/help", "") == []
+
+
+def test_chat_goes_on_after_a_message_that_does_not_fit(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "the end " * 99 + "\nan end\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    out, err = out_of(capsys, "chat", *arguments, "-n", "3")
+    assert "the message has" in err
+    assert len(out) > 1
+
+
+def test_run_with_cnv_is_a_chat(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for argv in (["run", "-cnv", "-p", "be an end"], ["chat", "-sys", "be an end"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the end\n")))
+        texts.append(out_of(capsys, *argv, *arguments, "-n", "5", "--temp", "0")[0])
+    assert texts[0] == texts[1]
+
+
+def test_chat_templates_come_by_name_or_from_a_file(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ raise_exception('asked for') }}")
+    for name, message in ((str(file), "asked for"), ("none", "no chat template 'none'")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
+        code = EXIT_USAGE if name == "none" else 0
+        assert message in out_of(capsys, "chat", *arguments, "--chat-template", name, code=code)[1]
+
+
+def test_perplexity_prints_its_windows_and_the_result(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("the end and the other end of the hand in the sand " * 8)
+    argv = ["perplexity", *arguments, "-f", str(file), "-c", "32"]
+    out, err = out_of(capsys, *argv, "--chunks", "3")
+    assert out.startswith("PPL = ")
+    assert "(3 windows of 32)" in out
+    assert err.count("]") == 3
+    found = json.loads(out_of(capsys, *argv, "--json")[0])
+    assert found["context"] == 32
+    assert found["tokens"] == 15 * found["windows"]
+    file.write_text("short")
+    assert "two windows of 32" in out_of(capsys, *argv, code=EXIT_USAGE)[1]
+
+
+def test_bench_times_prompts_steps_and_batches(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    lists = ["-p", "8,0", "-n", "4", "-b", "1,3", "-t", "1,2", "-r", "2", "-o", "json"]
+    out, _ = out_of(capsys, "bench", *arguments, *lists)
+    rows = json.loads(out)["bench"]
+    assert [(r["test"], r["batch"], r["threads"]) for r in rows] == [
+        (test, batch, threads) for threads in (1, 2) for test, batch in (("pp8", 1), ("tg4", 1), ("tg4", 3))
+    ]
+    assert all(row["avg_ts"] > 0 and row["stddev_ts"] >= 0 for row in rows)
+    assert len({row["streamed_mib"] for row in rows}) == 1
+
+
+def test_bench_takes_a_preset(tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = tmp_path / "small.yaml"
+    preset.write_text(
+        "name: small\nhidden: 100\nffn: 130\nlayers: 1\nheads: 4\nkv_heads: 2\nhead_dim: 26\nvocab: 50\n"
+        "rope_theta: 10000.0\nactivation: relu2\nsub_norms: true\ntied_head: true\nnorm_eps: 1.0e-5\n"
+        "architecture: bitnet-b1.58\n"
+    )
+    argv = (
+        "bench",
+        "-m",
+        str(preset),
+        "--library",
+        str(library),
+        "-p",
+        "4",
+        "-n",
+        "2",
+        "-r",
+        "1",
+        "-o",
+        "md",
+    )
+    out, _ = out_of(capsys, *argv)
+    assert "| small |" in out
+    assert "| tg2 |" in out
+
+
+@pytest.mark.parametrize("options", [["-p", "x"], ["-p", "0", "-n", "0"], ["-r", "0"], ["-b", "0"]])
+def test_bench_refuses_what_is_no_list(
+    arguments: list[str], options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments, *options]) == EXIT_USAGE
+    assert capsys.readouterr().err.startswith("bitgen: ")
+
+
+# ---- bitgen.LLM ----
+
+
+def test_a_batch_makes_room_for_itself(model: Path, library: Path) -> None:
+    prompts = ["the end", "a", "on a hand"]
+    with bitgen.LLM(model, library=library) as llm:
+        alone = ["".join(llm.generate(prompt, max_tokens=8, seed=1)) for prompt in prompts]
+        assert llm.engine.max_batch == 1
+        assert llm.generate(prompts, max_tokens=8, seed=1) == alone
+        assert llm.engine.max_batch == 3
+        assert llm.timings.load_s > 0
+        assert "".join(llm.generate(prompts[0], max_tokens=8, seed=1)) == alone[0]
+
+
+def test_threads_and_kv_types_give_the_same_text(model: Path, library: Path) -> None:
+    texts = set()
+    for threads in (1, 2):
+        with bitgen.LLM(model, library=library, threads=threads) as llm:
+            texts.add("".join(llm.generate("the end", max_tokens=12, seed=4)))
+    assert len(texts) == 1
+
+
+def test_the_library_is_found_or_its_absence_is_one_line(
+    model: Path, library: Path, bitgen_home: Path
+) -> None:
+    from bitgen.model import llm as without_compiler
+
+    with pytest.raises(BitgenError, match="there is no kernel library for this CPU: make one with"):
+        without_compiler.LLM(model)
+    (bitgen_home / "generated").mkdir(parents=True)
+    (bitgen_home / "generated" / library.name).symlink_to(library)
+    with bitgen.LLM(model) as llm:
+        assert llm.table.path.parent.name == library.name
+
+
+def test_without_a_library_and_a_compiler_there_is_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    with pytest.raises(BitgenError, match="/no/such/compiler"):
+        bitgen.LLM(model)
