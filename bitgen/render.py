@@ -10,7 +10,7 @@ import hashlib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str,
     lines += ["#define WORD static inline __attribute__((always_inline, unused))", ""]
     lines += [f"/* The words of {isa.name} used here. */", words["types"]]
     lines += [words[name] for name in used if name not in ("types", "includes")]
-    return "\n".join(lines) + "\n" + MATMUL_STRUCT + "\n" + body
+    return "\n".join(lines) + "\n" + MATMUL_STRUCT + "\n" + body.rstrip() + "\n"
 
 
 def render_kernel(spec: KernelSpec) -> Source:
@@ -191,6 +191,25 @@ def render_kernel(spec: KernelSpec) -> Source:
     }
     text = _expand(f"kernels/{spec.family}.c.j2", isa, banner, values)
     return Source(spec.name, text, spec.isa, (spec.prototype, spec.scratch_prototype))
+
+
+def inherits(spec: KernelSpec) -> str | None:
+    """The parent of the spec's ISA level, when that level's kernel of the same schedule is the same text.
+
+    None when the level changes a word that the kernel uses, or has no parent. The two are compiled with flags
+    of their own, so their machine code may differ.
+    """
+    parent = isa_named(spec.isa).parent
+    if parent is None:
+        return None
+    own, inherited = (_body(one) for one in (spec, replace(spec, isa=parent)))
+    return parent if own == inherited else None
+
+
+def _body(spec: KernelSpec) -> str:
+    """The C text below the banner, without the name of the ISA level."""
+    text = render_kernel(spec).text.partition(" */\n")[2]
+    return text.replace(f"__{spec.isa}", "").replace(f"words of {spec.isa} used", "words used")
 
 
 def _token_tiles(spec: KernelSpec) -> list[int]:

@@ -8,6 +8,13 @@ import pytest
 
 from bitgen.target import Cpu, detect_cpu
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/*.c anew instead of comparing"
+    )
+
+
 RECORDED_CPUS = Path(__file__).parent / "data" / "cpuinfo"
 
 

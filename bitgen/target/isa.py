@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bitgen.config import load_strict, load_yaml, nearest_names
@@ -27,6 +28,7 @@ class Isa:
     vocabulary: tuple[str, ...]  # names of the headers below templates/isa/, base first, own last
     native_dot4: bool
     vector_bytes: int
+    code_max: int = 128
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class _IsaEntry:
     native_dot4: bool
     vector_bytes: int
     parent: str | None = None
+    code_max: int = 128
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,16 @@ def load_isas(file: Path | None = None) -> tuple[Isa, ...]:
     BitgenError (EXIT_FILE) when the file is wrong: also when a parent does not stand before its child, is of
     another architecture, or requires something the child does not.
     """
-    path = file if file is not None else configs_dir() / "isas.yaml"
+    return _read_isas(file) if file is not None else _own_isas(configs_dir() / "isas.yaml")
+
+
+@cache
+def _own_isas(path: Path) -> tuple[Isa, ...]:
+    """The levels of the installation, read once: 70 ms."""
+    return _read_isas(path)
+
+
+def _read_isas(path: Path) -> tuple[Isa, ...]:
     isas: dict[str, Isa] = {}
     for name, entry in load_strict(_IsaFile, load_yaml(path), str(path)).isas.items():
         where = f"{path}: isas.{name}"
@@ -89,6 +101,7 @@ def load_isas(file: Path | None = None) -> tuple[Isa, ...]:
             vocabulary=vocabulary,
             native_dot4=entry.native_dot4,
             vector_bytes=entry.vector_bytes,
+            code_max=entry.code_max,
         )
     return tuple(isas.values())
 

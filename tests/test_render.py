@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from libraries import toolchain_of
+
+from bitgen.cli import main
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.measure.harness import unit_of
+from bitgen.render import (
+    Source,
+    inherits,
+    parse_vocabulary,
+    render_kernel,
+    render_quantize,
+    render_tables,
+    template_digest,
+    vocabulary,
+    words_used,
+)
+from bitgen.space import space_for
+from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Layout, Regime, Shape
+from bitgen.target import ANY_ARCH, detect_cpu, load_isas
+from bitgen.toolchain import Compiler, find_compilers
+
+GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+CPU = detect_cpu()
+ISAS = {isa.name: isa for isa in load_isas()}
+HERE = [isa.name for isa in ISAS.values() if isa.arch in (ANY_ARCH, CPU.arch)]  # what compilers here make
+TABLED = [family.name for family in FAMILIES.values() if family.table_bytes]
+SHAPE = Shape(3200, 8640)
+WIDTH = 120  # columns of generated C; the names of kernels may be longer
+
+
+def points(family: str, isa: str, regime: Regime, shape: Shape = SHAPE) -> tuple[KernelSpec, ...]:
+    return space_for(family, ISAS[isa], regime, shape, CPU).points
+
+
+def default(family: str, isa: str, regime: Regime) -> KernelSpec:
+    return space_for(family, ISAS[isa], regime, SHAPE, CPU).default
+
+
+def kernel(
+    family: str, isa: str, regime: Regime, algorithm: str, row_block: int = 16, **knobs: int
+) -> KernelSpec:
+    """A spec by its knobs, so that a golden file does not depend on what is the default."""
+    space = space_for(family, ISAS[isa], regime, SHAPE, CPU)
+    spec = space.make(algorithm, Layout(family, row_block), knobs)
+    space.check(spec, local=False)
+    return spec
+
+
+def sample(count: int) -> Iterator[KernelSpec]:
+    """The default of every space and ``count`` more points of each, some of them for one shape only."""
+    draw = random.Random(7)
+    for family in FAMILIES:
+        for isa in ISAS:
+            for regime in REGIMES:
+                yield default(family, isa, regime)
+                for i, spec in enumerate(draw.sample(points(family, isa, regime), count)):
+                    yield replace(spec, shape=Shape(530, 97)) if i % 2 else spec
+
+
+# ---- golden files
+
+
+def golden_cases() -> dict[str, Callable[[], Source]]:
+    cases: dict[str, Callable[[], Source]] = {}
+    for isa in ISAS:
+        for family in FAMILIES:
+            cases[f"{family}_n1__{isa}"] = lambda f=family, i=isa: render_kernel(default(f, i, N1))
+        cases[f"quantize__{isa}"] = lambda i=isa: render_quantize(i)
+        for family in TABLED:
+            cases[f"{family}_tables__{isa}"] = lambda f=family, i=isa: render_tables(f, i)
+    panel = kernel("tl2", "avx512_vnni", LARGE, "panel", 32, mr=32, nr=4, mc=64, kc=960, widen=0, unroll=2)
+    pairs = kernel("i2s", "avx2", SMALL, "panel", mr=16, nr=4, mc=64, kc=0, widen=64, unroll=1)
+    blocked = kernel(
+        "tl1", "avx2", SMALL, "direct", streams=1, nr=2, mc=128, kc=960, widen=63, unroll=1, prefetch=0
+    )
+    fixed = replace(default("i2s", "avx512_vnni", N1), shape=SHAPE)
+    named = {"tl2_panel__avx512_vnni": panel, "i2s_panel__avx2": pairs, "tl1_blocked__avx2": blocked}
+    named["i2s_n1_3200x8640__avx512_vnni"] = fixed
+    cases |= {name: (lambda s=spec: render_kernel(s)) for name, spec in named.items()}
+    return cases
+
+
+@pytest.mark.parametrize("name", golden_cases())
+def test_golden(name: str, request: pytest.FixtureRequest) -> None:
+    text = golden_cases()[name]().text
+    file = GOLDEN / f"{name}.c"
+    if request.config.getoption("--update-golden"):
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    assert file.is_file(), "no golden file: pytest tests/test_render.py --update-golden, then review it"
+    assert text == file.read_text(encoding="utf-8"), (
+        "the generated C changed: pytest tests/test_render.py --update-golden, then review the difference"
+    )
+
+
+def test_every_golden_file_has_a_case(request: pytest.FixtureRequest) -> None:
+    extra = {path.stem for path in GOLDEN.iterdir()} - set(golden_cases())
+    if request.config.getoption("--update-golden"):
+        for name in extra:
+            (GOLDEN / f"{name}.c").unlink()
+    else:
+        assert not extra
+
+
+# ---- a pure function of the spec
+
+_DIGESTS = """
+import hashlib, sys
+from test_render import sample
+from bitgen.render import render_kernel, render_quantize, render_tables, template_digest
+texts = [render_kernel(spec).text for spec in sample(2)]
+texts += [render_quantize("avx512_vbmi").text, render_tables("tl2", "avx2").text, template_digest()]
+print(hashlib.sha256("".join(texts).encode()).hexdigest())
+"""
+
+
+def test_two_processes_render_the_same_bytes(tmp_path: Path) -> None:
+    digests = set()
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    for seed, zone, language in (("1", "UTC", "C"), ("4242", "Asia/Tokyo", "C.UTF-8")):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "LC_ALL": language, "PYTHONPATH": path}
+        folder = tmp_path / seed
+        folder.mkdir()
+        command = [sys.executable, "-c", _DIGESTS]
+        digests.add(subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True).stdout)
+    assert len(digests) == 1
+    texts = [render_kernel(spec).text for spec in sample(0)]
+    assert texts == [render_kernel(spec).text for spec in sample(0)]
+
+
+def everything(count: int) -> Iterator[Source]:
+    yield from (render_kernel(spec) for spec in sample(count))
+    for isa in ISAS:
+        yield render_quantize(isa)
+        yield from (render_tables(family, isa) for family in TABLED)
+
+
+def test_text_tells_nothing_of_this_machine_and_has_no_conditions() -> None:
+    known = {str(ROOT), str(Path.home()), socket.gethostname(), CPU.model_name}
+    known = {word for word in known if len(word) > 6}  # a host called "vm" proves nothing
+    for source in everything(1):
+        text = source.text
+        assert not re.search(r"^\s*#\s*(if|else|elif|pragma|line)", text, re.MULTILINE), source.name
+        assert not re.search(r"__(DATE|TIME|FILE|TIMESTAMP)__|\b20[2-9]\d-\d\d", text), source.name
+        assert not [word for word in known if word in text], source.name
+        assert text.isascii()
+        assert source.name in text.splitlines()[1]
+
+
+def test_text_is_tidy() -> None:
+    for source in everything(2):
+        heads = [prototype.split("(")[0] + "(" for prototype in source.prototypes]
+        depth = 0
+        for number, line in enumerate(source.text.splitlines(), 1):
+            where = f"{source.name}:{number}: {line}"
+            assert line == line.rstrip(), where
+            assert "\t" not in line, where
+            assert len(line) <= WIDTH or line.startswith(tuple(heads)), where
+            if not line.startswith((" *", "//", "/*")):
+                assert not re.search(r"\((c|i)\)|\+ 0\b|\b[01] \* \w", line), where
+            if re.match(r"\s*\}", line):
+                depth -= 1
+            if depth and re.match(r" *(const|vb|vw|vh|for|acc|h\d)\b.*[{;]$", line):
+                assert len(line) - len(line.lstrip()) >= 4 * depth, where
+            depth += line.count("{") - line.count("}") + bool(re.match(r"\s*\}", line))
+        assert "\n\n\n" not in source.text
+        assert source.text.endswith("}\n")
+
+
+# ---- it compiles
+
+
+def compilers() -> list[Compiler]:
+    return [c for c in find_compilers() if c.kind in ("gcc", "clang")]
+
+
+def for_compiling(isa: str) -> list[Source]:
+    """Defaults of an ISA level, unrolled kernels of 32-row blocks for one shape, quantiser and tables."""
+    specs = [default(family, isa, regime) for family in FAMILIES for regime in REGIMES]
+    for family, regime in zip(FAMILIES, (*REGIMES, LARGE), strict=True):
+        wide = [spec for spec in points(family, isa, regime) if spec.layout.row_block == 32]
+        wide.sort(key=lambda spec: -spec.schedule["unroll"])
+        specs.append(replace(wide[0], shape=SHAPE))
+    sources = [render_kernel(spec) for spec in dict.fromkeys(specs)]
+    return [*sources, render_quantize(isa), *(render_tables(family, isa) for family in TABLED)]
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_gcc_accepts_it_without_a_warning(isa: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if not any(c.kind == "gcc" for c in compilers()):
+        pytest.skip("gcc is not installed")
+    toolchain = toolchain_of(
+        tmp_path_factory
+    )  # with -Werror; gcc warns in its optimiser, so objects are made
+    sources = for_compiling(isa)
+    for source, made in zip(sources, toolchain.compile_objects([unit_of(s) for s in sources]), strict=True):
+        assert isinstance(made, Path), f"{source.name}: {made}"
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_clang_accepts_it_without_a_warning(isa: str, tmp_path: Path) -> None:
+    clang = shutil.which("clang")
+    if clang is None:
+        pytest.skip("clang is not installed")
+    files = []
+    for i, source in enumerate(for_compiling(isa)):
+        files.append(tmp_path / f"{i}.c")
+        files[-1].write_text(unit_of(source).checked_text)
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", *ISAS[isa].cc_flags]
+    run = subprocess.run([clang, *flags, *files], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[:3000]
+
+
+# ---- the banner
+
+
+def banner_command(text: str) -> list[str]:
+    banner = text[: text.index("*/")]
+    lines = banner[banner.index("bitgen render") :].split("\n\n")[0].splitlines()
+    joined = []
+    for line in lines:
+        joined.append(line.removeprefix(" *").strip())
+        if not joined[-1].endswith("\\"):
+            break
+    return shlex.split(" ".join(part.removesuffix("\\") for part in joined))
+
+
+def test_the_banners_command_makes_the_file_again(capsys: pytest.CaptureFixture[str]) -> None:
+    for source in everything(1):
+        words = banner_command(source.text)
+        assert words[:2] == ["bitgen", "render"]
+        assert main(words[1:]) == 0
+        assert capsys.readouterr().out == source.text
+
+
+def test_the_banner_tells_the_formula_the_bound_and_the_schedule() -> None:
+    text = render_kernel(
+        kernel("i2s", "avx2", N1, "direct", streams=2, nr=1, accs=2, widen=8, unroll=1, prefetch=0)
+    ).text
+    banner = text[: text.index("*/")]
+    for words in (
+        "acc[n, m] = sum over k of w[m, k] * xq[n, k]",
+        "y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])",
+        "streams = 2, nr = 1, accs = 2, widen = 8",
+        "16 additions of -2048 .. 2032 give -32768 .. 32512, within -32768 .. 32767",
+        "I2_S, 2.000 bits a weight; row blocks of 16, chunks of 16 along k",
+        "n = 1 .. 1",
+    ):
+        assert words in banner
+    assert "n = 17 .. any" in render_kernel(default("tl2", "avx2", LARGE)).text
+
+
+# ---- vocabulary
+
+
+def test_only_the_words_that_are_used_are_in_the_text() -> None:
+    for source in everything(0):
+        words = vocabulary(source.isa)
+        body = source.text[source.text.index("struct bitgen_matmul {") :]
+        needed = set(words_used(words, body))
+        for name in set(words) - {"types", "includes"}:
+            assert (re.search(rf"^WORD \w+ {name}\(", source.text, re.MULTILINE) is not None) == (
+                name in needed
+            )
+
+
+def test_parse_vocabulary() -> None:
+    assert parse_vocabulary("no word\n//: one\na\n\n//: two\nb\nc\n") == {"one": "a\n", "two": "b\nc\n"}
+    assert words_used({"a": "b(1)", "b": "x", "c": "a"}, "int f = a(2);") == ["a", "b"]
+
+
+def test_inherited_kernels() -> None:
+    """VBMI changes words that only T5 and the table builders use, VNNI some that every kernel uses."""
+    for family in ("i2s", "tl1", "tl2"):
+        for regime in REGIMES:
+            assert inherits(default(family, "avx512_vbmi", regime)) == "avx512_vnni"
+            assert inherits(default(family, "avx512_vnni", regime)) is None
+            assert inherits(default(family, "avx512", regime)) is None  # no parent
+            assert inherits(default(family, "scalar", regime)) is None
+    assert inherits(default("t5", "avx512_vbmi", N1)) is None
+
+
+# ---- errors
+
+
+def test_errors() -> None:
+    with pytest.raises(BitgenError, match="I2_S multiplies: it has no lookup tables"):
+        render_tables("i2s", "avx2")
+    with pytest.raises(BitgenError, match="unknown family 'tl9'"):
+        render_tables("tl9", "avx2")
+    with pytest.raises(BitgenError, match=r"unknown ISA level 'avx3'.*avx2") as caught:
+        render_quantize("avx3")
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_names_of_isa_levels_are_read_as_people_write_them() -> None:
+    assert render_quantize("AVX512-VNNI") == render_quantize("avx512_vnni")
+    assert render_tables("TL_2", "AVX512-VNNI") == render_tables("tl2", "avx512_vnni")
+
+
+def test_the_template_digest_is_one_text() -> None:
+    assert re.fullmatch(r"[0-9a-f]{64}", template_digest())
+    assert render_quantize("avx2").digest != render_quantize("scalar").digest
