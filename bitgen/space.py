@@ -240,7 +240,7 @@ def _multiply_axes(family: str, isa: Isa, regime: Regime) -> Axes:
         "accs": (1, 2, 4) if regime is N1 or not wide else (1, 2),
         "widen": _pair_widths(isa, (8, _pairs(family))),
         "unroll": (1, 2) if regime is N1 else (1,),
-        "prefetch": (0, 2048, 4096, 6144) if regime is N1 and wide else (0, 2048),
+        "prefetch": ((0, 4096, 6144) if regime is N1 else (0, 2048)) if wide else (0,),
     }
 
 
@@ -249,11 +249,11 @@ def _lookup_axes(family: str, isa: Isa, regime: Regime) -> Axes:
     return {
         "streams": (1, 2, 4) if wide else (1, 2),
         "nr": (1,) if regime is N1 else (2, 4, 8) if wide else (2,),
-        "mc": (0, 128, 512) if wide else (0, 128),
+        "mc": (0, 128) if wide else (0, 64),
         "kc": (0, 960, 1920) if wide else (0, 960),
         "widen": {"tl1": (63,), "tl2": (21,)}[family],
-        "unroll": (1, 2) if regime is N1 else (1,),
-        "prefetch": (0, 4096) if regime is N1 else (0,),
+        "unroll": (1, 2) if regime is N1 and wide else (1,),
+        "prefetch": (0, 4096) if regime is N1 and wide else (0,),
     }
 
 
@@ -263,9 +263,9 @@ def _panel_axes(isa: Isa, regime: Regime) -> Axes:
         "mr": ((32, 64) if isa.vector_bytes == 64 else (16, 32)),
         "nr": ((4, 6, 8, 12) if large else (4, 8)) if wide else (2, 4),
         "mc": (64, 256) if large and wide else (64,),
-        "kc": (0, 960, 1920) if large and wide else (0, 960),
+        "kc": (0, 960),
         "widen": _pair_widths(isa, (64,)),
-        "unroll": (1, 2) if large else (1,),
+        "unroll": (1, 2) if large and wide else (1,),
     }
 
 
@@ -326,6 +326,12 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
         lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
+    if isa.code_max < 128:
+        yield Rule(
+            f"codes in place, 2 x 4^(accs - 1), must not exceed {isa.code_max}, the largest byte that "
+            f"{isa.name} multiplies: a smaller accs",
+            lambda s: 2 * field_scale(dict(s.schedule).get("accs", 1)) <= isa.code_max,
+        )
     if isa.name != "scalar":  # its blocks are arrays: the compiler decides
         yield Rule(
             f"accumulators and operands must fit the registers of {isa.name}",
