@@ -108,18 +108,21 @@ def test_min_p_drops_what_is_far_less_likely_than_the_likeliest() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 60), st.floats(0.3, 1), st.floats(0, 0.5), st.floats(0.2, 3))
+@given(st.integers(0, 2**32), st.integers(0, 60), st.floats(0.3, 1), st.floats(0, 0.5), st.floats(0.2, 3))
 def test_a_draw_is_what_the_definition_says(seed: int, k: int, p: float, min_p: float, t: float) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, 50).astype(np.float32).round(1)  # with equals
-    order = sorted(range(50), key=lambda i: (-float(logits[i]), i))[:k]
-    weights = [math.exp(float(logits[i]) - float(logits[order[0]])) for i in order]
+    order = sorted(range(50), key=lambda i: (-float(logits[i]), i))[: k or 50]
+    top = float(logits[order[0]])
+    weights = [math.exp(float(logits[i]) - top) for i in order]
     kept, so_far = 0, 0.0
     while kept < len(order) and (kept == 0 or so_far < p * sum(weights) * (1 - 1e-12)):
         so_far += weights[kept]
         kept += 1
     order = [i for i, w in zip(order[:kept], weights, strict=False) if w >= min_p * (1 - 1e-12)]
-    heat = [math.exp((float(logits[i]) - float(logits[order[0]])) / t) for i in order]
+    if p == 1 and k in (0, *range(50, 61)):  # nothing had to be sorted
+        order.sort()
+    heat = [math.exp((float(logits[i]) - top) / t) for i in order]
     u = uniform(seed, 3) * sum(heat)
     expected = next(
         (i for i, end in zip(order, np.cumsum(heat), strict=True) if u < end * (1 + 1e-12)), order[-1]
@@ -137,6 +140,18 @@ def test_repetition_penalty_counts_recent_tokens_once() -> None:
     assert draw(logits, text=[0, *[3] * 99], repeat_last_n=-1, **options) == [1]
     assert draw(logits, text=[0], repeat_last_n=0, **options) == [0]
     assert draw([-1.0, -1.2], text=[0], **options) == [1]  # negative logits move away from 0
+
+
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_all_tokens_sorted() -> None:
+    rng = np.random.default_rng(1)
+    for spread in (0.01, 1.0, 5.0):  # nearly all tokens, some, few
+        logits = rng.normal(0, spread, 5000).astype(np.float32)
+        weights = np.sort(np.exp(logits.astype(np.float64)))[::-1]
+        count = int(np.argmax(np.cumsum(weights) >= 0.9 * weights.sum())) + 1
+        sampler = Sampler(Sampling(top_k=0, top_p=0.9, min_p=0, seed=0))
+        ids, x = sampler._nucleus(*sampler._most_likely(logits))
+        assert ids.tolist() == np.argsort(-logits, kind="stable")[:count].tolist()
+        assert np.array_equal(x, logits[ids])
 
 
 def test_logits_are_not_changed() -> None:

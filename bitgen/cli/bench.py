@@ -113,10 +113,11 @@ def _open(name: str, context: int) -> ModelFile | Weights:
     """A model file, or the random weights of a preset."""
     from bitgen.config import find_model
 
-    if Path(name).suffix in (".gguf", ".safetensors") or Path(name).is_dir():
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml") and (path.exists() or path.suffix in (".gguf", ".safetensors")):
         from bitgen.model.files import open_model
 
-        return open_model(name)
+        return open_model(path)
     from bitgen.model.synthetic import config_of, random_weights
 
     return random_weights(config_of(find_model(name), context=context))

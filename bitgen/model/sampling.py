@@ -1,10 +1,10 @@
 """From logits to the next token: the same seed gives the same text, on every machine.
 
 In order, as in llama.cpp: repetition penalty, top-k, top-p, min-p, temperature, draw. Everything after the
-logits is double precision in one fixed order: exp is our own (`exp`), sums run from the most likely token
-to the least likely one, and tokens with equal logits are ordered by id. The number that is drawn is a
-function of the seed and the position in the answer alone, so a token does not depend on how many were
-computed at once.
+logits is double precision in one fixed order: exp is our own (`exp`), sums run from left to right, over
+tokens in the order of their ids or, where top-k or top-p sorted them, of their logits, equals by id. The
+number that is drawn is a function of the seed and the position in the answer alone, so a token does not
+depend on how many were computed at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bitgen.errors import EXIT_USAGE, BitgenError
 
 Doubles: TypeAlias = NDArray[np.float64]
 Floats: TypeAlias = NDArray[np.float32]
+Ids: TypeAlias = NDArray[np.intp]
 
 # ln 2 in two parts: k * _LN2_HIGH is exact for |k| < 2^20 (the high part ends in 21 zero bits).
 _LN2_HIGH = float.fromhex("0x1.62e42feep-1")
@@ -127,17 +128,12 @@ class Sampler:
         logits = self._penalised(logits, text)
         if s.temperature == 0:
             return int(np.argmax(logits))
-        ids, x = self._candidates(logits)
-        x = x.astype(np.float64)
-        if s.top_p < 1:
-            p = exp(x - x[0])
-            enough = np.add.accumulate(p) >= s.top_p * total(p)
-            keep = int(np.argmax(enough)) + 1 if enough.any() else len(p)
-            ids, x = ids[:keep], x[:keep]
+        ids, x = self._nucleus(*self._most_likely(logits))
+        top = x.max()
         if s.min_p > 0:
-            keep = max(1, int(np.count_nonzero(exp(x - x[0]) >= s.min_p)))
-            ids, x = ids[:keep], x[:keep]
-        sums = np.add.accumulate(exp((x - x[0]) / s.temperature))
+            kept = exp(x - top) >= s.min_p
+            ids, x = ids[kept], x[kept]
+        sums = np.add.accumulate(exp((x - top) / s.temperature))
         drawn = uniform(self.seed, position) * sums[-1]
         return int(ids[min(int(np.searchsorted(sums, drawn, side="right")), len(ids) - 1)])
 
@@ -154,18 +150,38 @@ class Sampler:
         logits[ids] = np.where(logits[ids] <= 0, logits[ids] * penalty, logits[ids] / penalty)
         return logits
 
-    def _candidates(self, logits: Floats) -> tuple[NDArray[np.intp], Floats]:
-        """The top_k ids and logits, the most likely first, of equals the lowest id first."""
+    def _most_likely(self, logits: Floats) -> tuple[Ids, Doubles]:
+        """The top_k ids and their logits, sorted; all of them by id where top_k leaves out none."""
         k = self.sampling.top_k
-        ids = np.arange(len(logits))
         if 0 < k < len(logits):
-            # Which of equal elements a partition moves depends on the machine; the k-th value does not.
-            bound = np.partition(logits, len(logits) - k)[len(logits) - k]
-            above = np.flatnonzero(logits > bound)
-            ids = np.sort(np.concatenate([above, np.flatnonzero(logits == bound)[: k - len(above)]]))
-        elif self.sampling.min_p > 0 and self.sampling.top_p == 1:
-            # What min_p is going to drop need not be sorted; half of it, to be safe from rounding.
-            ids = np.flatnonzero(logits >= logits.max() + math.log(self.sampling.min_p) - 1)
-        order = np.argsort(-logits[ids], kind="stable")
-        ids = ids[order]
-        return ids, logits[ids]
+            ids = _sorted_top(logits, k)
+            return ids, logits[ids].astype(np.float64)
+        return np.arange(len(logits)), logits.astype(np.float64)
+
+    def _nucleus(self, ids: Ids, x: Doubles) -> tuple[Ids, Doubles]:
+        """The fewest of the likeliest that together reach top_p of the whole, sorted."""
+        if self.sampling.top_p >= 1:
+            return ids, x
+        top = x.max()
+        bound = self.sampling.top_p * total(exp(x - top))
+        count = 0
+        while count < len(x):
+            count = min(len(x), max(256, 8 * count))  # few are enough as a rule, and all take long to sort
+            order = _sorted_top(x, count)
+            reached = np.add.accumulate(exp(x[order] - top)) >= bound
+            if reached.any():
+                order = order[: int(np.argmax(reached)) + 1]
+                break
+        return ids[order], x[order]
+
+
+def _sorted_top(x: Floats | Doubles, k: int) -> Ids:
+    """Where the k largest of x stand, the largest first, of equals the first one first."""
+    places = np.arange(len(x))
+    if k < len(x):
+        # Which of equal elements a partition moves depends on the machine; the k-th value does not.
+        bound = np.partition(x, len(x) - k)[len(x) - k]
+        above = np.flatnonzero(x > bound)
+        places = np.sort(np.concatenate([above, np.flatnonzero(x == bound)[: k - len(above)]]))
+    sorted_places: Ids = places[np.argsort(-x[places], kind="stable")]
+    return sorted_places
