@@ -327,6 +327,7 @@ def check(
     regimes: Sequence[str] = (),
     sample: int | None = None,
     seed: int = 0,
+    inherit: bool = True,
     cc: str | None = None,
     progress: Callable[[SweepCounts], None] | None = None,
 ) -> SweepCounts:
@@ -346,6 +347,7 @@ def check(
             seed,
             [regime_named(name) for name in regimes] or REGIMES,
             progress,
+            inherit,
         )
 
 

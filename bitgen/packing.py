@@ -139,7 +139,8 @@ T5_CODES = _t5_codes()
 def _encode_t5(tiles: Ternary) -> Bytes:
     w = tiles.reshape(*tiles.shape[:4], 5, 4)  # (..., 16 rows, s, j)
     value = 27 * w[..., 0, :] + 9 * w[..., 1, :] + 3 * w[..., 2, :] + w[..., 3, :]
-    return T5_CODES[w[..., 4, :] + 1, value + 40]
+    codes: Bytes = T5_CODES[w[..., 4, :] + 1, value + 40]
+    return codes
 
 
 def _decode_t5(cells: Bytes) -> Ternary:

@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--regime", action="append", default=[], help="n1, small or large (default: all)")
     parser.add_argument("--sample", type=int, help="only so many schedules of each space, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--inherited", action="store_true", help="also kernels with the text of their level's parent"
+    )
     parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
 
 
@@ -27,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
             regimes=args.regime,
             sample=args.sample,
             seed=args.seed,
+            inherit=not args.inherited,
             cc=args.cc,
             progress=lambda seen: line.show(str(seen)),
         )

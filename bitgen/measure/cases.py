@@ -36,6 +36,8 @@ RAGGED = (Shape(1, 1), Shape(5, 127), Shape(33, 100), Shape(48, 197), Shape(100,
 EDGE = Shape(33, 2113)
 # Longer than every cache block along k.
 BLOCKED = Shape(20, 4001)
+# More tokens than a panel kernel keeps sums of (512) while k is cut into blocks.
+MANY, MANY_TOKENS = Shape(20, 2113), 515
 # The largest k at all: the int32 sums of I2_S, scaled by 64, are within a factor of 1 of their bound.
 LONGEST = Shape(16, K_MAX)
 
@@ -91,6 +93,8 @@ def cases_of(regime: str, shapes: Sequence[Shape] = RAGGED, deep: bool = False) 
         Case(name, Shape(33, 100), n) for n in edge_tokens for name in ("zero x", "zero w", "one product")
     ]
     cases.append(Case("zero x", Shape(33, 100), tokens[0], floats=True))
+    if deep and regime == LARGE.name:
+        cases.append(Case("random", MANY, MANY_TOKENS, split=True))
     return tuple(cases)
 
 

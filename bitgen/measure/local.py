@@ -174,7 +174,9 @@ class LocalRunner:
         for start in range(0, len(specs), _AHEAD):
             self._candidates.compile(specs[start : start + _AHEAD])
             for first in range(start, min(start + _AHEAD, len(specs)), together):
-                yield from self._prove(specs[first : min(first + together, start + _AHEAD)], deep)
+                batch = specs[first : min(first + together, start + _AHEAD)]
+                for shape in dict.fromkeys(spec.shape for spec in batch):
+                    yield from self._prove([spec for spec in batch if spec.shape == shape], shape, deep)
 
     @property
     def server_pid(self) -> int | None:
@@ -210,7 +212,8 @@ class LocalRunner:
         times = answer["times"]
         return Measurement.of(job, Status.OK, "", times[0], times[1] if len(lanes) > 1 else (), load)
 
-    def _prove(self, specs: Sequence[KernelSpec], deep: bool) -> Iterator[Proof]:
+    def _prove(self, specs: Sequence[KernelSpec], shape: Shape | None, deep: bool) -> Iterator[Proof]:
+        """Kernels for one ``shape``, or for any, in one process."""
         level = "deep" if deep else "quick"
         left = list(specs)
         while left:
@@ -222,7 +225,7 @@ class LocalRunner:
             if not good:
                 return
             left = [spec for spec, _ in good]
-            answer = self._ask(Task(tuple(f for _, f in good), (level,) * len(good)))
+            answer = self._ask(Task(tuple(f for _, f in good), (level,) * len(good), fixed_shape=shape))
             if answer["status"] == "done":
                 for spec, wrong, cases in zip(left, answer["wrong"], answer["cases"], strict=True):
                     yield Proof(spec, Status.INCORRECT if wrong else Status.OK, cases, wrong or "")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from bitgen.errors import BitgenError
 from bitgen.measure.local import LocalRunner, Proof
 from bitgen.measure.records import Status
+from bitgen.render import inherits
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
 from bitgen.target import Cpu, find_isa, load_isas
@@ -19,10 +21,14 @@ SHAPES = (Shape(3200, 8640), Shape(8640, 3200), Shape(530, 97))
 
 @dataclass
 class SweepCounts:
-    """What a sweep did. ``cases`` counts (schedule, shape, n, data): each compared every integer or float."""
+    """What a sweep did. ``cases`` counts (schedule, shape, n, data): each compared every integer or float.
+
+    ``inherited`` kernels are word for word those of their ISA level's parent, which was proven.
+    """
 
     schedules: int = 0
     cases: int = 0
+    inherited: int = 0
     failures: list[Proof] = field(default_factory=list)
 
     @property
@@ -38,7 +44,8 @@ class SweepCounts:
 
     def __str__(self) -> str:
         verdict = "all exact" if self.exact else f"{len(self.failures)} NOT exact"
-        return f"{self.schedules} schedules, {self.cases} (schedule, shape, n) cases: {verdict}"
+        more = f" ({self.inherited} more have the text of their parent level)" if self.inherited else ""
+        return f"{self.schedules} schedules, {self.cases} (schedule, shape, n) cases: {verdict}{more}"
 
 
 def sweep(
@@ -47,7 +54,9 @@ def sweep(
     deep: bool = True,
     progress: Callable[[SweepCounts], None] | None = None,
 ) -> SweepCounts:
-    """Prove each of ``specs``; ``progress`` sees the counts after each kernel."""
+    """Prove each of ``specs``, at least one; ``progress`` sees the counts after each kernel."""
+    if not specs:
+        raise BitgenError("there is no kernel to prove: name ISA levels, families and regimes that have some")
     counts = SweepCounts()
     for proof in runner.prove(specs, deep=deep):
         counts.add(proof)
@@ -75,6 +84,20 @@ def all_points(
     return list(dict.fromkeys(spec for space in spaces for spec in space))
 
 
+def own_points(points: Sequence[KernelSpec]) -> list[KernelSpec]:
+    """Those of ``points`` whose text no other of them has on an ISA level below."""
+    known = set(points)
+
+    def is_inherited(spec: KernelSpec) -> bool:
+        parent = inherits(spec)
+        if parent is None:
+            return False
+        below = replace(spec, isa=parent)
+        return below in known or is_inherited(below)
+
+    return [spec for spec in points if not is_inherited(spec)]
+
+
 def exact_sweep(
     runner: LocalRunner,
     cpu: Cpu,
@@ -84,10 +107,19 @@ def exact_sweep(
     seed: int = 0,
     regimes: Sequence[Regime] = REGIMES,
     progress: Callable[[SweepCounts], None] | None = None,
+    inherit: bool = True,
 ) -> SweepCounts:
-    """Prove every schedule of the spaces of ``isas`` x ``families`` x ``regimes``, or ``sample`` of each."""
+    """Prove every schedule of the spaces of ``isas`` x ``families`` x ``regimes``, or ``sample`` of each.
+
+    In a whole sweep a kernel that has the text of its ISA level's parent, which is proven too, is counted and
+    not compiled again; ``inherit`` False compiles it all the same, with the flags of its own level.
+    """
     if sample is None:
-        return sweep(runner, all_points(cpu, isas, families, regimes), progress=progress)
+        points = all_points(cpu, isas, families, regimes)
+        own = own_points(points) if inherit else points
+        counts = sweep(runner, own, progress=progress)
+        counts.inherited = len(points) - len(own)
+        return counts
     draw = random.Random(seed)  # noqa: S311 - a choice, no secret
     chosen: list[KernelSpec] = []
     for isa in isas:
