@@ -326,7 +326,8 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
         lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
-    if isa.code_max < 128:
+    in_place = any("accs" in knobs for knobs in _axes(family, isa, regime).values())
+    if in_place and 2 * field_scale(4) > isa.code_max:
         yield Rule(
             f"codes in place, 2 x 4^(accs - 1), must not exceed {isa.code_max}, the largest byte that "
             f"{isa.name} multiplies: a smaller accs",

@@ -218,7 +218,7 @@ def test_foreign_specs_are_not_legal() -> None:
 
 def mutants(spec: KernelSpec) -> Iterator[KernelSpec]:
     """Specs near a legal one, most of them wrong."""
-    values = (-1, 0, 1, 3, 16, 24, 64, 66, 960, 1 << 19, 1 << 21)
+    values = (-1, 0, 1, 3, 4, 16, 24, 64, 66, 960, 1 << 19, 1 << 21)
     for name, _ in spec.schedule:
         for value in values:
             yield changed(spec, **{name: value})

@@ -38,10 +38,12 @@ from bitgen.target.linux import (
 Detect = Callable[[str], Cpu]
 RECORDED = Path(__file__).parent / "data" / "cpuinfo"
 
+ARM = ("neon", "neon_dotprod", "neon_i8mm")
 X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi")
 ICELAKE_ON = ("avx512_vbmi", "avx512_vnni", "avx512", "avx2", "scalar")
 ALL = ("avx512_vbmi", "avx512_vnni", "avx512", "avx_vnni", "avx2", "scalar")
 HASWELL_ON = ("avx2", "scalar")
+DOTPROD_ON = ("neon_dotprod", "neon", "scalar")
 
 # recording -> family, architecture, ISA levels it runs, strongest first
 MACHINES = {
@@ -61,11 +63,11 @@ MACHINES = {
     "sapphirerapids": ("sapphirerapids", "x86_64", ALL),
     "zen5": ("zen5", "x86_64", ALL),
     "zen5_guest": ("zen5", "x86_64", ALL),
-    "cortex_a72": ("cortex_a72", "aarch64", ("scalar",)),
-    "cortex_a76": ("cortex_a76", "aarch64", ("scalar",)),
-    "neoverse_n1": ("neoverse_n1", "aarch64", ("scalar",)),
-    "neoverse_v2": ("neoverse_v2", "aarch64", ("scalar",)),
-    "apple_m1": ("m1", "aarch64", ("scalar",)),
+    "cortex_a72": ("cortex_a72", "aarch64", ("neon", "scalar")),
+    "cortex_a76": ("cortex_a76", "aarch64", DOTPROD_ON),
+    "neoverse_n1": ("neoverse_n1", "aarch64", DOTPROD_ON),
+    "neoverse_v2": ("neoverse_v2", "aarch64", ("neon_i8mm", *DOTPROD_ON)),
+    "apple_m1": ("m1", "aarch64", DOTPROD_ON),
 }
 
 
@@ -108,7 +110,13 @@ def test_rejections_name_exactly_what_is_missing(recorded_cpu: Detect) -> None:
     assert reasons(recorded_cpu("cascadelake"))["avx512_vbmi"] == "this CPU lacks avx512vbmi"
     assert reasons(recorded_cpu("zen4"))["avx_vnni"] == "this CPU lacks avx_vnni"
     assert reasons(recorded_cpu("neoverse_n1"))["avx2"] == "it is for x86_64, this CPU is aarch64"
-    assert set(reasons(recorded_cpu("zen5")).values()) == {""}
+    assert reasons(recorded_cpu("cortex_a72"))["neon_dotprod"] == (
+        "this CPU lacks asimddp, asimdrdm, atomics"
+    )
+    assert reasons(recorded_cpu("apple_m1"))["neon_i8mm"] == "this CPU lacks i8mm"
+    why = reasons(recorded_cpu("zen5"))
+    assert {why[name] for name in X86} == {""}
+    assert {why[name] for name in ARM} == {"it is for aarch64, this CPU is x86_64"}
 
 
 def test_decisions_are_strongest_first_and_cover_every_level(recorded_cpu: Detect) -> None:
@@ -377,7 +385,7 @@ def test_supported_systems_pass() -> None:
 
 def test_isas_in_order_with_their_vocabularies() -> None:
     vocabularies = {isa.name: isa.vocabulary for isa in load_isas()}
-    assert tuple(vocabularies) == X86
+    assert tuple(vocabularies) == X86 + ARM
     assert vocabularies == {
         "scalar": ("scalar",),
         "avx2": ("avx2",),
@@ -385,10 +393,13 @@ def test_isas_in_order_with_their_vocabularies() -> None:
         "avx512": ("avx512",),
         "avx512_vnni": ("avx512", "avx512_vnni"),
         "avx512_vbmi": ("avx512", "avx512_vnni", "avx512_vbmi"),
+        "neon": ("neon",),
+        "neon_dotprod": ("neon", "neon_dotprod"),
+        "neon_i8mm": ("neon", "neon_dotprod", "neon_i8mm"),
     }
 
 
-@pytest.mark.parametrize("isa", load_isas(), ids=lambda isa: isa.name)
+@pytest.mark.parametrize("isa", [i for i in load_isas() if i.name in X86], ids=lambda isa: isa.name)
 def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) -> None:
     spelled = {feature.replace("_", ""): feature for feature in isa.requires}
     machine = [flag for flag in isa.cc_flags if not flag.startswith("-mprefer")]
@@ -400,14 +411,36 @@ def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) ->
     assert isa.zig_flags[1:] == tuple(flag for flag in isa.cc_flags if flag.startswith("-mprefer"))
 
 
+@pytest.mark.parametrize("isa", [i for i in load_isas() if i.name in ARM], ids=lambda isa: isa.name)
+def test_every_feature_of_an_arm_level_is_required(isa: bitgen.target.Isa) -> None:
+    """-march names a level of the architecture and additions; 8.2 has what 8.1 made mandatory."""
+    (march,), (mcpu,) = isa.cc_flags, isa.zig_flags
+    level, *added = march.removeprefix("-march=").split("+")
+    mandatory = {"armv8-a": {"asimd"}, "armv8.2-a": {"asimd", "crc32", "atomics", "asimdrdm"}}[level]
+    assert isa.requires == mandatory | {{"dotprod": "asimddp"}.get(name, name) for name in added}
+    name = level.removeprefix("arm").replace("-", "").replace(".", "_")
+    assert mcpu == "+".join(["-mcpu=generic", name, *added])
+
+
 def test_vector_width_and_dot4() -> None:
     isas = {isa.name: isa for isa in load_isas()}
     assert {name for name, isa in isas.items() if isa.native_dot4} == {
         "avx_vnni",
         "avx512_vnni",
         "avx512_vbmi",
+        "neon_dotprod",
+        "neon_i8mm",
     }
     assert [isas[name].vector_bytes for name in ("scalar", "avx2", "avx_vnni", "avx512")] == [8, 32, 32, 64]
+    assert {name: isa.code_max for name, isa in isas.items() if isa.code_max != 128} == {
+        "neon": 127,
+        "neon_dotprod": 127,
+    }
+
+
+def test_levels_of_an_arm_mac() -> None:
+    cpu = cpu_from_sysctl((RECORDED / "macos_m3.txt").read_text(encoding="utf-8"), "aarch64")
+    assert next(isa.name for isa in accepted_isas(cpu, load_isas())) == "neon_i8mm"
 
 
 def test_find_isa_is_forgiving_and_helpful() -> None:

@@ -1,4 +1,4 @@
-"""Every word of every ISA level that this CPU runs, against its meaning written down in numpy.
+"""Every word of every ISA level that this CPU or an emulator runs, against its meaning written down in numpy.
 
 For each word a C wrapper with one signature is generated: block and scalar arguments are read from memory,
 pointer arguments point into a page between two forbidden ones. Flags (vm) have no form in memory: they are
@@ -9,27 +9,32 @@ from __future__ import annotations
 
 import itertools
 import re
+import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import pytest
+from float_words import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
 
 from bitgen.paths import templates_dir
 from bitgen.render import parse_vocabulary, vocabulary
-from bitgen.target import Isa, Rejected, detect_cpu, load_isas, resolve_isas
-from bitgen.toolchain import CcBuilder, Prototype, Toolchain, Unit, find_compilers
-from float_words import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
+from bitgen.target import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
+from bitgen.toolchain import CcBuilder, CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
 
 DATA = Path(__file__).parent / "data" / "vocabulary_harness"
 ISA_FILES = sorted((templates_dir() / "isa").rglob("*.h"))
 ISAS = load_isas()
 DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu(), ISAS)}
 # zig is a clang and takes seconds to start; it is used where there is nothing else.
+EMULATED_ISAS = [isa for isa in ISAS if isa.arch in (ANY_ARCH, "aarch64")]
 COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
 NOT_FUNCTIONS = {"includes", "types"}
+HELPERS = ("neon_",)  # how the names of a level's own functions begin, which its words share
 CANARY = 0xA5
 DTYPES = {"vb": np.uint8, "vh": np.int16, "vw": np.int32, "vf": np.float32, "vm": np.uint8}
 SCALARS = {"uint8_t": np.uint8, "int": np.intc, "int32_t": np.int32, "int64_t": np.int64, "float": np.float32}
@@ -53,7 +58,11 @@ class Signature:
 
 def signatures(isa_name: str) -> dict[str, Signature]:
     words = vocabulary(isa_name)
-    return {name: Signature.of(words[name]) for name in words if name not in NOT_FUNCTIONS}
+    return {
+        name: Signature.of(text)
+        for name, text in words.items()
+        if name not in NOT_FUNCTIONS and not name.startswith(HELPERS)
+    }
 
 
 SCALAR = signatures("scalar")
@@ -280,8 +289,11 @@ def blocks(rng: np.random.Generator, signature: Signature, kind: str, name: str)
             yield random_block(rng, kind)
 
 
-def argument_lists(signature: Signature) -> Iterator[list[Any]]:
-    """Every count with some edges, or all pairs of edges and 40 random draws. The same on every run."""
+def argument_lists(signature: Signature, code_max: int = 128) -> Iterator[list[Any]]:
+    """Every count with some edges, or all pairs of edges and 40 random draws. The same on every run.
+
+    ``code_max`` is the ISA level's: the largest byte that it multiplies.
+    """
     rng = np.random.default_rng([ord(letter) for letter in signature.name])
     made = {name: blocks(rng, signature, kind, name) for kind, name in signature.params if kind in DTYPES}
     first = 20 if len(made) == 1 else 11
@@ -292,7 +304,10 @@ def argument_lists(signature: Signature) -> Iterator[list[Any]]:
         some = given[:: max(1, len(given) // 8)]
         given = [{**drawn, name: value} for value in RANGES[signature.name, name] for drawn in some]
     for drawn in given if counts else given + [{}] * 40:
-        yield complete(rng, signature, made, drawn)
+        args = complete(rng, signature, made, drawn)
+        if signature.name in ("vh_pairs", "vw_dot4"):
+            args[-2] = np.minimum(args[-2], np.uint8(code_max))
+        yield args
 
 
 def complete(
@@ -420,19 +435,94 @@ class Harness:
         around = np.delete(page, slice(offset, offset + size))
         return Outcome(number, out, page[offset : offset + size].copy(), bool((around != CANARY).any()))
 
-    def offsets(self, kinds: list[str], args: list[Any]) -> list[int]:
-        """Where to put the bytes behind a pointer: at the page's end, unaligned before it, at its start."""
-        for kind, value in zip(kinds, args, strict=True):
-            if "*" in kind:
-                step = 4 if "32" in kind or "float" in kind else 2 if "16" in kind else 1
-                end = self.page_bytes - len(value)
-                return [end, end - step, 0]
-        return [0]
+    def run_all(self, _isa: Isa, calls: list[Call]) -> Iterator[Outcome]:
+        """The outcomes of ``calls``, in order."""
+        for call in calls:
+            yield self.run(call.function, call.args, call.is_pointer, call.offset)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of `unit_of`, its arguments, which of them is a pointer, and where in the page it points."""
+
+    function: str
+    args: list[Any]
+    is_pointer: list[bool]
+    offset: int
+
+
+class Emulated:
+    """The words of each level of another architecture as a program of its own, run by an emulator."""
+
+    page_bytes = 4096
+
+    def __init__(self, compiler: Compiler, folder: Path) -> None:
+        self.folder = folder
+        self.toolchain = Toolchain(compiler, folder / "cache", werror=True)
+        self.programs: dict[str, tuple[Path, list[str]]] = {}
+
+    def run_all(self, isa: Isa, calls: list[Call]) -> Iterator[Outcome]:
+        """The outcomes of ``calls``, in order, all from one run of the program."""
+        program, functions = self.programs.get(isa.name) or self._program(isa)
+        done = foreign.emulate([str(program)], data=b"".join(record(call, functions) for call in calls))
+        assert done.returncode == 0, done.stderr
+        at = 0
+        for call in calls:
+            size = sum(len(v) for v, here in zip(call.args, call.is_pointer, strict=True) if here)
+            signal, strayed = struct.unpack_from("=2i", done.stdout, at)
+            answer = np.frombuffer(done.stdout, np.uint8, 64 + size, at + 8)
+            yield Outcome(signal, answer[:64].copy(), answer[64:].copy(), bool(strayed))
+            at += 72 + size
+        assert at == len(done.stdout)
+
+    def _program(self, isa: Isa) -> tuple[Path, list[str]]:
+        unit = unit_of(isa)
+        functions = [function.name for function in unit.functions]
+        table = "".join(f"void {name}(void *const *arg, void *out);\n" for name in functions)
+        table += f"void (*const words[])(void *const *arg, void *out) = {{{', '.join(functions)}}};\n"
+        units = [unit, GUARDED, Unit("words", table), Unit("foreign", (DATA / "foreign.c").read_text())]
+        objects = self.toolchain.compile_objects(units)
+        failed = next((one for one in objects if isinstance(one, CompileError)), None)
+        if failed:
+            raise failed
+        program = self.folder / isa.name
+        subprocess.run(
+            [*self.toolchain.compiler.command, "-static", "-o", program, *map(str, objects), "-lm"],
+            check=True,
+        )
+        self.programs[isa.name] = program, functions
+        return program, functions
+
+
+def record(call: Call, functions: list[str]) -> bytes:
+    """A call as data/vocabulary_harness/foreign.c reads it."""
+    pointer, memory, values = -1, b"", []
+    for i, (value, here) in enumerate(zip(call.args, call.is_pointer, strict=True)):
+        if here:
+            pointer, memory = i, value.tobytes()
+        values.append(b"" if here else np.atleast_1d(value).tobytes())
+    head = struct.pack("=5i", functions.index(call.function), len(values), pointer, call.offset, len(memory))
+    return head + b"".join(value.ljust(64, b"\0") for value in values) + memory
+
+
+def offsets(page_bytes: int, kinds: list[str], args: list[Any]) -> list[int]:
+    """Where to put the bytes behind a pointer: at the page's end, unaligned before it, at its start."""
+    for kind, value in zip(kinds, args, strict=True):
+        if "*" in kind:
+            step = 4 if "32" in kind or "float" in kind else 2 if "16" in kind else 1
+            end = page_bytes - len(value)
+            return [end, end - step, 0]
+    return [0]
 
 
 @pytest.fixture(params=COMPILERS, ids=lambda compiler: compiler.kind, scope="session")
 def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Harness:
     return Harness(Toolchain(request.param, tmp_path_factory.mktemp("vocabulary"), werror=True))
+
+
+@pytest.fixture(params=foreign.cross_compilers(), ids=lambda compiler: compiler.kind, scope="session")
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return Emulated(request.param, tmp_path_factory.mktemp("emulated"))
 
 
 def same(got: Array, expected: Any) -> bool:
@@ -464,29 +554,52 @@ def test_word_means_what_numpy_says(harness: Harness, isa: Isa, word: str) -> No
     decision = DECISIONS[isa.name]
     if isinstance(decision, Rejected):
         pytest.skip(f"cannot run {isa.name} here: {decision.reason}")
-    signature = SCALAR[word]
+    try_word(harness, isa, SCALAR[word])
+
+
+@pytest.mark.skipif(foreign.why_not() is not None, reason=f"{foreign.why_not()}")
+@pytest.mark.parametrize("word", SCALAR)
+@pytest.mark.parametrize("isa", EMULATED_ISAS, ids=lambda isa: isa.name)
+def test_word_means_what_numpy_says_on_an_emulated_cpu(emulated: Emulated, isa: Isa, word: str) -> None:
+    try_word(emulated, isa, SCALAR[word])
+
+
+def try_word(harness: Harness | Emulated, isa: Isa, signature: Signature) -> None:
+    """Call one word with everything `argument_lists` has, at several places of the page."""
     kinds, names = [kind for kind, _ in signature.params], [name for _, name in signature.params]
     is_pointer = ["*" in kind for kind in kinds]
-    tried = 0
-    for args in argument_lists(signature):
+    calls, wanted = [], []
+    for args in argument_lists(signature, isa.code_max):
         copies = [value.copy() for value in args]
         with np.errstate(all="ignore"):
-            expected = MEANINGS[word](*copies)
+            expected = MEANINGS[signature.name](*copies)
         function = function_name(signature, isa, args)
-        for offset in harness.offsets(kinds, args):
-            outcome = harness.run(function, args, is_pointer, offset)
-            fault = fault_of(outcome, expected, list(itertools.compress(copies, is_pointer)))
-            assert fault is None, f"{fault} with {dict(zip(names, args, strict=True))}"
-            tried += 1
-    assert tried >= (1 if not kinds else 15)
+        for offset in offsets(harness.page_bytes, kinds, args):
+            calls.append(Call(function, args, is_pointer, offset))
+            wanted.append((expected, list(itertools.compress(copies, is_pointer))))
+    for call, outcome, (expected, memories) in zip(calls, harness.run_all(isa, calls), wanted, strict=True):
+        fault = fault_of(outcome, expected, memories)
+        assert fault is None, f"{fault} with {dict(zip(names, call.args, strict=True))}"
+    assert len(calls) >= (1 if not kinds else 15)
 
 
 def test_the_harness_sees_a_forbidden_access(harness: Harness) -> None:
     """So that the test above can fail: the load of a block whose last byte is forbidden."""
-    block = np.zeros(63, np.uint8)
-    function = function_name(SCALAR["vb_load"], DECISIONS["scalar"].isa, [None])
-    assert harness.run(function, [block], [True], harness.page_bytes - 63).signal != 0
-    assert harness.run(function, [block], [True], 0).signal == 0
+    forbidden_access_is_seen(harness)
+
+
+@pytest.mark.skipif(foreign.why_not() is not None, reason=f"{foreign.why_not()}")
+def test_the_emulated_harness_sees_a_forbidden_access(emulated: Emulated) -> None:
+    forbidden_access_is_seen(emulated)
+
+
+def forbidden_access_is_seen(harness: Harness | Emulated) -> None:
+    block, scalar = np.zeros(63, np.uint8), DECISIONS["scalar"].isa
+    function = function_name(SCALAR["vb_load"], scalar, [None])
+    calls = [Call(function, [block], [True], offset) for offset in (harness.page_bytes - 63, 0)]
+    bad, good = harness.run_all(scalar, calls)
+    assert bad.signal != 0
+    assert good.signal == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -499,7 +612,8 @@ def test_every_word_has_a_meaning() -> None:
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 def test_every_level_has_the_words_of_scalar(isa: Isa) -> None:
-    assert set(vocabulary(isa.name)) == set(vocabulary("scalar"))
+    own = {name for name in vocabulary(isa.name) if not name.startswith(HELPERS)}
+    assert own == set(vocabulary("scalar"))
     assert signatures(isa.name) == SCALAR
 
 
@@ -516,7 +630,7 @@ def test_a_file_holds_words_and_no_preprocessor(path: Path) -> None:
 @pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_comment_names_no_word(path: Path) -> None:
     """The renderer takes every name in a word's text for a use, and would write that word out too."""
-    words = set(SCALAR)
+    words = {name for isa in ISAS for name in vocabulary(isa.name)} - NOT_FUNCTIONS
     for name, text in parse_vocabulary(path.read_text()).items():
         comments = " ".join(re.findall(r"//(.*)", text))
         assert not words & set(re.findall(r"\w+", comments)), f"in the comment of {name}"

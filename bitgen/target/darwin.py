@@ -12,6 +12,9 @@ from bitgen.target.family import family_label, load_cpu_families
 _X86 = {"avx1.0": "avx", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx512vnni": "avx512_vnni"}
 _ARM = {
     "AdvSIMD": "asimd",
+    "FEAT_CRC32": "crc32",
+    "FEAT_LSE": "atomics",
+    "FEAT_RDM": "asimdrdm",
     "FEAT_FP16": "asimdhp",
     "FEAT_DotProd": "asimddp",
     "FEAT_I8MM": "i8mm",

@@ -14,7 +14,13 @@ from __future__ import annotations
 
 from bitgen.toolchain.builder import Builder, CcBuilder, CffiBuilder, Kernels, best_builder, python_headers
 from bitgen.toolchain.compile import DEFAULT_LIBS, CompileError, Toolchain
-from bitgen.toolchain.compiler import Compiler, find_compiler, find_compilers
+from bitgen.toolchain.compiler import (
+    Compiler,
+    find_compiler,
+    find_compilers,
+    find_cross_compiler,
+    find_cross_compilers,
+)
 from bitgen.toolchain.unit import Prototype, Unit
 
 __all__ = [
@@ -31,5 +37,7 @@ __all__ = [
     "best_builder",
     "find_compiler",
     "find_compilers",
+    "find_cross_compiler",
+    "find_cross_compilers",
     "python_headers",
 ]

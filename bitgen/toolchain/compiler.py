@@ -93,7 +93,8 @@ class Compiler:
     def version(self) -> str:
         """One line, for example "gcc (Debian 12.2.0-14) 12.2.0"; the same under every alias of a compiler."""
         if self.kind == "zig":
-            return "zig " + self._probe((*self.command[:-1], "version")).strip()
+            program = self.command[: self.command.index("cc")]
+            return "zig " + self._probe((*program, "version")).strip()
         first = self._version_text.strip().partition("\n")[0].strip()
         # gcc prints the name it was called by: cc, gcc, x86_64-linux-gnu-gcc-12.
         return re.sub(r"^\S+", "gcc", first) if self.kind == "gcc" else first
@@ -150,6 +151,68 @@ def find_compiler(name: str | None = None, probe_timeout_s: float = PROBE_TIMEOU
     if not found:
         raise BitgenError(NO_COMPILER, EXIT_TOOLCHAIN)
     return found[0]
+
+
+# (architecture, system) -> what gcc and clang, and what zig call it.
+_TRIPLES = {
+    ("aarch64", "Linux"): ("aarch64-linux-gnu", "aarch64-linux-gnu"),
+    ("x86_64", "Linux"): ("x86_64-linux-gnu", "x86_64-linux-gnu"),
+    ("aarch64", "Darwin"): (None, "aarch64-macos"),
+    ("x86_64", "Darwin"): (None, "x86_64-macos"),
+}
+
+
+def find_cross_compilers(arch: str, system: str, probe_timeout_s: float = PROBE_TIMEOUT_S) -> list[Compiler]:
+    """The compilers of this machine that make code for another, in order of preference; runs none of them.
+
+    clang is one where gcc's cross compiler is, whose linker and C library it uses.
+    """
+    triple, zig_triple = _TRIPLES[arch, system]
+    found = []
+    if triple and shutil.which(f"{triple}-gcc"):
+        found.append(Compiler("gcc", (f"{triple}-gcc",), probe_timeout_s))
+        if shutil.which("clang"):
+            found.append(Compiler("clang", ("clang", f"--target={triple}"), probe_timeout_s))
+    zig = _zig_command()
+    return [*found, Compiler("zig", (*zig, "-target", zig_triple), probe_timeout_s)] if zig else found
+
+
+def find_cross_compiler(
+    arch: str, system: str, name: str | None = None, probe_timeout_s: float = PROBE_TIMEOUT_S
+) -> Compiler:
+    """The compiler for another machine: ``name`` (gcc, clang, zig or a command line), else the first found.
+
+    BitgenError when there is none, or when the one named makes code for another architecture.
+    """
+    found = find_cross_compilers(arch, system, probe_timeout_s)
+    if name is None:
+        if not found:
+            raise BitgenError(_no_cross_compiler(arch, system), EXIT_TOOLCHAIN)
+        return found[0]
+    known = {compiler.kind: compiler for compiler in found}
+    if name in known:
+        return known[name]
+    if name in ("gcc", "clang", "zig"):
+        raise BitgenError(
+            f"no {name} here for {arch} {system}: {_no_cross_compiler(arch, system)}", EXIT_TOOLCHAIN
+        )
+    compiler = _named(name, "--cc", probe_timeout_s)
+    if normal_machine(compiler.target) != arch:
+        message = f"--cc {name!r} makes code for {compiler.target}, not for {arch}"
+        raise BitgenError(message, EXIT_TOOLCHAIN)
+    return compiler
+
+
+def normal_machine(triple: str) -> str:
+    """The architecture of a target triple, as this project calls it."""
+    machine = triple.partition("-")[0]
+    return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+
+
+def _no_cross_compiler(arch: str, system: str) -> str:
+    triple, _ = _TRIPLES[arch, system]
+    gcc = f"install {triple}-gcc (Debian: gcc-{triple.replace('_', '-')}), or " if triple else ""
+    return f"no compiler for {arch} {system} found: {gcc}pip install ziglang"
 
 
 def _named(words: str, origin: str, probe_timeout_s: float) -> Compiler:

@@ -1,0 +1,352 @@
+// The vocabulary of NEON (Armv8-A's AdvSIMD): a block is four 16-byte registers, its lanes a, b, c, d.
+// What each word means is written in scalar.h; here are only the reasons for an instruction.
+// Products of bytes are signed: u stays below 128 (code_max in configs/isas.yaml).
+
+//: includes
+#include <arm_neon.h>
+
+//: types
+typedef struct { uint8x16_t a, b, c, d; } vb;
+typedef struct { int16x8_t a, b, c, d; } vh;
+typedef struct { int32x4_t a, b, c, d; } vw;
+typedef struct { float32x4_t a, b, c, d; } vf;
+typedef struct { uint8x16_t a, b, c, d; } vm;  // a byte is 0xff (flag set) or 0
+
+//: prefetch
+WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+
+//: vb_load
+WORD vb vb_load(const void *p) {
+    const uint8_t *q = (const uint8_t *)p;
+    return (vb){vld1q_u8(q), vld1q_u8(q + 16), vld1q_u8(q + 32), vld1q_u8(q + 48)};
+}
+
+//: vb_store
+WORD void vb_store(void *p, vb v) {
+    uint8_t *q = (uint8_t *)p;
+    vst1q_u8(q, v.a);
+    vst1q_u8(q + 16, v.b);
+    vst1q_u8(q + 32, v.c);
+    vst1q_u8(q + 48, v.d);
+}
+
+//: vb_splat
+WORD vb vb_splat(uint8_t x) {
+    uint8x16_t v = vdupq_n_u8(x);
+    return (vb){v, v, v, v};
+}
+
+//: vb_splat4
+// One ld1r, and one register for all four lanes.
+WORD vb vb_splat4(const int8_t *p) {
+    uint32_t x;
+    memcpy(&x, p, 4);
+    uint8x16_t v = vreinterpretq_u8_u32(vdupq_n_u32(x));
+    return (vb){v, v, v, v};
+}
+
+//: vb_quad
+WORD vb vb_quad(const void *p) {
+    uint8x16_t v = vld1q_u8((const uint8_t *)p);
+    return (vb){v, v, v, v};
+}
+
+//: vb_and
+WORD vb vb_and(vb a, vb b) { return (vb){a.a & b.a, a.b & b.b, a.c & b.c, a.d & b.d}; }
+
+//: vb_add
+WORD vb vb_add(vb a, vb b) { return (vb){a.a + b.a, a.b + b.b, a.c + b.c, a.d + b.d}; }
+
+//: vb_field
+// Bytes have a shift of their own here. With operators, not intrinsics, so that a compiler that knows the mask can
+// drop it where the shift leaves no other bits.
+WORD vb vb_field(vb v, int bits, vb mask) {
+    return (vb){(v.a >> bits) & mask.a, (v.b >> bits) & mask.b, (v.c >> bits) & mask.c, (v.d >> bits) & mask.d};
+}
+
+//: vb_lut16
+// tbl gives 0 for every index from 16 on.
+WORD vb vb_lut16(vb table, vb idx) {
+    return (vb){vqtbl1q_u8(table.a, idx.a), vqtbl1q_u8(table.b, idx.b), vqtbl1q_u8(table.c, idx.c),
+                vqtbl1q_u8(table.d, idx.d)};
+}
+
+//: vb_lut128
+// Two tables of 64: tbl gives 0 where an index is outside its table, tbx keeps what is there. The table stays in
+// eight registers.
+WORD vb vb_lut128(const uint8_t *table, vb idx) {
+    const uint8x16x4_t low = {{vld1q_u8(table), vld1q_u8(table + 16), vld1q_u8(table + 32), vld1q_u8(table + 48)}};
+    const uint8x16x4_t high = {{vld1q_u8(table + 64), vld1q_u8(table + 80), vld1q_u8(table + 96),
+                                vld1q_u8(table + 112)}};
+    const uint8x16_t low7 = vdupq_n_u8(127), half = vdupq_n_u8(64);
+    const uint8x16_t a = idx.a & low7, b = idx.b & low7, c = idx.c & low7, d = idx.d & low7;
+    return (vb){vqtbx4q_u8(vqtbl4q_u8(low, a), high, a ^ half), vqtbx4q_u8(vqtbl4q_u8(low, b), high, b ^ half),
+                vqtbx4q_u8(vqtbl4q_u8(low, c), high, c ^ half), vqtbx4q_u8(vqtbl4q_u8(low, d), high, d ^ half)};
+}
+
+//: vb_avg
+WORD vb vb_avg(vb a, vb b) {
+    return (vb){vrhaddq_u8(a.a, b.a), vrhaddq_u8(a.b, b.b), vrhaddq_u8(a.c, b.c), vrhaddq_u8(a.d, b.d)};
+}
+
+//: vb_mirror
+WORD vb vb_mirror(vb v, vb s) {
+    const uint8x16_t twos = vdupq_n_u8(0xaa);
+    return (vb){vbslq_u8(vcltzq_s8((int8x16_t)s.a), twos - v.a, v.a), vbslq_u8(vcltzq_s8((int8x16_t)s.b), twos - v.b, v.b),
+                vbslq_u8(vcltzq_s8((int8x16_t)s.c), twos - v.c, v.c), vbslq_u8(vcltzq_s8((int8x16_t)s.d), twos - v.d, v.d)};
+}
+
+//: vb_test
+WORD vm vb_test(vb v, vb bits) {
+    return (vm){vtstq_u8(v.a, bits.a), vtstq_u8(v.b, bits.b), vtstq_u8(v.c, bits.c), vtstq_u8(v.d, bits.d)};
+}
+
+//: vb_flip
+WORD vb vb_flip(vb v, vm m) { return (vb){v.a ^ m.a, v.b ^ m.b, v.c ^ m.c, v.d ^ m.d}; }
+
+//: vb_select
+WORD vb vb_select(vm m, vb a, vb b) {
+    return (vb){vbslq_u8(m.a, a.a, b.a), vbslq_u8(m.b, a.b, b.b), vbslq_u8(m.c, a.c, b.c), vbslq_u8(m.d, a.d, b.d)};
+}
+
+//: vh_zip_lo
+WORD vh vh_zip_lo(vb lo, vb hi) {
+    return (vh){(int16x8_t)vzip1q_u8(lo.a, hi.a), (int16x8_t)vzip1q_u8(lo.b, hi.b), (int16x8_t)vzip1q_u8(lo.c, hi.c),
+                (int16x8_t)vzip1q_u8(lo.d, hi.d)};
+}
+
+//: vh_zip_hi
+WORD vh vh_zip_hi(vb lo, vb hi) {
+    return (vh){(int16x8_t)vzip2q_u8(lo.a, hi.a), (int16x8_t)vzip2q_u8(lo.b, hi.b), (int16x8_t)vzip2q_u8(lo.c, hi.c),
+                (int16x8_t)vzip2q_u8(lo.d, hi.d)};
+}
+
+//: vh_zero
+WORD vh vh_zero(void) {
+    int16x8_t z = vdupq_n_s16(0);
+    return (vh){z, z, z, z};
+}
+
+//: vh_add
+// By intrinsics, which wrap; + of signed vectors may not overflow.
+WORD vh vh_add(vh a, vh b) {
+    return (vh){vaddq_s16(a.a, b.a), vaddq_s16(a.b, b.b), vaddq_s16(a.c, b.c), vaddq_s16(a.d, b.d)};
+}
+
+//: vh_mul
+WORD vh vh_mul(vh a, vh b) {
+    return (vh){vmulq_s16(a.a, b.a), vmulq_s16(a.b, b.b), vmulq_s16(a.c, b.c), vmulq_s16(a.d, b.d)};
+}
+
+//: vh_load
+WORD vh vh_load(const int16_t *p) {
+    return (vh){vld1q_s16(p), vld1q_s16(p + 8), vld1q_s16(p + 16), vld1q_s16(p + 24)};
+}
+
+//: vh_sign_high
+WORD vh vh_sign_high(vb v) {
+    return (vh){vshrq_n_s16((int16x8_t)v.a, 8), vshrq_n_s16((int16x8_t)v.b, 8), vshrq_n_s16((int16x8_t)v.c, 8),
+                vshrq_n_s16((int16x8_t)v.d, 8)};
+}
+
+//: neon_pairs
+// Eight sums of two products: smull, smull2, addp. Not smlal2 for the second: it would add bytes 8 apart.
+WORD int16x8_t neon_pairs(uint8x16_t u, uint8x16_t s) {
+    const int8x16_t a = (int8x16_t)u, b = (int8x16_t)s;
+    return vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+}
+
+//: vh_pairs
+WORD vh vh_pairs(vb u, vb s) {
+    return (vh){neon_pairs(u.a, s.a), neon_pairs(u.b, s.b), neon_pairs(u.c, s.c), neon_pairs(u.d, s.d)};
+}
+
+//: vb_low_bytes
+WORD vb vb_low_bytes(vh a, vh b) {
+    return (vb){vuzp1q_u8((uint8x16_t)a.a, (uint8x16_t)b.a), vuzp1q_u8((uint8x16_t)a.b, (uint8x16_t)b.b),
+                vuzp1q_u8((uint8x16_t)a.c, (uint8x16_t)b.c), vuzp1q_u8((uint8x16_t)a.d, (uint8x16_t)b.d)};
+}
+
+//: vb_high_bytes
+WORD vb vb_high_bytes(vh a, vh b) {
+    return (vb){vuzp2q_u8((uint8x16_t)a.a, (uint8x16_t)b.a), vuzp2q_u8((uint8x16_t)a.b, (uint8x16_t)b.b),
+                vuzp2q_u8((uint8x16_t)a.c, (uint8x16_t)b.c), vuzp2q_u8((uint8x16_t)a.d, (uint8x16_t)b.d)};
+}
+
+//: vw_zero
+WORD vw vw_zero(void) {
+    int32x4_t z = vdupq_n_s32(0);
+    return (vw){z, z, z, z};
+}
+
+//: vw_splat
+WORD vw vw_splat(int32_t x) {
+    int32x4_t v = vdupq_n_s32(x);
+    return (vw){v, v, v, v};
+}
+
+//: vw_load
+WORD vw vw_load(const int32_t *p) {
+    return (vw){vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)};
+}
+
+//: vw_store
+WORD void vw_store(int32_t *p, vw v) {
+    vst1q_s32(p, v.a);
+    vst1q_s32(p + 4, v.b);
+    vst1q_s32(p + 8, v.c);
+    vst1q_s32(p + 12, v.d);
+}
+
+//: vw_store_n
+// There are no masked stores: the last, short block goes through memory.
+WORD void vw_store_n(int32_t *p, vw v, int n) {
+    int32_t all[16];
+    int32_t *q = n == 16 ? p : all;
+    vst1q_s32(q, v.a);
+    vst1q_s32(q + 4, v.b);
+    vst1q_s32(q + 8, v.c);
+    vst1q_s32(q + 12, v.d);
+    if (n != 16) memcpy(p, all, 4 * (size_t)n);
+}
+
+//: vw_add
+WORD vw vw_add(vw a, vw b) {
+    return (vw){vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b), vaddq_s32(a.c, b.c), vaddq_s32(a.d, b.d)};
+}
+
+//: vw_sub
+WORD vw vw_sub(vw a, vw b) {
+    return (vw){vsubq_s32(a.a, b.a), vsubq_s32(a.b, b.b), vsubq_s32(a.c, b.c), vsubq_s32(a.d, b.d)};
+}
+
+//: vw_sra
+WORD vw vw_sra(vw v, int bits) { return (vw){v.a >> bits, v.b >> bits, v.c >> bits, v.d >> bits}; }
+
+//: vw_max
+WORD vw vw_max(vw a, vw b) {
+    return (vw){vmaxq_s32(a.a, b.a), vmaxq_s32(a.b, b.b), vmaxq_s32(a.c, b.c), vmaxq_s32(a.d, b.d)};
+}
+
+//: vw_hsum
+WORD int32_t vw_hsum(vw v) { return vaddvq_s32(vaddq_s32(vaddq_s32(v.a, v.b), vaddq_s32(v.c, v.d))); }
+
+//: vw_hmax
+WORD int32_t vw_hmax(vw v) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(v.a, v.b), vmaxq_s32(v.c, v.d))); }
+
+//: vw_dot4
+// Sums of two fit int16 (2 * 127 * -128 = -32512); sadalp adds neighbours to int32.
+WORD vw vw_dot4(vw acc, vb u, vb s) {
+    return (vw){vpadalq_s16(acc.a, neon_pairs(u.a, s.a)), vpadalq_s16(acc.b, neon_pairs(u.b, s.b)),
+                vpadalq_s16(acc.c, neon_pairs(u.c, s.c)), vpadalq_s16(acc.d, neon_pairs(u.d, s.d))};
+}
+
+//: vw_widen
+WORD vw vw_widen(vw acc, vh v) {
+    return (vw){vpadalq_s16(acc.a, v.a), vpadalq_s16(acc.b, v.b), vpadalq_s16(acc.c, v.c), vpadalq_s16(acc.d, v.d)};
+}
+
+//: vw_rows
+// saddw and saddw2 widen while they add: 16 instructions, no shuffle. Adding lanes as int16 first could overflow.
+WORD vw vw_rows(vw acc, vh lo, vh hi) {
+    acc.a = vaddw_s16(vaddw_s16(acc.a, vget_low_s16(lo.a)), vget_low_s16(lo.b));
+    acc.b = vaddw_high_s16(vaddw_high_s16(acc.b, lo.a), lo.b);
+    acc.c = vaddw_s16(vaddw_s16(acc.c, vget_low_s16(hi.a)), vget_low_s16(hi.b));
+    acc.d = vaddw_high_s16(vaddw_high_s16(acc.d, hi.a), hi.b);
+    acc.a = vaddw_s16(vaddw_s16(acc.a, vget_low_s16(lo.c)), vget_low_s16(lo.d));
+    acc.b = vaddw_high_s16(vaddw_high_s16(acc.b, lo.c), lo.d);
+    acc.c = vaddw_s16(vaddw_s16(acc.c, vget_low_s16(hi.c)), vget_low_s16(hi.d));
+    acc.d = vaddw_high_s16(vaddw_high_s16(acc.d, hi.c), hi.d);
+    return acc;
+}
+
+//: vw_zip_lo
+WORD vw vw_zip_lo(vh a, vh b) {
+    return (vw){(int32x4_t)vzip1q_s16(a.a, b.a), (int32x4_t)vzip1q_s16(a.b, b.b), (int32x4_t)vzip1q_s16(a.c, b.c),
+                (int32x4_t)vzip1q_s16(a.d, b.d)};
+}
+
+//: vw_zip_hi
+WORD vw vw_zip_hi(vh a, vh b) {
+    return (vw){(int32x4_t)vzip2q_s16(a.a, b.a), (int32x4_t)vzip2q_s16(a.b, b.b), (int32x4_t)vzip2q_s16(a.c, b.c),
+                (int32x4_t)vzip2q_s16(a.d, b.d)};
+}
+
+//: neon_store_lanes
+WORD void neon_store_lanes(uint8_t *p, int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
+    vst1q_u8(p, (uint8x16_t)a);
+    vst1q_u8(p + 16, (uint8x16_t)b);
+    vst1q_u8(p + 32, (uint8x16_t)c);
+    vst1q_u8(p + 48, (uint8x16_t)d);
+}
+
+//: vw_transpose_lanes
+// A lane is a register: stores, in another order.
+WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
+    neon_store_lanes(p, v0.a, v1.a, v2.a, v3.a);
+    neon_store_lanes(p + stride, v0.b, v1.b, v2.b, v3.b);
+    neon_store_lanes(p + 2 * stride, v0.c, v1.c, v2.c, v3.c);
+    neon_store_lanes(p + 3 * stride, v0.d, v1.d, v2.d, v3.d);
+}
+
+//: vw_store_s8
+WORD void vw_store_s8(int8_t *p, vw v) {
+    int16x8_t x = vqmovn_high_s32(vqmovn_s32(v.a), v.b), y = vqmovn_high_s32(vqmovn_s32(v.c), v.d);
+    vst1q_s8(p, vqmovn_high_s16(vqmovn_s16(x), y));
+}
+
+//: vf_splat
+WORD vf vf_splat(float x) {
+    float32x4_t v = vdupq_n_f32(x);
+    return (vf){v, v, v, v};
+}
+
+//: vf_load
+WORD vf vf_load(const float *p) { return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
+
+//: vf_load_n
+// There are no masked loads: the last, short block goes through memory.
+WORD vf vf_load_n(const float *p, int n) {
+    float all[16];
+    const float *q = p;
+    if (n != 16) {
+        memset(all, 0, sizeof all);
+        memcpy(all, p, 4 * (size_t)n);
+        q = all;
+    }
+    return (vf){vld1q_f32(q), vld1q_f32(q + 4), vld1q_f32(q + 8), vld1q_f32(q + 12)};
+}
+
+//: vf_store_n
+WORD void vf_store_n(float *p, vf v, int n) {
+    float all[16];
+    float *q = n == 16 ? p : all;
+    vst1q_f32(q, v.a);
+    vst1q_f32(q + 4, v.b);
+    vst1q_f32(q + 8, v.c);
+    vst1q_f32(q + 12, v.d);
+    if (n != 16) memcpy(p, all, 4 * (size_t)n);
+}
+
+//: vf_mul
+WORD vf vf_mul(vf a, vf b) {
+    return (vf){vmulq_f32(a.a, b.a), vmulq_f32(a.b, b.b), vmulq_f32(a.c, b.c), vmulq_f32(a.d, b.d)};
+}
+
+//: vf_from_w
+WORD vf vf_from_w(vw v) {
+    return (vf){vcvtq_f32_s32(v.a), vcvtq_f32_s32(v.b), vcvtq_f32_s32(v.c), vcvtq_f32_s32(v.d)};
+}
+
+//: vw_abs_bits
+// fabs only clears the sign, of NaN too.
+WORD vw vw_abs_bits(vf v) {
+    return (vw){(int32x4_t)vabsq_f32(v.a), (int32x4_t)vabsq_f32(v.b), (int32x4_t)vabsq_f32(v.c),
+                (int32x4_t)vabsq_f32(v.d)};
+}
+
+//: vw_round
+// fcvtns: to nearest even, whatever the rounding mode.
+WORD vw vw_round(vf v) {
+    return (vw){vcvtnq_s32_f32(v.a), vcvtnq_s32_f32(v.b), vcvtnq_s32_f32(v.c), vcvtnq_s32_f32(v.d)};
+}
