@@ -302,11 +302,11 @@ def render_step(isa_name: str) -> Source:
 _STEP_TILES: Mapping[int, Mapping[str, Any]] = {
     64: {
         "attention_tiles": [(1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 2)],
-        "head_tiles": [(4, 4), (4, 1), (1, 4), (1, 1)],
+        "head_tiles": [(4, 4), (4, 1)],
     },
     32: {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
-        "head_tiles": [(4, 1), (2, 2), (1, 2), (1, 1)],
+        "head_tiles": [(2, 2), (4, 1)],
     },
     0: {"attention_tiles": [(1, 1, 1)], "head_tiles": [(1, 1)]},
 }

@@ -1,0 +1,158 @@
+"""The forward step bit for bit, in numpy float32: the order of every operation as in templates/step.
+
+`reference_model` says what a model computes; this says how it is rounded. What the engine gives must be
+equal, on every ISA level, for every number of threads and every batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from float_words import fma, greater
+from numpy.typing import NDArray
+
+from bitgen.model.engine import inverse_frequencies
+from bitgen.model.weights import TernaryMatrix, Weights
+from bitgen.reference import quantize_activations, scale_output
+
+Floats = NDArray[np.float32]
+F = np.float32
+CHUNK = 128  # keys of one softmax
+
+
+def lanes(x: Floats, fill: float = 0.0) -> Floats:
+    """(..., k) -> (..., blocks, 16), filled up."""
+    k = x.shape[-1]
+    padded = np.full((*x.shape[:-1], -(-k // 16) * 16), fill, F)
+    padded[..., :k] = x
+    return padded.reshape(*x.shape[:-1], -1, 16)
+
+
+def tree(v: Floats) -> Floats:
+    """The sum of the 16 lanes of the last axis."""
+    for half in (8, 4, 2, 1):
+        v = v[..., :half] + v[..., half : 2 * half]
+    return v[..., 0]
+
+
+def dot(a: Floats, b: Floats) -> Floats:
+    """Sums of a * b over the last axis: 16 lanes in the order of k, then their tree."""
+    x, y = np.broadcast_arrays(lanes(a), lanes(b))
+    total = np.zeros((*x.shape[:-2], 16), F)
+    for i in range(x.shape[-2]):
+        total = fma(x[..., i, :], y[..., i, :], total)
+    return tree(total)
+
+
+def exponential(x: Floats) -> Floats:
+    y = greater(np.full_like(x, -87), x)
+    n = np.rint(y * F(1.44269504088896341))
+    r = fma(n, np.full_like(n, 2.12194440e-4), fma(n, np.full_like(n, -0.693359375), y))
+    p = np.full_like(r, 1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(p, r, np.full_like(r, c))
+    p = fma(p, r * r, r) + F(1)
+    return np.where(x < -87, F(0), p * np.ldexp(F(1), n.astype(np.int32)))
+
+
+def norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    mean = dot(x, x) / F(x.shape[-1])
+    return (x * (F(1) / np.sqrt(mean + F(eps)))[..., None]) * weight
+
+
+def linear(matrix: TernaryMatrix, x: Floats) -> Floats:
+    xq, scale = quantize_activations(x)
+    acc = (xq.astype(np.float64) @ matrix.rows(0, matrix.shape.m).T.astype(np.float64)).astype(np.int32)
+    return scale_output(acc, scale, np.broadcast_to(matrix.scale, (matrix.shape.m,)))
+
+
+def gate(gate_up: Floats, activation: str) -> Floats:
+    g, up = np.split(gate_up, 2, axis=1)
+    if activation == "relu2":
+        positive = greater(np.zeros_like(g), g)
+        return positive * positive * up
+    return g / (F(1) + exponential(F(0) - greater(np.full_like(g, -88), g))) * up
+
+
+def rotate(x: Floats, turn: tuple[Floats, Floats], scale: np.float32) -> Floats:
+    """x (n, heads, head_dim), turn: cosines and sines (n, half)."""
+    c, s = (t[:, None, :] for t in turn)
+    a, b = np.split(x, 2, axis=2)
+    return np.concatenate([(a * c - b * s) * scale, (b * c + a * s) * scale], axis=2)
+
+
+def kept(x: Floats, kv: str) -> tuple[Floats, Floats]:
+    """Keys or values (n, heads, head_dim) as the cache holds them, and their scales (n, heads)."""
+    ones = np.ones(x.shape[:2], F)
+    if kv == "f32":
+        return x, ones
+    if kv == "f16":
+        return x.astype(np.float16).astype(F), ones
+    q, scale = quantize_activations(x.reshape(-1, x.shape[2]))
+    return q.astype(F).reshape(x.shape), scale.reshape(x.shape[:2])
+
+
+def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floats]) -> Floats:
+    """q (n, heads, head_dim), already scaled, over one sequence from position 0 on: (n, heads, head_dim)."""
+    n, heads, hd = q.shape
+    k, k_scale, v, v_scale = (a.repeat(heads // a.shape[1], axis=1) for a in (*keys, *values))
+    most = np.full((n, heads), -np.inf, F)
+    total, out = np.zeros((n, heads), F), np.zeros((n, heads, hd), F)
+    for begin in range(0, n, CHUNK):
+        part = slice(begin, min(begin + CHUNK, n))
+        score = np.zeros((n, heads, part.stop - begin), F)
+        for d in range(hd):
+            score = fma(
+                np.broadcast_to(q[:, :, d, None], score.shape), k[None, part, :, d].swapaxes(1, 2), score
+            )
+        score = score * k_scale[None, part].swapaxes(1, 2)
+        seen = np.arange(begin, part.stop)[None, None, :] <= np.arange(n)[:, None, None]
+        score = np.where(seen, score, F(-np.inf))
+        rows = np.arange(n) >= begin  # the others see nothing of this chunk
+        top = score[rows].max(axis=2)
+        p = exponential(score[rows] - top[..., None])
+        blocks = lanes(p)
+        sums = np.zeros((*p.shape[:2], 16), F)
+        for i in range(blocks.shape[2]):
+            sums = sums + blocks[:, :, i]
+        chunk_total = tree(sums)
+        p = p * v_scale[None, part].swapaxes(1, 2)
+        product = np.zeros((*p.shape[:2], hd), F)
+        for key in range(p.shape[2]):
+            product = fma(np.broadcast_to(p[:, :, key, None], product.shape), v[None, begin + key], product)
+        larger = greater(most[rows], top)
+        a, b = exponential(most[rows] - larger), exponential(top - larger)
+        most[rows] = larger
+        total[rows] = fma(total[rows], a, chunk_total * b)
+        out[rows] = fma(out[rows], np.broadcast_to(a[..., None], product.shape), product * b[..., None])
+    return out / total[..., None]
+
+
+def exact_logits(weights: Weights, ids: Any, kv: str = "f16") -> Floats:
+    """Logits float32 (len(ids), vocab) of one text."""
+    with np.errstate(all="ignore"):
+        return _logits(weights, np.asarray(ids), kv)
+
+
+def _logits(weights: Weights, ids: NDArray[np.int64], kv: str) -> Floats:
+    c, n = weights.config, len(ids)
+    angle = (np.arange(n, dtype=F)[:, None] * inverse_frequencies(c)).astype(np.float64)
+    turn = np.cos(angle).astype(F), np.sin(angle).astype(F)
+    x = weights.embedding.gather(ids)
+    for layer in weights.layers:
+        q, k, v = np.split(
+            linear(layer.qkv, norm(x, layer.attn_norm, c.norm_eps)), [c.q_rows, c.q_rows + c.kv_rows], axis=1
+        )
+        q = rotate(q.reshape(n, c.heads, -1), turn, F(1) / F(np.sqrt(c.head_dim)))
+        k = rotate(k.reshape(n, c.kv_heads, -1), turn, F(1))
+        inner = attention(q, kept(k, kv), kept(v.reshape(n, c.kv_heads, -1), kv)).reshape(n, -1)
+        if layer.attn_sub_norm is not None:
+            inner = norm(inner, layer.attn_sub_norm, c.norm_eps)
+        x = x + linear(layer.o, inner)
+        inner = gate(linear(layer.gate_up, norm(x, layer.ffn_norm, c.norm_eps)), c.activation)
+        if layer.ffn_sub_norm is not None:
+            inner = norm(inner, layer.ffn_sub_norm, c.norm_eps)
+        x = x + linear(layer.down, inner)
+    x = norm(x, weights.final_norm, c.norm_eps)
+    return np.stack([dot(weights.output.rows(0, c.vocab), row) for row in x])

@@ -1,0 +1,32 @@
+"""Untuned libraries of every ISA level this CPU runs, built once a session."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+from libraries import session_folder, toolchain_of
+
+from bitgen.library import Target, write_library
+from bitgen.target import accepted_isas, detect_cpu, load_isas
+from bitgen.toolchain import Toolchain
+
+LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
+
+
+def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
+    """The bundle of a library whose kernels and step are those of ``level``; skips where it cannot run."""
+    cpu = detect_cpu()
+    if level not in {isa.name for isa in accepted_isas(cpu, load_isas())}:
+        pytest.skip(f"this CPU cannot run {level}")
+    return _library(session_folder(factory), toolchain_of(factory), level)
+
+
+@cache
+def _library(folder: Path, toolchain: Toolchain, level: str) -> Path:
+    # One for each worker of a parallel run; they share what is compiled.
+    out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    target = Target.of(detect_cpu(), level)
+    return write_library((), toolchain, out, f"step-{level}", target, check=False)

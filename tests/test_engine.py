@@ -1,0 +1,619 @@
+# ruff: noqa: ARG001, ARG005 - a fake takes the arguments of what it stands for
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exact_model import dot, exact_logits
+from reference_model import logits_of, small_config
+from step_levels import LEVELS, level_library
+
+from bitgen.errors import BitgenError
+from bitgen.model import packed
+from bitgen.model.config import ModelConfig
+from bitgen.model.engine import PREFILL, STAGES, Engine, inverse_frequencies
+from bitgen.model.packed import cache_entries, clear_cache, pack_model
+from bitgen.model.quants import DENSE
+from bitgen.model.synthetic import random_weights
+from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.runtime import KernelTable, load
+from bitgen.spec import DENSE_TYPES
+from bitgen.target import accepted_isas, detect_cpu, load_isas
+
+BEST = accepted_isas(detect_cpu(), load_isas())[0].name
+
+# Every architecture there is, with sizes that no block divides.
+CONFIGS = {
+    "silu, sub-norms, hidden 100": small_config(),
+    "relu2, heads of 96": small_config(hidden=130, head_dim=96, heads=6, kv_heads=2, activation="relu2"),
+    "no sub-norms, heads of 100, one key head": small_config(
+        sub_norms=False, tied_head=False, head_dim=100, heads=5, kv_heads=1, layers=1
+    ),
+    "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
+}
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., KernelTable]]:
+    opened: dict[tuple[str, int], KernelTable] = {}
+
+    def table(level: str = BEST, threads: int = 2) -> KernelTable:
+        if (level, threads) not in opened:
+            opened[level, threads] = load(level_library(tmp_path_factory, level), threads)
+        return opened[level, threads]
+
+    yield table
+    for each in opened.values():
+        each.close()
+
+
+def ids_of(config: ModelConfig, n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, config.vocab, n).tolist()  # type: ignore[no-any-return]
+
+
+def feed(engine: Engine, ids: list[int], cuts: list[int] | None = None, sequence: int = 0) -> Any:
+    """Logits of a text that goes in by pieces."""
+    parts, at = [], engine.lengths[sequence]
+    for n in cuts or [len(ids)]:
+        part, ids = ids[:n], ids[n:]
+        positions = np.arange(at, at + len(part), dtype=np.int32)
+        where = np.full(len(part), sequence, np.int32)
+        parts.append(engine.forward(np.array(part, np.int32), positions, where, np.ones(len(part), bool)))
+        at += len(part)
+    return np.concatenate(parts)
+
+
+# ---- The numbers ----
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_logits_are_what_the_formulas_say(tables: Any, config: ModelConfig) -> None:
+    """Up to int8 roundings that fall the other way, which the oracle in float64 does not share."""
+    weights = random_weights(config, 1)
+    ids = ids_of(config, 60)
+    expected = logits_of(weights, ids)
+    off = np.abs(feed(Engine(weights, tables(), kv="f32"), ids) - expected).max(axis=1)
+    assert np.median(off) < 2e-5 * np.abs(expected).max()
+    assert off.max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_level_gives_the_bits_of_the_exact_model(tables: Any, config: ModelConfig, kv: Any) -> None:
+    weights = random_weights(config, 2)
+    n = 140 if kv == "f16" else 40  # more than one chunk of keys, where it costs most
+    ids = ids_of(config, n)
+    expected = exact_logits(weights, ids, kv)
+    for level in (isa.name for isa in accepted_isas(detect_cpu(), load_isas())):
+        assert np.array_equal(feed(Engine(weights, tables(level), kv=kv), ids), expected), level
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_neither_threads_nor_cuts_change_a_bit(tables: Any, level: str) -> None:
+    config = small_config(kv_heads=1, layers=1)
+    weights = random_weights(config, 3)
+    ids = ids_of(config, 150)
+    whole = feed(Engine(weights, tables(level, 1)), ids)
+    for threads, cuts in (
+        (1, [1] * 150),
+        (2, [150]),
+        (2, [1] * 150),
+        (3, [2, 5, 16, 17, 110]),
+        (2, [149, 1]),
+    ):
+        engine = Engine(weights, tables(level, threads))
+        assert np.array_equal(feed(engine, ids, cuts), whole), (threads, cuts)
+
+
+def test_a_text_longer_than_a_step_is_cut_inside(tables: Any) -> None:
+    config = small_config(context=PREFILL + 100, layers=1)
+    weights = random_weights(config, 4)
+    ids = ids_of(config, PREFILL + 90)
+    whole = feed(Engine(weights, tables()), ids)
+    assert whole.shape == (PREFILL + 90, config.vocab)
+    assert np.array_equal(feed(Engine(weights, tables()), ids, [300, 290 + 12]), whole)
+
+
+def test_sequences_in_a_batch_do_not_see_each_other(tables: Any) -> None:
+    config = small_config()
+    weights = random_weights(config, 5)
+    texts = [ids_of(config, n, seed=n) for n in (30, 17, 44)]
+    alone = [feed(Engine(weights, tables()), text) for text in texts]
+    engine = Engine(weights, tables(), max_batch=3)
+    rows: list[list[Any]] = [[], [], []]
+    rng = np.random.default_rng(0)
+    while any(engine.lengths[s] < len(text) for s, text in enumerate(texts)):
+        tokens, positions, sequences = [], [], []
+        for s in rng.permutation(3):
+            at = engine.lengths[s]
+            part = texts[s][at : at + int(rng.integers(0, 6))]
+            tokens += part
+            positions += range(at, at + len(part))
+            sequences += [s] * len(part)
+        if not tokens:
+            continue
+        wanted = np.ones(len(tokens), bool)
+        arrays = [np.array(a, np.int32) for a in (tokens, positions, sequences)]
+        logits = engine.forward(*arrays, wanted)
+        for row, s in zip(logits, sequences, strict=True):
+            rows[s].append(row)
+    for made, expected in zip(rows, alone, strict=True):
+        assert np.array_equal(np.stack(made), expected)
+
+
+def test_only_the_logits_that_are_wanted(tables: Any) -> None:
+    config = small_config()
+    weights = random_weights(config, 6)
+    ids = ids_of(config, 40)
+    whole = feed(Engine(weights, tables()), ids)
+    wanted = np.random.default_rng(1).random(40) < 0.3
+    engine = Engine(weights, tables())
+    arguments = np.array(ids, np.int32), np.arange(40, dtype=np.int32), np.zeros(40, np.int32)
+    assert np.array_equal(engine.forward(*arguments, wanted), whole[wanted])
+    engine.truncate(0, 0)
+    none = engine.forward(*arguments, np.zeros(40, bool))
+    assert none.shape == (0, config.vocab)
+    assert np.array_equal(feed(engine, [1, 2]), feed(full_engine(weights, tables(), ids), [1, 2]))
+
+
+def full_engine(weights: Weights, table: KernelTable, ids: list[int]) -> Engine:
+    engine = Engine(weights, table)
+    feed(engine, ids)
+    return engine
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+def test_what_is_truncated_or_copied_is_as_if_computed(tables: Any, kv: Any) -> None:
+    config = small_config()
+    weights = random_weights(config, 7)
+    first, other = ids_of(config, 50), ids_of(config, 20, seed=9)
+    engine = Engine(weights, tables(), kv=kv, max_batch=2)
+    feed(engine, first)
+    engine.truncate(0, 33)
+    assert engine.lengths == [33, 0]
+    expected = feed(Engine(weights, tables(), kv=kv), first[:33] + other)[33:]
+    feed(engine, ids_of(config, 10), sequence=1)
+    engine.copy(0, 1)
+    assert engine.lengths == [33, 33]
+    assert np.array_equal(feed(engine, other, sequence=1), expected)
+    assert np.array_equal(feed(engine, other), expected)
+
+
+def test_rope_is_numpys_to_the_last_bit(tables: Any) -> None:
+    config = small_config(head_dim=64, rope_theta=500000.0, context=3000)
+    factors = np.linspace(1, 8, 32).astype(np.float32)
+    scaled = inverse_frequencies(replace(config, rope_factors=factors))
+    frequencies = inverse_frequencies(config)
+    assert np.allclose(frequencies, 500000.0 ** (-np.arange(32) / 32), rtol=2e-7)
+    assert np.array_equal(scaled, frequencies / factors)
+    ffi, lib, _ = tables().native
+    table = np.empty((3000, 64), np.float32)
+    pointer = ffi.from_buffer("float[]", table)
+    assert lib.bitgen_rope(ffi.from_buffer("float[]", frequencies), 32, 0, 3000, pointer) == 0
+    angle = (np.arange(3000, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    assert np.array_equal(table, expected)
+
+
+# ---- Heads and embeddings ----
+
+
+def random_dense(kind: str, rows: int, cols: int) -> DenseMatrix:
+    """Random bytes with scales that are small half floats."""
+    rng = np.random.default_rng(3)
+    t = DENSE[kind]
+    data = rng.integers(0, 256, (rows, cols // t.block, t.block_bytes), dtype=np.uint8)
+    small = rng.uniform(-0.02, 0.02, (rows, cols // t.block, 2)).astype("<f2").view(np.uint8)
+    if kind in ("f32", "f16", "bf16"):
+        values = rng.standard_normal((rows, cols), np.float32)
+        as_bf16 = (values.view(np.uint32) >> 16).astype(np.uint16)
+        stored = {"f32": values, "f16": values.astype("<f2"), "bf16": as_bf16}[kind]
+        return DenseMatrix("dense", kind, (rows, cols), stored.view(np.uint8).reshape(rows, -1))
+    for at, which in {"q8_0": [(0, 0)], "q4_0": [(0, 0)], "q4_1": [(0, 0), (2, 1)], "q4_k": [(0, 0), (2, 1)],
+                      "q6_k": [(208, 0)]}[kind]:  # fmt: skip
+        data[..., at : at + 2] = small[..., 2 * which : 2 * which + 2]
+    return DenseMatrix("dense", kind, (rows, cols), data.reshape(rows, -1))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", [t for t in DENSE_TYPES if t != "i8"])
+def test_heads_and_embeddings_of_every_format(tables: Any, level: str, kind: str) -> None:
+    hidden = 256 if DENSE[kind].block > 1 else 100
+    config = small_config(hidden=hidden, vocab=75, layers=1)
+    dense = random_dense(kind, 75, hidden)
+    plain = replace(random_weights(config, 8), embedding=DenseMatrix.of(dense.rows(0, 75)))
+    ids = ids_of(config, 39)
+    expected = feed(Engine(plain, tables("scalar", 1)), ids)
+    stored = replace(plain, embedding=dense)
+    for cuts in ([39], [1, 2, 3, 4, 5, 24]):
+        assert np.array_equal(feed(Engine(stored, tables(level)), ids, cuts), expected)
+
+
+def test_an_embedding_no_step_reads_is_gathered_outside(tables: Any) -> None:
+    config = small_config(hidden=256, vocab=75, layers=1, tied_head=False)
+    dense = random_dense("q4_k", 75, 256)
+    weights = random_weights(config, 8)
+    ids = ids_of(config, 10)
+    plain = feed(Engine(replace(weights, embedding=DenseMatrix.of(dense.rows(0, 75))), tables()), ids)
+    assert np.array_equal(feed(Engine(replace(weights, embedding=dense), tables()), ids), plain)
+    with pytest.raises(BitgenError, match="q4_k, which no head can be"):
+        Engine(replace(weights, embedding=dense, head=dense), tables())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_int8_head_is_what_it_says(tables: Any, level: str) -> None:
+    config = small_config(vocab=133)
+    weights = random_weights(config, 9)
+    ids = ids_of(config, 21)
+    engine = Engine(weights, tables(level), head="q8")
+    w = weights.output.rows(0, 133)
+    scale = np.float32(1) / (np.float32(127) / np.abs(w).max(axis=1))
+    q = np.rint(w * (np.float32(127) / np.abs(w).max(axis=1))[:, None]).astype(np.float32)
+    x = final_rows(weights, ids, tables(level))
+    logits = feed(engine, ids)
+    assert np.array_equal(logits, np.stack([dot(q, row) * scale for row in x]))
+    error = np.sqrt(np.square(w - q * scale[:, None]).sum() / np.square(w).sum())
+    assert engine.head_error == pytest.approx(error, rel=1e-4)
+    exact = feed(Engine(weights, tables(level)), ids)
+    assert 0 < np.abs(logits - exact).max() < 10 * error * np.abs(exact).max()
+
+
+def final_rows(weights: Weights, ids: list[int], table: KernelTable) -> Any:
+    """What the head reads: the logits of a head that is the identity."""
+    config = replace(weights.config, vocab=weights.config.hidden, tied_head=False)
+    identity = DenseMatrix.of(np.eye(config.hidden, dtype=np.float32))
+    tokens = np.array(ids)
+    # Tokens beyond the smaller vocabulary: their rows go in under other names.
+    names, where = np.unique(tokens, return_inverse=True)
+    table_of = np.zeros((config.hidden, config.hidden), np.float32)
+    table_of[: len(names)] = weights.embedding.gather(names)
+    changed = replace(weights, config=config, embedding=DenseMatrix.of(table_of), head=identity)
+    return feed(Engine(changed, table), where.tolist())
+
+
+# ---- Errors ----
+
+
+def test_what_is_wrong_is_said(tables: Any) -> None:
+    config = small_config(context=32)
+    weights = random_weights(config, 1)
+    engine = Engine(weights, tables(), context=20, max_batch=2)
+    one = np.array([1], np.int32)
+    zero, wanted = np.array([0], np.int32), np.array([True])
+
+    def refuses(message: str, *arguments: Any) -> None:
+        with pytest.raises(BitgenError, match=message):
+            engine.forward(*arguments)
+        assert engine.lengths == [0, 0]
+
+    refuses("token 97 is not in the vocabulary of 97", np.array([97], np.int32), zero, zero, wanted)
+    refuses("token -1", np.array([-1], np.int32), zero, zero, wanted)
+    refuses("position 1 of sequence 0 is not its next one, 0", one, one, zero, wanted)
+    refuses("sequence 2 is not one of 2", one, zero, np.array([2], np.int32), wanted)
+    refuses("as many", one, zero, zero, np.ones(2, bool))
+    refuses("as many", one[:0], zero[:0], zero[:0], wanted[:0])
+    many = np.zeros(21, np.int32)
+    refuses("context of 20 positions is full", many, np.arange(21, dtype=np.int32), many, np.ones(21, bool))
+    for arguments, message in (
+        ({"context": 33}, "context must be 1 to 32 positions, not 33"),
+        ({"context": 0}, "context must be"),
+        ({"max_batch": 0}, "max_batch must be"),
+        ({"kv": "f64"}, "kv must be f16, f32 or q8"),
+        ({"head": "q4"}, "head exact or q8"),
+    ):
+        with pytest.raises(BitgenError, match=message):
+            Engine(weights, tables(), **arguments)
+    with pytest.raises(BitgenError, match="sequence 5"):
+        engine.truncate(5, 0)
+    with pytest.raises(BitgenError, match="length must be"):
+        engine.truncate(0, 21)
+    with pytest.raises(BitgenError, match="sequence -1"):
+        engine.copy(0, -1)
+
+
+@pytest.mark.parametrize("where", ["norm", "embedding", "final", "sub-norm"])
+def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, where: str) -> None:
+    config = small_config(tied_head=False)
+    weights = random_weights(config, 1)
+    layer = weights.layers[1]
+    huge = np.full(config.hidden, 3e38, np.float32)
+    endless = np.full(config.ffn, np.inf, np.float32)
+    spoilt = {
+        "norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_norm=huge))),
+        "final": replace(weights, final_norm=huge * np.float32(np.nan)),
+        "sub-norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_sub_norm=endless))),
+        "embedding": replace(
+            weights,
+            embedding=DenseMatrix.of(
+                np.where(np.arange(97)[:, None] == 5, np.float32(np.inf), weights.embedding.rows(0, 97))
+            ),
+        ),
+    }[where]  # fmt: skip
+    engine = Engine(spoilt, tables())
+    for _ in range(2):
+        with pytest.raises(BitgenError, match="NaN or infinity"):
+            feed(engine, [1, 5, 2])
+        assert engine.lengths == [0]
+    if where == "embedding":
+        assert np.array_equal(feed(engine, [1, 2]), feed(Engine(weights, tables()), [1, 2]))
+
+
+def test_the_step_checks_its_model(tables: Any) -> None:
+    """Each error of the C interface, from a model that is right but for one field."""
+    weights = random_weights(small_config(), 1)
+    ffi, lib, context = tables().native
+
+    def code(change: Callable[[Any, Any], None]) -> int:
+        engine = Engine(weights, tables())
+        engine._fill_rope(10)
+        arrays = [np.zeros(1, np.int32) for _ in range(3)]
+        output, logits = np.ones(1, np.uint8), np.empty((1, 97), np.float32)
+        call = ffi.new("struct bitgen_tokens *")
+        call.n = 1
+        call.token, call.position, call.sequence = (ffi.from_buffer("int32_t[]", a) for a in arrays)
+        call.output = ffi.from_buffer("uint8_t[]", output)
+        change(engine._model, call)
+        out = ffi.from_buffer("float[]", logits)
+        return int(lib.bitgen_step(context, engine._model, call, out, ffi.NULL))
+
+    def field(name: str, value: Any) -> Callable[[Any, Any], None]:
+        return lambda model, call: setattr(call if hasattr(call, name) else model, name, value)
+
+    assert code(lambda model, call: None) == lib.BITGEN_OK
+    for name in ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab", "context", "sequences"):
+        for value in (0, -1, 1 << 40):
+            assert code(field(name, value)) == lib.BITGEN_ERROR_MODEL, name
+    for name, value in (
+        ("head_dim", 25),
+        ("kv_heads", 3),
+        ("activation", 2),
+        ("kv_type", 3),
+        ("kv_type", -1),
+    ):
+        assert code(field(name, value)) == lib.BITGEN_ERROR_MODEL, name
+    for name in ("final_norm", "rope", "cache", "layer", "token", "position", "sequence", "output"):
+        assert code(field(name, ffi.NULL)) == lib.BITGEN_ERROR_NULL, name
+    assert code(field("cache", ffi.cast("void *", 8))) == lib.BITGEN_ERROR_ALIGNMENT
+    assert code(field("n", 0)) == lib.BITGEN_ERROR_SHAPE
+    wrong = np.array([97], np.int32)
+    for name in ("token", "position", "sequence"):
+        value = np.array([{"token": 97, "position": 256, "sequence": 1}[name]], np.int32)
+        for each in (value, -wrong):
+            assert code(field(name, ffi.from_buffer("int32_t[]", each))) == lib.BITGEN_ERROR_TOKENS
+
+    def head(name: str, value: Any) -> Callable[[Any, Any], None]:
+        return lambda model, call: setattr(model.head, name, value)
+
+    def layer(matrix: str, name: str, value: Any) -> Callable[[Any, Any], None]:
+        return lambda model, call: setattr(getattr(model.layer[1], matrix), name, value)
+
+    assert code(head("type", 8)) == lib.BITGEN_ERROR_MODEL
+    assert (
+        code(head("type", DENSE_TYPES.index("q8_0"))) == lib.BITGEN_ERROR_MODEL
+    )  # 100 columns are no blocks
+    assert code(head("type", DENSE_TYPES.index("i8"))) == lib.BITGEN_ERROR_NULL  # no scales
+    assert code(head("row_bytes", 199)) == lib.BITGEN_ERROR_MODEL
+    assert code(head("data", ffi.NULL)) == lib.BITGEN_ERROR_NULL
+    assert code(layer("down", "packed", ffi.NULL)) == lib.BITGEN_ERROR_NULL
+    assert code(layer("o", "scale", ffi.NULL)) == lib.BITGEN_ERROR_NULL
+    assert code(layer("o", "scale_count", 3)) == lib.BITGEN_ERROR_SCALE_COUNT
+    engine = Engine(weights, tables())
+    other = engine._model.layer[0].o.packed
+    assert code(layer("down", "packed", other)) == lib.BITGEN_ERROR_SHAPE
+
+
+def test_a_busy_table_and_a_closed_engine_say_so(tables: Any) -> None:
+    engine = Engine(random_weights(small_config(), 1), tables())
+    engine.close()
+    with pytest.raises(BitgenError):
+        feed(engine, [1])
+
+
+# ---- Memory and the cache of packed weights ----
+
+
+def test_the_plan_is_what_is_allocated(tables: Any) -> None:
+    config = small_config(vocab=300, context=500)
+    weights = random_weights(config, 1)
+    sizes = {}
+    for kv in ("f16", "f32", "q8"):
+        engine = Engine(weights, tables(), kv=kv, max_batch=3, context=400)
+        c = config
+        values = 3 * c.layers * 2 * c.kv_heads * 400 * c.head_dim
+        sizes[kv] = engine.memory.cache
+        scales = 3 * c.layers * 2 * c.kv_heads * 400 * 4
+        expected = {"f16": 2 * values, "f32": 4 * values, "q8": values + scales}[kv]
+        assert expected <= sizes[kv] <= expected + 256
+        packed_size = sum(m.data.size for layer in pack_model(weights, tables()) for m in
+                          (layer.qkv, layer.o, layer.gate_up, layer.down))  # fmt: skip
+        scale_bytes = sum(m.shape.m * 4 for layer in weights.layers for m in layer.matrices)
+        assert engine.memory.weights == packed_size + scale_bytes
+        assert engine.memory_bytes == engine.memory.total > engine.memory.cache + engine.memory.weights
+    q8 = Engine(weights, tables(), head="q8")
+    exact = Engine(weights, tables())
+    assert q8.memory.weights - exact.memory.weights == 300 * (100 + 4)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import numpy as np
+from bitgen.model.engine import Engine
+from bitgen.model.synthetic import random_weights
+from bitgen.runtime import load
+from reference_model import small_config
+
+def resident():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+config = small_config(
+    hidden=512, ffn=2048, layers=6, heads=8, kv_heads=8, head_dim=64, vocab=64, context=2048
+)
+weights = random_weights(config)
+with load({library!r}, 2) as table:
+    before = resident()
+    engine = Engine(weights, table, context=2048, fingerprint=None)
+    n = 2000
+    one = np.zeros(n, np.int32)
+    engine.forward(one, np.arange(n, dtype=np.int32), one, np.arange(n) == n - 1)
+    print(resident() - before, engine.memory_bytes)
+"""
+
+
+def test_a_process_grows_by_what_was_planned(tables: Any) -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("there is no /proc to read the resident memory from")
+    tests = str(Path(__file__).parent)
+    library = str(tables().path)
+    program = MEASURE.format(tests=tests, library=library)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    grown, planned = map(int, done.stdout.split())
+    assert grown < 1.1 * planned + (6 << 20), (grown, planned)  # Python's own objects, decoded slabs
+    assert grown > 0.5 * planned, "the plan must not be padded"
+
+
+def counted(weights: Weights) -> tuple[Weights, list[int]]:
+    """The same weights, and a list that gets the rows of every read."""
+    reads: list[int] = []
+
+    def counting(matrix: TernaryMatrix) -> TernaryMatrix:
+        def decode(begin: int, end: int) -> Any:
+            reads.append(end - begin)
+            return matrix.rows(begin, end)
+
+        return TernaryMatrix(matrix.name, matrix.shape, decode, lambda: matrix.scale)
+
+    layers = tuple(
+        replace(each, **{name: counting(getattr(each, name)) for name in ("qkv", "o", "gate_up", "down")})
+        for each in weights.layers
+    )
+    return replace(weights, layers=layers), reads
+
+
+def test_weights_are_packed_once_and_mapped_then(tables: Any, bitgen_home: Path) -> None:
+    weights, reads = counted(random_weights(small_config(name="tiny"), 1))
+    ids = ids_of(weights.config, 9)
+    seen: list[tuple[int, int]] = []
+    expected = feed(Engine(weights, tables(), head="q8"), ids)
+    assert reads
+    assert not cache_entries()
+    first = Engine(weights, tables(), head="q8", fingerprint="abc", progress=lambda *p: seen.append(p))
+    total = sum(m.shape.m * m.shape.k for layer in weights.layers for m in layer.matrices)
+    assert (total, total) in seen
+    assert seen[-1] == (97 * 100, 97 * 100)
+    assert len(cache_entries()) == 2
+    assert {entry.model for entry in cache_entries()} == {"tiny"}
+    assert all(bitgen_home in entry.path.parents for entry in cache_entries())
+    reads.clear()
+    second = Engine(weights, tables(), head="q8", fingerprint="abc")
+    assert not reads
+    assert np.array_equal(feed(first, ids), expected)
+    assert np.array_equal(feed(second, ids), expected)
+    assert second.head_error == first.head_error > 0
+    Engine(weights, tables(), fingerprint="abd")
+    assert reads
+    assert len(cache_entries()) == 3
+    freed = clear_cache()
+    assert freed > total / 4
+    assert not cache_entries()
+    assert np.array_equal(feed(second, [1]), feed(first, [1]))  # mapped files live on
+
+
+def test_a_damaged_cache_is_made_again(tables: Any, bitgen_home: Path) -> None:
+    weights = random_weights(small_config(layers=1), 1)
+    ids = ids_of(weights.config, 5)
+    expected = feed(Engine(weights, tables(), fingerprint="x"), ids)
+    (entry,) = cache_entries()
+    whole = entry.path.read_bytes()
+    rng = np.random.default_rng(0)
+    damages = [whole[:n] for n in (0, 1, 23, 24, 64, len(whole) // 2, len(whole) - 1)]
+    for at in [0, 3, 8, 40, len(whole) - 1, len(whole) - 10, *rng.integers(len(whole) - 500, len(whole), 60)]:
+        damages.append(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+    for damaged in damages:
+        entry.path.write_bytes(damaged)
+        made = feed(Engine(weights, tables(), fingerprint="x"), ids)
+        assert made.shape == expected.shape
+        if len(damaged) != len(whole):
+            assert np.array_equal(made, expected)
+            assert entry.path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    tables: Any, bitgen_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = random_weights(small_config(layers=1), 1)
+    ids = ids_of(weights.config, 5)
+    expected = feed(Engine(weights, tables()), ids)
+    bitgen_home.write_text("a file where the folder should be")
+    assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
+    bitgen_home.unlink()
+
+    def full(self: Any, data: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    class FullDisk:
+        write = full
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(packed.os, "fdopen", lambda *_: FullDisk())
+    assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
+    assert not list((bitgen_home / "cache" / "packed").iterdir())
+
+
+def test_errors_of_the_model_file_pass_through_the_cache(tables: Any, bitgen_home: Path) -> None:
+    weights = random_weights(small_config(layers=1), 1)
+
+    def broken(begin: int, end: int) -> Any:
+        raise BitgenError("the file is damaged here")
+
+    o = weights.layers[0].o
+    bad = replace(weights.layers[0], o=TernaryMatrix("o", o.shape, broken, lambda: o.scale))
+    with pytest.raises(BitgenError, match="damaged here"):
+        Engine(replace(weights, layers=(bad,)), tables(), fingerprint="x")
+    assert not list((bitgen_home / "cache" / "packed").iterdir())
+
+
+def test_matrices_go_in_slabs(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of 256 rows: packed weights are those of the whole matrix."""
+    config = small_config(ffn=700, layers=1)
+    weights = random_weights(config, 1)
+    whole = pack_model(weights, tables())
+    monkeypatch.setattr(packed, "_SLAB", 1)
+    counting, reads = counted(weights)
+    pieces = pack_model(counting, tables())
+    assert max(reads) == 256
+    for a, b in zip(whole, pieces, strict=True):
+        for name in ("qkv", "o", "gate_up", "down"):
+            assert np.array_equal(getattr(a, name).data, getattr(b, name).data)
+
+
+def test_times_are_told_a_stage(tables: Any) -> None:
+    engine = Engine(random_weights(small_config(), 1), tables())
+    feed(engine, [1, 2, 3])
+    times = engine.times_ns
+    assert tuple(times) == STAGES
+    assert all(ns > 0 for ns in times.values())
+    engine.reset_times()
+    assert not any(engine.times_ns.values())
+
+
+def test_the_header_numbers_the_formats_as_python_does(tables: Any) -> None:
+    _, lib, _ = tables().native
+    for i, name in enumerate(DENSE_TYPES):
+        assert getattr(lib, f"BITGEN_DENSE_{name.upper()}") == i
+    for i, stage in enumerate(STAGES):
+        assert getattr(lib, f"BITGEN_STAGE_{stage.upper()}") == i
+    assert len(STAGES) == lib.BITGEN_STAGES
