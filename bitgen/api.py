@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,8 +42,17 @@ from bitgen.spec import (
     regime_of,
 )
 from bitgen.store import Fingerprint, RecordStore, export_winners, family_winners
-from bitgen.target import Cpu, Isa, accepted_isas, detect_cpu, find_isa, load_isas, require_isa
-from bitgen.toolchain import Toolchain, find_compiler
+from bitgen.target import (
+    Cpu,
+    Isa,
+    accepted_isas,
+    detect_cpu,
+    find_isa,
+    load_isas,
+    require_isa,
+    target_cpu,
+)
+from bitgen.toolchain import Toolchain, find_compiler, find_cross_compiler
 
 if TYPE_CHECKING:
     from bitgen.library import KernelChoice
@@ -60,15 +70,17 @@ ANY_SHAPE = Shape(4096, 4096)
 class Workshop:
     """What every step needs: this CPU, the ISA levels, a compiler, and the folder of records.
 
-    ``cc`` names a compiler (None: $CC, gcc, clang, zig); ``logs`` is the folder of records.
+    ``cc`` names a compiler (None: $CC, gcc, clang, zig); ``logs`` is the folder of records. ``target`` is a CPU
+    to build for that need not be this one, None for this machine's.
     """
 
     cc: str | None = None
     logs: Path | None = None
+    target: Cpu | None = None
 
     @cached_property
     def cpu(self) -> Cpu:
-        return detect_cpu()
+        return self.target or detect_cpu()
 
     @cached_property
     def isas(self) -> tuple[Isa, ...]:
@@ -76,7 +88,21 @@ class Workshop:
 
     @cached_property
     def toolchain(self) -> Toolchain:
+        if self.is_foreign:
+            return Toolchain(find_cross_compiler(self.cpu.arch, self.cpu.os, self.cc))
         return Toolchain(find_compiler(self.cc))
+
+    @cached_property
+    def is_foreign(self) -> bool:
+        """Whether this machine can neither compile for the CPU without a cross compiler nor run its code."""
+        if self.target is None:
+            return False
+        here = detect_cpu()
+        return (here.arch, here.os) != (self.cpu.arch, self.cpu.os)
+
+    def runs(self, isa: Isa) -> bool:
+        """Whether this machine can execute kernels of ``isa``."""
+        return not self.is_foreign and isa in accepted_isas(detect_cpu(), self.isas)
 
     @cached_property
     def store(self) -> RecordStore:
@@ -268,15 +294,21 @@ def build(
     out: Path | None = None,
     logs: Path | None = None,
     name: str | None = None,
+    target: str | None = None,
+    system: str | None = None,
 ) -> Path:
     """Write the kernel library of a model: a folder with library, header, manifest and the C text.
 
     The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
     defaults. Returns the folder, ``<out>/bitgen-<model>-<cpu family>``.
+
+    ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
+    there. A library that this machine cannot run is written without being tried.
     """
     from bitgen.library import Target, write_library
 
-    workshop = Workshop(cc, logs)
+    cpu = target_cpu(target, system or platform.system()) if target else None
+    workshop = Workshop(cc, logs, cpu)
     preset = find_model(model) if isinstance(model, str) else model
     level = workshop.isa(isa)
     choices = choices_for(preset, workshop, level)
@@ -288,6 +320,7 @@ def build(
         Target.of(workshop.cpu, level.name, workshop.isas),
         model=preset.alias,
         fingerprint=workshop.fingerprint.digest if choices else None,
+        check=workshop.runs(level),
     )
 
 

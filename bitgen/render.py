@@ -308,6 +308,10 @@ _STEP_TILES: Mapping[int, Mapping[str, Any]] = {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
         "head_tiles": [(2, 2), (4, 1)],
     },
+    16: {
+        "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
+        "head_tiles": [(2, 2), (4, 1)],
+    },
     0: {"attention_tiles": [(1, 1, 1)], "head_tiles": [(1, 1)]},
 }
 

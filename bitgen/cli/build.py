@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bitgen.errors import EXIT_USAGE, BitgenError
+
 SUMMARY = "write the kernel library of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
     parser.add_argument("--isa", help="ISA level of the kernels (default: the best this CPU runs)")
+    parser.add_argument(
+        "--target", help="CPU to build for: neoverse-n1, cortex-a72, zen4, ... (default: this one)"
+    )
+    parser.add_argument("--os", choices=("linux", "macos"), help="system of that CPU (default: this one's)")
     parser.add_argument("--out", type=Path, help="folder that gets the library's folder (generated/)")
     parser.add_argument("--name", help="name of the library (default: <model>-<cpu family>)")
     parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
@@ -22,6 +28,17 @@ def run(args: argparse.Namespace) -> None:
     from bitgen.cli.show import library_table
     from bitgen.cli.tables import render_tables
 
-    path = build(args.model, isa=args.isa, cc=args.cc, out=args.out, logs=args.logs, name=args.name)
+    if args.os and not args.target:
+        raise BitgenError("--os needs --target: the CPU that the system runs on", EXIT_USAGE)
+    path = build(
+        args.model,
+        isa=args.isa,
+        cc=args.cc,
+        out=args.out,
+        logs=args.logs,
+        name=args.name,
+        target=args.target,
+        system={"linux": "Linux", "macos": "Darwin", None: None}[args.os],
+    )
     print(render_tables([library_table(path)], "text"))
     print(f"\n{path}")

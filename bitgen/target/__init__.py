@@ -25,6 +25,7 @@ from bitgen.target.isa import (
     resolve_isas,
 )
 from bitgen.target.linux import detect_linux
+from bitgen.target.named import target_cpu, target_names
 
 __all__ = [
     "ANY_ARCH",
@@ -40,6 +41,8 @@ __all__ = [
     "require_isa",
     "require_supported_os",
     "resolve_isas",
+    "target_cpu",
+    "target_names",
 ]
 
 
