@@ -58,7 +58,15 @@ def test_run_prints_the_prompt_and_its_continuation(
     with bitgen.LLM(model, library=library) as llm:
         expected = "".join(llm.generate("the end", max_tokens=9, seed=5))
     assert out == f"the end{expected}\n"
-    for line in ("load time", "prompt eval time", "eval time", "sampling time", "total time", "seed = 5"):
+    for line in (
+        "memory = ",
+        "load time",
+        "prompt eval time",
+        "eval time",
+        "sampling time",
+        "total time",
+        "seed = 5",
+    ):
         assert line in err
     assert "running on untuned kernels; faster after `bitgen tune" in err
 
@@ -263,6 +271,23 @@ def test_bench_refuses_what_is_no_list(
 ) -> None:
     assert main(["bench", *arguments, *options]) == EXIT_USAGE
     assert capsys.readouterr().err.startswith("bitgen: ")
+
+
+def test_an_int8_head_says_how_far_off_it_is(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = out_of(capsys, "run", *arguments, "--head", "q8", "--kv", "q8", "-p", "a", "-n", "2")
+    assert "the int8 head differs from the exact one by 0." in err
+
+
+def test_packed_weights_are_listed_and_cleared(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_of(capsys, "run", *arguments, "-p", "a", "-n", "1")
+    entries = json.loads(out_of(capsys, "cache", "-o", "json")[0])["cache"]
+    assert [entry["model"] for entry in entries] == ["small"]
+    assert "MiB freed" in out_of(capsys, "cache", "clear")[0]
+    assert json.loads(out_of(capsys, "cache", "list", "-o", "json")[0])["cache"] == []
 
 
 # ---- bitgen.LLM ----

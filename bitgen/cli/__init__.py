@@ -17,6 +17,7 @@ from bitgen import __version__
 from bitgen.cli import (
     bench,
     build,
+    cache,
     chat,
     check,
     convert,
@@ -34,7 +35,7 @@ from bitgen.errors import EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
 
 COMMANDS: tuple[ModuleType, ...] = (
     *(detect, models, render, tune, build, bench, show, check, export),
-    *(run, chat, perplexity, convert, inspect),
+    *(run, chat, perplexity, convert, inspect, cache),
 )
 
 

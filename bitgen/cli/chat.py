@@ -63,7 +63,7 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
                     print(f"bitgen: {error.message}", file=sys.stderr)
             message = lines.read()
         if not args.no_perf:
-            print_timings(llm.timings)
+            print_timings(llm)
     return 0
 
 

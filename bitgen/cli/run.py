@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 f"bitgen: the context of {llm.context} positions is full; -c makes it larger", file=sys.stderr
             )
         if not args.no_perf:
-            print_timings(llm.timings, generation.seed)
+            print_timings(llm, generation.seed)
     return code
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitgen.llm import LLM
-    from bitgen.model.generate import Timings
+    from bitgen.model.llm import LLM
 
 
 def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
     """The model and how it runs. ``context`` replaces the default of -c."""
     group = parser.add_argument_group("the model")
-    group.add_argument("-m", "--model", required=True, help="a .gguf file or a Hugging Face folder")
+    group.add_argument("-m", "--model", required=True, help="a .gguf file, a Hugging Face folder, or tiny")
     group.add_argument("-t", "--threads", type=int, help="threads (default: one a physical core)")
     group.add_argument(
         "-c",
@@ -98,7 +97,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def open_llm(args: argparse.Namespace) -> LLM:
     """The model of the arguments; what its user should know goes to standard error."""
     from bitgen.cli.progress import ProgressLine
-    from bitgen.llm import LLM
+    from bitgen.model.llm import LLM
 
     with ProgressLine() as line:
         llm = LLM(
@@ -115,7 +114,7 @@ def open_llm(args: argparse.Namespace) -> LLM:
     return llm
 
 
-def print_timings(timings: Timings, seed: int | None = None) -> None:
+def print_timings(llm: LLM, seed: int | None = None) -> None:
     """The lines that llama.cpp prints at the end, on standard error."""
 
     def line(name: str, seconds: float, count: int, noun: str) -> str:
@@ -124,7 +123,7 @@ def print_timings(timings: Timings, seed: int | None = None) -> None:
         )
         return f"{name:>17} = {1e3 * seconds:10.2f} ms / {count:5d} {noun:<6} ({each})"
 
-    t = timings
+    t = llm.timings
     lines = [f"{'load time':>17} = {1e3 * t.load_s:10.2f} ms"]
     if t.prompt_tokens:
         lines.append(line("prompt eval time", t.prompt_s, t.prompt_tokens, "tokens"))
@@ -137,6 +136,11 @@ def print_timings(timings: Timings, seed: int | None = None) -> None:
     if t.guessed:
         share = t.guessed_right / t.guessed
         lines.append(f"{'lookup':>17} = {t.guessed_right} of {t.guessed} guesses right ({share:.0%})")
+    weights, cache, work = (part / 2**20 for part in llm.memory)
+    lines.append(
+        f"{'memory':>17} = {weights:10.2f} MiB weights, {cache:.2f} MiB for {llm.context} positions, "
+        f"{work:.2f} MiB work"
+    )
     if seed is not None:
         lines.append(f"{'seed':>17} = {seed}")
     print("", *(f"bitgen: {text}" for text in lines), sep="\n", file=sys.stderr)

@@ -128,6 +128,9 @@ class LLM:
         self._setup(self._open(batch=batch), config, tokenizer)
         self.generator.timings.load_s = time.perf_counter() - started
         self._note_untuned()
+        error = getattr(self.engine, "head_error", 0.0)
+        if error:
+            self.notes.append(f"the int8 head differs from the exact one by {error:.2%} (root mean square)")
 
     @classmethod
     def over(cls, engine: Engine, config: ModelConfig, tokenizer: TokenizerData) -> LLM:
@@ -202,6 +205,12 @@ class LLM:
     @property
     def timings(self) -> Timings:
         return self.generator.timings
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes of packed weights, of keys and values, and of work memory; known before they are used."""
+        memory = getattr(self.engine, "memory", None)
+        return (memory.weights, memory.cache, memory.work) if memory else (0, 0, 0)
 
     # ---- Text ----
 

@@ -1,0 +1,26 @@
+"""The packed weights that are kept on disk so that a model starts at once: list them, or delete them all."""
+
+from __future__ import annotations
+
+import argparse
+
+from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+SUMMARY = "list or clear the packed weights that are kept on disk"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("list", "clear"), nargs="?", default="list", help="(list)")
+    add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from bitgen.model.packed import cache_entries, clear_cache
+
+    if args.action == "clear":
+        print(f"{clear_cache() / 2**20:,.1f} MiB freed")
+        return
+    entries = cache_entries()
+    columns = (Column("model", "model"), Column("mib", "MiB", ",.1f"), Column("path", "file"))
+    rows = [(entry.model, entry.bytes / 2**20, entry.path) for entry in entries]
+    print(render_tables([Table("cache", columns, rows)], args.output))
