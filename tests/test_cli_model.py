@@ -14,7 +14,7 @@ from text_models import piece_data
 
 import bitgen
 from bitgen.cli import main
-from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
+from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
 from bitgen.model.config import ModelConfig
 
 
@@ -326,8 +326,10 @@ def test_the_library_is_found_or_its_absence_is_one_line(
 
 
 def test_without_a_library_and_a_compiler_there_is_one_line(
-    model: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "/no/such/compiler")
     with pytest.raises(BitgenError, match="/no/such/compiler"):
         bitgen.LLM(model)
+    _, err = out_of(capsys, "run", "-m", str(model), "-p", "a", code=EXIT_TOOLCHAIN)
+    assert "/no/such/compiler" in err

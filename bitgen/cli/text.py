@@ -97,7 +97,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 def open_llm(args: argparse.Namespace) -> LLM:
     """The model of the arguments; what its user should know goes to standard error."""
     from bitgen.cli.progress import ProgressLine
-    from bitgen.model.llm import LLM
+    from bitgen.llm import LLM
 
     with ProgressLine() as line:
         llm = LLM(
