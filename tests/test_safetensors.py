@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -20,7 +21,9 @@ from model_files import (
 
 from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model import open_model
+from bitgen.model.convert import convert
 from bitgen.model.safetensors import read_folder, read_safetensors
+from bitgen.model.tokenizer_model import read_tokenizer_model
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 BITLINEAR = {"quant_method": "bitnet"}
@@ -410,6 +413,97 @@ def test_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(BitgenError, match=r"tokenizer\.json is missing; bitgen needs it"):
         _ = open_model(folder).tokenizer_data
+
+
+def varint(value: int) -> bytes:
+    value %= 1 << 64
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def message(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def sentencepiece_model(kind: int = 2, prefix: bool = True) -> bytes:
+    """A tokenizer.model of six pieces, written from the definition of its message."""
+    pieces = [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, 3),
+        ("</s>", 0.0, 3),
+        ("<0x0A>", 0.0, 6),
+        ("▁a", -1.5, None),
+        ("b", -2.0, 1),
+    ]
+    out = b""
+    for text, score, type_ in pieces:
+        piece = message(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score)
+        out += message(1, piece + (b"" if type_ is None else varint(3 << 3) + varint(type_)))
+    ids = {3: kind, 40: 0, 41: 1, 42: 2, 43: -1}
+    trainer = message(1, b"ignored.txt") + b"".join(varint(n << 3) + varint(v) for n, v in ids.items())
+    return out + message(2, trainer) + message(3, message(1, b"nmt") + varint(3 << 3) + varint(int(prefix)))
+
+
+def test_a_sentencepiece_file_is_read_where_there_is_no_tokenizer_json(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", plain_model(small_config("bitnet")), "floats")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(prefix=False))
+    (folder / "added_tokens.json").write_text('{"<pad>": 7}')
+    settings = {
+        "added_tokens_decoder": {"8": {"content": "<x>", "special": False}, "y": 3},
+        "add_bos_token": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    data = open_model(folder).tokenizer_data
+    assert data.json is None
+    assert data.tokens == ("<unk>", "<s>", "</s>", "<0x0A>", "▁a", "b", "[PAD6]", "<pad>", "<x>")
+    assert data.types is not None
+    assert data.types.tolist() == [2, 3, 3, 6, 1, 1, 5, 3, 4]
+    assert data.scores is not None
+    assert data.scores.tolist() == [0, 0, 0, 0, -1.5, -2, 0, 0, 0]
+    assert (data.model, data.bos, data.eos, data.unknown, data.pad) == ("llama", 1, 2, 0, None)
+    assert (data.add_bos, data.add_space_prefix) == (False, False)
+    convert(folder, tmp_path / "m.gguf")
+    again = open_model(tmp_path / "m.gguf").tokenizer_data
+    assert again.tokens == (*data.tokens, "[PAD9]", "[PAD10]")
+    assert (again.bos, again.eos, again.add_bos, again.add_space_prefix) == (1, 2, False, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "it has no pieces"),
+        (sentencepiece_model(kind=1), "is a unigram model"),
+        (sentencepiece_model()[:-3], "a field ends after its message"),
+        (b"\x80" * 20, "a number that does not end"),
+        (b"\x0a\xff\xff\xff\x7f", "a field ends after its message"),
+        (message(1, varint(3 << 3) + varint(9)), "a piece of type 9"),
+    ],
+)
+def test_a_damaged_sentencepiece_file_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
+    folder = write_folder(tmp_path / "m", plain_model(small_config("bitnet")), "floats")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(BitgenError) as caught:
+        _ = open_model(folder).tokenizer_data
+    assert text in caught.value.message
+
+
+def test_every_damage_to_a_sentencepiece_file_is_refused_or_read() -> None:
+    whole = sentencepiece_model()
+    for length in range(len(whole)):
+        _read_or_refuse(whole[:length])
+    for at in range(len(whole)):
+        for value in (0, 1, 127, 128, 255, whole[at] ^ 1, whole[at] ^ 8):
+            _read_or_refuse(whole[:at] + bytes([value]) + whole[at + 1 :])
+
+
+def _read_or_refuse(content: bytes) -> None:
+    with contextlib.suppress(BitgenError):
+        read_tokenizer_model(Path("tokenizer.model"), content, {})
 
 
 def test_a_file_of_a_folder_stands_for_it(tmp_path: Path) -> None:

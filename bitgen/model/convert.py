@@ -78,6 +78,10 @@ def convert(
         notes.append(
             f"{fallback} matrices cannot be {kind.upper()} and are stored as F16 or F32, as large as that is"
         )
+    if architecture != "bitnet" and any(t.name.endswith(".scale") for t in tensors):
+        notes.append(
+            "scales that F16 would round are tensors of their own, which older llama.cpp does not load"
+        )
     write_gguf(target, metadata, tensors, progress)
     return Converted(target, target.stat().st_size, _counts(tensors), tuple(notes))
 

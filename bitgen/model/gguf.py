@@ -407,7 +407,10 @@ def _write(
 
 
 def _string_bytes(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogateescape")
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
+        raw = text.encode("utf-8", "replace")
     return struct.pack("<Q", len(raw)) + raw
 
 

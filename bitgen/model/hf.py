@@ -23,6 +23,7 @@ from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
 from bitgen.model.files import ModelFile, TensorSummary, fingerprint_of
 from bitgen.model.gguf_model import float_matrix
+from bitgen.model.hf_tokenizer import hf_tokenizer
 from bitgen.model.quants import DENSE, Bytes, absmean, dequantize
 from bitgen.model.safetensors import INDEX, SINGLE, StoredTensor, read_folder, read_json
 from bitgen.model.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights
@@ -370,100 +371,6 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
         attn_sub_norm=sub_norm(_ATTN_SUB_NORM, q_rows),
         ffn_sub_norm=sub_norm(_FFN_SUB_NORM, ffn),
     )
-
-
-# ---- Tokenizer -----------------------------------------------------------------
-
-
-def hf_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerData:
-    """tokenizer.json with what the files beside it say. BitgenError (EXIT_FILE) when missing or damaged."""
-    file = folder / "tokenizer.json"
-    text = _text(file)
-    data = read_json(file)
-    settings = (
-        read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    )
-    generation = (
-        read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    )
-    ids = added_ids(data)
-
-    def special(name: str) -> int | None:
-        value = settings.get(f"{name}_token")
-        if isinstance(value, Mapping):  # {"content": "<s>", ...}
-            value = value.get("content")
-        if isinstance(value, str) and value in ids:
-            return ids[value]
-        number = config.get(f"{name}_token_id")
-        return number if isinstance(number, int) and not isinstance(number, bool) and number >= 0 else None
-
-    eos = special("eos")
-    ends = [eos, *_ids(generation.get("eos_token_id")), *_ids(config.get("eos_token_id"))]
-    ends += [ids[name] for name in _END_OF_TURN if name in ids]
-    return TokenizerData(
-        json=text,
-        bos=special("bos"),
-        eos=eos if eos is not None else next((i for i in ends if i is not None), None),
-        eot=next((ids[name] for name in _END_OF_TURN if name in ids), None),
-        unknown=special("unk"),
-        pad=special("pad"),
-        end_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
-        add_bos=_flag(settings, "add_bos_token"),
-        add_eos=_flag(settings, "add_eos_token"),
-        add_space_prefix=_flag(settings, "add_prefix_space"),
-        chat_template=_template(folder, settings),
-        config=settings,
-    )
-
-
-_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<end_of_turn>")
-
-
-def added_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Added (special) token -> id, from tokenizer.json; entries of the wrong form are left out."""
-    added = tokenizer.get("added_tokens")
-    return {
-        t["content"]: t["id"]
-        for t in (added if isinstance(added, list) else [])
-        if isinstance(t, Mapping) and isinstance(t.get("content"), str) and _ids(t.get("id"))
-    }
-
-
-def _ids(value: object) -> list[int]:
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 31]
-
-
-def _flag(settings: Mapping[str, Any], key: str) -> bool | None:
-    value = settings.get(key)
-    return value if isinstance(value, bool) else None
-
-
-def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or chat_template of tokenizer_config.json: a text, or a list with a default."""
-    if (folder / "chat_template.jinja").is_file():
-        return _text(folder / "chat_template.jinja")
-    value = settings.get("chat_template")
-    if isinstance(value, list):
-        named = {t.get("name"): t.get("template") for t in value if isinstance(t, Mapping)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
-
-
-def _text(path: Path) -> str:
-    read_limit = 1 << 26
-    try:
-        if not path.is_file():
-            raise BitgenError(f"{path} is missing; bitgen needs it to turn text into tokens", EXIT_FILE)
-        if path.stat().st_size > read_limit:
-            raise BitgenError(f"{path} has more than {read_limit >> 20} MB", EXIT_FILE)
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BitgenError(f"cannot read {path}: {error.strerror or error}", EXIT_FILE) from error
-    except UnicodeDecodeError as error:
-        raise BitgenError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_FILE
-        ) from error
 
 
 def open_folder(folder: Path) -> ModelFile:

@@ -1,9 +1,9 @@
-"""tokenizer.json -> the tokenizer metadata of a GGUF file.
+"""The tokenizer of a Hugging Face folder -> the tokenizer metadata of a GGUF file.
 
 The whole tokenizer.json goes in under `tokenizer.huggingface.json`, which bitgen reads back: the tokens stay
 exactly those of the source. For other programs the vocabulary follows in their own form (`tokenizer.ggml.*`):
 byte-level BPE as `gpt2` with merges and the name of its pre-tokenizer, BPE with byte fallback as `llama` with
-scores.
+scores, and so a tokenizer.model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.bpe import PRE_TOKENIZERS
 from bitgen.model.config import TokenizerData
 from bitgen.model.gguf import U32
-from bitgen.model.hf import added_ids
+from bitgen.model.hf_tokenizer import added_ids
 from bitgen.model.safetensors import parse_json
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -30,21 +30,12 @@ def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any],
 
     BitgenError (EXIT_FILE) when tokenizer.json is damaged or has tokens beyond ``vocab``.
     """
-    text = data.json
-    if text is None:
-        raise BitgenError("the model has no tokenizer.json to convert", EXIT_FILE)
-    tokenizer = parse_json(text.encode(), "tokenizer.json")
-    model = tokenizer.get("model")
-    model = model if isinstance(model, Mapping) else {}
     notes: list[str] = []
-    out: dict[str, Any] = {}
-    if model.get("type", "BPE") == "BPE" and isinstance(model.get("vocab"), Mapping):
-        out |= _vocabulary(tokenizer, model, data, vocab, notes)
+    if data.json is None:
+        out, tokenizer = _pieces(data, vocab), {}
     else:
-        kind = repr(model.get("type"))[:40]
-        notes.append(
-            f"the tokenizer is {kind}: the file keeps its tokenizer.json only, which llama.cpp does not read"
-        )
+        tokenizer = parse_json(data.json.encode("utf-8", "surrogatepass"), "tokenizer.json")
+        out = _from_json(tokenizer, data, vocab, notes)
     for name, value in (
         ("bos", data.bos),
         ("eos", data.eos),
@@ -64,8 +55,41 @@ def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any],
         out["tokenizer.ggml.add_space_prefix"] = data.add_space_prefix
     if data.chat_template is not None:
         out["tokenizer.chat_template"] = data.chat_template
-    out["tokenizer.huggingface.json"] = text
+    if data.json is not None:
+        out["tokenizer.huggingface.json"] = data.json
     return out, notes
+
+
+def _from_json(
+    tokenizer: Mapping[str, Any], data: TokenizerData, vocab: int, notes: list[str]
+) -> dict[str, Any]:
+    model = tokenizer.get("model")
+    model = model if isinstance(model, Mapping) else {}
+    if model.get("type", "BPE") == "BPE" and isinstance(model.get("vocab"), Mapping):
+        return _vocabulary(tokenizer, model, data, vocab, notes)
+    kind = repr(model.get("type"))[:40]
+    notes.append(
+        f"the tokenizer is {kind}: the file keeps its tokenizer.json only, which llama.cpp does not read"
+    )
+    return {}
+
+
+def _pieces(data: TokenizerData, vocab: int) -> dict[str, Any]:
+    """The pieces of a tokenizer.model, filled up to ``vocab`` tokens."""
+    if data.model != "llama" or data.scores is None or data.types is None:
+        raise BitgenError("the model has no tokenizer to convert", EXIT_FILE)
+    extra = vocab - len(data.tokens)
+    if extra < 0:
+        raise BitgenError(
+            f"the tokenizer has {len(data.tokens)} tokens; the model has {vocab} rows", EXIT_FILE
+        )
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*data.tokens, *(f"[PAD{len(data.tokens) + i}]" for i in range(extra))],
+        "tokenizer.ggml.token_type": np.concatenate([data.types, np.full(extra, _UNUSED, np.int32)]),
+        "tokenizer.ggml.scores": np.concatenate([data.scores, np.zeros(extra, np.float32)]),
+    }
 
 
 def _vocabulary(
