@@ -390,7 +390,7 @@ def test_templates_render_as_hugging_face_renders_them(template: str, expected: 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('no system messages') }}", "fails: no system messages"),
+        ("{{ raise_exception('no system messages') }}", "refuses: no system messages"),
         ("{% if %}", "fails: "),
         ("{{ messages[9].content.x }}", "fails: "),
         ("{{ 1 / 0 }}", "fails: "),
@@ -433,11 +433,11 @@ def test_templates_render_as_hugging_face_renders_them(template: str, expected: 
             "{% endfor %}",
             "too long",
         ),
-        ("{{ 9 ** 999999999 }}", "numbers are too large"),
-        ("{{ '%999999999d' % 1 }}", "is not allowed"),
-        ("{{ 'x'.ljust(999999999) }}", "fails: "),
-        ("{{ '{:>999999999}'.format(1) }}", "fails: "),
-        ("{% for i in range(99999) %}{{ messages[0].content * 9999 }}{% endfor %}", "writes without end"),
+        ("{{ 9 ** 999999999 }}", "numbers that are too large"),
+        ("{{ '%999999999d' % 1 }}", "formats with %"),
+        ("{{ 'x'.ljust(999999999) }}", "calls ljust, which is not allowed"),
+        ("{{ '{:>999999999}'.format(1) }}", "calls format, which is not allowed"),
+        ("{% for i in range(99999) %}{{ messages[0].content * 9999 }}{% endfor %}", "too long"),
     ],
 )
 def test_templates_that_are_wrong_or_hostile_are_one_clear_error(template: str, message: str) -> None:

@@ -93,8 +93,7 @@ def render_chat(
             for part in stream:
                 parts.append(part)
                 length += len(part)
-                if length > _TEXT_MAX:
-                    raise BitgenError("the chat template writes without end", EXIT_FILE)
+                _allow(length)
         return "".join(parts)
     except BitgenError:
         raise
@@ -108,7 +107,7 @@ def render_chat(
     ) as error:
         raise BitgenError(f"the chat template of the model fails: {error}", EXIT_FILE) from error
     except (RecursionError, MemoryError) as error:
-        raise BitgenError("the chat template of the model runs away", EXIT_FILE) from error
+        raise _runs_away("runs away") from error
 
 
 @lru_cache(maxsize=8)
@@ -125,86 +124,102 @@ def _environment() -> Any:
     The sandbox keeps a template from reaching anything; what is added here keeps its texts and numbers small:
     doubling a text forty times would fill any memory.
     """
+    environment = _sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    for padding in ("center", "format", "indent", "wordwrap", "batch", "slice", "xmlattr", "urlize"):
+        environment.filters.pop(padding, None)
+    environment.filters["tojson"] = _to_json
+    environment.filters["replace"] = _replace
+    environment.filters["join"] = lambda parts, separator="": _join_with(str(separator), parts)
+    environment.globals.pop("lipsum", None)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _now
+    return environment
+
+
+def _sandbox() -> Any:
+    """The class of the environment; jinja2 is imported here and not before."""
     from jinja2.compiler import CodeGenerator
-    from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def allow(length: int) -> None:
-        if length > _TEXT_MAX:
-            raise SecurityError("it makes a text that is too long")
-
-    def join(parts: Any) -> str:
-        texts = [part if isinstance(part, str) else str(part) for part in parts]
-        allow(sum(map(len, texts)))
-        return "".join(texts)
-
-    def join_with(separator: str, parts: Any) -> str:
-        texts = [part if isinstance(part, str) else str(part) for part in parts]
-        allow(sum(map(len, texts)) + len(separator) * len(texts))
-        return separator.join(texts)
-
-    def replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-        text, old, new = str(text), str(old), str(new)
-        allow(len(text) + text.count(old) * len(new))
-        changed: str = text.replace(old, new, -1 if count is None else count)
-        return changed
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"+", "*", "**", "%"})
-        join_texts = staticmethod(join)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            """Arithmetic on numbers of a sane size, and on texts and lists of one."""
-            sequences = [v for v in (left, right) if isinstance(v, (str, list, tuple))]
-            if operator == "+":
-                allow(sum(map(len, sequences)))
-            elif operator == "*" and sequences:
-                allow(len(sequences[0]) * next((v for v in (left, right) if isinstance(v, int)), 0))
-            elif operator == "%" and isinstance(left, str):
-                raise SecurityError("formatting with % is not allowed")
-            if any(isinstance(v, int) and abs(v) > _NUMBER_MAX for v in (left, right)) or (
-                operator == "**" and isinstance(right, int) and abs(right) > 64
-            ):
-                raise SecurityError("its numbers are too large")
-            return super().call_binop(context, operator, left, right)
-
-        def getattr(self, obj: Any, attribute: str) -> Any:
-            return self._method(obj, attribute) or super().getattr(obj, attribute)
-
-        def getitem(self, obj: Any, argument: Any) -> Any:
-            return self._method(obj, argument) or super().getitem(obj, argument)
-
-        def _method(self, obj: Any, name: Any) -> Any:
-            """Our own methods of texts where those of Python make long ones; None for all others."""
-            if not isinstance(obj, str) or not isinstance(name, str):
-                return None
-            if name in _PADDING:
-                raise SecurityError(f"the method {name} is not allowed")
-            return {"replace": partial(replace, obj), "join": partial(join_with, obj)}.get(name)
 
     class Generator(CodeGenerator):
         def visit_Concat(self, node: Any, frame: Any) -> None:  # noqa: N802 - jinja2's name
-            self.write("environment.join_texts((")
+            """Join texts (a ~ b ~ c), which the sandbox does not see as an operator."""
+            self.write("environment.concat((")
             for part in node.nodes:
                 self.visit(part, frame)
                 self.write(", ")
             self.write("))")
 
-    def refuse(message: str) -> None:
-        raise TemplateError(str(message))
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
+        code_generator_class = Generator
+        concat = staticmethod(_join)
 
-    Sandbox.code_generator_class = Generator
-    Sandbox.concat = staticmethod(join)
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    for padding in ("center", "format", "indent", "wordwrap", "batch", "slice", "xmlattr", "urlize"):
-        environment.filters.pop(padding, None)
-    environment.filters["tojson"] = _to_json
-    environment.filters["replace"] = replace
-    environment.filters["join"] = lambda parts, separator="": join_with(str(separator), parts)
-    environment.globals.pop("lipsum", None)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = _now
-    return environment
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            _check_operands(operator, left, right)
+            return super().call_binop(context, operator, left, right)
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            return _text_method(obj, attribute) or super().getattr(obj, attribute)
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            return _text_method(obj, argument) or super().getitem(obj, argument)
+
+    return Sandbox
+
+
+def _check_operands(operator: str, left: Any, right: Any) -> None:
+    """Arithmetic on numbers of a sane size, and on texts and lists of one."""
+    sequences = [v for v in (left, right) if isinstance(v, (str, list, tuple))]
+    if operator == "+":
+        _allow(sum(map(len, sequences)))
+    elif operator == "*" and sequences:
+        _allow(len(sequences[0]) * next((v for v in (left, right) if isinstance(v, int)), 0))
+    elif operator == "%" and isinstance(left, str):
+        raise _runs_away("formats with %")
+    if any(isinstance(v, int) and abs(v) > _NUMBER_MAX for v in (left, right)) or (
+        operator == "**" and isinstance(right, int) and abs(right) > 64
+    ):
+        raise _runs_away("computes with numbers that are too large")
+
+
+def _text_method(obj: Any, name: Any) -> Any:
+    """Our own methods of texts where Python's make long ones of short ones; None for all others."""
+    if not isinstance(obj, str) or not isinstance(name, str):
+        return None
+    if name in _PADDING:
+        raise _runs_away(f"calls {name}, which is not allowed")
+    return {"replace": partial(_replace, obj), "join": partial(_join_with, obj)}.get(name)
+
+
+def _join(parts: Any) -> str:
+    return _join_with("", parts)
+
+
+def _join_with(separator: str, parts: Any) -> str:
+    texts = [part if isinstance(part, str) else str(part) for part in parts]
+    _allow(sum(map(len, texts)) + len(separator) * len(texts))
+    return separator.join(texts)
+
+
+def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text, old, new = str(text), str(old), str(new)
+    _allow(len(text) + text.count(old) * len(new))
+    changed: str = text.replace(old, new, -1 if count is None else count)
+    return changed
+
+
+def _allow(length: int) -> None:
+    if length > _TEXT_MAX:
+        raise _runs_away("makes a text that is too long")
+
+
+def _runs_away(what: str) -> BitgenError:
+    return BitgenError(f"the chat template of the model {what}", EXIT_FILE)
+
+
+def _refuse(message: object) -> None:
+    raise BitgenError(f"the chat template of the model refuses: {message}", EXIT_FILE)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -225,7 +240,7 @@ def _bounded_steps() -> Iterator[None]:
         nonlocal steps
         steps += 1
         if steps > _STEPS_MAX or time.monotonic() > end:
-            raise BitgenError("the chat template of the model runs away", EXIT_FILE)
+            raise _runs_away("runs away")
         return trace
 
     before = sys.gettrace()
