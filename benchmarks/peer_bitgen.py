@@ -1,0 +1,73 @@
+"""The side of bitgen in benchmarks/peers.py: a preset's random weights, asked as peer_ik.py is.
+
+    python peer_bitgen.py 3B --threads N --context N [--library PATH] [--head q8]
+
+The answers are those of peer_ik.py too; bytes are those of packed weights, scales and head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+from bitgen.config import find_model
+from bitgen.errors import BitgenError
+from bitgen.llm import library_for
+from bitgen.model.engine import Engine
+from bitgen.model.llm import open_engine
+from bitgen.model.synthetic import config_of, random_weights
+from bitgen.runtime import load
+
+
+def run(engine: Engine, do: str, tokens: list[int], out: str | None = None) -> float:
+    """Seconds that a request takes."""
+    engine.truncate(0, 0)
+    size = 1 if do == "steps" else len(tokens)
+    parts = np.array(tokens, np.int32).reshape(-1, size)
+    sequences, outputs = np.zeros(size, np.int32), np.arange(size) == size - 1
+    started = time.perf_counter()
+    for index, part in enumerate(parts):
+        positions = np.arange(index * size, (index + 1) * size, dtype=np.int32)
+        logits = engine.forward(part, positions, sequences, outputs)
+    seconds = time.perf_counter() - started
+    if out is not None:
+        logits.astype("<f4").tofile(out)
+    return seconds
+
+
+def serve(args: argparse.Namespace) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    weights = random_weights(config_of(find_model(args.model), context=args.context))
+    with load(args.library or library_for(weights.config), args.threads) as table:
+        engine = open_engine(weights, table, context=args.context, head=args.head)
+        head = 0 if args.head == "q8" else weights.output.data.nbytes  # q8 counts as packed
+        about = {"bytes": engine.memory.weights + head, "about": table.path.parent.name}
+        print(json.dumps(about), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps({"seconds": run(engine, **json.loads(line))}), file=answers, flush=True)
+        engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--library")
+    parser.add_argument("--head", choices=("exact", "q8"), default="exact")
+    try:
+        serve(parser.parse_args())
+    except BitgenError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

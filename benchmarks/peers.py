@@ -1,0 +1,260 @@
+"""End-to-end tokens a second of bitgen against ik_llama.cpp: the same model, the same machine, taking turns.
+
+    python benchmarks/peers.py --model 3B --work FOLDER --peer-python PATH --threads 1,2 --rounds 7
+
+PATH is a Python that has ik-llama-cpp-python==0.1.5 installed, in an environment of its own. Its wheel is
+compiled for AVX2, which is not what bitgen should be held against on a CPU with AVX-512. Compile it there:
+CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5, or name
+such a libllama.so with --peer-library. FOLDER holds the peer's files, made by make_peer_model.py when they
+are missing: 1 GB a type for 3B, and 7 GB for a moment.
+
+Both sides have the same random weights, an f16 head and an f16 cache, and sample nothing; each runs in a
+process of its own (peer_bitgen.py, peer_ik.py). First both compute the logits of one prompt: the run ends
+unless they are finite and alike (not equal: ik_llama.cpp quantises activations with four scales a token).
+Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt at once;
+tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for ik_llama.cpp
+the file. DRAM is the best that any probe read before and after the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import Any
+
+import numpy as np
+from make_peer_model import make_models
+
+from bitgen.api import Workshop
+from bitgen.cli.progress import ProgressLine
+from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.config import find_model
+from bitgen.errors import BitgenError
+from bitgen.measure import measure_limits
+from bitgen.measure.records import Load
+
+HERE = Path(__file__).resolve().parent
+_ALIKE = 0.95  # correlation of logits; 0.99 and more is what other roundings of activations leave
+_PROMPT = 16  # tokens whose logits are compared
+
+
+class Side:
+    """A child process that runs one model; see peer_ik.py for what it is asked."""
+
+    def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str]) -> None:
+        self.name = name
+        # Not a pipe: one that nobody reads fills up and stops the child.
+        self._errors = TemporaryFile("w+")  # noqa: SIM115 - closed with the child
+        self._child = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        hello = self._read()
+        self.bytes = int(hello["bytes"])  # a token
+        self.about = str(hello["about"])
+
+    def ask(self, do: str, tokens: list[int], **options: str) -> float:
+        """Seconds that it took. BitgenError when the child ended."""
+        assert self._child.stdin is not None  # noqa: S101 - for mypy
+        with contextlib.suppress(BrokenPipeError):  # it ended: reading its answer says why
+            print(json.dumps({"do": do, "tokens": tokens, **options}), file=self._child.stdin, flush=True)
+        return float(self._read()["seconds"])
+
+    def close(self) -> None:
+        self._child.communicate(timeout=60)
+        self._errors.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._child.stdout is not None  # noqa: S101 - for mypy
+        line = self._child.stdout.readline()
+        if not line:
+            code = self._child.wait(timeout=60)
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-1:] or [""]
+            raise BitgenError(f"{self.name} ended with exit code {code}: {last[0]}")
+        return dict(json.loads(line))
+
+
+@dataclass(frozen=True)
+class Test:
+    """``pp512``: a prompt of 512 tokens; ``tg32``: 32 steps of one token."""
+
+    name: str
+    do: str
+    n: int
+
+    @classmethod
+    def parse(cls, text: str) -> Test:
+        kinds = {"pp": "prompt", "tg": "steps"}
+        if text[:2] not in kinds or not text[2:].isdecimal() or int(text[2:]) < 1:
+            raise BitgenError(f"{text} is no test: write pp512 or tg32")
+        return cls(text, kinds[text[:2]], int(text[2:]))
+
+
+@contextlib.contextmanager
+def opened(
+    args: argparse.Namespace, files: dict[str, Path], threads: int, context: int
+) -> Iterator[list[Side]]:
+    """Load bitgen and every file of the peer."""
+    common = ["--threads", str(threads), "--context", str(context)]
+    library = ["--library", args.library] if args.library else []
+    peer_env = {"IK_LLAMA_CPP_LIB_PATH": str(args.peer_library)} if args.peer_library else {}
+    sides: list[Side] = []
+    try:
+        sides.append(
+            Side("bitgen", [sys.executable, HERE / "peer_bitgen.py", args.model, *common, *library], {})
+        )
+        for kind, path in files.items():
+            command = [args.peer_python, HERE / "peer_ik.py", path, *common, *args.peer_option]
+            sides.append(Side(f"ik {kind}", command, peer_env))
+        yield sides
+    finally:
+        for side in sides:
+            side.close()
+
+
+def compare_logits(sides: Sequence[Side], vocab: int) -> list[tuple[object, ...]]:
+    """A row a side: how its logits of one prompt compare with bitgen's. BitgenError unless they are alike."""
+    tokens = np.random.default_rng(1).integers(0, vocab, _PROMPT).tolist()
+    rows: list[tuple[object, ...]] = []
+    with TemporaryDirectory() as folder:
+        found = []
+        for side in sides:
+            out = Path(folder) / "logits"
+            side.ask("logits", tokens, out=str(out))
+            found.append(np.fromfile(out, "<f4").astype(np.float64))
+    for side, logits in zip(sides, found, strict=True):
+        if logits.size != vocab or not np.isfinite(logits).all():
+            raise BitgenError(f"{side.name}: the logits are not {vocab} finite numbers")
+        alike = float(np.corrcoef(found[0], logits)[0, 1])
+        rms = float(np.sqrt(np.mean((logits - found[0]) ** 2)) / found[0].std())
+        rows.append((side.name, side.about, alike, rms, int(logits.argmax())))
+        if alike < _ALIKE:
+            raise BitgenError(f"{side.name} and bitgen do not run the same model: correlation {alike:.3f}")
+    return rows
+
+
+def time_sides(
+    sides: Sequence[Side], tests: Sequence[Test], rounds: int, vocab: int
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every round by side and test; each runs once before it is timed."""
+    order, draw = random.Random(0), np.random.default_rng(0)  # noqa: S311 - an order, no secret
+    seconds: dict[tuple[str, str], list[float]] = {(s.name, t.name): [] for s in sides for t in tests}
+    with ProgressLine() as line:
+        for number in range(rounds + 1):
+            for test in tests:
+                tokens = draw.integers(0, vocab, test.n).tolist()
+                for side in order.sample(list(sides), len(sides)):
+                    line.show(f"round {number} of {rounds}, {test.name}, {side.name}")
+                    time = side.ask(test.do, tokens)
+                    if number:
+                        seconds[side.name, test.name].append(time)
+    return seconds
+
+
+def result_rows(
+    sides: Sequence[Side],
+    tests: Sequence[Test],
+    seconds: dict[tuple[str, str], list[float]],
+    threads: int,
+    dram: float,
+) -> list[tuple[object, ...]]:
+    """A row a test and side; the ratio is bitgen's median speed to that side's."""
+    rows: list[tuple[object, ...]] = []
+    for test in tests:
+        speeds = {side.name: [test.n / s for s in seconds[side.name, test.name]] for side in sides}
+        ours = statistics.median(speeds[sides[0].name])
+        for side in sides:
+            speed = statistics.median(speeds[side.name])
+            gbs = side.bytes * speed / 1e9 if test.do == "steps" else None
+            spread = min(speeds[side.name]), max(speeds[side.name])
+            share = None if gbs is None else gbs / dram
+            rows.append(
+                (threads, test.name, side.name, speed, *spread, ours / speed, side.bytes / 1e6, gbs, share)
+            )
+    return rows
+
+
+_LOGITS = (
+    Column("side", "side"),
+    Column("about", "library, or compiled for"),
+    Column("alike", "correlation", ".4f"),
+    Column("rms", "rms difference", ".3f"),
+    Column("top", "most likely", "d"),
+)
+_RESULTS = (
+    *(Column("threads", "threads", "d"), Column("test", "test"), Column("side", "side")),
+    *(Column("avg_ts", "t/s", ",.2f"), Column("min_ts", "min", ",.2f"), Column("max_ts", "max", ",.2f")),
+    *(Column("speedup", "bitgen is", ".2f"), Column("mb", "MB a token", ",.0f")),
+    *(Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    model, workshop = find_model(args.model), Workshop()
+    tests = [Test.parse(text) for text in args.tests.split(",")]
+    context = max(_PROMPT, *(test.n for test in tests))
+    files = make_models(args.work, args.model, args.type or ["IQ2_BN", "IQ2_BN_R4"], args.peer_python)
+    isa = workshop.isa(None).name
+    rows: list[tuple[object, ...]] = []
+    logits: list[tuple[object, ...]] = []
+    facts = [f"load before: {Load.now().average:.2f}"]
+    for threads in map(int, args.threads.split(",")):
+
+        def dram(threads: int = threads) -> float:
+            return measure_limits(workshop.toolchain, workshop.cpu, threads, [isa]).best_dram_gbs
+
+        before = dram()
+        with opened(args, files, threads, context) as sides:
+            logits = logits or compare_logits(sides, model.vocab)
+            seconds = time_sides(sides, tests, args.rounds, model.vocab)
+        after = dram()
+        rows += result_rows(sides, tests, seconds, threads, max(before, after))
+        facts.append(f"DRAM read, {threads} threads: {before:.1f} GB/s before, {after:.1f} after")
+    title = f"{args.model}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
+    tables = [
+        Table(f"{args.model}: logits of the last of {_PROMPT} tokens, against bitgen's", _LOGITS, logits),
+        Table(title, _RESULTS, rows),
+    ]
+    print(render_tables(tables, args.output))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="3B", help="a preset of the bitnet architecture (3B)")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the peer's files")
+    parser.add_argument("--peer-python", type=Path, required=True, help="a Python with ik-llama-cpp-python")
+    parser.add_argument("--peer-library", type=Path, help="its libllama.so, compiled for this machine")
+    parser.add_argument(
+        "--peer-option", action="append", default=[], help="of peer_ik.py, as --peer-option=--no-mmap"
+    )
+    parser.add_argument("--type", action="append", help="of llama-quantize (IQ2_BN and IQ2_BN_R4)")
+    parser.add_argument("--library", type=Path, help="bitgen's kernel library (the best here)")
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--tests", default="pp128,pp512,tg32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
+    try:
+        run(parser.parse_args())
+    except BitgenError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
