@@ -15,11 +15,13 @@ class BitgenError(Exception):
 
     The command line prints ``message`` and exits with ``exit_code``; it never prints a traceback for it.
     Whitespace of any kind, newlines included, is folded to single spaces so that a message stays one line
-    even when it quotes text of another program.
+    even when it quotes text of another program; other control characters, which could steer a terminal, are
+    shown escaped.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_FAILURE) -> None:
-        self.message = " ".join(message.split())
+        folded = " ".join(message.split())
+        self.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in folded)
         self.exit_code = exit_code
         super().__init__(self.message)
 
