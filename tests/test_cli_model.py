@@ -300,6 +300,7 @@ def test_a_batch_makes_room_for_itself(model: Path, library: Path) -> None:
         assert llm.engine.max_batch == 1
         assert llm.generate(prompts, max_tokens=8, seed=1) == alone
         assert llm.engine.max_batch == 3
+        assert llm.generate(prompts, max_tokens=8, seed=1, lookup=True) == alone
         assert llm.timings.load_s > 0
         assert "".join(llm.generate(prompts[0], max_tokens=8, seed=1)) == alone[0]
 

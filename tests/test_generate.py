@@ -270,6 +270,17 @@ def test_an_answer_that_nobody_reads_on_does_no_harm() -> None:
     assert texts(llm, max_tokens=8, seed=0) == texts(small_llm(), max_tokens=8, seed=0)
 
 
+def test_logits_come_in_parts_that_are_not_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = small_llm()
+    ids = llm.tokenizer.encode("the end and the other end on and on and on and the other hand and the end")
+    assert len(ids) > 33
+    whole = llm.logits(ids)
+    monkeypatch.setattr("bitgen.model.generate._LOGITS_BYTES", 1)
+    assert [len(part) for part in llm.logit_parts(ids)] == [32, len(ids) - 32]
+    assert np.array_equal(llm.logits(ids), whole)
+    assert llm.logits(ids, len(ids)).shape == (0, llm.config.vocab)
+
+
 def test_logits_are_those_of_the_whole_text() -> None:
     llm = small_llm()
     ids = llm.tokenizer.encode("the end and the other")

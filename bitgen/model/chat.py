@@ -21,7 +21,7 @@ from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 Message: TypeAlias = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
 _ROLES = ("system", "user", "assistant")
-_STEPS_MAX = 2_000_000  # lines of compiled template; a long conversation takes some ten thousand
+_STEPS_MAX = 400_000  # lines of compiled template; a long conversation takes some ten thousand
 _SECONDS_MAX = 10.0
 _TEXT_MAX = 1 << 24  # characters; a context of 131072 tokens has half a million
 _NUMBER_MAX = 1 << 53

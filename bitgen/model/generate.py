@@ -24,6 +24,7 @@ Finish: TypeAlias = Literal["end", "stop", "length", "context"]
 Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
 
 _CHUNK = 512  # prompt tokens a step: Ctrl-C and progress are seen between steps
+_LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
 _ROWS = 16  # tokens a step while decoding: the kernels for small batches end here
 _SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
 
@@ -254,15 +255,16 @@ class Generator:
             if running:
                 yield from self._step(running)
 
-    def logits(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
-        """Logits float32 (len(ids) - first, vocab) of a text from the token ``first`` on."""
+    def logits(self, ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Logits of a text from the token ``first`` on, in parts float32 (some tokens, vocab)."""
         self.check(ids)
         self._forget(0, 0)
-        parts = []
-        for at in range(0, len(ids), _CHUNK):
-            part = ids[at : at + _CHUNK]
-            parts.append(self._forward([(0, part, [at + i >= first for i in range(len(part))])]))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        chunk = max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
+        for at in range(0, len(ids), chunk):
+            part = ids[at : at + chunk]
+            logits = self._forward([(0, part, [at + i >= first for i in range(len(part))])])
+            if len(logits):
+                yield logits
 
     def check(self, prompt: Sequence[int]) -> None:
         """BitgenError when a prompt cannot be computed."""

@@ -249,6 +249,11 @@ class LLM:
 
     def logits(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
         """Logits float32 (len(ids) - first, vocab) of the tokens from ``first`` on, each for the next one."""
+        parts = list(self.logit_parts(ids, first))
+        return np.concatenate(parts) if parts else np.empty((0, self.config.vocab), np.float32)
+
+    def logit_parts(self, ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """The same in parts of at most 64 MiB (32 tokens where that is more)."""
         return self.generator.logits(self._checked([int(i) for i in ids]), first)
 
     def request(

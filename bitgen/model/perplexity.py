@@ -54,8 +54,8 @@ def perplexity(llm: LLM, text: str, context: int = 512, most: int | None = None)
         targets = window[first + 1 :]
         if tokenizer.add_bos and tokenizer.bos is not None:
             window[0] = tokenizer.bos
-        logits = llm.logits(window, first)[:-1]  # position i predicts the token at i + 1
-        for row, target in zip(logits, targets, strict=True):
+        rows = (row for part in llm.logit_parts(window, first) for row in part)
+        for row, target in zip(rows, targets, strict=False):  # the last row predicts nothing that is there
             nll = -log_softmax_at(row, target)
             sum_nll += nll
             sum_squares += nll * nll
