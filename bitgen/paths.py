@@ -1,7 +1,7 @@
-"""Where things are: the only module that finds templates, configs, committed winners and output folders.
+"""Where things are: the only module that finds templates, configs, winners, models and output folders.
 
-In a checkout templates/ and configs/ lie beside the package; an installed wheel carries them inside it
-(``bitgen/_data``). Output goes, first match wins, to the folder given by the caller, to ``$BITGEN_HOME``,
+In a checkout templates/, configs/ and models/ lie beside the package; an installed wheel carries them inside
+it (``bitgen/_data``). Output goes, first match wins, to the folder given by the caller, to ``$BITGEN_HOME``,
 to the checkout (``generated/``, ``tune_logs/``), to the user's cache folder. Nothing is created until it is
 written to: call `ensure_dir` then.
 """
@@ -40,6 +40,11 @@ def winners_dir(package: Path = _PACKAGE) -> Path:
     BitgenError when the installation is incomplete.
     """
     return _data_dir("winners", Path("tune_logs", "winners"), package)
+
+
+def models_dir(package: Path = _PACKAGE) -> Path:
+    """The folder with the models that ship with bitgen. BitgenError when the installation is incomplete."""
+    return _data_dir("models", Path("models"), package)
 
 
 def generated_dir(override: str | os.PathLike[str] | None = None) -> Path:

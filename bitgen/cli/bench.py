@@ -112,12 +112,12 @@ def _run_model(args: argparse.Namespace) -> None:
 def _open(name: str, context: int) -> ModelFile | Weights:
     """A model file, or the random weights of a preset."""
     from bitgen.config import find_model
+    from bitgen.model.files import open_model, shipped_model
 
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml") and (path.exists() or path.suffix in (".gguf", ".safetensors")):
-        from bitgen.model.files import open_model
-
-        return open_model(path)
+    on_disk = path.exists() or path.suffix in (".gguf", ".safetensors")
+    if (on_disk and path.suffix not in (".yaml", ".yml")) or shipped_model(name):
+        return open_model(name)
     from bitgen.model.synthetic import config_of, random_weights
 
     return random_weights(config_of(find_model(name), context=context))

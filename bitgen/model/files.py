@@ -13,6 +13,7 @@ from typing import Any
 from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.config import ModelConfig, TokenizerData
 from bitgen.model.weights import Weights
+from bitgen.paths import models_dir
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,13 @@ class ModelFile:
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
     """Open a .gguf file, a folder with config.json and safetensors, or a folder with one .gguf file.
 
-    A .safetensors file stands for its folder. BitgenError (EXIT_FILE) when there is no model, when it is
-    damaged, or when it is of a kind that bitgen does not run.
+    A .safetensors file stands for its folder; the name of a model that ships with bitgen (`shipped_model`)
+    for its file, unless there is a file or folder of that name. BitgenError (EXIT_FILE) when there is no
+    model, when it is damaged, or when it is of a kind that bitgen does not run.
     """
     file = Path(path).expanduser()
+    if not file.exists():
+        file = shipped_model(os.fspath(path)) or file
     if file.is_dir():
         if (file / "config.json").is_file():
             return _open_folder(file)
@@ -81,6 +85,17 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     if file.suffix == ".safetensors" and (file.parent / "config.json").is_file():
         return _open_folder(file.parent)
     return _open_gguf(file)
+
+
+def shipped_model(name: str) -> Path | None:
+    """The file of a model that ships with bitgen: "tiny" is models/tiny.gguf. None for any other name."""
+    if not name.isidentifier():  # a path, or something with a suffix
+        return None
+    try:
+        file = models_dir() / f"{name}.gguf"
+    except BitgenError:  # no such folder: then the name is what is wrong
+        return None
+    return file if file.is_file() else None
 
 
 def fingerprint_of(paths: list[Path], headers: list[Any]) -> Fingerprint:

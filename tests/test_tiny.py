@@ -1,0 +1,145 @@
+"""The model that ships: it speaks, and what it says is what PyTorch computed when it was trained.
+
+models/tiny.json was written by tools/train_tiny.py together with the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from step_levels import LEVELS, level_library
+
+from bitgen.cli import main
+from bitgen.errors import BitgenError
+from bitgen.model import open_model
+from bitgen.model.files import shipped_model
+from bitgen.model.llm import LLM
+from bitgen.model.perplexity import perplexity
+from bitgen.paths import models_dir
+from bitgen.target import accepted_isas, detect_cpu, load_isas
+
+BEST = accepted_isas(detect_cpu(), load_isas())[0].name
+FIGURES: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())
+GREEDY: list[dict[str, Any]] = FIGURES["greedy"]
+HELD_OUT = (Path(__file__).parent / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(bitgen_home: Path) -> None:
+    """Packed weights go to an empty cache."""
+
+
+def test_it_is_found_by_its_name() -> None:
+    assert shipped_model("tiny") == models_dir() / "tiny.gguf"
+    assert open_model("tiny").path == models_dir() / "tiny.gguf"
+
+
+@pytest.mark.parametrize("name", ["huge", "tiny.gguf", "./tiny", "../models/tiny", ""])
+def test_nothing_else_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shipped_model(name) is None
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BitgenError):
+        open_model(name)
+
+
+def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").write_bytes(b"something else")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BitgenError, match="tiny"):
+        open_model("tiny")
+
+
+def test_it_is_small_and_ternary() -> None:
+    model = open_model("tiny")
+    assert model.path.stat().st_size <= 4_000_000
+    matrices = [t for t in model.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    assert {t.type for t in matrices} == {"i2_s"}
+    assert len(matrices) == 7 * model.config.layers
+    assert {t.type for t in model.tensors if t not in matrices} == {"f16", "f32"}
+    assert (model.config.architecture, model.config.activation) == ("bitnet-b1.58", "relu2")
+
+
+@pytest.mark.parametrize("threads", ["1", "2"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_run_prints_the_recorded_text(
+    level: str,
+    threads: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    library = str(level_library(tmp_path_factory, level))
+    for each in GREEDY:
+        argv = ["run", "--model", "tiny", "--library", library, "-t", threads, "--temp", "0", "--no-perf"]
+        assert main([*argv, "-p", each["prompt"], "-n", str(len(each["tokens"]))]) == 0
+        assert capsys.readouterr().out == each["prompt"] + each["text"] + "\n"
+
+
+@pytest.fixture
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """As exact as it gets: keys and values in float32, like PyTorch's."""
+    with LLM("tiny", library=level_library(tmp_path_factory, BEST), threads=2, kv="f32") as llm:
+        yield llm
+
+
+def test_the_tokenizer_in_the_file_is_the_one_it_was_trained_with(llm: LLM) -> None:
+    for each in GREEDY:
+        assert llm.tokenizer.encode(each["prompt"]) == each["ids"]
+
+
+def test_the_likeliest_tokens_are_pytorchs(llm: LLM) -> None:
+    for each in GREEDY:
+        generation = llm.generate(each["ids"], max_tokens=len(each["tokens"]), temperature=0, ignore_end=True)
+        "".join(generation)
+        assert generation.tokens == each["tokens"]
+
+
+def test_perplexity_of_held_out_text_is_pytorchs(llm: LLM) -> None:
+    recorded = FIGURES["heldout"]
+    *_, result = perplexity(llm, HELD_OUT, recorded["context"])
+    assert result.tokens == recorded["tokens"]
+    # Both compute exact integer sums from float32 activations; they differ where an activation lies so close
+    # to the middle of two int8 values that another order of a float32 sum rounds it the other way. Each moves
+    # one token's likelihood by less than 1 % as often up as down.
+    assert math.isclose(result.value, recorded["perplexity"], rel_tol=5e-4)
+
+
+def test_what_the_tool_trains_is_what_bitgen_runs(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a second: folder and GGUF file are the same model, and PyTorch's perplexity is bitgen's."""
+    for needed in ("torch", "safetensors"):
+        pytest.importorskip(needed, reason=f"tools/train_tiny.py needs {needed}")
+    path = Path(__file__).parents[1] / "tools" / "train_tiny.py"
+    spec = importlib.util.spec_from_file_location("train_tiny", path)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "train_tiny", tool)  # dataclasses look their module up
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "HELD_OUT_EVERY", 4)
+    (tmp_path / "text.txt").write_text(HELD_OUT.replace("\n", "\n\n"), encoding="utf-8")
+    out = tmp_path / "model"
+    tool.main(["--text", str(tmp_path / "text.txt"), "--out", str(out), "--minutes", "0.02", "--layers", "1"])
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["training"]["steps"] >= 1
+    library = level_library(tmp_path_factory, BEST)
+    for model in (out, out / "tiny.gguf"):
+        with LLM(model, library=library, threads=2, kv="f32") as llm:
+            *_, result = perplexity(llm, (out / "heldout.txt").read_text(), figures["heldout"]["context"])
+        assert math.isclose(result.value, figures["heldout"]["perplexity"], rel_tol=5e-4)
+
+
+def test_it_predicts_english(llm: LLM) -> None:
+    """Far better than chance (the size of the vocabulary), and better than the text reversed."""
+    *_, forward = perplexity(llm, HELD_OUT, 512, most=4)
+    words = HELD_OUT.split(" ")
+    *_, backward = perplexity(llm, " ".join(reversed(words)), 512, most=4)
+    assert forward.value < llm.config.vocab / 20
+    assert forward.value < backward.value / 4
