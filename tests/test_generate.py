@@ -264,6 +264,23 @@ def test_after_ctrl_c_the_next_answer_is_right(when: int) -> None:
     assert texts(llm, max_tokens=8, seed=0) == texts(small_llm(), max_tokens=8, seed=0)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_answers_that_are_read_in_turns_do_not_mix(batch: int) -> None:
+    llm = small_llm(batch=batch)
+    options = {"max_tokens": 10, "temperature": 2.0, "seed": 5, "lookup": True}
+    expected = texts(small_llm(), **options)
+    found = ["" for _ in PROMPTS]
+    generations = [llm.generate(prompt, **options) for prompt in PROMPTS]
+    for _ in range(12):
+        for i, generation in enumerate(generations):
+            found[i] += next(generation, "")
+        llm.logits([5, 6, 7])
+    assert found == expected
+    parts = llm.logit_parts([5] * 40)
+    assert "".join(llm.generate(PROMPTS[0], **options)) == expected[0]
+    assert np.array_equal(np.concatenate(list(parts)), llm.logits([5] * 40))
+
+
 def test_an_answer_that_nobody_reads_on_does_no_harm() -> None:
     llm = small_llm()
     next(llm.generate("the end and", max_tokens=20, seed=0))

@@ -220,7 +220,10 @@ class Guesser:
 
 
 class Generator:
-    """Runs requests on an engine. It serves one caller at a time."""
+    """Runs requests on an engine, from one thread.
+
+    Runs may be interleaved: one that goes on after another has used the engine computes again what it lost.
+    """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine = engine
@@ -229,6 +232,7 @@ class Generator:
         self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each sequence
         # Ctrl-C may come at any point of a step; the engine then may hold more than is written down here.
         self._unsure = False
+        self._turn = 0  # counts the changes between runs
 
     def run(
         self, requests: Sequence[Request], progress: Progress | None = None
@@ -243,24 +247,30 @@ class Generator:
         waiting = [Answer(i, request, self.tokenizer) for i, request in enumerate(requests)]
         waiting.reverse()
         running: dict[int, Answer] = {}
+        turn = self._take_turn()
         while waiting or running:
-            while waiting and len(running) < self.engine.max_batch:
-                answer = waiting.pop()
-                slot = self._slot(answer.request.prompt, running)
-                running[slot] = answer
-                logits = self._read(slot, answer.request.prompt, progress)
-                yield answer, self._draw(answer, logits)
-                if answer.finish:
-                    del running[slot]
-            if running:
-                yield from self._step(running)
+            if turn != self._turn:
+                turn = self._take_turn()
+                for slot, answer in running.items():
+                    self._compute(slot, answer.whole[:-1])
+            if waiting and len(running) < self.engine.max_batch:
+                pieces = [self._start(waiting.pop(), running, progress)]
+            else:
+                pieces = self._step(running)
+            for slot in [slot for slot, answer in running.items() if answer.finish]:
+                del running[slot]
+            yield from pieces
 
     def logits(self, ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
         """Logits of a text from the token ``first`` on, in parts float32 (some tokens, vocab)."""
         self.check(ids)
         self._forget(0, 0)
+        turn = self._take_turn()
         chunk = max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
         for at in range(0, len(ids), chunk):
+            if turn != self._turn:
+                turn = self._take_turn()
+                self._compute(0, ids[:at])
             part = ids[at : at + chunk]
             logits = self._forward([(0, part, [at + i >= first for i in range(len(part))])])
             if len(logits):
@@ -277,6 +287,10 @@ class Generator:
                 EXIT_USAGE,
             )
 
+    def _take_turn(self) -> int:
+        self._turn += 1
+        return self._turn
+
     # ---- Prompts ----
 
     def _slot(self, prompt: Sequence[int], running: Collection[int]) -> int:
@@ -292,58 +306,69 @@ class Generator:
             self._held[slot] = list(self._held[best])
         return slot
 
-    def _read(self, slot: int, prompt: Sequence[int], progress: Progress | None) -> NDArray[np.float32]:
-        """Compute what the sequence does not hold of the prompt; logits (vocab) after its last token."""
-        known = min(_common(self._held[slot], prompt), len(prompt) - 1)
-        self._forget(slot, known)
+    def _start(
+        self, answer: Answer, running: dict[int, Answer], progress: Progress | None
+    ) -> tuple[Answer, str]:
+        """Compute the prompt of an answer and draw its first token."""
+        prompt = answer.request.prompt
+        slot = self._slot(prompt, running)
+        running[slot] = answer
         started = time.perf_counter()
-        logits = np.empty((0, 0), np.float32)
-        for at in range(known, len(prompt), _CHUNK):
-            if progress:
-                progress(at, len(prompt))
-            part = prompt[at : at + _CHUNK]
-            wanted = [at + len(part) == len(prompt)]
-            logits = self._forward([(slot, part, [False] * (len(part) - 1) + wanted)])
-        if progress:
-            progress(len(prompt), len(prompt))
-        self.timings.prompt_tokens += len(prompt) - known
+        computed, logits = self._compute(slot, prompt, progress, wanted=True)
+        self.timings.prompt_tokens += computed
         self.timings.prompt_s += time.perf_counter() - started
-        last: NDArray[np.float32] = logits[0]
-        return last
+        return answer, self._draw(answer, logits[0])
+
+    def _compute(
+        self, slot: int, tokens: Sequence[int], progress: Progress | None = None, *, wanted: bool = False
+    ) -> tuple[int, NDArray[np.float32]]:
+        """Make a sequence hold ``tokens`` and nothing else; how many had to be computed.
+
+        With ``wanted`` also the logits (1, vocab) after the last of them.
+        """
+        known = min(_common(self._held[slot], tokens), len(tokens) - (1 if wanted else 0))
+        self._forget(slot, known)
+        logits = np.empty((0, 0), np.float32)
+        for at in range(known, len(tokens), _CHUNK):
+            if progress:
+                progress(at, len(tokens))
+            part = tokens[at : at + _CHUNK]
+            last = wanted and at + len(part) == len(tokens)
+            logits = self._forward([(slot, part, [False] * (len(part) - 1) + [last])])
+        if progress:
+            progress(len(tokens), len(tokens))
+        return len(tokens) - known, logits
 
     # ---- Steps ----
 
-    def _step(self, running: dict[int, Answer]) -> Iterator[tuple[Answer, str]]:
+    def _step(self, running: dict[int, Answer]) -> list[tuple[Answer, str]]:
         """One token, or several guessed right, for every running answer."""
         started = time.perf_counter()
         room = max(0, _ROWS // len(running) - 1)
         rows = []
         for slot, answer in running.items():
             spare = self.engine.context - len(answer.whole)
-            guesses = answer.guess(min(room, spare))
-            rows.append((slot, [answer.whole[-1], *guesses], None))
+            rows.append((slot, [answer.whole[-1], *answer.guess(min(room, spare))], None))
         logits = self._forward(rows)
         self.timings.steps += 1
         self.timings.step_s += time.perf_counter() - started
-        at = 0
+        result, at = [], 0
         for slot, fed, _ in rows:
             answer = running[slot]
-            pieces, drawn = [], 0
+            pieces = []
             for row, guess in enumerate([*fed[1:], None]):
                 pieces.append(self._draw(answer, logits[at + row]))
-                drawn += 1
                 if answer.finish or answer.whole[-1] != guess:
                     break
             at += len(fed)
-            self.timings.step_tokens += drawn
+            self.timings.step_tokens += len(pieces)
             if len(fed) > 1:
-                answer.learn(len(fed) - 1, drawn - 1)
+                answer.learn(len(fed) - 1, len(pieces) - 1)
                 self.timings.guessed += len(fed) - 1
-                self.timings.guessed_right += drawn - 1
+                self.timings.guessed_right += len(pieces) - 1
                 self._forget(slot, len(answer.whole) - 1)
-            if answer.finish:
-                del running[slot]
-            yield answer, "".join(pieces)
+            result.append((answer, "".join(pieces)))
+        return result
 
     def _draw(self, answer: Answer, logits: NDArray[np.float32]) -> str:
         started = time.perf_counter()
