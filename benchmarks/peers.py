@@ -14,6 +14,9 @@ unless they are finite and alike (not equal: ik_llama.cpp quantises activations 
 Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt at once;
 tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for ik_llama.cpp
 the file. DRAM is the best that any probe read before and after the rounds.
+
+A --type may carry options of peer_ik.py, as in IQ2_BN_R4+no-flash: ik_llama.cpp has its own flash attention
+kernels for some head sizes, but not for the 100 of 3B, so both ways are timed.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from bitgen.measure.records import Load
 HERE = Path(__file__).resolve().parent
 _ALIKE = 0.95  # correlation of logits; 0.99 and more is what other roundings of activations leave
 _PROMPT = 16  # tokens whose logits are compared
+_TYPES = ("IQ2_BN", "IQ2_BN_R4", "IQ2_BN_R4+no-flash")
 
 
 class Side:
@@ -118,9 +122,11 @@ def opened(
         sides.append(
             Side("bitgen", [sys.executable, HERE / "peer_bitgen.py", args.model, *common, *library], {})
         )
-        for kind, path in files.items():
-            command = [args.peer_python, HERE / "peer_ik.py", path, *common, *args.peer_option]
-            sides.append(Side(f"ik {kind}", command, peer_env))
+        for peer in args.type:
+            kind, *flags = peer.split("+")
+            options = [f"--{flag}" for flag in flags]
+            command = [args.peer_python, HERE / "peer_ik.py", files[kind], *common, *options]
+            sides.append(Side(f"ik {peer}", command, peer_env))
         yield sides
     finally:
         for side in sides:
@@ -208,7 +214,9 @@ def run(args: argparse.Namespace) -> None:
     model, workshop = find_model(args.model), Workshop()
     tests = [Test.parse(text) for text in args.tests.split(",")]
     context = max(_PROMPT, *(test.n for test in tests))
-    files = make_models(args.work, args.model, args.type or ["IQ2_BN", "IQ2_BN_R4"], args.peer_python)
+    args.type = args.type or list(_TYPES)
+    kinds = list(dict.fromkeys(peer.partition("+")[0] for peer in args.type))
+    files = make_models(args.work, args.model, kinds, args.peer_python)
     isa = workshop.isa(None).name
     rows: list[tuple[object, ...]] = []
     logits: list[tuple[object, ...]] = []
@@ -241,10 +249,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the peer's files")
     parser.add_argument("--peer-python", type=Path, required=True, help="a Python with ik-llama-cpp-python")
     parser.add_argument("--peer-library", type=Path, help="its libllama.so, compiled for this machine")
-    parser.add_argument(
-        "--peer-option", action="append", default=[], help="of peer_ik.py, as --peer-option=--no-mmap"
-    )
-    parser.add_argument("--type", action="append", help="of llama-quantize (IQ2_BN and IQ2_BN_R4)")
+    parser.add_argument("--type", action="append", help=f"of llama-quantize, + options ({', '.join(_TYPES)})")
     parser.add_argument("--library", type=Path, help="bitgen's kernel library (the best here)")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--tests", default="pp128,pp512,tg32")
