@@ -120,6 +120,19 @@ def test_a_text_longer_than_a_step_is_cut_inside(tables: Any) -> None:
     assert np.array_equal(feed(Engine(weights, tables()), ids, [300, 290 + 12]), whole)
 
 
+def test_a_wide_model_runs_in_parts(tables: Any) -> None:
+    """2 x 8200 outputs of gate and up: parts of 127 tokens."""
+    config = small_config(hidden=64, ffn=8200, vocab=40)
+    weights = random_weights(config, 4)
+    ids = ids_of(config, 256)
+    arguments = np.array(ids, np.int32), np.arange(256, dtype=np.int32), np.zeros(256, np.int32)
+    one_by_one = feed(Engine(weights, tables()), ids, [1] * 256)
+    rng = np.random.default_rng(0)
+    for wanted in (np.ones(256, bool), np.arange(256) == 255, rng.random(256) < 0.1, np.arange(256) < 3):
+        engine = Engine(weights, tables())
+        assert np.array_equal(engine.forward(*arguments, wanted), one_by_one[wanted])
+
+
 def test_sequences_in_a_batch_do_not_see_each_other(tables: Any) -> None:
     config = small_config()
     weights = random_weights(config, 5)
@@ -429,7 +442,7 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
         sizes[kv] = engine.memory.cache
         scales = 3 * c.layers * 2 * c.kv_heads * 400 * 4
         expected = {"f16": 2 * values, "f32": 4 * values, "q8": values + scales}[kv]
-        assert expected <= sizes[kv] <= expected + 256
+        assert expected <= sizes[kv] <= expected + 3 * c.layers * 2 * c.kv_heads * 1152 + 256
         packed_size = sum(m.data.size for layer in pack_model(weights, tables()) for m in
                           (layer.qkv, layer.o, layer.gate_up, layer.down))  # fmt: skip
         scale_bytes = sum(m.shape.m * 4 for layer in weights.layers for m in layer.matrices)
