@@ -70,8 +70,8 @@ ANY_SHAPE = Shape(4096, 4096)
 class Workshop:
     """What every step needs: this CPU, the ISA levels, a compiler, and the folder of records.
 
-    ``cc`` names a compiler (None: $CC, gcc, clang, zig); ``logs`` is the folder of records. ``target`` is a CPU
-    to build for that need not be this one, None for this machine's.
+    ``cc`` names a compiler (None: $CC, gcc, clang, zig); ``logs`` is the folder of records. ``target`` is the
+    CPU to build for, None: this machine's.
     """
 
     cc: str | None = None

@@ -1,0 +1,112 @@
+"""Kernels for another architecture, held against numpy in an emulator."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+
+import foreign
+import numpy as np
+
+from bitgen.host import table_bytes
+from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
+from bitgen.packing import pack
+from bitgen.reference import scale_output, ternary_matmul
+from bitgen.render import Source, render_kernel, render_tables
+from bitgen.spec import FAMILIES, MATMUL_STRUCT, TABLES_PROTOTYPE, KernelSpec, Layout, x_stride
+from bitgen.target import find_isa, load_isas
+from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit
+
+DRIVER = Path(__file__).parent / "data" / "foreign" / "kernels.c"
+WHAT = ("", "a wrong value", "a value outside the output's columns", "a value outside the range of rows")
+
+
+def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *flags: str) -> Path:
+    """One program with all of ``specs``; ``flags`` are the linker's."""
+    builders = dict.fromkeys((spec.family, spec.isa) for spec in specs if table_bytes(spec))
+    sources = [*map(render_kernel, specs), *(render_tables(family, isa) for family, isa in builders)]
+    units = [_unit(source) for source in sources]
+    prototypes = [function.declaration for unit in units for function in unit.functions]
+    rows = ", ".join(f"{{{s.name}, {s.name}_scratch, {_tables(s)}}}" for s in specs)
+    header = "\n".join(
+        (
+            MATMUL_STRUCT,
+            *prototypes,
+            "struct kernel {",
+            "    void (*run)(const struct bitgen_matmul *);",
+            "    int64_t (*scratch)(int64_t, int64_t, int64_t);",
+            "    void (*tables)(const int8_t *, int64_t, uint8_t *);",
+            "};",
+            f"static const struct kernel kernels[] = {{{rows}}};",
+            "",
+        )
+    )
+    driver = Unit("driver", DRIVER.read_text(), headers=(("kernels.h", header),))
+    objects = toolchain.compile_objects([*units, driver])
+    for made in objects:
+        if isinstance(made, CompileError):
+            raise made
+    subprocess.run(
+        [*toolchain.compiler.command, *flags, "-o", program, *map(str, objects), "-lm"], check=True
+    )
+    return program
+
+
+def _unit(source: Source) -> Unit:
+    functions = tuple(Prototype.parse(text) for text in source.prototypes)
+    return Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, MATMUL_STRUCT)
+
+
+def _tables(spec: KernelSpec) -> str:
+    name = Prototype.parse(TABLES_PROTOTYPE.format(family=spec.family, isa=spec.isa)).name
+    return name if table_bytes(spec) else "0"
+
+
+def faults(
+    program: Path, specs: Sequence[KernelSpec], cpu: str = "max", few: bool = False
+) -> tuple[int, list[str]]:
+    """How many products the kernels of ``program`` were given, and what is wrong; ``few``: the small ones."""
+    asked = [(spec, case) for spec in specs for case in cases(spec.regime, few)]
+    data = b"".join(struct.pack("=q", specs.index(spec)) + record(spec.layout, case) for spec, case in asked)
+    done = foreign.emulate([str(program)], cpu, data, environment={"ASAN_OPTIONS": "detect_leaks=0"})
+    answers = np.frombuffer(done.stdout[: len(done.stdout) // 16 * 16], np.int64).reshape(-1, 2)
+    wrong = [
+        f"{spec.name}: {case.title}: {WHAT[code]} at {where}"
+        for (spec, case), (code, where) in zip(asked, answers, strict=False)
+        if code
+    ]
+    if done.returncode or len(answers) < len(asked):
+        spec, case = asked[min(len(answers), len(asked) - 1)]
+        said = done.stderr.decode(errors="replace")[:2000]
+        wrong.append(f"{spec.name}: {case.title}: the program ended with {done.returncode}: {said}")
+    return len(asked), wrong
+
+
+@lru_cache
+def cases(regime: str, few: bool) -> tuple[Case, ...]:
+    """The exactness cases of a regime; ``few``: the small ones, for a sanitizer's speed."""
+    return tuple(
+        case for case in cases_of(regime) if not few or case.shape.m * case.shape.k * case.n < 400_000
+    )
+
+
+@cache
+def record(layout: Layout, case: Case) -> bytes:
+    """A product as kernels.c reads it, without the number of its kernel."""
+    m, k, n = case.shape.m, case.shape.k, case.n
+    w, xq = case_weights(case), case_activations(case)
+    rng = np.random.default_rng([m, k, n])
+    x_scale, w_scale = (rng.uniform(0.001, 0.1, count).astype(np.float32) for count in (n, m if n % 2 else 1))
+    acc = ternary_matmul(xq, w)
+    expected = scale_output(acc, x_scale, w_scale) if case.floats else acc
+    x = np.zeros((n, x_stride(k)), np.int8)
+    x[:, :k] = xq
+    packed = pack(layout, w)
+    half = -(-m // layout.row_block) // 2 * layout.row_block if case.split else 0
+    table_stride = layout.chunks(k) * FAMILIES[layout.family].table_bytes
+    numbers = (case.floats, m, k, n, x.shape[1], table_stride, m + 3, len(packed), len(w_scale), half)
+    arrays = (packed, x, xq.sum(axis=1, dtype=np.int32), x_scale, w_scale, expected)
+    return struct.pack("=10q", *map(int, numbers)) + b"".join(a.tobytes() for a in arrays)

@@ -1,0 +1,259 @@
+"""ARM on a machine that is none: cross-compiled, executed by qemu. Nothing here is about speed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import exact_specs
+import foreign
+import foreign_kernels
+import numpy as np
+import pytest
+
+from bitgen.api import build
+from bitgen.cli import main
+from bitgen.errors import EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
+from bitgen.render import inherits
+from bitgen.space import space_for
+from bitgen.spec import FAMILIES, REGIMES, KernelSpec
+from bitgen.target import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
+from bitgen.toolchain import Toolchain, find_cross_compiler, find_cross_compilers
+
+ROOT = Path(__file__).parent.parent
+MISUSE = Path(__file__).parent / "data" / "library" / "misuse.c"
+LEVELS = [isa for isa in load_isas() if isa.arch == "aarch64"]
+CPU = target_cpu("neoverse-n1")
+# -O1: at -O3 the instrumented kernels take minutes to compile.
+SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+# What each library needs, and the cores of qemu that lack it.
+LIBRARIES = {"cortex-a72": "neon", "neoverse-n1": "neon_dotprod", "neoverse-v1": "neon_i8mm"}
+CORES = {
+    "cortex-a53": {"neon"},
+    "cortex-a72": {"neon"},
+    "a64fx": {"neon"},
+    "cortex-a76": {"neon", "neon_dotprod"},
+    "neoverse-n1": {"neon", "neon_dotprod"},
+    "max": {"neon", "neon_dotprod", "neon_i8mm"},
+}
+needs_emulator = pytest.mark.skipif(foreign.why_not() is not None, reason=f"{foreign.why_not()}")
+levels = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: isa.name)
+
+
+def cross_toolchain(folder: Path, *flags: str, cc: str | None = None) -> Toolchain:
+    return Toolchain(find_cross_compiler("aarch64", "Linux", cc), folder, extra_flags=flags)
+
+
+# ---- kernels
+
+
+def defaults(isa: Isa) -> list[KernelSpec]:
+    """The default of every family and regime, and what is tried first of those that the level changes."""
+    spaces = [space_for(f, isa, r, exact_specs.SHAPE, CPU) for f in FAMILIES for r in REGIMES]
+    known = [spec for space in spaces for spec in space.known_good if not inherits(spec)]
+    return list(dict.fromkeys([*(space.default for space in spaces), *known]))
+
+
+@needs_emulator
+@levels
+def test_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
+    """Defaults, presets, every edge of the accumulators and a draw, each on ragged shapes and worst cases."""
+    specs = [
+        spec
+        for family in FAMILIES
+        for regime in REGIMES
+        for spec in exact_specs.chosen(family, isa, regime, CPU, sample=1, seed=5)
+    ]
+    program = foreign_kernels.build(cross_toolchain(tmp_path), specs, tmp_path / "kernels", "-static")
+    count, wrong = foreign_kernels.faults(program, specs)
+    assert not wrong
+    assert count > 20 * len(specs) > 200
+
+
+@needs_emulator
+@levels
+def test_kernels_stay_within_their_buffers(isa: Isa, tmp_path: Path) -> None:
+    """Every buffer has exactly the promised bytes, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    specs = defaults(isa)
+    toolchain = cross_toolchain(tmp_path, *SANITIZE)
+    program = foreign_kernels.build(toolchain, specs, tmp_path / "kernels", *SANITIZE)
+    count, wrong = foreign_kernels.faults(program, specs, few=True)
+    assert not wrong
+    assert count > 10 * len(specs)
+
+
+@needs_emulator
+def test_the_kernels_program_sees_what_is_wrong(tmp_path: Path) -> None:
+    """So that the tests above can fail: weights that are not those the answer is for, and too few of them."""
+    spec = space_for("i2s", LEVELS[0], REGIMES[0], exact_specs.SHAPE, CPU).default
+    toolchain = cross_toolchain(tmp_path, *SANITIZE)
+    program = foreign_kernels.build(toolchain, [spec], tmp_path / "kernels", *SANITIZE)
+    case = next(case for case in foreign_kernels.cases("n1", True) if case.shape.m == 33 and not case.floats)
+    good = (0).to_bytes(8, "little") + foreign_kernels.record(spec.layout, case)
+    head = 8 * 11
+    bad = bytearray(good)
+    bad[head] ^= 3
+    answers = [foreign.emulate([str(program)], data=bytes(data)).stdout for data in (good, bad)]
+    assert [np.frombuffer(answer, np.int64)[0] for answer in answers] == [0, 1]
+    weights = int.from_bytes(good[64:72], "little")
+    short = bytearray(good[: head + weights - 16] + good[head + weights :])
+    short[64:72] = (weights - 16).to_bytes(8, "little")
+    done = foreign.emulate([str(program)], data=bytes(short), environment={"ASAN_OPTIONS": "detect_leaks=0"})
+    assert b"heap-buffer-overflow" in done.stderr
+
+
+# ---- libraries
+
+
+@pytest.fixture(scope="module", params=LIBRARIES)
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A target and the library that `bitgen build --target` makes for it."""
+    if foreign.why_not():
+        pytest.skip(str(foreign.why_not()))
+    return request.param, build(
+        "0.7B", target=request.param, system="Linux", cc="gcc", out=tmp_path_factory.mktemp("built")
+    )
+
+
+def example_of(bundle: Path, folder: Path, source: Path = ROOT / "examples" / "c" / "example.c") -> Path:
+    """A C program linked with a library, for AArch64."""
+    program = folder / source.stem
+    words = [*find_cross_compiler("aarch64", "Linux", "gcc").command, "-std=c99", "-O1", "-ffp-contract=off"]
+    link = [f"-L{bundle}", f"-lbitgen-{bundle.name}", f"-Wl,-rpath,{bundle}", "-lm", "-lpthread"]
+    subprocess.run([*words, f"-I{bundle}", "-o", program, source, *link], check=True)
+    return program
+
+
+def test_a_library_runs_where_it_can_and_refuses_elsewhere(library: tuple[str, Path], tmp_path: Path) -> None:
+    """On six cores: the example is exact, or says in words what is missing. No illegal instruction."""
+    target, bundle = library
+    needs = LIBRARIES[target]
+    program = example_of(bundle, tmp_path)
+    for core, runs in CORES.items():
+        done = foreign.emulate([str(program)], core)
+        if needs in runs:
+            said = done.stdout.decode()
+            assert done.returncode == 0, f"{target} on {core}: {done.stderr.decode()}"
+            assert said.endswith("OK: 1500 values equal those of the naive loop\n")
+            assert f"__{needs}\n" in said
+        else:
+            assert done.returncode == 1, f"{target} on {core} ended with {done.returncode}"
+            assert b"bitgen_context_create: this CPU lacks features the library needs" in done.stderr
+
+
+def test_a_library_names_what_the_core_lacks_and_runs_its_portable_kernels(
+    library: tuple[str, Path], tmp_path: Path
+) -> None:
+    target, bundle = library
+    source = tmp_path / "generic.c"
+    source.write_text(
+        '#include "bitgen.h"\n#include <stdio.h>\nint main(void) {\n    bitgen_context *ctx;\n'
+        "    const int32_t code = bitgen_context_create(&ctx, 1, 0);\n"
+        "    if (!code) bitgen_context_destroy(ctx);\n"
+        "    const int32_t portable = bitgen_context_create(&ctx, 1, BITGEN_ALLOW_GENERIC);\n"
+        "    const int refused = code == BITGEN_ERROR_UNSUPPORTED_CPU;\n"
+        '    printf("%d %d %s\\n", refused, portable, bitgen_missing_features());\n'
+        "    bitgen_context_destroy(ctx);\n    return 0;\n}\n"
+    )
+    program = example_of(bundle, tmp_path, source)
+    missing = {
+        "neon": "0 0 ",
+        "neon_dotprod": "1 0 asimddp asimdrdm atomics",
+        "neon_i8mm": "1 0 asimddp asimdrdm atomics i8mm",
+    }
+    done = foreign.emulate([str(program)], "cortex-a72")
+    assert done.stdout.decode() == missing[LIBRARIES[target]] + "\n"
+    assert foreign.emulate([str(program)], "max").stdout == b"0 0 \n"
+
+
+def test_every_misuse_has_its_code(library: tuple[str, Path], tmp_path: Path) -> None:
+    target, bundle = library
+    if target != "neoverse-n1":
+        pytest.skip("host code is the same on every level, and half a minute long")
+    # "1": qemu 7.2 cannot start threads in a child of a program with threads.
+    done = foreign.emulate([str(example_of(bundle, tmp_path, MISUSE)), "1"])
+    assert done.stdout.startswith(b"OK: "), done.stderr
+
+
+def test_the_manifest_says_what_it_is_for(library: tuple[str, Path]) -> None:
+    target, bundle = library
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert (manifest["arch"], manifest["system"]) == ("aarch64", "Linux")
+    assert manifest["cpu_family"] == target.replace("-", "_")
+    assert set(manifest["isas"]) == {LIBRARIES[target], "scalar"}
+    assert manifest["compiler"]["scalar"]["target"] == "aarch64-linux-gnu"
+
+
+@needs_emulator
+@pytest.mark.skipif(shutil.which("clang") is None, reason="needs clang")
+def test_clang_builds_the_same_library(tmp_path: Path) -> None:
+    bundle = build("0.7B", target="armv8-a", system="Linux", cc="clang", out=tmp_path / "built")
+    done = foreign.emulate([str(example_of(bundle, tmp_path))], "cortex-a53")
+    assert done.stdout.endswith(b"OK: 1500 values equal those of the naive loop\n"), done.stderr
+
+
+# ---- targets
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_every_target_has_kernels_for_its_best_level(name: str) -> None:
+    cpu = target_cpu(name)
+    best = accepted_isas(cpu, load_isas())[0]
+    assert best.name != "scalar" or not cpu.features
+    for family in FAMILIES:
+        for regime in REGIMES:
+            space = space_for(family, best, regime, exact_specs.SHAPE, cpu)
+            assert not space.broken(space.default)
+
+
+@pytest.mark.parametrize(
+    ("target", "level"),
+    [
+        ("armv8-a", "neon"),
+        ("cortex-a72", "neon"),
+        ("cortex-a76", "neon_dotprod"),
+        ("neoverse-n1", "neon_dotprod"),
+        ("apple-m1", "neon_dotprod"),
+        ("neoverse-v1", "neon_i8mm"),
+        ("neoverse-v2", "neon_i8mm"),
+        ("haswell", "avx2"),
+        ("zen4", "avx512_vbmi"),
+    ],
+)
+def test_levels_of_targets(target: str, level: str) -> None:
+    assert accepted_isas(target_cpu(target), load_isas())[0].name == level
+
+
+def test_a_wrong_target_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--model", "0.7B", "--target", "neoverse-n7"]) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert "unknown target 'neoverse-n7'; did you mean neoverse-n1" in said
+    assert said.count("\n") == 1
+
+
+def test_a_level_the_target_lacks_is_refused() -> None:
+    with pytest.raises(BitgenError, match="cannot run neon_dotprod here: this CPU lacks asimddp"):
+        build("0.7B", target="cortex-a72", system="Linux", isa="neon_dotprod")
+
+
+def test_no_cross_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr("bitgen.toolchain.compiler._zig_command", lambda: None)
+    assert find_cross_compilers("aarch64", "Linux") == []
+    with pytest.raises(
+        BitgenError, match=r"install aarch64-linux-gnu-gcc .*, or pip install ziglang"
+    ) as caught:
+        find_cross_compiler("aarch64", "Linux")
+    assert caught.value.exit_code == EXIT_TOOLCHAIN
+
+
+@needs_emulator
+def test_a_compiler_for_another_architecture_is_refused() -> None:
+    with pytest.raises(BitgenError, match="makes code for aarch64-linux-gnu, not for x86_64"):
+        find_cross_compiler("x86_64", "Linux", "aarch64-linux-gnu-gcc")
+
+
+def test_arm_levels_by_name() -> None:
+    assert find_isa("NEON-dotprod", load_isas()).name == "neon_dotprod"
