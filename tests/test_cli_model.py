@@ -68,7 +68,7 @@ def test_run_prints_the_prompt_and_its_continuation(
         "seed = 5",
     ):
         assert line in err
-    assert "running on untuned kernels; faster after `bitgen tune" in err
+    assert "running on untuned kernels; for faster ones: `bitgen tune" in err
 
 
 def test_run_takes_the_flags_of_llama_and_bitnet_cpp(

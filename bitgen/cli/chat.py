@@ -45,6 +45,8 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
         name = getattr(args, "chat_template", None)
         if name:
             llm.template = _template(name)
+        elif not llm.template:
+            print("bitgen: the file has no chat template: using one that fits its tokens", file=sys.stderr)
         talk = Conversation(llm, system, **sampling_options(args))
         lines = _Lines()
         message = first if first is not None else lines.read()

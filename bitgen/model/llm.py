@@ -176,11 +176,13 @@ class LLM:
         """Say how to tune when the library holds no kernel that was tuned for this model."""
         tuned = {kernel.shape for kernel in self.table.kernels if kernel.shape}
         if not tuned & set(shapes_of(self.config)):
-            name = preset_name(self.config) or "SHAPES.yaml"
-            self.notes.append(
-                f"running on untuned kernels; faster after `bitgen tune --model {name}` and "
-                f"`bitgen build --model {name}`"
+            name = preset_name(self.config)
+            how = (
+                f"`bitgen tune --model {name}`, then `bitgen build --model {name}`"
+                if name
+                else "`bitgen tune` and `bitgen build` with the model's sizes in a YAML file, as in configs/models"
             )
+            self.notes.append(f"running on untuned kernels; for faster ones: {how}")
 
     def __enter__(self) -> LLM:
         return self
