@@ -180,7 +180,7 @@ class LLM:
             how = (
                 f"`bitgen tune --model {name}`, then `bitgen build --model {name}`"
                 if name
-                else "`bitgen tune` and `bitgen build` with the model's sizes in a YAML file, as in configs/models"
+                else "`bitgen tune` and `bitgen build` on a YAML file of its sizes, as in configs/models"
             )
             self.notes.append(f"running on untuned kernels; for faster ones: {how}")
 
