@@ -19,7 +19,7 @@ import platform
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,6 +189,31 @@ def _parse_knobs(knobs: Sequence[str]) -> dict[str, int]:
     return values
 
 
+# ---- models ----
+
+
+def preset_of(model: str | ModelPreset) -> ModelPreset:
+    """The shapes of ``model``: a preset's name, a YAML file, or a model file or folder that `bitgen run` reads."""
+    if isinstance(model, ModelPreset):
+        return model
+    from bitgen.model.files import open_model, shipped_model
+
+    path = Path(model)
+    if (
+        path.suffix.lower() not in (".gguf", ".safetensors")
+        and not path.is_dir()
+        and not shipped_model(model)
+    ):
+        return find_model(model)
+    config = open_model(model).config
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
+    return ModelPreset(
+        **{f.name: getattr(config, f.name) for f in fields(ModelPreset) if f.name not in ("name", "aliases")},
+        name=config.name or safe,
+        aliases=(safe or "model",),
+    )
+
+
 # ---- tune ----
 
 
@@ -219,7 +244,7 @@ def tune(
     from bitgen.search import tune as search
 
     workshop = Workshop(cc, logs)
-    preset = find_model(model) if isinstance(model, str) else model
+    preset = preset_of(model)
     config = load_search_config()
     plan = plan_for(
         preset,
@@ -309,7 +334,7 @@ def build(
 
     cpu = target_cpu(target, system or platform.system()) if target else None
     workshop = Workshop(cc, logs, cpu)
-    preset = find_model(model) if isinstance(model, str) else model
+    preset = preset_of(model)
     level = workshop.isa(isa)
     choices = choices_for(preset, workshop, level)
     return write_library(
@@ -429,7 +454,7 @@ def bench_kernels(
     from bitgen.measure.local import LocalRunner
 
     workshop = Workshop(cc, logs)
-    preset = find_model(model) if isinstance(model, str) else model
+    preset = preset_of(model)
     level, count = workshop.isa(isa), threads or workshop.cpu.usable_threads
     chosen = {
         (choice.shape, choice.spec.regime): choice.spec

@@ -127,7 +127,7 @@ class LLM:
         )
         self._setup(self._open(batch=batch), config, tokenizer)
         self.generator.timings.load_s = time.perf_counter() - started
-        self._note_untuned()
+        self._note_untuned(model)
         error = getattr(self.engine, "head_error", 0.0)
         if error:
             self.notes.append(f"the int8 head differs from the exact one by {error:.2%} (root mean square)")
@@ -172,16 +172,12 @@ class LLM:
             )
         return bundle.path
 
-    def _note_untuned(self) -> None:
+    def _note_untuned(self, model: str | Path) -> None:
         """Say how to tune when the library holds no kernel that was tuned for this model."""
         tuned = {kernel.shape for kernel in self.table.kernels if kernel.shape}
         if not tuned & set(shapes_of(self.config)):
-            name = preset_name(self.config)
-            how = (
-                f"`bitgen tune --model {name}`, then `bitgen build --model {name}`"
-                if name
-                else "`bitgen tune` and `bitgen build` on a YAML file of its sizes, as in configs/models"
-            )
+            name = preset_name(self.config) or model
+            how = f"`bitgen tune --model {name}`, then `bitgen build --model {name}`"
             self.notes.append(f"running on untuned kernels; for faster ones: {how}")
 
     def __enter__(self) -> LLM:
