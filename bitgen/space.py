@@ -414,7 +414,7 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         schedule = Schedule(algorithm, tuple(knobs.items()))
         return KernelSpec(family, isa.name, regime.name, Layout(family, row_block), schedule)
 
-    zmm = isa.vector_bytes == 64
+    zmm, neon = isa.vector_bytes == 64, isa.arch == "aarch64"
     dots = isa.native_dot4 or isa.name == "scalar"
     pairs, steps = (0, 0) if dots else (_pairs(family), 64)
     widen = {"tl1": 63, "tl2": 21}.get(family, pairs)
@@ -422,7 +422,11 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
     ahead = 4096 if family == "i2s" else 6144  # measured for two streams (docs/performance.md)
     if regime is N1 and not looks_up:
         accs = 4 if isa.native_dot4 and zmm else 1 if pairs and family == "t5" else 2
-        yield spec("direct", streams=2, nr=1, accs=accs, widen=pairs // accs, unroll=1, prefetch=ahead)
+        if neon:  # by instructions a weight (docs/performance.md): two streams do not stay in its registers
+            accs = 1 if family == "t5" else 4 if isa.native_dot4 and isa.code_max >= 128 else 2
+        yield spec(
+            "direct", streams=1 if neon else 2, nr=1, accs=accs, widen=pairs // accs, unroll=1, prefetch=ahead
+        )
         yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0)
     elif regime is N1:
         yield spec("direct", streams=4 if zmm else 1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=4096)
@@ -431,7 +435,7 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         for bm, block, kc in ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=1, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)
     elif regime is SMALL and not looks_up:
-        rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": 2}
+        rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": 4 if neon and dots else 2}
         yield spec("direct", **rows, accs=1, widen=pairs, unroll=1, prefetch=2048)
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
     if regime is not N1:
@@ -439,7 +443,7 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         large = {"mr": 64, "nr": 6, "mc": 64, "kc": 960, "widen": steps, "unroll": 1}
         if zmm:
             yield spec("panel", **large)
-        yield spec("panel", **{**small, "mc": 64, "kc": 960})
+        yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if neon and dots else 4})
         yield spec("panel", **small)
     if regime is not N1 and looks_up:
         for bm, block, kc in ((2, 160, 96), (1, 160, 96)):

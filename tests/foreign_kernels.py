@@ -89,7 +89,7 @@ def faults(
 def cases(regime: str, few: bool) -> tuple[Case, ...]:
     """The exactness cases of a regime; ``few``: the small ones, for a sanitizer's speed."""
     return tuple(
-        case for case in cases_of(regime) if not few or case.shape.m * case.shape.k * case.n < 400_000
+        case for case in cases_of(regime) if not few or case.shape.m * case.shape.k * case.n < 150_000
     )
 
 

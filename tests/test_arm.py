@@ -16,7 +16,6 @@ import pytest
 from bitgen.api import build
 from bitgen.cli import main
 from bitgen.errors import EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
-from bitgen.render import inherits
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec
 from bitgen.target import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
@@ -50,10 +49,13 @@ def cross_toolchain(folder: Path, *flags: str, cc: str | None = None) -> Toolcha
 
 
 def defaults(isa: Isa) -> list[KernelSpec]:
-    """The default of every family and regime, and what is tried first of those that the level changes."""
-    spaces = [space_for(f, isa, r, exact_specs.SHAPE, CPU) for f in FAMILIES for r in REGIMES]
-    known = [spec for space in spaces for spec in space.known_good if not inherits(spec)]
-    return list(dict.fromkeys([*(space.default for space in spaces), *known]))
+    """The default of every family and regime."""
+    return [space_for(f, isa, r, exact_specs.SHAPE, CPU).default for f in FAMILIES for r in REGIMES]
+
+
+def uses_the_level(spec: KernelSpec, isa: Isa) -> bool:
+    """Not int16 sums where there is a dot instruction: no search would ask for them."""
+    return FAMILIES[spec.family].looks_up or not isa.native_dot4 or dict(spec.schedule)["widen"] == 0
 
 
 @needs_emulator
@@ -65,11 +67,12 @@ def test_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
         for family in FAMILIES
         for regime in REGIMES
         for spec in exact_specs.chosen(family, isa, regime, CPU, sample=1, seed=5)
+        if uses_the_level(spec, isa)
     ]
     program = foreign_kernels.build(cross_toolchain(tmp_path), specs, tmp_path / "kernels", "-static")
     count, wrong = foreign_kernels.faults(program, specs)
     assert not wrong
-    assert count > 20 * len(specs) > 200
+    assert count > 20 * len(specs) > 20 * 12
 
 
 @needs_emulator

@@ -75,9 +75,7 @@ WORD vb vb_lut16(vb table, vb idx) {
 // Two tables of 64: tbl gives 0 where an index is outside its table, tbx keeps what is there. The table stays in
 // eight registers.
 WORD vb vb_lut128(const uint8_t *table, vb idx) {
-    const uint8x16x4_t low = {{vld1q_u8(table), vld1q_u8(table + 16), vld1q_u8(table + 32), vld1q_u8(table + 48)}};
-    const uint8x16x4_t high = {{vld1q_u8(table + 64), vld1q_u8(table + 80), vld1q_u8(table + 96),
-                                vld1q_u8(table + 112)}};
+    const uint8x16x4_t low = vld1q_u8_x4(table), high = vld1q_u8_x4(table + 64);
     const uint8x16_t low7 = vdupq_n_u8(127), half = vdupq_n_u8(64);
     const uint8x16_t a = idx.a & low7, b = idx.b & low7, c = idx.c & low7, d = idx.d & low7;
     return (vb){vqtbx4q_u8(vqtbl4q_u8(low, a), high, a ^ half), vqtbx4q_u8(vqtbl4q_u8(low, b), high, b ^ half),
@@ -199,15 +197,34 @@ WORD void vw_store(int32_t *p, vw v) {
 }
 
 //: vw_store_n
-// There are no masked stores: the last, short block goes through memory.
+// There are no masked stores: halves of what is left. Not through memory: a call of memcpy would keep the accumulators
+// of the loop before it on the stack, because callees save no whole vector register.
 WORD void vw_store_n(int32_t *p, vw v, int n) {
-    int32_t all[16];
-    int32_t *q = n == 16 ? p : all;
-    vst1q_s32(q, v.a);
-    vst1q_s32(q + 4, v.b);
-    vst1q_s32(q + 8, v.c);
-    vst1q_s32(q + 12, v.d);
-    if (n != 16) memcpy(p, all, 4 * (size_t)n);
+    if (n == 16) {
+        vst1q_s32(p, v.a);
+        vst1q_s32(p + 4, v.b);
+        vst1q_s32(p + 8, v.c);
+        vst1q_s32(p + 12, v.d);
+        return;
+    }
+    if (n & 8) {
+        vst1q_s32(p, v.a);
+        vst1q_s32(p + 4, v.b);
+        p += 8;
+        v.a = v.c;
+        v.b = v.d;
+    }
+    if (n & 4) {
+        vst1q_s32(p, v.a);
+        p += 4;
+        v.a = v.b;
+    }
+    if (n & 2) {
+        vst1_s32(p, vget_low_s32(v.a));
+        p += 2;
+        v.a = vextq_s32(v.a, v.a, 2);
+    }
+    if (n & 1) vst1q_lane_s32(p, v.a, 0);
 }
 
 //: vw_add
@@ -305,27 +322,50 @@ WORD vf vf_splat(float x) {
 WORD vf vf_load(const float *p) { return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
 
 //: vf_load_n
-// There are no masked loads: the last, short block goes through memory.
+// There are no masked loads: whole registers, then up to three floats one by one.
 WORD vf vf_load_n(const float *p, int n) {
-    float all[16];
-    const float *q = p;
-    if (n != 16) {
-        memset(all, 0, sizeof all);
-        memcpy(all, p, 4 * (size_t)n);
-        q = all;
-    }
-    return (vf){vld1q_f32(q), vld1q_f32(q + 4), vld1q_f32(q + 8), vld1q_f32(q + 12)};
+    if (n == 16) return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+    const float32x4_t zero = vdupq_n_f32(0);
+    const float *q = p + (n & ~3);
+    float32x4_t last = zero;
+    if (n & 3) last = vld1q_lane_f32(q, last, 0);
+    if ((n & 3) > 1) last = vld1q_lane_f32(q + 1, last, 1);
+    if ((n & 3) > 2) last = vld1q_lane_f32(q + 2, last, 2);
+    vf r = {last, zero, zero, zero};
+    if (n >= 4) r = (vf){vld1q_f32(p), last, zero, zero};
+    if (n >= 8) r = (vf){r.a, vld1q_f32(p + 4), last, zero};
+    if (n >= 12) r = (vf){r.a, r.b, vld1q_f32(p + 8), last};
+    return r;
 }
 
 //: vf_store_n
+// As for integers, in halves of what is left.
 WORD void vf_store_n(float *p, vf v, int n) {
-    float all[16];
-    float *q = n == 16 ? p : all;
-    vst1q_f32(q, v.a);
-    vst1q_f32(q + 4, v.b);
-    vst1q_f32(q + 8, v.c);
-    vst1q_f32(q + 12, v.d);
-    if (n != 16) memcpy(p, all, 4 * (size_t)n);
+    if (n == 16) {
+        vst1q_f32(p, v.a);
+        vst1q_f32(p + 4, v.b);
+        vst1q_f32(p + 8, v.c);
+        vst1q_f32(p + 12, v.d);
+        return;
+    }
+    if (n & 8) {
+        vst1q_f32(p, v.a);
+        vst1q_f32(p + 4, v.b);
+        p += 8;
+        v.a = v.c;
+        v.b = v.d;
+    }
+    if (n & 4) {
+        vst1q_f32(p, v.a);
+        p += 4;
+        v.a = v.b;
+    }
+    if (n & 2) {
+        vst1_f32(p, vget_low_f32(v.a));
+        p += 2;
+        v.a = vextq_f32(v.a, v.a, 2);
+    }
+    if (n & 1) vst1q_lane_f32(p, v.a, 0);
 }
 
 //: vf_mul
