@@ -193,7 +193,7 @@ def _parse_knobs(knobs: Sequence[str]) -> dict[str, int]:
 
 
 def preset_of(model: str | ModelPreset) -> ModelPreset:
-    """The shapes of a preset's name, of a YAML file, or of a model file or folder as `bitgen run` reads them."""
+    """The shapes of a preset (its name), a YAML file, or a model file or folder that `bitgen run` reads."""
     if isinstance(model, ModelPreset):
         return model
     from bitgen.model.files import open_model, shipped_model
