@@ -115,7 +115,7 @@ class Workshop:
         return Fingerprint(
             cpu=f"{cpu.family} {cpu.model_name} {_digest(sorted(cpu.features))}",
             compiler=f"{self.toolchain.compiler.version.splitlines()[0]} {_digest(flags)}",
-            templates=template_digest()[:16],
+            templates=template_digest(cpu.arch)[:16],
             version=__version__,
         )
 

@@ -302,7 +302,7 @@ def render_step(isa_name: str) -> Source:
 _STEP_TILES: Mapping[int, Mapping[str, Any]] = {
     64: {
         "attention_tiles": [(1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 2)],
-        "head_tiles": [(4, 4), (4, 1)],
+        "head_tiles": [(4, 4), (8, 1)],
     },
     32: {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
@@ -333,10 +333,20 @@ def render_host(name: str, **values: Any) -> str:
     return _template(f"host/{name}").render(matmul_struct=MATMUL_STRUCT, **values)
 
 
-def template_digest() -> str:
-    """sha256 over all templates and ISA files: a record made with other texts is stale."""
+# What a kernel's timing depends on: its own text, the words, the probes, and the host code that calls it.
+_TIMED = ("kernels/*", "probes/*", "host/run.*", "host/pool.*", "host/kernel.*", "host/arch_*")
+
+
+def template_digest(arch: str) -> str:
+    """sha256 over the templates and ISA files that a timing on ``arch`` depends on.
+
+    A record made with other texts is stale. Files of other architectures, of the forward step and of the
+    library's interface do not count: a change there must not throw hours of measuring away.
+    """
     root = templates_dir()
+    levels = [isa.name for isa in load_isas() if isa.arch in ("any", arch)]
+    patterns = (*_TIMED, *(f"isa/{level}.h" for level in levels))
     digest = hashlib.sha256()
-    for path in sorted(p for p in Path(root).rglob("*") if p.is_file()):
+    for path in sorted(path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from libraries import toolchain_of
 from bitgen.cli import main
 from bitgen.errors import EXIT_USAGE, BitgenError
 from bitgen.measure.harness import unit_of
+from bitgen.paths import templates_dir
 from bitgen.render import (
     Source,
     inherits,
@@ -125,7 +126,7 @@ import hashlib, sys
 from test_render import sample
 from bitgen.render import render_kernel, render_quantize, render_tables, template_digest
 texts = [render_kernel(spec).text for spec in sample(2)]
-texts += [render_quantize("avx512_vbmi").text, render_tables("tl2", "avx2").text, template_digest()]
+texts += [render_quantize("avx512_vbmi").text, render_tables("tl2", "avx2").text, template_digest("x86_64")]
 print(hashlib.sha256("".join(texts).encode()).hexdigest())
 """
 
@@ -314,6 +315,19 @@ def test_names_of_isa_levels_are_read_as_people_write_them() -> None:
     assert render_tables("TL_2", "AVX512-VNNI") == render_tables("tl2", "avx512_vnni")
 
 
-def test_the_template_digest_is_one_text() -> None:
-    assert re.fullmatch(r"[0-9a-f]{64}", template_digest())
-    assert render_quantize("avx2").digest != render_quantize("scalar").digest
+def test_the_template_digest_covers_what_a_timing_depends_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = tmp_path / "templates"
+    shutil.copytree(templates_dir(), copy)
+    monkeypatch.setattr("bitgen.render.templates_dir", lambda: copy)
+    before = template_digest("x86_64")
+    assert re.fullmatch(r"[0-9a-f]{64}", before)
+    for file in ("isa/neon.h", "step/ops.c.j2", "host/library.c.j2"):
+        (copy / file).write_text((copy / file).read_text() + "\n")
+        assert template_digest("x86_64") == before, file
+    for file in ("isa/avx2.h", "kernels/common.j2", "host/run.c.j2", "probes/read.c.j2"):
+        (copy / file).write_text((copy / file).read_text() + "\n")
+        now = template_digest("x86_64")
+        assert now != before, file
+        before = now
