@@ -422,7 +422,7 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
     ahead = 4096 if family == "i2s" else 6144  # measured for two streams (docs/performance.md)
     if regime is N1 and not looks_up:
         accs = 4 if isa.native_dot4 and zmm else 1 if pairs and family == "t5" else 2
-        if neon:  # by instructions a weight (docs/performance.md): two streams do not stay in its registers
+        if neon:  # by instructions a weight (docs/arm.md): two streams do not stay in its registers
             accs = 1 if family == "t5" else 4 if isa.native_dot4 and isa.code_max >= 128 else 2
         yield spec(
             "direct", streams=1 if neon else 2, nr=1, accs=accs, widen=pairs // accs, unroll=1, prefetch=ahead
