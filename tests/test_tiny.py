@@ -105,7 +105,7 @@ def test_perplexity_of_held_out_text_is_pytorchs(llm: LLM) -> None:
     *_, result = perplexity(llm, HELD_OUT, recorded["context"])
     assert result.tokens == recorded["tokens"]
     # Both compute exact integer sums from float32 activations; they differ where an activation lies so close
-    # to the middle of two int8 values that another order of a float32 sum rounds it the other way, which moves
+    # to the middle of two int8 values that another order of a float32 sum rounds it the other way. That moves
     # likelihoods as often up as down (measured: 4.4e-5 of the perplexity).
     assert math.isclose(result.value, recorded["perplexity"], rel_tol=5e-4)
 
