@@ -281,8 +281,8 @@ QUANTIZE_PROTOTYPE = (
 )
 TABLES_PROTOTYPE = "void bitgen_{family}_tables__{isa}(const int8_t *xq, int64_t k, uint8_t *tables)"
 
-# Formats of embeddings and heads that a forward step reads, in the order of enum bitgen_dense_type (bitgen.h). i8:
-# int8 with a float scale a row, made from a head at load.
+# Formats of embeddings and heads that a forward step reads, in the order of enum bitgen_dense_type (bitgen.h).
+# i8: int8 with a float scale a row, made from a head at load.
 DENSE_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1", "i8")
 
 # The argument of every kernel; the C text and the cdef are both made from this string.
