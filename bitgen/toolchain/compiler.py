@@ -37,7 +37,7 @@ COMMON_FLAGS = (
 
 _KIND_FLAGS = {
     # no-semantic-interposition: else gcc inlines no function that is also exported; clang does by itself.
-    # no-tree-ter, no-tree-reassoc: gcc 12 otherwise evaluates a whole unrolled step first and adds later, with
+    # no-tree-ter, no-tree-reassoc: gcc 12 otherwise evaluates a whole unrolled step first, adds later, with
     # more values alive than there are registers: 74 spills in a loop of AVX2 I2_S instead of 10 (TL2: 37, 0).
     "gcc": (
         "-pipe",
