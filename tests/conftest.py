@@ -37,3 +37,12 @@ def bitgen_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "bitgen_home"
     monkeypatch.setenv("BITGEN_HOME", str(home))
     return home
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How much was proven exact, also with `-q` and from parallel workers."""
+    passed = terminalreporter.getreports("passed")
+    counts = [value for report in passed for name, value in report.user_properties if name == "exact"]
+    if counts:
+        schedules, cases = (sum(column) for column in zip(*counts, strict=True))
+        terminalreporter.write_line(f"exact: {schedules} schedules, {cases} (schedule, shape, n) cases")

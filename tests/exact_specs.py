@@ -1,0 +1,67 @@
+"""Which kernels the exactness tests run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from bitgen.render import inherits
+from bitgen.space import Space, int16_sums, space_for
+from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
+from bitgen.target import Cpu, Isa
+
+SHAPE = Shape(3200, 8640)
+
+
+def edges(space: Space) -> Iterator[KernelSpec]:
+    """Schedules with as many int16 additions as are legal, one for each way to accumulate.
+
+    A way is an algorithm, a number of accumulators, and few or many tokens in registers. The widths that the
+    axes offer are not enough: what is legal may be asked for with ``--knob``.
+    """
+    for algorithm in space.algorithms:
+        axes = space.knobs(algorithm)
+        values = {name: min(choices) for name, choices in axes.items()}
+        if algorithm == "panel":
+            values |= {"mr": 16, "mc": 16}
+        for accs in (1, 2, 4) if "accs" in axes else (None,):
+            # The scalar level has no registers, and its unrolled arrays take long to compile.
+            for nr in sorted(
+                {min(axes["nr"]), max(axes["nr"]) if space.isa.name != "scalar" else min(axes["nr"])}
+            ):
+                yield from _widest(space, algorithm, {**values, "nr": nr, **({"accs": accs} if accs else {})})
+
+
+def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[KernelSpec]:
+    for widen in range(70, 0, -1):
+        spec = space.make(algorithm, space.layouts[0], {**values, "widen": widen})
+        if not space.broken(spec):
+            sums = int16_sums(spec)
+            assert sums is not None
+            more = replace(sums, additions=sums.additions // widen * (widen + 1))
+            assert not more.exact, f"{spec.name} is not at the edge"
+            yield spec
+            return
+
+
+def chosen(family: str, isa: Isa, regime: Regime, cpu: Cpu, sample: int, seed: int) -> list[KernelSpec]:
+    """The default, the presets, every overflow edge and a sample of a space, each once.
+
+    Of kernels that have the text of their level's parent only the default.
+    """
+    space = space_for(family, isa, regime, SHAPE, cpu)
+    draw = random.Random(f"{seed} {family} {isa.name} {regime.name}")
+    presets = space.known_good if isa.name != "scalar" else (space.default,)
+    points: Iterable[KernelSpec] = (*presets, *edges(space), *draw.sample(space.points, sample))
+    return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
+
+
+def for_one_shape(isa: Isa, families: Iterable[str], cpu: Cpu) -> list[KernelSpec]:
+    """Kernels of every family and regime with the shape in the text: tiny, ragged, cut along k."""
+    shapes = (Shape(1, 1), Shape(33, 100), Shape(70, 2113))
+    return [
+        replace(space_for(family, isa, regime, SHAPE, cpu).default, shape=shape)
+        for family in families
+        for regime, shape in zip(REGIMES, shapes, strict=True)
+    ]

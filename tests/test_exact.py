@@ -1,0 +1,405 @@
+"""Kernels equal the numpy reference bit for bit: chosen schedules in measuring processes, drawn data here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from exact_specs import chosen, edges, for_one_shape
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from libraries import toolchain_of
+
+from bitgen.errors import BitgenError
+from bitgen.measure import Status
+from bitgen.measure.candidates import support_units
+from bitgen.measure.cases import EDGES, TOKENS, cases_of
+from bitgen.measure.harness import unit_of
+from bitgen.measure.local import LocalRunner, Proof
+from bitgen.measure.sweep import SweepCounts, exact_sweep, own_points, sweep
+from bitgen.packing import pack
+from bitgen.reference import linear, quantize_activations, scale_output, ternary_matmul
+from bitgen.render import render_kernel
+from bitgen.space import space_for
+from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride
+from bitgen.target import Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
+from bitgen.toolchain import Toolchain, best_builder
+
+CPU = detect_cpu()
+LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
+ISAS = {isa.name: isa for isa in accepted_isas(CPU, load_isas())}
+levels = pytest.mark.parametrize("isa_name", [isa.name for isa in load_isas()])
+families = pytest.mark.parametrize("family", FAMILIES)
+
+SAMPLE, SEED = 1, 20
+
+
+@pytest.fixture(scope="module")
+def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
+    return toolchain_of(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def runner(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
+    """Nothing is timed here, so the lock is not the machine's."""
+    locks = tmp_path_factory.mktemp("locks")
+    with LocalRunner(toolchain, CPU, lock_folder=locks) as local:
+        yield local
+
+
+def runnable(name: str) -> Isa:
+    decision = LEVELS[name]
+    if not isinstance(decision, Accepted):
+        pytest.skip(f"{name}: {decision.reason}")
+    return decision.isa
+
+
+def report(counts: SweepCounts, request: pytest.FixtureRequest) -> None:
+    """For the line at the end of the test run."""
+    request.node.user_properties.append(("exact", (counts.schedules, counts.cases)))
+
+
+# ---- schedules
+
+
+@levels
+@families
+def test_schedules_are_exact(
+    family: str, isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
+) -> None:
+    """Defaults, presets, overflow edges and a sample, on ragged shapes and at the bounds."""
+    isa = runnable(isa_name)
+    specs = [spec for regime in REGIMES for spec in chosen(family, isa, regime, CPU, SAMPLE, SEED)]
+    counts = sweep(runner, specs)
+    report(counts, request)
+    assert not counts.failures, "\n".join(
+        f"{p.spec.name}: {p.status.value}: {p.detail}" for p in counts.failures
+    )
+    assert counts.schedules == len(specs)
+    assert {spec.regime for spec in specs} == {regime.name for regime in REGIMES}
+    assert counts.cases >= sum(len(cases_of(spec.regime, deep=True)) for spec in specs)
+
+
+@levels
+def test_kernels_for_one_shape_are_exact(
+    isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
+) -> None:
+    specs = for_one_shape(runnable(isa_name), FAMILIES, CPU)
+    counts = sweep(runner, specs)
+    report(counts, request)
+    assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
+    assert counts.schedules == len(specs) == 3 * len(FAMILIES)
+
+
+def test_every_overflow_edge_is_among_the_schedules() -> None:
+    """Each family with each number of accumulators has a schedule that one more addition would break."""
+    found = {
+        (spec.family, spec.schedule.algorithm, dict(spec.schedule).get("accs"))
+        for family in FAMILIES
+        for regime in REGIMES
+        for spec in edges(space_for(family, ISAS["scalar"], regime, Shape(3200, 8640), CPU))
+    }
+    assert found >= {("i2s", "direct", accs) for accs in (1, 2, 4)} | {
+        ("t5", "direct", 1),
+        ("t5", "direct", 2),
+    }
+    assert found >= {("tl1", "direct", None), ("tl2", "direct", None)}
+    assert found >= {(family, "panel", None) for family in FAMILIES}
+
+
+def test_the_cases_reach_the_edges() -> None:
+    for regime in REGIMES:
+        cases = cases_of(regime.name, deep=True)
+        assert {case.name for case in cases} >= {*EDGES, "random", "zero x", "zero w", "one product"}
+        for n in TOKENS[regime.name]:
+            assert {case.name for case in cases if case.n == n} >= {*EDGES, "zero x", "one product"}
+            assert regime_of(n) == regime
+        shapes = {case.shape for case in cases}
+        assert {Shape(1, 1), Shape(5, 127)} <= shapes
+        assert max(shape.k for shape in shapes) > 1920, "no shape is longer than every cache block"
+    assert max(case.n for case in cases_of("large", deep=True)) > 512, "no batch is longer than a panel's"
+
+
+# ---- a sweep can fail
+
+
+def test_a_sweep_of_nothing_fails(runner: LocalRunner) -> None:
+    with pytest.raises(BitgenError, match="no kernel to prove"):
+        sweep(runner, [])
+    with pytest.raises(BitgenError, match="no kernel to prove"):
+        exact_sweep(runner, CPU, [], list(FAMILIES))
+    with pytest.raises(BitgenError, match="no kernel to prove"):
+        exact_sweep(runner, CPU, ["scalar"], [], sample=3)
+
+
+@pytest.mark.parametrize(
+    ("family", "old", "new"),
+    [
+        ("i2s", "vw_sub(acc0_0_0, x_sum0)", "acc0_0_0"),
+        ("tl1", "hi0_0 = vh_add(hi0_0,", "hi0_0 = vh_add(vh_zero(),"),
+        ("tl2", "vw_add(acc0_0, bias0)", "acc0_0"),
+        ("t5", "vb_avg(vb_avg(packed0, vb_splat(0)), packed0)", "packed0"),
+    ],
+)
+def test_a_wrong_kernel_is_found(
+    family: str, old: str, new: str, toolchain: Toolchain, tmp_path: Path
+) -> None:
+    """The default with one operation left out."""
+    spec = space_for(family, ISAS["scalar"], N1, Shape(3200, 8640), CPU).default
+
+    def broken(one: KernelSpec) -> Any:
+        source = render_kernel(one)
+        assert old in source.text
+        # Used all the same, so that no compiler warns.
+        text = source.text.replace(old, new)
+        return type(source)(source.name, text, source.isa, source.prototypes)
+
+    plain = Toolchain(toolchain.compiler, cache_dir=tmp_path)
+    with LocalRunner(plain, CPU, render=broken, lock_folder=tmp_path) as runner:
+        (proof,) = runner.prove([spec])
+    assert proof.status is Status.INCORRECT, proof
+
+
+def test_an_overflow_beyond_the_rule_is_found(toolchain: Toolchain, tmp_path: Path) -> None:
+    """One chunk more between two widenings than the rule allows wraps around, and the cases see it."""
+    for family, widen in (("i2s", 17), ("tl1", 64), ("tl2", 22), ("t5", 13)):
+        space = space_for(family, ISAS["scalar"], N1, Shape(3200, 8640), CPU)
+        spec = next(edges(space))
+        assert spec.schedule["widen"] == widen - 1
+        beyond = KernelSpec(
+            spec.family, spec.isa, spec.regime, spec.layout, spec.schedule.with_knobs(widen=widen)
+        )
+        assert space.broken(beyond)
+        with LocalRunner(toolchain, CPU, lock_folder=tmp_path) as runner:
+            proofs: list[Proof] = list(runner.prove([spec, beyond]))
+        assert [proof.status for proof in proofs] == [Status.OK, Status.INCORRECT]
+        assert "all w" in proofs[1].detail or "no product cancels" in proofs[1].detail
+
+
+def test_inherited_kernels_are_counted_and_not_compiled_again() -> None:
+    if "avx512_vbmi" not in ISAS:
+        pytest.skip("this CPU lacks avx512_vbmi, whose kernels are mostly those of avx512_vnni")
+    names = ("avx512_vnni", "avx512_vbmi")
+    points = [spec for isa in names for spec in space_for("tl2", ISAS[isa], N1, Shape(64, 640), CPU)]
+    assert {spec.isa for spec in own_points(points)} == {"avx512_vnni"}
+    alone = [spec for spec in points if spec.isa == "avx512_vbmi"]
+    assert own_points(alone) == alone, "a parent that is not proven proves nothing"
+
+
+# ---- drawn shapes and values, called in this process
+
+
+@dataclass(frozen=True)
+class Called:
+    """The default kernel of a family, ISA level and regime, with its level's quantiser and table builder."""
+
+    spec: KernelSpec
+    kernel: Any
+    support: Any
+
+    def quantize(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+        """``x`` float32 (n, k), rows contiguous: xq padded to x_stride, scales, sums, return codes."""
+        ffi, function = self.support.ffi, getattr(self.support.lib, f"bitgen_quantize__{self.spec.isa}")
+        n, k = x.shape
+        xq = np.full((n, x_stride(k) + 64), 99, np.int8)
+        scales, sums, codes = np.zeros(n, np.float32), np.zeros(n, np.int32), []
+        for i in range(n):
+            codes.append(
+                function(
+                    ffi.cast("const float *", x[i].ctypes.data),
+                    k,
+                    x_stride(k),
+                    ffi.cast("int8_t *", xq[i].ctypes.data),
+                    ffi.cast("float *", scales[i:].ctypes.data),
+                    ffi.cast("int32_t *", sums[i:].ctypes.data),
+                )
+            )
+        assert (xq[:, x_stride(k) :] == 99).all(), "it writes behind the row"
+        return aligned_copy(xq[:, : x_stride(k)]), scales, sums, codes
+
+    def tables(self, xq: np.ndarray, k: int) -> np.ndarray:
+        """The lookup tables of padded rows: uint8 (n, chunks * table_bytes)."""
+        family = FAMILIES[self.spec.family]
+        stride = self.spec.layout.chunks(k) * family.table_bytes
+        tables = aligned_zeros((len(xq), stride + 64))
+        tables[:, stride:] = 77
+        function = getattr(self.support.lib, f"bitgen_{family.name}_tables__{self.spec.isa}")
+        for i in range(len(xq)):
+            function(
+                self._pointer(self.support, "const int8_t *", xq[i]),
+                k,
+                self._pointer(self.support, "uint8_t *", tables[i]),
+            )
+        assert (tables[:, stride:] == 77).all(), "it writes behind the tables"
+        return aligned_copy(tables[:, :stride])
+
+    def run(
+        self, xq: np.ndarray, sums: np.ndarray, w: np.ndarray, scales: tuple[np.ndarray, np.ndarray] | None
+    ) -> np.ndarray:
+        """Acc (n, m), or y (n, m) with ``scales`` of x and of w (one, or one a row)."""
+        (m, k), n = w.shape, len(xq)
+        packed = aligned_copy(pack(self.spec.layout, w))
+        looks_up = FAMILIES[self.spec.family].table_bytes and self.spec.schedule.algorithm == "direct"
+        tables = self.tables(xq, k) if looks_up else None
+        scratch = aligned_zeros((max(64, getattr(self.kernel.lib, f"{self.spec.name}_scratch")(m, k, n)),))
+        out = np.full((n, m + 3), -7, np.int32 if scales is None else np.float32)
+        x_scale, w_scale = scales or (np.ones(n, np.float32), np.ones(1, np.float32))
+        pointer = lambda ctype, array: self._pointer(self.kernel, ctype, array)  # noqa: E731
+        call = self.kernel.ffi.new(
+            "struct bitgen_matmul *",
+            {
+                "w": pointer("const uint8_t *", packed),
+                "x": pointer("const int8_t *", xq),
+                "x_sum": pointer("const int32_t *", sums),
+                "tables": pointer("const uint8_t *", tables),
+                "x_scale": pointer("const float *", x_scale),
+                "w_scale": pointer("const float *", w_scale),
+                "acc": pointer("int32_t *", out if scales is None else None),
+                "y": pointer("float *", None if scales is None else out),
+                "scratch": pointer("void *", scratch),
+                "x_stride": xq.shape[1],
+                "table_stride": tables.shape[1] if tables is not None else 0,
+                "w_scale_stride": int(len(w_scale) > 1),
+                "out_stride": m + 3,
+                "m": m,
+                "k": k,
+                "n": n,
+                "row_begin": 0,
+                "row_end": m,
+            },
+        )
+        getattr(self.kernel.lib, self.spec.name)(call)
+        assert (out[:, m:] == -7).all(), "it writes behind the rows"
+        return out[:, :m]
+
+    def _pointer(self, kernels: Any, ctype: str, array: np.ndarray | None) -> Any:
+        return kernels.ffi.NULL if array is None else kernels.ffi.cast(ctype, array.ctypes.data)
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    copy = aligned_zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+@cache
+def called(toolchain: Toolchain, family: str, isa: str, regime: str) -> Called:
+    space = space_for(family, ISAS[isa], next(r for r in REGIMES if r.name == regime), Shape(4096, 4096), CPU)
+    units = [unit_of(render_kernel(space.default))]
+    builder = best_builder(toolchain)
+    return Called(space.default, builder.build(units), builder.build(support_units(isa)))
+
+
+@st.composite
+def problems(draw: st.DrawFn, regime: Regime) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    """W int8 (m, k) and xq int8 (n, k): random, biased, or at the extremes."""
+    n = draw(st.integers(regime.n_min, regime.n_max or 40))
+    m, k = draw(st.integers(1, 70)), draw(st.one_of(st.integers(1, 130), st.integers(1, 2100)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weights = draw(st.sampled_from([(-1, 0, 1), (-1, 1), (0,), (1,), (-1,), (0, 0, 0, 1)]))
+    values = draw(st.sampled_from([range(-128, 128), (-128, 127), (-128,), (127,), (0,), (0, 0, 0, -128)]))
+    return rng.choice(np.array(weights, np.int8), (m, k)), rng.choice(np.array(values, np.int8), (n, k)), rng
+
+
+@levels
+@families
+@pytest.mark.parametrize("regime", REGIMES, ids=lambda regime: regime.name)
+def test_drawn_problems_are_exact(family: str, isa_name: str, regime: Regime, toolchain: Toolchain) -> None:
+    runnable(isa_name)
+    matmul = called(toolchain, family, isa_name, regime.name)
+
+    @settings(max_examples=25, deadline=None, database=None)
+    @given(problem=problems(regime))
+    def run(problem: tuple[np.ndarray, np.ndarray, np.random.Generator]) -> None:
+        w, x, rng = problem
+        padded = aligned_zeros((len(x), x_stride(x.shape[1])), np.int8)
+        padded[:, : x.shape[1]] = x
+        sums = x.sum(axis=1, dtype=np.int32)
+        expected = ternary_matmul(x, w)
+        np.testing.assert_array_equal(matmul.run(padded, sums, w, None), expected)
+        x_scale = rng.uniform(1e-6, 10, len(x)).astype(np.float32)
+        w_scale = rng.uniform(1e-3, 1, rng.choice([1, len(w)])).astype(np.float32)
+        y = matmul.run(padded, sums, w, (x_scale, w_scale))
+        np.testing.assert_array_equal(y, scale_output(expected, x_scale, w_scale))
+
+    run()
+
+
+@levels
+def test_from_floats_to_floats(isa_name: str, toolchain: Toolchain) -> None:
+    """Quantise, build tables, multiply, scale: the bits of reference.linear; zero rows, unaligned input."""
+    runnable(isa_name)
+    for family in FAMILIES:
+        for n, regime in ((1, N1), (5, SMALL), (19, LARGE)):
+            matmul = called(toolchain, family, isa_name, regime.name)
+            for m, k in ((1, 1), (33, 100), (50, 641)):
+                rng = np.random.default_rng((n, m, k))
+                memory = rng.standard_normal(n * k + 3).astype(np.float32)
+                x = memory[3:].reshape(n, k)  # 4-byte aligned, no more
+                x[n // 2] = 0
+                w = rng.integers(-1, 2, (m, k), dtype=np.int8)
+                w_scale = rng.uniform(0.01, 1, m).astype(np.float32)
+                xq, x_scale, sums, codes = matmul.quantize(x)
+                assert codes == [0] * n
+                y = matmul.run(xq, sums, w, (x_scale, w_scale))
+                np.testing.assert_array_equal(y, linear(x, w, w_scale))
+                assert not y[n // 2].any()
+
+
+floats = st.one_of(
+    st.floats(-(2.0**100), 2.0**100, width=32),
+    st.floats(-1, 1, width=32),
+    st.sampled_from([0.0, -0.0, 1e-5, 127.0, 63.5, -63.5, 0.5, 1.5, 2.5, float(np.float32(1e-38))]),
+)
+
+
+@levels
+def test_drawn_activations_are_quantised_as_the_reference_does(isa_name: str, toolchain: Toolchain) -> None:
+    runnable(isa_name)
+    quantiser = called(toolchain, "i2s", isa_name, "n1")
+
+    @settings(max_examples=150, deadline=None, database=None)
+    @given(row=st.lists(floats, min_size=1, max_size=70), offset=st.integers(0, 15))
+    @example(row=[0.0] * 33, offset=1)
+    @example(row=[127.0, *(i + 0.5 for i in range(-60, 60))], offset=0)
+    @example(row=[float(np.finfo(np.float32).max)] * 3, offset=0)
+    @example(row=[float(np.finfo(np.float32).smallest_subnormal)], offset=0)
+    def run(row: list[float], offset: int) -> None:
+        memory = np.full(
+            len(row) + offset + 1, np.nan, np.float32
+        )  # behind the row stands what it must not read
+        x = memory[offset : offset + len(row)]
+        x[:] = row
+        xq, x_scale, sums, codes = quantiser.quantize(x[None, :])
+        expected, scale = quantize_activations(x[None, :])
+        assert codes == [0]
+        np.testing.assert_array_equal(xq[:, : len(row)], expected)
+        assert not xq[:, len(row) :].any()
+        assert x_scale.view(np.int32) == scale.view(np.int32)
+        assert sums[0] == expected.sum()
+
+    run()
+
+
+@levels
+def test_nan_and_infinity_are_told(isa_name: str, toolchain: Toolchain) -> None:
+    runnable(isa_name)
+    quantiser = called(toolchain, "i2s", isa_name, "n1")
+    for k in (1, 15, 16, 17, 64, 100):
+        for bad in (np.nan, -np.nan, np.inf, -np.inf):
+            for at in {0, k // 2, k - 1}:
+                x = np.ones((1, k), np.float32)
+                x[0, at] = bad
+                assert quantiser.quantize(x)[3] == [1]
