@@ -5,7 +5,7 @@
     import bitgen
 
     result = bitgen.tune("3B")                 # records go to tune_logs/, winners are in result.winners
-    bundle = bitgen.build("3B")                # generated/bitgen-3B-<cpu family>/: library, header, manifest
+    bundle = bitgen.build("3B")                # generated/3B-<cpu family>/: library, header, manifest
     table = bitgen.load(bundle)                # or bitgen.load(): the best library for this CPU
     linear = table.linear(w, scale)            # w int8 (m, k) in {-1, 0, 1}
     y = linear(x)                              # x float32 (n, k) -> float32 (n, m)
@@ -325,7 +325,7 @@ def build(
     """Write the kernel library of a model: a folder with library, header, manifest and the C text.
 
     The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
-    defaults. Returns the folder, ``<out>/bitgen-<model>-<cpu family>``.
+    defaults. Returns the folder, ``<out>/<model>-<cpu family>``.
 
     ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
     there. A library that this machine cannot run is written without being tried.
@@ -504,6 +504,14 @@ def _time_kernel(
 
 
 def export(*, cc: str | None = None, logs: Path | None = None, out: Path | None = None) -> Path:
-    """Write this machine's winners as schedules of its CPU family, to be committed; returns the file."""
+    """Write this machine's winners as schedules of its CPU family; returns the file.
+
+    Without ``out`` that is ``winners/`` in the folder of records: in a checkout the one that is committed.
+    BitgenError when nothing was tuned here with this compiler and version.
+    """
     workshop = Workshop(cc, logs)
-    return export_winners(workshop.store, workshop.fingerprint, workshop.cpu.family, out)
+    digest = workshop.fingerprint.digest
+    if not any(record.fingerprint.digest == digest for record in workshop.store.tunings):
+        raise BitgenError("there are no current winners to export: run bitgen tune --model NAME first")
+    folder = out if out is not None else tune_logs_dir(logs) / "winners"
+    return export_winners(workshop.store, workshop.fingerprint, workshop.cpu.family, folder)

@@ -9,7 +9,7 @@ SUMMARY = "write this machine's winners as defaults of its CPU family"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="folder (default: tune_logs/winners)")
+    parser.add_argument("--out", type=Path, help="folder (default: winners/ in that of the records)")
     parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
     parser.add_argument("--cc", help="C compiler whose records are meant")
 

@@ -2,7 +2,7 @@
 
 ::
 
-    llm = LLM("model.gguf", library="generated/bitgen-3B-zen5")
+    llm = LLM("model.gguf", library="generated/3B-zen5")
     for piece in llm.generate("Once upon a time", max_tokens=64):
         print(piece, end="", flush=True)
     texts = llm.generate(["One prompt", "and another"], max_tokens=64)
