@@ -1,6 +1,7 @@
 # ruff: noqa: ARG001, ARG005 - a fake takes the arguments of what it stands for
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -611,6 +612,27 @@ def test_matrices_go_in_slabs(tables: Any, monkeypatch: pytest.MonkeyPatch) -> N
     for a, b in zip(whole, pieces, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):
             assert np.array_equal(getattr(a, name).data, getattr(b, name).data)
+
+
+def test_pages_of_a_model_file_are_let_go(tmp_path: Path) -> None:
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("there is no /proc to read the resident memory from")
+    file = tmp_path / "model"
+    file.write_bytes(bytes(range(256)) * (1 << 14))
+
+    def resident() -> int:
+        text = Path("/proc/self/smaps").read_text().partition(str(file))[2]
+        return int(text.partition("Rss:")[2].split()[0])
+
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    data = np.frombuffer(mapped, np.uint8)[5:].reshape(-1, 1)
+    assert data.sum() > 0
+    assert resident() >= 4096
+    packed.release_pages(data)
+    assert resident() == 0
+    assert data[0, 0] == 5
+    packed.release_pages(np.zeros(3, np.uint8))  # nothing to let go
 
 
 def test_times_are_told_a_stage(tables: Any) -> None:

@@ -108,7 +108,7 @@ def pack_model(
     pieces = _cached(
         _key(fingerprint, "layers", layouts),
         weights.config.name or weights.config.architecture,
-        lambda: _pack(matrices, table, progress),
+        lambda: _pack(matrices, table, progress, lambda: release_pages(weights.embedding.data)),
         lambda found: all(_is_valid(found, name, m, table) for name, m in matrices.items()),
     )
     made = {
@@ -174,7 +174,10 @@ def clear_cache() -> int:
 
 
 def _pack(
-    matrices: Mapping[str, TernaryMatrix], table: KernelTable, progress: Progress | None
+    matrices: Mapping[str, TernaryMatrix],
+    table: KernelTable,
+    progress: Progress | None,
+    release: Callable[[], None],
 ) -> Iterator[tuple[str, Bytes]]:
     """Packed weights and scales of each matrix, in order. Decoding runs ahead, on threads of its own."""
     total = sum(m.shape.m * m.shape.k for m in matrices.values())
@@ -190,6 +193,22 @@ def _pack(
                     progress(done, total)
             yield name, packed
             yield f"{name}.scale", scale.result().view(np.uint8)
+            release()
+
+
+def release_pages(data: Bytes) -> None:
+    """Let go of the pages of a mapped file that were read so far, if ``data`` is a view of one.
+
+    They stay in the system's cache of files; without this a model file that was read once, to pack its
+    weights, would count as this process's memory for as long as it runs.
+    """
+    base: Any = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _slabs(
