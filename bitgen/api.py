@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from bitgen import __version__
 from bitgen.config import ModelPreset, find_model
 from bitgen.errors import EXIT_USAGE, BitgenError
-from bitgen.paths import generated_dir, tune_logs_dir
+from bitgen.paths import ensure_dir, generated_dir, tune_logs_dir
 from bitgen.render import Source, render_kernel, render_quantize, render_tables, template_digest
 from bitgen.space import Space, space_for
 from bitgen.spec import (
@@ -217,6 +217,14 @@ def preset_of(model: str | ModelPreset) -> ModelPreset:
 # ---- tune ----
 
 
+def check_threads(counts: Iterable[int], cpu: Cpu) -> None:
+    """BitgenError (EXIT_USAGE) for a number of threads that this CPU cannot run at once."""
+    most = max(cpu.logical_cpus, cpu.usable_threads)
+    for count in counts:
+        if not 1 <= count <= most:
+            raise BitgenError(f"--threads {count}: this CPU runs 1 to {most} at once", EXIT_USAGE)
+
+
 def tune(
     model: str | ModelPreset,
     *,
@@ -245,6 +253,8 @@ def tune(
 
     workshop = Workshop(cc, logs)
     preset = preset_of(model)
+    threads = tuple(threads)
+    check_threads(threads, workshop.cpu)
     config = load_search_config()
     plan = plan_for(
         preset,
@@ -260,6 +270,7 @@ def tune(
         trials=trials,
         timeout_s=timeout_s,
     )
+    ensure_dir(tune_logs_dir(logs))  # found out now, not after the first measurement
     starters = [winner.spec for winner in family_winners(workshop.cpu.family)]
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
         return search(
@@ -393,6 +404,8 @@ def check(
     from bitgen.measure.local import LocalRunner
     from bitgen.measure.sweep import exact_sweep
 
+    if sample is not None and sample < 1:
+        raise BitgenError(f"--sample must be at least 1, not {sample}", EXIT_USAGE)
     workshop = Workshop(cc)
     levels = [workshop.isa(name) for name in isas] or list(accepted_isas(workshop.cpu, workshop.isas))
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
@@ -455,7 +468,10 @@ def bench_kernels(
 
     workshop = Workshop(cc, logs)
     preset = preset_of(model)
-    level, count = workshop.isa(isa), threads or workshop.cpu.usable_threads
+    level, count = workshop.isa(isa), workshop.cpu.usable_threads if threads is None else threads
+    check_threads([count], workshop.cpu)
+    if rounds < 1 or min(tokens, default=0) < 1:
+        raise BitgenError("numbers of tokens and of rounds must be at least 1", EXIT_USAGE)
     chosen = {
         (choice.shape, choice.spec.regime): choice.spec
         for choice in choices_for(preset, workshop, level)

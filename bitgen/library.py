@@ -40,7 +40,7 @@ from bitgen.bundle import (
     is_bundle,
     sha256_of,
 )
-from bitgen.errors import EXIT_FAILURE, EXIT_FILE, BitgenError
+from bitgen.errors import EXIT_FAILURE, EXIT_FILE, EXIT_USAGE, BitgenError
 from bitgen.host import SYSTEMS, host_headers, library_units, row_grain, table_bytes
 from bitgen.paths import HOME_VARIABLE, ensure_dir
 from bitgen.render import (
@@ -225,7 +225,8 @@ def write_library(
     (CompileError), a library that computes something wrong.
     """
     if not _NAME.fullmatch(name):
-        raise BitgenError(f"{name!r} cannot name files; use letters, digits, dot, dash, underscore")
+        message = f"{name!r} cannot name files; use letters, digits, dot, dash, underscore"
+        raise BitgenError(message, EXIT_USAGE)
     contents = choose_contents(choices, target)
     parent = ensure_dir(out_dir).absolute()  # the self-test runs in another folder
     folder = parent / name

@@ -14,9 +14,10 @@ tl2    16 rows x 48 k, 160 lane l holds k = 12 l .. 12 l + 11 as triples t = 0..
                            64 bytes |v_0| | |v_1| << 4, 64 bytes |v_2| | |v_3| << 4, then 16 bytes of signs
                            (one a row: bit l is v_0 < 0 in lane l, bit 4 + l is v_1 < 0), 16 for v_2 and v_3.
                            A sub-block's trailer is int32[16]: the number of negative v of each row.
-t5     16 rows x 20 k, 64  byte[4 r + j] holds w[r, 4 s + j], s = 0..4: its third of 0..254 (85 codes each) is w_4 + 1;
-                           T5_TABLE[byte & 127] holds the codes w_s + 1 << 2 s, s = 0..3, of a byte below 128; a byte
-                           from 128 on has 2 - code in every place. The smallest byte that decodes right is used.
+t5     16 rows x 20 k, 64  byte[4 r + j] holds w[r, 4 s + j], s = 0..4: its third of 0..254 (85 codes each) is
+                           w_4 + 1; T5_TABLE[byte & 127] holds the codes w_s + 1 << 2 s, s = 0..3, of a byte
+                           below 128; a byte from 128 on has 2 - code in every place. The smallest byte that
+                           decodes right is used.
 ====== =================== ==================================================================================
 """
 
@@ -104,7 +105,7 @@ def _decode_tl1(cells: Bytes) -> Ternary:
 
 
 def _t5_value(index: int) -> int:
-    """v = 27 w0 + 9 w1 + 3 w2 + w3 of a table entry: the negative half, the positive half, the negative half again.
+    """Value 27 w0 + 9 w1 + 3 w2 + w3 of a table entry: the negative half, the positive, the negative again.
 
     So each third of 0..254 reaches all 81 patterns, some of them only mirrored; five entries are spare zeros.
     """
@@ -147,7 +148,8 @@ def _decode_t5(cells: Bytes) -> Ternary:
     byte = cells.reshape(*cells.shape[:3], 16, 1, 4)
     codes = T5_TABLE[byte & 127] >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     codes = np.where(byte >= 128, 2 - codes, codes)
-    return (np.concatenate([codes, byte // 85], axis=-2).astype(np.int8) - 1).reshape(*cells.shape[:3], 16, 20)
+    w = np.concatenate([codes, byte // 85], axis=-2).astype(np.int8) - 1
+    return w.reshape(*cells.shape[:3], 16, 20)
 
 
 def _triples(tiles: Ternary) -> Ternary:

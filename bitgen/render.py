@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from bitgen.errors import BitgenError
+from bitgen.errors import EXIT_USAGE, BitgenError
 from bitgen.packing import T5_TABLE
 from bitgen.paths import templates_dir
 from bitgen.space import headroom_lines
@@ -254,7 +254,7 @@ def render_tables(family_name: str, isa_name: str) -> Source:
     """The builder of a token's lookup tables, for a family that looks sums up."""
     isa, family = isa_named(isa_name), family_named(family_name)
     if not family.table_bytes:
-        raise BitgenError(f"{family.title} multiplies: it has no lookup tables")
+        raise BitgenError(f"{family.title} multiplies: it has no lookup tables", EXIT_USAGE)
     name = f"bitgen_{family.name}_tables__{isa.name}"
     prototype = TABLES_PROTOTYPE.format(family=family.name, isa=isa.name)
     banner = [

@@ -12,13 +12,15 @@ from typing import Any
 
 from bitgen.errors import EXIT_USAGE, BitgenError
 
-# Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last element.
+# Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last
+# element.
 X_PAD = 47
 # Rows begin on cache lines.
 X_ALIGN = 64
 
-# Bound of the scaled in-place accumulators: field 64 * code 2 * |x| 128 = 16384 a weight. One accumulator of I2_S
-# sees a quarter of k, one of T5 two fifths: 2^31 / (16384 * 2 / 5) = 327680. The plain sum alone would allow 2^24.
+# Bound of the scaled in-place accumulators: field 64 * code 2 * |x| 128 = 16384 a weight. One accumulator of
+# I2_S sees a quarter of k, one of T5 two fifths: 2^31 / (16384 * 2 / 5) = 327680. The plain sum alone would
+# allow 2^24.
 K_MAX = 1 << 18
 
 
@@ -281,8 +283,8 @@ QUANTIZE_PROTOTYPE = (
 )
 TABLES_PROTOTYPE = "void bitgen_{family}_tables__{isa}(const int8_t *xq, int64_t k, uint8_t *tables)"
 
-# Formats of embeddings and heads that a forward step reads, in the order of enum bitgen_dense_type (bitgen.h).
-# i8: int8 with a float scale a row, made from a head at load.
+# Formats of embeddings and heads that a forward step reads, in the order of bitgen.h's
+# enum bitgen_dense_type. i8: int8 with a float scale a row, made from a head at load.
 DENSE_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1", "i8")
 
 # The argument of every kernel; the C text and the cdef are both made from this string.
