@@ -1,13 +1,14 @@
-"""Time a model's matrices with the tuned kernels of every family, side by side in one run, against the limits.
+"""Time a model's matrices with the tuned kernels of every family, side by side, against the limits.
 
     python benchmarks/kernels.py decode  --model 3B --threads 1,2        # n = 1, weights cold
     python benchmarks/kernels.py batch   --model 3B --threads 2          # n = 1, 2, 4, 8, 16, weights cold
     python benchmarks/kernels.py prefill --model 3B --threads 1 -n 512   # weights warm
 
-Kernels are the winners in tune_logs/ (run `bitgen tune` first, for each ISA level that is asked for with --isa), the
-defaults where nothing is recorded. For each shape all kernels, and for cold runs the best memory-reading probe, take
-turns in interleaved, shuffled rounds; figures are medians. The limit is the most that any probe or kernel of this run
-reached. A token's time is the sum over the model's matrices, each as often as a token uses it.
+Kernels are the winners in tune_logs/ (run `bitgen tune` first, for each ISA level that is asked for with
+--isa), the defaults where nothing is recorded. For each shape all kernels, and for cold runs the best
+memory-reading probe, take turns in interleaved, shuffled rounds; figures are medians. The limit is the most
+that any probe or kernel of this run reached. A token's time is the sum over the model's matrices, each as
+often as a token uses it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Cell:
         return self.spec.layout.packed_bytes(self.shape)
 
 
-def recorded(workshop: Workshop, shape: Shape, family: str, isa: Isa, regime: str, threads: int) -> KernelSpec:
+def recorded(
+    workshop: Workshop, shape: Shape, family: str, isa: Isa, regime: str, threads: int
+) -> KernelSpec:
     """The fastest recorded winner of a family, else its default."""
     found = [
         winner
@@ -60,14 +63,19 @@ def recorded(workshop: Workshop, shape: Shape, family: str, isa: Isa, regime: st
 
 
 def time_shape(
-    runner: LocalRunner, specs: Iterable[KernelSpec], shape: Shape, count: int, n: int, threads: int, rounds: int
+    runner: LocalRunner,
+    specs: Iterable[KernelSpec],
+    shape: Shape,
+    count: int,
+    n: int,
+    threads: int,
+    rounds: int,
 ) -> list[Cell]:
     cold = regime_of(n) is not LARGE
     race = runner.race(list(specs), shape, n, threads, rounds, cold)
     for spec, reason in race.dropped.items():
         print(f"dropped {spec.name}: {reason}", file=sys.stderr)
-    cells = [Cell(shape, count, s, n, threads, statistics.median(t), race.read_gbs) for s, t in race.items()]
-    return cells
+    return [Cell(shape, count, s, n, threads, statistics.median(t), race.read_gbs) for s, t in race.items()]
 
 
 def shapes_of(model: ModelPreset) -> dict[Shape, int]:
@@ -97,7 +105,12 @@ def measure(args: argparse.Namespace, workshop: Workshop, ns: list[int], threads
 
 
 def report(
-    args: argparse.Namespace, cells: list[Cell], ns: list[int], threads: int, dram: float, peak: dict[str, float]
+    args: argparse.Namespace,
+    cells: list[Cell],
+    ns: list[int],
+    threads: int,
+    dram: float,
+    peak: dict[str, float],
 ) -> None:
     """Two tables: every shape, and the whole model for each family and ISA level."""
     roof = dram
@@ -110,8 +123,18 @@ def report(
         gops = 2 * cell.shape.m * cell.shape.k * cell.n / cell.time_ns
         gbs = cell.packed_bytes / cell.time_ns
         rows.append(
-            (cell.shape.name, cell.n, cell.spec.family, cell.spec.isa, cell.time_ns / 1e3, gbs, gbs / roof, gops)
-            + (gops / peak[cell.spec.isa], f"{cell.spec.layout.name} {cell.spec.schedule.name}")
+            (
+                cell.shape.name,
+                cell.n,
+                cell.spec.family,
+                cell.spec.isa,
+                cell.time_ns / 1e3,
+                gbs,
+                gbs / roof,
+                gops,
+                gops / peak[cell.spec.isa],
+                f"{cell.spec.layout.name} {cell.spec.schedule.name}",
+            )
         )
     for n in ns:
         base = None
@@ -122,8 +145,10 @@ def report(
             ops = sum(2 * c.count * c.shape.m * c.shape.k * n for c in mine)
             base = base or time_ns
             totals.append(
-                (n, family, isa, bytes_ / 1e6, time_ns / 1e6, bytes_ / time_ns, bytes_ / time_ns / roof)
-                + (ops / time_ns, ops / time_ns / peak[isa], base / time_ns)
+                (
+                    *(n, family, isa, bytes_ / 1e6, time_ns / 1e6, bytes_ / time_ns, bytes_ / time_ns / roof),
+                    *(ops / time_ns, ops / time_ns / peak[isa], base / time_ns),
+                )
             )
     shape_columns = (
         *(Column("shape", "m x k"), Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA")),
@@ -131,8 +156,17 @@ def report(
         *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%"), Column("kernel", "kernel")),
     )
     total_columns = (
-        *(Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA"), Column("mb", "MB", ",.0f")),
-        *(Column("time_ms", "ms a step", ".2f"), Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
+        *(
+            Column("n", "n", "d"),
+            Column("family", "family"),
+            Column("isa", "ISA"),
+            Column("mb", "MB", ",.0f"),
+        ),
+        *(
+            Column("time_ms", "ms a step", ".2f"),
+            Column("gbs", "GB/s", ".1f"),
+            Column("share", "of DRAM", ".0%"),
+        ),
         *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%")),
         Column("speedup", "against the first", ".2f"),
     )
@@ -146,7 +180,9 @@ def report(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("decode", "batch", "prefill"))
     parser.add_argument("--model", default="3B")
     parser.add_argument("--isa", action="append", default=[])

@@ -69,8 +69,10 @@ WORD vb vb_avg(vb a, vb b) {
 
 WORD vb vb_mirror(vb v, vb s) {
     const uint8x16_t twos = vdupq_n_u8(0xaa);
-    return (vb){vbslq_u8(vcltzq_s8((int8x16_t)s.a), twos - v.a, v.a), vbslq_u8(vcltzq_s8((int8x16_t)s.b), twos - v.b, v.b),
-                vbslq_u8(vcltzq_s8((int8x16_t)s.c), twos - v.c, v.c), vbslq_u8(vcltzq_s8((int8x16_t)s.d), twos - v.d, v.d)};
+    return (vb){vbslq_u8(vcltzq_s8((int8x16_t)s.a), twos - v.a, v.a),
+                vbslq_u8(vcltzq_s8((int8x16_t)s.b), twos - v.b, v.b),
+                vbslq_u8(vcltzq_s8((int8x16_t)s.c), twos - v.c, v.c),
+                vbslq_u8(vcltzq_s8((int8x16_t)s.d), twos - v.d, v.d)};
 }
 
 WORD vw vw_zero(void) {
