@@ -353,16 +353,13 @@ def test_export_writes_the_schedules_without_timings(
 
 def test_a_corrupted_cache_entry_is_told_and_made_again(built: Path, workplace: Path) -> None:
     before = (built / "manifest.json").read_bytes()
-    path = next((workplace / "cache" / "objects").rglob("*.o"))
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    done = bitgen_in(workplace, "build", "-m", "tiny.yaml")
-    assert done.stderr.count("\n") <= 1
-    assert not path.exists() or done.stderr == "" or str(path) in done.stderr
     for broken in (workplace / "cache" / "objects").rglob("*.o"):
         broken.write_bytes(b"not an object")
     done = bitgen_in(workplace, "build", "-m", "tiny.yaml")
     assert "corrupted file" in done.stderr
-    assert all("corrupted file in bitgen's cache is made again" in line for line in done.stderr.splitlines())
+    lines = done.stderr.splitlines()
+    assert all("a corrupted file in bitgen's cache is made again: " in line for line in lines)
+    assert len(set(lines)) == len(lines), "each file is told once"
     assert (built / "manifest.json").read_bytes() == before
     with bitgen.load(built):
         pass
