@@ -112,6 +112,27 @@ def test_neither_threads_nor_cuts_change_a_bit(tables: Any, level: str) -> None:
         assert np.array_equal(feed(engine, ids, cuts), whole), (threads, cuts)
 
 
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_threads_that_share_a_head_change_no_bit(tables: Any, kv: Any, heads: int) -> None:
+    """With fewer key heads than threads a step cuts the keys in spans and merges their chunks."""
+    config = small_config(heads=6, kv_heads=heads, head_dim=100, context=1000)
+    weights = random_weights(config, 11)
+    texts = ids_of(config, 900), ids_of(config, 300, seed=4)
+    alone = [
+        feed(Engine(weights, tables("scalar" if kv == "q8" else BEST, 1), kv=kv), text) for text in texts
+    ]
+    for threads in (2, 3, 7):
+        engine = Engine(weights, tables(threads=threads), kv=kv, max_batch=2)
+        cuts = [380, 1, 1, 2, 15, 1, 16, 484]
+        assert np.array_equal(feed(engine, texts[0], cuts), alone[0])
+        feed(engine, texts[1][:-1], sequence=1)
+        engine.truncate(0, 700)
+        two = [np.array(a, np.int32) for a in ((texts[0][700], texts[1][-1]), (700, 299), (0, 1))]
+        logits = engine.forward(*two, np.ones(2, bool))
+        assert np.array_equal(logits, [alone[0][700], alone[1][-1]])
+
+
 def test_a_text_longer_than_a_step_is_cut_inside(tables: Any) -> None:
     config = small_config(context=PREFILL + 100, layers=1)
     weights = random_weights(config, 4)

@@ -30,6 +30,7 @@ Kv: TypeAlias = Literal["f16", "f32", "q8"]
 Head: TypeAlias = Literal["exact", "q8"]
 
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
+FEW = 16  # tokens up to which a step is made for latency
 KV_TYPES = ("f16", "f32", "q8")
 ACTIVATIONS = ("silu", "relu2")
 STAGES = ("embed", "norm", "matmul", "rope", "attention", "gate", "head")
@@ -241,9 +242,12 @@ class Engine:
         size, config = ffi.new("size_t *"), self.config
         self.table.check(lib.bitgen_cache_bytes(self._model, size))
         cache = int(size[0])
-        tokens = min(PREFILL, self.context * self.max_batch)
-        self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, size))
-        work = int(size[0]) + self.context * config.head_dim * 4  # RoPE
+        work = 0
+        for tokens in (FEW, PREFILL):  # few tokens may need more: threads then share heads of attention
+            tokens = min(tokens, self.context * self.max_batch)
+            self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, size))
+            work = max(work, int(size[0]))
+        work += self.context * config.head_dim * 4  # RoPE
         weights = packed_bytes(self.weights, self.table)
         if head == "q8":
             weights += config.vocab * (config.hidden + 4)
