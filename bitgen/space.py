@@ -15,6 +15,8 @@ widen   both      0: every product goes to int32 at once (a dot instruction); W 
                   to int32 every W chunks (direct) or every W steps of 4 k (panel)
 unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
 prefetch direct   bytes ahead of each stream that are asked for; 0: leave it to the hardware
+hint    direct    n = 1 only: where a prefetched line goes. 0: into every cache (T0), 1: past them (NTA),
+                  because a token reads its weights once
 mr      panel     rows whose accumulators live in registers
 mc      both      rows of a cache block;  kc  columns of a cache block, 0: all of k
 ====== ========== ============================================================================================
@@ -241,6 +243,7 @@ def _multiply_axes(family: str, isa: Isa, regime: Regime) -> Axes:
         "widen": _pair_widths(isa, (8, _pairs(family))),
         "unroll": (1, 2) if regime is N1 else (1,),
         "prefetch": ((0, 4096, 6144) if regime is N1 else (0, 2048)) if wide else (0,),
+        **({"hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
     }
 
 
@@ -310,6 +313,8 @@ def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) 
     )
     if "accs" in knobs:
         yield Rule("accs must be 1, 2 or 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 4))
+    if "hint" in knobs:
+        yield Rule("hint must be 0 or 1", lambda s: dict(s.schedule).get("hint", 0) in (0, 1))
     if "mr" in knobs:
         yield Rule(
             "mr must be 16, 32, ... 256", lambda s: dict(s.schedule).get("mr", 16) in range(16, 257, 16)
@@ -337,6 +342,11 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         yield Rule(
             f"accumulators and operands must fit the registers of {isa.name}",
             lambda s: _registers_used(s, isa) <= block_registers(isa)[1],
+        )
+    if regime is N1 and not FAMILIES[family].looks_up:
+        yield Rule(
+            "hint says where prefetched lines go: 1 needs a prefetch distance",
+            lambda s: s.schedule["prefetch"] > 0 or s.schedule["hint"] == 0,
         )
     if FAMILIES[family].looks_up or regime is not N1:
         yield Rule(
@@ -425,9 +435,16 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         if neon:  # by instructions a weight (docs/arm.md): two streams do not stay in its registers
             accs = 1 if family == "t5" else 4 if isa.native_dot4 and isa.code_max >= 128 else 2
         yield spec(
-            "direct", streams=1 if neon else 2, nr=1, accs=accs, widen=pairs // accs, unroll=1, prefetch=ahead
+            "direct",
+            streams=1 if neon else 2,
+            nr=1,
+            accs=accs,
+            widen=pairs // accs,
+            unroll=1,
+            prefetch=ahead,
+            hint=0,
         )
-        yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0)
+        yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0, hint=0)
     elif regime is N1:
         yield spec("direct", streams=4 if zmm else 1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=4096)
         yield spec("direct", streams=1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=0)

@@ -18,6 +18,9 @@ typedef struct { __mmask64 v; } vm;
 //: prefetch
 WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
+//: prefetch_once
+WORD void prefetch_once(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_NTA); }
+
 //: vb_load
 WORD vb vb_load(const void *p) { return (vb){_mm512_loadu_si512(p)}; }
 
