@@ -40,9 +40,13 @@ def bitgen_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How much was proven exact, also with `-q` and from parallel workers."""
+    """How much was proven exact and what was found against oracles, also from parallel workers."""
     passed = terminalreporter.getreports("passed")
     counts = [value for report in passed for name, value in report.user_properties if name == "exact"]
     if counts:
         schedules, cases = (sum(column) for column in zip(*counts, strict=True))
         terminalreporter.write_line(f"exact: {schedules} schedules, {cases} (schedule, shape, n) cases")
+    for report in passed:
+        for name, value in report.user_properties:
+            if name == "oracle":
+                terminalreporter.write_line(f"oracle: {value}")

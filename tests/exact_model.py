@@ -61,8 +61,12 @@ def norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return (x * (F(1) / np.sqrt(mean + F(eps)))[..., None]) * weight
 
 
-def linear(matrix: TernaryMatrix, x: Floats) -> Floats:
+Steps = dict[str, NDArray[np.int8]]  # "3.qkv" -> the quantised input (n, k) of that BitLinear
+
+
+def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str) -> Floats:
     xq, scale = quantize_activations(x)
+    steps[name] = xq
     acc = (xq.astype(np.float64) @ matrix.rows(0, matrix.shape.m).T.astype(np.float64)).astype(np.int32)
     return scale_output(acc, scale, np.broadcast_to(matrix.scale, (matrix.shape.m,)))
 
@@ -129,30 +133,30 @@ def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floa
     return out / total[..., None]
 
 
-def exact_logits(weights: Weights, ids: Any, kv: str = "f16") -> Floats:
-    """Logits float32 (len(ids), vocab) of one text."""
+def exact_logits(weights: Weights, ids: Any, kv: str = "f16", steps: Steps | None = None) -> Floats:
+    """Logits float32 (len(ids), vocab) of one text; ``steps`` gets what every BitLinear multiplied."""
     with np.errstate(all="ignore"):
-        return _logits(weights, np.asarray(ids), kv)
+        return _logits(weights, np.asarray(ids), kv, {} if steps is None else steps)
 
 
-def _logits(weights: Weights, ids: NDArray[np.int64], kv: str) -> Floats:
+def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps) -> Floats:
     c, n = weights.config, len(ids)
     angle = (np.arange(n, dtype=F)[:, None] * inverse_frequencies(c)).astype(np.float64)
     turn = np.cos(angle).astype(F), np.sin(angle).astype(F)
     x = weights.embedding.gather(ids)
-    for layer in weights.layers:
-        q, k, v = np.split(
-            linear(layer.qkv, norm(x, layer.attn_norm, c.norm_eps)), [c.q_rows, c.q_rows + c.kv_rows], axis=1
-        )
+    for number, layer in enumerate(weights.layers):
+        qkv = linear(layer.qkv, norm(x, layer.attn_norm, c.norm_eps), steps, f"{number}.qkv")
+        q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
         q = rotate(q.reshape(n, c.heads, -1), turn, F(1) / F(np.sqrt(c.head_dim)))
         k = rotate(k.reshape(n, c.kv_heads, -1), turn, F(1))
         inner = attention(q, kept(k, kv), kept(v.reshape(n, c.kv_heads, -1), kv)).reshape(n, -1)
         if layer.attn_sub_norm is not None:
             inner = norm(inner, layer.attn_sub_norm, c.norm_eps)
-        x = x + linear(layer.o, inner)
-        inner = gate(linear(layer.gate_up, norm(x, layer.ffn_norm, c.norm_eps)), c.activation)
+        x = x + linear(layer.o, inner, steps, f"{number}.o")
+        gate_up = linear(layer.gate_up, norm(x, layer.ffn_norm, c.norm_eps), steps, f"{number}.gate_up")
+        inner = gate(gate_up, c.activation)
         if layer.ffn_sub_norm is not None:
             inner = norm(inner, layer.ffn_sub_norm, c.norm_eps)
-        x = x + linear(layer.down, inner)
+        x = x + linear(layer.down, inner, steps, f"{number}.down")
     x = norm(x, weights.final_norm, c.norm_eps)
     return np.stack([dot(weights.output.rows(0, c.vocab), row) for row in x])

@@ -1,0 +1,208 @@
+"""Models of transformers whose BitLinears quantise as they run: the oracle for files, integers and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_files import pack_rows
+from numpy.typing import NDArray
+
+from bitgen.model.weights import TernaryMatrix, Weights
+
+torch = pytest.importorskip("torch", reason="torch is the oracle")
+transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
+bitnet = pytest.importorskip("transformers.integrations.bitnet", reason="transformers is the oracle")
+save_file = pytest.importorskip("safetensors.torch", reason="safetensors writes the files").save_file
+
+# The matrix of bitgen that holds each linear layer: those of one input are stacked.
+STACKED = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "o",
+    "gate_proj": "gate_up",
+    "up_proj": "gate_up",
+    "down_proj": "down",
+}
+_SIZES = {"vocab_size": 97, "num_hidden_layers": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+
+
+def _sizes(hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, **more: Any) -> dict[str, Any]:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return {**_SIZES, **dict(zip(names, (hidden, ffn, heads, kv_heads, head_dim), strict=True)), **more}
+
+
+# The architecture of every preset that runs, small: heads and ffn of the preset where they are odd.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "0.7B": ("BitNet", _sizes(192, 410, 2, 2, 96, hidden_act="silu", tie_word_embeddings=True)),
+    "1.3B": ("BitNet", _sizes(128, 5460, 2, 2, 64, hidden_act="silu", tie_word_embeddings=True)),
+    "3B": ("BitNet", _sizes(300, 810, 3, 3, 100, hidden_act="silu", tie_word_embeddings=True)),
+    "2B-4T": ("BitNet", _sizes(100, 150, 10, 5, 10, tie_word_embeddings=True)),
+    "8B": ("Llama", _sizes(100, 150, 4, 2, 26, rope_parameters=_LLAMA3)),
+    "Falcon3": ("Llama", _sizes(102, 230, 3, 1, 256, rms_norm_eps=1e-6,
+                                rope_parameters={"rope_type": "default", "rope_theta": 1000042.0})),
+    "TriLM": ("Llama", _sizes(100, 128, 5, 5, 20)),
+}  # fmt: skip
+
+
+def random_model(preset: str, seed: int = 3) -> Any:
+    """A random model of the architecture of ``preset`` with master weights that it quantises as it runs."""
+    architecture, sizes = ARCHITECTURES[preset]
+    torch.manual_seed(seed)
+    model = _empty(architecture, sizes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.5)
+    return _with_bitlinears(model, "online", model.state_dict())
+
+
+def model_of(weights: Weights) -> Any:
+    """The BitNetForCausalLM that has these weights, packed as `autobitlinear` keeps them."""
+    c = weights.config
+    model = _empty(
+        "BitNet",
+        {
+            **_sizes(c.hidden, c.ffn, c.heads, c.kv_heads, c.head_dim),
+            "vocab_size": c.vocab,
+            "num_hidden_layers": c.layers,
+            "max_position_embeddings": c.context,
+            "rms_norm_eps": c.norm_eps,
+            "hidden_act": c.activation,
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+            "tie_word_embeddings": c.tied_head,
+        },
+    )
+    values = {
+        "model.embed_tokens.weight": weights.embedding.rows(0, c.vocab),
+        "lm_head.weight": weights.output.rows(0, c.vocab),
+        "model.norm.weight": weights.final_norm,
+    }
+    for number, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{number}."
+        values[prefix + "input_layernorm.weight"] = layer.attn_norm
+        values[prefix + "post_attention_layernorm.weight"] = layer.ffn_norm
+        values[prefix + "self_attn.attn_sub_norm.weight"] = layer.attn_sub_norm
+        values[prefix + "mlp.ffn_sub_norm.weight"] = layer.ffn_sub_norm
+    for name, matrix in linears(weights).items():
+        values[name + ".weight"] = matrix.rows(0, matrix.shape.m)
+        values[name + ".weight_scale"] = matrix.scale
+    state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in values.items()}
+    return _with_bitlinears(model, "offline", state)
+
+
+def _empty(architecture: str, sizes: Mapping[str, Any]) -> Any:
+    sizes = {"tie_word_embeddings": False, **sizes}
+    config = getattr(transformers, f"{architecture}Config")(**sizes)
+    return getattr(transformers, f"{architecture}ForCausalLM")(config).float()
+
+
+def _with_bitlinears(model: Any, mode: str, state: Mapping[str, Any]) -> Any:
+    state = {name: value.clone() for name, value in state.items()}
+    quantization = transformers.BitNetQuantConfig(linear_class="autobitlinear", quantization_mode=mode)
+    model = bitnet.replace_with_bitnet_linear(model, ["lm_head"], quantization)
+    model = model.to_empty(device="cpu") if any(p.is_meta for p in model.parameters()) else model
+    model.load_state_dict(state)
+    model.tie_weights()
+    return model.eval().float()
+
+
+def linears(weights: Weights) -> dict[str, TernaryMatrix]:
+    """Name of a linear layer in transformers -> its matrix, cut from the stacked ones."""
+    c = weights.config
+    found = {}
+    for number, layer in enumerate(weights.layers):
+        attention, mlp = f"model.layers.{number}.self_attn.", f"model.layers.{number}.mlp."
+        found[attention + "q_proj"] = layer.qkv.slice(0, c.q_rows)
+        found[attention + "k_proj"] = layer.qkv.slice(c.q_rows, c.q_rows + c.kv_rows)
+        found[attention + "v_proj"] = layer.qkv.slice(c.q_rows + c.kv_rows, layer.qkv.shape.m)
+        found[attention + "o_proj"] = layer.o
+        found[mlp + "gate_proj"] = layer.gate_up.slice(0, c.ffn)
+        found[mlp + "up_proj"] = layer.gate_up.slice(c.ffn, 2 * c.ffn)
+        found[mlp + "down_proj"] = layer.down
+    return found
+
+
+def step_name(linear: str) -> str:
+    """model.layers.3.self_attn.q_proj -> 3.qkv, as `exact_model` names what is multiplied there."""
+    _, _, number, _, name = linear.split(".")
+    return f"{number}.{STACKED[name]}"
+
+
+@dataclass
+class Run:
+    """What a model computed over a text: logits (n, vocab), and by linear layer its input float32 (n, k)."""
+
+    logits: NDArray[np.float32]
+    inputs: dict[str, NDArray[np.float32]]
+
+
+def run(model: Any, ids: Sequence[int], given: Mapping[str, NDArray[np.int8]] | None = None) -> Run:
+    """One forward pass. ``given``: by `step_name` the int8 that take the place of the rounded activations."""
+    inputs: dict[str, NDArray[np.float32]] = {}
+    now = ""
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, args: Any) -> None:
+            nonlocal now
+            now = name
+            inputs[name] = args[0][0].numpy()
+
+        return hook
+
+    class Given:
+        @staticmethod
+        def apply(x: Any) -> Any:
+            assert given is not None
+            scale = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
+            return torch.from_numpy(given[step_name(now)]).float() / scale
+
+    modules = [(name, m) for name, m in model.named_modules() if name.split(".")[-1] in STACKED]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules]
+    uncompiled = torch._dynamo.config.patch(disable=True)  # it compiles what is too small to gain by it
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), uncompiled:
+        if given is not None:
+            patch.setattr(bitnet, "ActQuant", Given)
+        logits = model(torch.tensor([list(ids)])).logits[0].numpy()
+    for handle in handles:
+        handle.remove()
+    return Run(logits, inputs)
+
+
+def scaled(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Activations (n, k) as they are before they are rounded to int8: the largest of a token is 127."""
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    return x * (np.float32(127) / np.maximum(largest, np.float32(1e-5)))
+
+
+def save(model: Any, folder: Path, form: str) -> Path:
+    """The model as transformers saves it: its master weights, or packed as `bitlinear` or `autobitlinear`."""
+    model.config.save_pretrained(folder)
+    tied = bool(model.config.tie_word_embeddings)
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight" or not tied}
+    quantization: dict[str, Any] = {"quant_method": "bitnet", "linear_class": "autobitlinear"}
+    quantization["quantization_mode"] = "online" if form == "master" else "offline"
+    if form != "master":
+        quantization["linear_class"] = form
+        for name in [n for n in tensors if n.split(".")[-2] in STACKED]:
+            weight = tensors.pop(name)
+            s = 1.0 / weight.abs().mean().clamp(min=1e-5)
+            tensors[name] = torch.from_numpy(
+                pack_rows((weight * s).round().clamp(-1, 1).to(torch.int8).numpy())
+            )
+            tensors[name + "_scale"] = (s if form == "bitlinear" else 1 / s).reshape(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.quantization_config = quantization
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    return folder
