@@ -1,12 +1,12 @@
-"""Write a preset's random weights as GGUF files of ik_llama.cpp, for benchmarks/peers.py.
+"""Write a preset's random weights as GGUF files of ik_llama.cpp and llama.cpp, for benchmarks/peers.py.
 
-    python benchmarks/make_peer_model.py --model 3B --work FOLDER --peer-python PATH --type IQ2_BN_R4
+    python benchmarks/make_peer_model.py --model 3B --work FOLDER --ik PYTHON --type IQ2_BN_R4 --type Q4_0
 
-The weights are those of `bitgen bench --model 3B`, so both sides run the same model and their logits can be
-compared. They are written as F16 (-1, 0, 1, with the scale of a matrix in a tensor of its own), a block of
-rows at a time, then quantised by the llama-quantize of the package ik-llama-cpp-python that PATH has
-installed. Embedding and head stay F16. The F16 file (6.7 GB for 3B) is deleted at the end. The vocabulary is
-a dummy.
+The weights are those of `bitgen bench --model 3B`, so all sides run the same model and their logits can be
+compared. llama.cpp's types (TQ1_0, TQ2_0, Q4_0) are written as they are, with the scale of a matrix in every
+block, rounded to f16. ik_llama.cpp's are quantised by the llama-quantize of the package ik-llama-cpp-python
+that PYTHON has installed, from an F16 file (6.7 GB for 3B) that is deleted at the end. Embedding and head
+stay F16. The vocabulary is a dummy.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,42 +28,63 @@ from bitgen.errors import BitgenError
 from bitgen.model.config import Floats, ModelConfig
 from bitgen.model.convert import gguf_architecture
 from bitgen.model.gguf import U32, NewTensor, write_gguf
+from bitgen.model.gguf_model import ARCHITECTURES, half_to_interleaved
+from bitgen.model.quants import encode_tq
 from bitgen.model.synthetic import config_of, random_weights
 from bitgen.model.weights import LayerWeights, TernaryMatrix, Weights
 
 _F32, _F16 = 0, 1  # GGUF's numbers
+LLAMA_TYPES = {"Q4_0": (2, 2), "TQ1_0": (34, 36), "TQ2_0": (35, 37)}  # numbers of the tensor and the file
+_BLOCKS = {"Q4_0": (32, 18), "TQ1_0": (256, 54), "TQ2_0": (256, 66)}  # values and bytes of a block
 _ROWS = 256  # of a matrix that are in memory at once
 _FIND_QUANTIZE = "from ik_llama_cpp.quantize import find_quantize_bin as f; print(f() or '')"
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of tokens
 
 
-def model_path(work: Path, model: str, kind: str) -> Path:
-    return work / f"{find_model(model).name.rpartition('/')[2]}-{kind}.gguf"
+def peer_config(model: str, silu: bool = False) -> ModelConfig:
+    """The model of a preset; ``silu``: of its shape with the gate of llama.cpp's only bitnet architecture."""
+    config = config_of(find_model(model))
+    return replace(config, activation="silu", architecture="bitnet") if silu else config
 
 
-def make_models(work: Path, model: str, kinds: Sequence[str], peer_python: Path) -> dict[str, Path]:
+def model_path(work: Path, config: ModelConfig, kind: str) -> Path:
+    return work / f"{config.name.rpartition('/')[2]}-{config.activation}-{kind}.gguf"
+
+
+def make_models(work: Path, config: ModelConfig, kinds: Sequence[str], ik: Path | None) -> dict[str, Path]:
     """The model in each of ``kinds``; files that are there already are kept. BitgenError when one fails."""
-    paths = {kind: model_path(work, model, kind) for kind in kinds}
+    paths = {kind: model_path(work, config, kind) for kind in kinds}
     missing = [kind for kind, path in paths.items() if not path.exists()]
-    if missing:
-        quantize = quantizer(peer_python)
-        work.mkdir(parents=True, exist_ok=True)
-        source = model_path(work, model, "F16")
+    work.mkdir(parents=True, exist_ok=True)
+    for kind in [kind for kind in missing if kind in LLAMA_TYPES]:
+        partial = paths[kind].with_name(paths[kind].name + ".partial")
+        write_file(partial, random_weights(config), kind)
+        partial.replace(paths[kind])
+    of_ik = [kind for kind in missing if kind not in LLAMA_TYPES]
+    if of_ik:
+        if ik is None:
+            raise BitgenError(f"{of_ik[0]} is made by ik-llama-cpp-python: name its Python with --ik")
+        quantize, source = quantizer(ik), model_path(work, config, "F16")
         try:
-            write_f16(source, random_weights(config_of(find_model(model))))
-            for kind in missing:
+            write_file(source, random_weights(config), "F16")
+            for kind in of_ik:
                 quantize_model(quantize, source, paths[kind], kind)
         finally:
             source.unlink(missing_ok=True)
     return paths
 
 
-def quantizer(peer_python: Path) -> Path:
-    answer = subprocess.run([peer_python, "-c", _FIND_QUANTIZE], capture_output=True, text=True, check=False)
+def read_bytes_a_token(path: Path, config: ModelConfig) -> int:
+    """The size of the file, less the embedding where the head is another tensor."""
+    return path.stat().st_size - (0 if config.tied_head else 2 * config.vocab * config.hidden)
+
+
+def quantizer(ik: Path) -> Path:
+    answer = subprocess.run([ik, "-c", _FIND_QUANTIZE], capture_output=True, text=True, check=False)
     path = Path(answer.stdout.strip())
     if answer.returncode or not path.is_file():
-        raise BitgenError(f"{peer_python} has no llama-quantize: install ik-llama-cpp-python==0.1.5 there")
+        raise BitgenError(f"{ik} has no llama-quantize: install ik-llama-cpp-python==0.1.5 there")
     return path
 
 
@@ -77,33 +99,36 @@ def quantize_model(quantize: Path, source: Path, target: Path, kind: str) -> Non
     partial.replace(target)
 
 
-# ---- The F16 file ----
+# ---- A file ----
 
 
-def write_f16(path: Path, weights: Weights) -> None:
-    metadata = {**_metadata(weights.config), **_vocabulary(weights.config.vocab)}
+def write_file(path: Path, weights: Weights, kind: str) -> None:
+    """The model with matrices of ``kind``: F16 or one of LLAMA_TYPES."""
+    metadata = {**_metadata(weights.config, kind), **_vocabulary(weights.config.vocab)}
     with ProgressLine() as line:
         write_gguf(
             path,
             metadata,
-            list(_tensors(weights)),
+            list(_tensors(weights, kind)),
             lambda done, total: line.show(f"writing {path.name}: {done / total:.0%}"),
         )
 
 
-def _metadata(config: ModelConfig) -> dict[str, Any]:
+def _metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
     a = gguf_architecture(config)
     return {
         "general.architecture": a,
         "general.name": config.name,
         "general.quantization_version": U32(2),
-        "general.file_type": U32(1),
+        "general.file_type": U32(1 if kind == "F16" else LLAMA_TYPES[kind][1]),
         f"{a}.context_length": U32(config.context),
         f"{a}.embedding_length": U32(config.hidden),
         f"{a}.feed_forward_length": U32(config.ffn),
         f"{a}.block_count": U32(config.layers),
         f"{a}.attention.head_count": U32(config.heads),
         f"{a}.attention.head_count_kv": U32(config.kv_heads),
+        f"{a}.attention.key_length": U32(config.head_dim),
+        f"{a}.attention.value_length": U32(config.head_dim),
         f"{a}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
         f"{a}.rope.dimension_count": U32(config.head_dim),
         f"{a}.rope.freq_base": float(config.rope_theta),
@@ -128,9 +153,10 @@ def _vocabulary(size: int) -> dict[str, Any]:
     }
 
 
-def _tensors(weights: Weights) -> Iterator[NewTensor]:
+def _tensors(weights: Weights, kind: str) -> Iterator[NewTensor]:
     embedding = weights.embedding.data
     shape = weights.embedding.shape
+    architecture = ARCHITECTURES[gguf_architecture(weights.config)]
     yield NewTensor("token_embd.weight", shape, _F16, embedding.nbytes, lambda: [embedding])
     if weights.head is not None:
         head = weights.head.data
@@ -142,15 +168,24 @@ def _tensors(weights: Weights) -> Iterator[NewTensor]:
             norm = getattr(layer, name)
             if norm is not None:
                 yield _vector(f"{prefix}{name}.weight", norm)
-        for name, matrix in _matrices(weights.config, layer):
-            yield _matrix(f"{prefix}{name}.weight", matrix)
-            yield _vector(f"{prefix}{name}.scale", matrix.scale)
+        for name, matrix in _matrices(weights.config, layer, architecture.interleaved):
+            # Only the bitnet architectures have tensors of scales.
+            apart = kind == "F16" and architecture.sub_norms
+            yield _matrix(f"{prefix}{name}.weight", matrix, kind, None if apart else matrix.scale)
+            if apart:
+                yield _vector(f"{prefix}{name}.scale", matrix.scale)
 
 
-def _matrices(config: ModelConfig, layer: LayerWeights) -> Iterator[tuple[str, TernaryMatrix]]:
+def _matrices(
+    config: ModelConfig, layer: LayerWeights, interleaved: bool
+) -> Iterator[tuple[str, TernaryMatrix]]:
     q, kv = config.q_rows, config.kv_rows
-    yield "attn_q", layer.qkv.slice(0, q)
-    yield "attn_k", layer.qkv.slice(q, q + kv)
+    query, key = layer.qkv.slice(0, q), layer.qkv.slice(q, q + kv)
+    if interleaved:
+        query = query.reordered(half_to_interleaved(config.heads, config.head_dim))
+        key = key.reordered(half_to_interleaved(config.kv_heads, config.head_dim))
+    yield "attn_q", query
+    yield "attn_k", key
     yield "attn_v", layer.qkv.slice(q + kv, q + 2 * kv)
     yield "attn_output", layer.o
     yield "ffn_gate", layer.gate_up.slice(0, config.ffn)
@@ -163,28 +198,48 @@ def _vector(name: str, values: Floats) -> NewTensor:
     return NewTensor(name, data.shape, _F32, data.nbytes, lambda: [data.view(np.uint8)])
 
 
-def _matrix(name: str, matrix: TernaryMatrix) -> NewTensor:
+def _matrix(name: str, matrix: TernaryMatrix, kind: str, scale: Floats | None) -> NewTensor:
+    """A matrix as ``kind``; ``scale`` (1,): its values are -scale, 0, scale."""
     m, k = matrix.shape.m, matrix.shape.k
+    block, size = _BLOCKS.get(kind, (1, 2))
+    if k % block:
+        raise BitgenError(f"{name} has {k} columns, which are no blocks of {block}: {kind} cannot hold it")
 
     def chunks() -> Iterator[NDArray[np.uint8]]:
         for begin in range(0, m, _ROWS):
-            yield matrix.rows(begin, min(begin + _ROWS, m)).astype("<f2").view(np.uint8)
+            w = matrix.rows(begin, min(begin + _ROWS, m))
+            if kind == "F16":
+                values = w if scale is None else w * scale
+                yield values.astype("<f2").view(np.uint8)
+            elif kind == "Q4_0":
+                yield _q4_0(w, scale)
+            else:
+                yield encode_tq(kind.lower(), w, np.broadcast_to(scale, (len(w),)))
 
-    return NewTensor(name, (m, k), _F16, m * k * 2, chunks)
+    number = _F16 if kind == "F16" else LLAMA_TYPES[kind][0]
+    return NewTensor(name, (m, k), number, m * (k // block) * size, chunks)
+
+
+def _q4_0(w: NDArray[np.int8], scale: Floats) -> NDArray[np.uint8]:
+    """Blocks of 32: scale in f16, then w + 8 in 4 bits, value i below value i + 16."""
+    codes = (w.reshape(len(w), -1, 32) + 8).astype(np.uint8)
+    d = np.broadcast_to(scale.astype("<f2"), (*codes.shape[:2], 1)).copy().view(np.uint8)
+    return np.concatenate([d, codes[..., :16] | codes[..., 16:] << 4], axis=2).reshape(len(w), -1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="3B", help="a preset of the bitnet architecture (3B)")
+    parser.add_argument("--model", default="3B", help="a preset (3B)")
     parser.add_argument("--work", type=Path, required=True, help="folder of the files")
-    parser.add_argument("--peer-python", type=Path, required=True, help="a Python with ik-llama-cpp-python")
-    parser.add_argument("--type", action="append", help="of llama-quantize (IQ2_BN and IQ2_BN_R4)")
+    parser.add_argument("--ik", type=Path, help="a Python with ik-llama-cpp-python, for its types")
+    parser.add_argument("--silu", action="store_true", help="a relu² model's shape with a silu gate")
+    parser.add_argument("--type", action="append", help="IQ2_BN_R4, Q4_0, ... (IQ2_BN and IQ2_BN_R4)")
     args = parser.parse_args()
     try:
         kinds = args.type or ["IQ2_BN", "IQ2_BN_R4"]
-        for path in make_models(args.work, args.model, kinds, args.peer_python).values():
+        for path in make_models(args.work, peer_config(args.model, args.silu), kinds, args.ik).values():
             print(f"{path}  {path.stat().st_size / 1e6:,.0f} MB")
     except BitgenError as error:
         sys.exit(f"error: {error}")

@@ -1,8 +1,8 @@
-"""The side of bitgen in benchmarks/peers.py: a preset's random weights, asked as peer_ik.py is.
+"""The side of bitgen in benchmarks/peers.py: a preset's random weights, asked as peer_side.py says.
 
-    python peer_bitgen.py 3B --threads N --context N [--library PATH] [--head q8]
+    python peer_bitgen.py 3B --threads N --context N [--library PATH] [--head q8] [--silu]
 
-The answers are those of peer_ik.py too; bytes are those of packed weights, scales and head.
+The answers are the same too; bytes are those of packed weights, scales and head.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
+from make_peer_model import peer_config
 
-from bitgen.config import find_model
 from bitgen.errors import BitgenError
 from bitgen.llm import library_for
 from bitgen.model.engine import Engine
 from bitgen.model.llm import open_engine
-from bitgen.model.synthetic import config_of, random_weights
+from bitgen.model.synthetic import random_weights
 from bitgen.runtime import load
 
 
@@ -43,7 +44,7 @@ def run(engine: Engine, do: str, tokens: list[int], out: str | None = None) -> f
 def serve(args: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    weights = random_weights(config_of(find_model(args.model), context=args.context))
+    weights = random_weights(replace(peer_config(args.model, args.silu), context=args.context))
     with load(args.library or library_for(weights.config), args.threads) as table:
         engine = open_engine(weights, table, context=args.context, head=args.head)
         head = 0 if args.head == "q8" else weights.output.data.nbytes  # q8 counts as packed
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--library")
+    parser.add_argument("--silu", action="store_true", help="the shape of a relu² model with a silu gate")
     parser.add_argument("--head", choices=("exact", "q8"), default="exact")
     try:
         serve(parser.parse_args())

@@ -1,21 +1,23 @@
-"""End-to-end tokens a second of bitgen against ik_llama.cpp: the same model, the same machine, taking turns.
+"""Tokens a second of bitgen, ik_llama.cpp and llama.cpp: the same model, the same machine, taking turns.
 
-    python benchmarks/peers.py --model 3B --work FOLDER --peer-python PATH --threads 1,2 --rounds 7
+    python benchmarks/peers.py --model 3B --work FOLDER --ik PYTHON --llama PYTHON --threads 1,2 --rounds 7
 
-PATH is a Python that has ik-llama-cpp-python==0.1.5 installed, in an environment of its own. Its wheel is
-compiled for AVX2, which is not what bitgen should be held against on a CPU with AVX-512. Compile it there:
-CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5, or name
-such a libllama.so with --peer-library. FOLDER holds the peer's files, made by make_peer_model.py when they
-are missing: 1 GB a type for 3B, and 7 GB for a moment.
+The PYTHONs have ik-llama-cpp-python==0.1.5 and llama-cpp-python==0.3.36 installed, each in an environment of
+its own and compiled for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary :all: PACKAGE
+(ik's wheel is compiled for AVX2, which is not what bitgen should be held against on a CPU with AVX-512), or
+name such a libllama.so of ik's with --ik-library. Either may be left out. FOLDER holds the peers' files, made
+by make_peer_model.py when they are missing: 1 to 2 GB a type for 3B, and 7 GB for a moment.
 
-Both sides have the same random weights, an f16 head and an f16 cache, and sample nothing; each runs in a
-process of its own (peer_bitgen.py, peer_ik.py). First both compute the logits of one prompt: the run ends
-unless they are finite and alike (not equal: ik_llama.cpp quantises activations with four scales a token).
-Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt at once;
-tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for ik_llama.cpp
-the file. DRAM is the best that any probe read before and after the rounds.
+All sides have the same random weights, an f16 head and an f16 cache, and sample nothing; each runs in a
+process of its own (peer_bitgen.py, peer_ik.py, peer_llama.py). First all compute the logits of one prompt:
+the run ends unless they are finite and alike (not equal: the peers quantise activations with several scales
+a token). Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt
+at once; tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for the
+peers the file. DRAM is the best that any probe read before and after the rounds.
 
-A --type may carry options of peer_ik.py, as in IQ2_BN_R4+no-flash: ik_llama.cpp has its own flash attention
+llama.cpp knows 2B-4T's architecture only with a silu gate: with --llama every side runs a relu² model's shape
+that way, and the title says so. TQ1_0 and TQ2_0 hold matrices of multiples of 256 columns, Q4_0 all.
+A --type may carry options of peer_side.py, as in IQ2_BN_R4+no-flash: ik_llama.cpp has its own flash attention
 kernels for some head sizes, but not for the 100 of 3B, so both ways are timed.
 """
 
@@ -36,24 +38,24 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
-from make_peer_model import make_models
+from make_peer_model import LLAMA_TYPES, make_models, peer_config, read_bytes_a_token
 
 from bitgen.api import Workshop
 from bitgen.cli.progress import ProgressLine
 from bitgen.cli.tables import Column, Table, render_tables
-from bitgen.config import find_model
 from bitgen.errors import BitgenError
 from bitgen.measure import measure_limits
 from bitgen.measure.records import Load
+from bitgen.model.config import ModelConfig
 
 HERE = Path(__file__).resolve().parent
 _ALIKE = 0.95  # correlation of logits; 0.99 and more is what other roundings of activations leave
 _PROMPT = 16  # tokens whose logits are compared
-_TYPES = ("IQ2_BN", "IQ2_BN_R4", "IQ2_BN_R4+no-flash")
+_IK_TYPES = ("IQ2_BN", "IQ2_BN_R4", "IQ2_BN_R4+no-flash", "IQ1_BN")
 
 
 class Side:
-    """A child process that runs one model; see peer_ik.py for what it is asked."""
+    """A child process that runs one model; see peer_side.py for what it is asked."""
 
     def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str]) -> None:
         self.name = name
@@ -111,22 +113,27 @@ class Test:
 
 @contextlib.contextmanager
 def opened(
-    args: argparse.Namespace, files: dict[str, Path], threads: int, context: int
+    args: argparse.Namespace, config: ModelConfig, files: dict[str, Path], threads: int, context: int
 ) -> Iterator[list[Side]]:
-    """Load bitgen and every file of the peer."""
+    """Load bitgen and every file of the peers."""
     common = ["--threads", str(threads), "--context", str(context)]
-    library = ["--library", args.library] if args.library else []
-    peer_env = {"IK_LLAMA_CPP_LIB_PATH": str(args.peer_library)} if args.peer_library else {}
+    options = ["--library", args.library] if args.library else []
+    options += ["--silu"] if args.silu else []
+    ik_env = {"IK_LLAMA_CPP_LIB_PATH": str(args.ik_library)} if args.ik_library else {}
     sides: list[Side] = []
     try:
         sides.append(
-            Side("bitgen", [sys.executable, HERE / "peer_bitgen.py", args.model, *common, *library], {})
+            Side("bitgen", [sys.executable, HERE / "peer_bitgen.py", args.model, *common, *options], {})
         )
         for peer in args.type:
             kind, *flags = peer.split("+")
-            options = [f"--{flag}" for flag in flags]
-            command = [args.peer_python, HERE / "peer_ik.py", files[kind], *common, *options]
-            sides.append(Side(f"ik {peer}", command, peer_env))
+            options = ["--bytes", str(read_bytes_a_token(files[kind], config)), *(f"--{f}" for f in flags)]
+            if kind in LLAMA_TYPES:
+                command = [args.llama, HERE / "peer_llama.py", files[kind], *common, *options]
+                sides.append(Side(f"llama.cpp {peer}", command, {}))
+            else:
+                command = [args.ik, HERE / "peer_ik.py", files[kind], *common, *options]
+                sides.append(Side(f"ik {peer}", command, ik_env))
         yield sides
     finally:
         for side in sides:
@@ -210,13 +217,32 @@ _RESULTS = (
 )
 
 
+def chosen_types(args: argparse.Namespace, config: ModelConfig) -> list[str]:
+    """The types to time: the ones asked for, or all that the peers given can run. BitgenError for neither."""
+    wanted = list(args.type or ())
+    if not wanted:
+        columns = (config.hidden, config.q_rows, config.ffn)
+        of_256 = all(k % 256 == 0 for k in columns)
+        wanted += _IK_TYPES if args.ik else ()
+        wanted += [kind for kind in LLAMA_TYPES if kind == "Q4_0" or of_256] if args.llama else []
+    for peer in wanted:
+        option = "llama" if peer.partition("+")[0] in LLAMA_TYPES else "ik"
+        if getattr(args, option) is None:
+            raise BitgenError(f"{peer} needs a peer's Python: name it with --{option}")
+    if not wanted:
+        raise BitgenError("name a peer's Python with --ik, --llama or both")
+    return wanted
+
+
 def run(args: argparse.Namespace) -> None:
-    model, workshop = find_model(args.model), Workshop()
+    workshop = Workshop()
+    args.silu = args.llama is not None and peer_config(args.model).activation != "silu"
+    config = peer_config(args.model, args.silu)
     tests = [Test.parse(text) for text in args.tests.split(",")]
     context = max(_PROMPT, *(test.n for test in tests))
-    args.type = args.type or list(_TYPES)
+    args.type = chosen_types(args, config)
     kinds = list(dict.fromkeys(peer.partition("+")[0] for peer in args.type))
-    files = make_models(args.work, args.model, kinds, args.peer_python)
+    files = make_models(args.work, config, kinds, args.ik)
     isa = workshop.isa(None).name
     rows: list[tuple[object, ...]] = []
     logits: list[tuple[object, ...]] = []
@@ -227,15 +253,16 @@ def run(args: argparse.Namespace) -> None:
             return measure_limits(workshop.toolchain, workshop.cpu, threads, [isa]).best_dram_gbs
 
         before = dram()
-        with opened(args, files, threads, context) as sides:
-            logits = logits or compare_logits(sides, model.vocab)
-            seconds = time_sides(sides, tests, args.rounds, model.vocab)
+        with opened(args, config, files, threads, context) as sides:
+            logits = logits or compare_logits(sides, config.vocab)
+            seconds = time_sides(sides, tests, args.rounds, config.vocab)
         after = dram()
         rows += result_rows(sides, tests, seconds, threads, max(before, after))
         facts.append(f"DRAM read, {threads} threads: {before:.1f} GB/s before, {after:.1f} after")
-    title = f"{args.model}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
+    shape = f"{args.model}{' with a silu gate' if args.silu else ''}"
+    title = f"{shape}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
     tables = [
-        Table(f"{args.model}: logits of the last of {_PROMPT} tokens, against bitgen's", _LOGITS, logits),
+        Table(f"{shape}: logits of the last of {_PROMPT} tokens, against bitgen's", _LOGITS, logits),
         Table(title, _RESULTS, rows),
     ]
     print(render_tables(tables, args.output))
@@ -245,11 +272,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="3B", help="a preset of the bitnet architecture (3B)")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the peer's files")
-    parser.add_argument("--peer-python", type=Path, required=True, help="a Python with ik-llama-cpp-python")
-    parser.add_argument("--peer-library", type=Path, help="its libllama.so, compiled for this machine")
-    parser.add_argument("--type", action="append", help=f"of llama-quantize, + options ({', '.join(_TYPES)})")
+    parser.add_argument("--model", default="3B", help="a preset (3B)")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the peers' files")
+    parser.add_argument("--ik", type=Path, help="a Python with ik-llama-cpp-python")
+    parser.add_argument("--ik-library", type=Path, help="its libllama.so, compiled for this machine")
+    parser.add_argument("--llama", type=Path, help="a Python with llama-cpp-python")
+    parser.add_argument("--type", action="append", help="of a peer, + options (all that the peers can run)")
     parser.add_argument("--library", type=Path, help="bitgen's kernel library (the best here)")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--tests", default="pp128,pp512,tg32")

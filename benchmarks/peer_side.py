@@ -1,0 +1,82 @@
+"""What the peers of benchmarks/peers.py share: one model of the llama.cpp family behind a line protocol.
+
+A child answers requests, one JSON object a line, through the C API of its library, without sampling:
+
+    {"do": "prompt", "tokens": [...]}               all tokens in one llama_decode, logits of the last one
+    {"do": "steps", "tokens": [...]}                one llama_decode a token, each with its logits
+    {"do": "logits", "tokens": [...], "out": PATH}  as prompt; the logits are written there as float32
+
+The answer is {"seconds": ...}. The first line it prints tells what runs: {"bytes": ..., "about": ...}; bytes
+is the size of the file less the embedding where that is not the head: what a step reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Peer:
+    """A model with a context of its own. ``api``: the bindings of a library; ``clear`` empties the cache."""
+
+    def __init__(self, api: Any, model: Any, context: Any, size: int, clear: Callable[[Any], None]) -> None:
+        self.api, self.context, self.clear = api, context, clear
+        self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+        self.batch = api.llama_batch_init(size, 0, 1)
+
+    def decode(self, tokens: list[int], start: int) -> Any:
+        """Append tokens at position ``start``; float32 (vocab), the logits of the last one."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, start + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = i == len(tokens) - 1
+        code = self.api.llama_decode(self.context, batch)
+        if code:
+            sys.exit(f"error: llama_decode fails with {code}")
+        return self.api.llama_get_logits_ith(self.context, len(tokens) - 1)  # waits until they are there
+
+    def run(self, do: str, tokens: list[int], out: str | None = None) -> float:
+        """Seconds that a request takes."""
+        self.clear(self.context)
+        parts = [[token] for token in tokens] if do == "steps" else [tokens]
+        started = time.perf_counter()
+        for position, part in enumerate(parts):
+            logits = self.decode(part, position)
+        seconds = time.perf_counter() - started
+        if out is not None:
+            with open(out, "wb") as file:  # noqa: PTH123
+                file.write(ctypes.string_at(logits, 4 * self.vocab))
+        return seconds
+
+
+def serve(doc: str, load: Callable[[argparse.Namespace], tuple[Peer, str]]) -> None:
+    """Parse the command line, load the model and answer until the input ends."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--bytes", type=int, help="bytes a step reads (the size of the file)")
+    parser.add_argument("--no-flash", action="store_true")
+    parser.add_argument("--no-mmap", action="store_true")
+    args = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w")  # what the library prints goes to standard error
+    os.dup2(2, 1)
+    peer, about = load(args)
+    size = args.bytes or os.stat(args.model).st_size  # noqa: PTH116 - the rest here wants text
+    print(json.dumps({"bytes": size, "about": about}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"seconds": peer.run(**json.loads(line))}), file=answers, flush=True)
+
+
+def enabled(system_info: bytes) -> str:
+    """The instruction sets a library was compiled for, from what it prints: "AVX2 = 1 | AVX512 = 0 | ..."."""
+    flags = [flag.split("=") for flag in system_info.decode().replace(":", "|").split("|") if "=" in flag]
+    return " ".join(name.strip() for name, value in flags if value.strip() == "1")
