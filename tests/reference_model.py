@@ -6,7 +6,7 @@ float32 and quantised as `bitgen.reference` says, and its output. Slow, for smal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from bitgen.model.weights import TernaryMatrix, Weights
 from bitgen.reference import quantize_activations, scale_output
 
 Doubles = NDArray[np.float64]
+TIE = 1e-3  # of an int8 step: how far from the middle of two values float32 sums may move an activation
 
 
 def small_config(**changes: Any) -> ModelConfig:
@@ -78,7 +79,9 @@ class Step:
 class ReferenceEngine:
     """The engine's interface over the formulas. ``kv`` f32 keeps keys and values as float32, f16 as float16.
 
-    With ``steps`` a list, every BitLinear is appended to it.
+    With ``steps`` a list, every BitLinear is appended to it. ``given``, by the name of a BitLinear, holds
+    int8 (n, k) that take the place of the rounded activations, which follows another program's roundings:
+    each must be what the activation rounds to, give or take TIE.
     """
 
     weights: Weights
@@ -86,6 +89,7 @@ class ReferenceEngine:
     max_batch: int = 4
     kv: str = "f32"
     steps: list[Step] | None = None
+    given: Mapping[str, NDArray[np.int8]] | None = None
     calls: list[int] = field(default_factory=list)  # tokens of each forward call
 
     def __post_init__(self) -> None:
@@ -168,6 +172,10 @@ class ReferenceEngine:
 
     def _linear(self, name: str, matrix: TernaryMatrix, x: Doubles) -> Doubles:
         xq, x_scale = quantize_activations(x.astype(np.float32))
+        if self.given is not None:
+            off = np.abs(x / x_scale[:, None] - self.given[name]).max()
+            assert off < 0.5 + TIE, f"{name}: an activation is {off} from its int8 value"
+            xq = self.given[name]
         w = self._matrices.get(id(matrix))
         if w is None:
             w = self._matrices[id(matrix)] = matrix.rows(0, matrix.shape.m).astype(np.float64)

@@ -461,6 +461,7 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
             {"general.architecture": "mamba"},
             "the architecture 'mamba' is not supported; bitgen runs bitnet, bitnet-25, bitnet-b1.58, llama",
         ),
+        ({"general.architecture": "qwen3"}, "the architecture 'qwen3' is not supported; bitgen runs bitnet,"),
         ({"general.architecture": "bad\x1b[31m"}, "the architecture 'bad\\x1b[31m' is not supported"),
         (
             {"bitnet.attention.head_count": "four"},

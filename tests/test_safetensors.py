@@ -328,6 +328,10 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
             {"architectures": ["MambaForCausalLM"]},
             "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
         ),
+        (
+            {"architectures": ["Qwen3ForCausalLM"]},
+            "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
+        ),
         ({"architectures": None}, "architectures is None"),
         ({"hidden_size": "26"}, "hidden_size is '26', not a whole number"),
         ({"hidden_size": 1 << 80}, "hidden is 1208925819614629174706176"),
