@@ -58,9 +58,7 @@ def make_models(work: Path, config: ModelConfig, kinds: Sequence[str], ik: Path 
     missing = [kind for kind, path in paths.items() if not path.exists()]
     work.mkdir(parents=True, exist_ok=True)
     for kind in [kind for kind in missing if kind in LLAMA_TYPES]:
-        partial = paths[kind].with_name(paths[kind].name + ".partial")
-        write_file(partial, random_weights(config), kind)
-        partial.replace(paths[kind])
+        write_file(paths[kind], random_weights(config), kind)
     of_ik = [kind for kind in missing if kind not in LLAMA_TYPES]
     if of_ik:
         if ik is None:
@@ -157,6 +155,7 @@ def _tensors(weights: Weights, kind: str) -> Iterator[NewTensor]:
     embedding = weights.embedding.data
     shape = weights.embedding.shape
     architecture = ARCHITECTURES[gguf_architecture(weights.config)]
+    apart = kind == "F16" and architecture.name == "bitnet"  # the only one with tensors of scales
     yield NewTensor("token_embd.weight", shape, _F16, embedding.nbytes, lambda: [embedding])
     if weights.head is not None:
         head = weights.head.data
@@ -169,8 +168,6 @@ def _tensors(weights: Weights, kind: str) -> Iterator[NewTensor]:
             if norm is not None:
                 yield _vector(f"{prefix}{name}.weight", norm)
         for name, matrix in _matrices(weights.config, layer, architecture.interleaved):
-            # Only the bitnet architectures have tensors of scales.
-            apart = kind == "F16" and architecture.sub_norms
             yield _matrix(f"{prefix}{name}.weight", matrix, kind, None if apart else matrix.scale)
             if apart:
                 yield _vector(f"{prefix}{name}.scale", matrix.scale)

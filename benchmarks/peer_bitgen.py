@@ -31,13 +31,16 @@ def run(engine: Engine, do: str, tokens: list[int], out: str | None = None) -> f
     size = 1 if do == "steps" else len(tokens)
     parts = np.array(tokens, np.int32).reshape(-1, size)
     sequences, outputs = np.zeros(size, np.int32), np.arange(size) == size - 1
+    rows = []
     started = time.perf_counter()
     for index, part in enumerate(parts):
         positions = np.arange(index * size, (index + 1) * size, dtype=np.int32)
         logits = engine.forward(part, positions, sequences, outputs)
+        if out is not None:
+            rows.append(logits)
     seconds = time.perf_counter() - started
     if out is not None:
-        logits.astype("<f4").tofile(out)
+        np.concatenate(rows).astype("<f4").tofile(out)
     return seconds
 
 

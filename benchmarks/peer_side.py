@@ -4,10 +4,10 @@ A child answers requests, one JSON object a line, through the C API of its libra
 
     {"do": "prompt", "tokens": [...]}               all tokens in one llama_decode, logits of the last one
     {"do": "steps", "tokens": [...]}                one llama_decode a token, each with its logits
-    {"do": "logits", "tokens": [...], "out": PATH}  as prompt; the logits are written there as float32
 
-The answer is {"seconds": ...}. The first line it prints tells what runs: {"bytes": ..., "about": ...}; bytes
-is the size of the file less the embedding where that is not the head: what a step reads.
+With "out": PATH the logits are written there as float32. The answer is {"seconds": ...}. The first line it
+prints tells what runs: {"bytes": ..., "about": ...}; bytes is what a step reads: the size of the file, less
+the embedding where that is not the head.
 """
 
 from __future__ import annotations
@@ -47,13 +47,16 @@ class Peer:
         """Seconds that a request takes."""
         self.clear(self.context)
         parts = [[token] for token in tokens] if do == "steps" else [tokens]
+        rows = []
         started = time.perf_counter()
         for position, part in enumerate(parts):
             logits = self.decode(part, position)
+            if out is not None:
+                rows.append(ctypes.string_at(logits, 4 * self.vocab))
         seconds = time.perf_counter() - started
         if out is not None:
             with open(out, "wb") as file:  # noqa: PTH123
-                file.write(ctypes.string_at(logits, 4 * self.vocab))
+                file.write(b"".join(rows))
         return seconds
 
 

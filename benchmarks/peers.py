@@ -148,7 +148,7 @@ def compare_logits(sides: Sequence[Side], vocab: int) -> list[tuple[object, ...]
         found = []
         for side in sides:
             out = Path(folder) / "logits"
-            side.ask("logits", tokens, out=str(out))
+            side.ask("prompt", tokens, out=str(out))
             found.append(np.fromfile(out, "<f4").astype(np.float64))
     for side, logits in zip(sides, found, strict=True):
         if logits.size != vocab or not np.isfinite(logits).all():
