@@ -122,5 +122,7 @@ def _user_cache_dir() -> Path:
 
 
 def _not_writable(folder: Path, reason: str) -> BitgenError:
-    message = f"cannot write to the folder {folder}: {reason}; choose another with --out or {HOME_VARIABLE}"
+    message = (
+        f"cannot write to the folder {folder}: {reason}; choose another (--out, --logs, {HOME_VARIABLE})"
+    )
     return BitgenError(message, EXIT_FILE)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.bundle import ABI_VERSION, Bundle, is_bundle, read_bundle, require_runnable
-from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
+from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, EXIT_USAGE, BitgenError
 from bitgen.paths import templates_dir
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
@@ -106,6 +106,8 @@ def _ffi() -> Any:
 
 def _open(path: Path) -> Any:
     """The library's functions, once its ABI is known to be ours."""
+    if not path.is_file():
+        raise BitgenError(f"cannot open the library {path}: there is no such file", EXIT_FILE)
     ffi = _ffi()
     try:
         lib = ffi.dlopen(str(path.absolute()))
@@ -146,9 +148,9 @@ class KernelTable:
         generic: Generic = "never",
     ) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-            raise ArgumentTypeError(f"threads must be an int or None, not {threads!r}")
+            raise ArgumentTypeError(f"threads must be an int or None, not {threads!r}", EXIT_USAGE)
         if threads is not None and not 1 <= threads <= 1024:
-            raise ArgumentValueError(f"threads must be 1 to 1024, not {threads}")
+            raise ArgumentValueError(f"threads must be 1 to 1024, not {threads}", EXIT_USAGE)
         self.path = library
         self.bundle = bundle
         self._lib = _open(library)
@@ -161,6 +163,9 @@ class KernelTable:
         out = _ffi().new("bitgen_context **")
         self.check(self._lib.bitgen_context_create(out, threads or 0, flags))
         self._context = _ffi().gc(out[0], self._lib.bitgen_context_destroy)
+
+    def __repr__(self) -> str:
+        return f"<KernelTable {self.path}, {self.threads} threads>"
 
     def __enter__(self) -> KernelTable:
         return self
@@ -365,10 +370,17 @@ def _scales(scale: Any, m: int) -> Floats:
         _check_array("scale", scale, np.float32, (1,))
         if scale.size not in (1, m):
             raise ArgumentValueError(f"scale must have 1 or {m} values, not {scale.size}")
-        return scale.copy()
+        return _finite(scale.copy())
     if isinstance(scale, bool) or not isinstance(scale, (int, float, np.floating, np.integer, np.ndarray)):
         raise ArgumentTypeError(f"scale must be a float or a float32 array, not {type(scale).__name__}")
-    return np.array([scale], np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
+        return _finite(np.array([scale], np.float32))
+
+
+def _finite(scale: Floats) -> Floats:
+    if not np.isfinite(scale).all():
+        raise ArgumentValueError("scale holds NaN or infinity")
+    return scale
 
 
 def aligned_bytes(size: int, *, zeros: bool = False) -> NDArray[np.uint8]:

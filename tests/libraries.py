@@ -63,7 +63,10 @@ def built_library(factory: pytest.TempPathFactory) -> Path:
 
 
 def _toolchain(folder: Path, extra_flags: tuple[str, ...] = ()) -> Toolchain:
-    return Toolchain(find_compiler(), cache_dir=folder / "cache", werror=True, extra_flags=extra_flags)
+    # Patient: the limit is there for compilers that hang, and a loaded machine is no such thing.
+    return Toolchain(
+        find_compiler(), cache_dir=folder / "cache", timeout_s=900, werror=True, extra_flags=extra_flags
+    )
 
 
 @lru_cache(maxsize=1)

@@ -46,7 +46,7 @@ levels = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: isa.name)
 
 
 def cross_toolchain(folder: Path, *flags: str, cc: str | None = None) -> Toolchain:
-    return Toolchain(find_cross_compiler("aarch64", "Linux", cc), folder, extra_flags=flags)
+    return Toolchain(find_cross_compiler("aarch64", "Linux", cc), folder, timeout_s=900, extra_flags=flags)
 
 
 # ---- kernels

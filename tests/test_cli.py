@@ -451,7 +451,7 @@ def test_ctrl_c_in_the_middle_of_tune(
     after = recorded()
     assert after[: len(before)] == before
     assert all(json.loads(line) for line in after)
-    assert wait_until(lambda: not processes_of(workplace), 10), "something still runs"
+    assert wait_until(lambda: not processes_of(workplace)), "something still runs"
 
 
 @pytest.fixture

@@ -124,23 +124,31 @@ def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.
         (["-p", "the end " * 99], EXIT_USAGE, "and the context holds 128: shorten it"),
         (["-p", "a", "--temp", "-1"], EXIT_USAGE, "temperature must be 0 or more"),
         (["-p", "a", "-n", "0"], EXIT_USAGE, "max_tokens must be 1 or more"),
+        (["-p", "a", "-t", "0"], EXIT_USAGE, "threads must be 1 to 1024, not 0"),
+        (["-p", "a", "--library", "no-such.so"], EXIT_FILE, "no-such.so: there is no such file"),
         (["-f", "no-such-file"], EXIT_USAGE, "No such file"),
     ],
 )
 def test_what_is_wrong_is_one_line(
     arguments: list[str], options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, err = out_of(capsys, "run", *arguments, *options, code=code)
+    out, err = out_of(capsys, "run", *arguments, *options, code=code)
     line = next(line for line in err.splitlines() if message in line)
     assert line.startswith("bitgen: ")
     assert "Traceback" not in err
+    assert out == ""  # not the prompt either
 
 
 def test_a_model_that_is_not_there_is_one_line(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("nothing.gguf", "nothing"):
+    for name, says in (
+        ("nothing.gguf", "nothing.gguf does not exist"),
+        ("tinny", "'tinny' does not exist and is no model that ships: did you mean tiny?"),
+        ("3b", "3b is a preset, which has shapes and no weights"),
+    ):
         argv = ("run", "-m", name, "--library", str(library), "-p", "a")
         _, err = out_of(capsys, *argv, code=EXIT_FILE)
-        assert name in err
+        assert err.startswith(f"bitgen: {says}")
+        assert err.count("\n") == 1
 
 
 def test_ctrl_c_ends_a_run_with_its_timings(

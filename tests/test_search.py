@@ -682,13 +682,18 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")  # a process of its own that need not import anything again
     moments = random.Random(int(os.environ.get("BITGEN_KILL_SEED", "0")))
     progress = [0]
-    for _ in range(10):
+    while len(progress) <= 10:
         child = fork.Process(target=go, args=(path, asked_for, Sleepy(inner), LARGE_AXES))
         child.start()
-        child.join(moments.uniform(0.1, 0.5) * seconds)  # even one that knows every answer takes longer
+        child.join(moments.uniform(0.1, 0.5) * seconds)
         child.kill()
         child.join()
-        assert child.exitcode == -signal.SIGKILL, "it was over before it was killed"
+        if child.exitcode != -signal.SIGKILL:  # over before it was killed: the machine has become faster
+            assert child.exitcode == 0
+            assert seconds > 0.01
+            path.unlink()
+            progress, seconds = [0], seconds / 2
+            continue
         store = RecordStore(path)  # it opens each time
         assert store.skipped <= len(progress)
         progress.append(len(list(store.trials())))

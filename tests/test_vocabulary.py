@@ -460,7 +460,7 @@ class Emulated:
 
     def __init__(self, compiler: Compiler, folder: Path) -> None:
         self.folder = folder
-        self.toolchain = Toolchain(compiler, folder / "cache", werror=True)
+        self.toolchain = Toolchain(compiler, folder / "cache", timeout_s=900, werror=True)
         self.programs: dict[str, tuple[Path, list[str]]] = {}
 
     def run_all(self, isa: Isa, calls: list[Call]) -> Iterator[Outcome]:

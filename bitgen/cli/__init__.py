@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from bitgen import __version__
 from bitgen.cli import (
@@ -39,9 +40,16 @@ COMMANDS: tuple[ModuleType, ...] = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; argparse would print the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line; every command module adds its own part."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="bitgen",
         description="Generate, prove, tune and ship CPU kernels for ternary language models.",
         epilog="Start with `bitgen detect`, then `bitgen tune --model 3B` and `bitgen build --model 3B`.",

@@ -41,13 +41,15 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
     from bitgen.errors import BitgenError
     from bitgen.model.conversation import Conversation
 
+    options = sampling_options(args)
+    name = getattr(args, "chat_template", None)
+    template = _template(name) if name else None
     with open_llm(args) as llm:
-        name = getattr(args, "chat_template", None)
-        if name:
-            llm.template = _template(name)
+        if template is not None:
+            llm.template = template
         elif not llm.template:
             print("bitgen: the file has no chat template: using one that fits its tokens", file=sys.stderr)
-        talk = Conversation(llm, system, **sampling_options(args))
+        talk = Conversation(llm, system, **options)
         lines = _Lines()
         message = first if first is not None else lines.read()
         while message is not None:

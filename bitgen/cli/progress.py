@@ -17,6 +17,7 @@ class ProgressLine:
         self._terminal = sys.stderr.isatty()
         self._shown = False
         self._last = 0.0
+        self._kept = ""  # what was too soon to print; the last of it is how far the work came
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -26,6 +27,8 @@ class ProgressLine:
     ) -> None:
         if self._shown and self._terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        elif self._kept and kind is None:
+            print(self._kept, file=sys.stderr, flush=True)
 
     def show(self, text: str) -> None:
         """Show ``text``; cut to the terminal's width."""
@@ -35,4 +38,6 @@ class ProgressLine:
             self._shown = True
         elif time.monotonic() - self._last >= _EVERY_S:
             print(text, file=sys.stderr, flush=True)
-            self._last = time.monotonic()
+            self._last, self._kept = time.monotonic(), ""
+        else:
+            self._kept = text

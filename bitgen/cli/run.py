@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> int:
         from bitgen.cli.chat import converse
 
         return converse(args, system=args.prompt)
+    options = sampling_options(args)
     prompt = _prompt(args)
     with open_llm(args) as llm:
-        generation = llm.generate(prompt, **sampling_options(args))
+        generation = llm.generate(prompt, **options)
         if not args.no_display_prompt:
             print(prompt, end="", flush=True)
         code = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,16 +79,21 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `LLM.generate`."""
+    """The options of `LLM.generate`. BitgenError (EXIT_USAGE) for a value that is out of range."""
+    from bitgen.model.sampling import Sampling
+
+    sampling = Sampling(
+        temperature=args.temp,
+        top_k=max(0, args.top_k),
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty,
+        repeat_last_n=args.repeat_last_n,
+        seed=None if args.seed < 0 else args.seed,
+    )
     return {
+        **asdict(sampling),
         "max_tokens": None if args.n_predict < 0 else args.n_predict,
-        "temperature": args.temp,
-        "top_k": max(0, args.top_k),
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "repeat_penalty": args.repeat_penalty,
-        "repeat_last_n": args.repeat_last_n,
-        "seed": None if args.seed < 0 else args.seed,
         "stop": args.stop,
         "ignore_end": args.ignore_eos,
         "lookup": args.lookup,

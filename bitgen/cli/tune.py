@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--regime", action="append", default=[], help="n1, small or large; may be given again"
     )
-    parser.add_argument("--family", action="append", default=[], help="i2s, tl1 or tl2; may be given again")
+    parser.add_argument(
+        "--family", action="append", default=[], help="i2s, tl1, tl2 or t5; may be given again"
+    )
     parser.add_argument(
         "--isa", action="append", default=[], help="ISA level (default: the best); may be given again"
     )

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bitgen.config import load_models, nearest_names
 from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.config import ModelConfig, TokenizerData
 from bitgen.model.weights import Weights
@@ -70,6 +71,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     file = Path(path).expanduser()
     if not file.exists():
         file = shipped_model(os.fspath(path)) or file
+        _refuse_unknown_name(os.fspath(path), file)
     if file.is_dir():
         if (file / "config.json").is_file():
             return _open_folder(file)
@@ -96,6 +98,24 @@ def shipped_model(name: str) -> Path | None:
     except BitgenError:  # no such folder: then the name is what is wrong
         return None
     return file if file.is_file() else None
+
+
+def _refuse_unknown_name(name: str, file: Path) -> None:
+    """BitgenError for a name that is neither a file nor a model that ships: a typing error, or a preset."""
+    if file.exists() or os.sep in name or file.suffix in (".gguf", ".safetensors"):
+        return
+    shipped = sorted(each.stem for each in models_dir().glob("*.gguf"))
+    wanted = f"give a .gguf file, a Hugging Face folder, or {' or '.join(shipped)}"
+    presets = {known.casefold() for preset in load_models() for known in (preset.name, *preset.aliases)}
+    if name.casefold() in presets:
+        raise BitgenError(
+            f"{name} is a preset, which has shapes and no weights: {wanted}; `bitgen bench -m {name}` times "
+            "it with random weights",
+            EXIT_FILE,
+        )
+    near = nearest_names(name, shipped)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise BitgenError(f"{name!r} does not exist and is no model that ships: {hint}{wanted}", EXIT_FILE)
 
 
 def fingerprint_of(paths: list[Path], headers: list[Any]) -> Fingerprint:

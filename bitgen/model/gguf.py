@@ -7,6 +7,7 @@ arrays only where they end; values are decoded when asked for.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import struct
@@ -369,7 +370,8 @@ def write_gguf(
     except OSError as error:
         raise BitgenError(f"cannot write {path}: {error.strerror or error}", EXIT_FILE) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the first error says it
+            partial.unlink(missing_ok=True)
 
 
 def _write(

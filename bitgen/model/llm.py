@@ -225,6 +225,10 @@ class LLM:
         full), ``stop`` (a text or several), ``lookup``, ``ignore_end``, and the fields of `Sampling`
         (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed).
         """
+        if not hasattr(prompt, "__len__"):
+            raise BitgenError(
+                f"a prompt is a text, token ids, or a list of these, not {type(prompt).__name__}", EXIT_USAGE
+            )
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
             return Generation(self, self.request(prompt, **options))
         texts = [""] * len(prompt)
@@ -252,7 +256,7 @@ class LLM:
 
     def logit_parts(self, ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
         """The same in parts of at most 64 MiB (32 tokens where that is more)."""
-        return self.generator.logits(self._checked([int(i) for i in ids]), first)
+        return self.generator.logits(self._checked(ids), first)
 
     def request(
         self,
@@ -271,12 +275,13 @@ class LLM:
         if unknown:
             known = ", ".join(("max_tokens", "stop", "lookup", "ignore_end", *Sampling.__dataclass_fields__))
             raise BitgenError(f"unknown option {', '.join(sorted(unknown))}; there are {known}", EXIT_USAGE)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids and isinstance(prompt, str):
             start = next((i for i in (self.tokenizer.bos, self.tokenizer.eos) if i is not None), None)
             ids = [] if start is None else [start]
+        self.generator.check(ids)
         return Request(
-            prompt=tuple(self._checked(ids)),
+            prompt=tuple(ids),
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
             stop=_texts(stop),
@@ -305,8 +310,11 @@ class LLM:
             ids.insert(0, tokenizer.bos)
         return ids
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        """``ids``, all of which the model knows."""
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """``tokens`` as a list of ids, all of which the model knows."""
+        if not all(isinstance(i, (int, np.integer)) for i in tokens):
+            raise BitgenError("token ids must be integers", EXIT_USAGE)
+        ids = [int(i) for i in tokens]
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab), None)
         if wrong is not None:
             raise BitgenError(
