@@ -41,7 +41,7 @@ from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
 from bitgen.target import detect_cpu, find_isa, load_isas
 
 SHAPE = Shape(700, 96)  # more rows than any check has, so that a kernel can tell the timing from the checks
-# Right kernels need some 10 ms; the rest of the 3 s is for loaded machines. Each kernel that hangs costs them.
+# Right kernels need 10 ms; the rest of the 3 s, which every hanging kernel costs, is for loaded machines.
 QUICK = TimingPolicy(repeats=3, min_repeat_ms=0.1, race_min_ms=0.1, check_timeout_s=3, timeout_s=3)
 
 
