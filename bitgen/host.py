@@ -70,7 +70,7 @@ def run_units(arch: str) -> tuple[Unit, ...]:
 def library_units(
     arch: str, system: str, features: Iterable[str], table: Mapping[str, Any]
 ) -> tuple[Unit, ...]:
-    """All host units of a library: `run_units`, public functions, packers, CPU check, table of kernels.
+    """All host units of a library: `run_units`, public functions, packers, step, CPU check, table of kernels.
 
     ``system`` is Linux or Darwin, ``features`` what the library's ISA levels require, in the order that the
     masks of ``table`` (the values of table.c.j2) count them. BitgenError for what there is no host code for.
@@ -84,6 +84,7 @@ def library_units(
     texts = {
         "library": render_host("library.c.j2"),
         "step": render_host("step.c.j2"),
+        "rope": render_host("rope.c.j2"),
         "pack": render_host("pack.c.j2", t5_codes=T5_CODES.tolist()),
         "cpu": render_host(f"cpu_{arch}.c.j2", features=rows),
         "cores": render_host(f"cores_{SYSTEMS[system]}.c.j2"),
