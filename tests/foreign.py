@@ -36,7 +36,7 @@ def emulate(
     program: Sequence[str],
     cpu: str = "max",
     data: bytes | None = None,
-    timeout_s: float = 300,
+    timeout_s: float = 1200,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a program on an emulated CPU; what it says comes back as bytes."""

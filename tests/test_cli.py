@@ -75,7 +75,7 @@ def bitgen_in(home: Path, *argv: str, code: int = 0, **changes: str) -> subproce
         env=environment(home, **changes),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
@@ -244,7 +244,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-TUNE = ("tune", "-m", "tiny.yaml", "--family", "i2s", "--family", "tl2", "--trials", "2", "--timeout", "60")
+# Trials end it, not the time, even on a loaded machine: short of time a tune asks for less, and a second one,
+# which knows the answers, more.
+TUNE = ("tune", "-m", "tiny.yaml", "--family", "i2s", "--family", "tl2", "--trials", "2", "--timeout", "1500")
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +408,7 @@ def processes_of(home: Path) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120.0) -> bool:
+def wait_until(condition: Callable[[], Any], seconds: float = 600.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -439,7 +441,7 @@ def test_ctrl_c_in_the_middle_of_tune(
         assert run.poll() is None, run.communicate()
         before = recorded()
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-        out, err = run.communicate(timeout=60)
+        out, err = run.communicate(timeout=600)
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
@@ -492,6 +494,8 @@ def test_a_full_disk_costs_one_trial_at_most(
     whole = [json.loads(line) for line in lines[:-1]]
     assert whole, "nothing was recorded before the disk was full"
     filler.unlink()
+    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", small_disk]
+    subprocess.run(larger, check=True)  # however much a tune records
     text = bitgen_in(workplace, *TUNE, "--quick", "--logs", str(small_disk)).stdout
     assert re.search(r"[1-9]\d* known from the records", text), text[-500:]
 

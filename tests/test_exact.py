@@ -20,7 +20,7 @@ from bitgen.measure import Status
 from bitgen.measure.candidates import support_units
 from bitgen.measure.cases import EDGES, TOKENS, cases_of
 from bitgen.measure.harness import unit_of
-from bitgen.measure.local import LocalRunner, Proof
+from bitgen.measure.local import LocalRunner, Proof, TimingPolicy
 from bitgen.measure.sweep import SweepCounts, exact_sweep, own_points, sweep
 from bitgen.packing import pack
 from bitgen.reference import linear, quantize_activations, scale_output, ternary_matmul
@@ -37,6 +37,7 @@ levels = pytest.mark.parametrize("isa_name", [isa.name for isa in load_isas()])
 families = pytest.mark.parametrize("family", FAMILIES)
 
 SAMPLE, SEED = 1, 20
+PATIENT = TimingPolicy(check_timeout_s=120, timeout_s=600)  # nothing here hangs; a loaded machine is slow
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
 def runner(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
     """Nothing is timed here, so the lock is not the machine's."""
     locks = tmp_path_factory.mktemp("locks")
-    with LocalRunner(toolchain, CPU, lock_folder=locks) as local:
+    with LocalRunner(toolchain, CPU, policy=PATIENT, lock_folder=locks) as local:
         yield local
 
 
@@ -160,7 +161,7 @@ def test_a_wrong_kernel_is_found(
         return type(source)(source.name, text, source.isa, source.prototypes)
 
     plain = Toolchain(toolchain.compiler, cache_dir=tmp_path)
-    with LocalRunner(plain, CPU, render=broken, lock_folder=tmp_path) as runner:
+    with LocalRunner(plain, CPU, policy=PATIENT, render=broken, lock_folder=tmp_path) as runner:
         (proof,) = runner.prove([spec])
     assert proof.status is Status.INCORRECT, proof
 
@@ -175,7 +176,7 @@ def test_an_overflow_beyond_the_rule_is_found(toolchain: Toolchain, tmp_path: Pa
             spec.family, spec.isa, spec.regime, spec.layout, spec.schedule.with_knobs(widen=widen)
         )
         assert space.broken(beyond)
-        with LocalRunner(toolchain, CPU, lock_folder=tmp_path) as runner:
+        with LocalRunner(toolchain, CPU, policy=PATIENT, lock_folder=tmp_path) as runner:
             proofs: list[Proof] = list(runner.prove([spec, beyond]))
         assert [proof.status for proof in proofs] == [Status.OK, Status.INCORRECT]
         assert "all w" in proofs[1].detail or "no product cancels" in proofs[1].detail

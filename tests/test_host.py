@@ -318,8 +318,8 @@ def run_program(folder: Path, units: list[Unit], *flags: str) -> str:
             (folder / name).write_text(text, encoding="utf-8")
     sources = [f"{unit.name}.c" for unit in units]
     command = [*find_compiler().command, "-std=c11", "-O1", *flags, "-o", "program", *sources, "-lpthread"]
-    subprocess.run(command, cwd=folder, check=True, timeout=120)
-    done = subprocess.run([folder / "program"], capture_output=True, text=True, timeout=120, check=False)
+    subprocess.run(command, cwd=folder, check=True, timeout=900)
+    done = subprocess.run([folder / "program"], capture_output=True, text=True, timeout=900, check=False)
     if "ThreadSanitizer: unexpected memory mapping" in done.stderr:
         pytest.skip(
             "this kernel randomises addresses in a way that this compiler's ThreadSanitizer does not know"

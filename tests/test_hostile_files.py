@@ -29,7 +29,7 @@ def counts() -> dict[str, dict[str, int]]:
         [sys.executable, str(script), "--count", str(COUNT), "--seed", "7"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{script.parent}", "RUST_BACKTRACE": "0"},
         check=False,
     )

@@ -288,7 +288,8 @@ def test_limits_have_every_pattern_and_level(runner: LocalRunner) -> None:
 
 def test_a_sweep_counts_schedules_and_cases(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
     cpu = detect_cpu()
-    with LocalRunner(toolchain_of(tmp_path_factory), cpu, lock_folder=tmp_path) as local:
+    patient = TimingPolicy(check_timeout_s=120, timeout_s=600)
+    with LocalRunner(toolchain_of(tmp_path_factory), cpu, policy=patient, lock_folder=tmp_path) as local:
         seen: list[int] = []
         counts = exact_sweep(
             local,
@@ -314,7 +315,8 @@ def test_a_kernel_for_one_shape_is_proven_on_that_shape(
 ) -> None:
     cpu, shape = detect_cpu(), Shape(45, 130)
     space = space_for("i2s", find_isa("scalar", load_isas()), SMALL, shape, cpu)
-    with LocalRunner(toolchain_of(tmp_path_factory), cpu, policy=QUICK, lock_folder=tmp_path) as local:
+    patient = replace(QUICK, check_timeout_s=120, timeout_s=600)
+    with LocalRunner(toolchain_of(tmp_path_factory), cpu, policy=patient, lock_folder=tmp_path) as local:
         (answer,) = local.measure([Job(replace(space.default, shape=shape), shape, 5)])
     assert answer.status is Status.OK, answer.detail
 

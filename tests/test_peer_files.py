@@ -53,7 +53,7 @@ def peer_logits(peer: str, path: Path, folder: Path, texts: Sequence[Sequence[in
     ]
     command = [sys.executable, str(BENCHMARKS / f"peer_{peer}.py"), str(path), "--no-flash"]
     done = subprocess.run(
-        command, input="\n".join(requests), capture_output=True, text=True, timeout=300, check=False
+        command, input="\n".join(requests), capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [np.fromfile(out, "<f4").reshape(len(text), -1) for text, out in zip(texts, outs, strict=True)]
@@ -64,7 +64,7 @@ def q8_0_of(path: Path, folder: Path) -> Path:
     quantize = pytest.importorskip("ik_llama_cpp.quantize", reason="ik-llama-cpp-python 0.1.5 is the peer")
     out = folder / "q8_0.gguf"
     command = [str(quantize.find_quantize_bin()), "--allow-requantize", str(path), str(out), "q8_0"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
     return out
 
 

@@ -125,7 +125,7 @@ class Program:
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
         command = [self.path, self.problems, *arguments]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def build(isa: Isa, folder: Path) -> Program:

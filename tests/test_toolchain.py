@@ -301,7 +301,7 @@ def test_processes_that_want_the_same_object_compile_it_once(tmp_path: Path) -> 
                     [sys.executable, "-c", code], stdin=job, stdout=subprocess.PIPE, env=environment
                 )
             )
-    outputs = [child.communicate(timeout=60)[0] for child in children]
+    outputs = [child.communicate(timeout=600)[0] for child in children]
     assert outputs[0] == outputs[1] != b""
     assert runs(log) == 1
 

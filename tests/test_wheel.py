@@ -49,7 +49,7 @@ def run(site: Path, empty: Path, *argv: str) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ("BITGEN_HOME", "PYTHONPATH", "CC")}
     env |= {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(empty / "cache"), "HOME": str(empty)}
     done = subprocess.run(
-        [sys.executable, *argv], cwd=empty, env=env, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, *argv], cwd=empty, env=env, capture_output=True, text=True, check=False, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
