@@ -41,7 +41,7 @@ from bitgen.spec import (
     regime_named,
     regime_of,
 )
-from bitgen.store import Fingerprint, RecordStore, export_winners, family_winners
+from bitgen.store import Fingerprint, RecordStore
 from bitgen.target import (
     Cpu,
     Isa,
@@ -53,6 +53,7 @@ from bitgen.target import (
     target_cpu,
 )
 from bitgen.toolchain import Toolchain, find_compiler, find_cross_compiler
+from bitgen.winners import export_winners, family_winners, nearest_winners
 
 if TYPE_CHECKING:
     from bitgen.library import KernelChoice
@@ -271,7 +272,7 @@ def tune(
         timeout_s=timeout_s,
     )
     ensure_dir(tune_logs_dir(logs))  # found out now, not after the first measurement
-    starters = [winner.spec for winner in family_winners(workshop.cpu.family)]
+    near = nearest_winners(workshop.cpu, workshop.isas)
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
         return search(
             plan,
@@ -280,7 +281,8 @@ def tune(
             workshop.fingerprint,
             workshop.space,
             config=config,
-            family_winners=starters,
+            family_winners=[winner.spec for winner in near.winners] if near else (),
+            started_from=f"winners of {near.cpu_family} ({near.why})" if near else "",
             fresh=fresh,
             progress=progress,
         )
@@ -530,4 +532,4 @@ def export(*, cc: str | None = None, logs: Path | None = None, out: Path | None 
     if not any(record.fingerprint.digest == digest for record in workshop.store.tunings):
         raise BitgenError("there are no current winners to export: run bitgen tune --model NAME first")
     folder = out if out is not None else tune_logs_dir(logs) / "winners"
-    return export_winners(workshop.store, workshop.fingerprint, workshop.cpu.family, folder)
+    return export_winners(workshop.store, workshop.fingerprint, workshop.cpu, workshop.isas, folder)

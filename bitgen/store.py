@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.measure import Measurement, Race
-from bitgen.paths import ensure_dir, winners_dir
+from bitgen.paths import ensure_dir
 from bitgen.spec import KernelSpec, Layout, Shape, regime_named
 
 SCHEMA = 1
@@ -386,76 +386,3 @@ def _append_line(path: Path, line: bytes, sync: bool) -> None:
             raise
     finally:
         os.close(fd)
-
-
-# ---- winners of a CPU family ----
-
-
-@dataclass(frozen=True)
-class FamilyWinner:
-    """A schedule that won on a CPU family; committed without its timing, which belongs to one machine."""
-
-    shape: Shape
-    threads: int
-    spec: KernelSpec
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"shape": self.shape.name, "threads": self.threads, "spec": self.spec.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FamilyWinner:
-        return cls(Shape.parse(data["shape"]), int(data["threads"]), KernelSpec.from_dict(data["spec"]))
-
-
-def family_winners(cpu_family: str, folder: Path | None = None) -> tuple[FamilyWinner, ...]:
-    """The committed winners of a CPU family, if any. BitgenError when their file is wrong."""
-    path = _family_path(cpu_family, winners_dir() if folder is None else folder)
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError) as error:
-        raise BitgenError(f"cannot read {path}: {error}", EXIT_FILE) from error
-    try:
-        if data["schema"] != SCHEMA:
-            return ()
-        return tuple(FamilyWinner.from_dict(winner) for winner in data["winners"])
-    except (LookupError, TypeError, ValueError, AttributeError, BitgenError) as error:
-        raise BitgenError(f"{path} does not hold winners: {error!r}", EXIT_FILE) from error
-
-
-def export_winners(
-    store: RecordStore, fingerprint: Fingerprint, cpu_family: str, folder: Path | None = None
-) -> Path:
-    """Write the schedules (no timings) of the layouts chosen last to ``<folder>/<cpu_family>.json``.
-
-    Winners of shapes, regimes and thread counts that this store does not know stay as they are. The text is a
-    pure function of the winners, so a diff shows what changed. Returns the path of the file.
-    """
-    target = _family_path(cpu_family, ensure_dir(winners_dir() if folder is None else folder))
-    merged = {_slot(winner): winner for winner in family_winners(cpu_family, target.parent)}
-    for record in store.tunings:
-        if record.fingerprint.digest == fingerprint.digest:
-            chosen = [w for w in record.winners if w.spec.layout == store.layout(record.shape, fingerprint)]
-            for winner in chosen:
-                exported = FamilyWinner(record.shape, winner.threads, winner.spec)
-                merged[_slot(exported)] = exported
-    rows = [merged[slot].to_dict() for slot in sorted(merged)]
-    text = json.dumps({"schema": SCHEMA, "cpu_family": cpu_family, "winners": rows}, indent=1) + "\n"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BitgenError(f"cannot write {target}: {error.strerror or error}", EXIT_FILE) from error
-    return target
-
-
-def _slot(winner: FamilyWinner) -> tuple[Shape, str, int]:
-    return winner.shape, winner.spec.regime, winner.threads
-
-
-def _family_path(cpu_family: str, folder: Path) -> Path:
-    safe = "".join(c if c.isalnum() or c in "._-" else "_" for c in cpu_family)
-    return folder / f"{safe}.json"

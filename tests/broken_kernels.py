@@ -64,9 +64,12 @@ class Broken:
 
 
 RIGHT = Broken("right", {}, Status.OK)
+# Right and slow: twice the work where it is timed.
+SLOW = Broken("slow", {"START": "for (volatile int64_t i = a->m > 600 ? 200000 : 0; i; --i) ;"}, Status.OK)
 
 ALL = (
     RIGHT,
+    SLOW,
     # Wrong numbers.
     Broken("int16 sums overflow", {"TYPE": "int16_t"}, Status.INCORRECT, "2113"),
     Broken("the last columns are left out", {"COLUMNS": "a->k / 4 * 4"}, Status.INCORRECT, "1x1"),

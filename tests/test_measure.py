@@ -16,11 +16,12 @@ from pathlib import Path
 import broken_kernels
 import numpy as np
 import pytest
-from broken_kernels import ALL, RIGHT, Broken, spec_of
+from broken_kernels import ALL, RIGHT, SLOW, Broken, spec_of
 from libraries import toolchain_of
 
 from bitgen.errors import BitgenError
 from bitgen.measure import (
+    DropRule,
     Job,
     Limits,
     LocalRunner,
@@ -29,11 +30,13 @@ from bitgen.measure import (
     Proof,
     Race,
     ReplayRunner,
+    RoundReplay,
     Status,
     TimingPolicy,
     exact_sweep,
 )
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
+from bitgen.measure.drop import heats
 from bitgen.measure.lock import MachineLock
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
@@ -167,6 +170,55 @@ def test_reading_records_imports_no_machinery() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout == b"[]\n"
 
 
+# ---- dropping
+
+
+def test_a_candidate_is_dropped_when_its_pairs_agree_and_not_by_one_bad_moment() -> None:
+    rule, one = DropRule(), [1.0] * 8
+    assert not rule.lost([9.0], one)  # one pair alone says nothing
+    assert rule.lost([1.15] * 2, one)
+    assert not rule.lost([1.07] * 2, one)
+    assert rule.lost([1.07] * 4, one)
+    assert not rule.lost([1.0, 2.0], one)
+    assert not rule.lost([0.99] * 8, one)
+    assert not rule.lost([1.3, 0.9, 1.4, 0.8], one)
+    assert rule.lost([2.3, 1.15], [2.0, 1.0])  # a slow moment of both cancels
+    assert [rule.pairs([x] * 4, one[:4]) for x in (1.5, 1.07, 0.9)] == [2, 4, 4]
+    assert rule.pairs([1.2], [1.0]) == 1
+    with pytest.raises(BitgenError, match="drop rule"):
+        DropRule(least=0)
+
+
+def test_heats_hold_jobs_of_one_occasion() -> None:
+    jobs = [job(invented(i)) for i in range(5)] + [job(invented(0), threads=2), job(invented(1), threads=2)]
+    assert [len(heat) for heat in heats(jobs, 4)] == [4, 1, 2]
+    assert [j for heat in heats(jobs, 4) for j in heat] == jobs
+    assert list(heats([], 4)) == []
+
+
+def test_a_replay_of_rounds_drops_losers_keeps_pairs_together_and_adds_up_the_time() -> None:
+    # Round i took i times as long for both: only pairs of the same round tell that one is 20 % slower.
+    incumbent, loser, rest = (job(invented(i)) for i in range(3))
+    records = [
+        Measurement.of(j, Status.OK, "", [factor * 10 ** (i % 3) for i in range(8)])
+        for j, factor in ((incumbent, 1.0), (loser, 1.2), (rest, 1.001))
+    ]
+    jobs = [replace(j, against=incumbent.spec) for j in (loser, rest)]
+    replay = RoundReplay(records, rule=DropRule(), repeats=4, heat=8, min_ns=2000.0)
+    lost, stayed = replay.measure(jobs)
+    assert isinstance(lost, Measurement)
+    assert isinstance(stayed, Measurement)
+    assert (len(lost.times_ns), len(stayed.times_ns)) == (2, 4)
+    assert lost.ratio == pytest.approx(1.2)
+    assert stayed.ratio == pytest.approx(1.001)
+    assert replay.spent_ns == (2 + 4 + 4) * 2000.0  # the incumbent's turns serve both
+    race = replay.race([loser.spec, rest.spec], SHAPE, 1, 1, rounds=9, cold=True, seed=1)
+    assert [a / b for a, b in zip(*race.values(), strict=True)] == pytest.approx([1.2 / 1.001] * 9)
+    assert replay.spent_ns == (10 + 18) * 2000.0
+    other = RoundReplay(records, rule=DropRule(), repeats=4, heat=8, min_ns=1.0, seed=1)
+    assert [a.times_ns for a in other.measure(jobs)] != [lost.times_ns, stayed.times_ns]
+
+
 # ---- cases
 
 
@@ -222,6 +274,27 @@ def test_a_right_kernel_has_times_and_so_has_its_incumbent(runner: LocalRunner) 
     assert (answer.status, answer.against, answer.against_ns) == (Status.OK, None, ())
     (answer,) = runner.measure([job(right, against=_spec("no C"))])
     assert (answer.status, answer.against) == (Status.OK, None)
+
+
+def test_a_candidate_that_lost_leaves_its_heat_and_the_others_stay(runner: LocalRunner) -> None:
+    fast, slow = spec_of(RIGHT), spec_of(SLOW)
+    runner._policy = replace(QUICK, repeats=6)
+    (alone,) = runner.measure([job(fast)])
+    same, loser = runner.measure([job(fast), job(slow, against=fast)])
+    assert len(alone.times_ns) == len(same.times_ns) == 6
+    assert (loser.status, loser.against) == (Status.OK, fast)
+    assert 2 <= len(loser.times_ns) == len(loser.against_ns) < 6
+    assert loser.against_ns == same.times_ns[: len(loser.times_ns)]  # of the same rounds
+    assert loser.ratio is not None
+    assert loser.ratio > 1.2
+
+
+def test_one_that_fails_does_not_spoil_the_heat_of_the_others(runner: LocalRunner) -> None:
+    names = ["right", "crashes when timed", "int16 sums overflow", "no C", "slow"]
+    specs = [_spec(name) for name in names]
+    answers = list(runner.measure([job(spec, against=specs[0]) for spec in specs]))
+    assert [a.spec for a in answers] == specs
+    assert [a.status.value for a in answers] == ["ok", "crashed", "incorrect", "compile error", "ok"]
 
 
 def test_several_threads_and_a_matrix_smaller_than_a_row_block(runner: LocalRunner) -> None:

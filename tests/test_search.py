@@ -45,7 +45,8 @@ from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape
 from bitgen.store import RecordStore
 from bitgen.target import detect_cpu
 
-CONFIG = load_search_config()
+# Whole spaces, unless a test is about ending a search early.
+CONFIG = replace(load_search_config(), enumerate_up_to=100, patience=9.0)
 
 
 def go(
@@ -412,16 +413,31 @@ def test_a_slow_candidate_is_not_timed_on_every_shape_of_a_large_batch(tmp_path:
     go(tmp_path / "r", plan(families=("i2s",)), counting)
     jobs = Counter((job.spec.regime, job.shape) for job in counting.jobs)
     assert jobs["n1", WIDE] == jobs["n1", TALL] == jobs["large", WIDE] == 54
-    assert jobs["large", TALL] < 45
+    assert jobs["large", TALL] < 50
 
 
-def test_candidates_are_measured_against_the_default_where_calls_are_short(tmp_path: Path) -> None:
-    counting = CountingRunner(runner(plan()))
+def test_candidates_are_measured_against_the_best_so_far_of_their_layout(tmp_path: Path) -> None:
+    counting = CountingRunner(runner(plan(), noise=0.0))
     go(tmp_path / "r", plan(), counting)
+    assert [job.against for job in counting.jobs[:2]] == [None, None]  # the default on two shapes
+    speed = lambda spec, job: true_ns(spec, job.shape, job.n)  # noqa: E731
+    beaten: dict[Any, float] = {}
     for job in counting.jobs:
-        default = Grid(job.spec.family, SCALAR, job.spec.regime, SMALL_AXES).default
-        interleaved = job.spec.regime == "n1" and job.spec != default
-        assert job.against == (default if interleaved else None)
+        key = (job.shape, job.spec.regime, job.spec.layout)
+        if job.against is None:
+            assert key not in beaten
+            continue
+        assert job.against.layout == job.spec.layout
+        # Incumbents only ever get faster.
+        assert speed(job.against, job) <= beaten.get(key, math.inf)
+        beaten[key] = speed(job.against, job)
+    for (shape, regime, layout), time_ns in beaten.items():
+        best = min(
+            true_ns(spec, shape, CONFIG.regimes[regime].n)
+            for spec in Grid(layout.family, SCALAR, regime, SMALL_AXES)
+            if spec.layout == layout
+        )
+        assert time_ns <= 1.3 * best
 
 
 def test_interleaving_cancels_a_slow_moment(tmp_path: Path) -> None:
@@ -462,20 +478,21 @@ def test_losers_leave_the_race_and_defaults_stay() -> None:
     a, b, c, d = Grid(
         "i2s", SCALAR, "n1", {"streams": (1, 2, 4, 8), "unroll": (1,), "prefetch": (0,)}
     ).points[:4]
-    speed = {a: 120.0, b: 100.0, c: 150.0, d: 100.1}
+    speed = {a: 120.0, b: 100.0, c: 150.0, d: 97.5}  # that b is 2 % slower takes more than a block
     seen: list[list[KernelSpec]] = []
 
     def ask(running: Sequence[KernelSpec], block: int) -> Race:
         seen.append(list(running))
         draw = random.Random(block)
-        return Race({s: [speed[s] * math.exp(draw.gauss(0, 0.01)) for _ in range(7)] for s in running})
+        return Race({s: [speed[s] * math.exp(draw.gauss(0, 0.03)) for _ in range(7)] for s in running})
 
-    raced = run_race([a, b, c, d], [a], ask, 3, CONFIG, lambda: False)
-    assert seen == [[a, b, c, d], [a, b, d], [a, b, d]]
+    raced = run_race([a, b, c, d], [a], ask, 9, CONFIG, lambda: False)
+    assert seen[:2] == [[a, b, c, d], [a, b, d]]
     assert len(raced.rounds_ns[c]) == 7
-    assert len(raced.rounds_ns[a]) == 21
+    assert set(raced.finishers) >= {a, d}
     assert c not in raced.finishers
-    assert raced.champion(a.layout, a, CONFIG) in (b, d)
+    assert len(seen) < 9  # it ends when only the default is left beside who beats it
+    assert raced.champion(a.layout, a, CONFIG) == d
     assert raced.champion(Layout("i2s", 32), a, CONFIG) is None
     late = run_race([a, b], [a], ask, 3, CONFIG, lambda: True)
     assert len(late.rounds_ns[a]) == 7  # the first block always runs
@@ -486,7 +503,8 @@ def test_a_kernel_that_crashes_late_leaves_no_times() -> None:
 
     def ask(running: Sequence[KernelSpec], block: int) -> Race:
         alive = [s for s in running if not (block and s == a)]
-        return Race({s: [100.0] * 7 for s in alive}, {a: "crashed"} if block else {})
+        b_ns = [99.0, 98, 97, 96, 101, 102, 103]  # a close race: there is a second block
+        return Race({s: b_ns if s == b else [100.0] * 7 for s in alive}, {a: "crashed"} if block else {})
 
     raced = run_race([a, b], [a], ask, 3, CONFIG, lambda: False)
     assert set(raced.rounds_ns) == {b}

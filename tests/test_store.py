@@ -15,15 +15,12 @@ from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.measure import Job, Race, Status
 from bitgen.spec import KernelSpec, Layout
 from bitgen.store import (
-    FamilyWinner,
     Fingerprint,
     RaceRecord,
     RecordStore,
     TrialRecord,
     TuningRecord,
     Winner,
-    export_winners,
-    family_winners,
 )
 
 OTHER = replace(FINGERPRINT, compiler="clang 14")
@@ -271,36 +268,3 @@ def test_a_stale_winner_is_a_starting_point_and_nothing_else(tmp_path: Path) -> 
 def test_a_layout_that_no_winner_reads_cannot_be_recorded() -> None:
     with pytest.raises(BitgenError, match="no winner for 640x256 reads the layout i2s_r32"):
         tuning([(of_layout(R16), 1)], R32)
-
-
-# ---- winners of a CPU family ----
-
-
-def test_exported_winners_are_schedules_of_the_chosen_layout_without_timings(tmp_path: Path) -> None:
-    store = RecordStore(tmp_path / "r.jsonl")
-    store.append(tuning([(of_layout(R16), 1), (of_layout(R32), 1)], R32))
-    store.append(tuning([(of_layout(R16, i=2), 1)], fingerprint=OTHER))
-    path = export_winners(store, FINGERPRINT, "zen5", tmp_path / "winners")
-    assert "_ns" not in path.read_text()
-    assert family_winners("zen5", tmp_path / "winners") == (FamilyWinner(WIDE, 1, of_layout(R32)),)
-    assert family_winners("zen4", tmp_path / "winners") == ()
-
-
-def test_exporting_again_keeps_what_others_found_and_changes_nothing_else(tmp_path: Path) -> None:
-    first, second = RecordStore(tmp_path / "1.jsonl"), RecordStore(tmp_path / "2.jsonl")
-    first.append(tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)]))
-    second.append(tuning([(of_layout(R16, i=3), 1)]))
-    folder = tmp_path / "winners"
-    text = export_winners(first, FINGERPRINT, "zen5", folder).read_text()
-    assert export_winners(first, FINGERPRINT, "zen5", folder).read_text() == text
-    export_winners(second, FINGERPRINT, "zen5", folder)
-    specs = {winner.spec for winner in family_winners("zen5", folder)}
-    assert specs == {of_layout(R16, i=3), of_layout(R16, LARGE)}
-    assert [p.name for p in folder.iterdir()] == ["zen5.json"]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 1, "winners": [{"shape": "0x1"}]}'])
-def test_a_broken_family_file_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "zen5.json").write_text(text)
-    with pytest.raises(BitgenError, match=r"zen5\.json"):
-        family_winners("zen5", tmp_path)

@@ -153,6 +153,7 @@ def summary(result: TuningResult) -> str:
         f"{result.seconds:.0f} s, seed {result.seed}: {outcomes}; {result.recorded} measured, "
         f"{result.recalled} known from the records."
     ]
+    lines += [f"tried first: {text}" for text in result.started_from]
     lines += [f"left out: {text}" for text in result.rejected]
     lines += [f"failed: {text}" for group in result.groups for text in group.failures[:3]]
     if not result.complete:

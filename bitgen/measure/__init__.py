@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bitgen.measure.drop import DropRule
 from bitgen.measure.records import (
     Job,
     Limits,
@@ -19,13 +20,14 @@ from bitgen.measure.records import (
     Runner,
     Status,
 )
-from bitgen.measure.replay import ReplayRunner
+from bitgen.measure.replay import ReplayRunner, RoundReplay
 
 if TYPE_CHECKING:
     from bitgen.measure.local import LocalRunner, Proof, TimingPolicy, measure_limits
     from bitgen.measure.sweep import SweepCounts, exact_sweep, sweep
 
 __all__ = [
+    "DropRule",
     "Job",
     "Limits",
     "Load",
@@ -35,6 +37,7 @@ __all__ = [
     "Proof",
     "Race",
     "ReplayRunner",
+    "RoundReplay",
     "Runner",
     "Status",
     "SweepCounts",

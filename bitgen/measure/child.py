@@ -6,6 +6,7 @@ cases, expected outputs); `Workbench.work` runs in a child forked from it.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
 from bitgen.measure.cases import Checks, Mismatch, cases_of, longest_cases, shape_cases
+from bitgen.measure.drop import DropRule
 from bitgen.measure.harness import Functions, Harness
 from bitgen.measure.memory import Guarded, Pool, Pools
 from bitgen.packing import pack
@@ -31,9 +33,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timing:
-    """How a matmul is timed: ``rounds`` times at least ``min_ns`` each, unless ``budget_ns`` is spent before.
+    """How a matmul is timed: in rounds, at least ``min_ns`` a lane, unless ``budget_ns`` is spent before.
 
-    ``order`` has for each round the lanes in the order they run.
+    ``order`` has for each round the lanes in the order they run. With a ``rule`` the first lanes are
+    candidates, and ``against`` has the lane that each is compared with, if any: a candidate leaves when it
+    lost to that one, and the lanes behind the candidates when nobody is compared with them any more.
     """
 
     shape: Shape
@@ -43,6 +47,8 @@ class Timing:
     min_ns: float
     budget_ns: float
     order: tuple[tuple[int, ...], ...]
+    against: tuple[int | None, ...] = ()
+    rule: DropRule | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": [self.shape.m, self.shape.k]}
@@ -50,7 +56,27 @@ class Timing:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timing:
         order = tuple(tuple(int(lane) for lane in lanes) for lanes in data["order"])
-        return cls(**{**data, "shape": Shape(*data["shape"]), "order": order})
+        rule = DropRule.from_dict(data["rule"]) if data["rule"] else None
+        made = {
+            "shape": Shape(*data["shape"]),
+            "order": order,
+            "against": tuple(data["against"]),
+            "rule": rule,
+        }
+        return cls(**{**data, **made})
+
+    def staying(self, running: Sequence[int], times: Sequence[Sequence[float]]) -> list[int]:
+        """The lanes that go on after a round."""
+        if self.rule is None:
+            return list(running)
+        candidates = [(lane, self.against[lane]) for lane in running if lane < len(self.against)]
+        good = [
+            (lane, rival)
+            for lane, rival in candidates
+            if rival is None or not self.rule.lost(times[lane], times[rival])
+        ]
+        wanted = {lane for pair in good for lane in pair}
+        return [lane for lane in running if lane in wanted]
 
 
 @dataclass(frozen=True)
@@ -186,8 +212,8 @@ class Workbench:
     def _bench(
         self, kernels: Sequence[Any], timing: Timing, progress: Any
     ) -> tuple[list[NDArray[np.float32]], list[list[float]]]:
-        ffi, count, rounds = self.harness.ffi, len(kernels), len(timing.order)
-        lanes = ffi.new("struct harness_lane[]", count)
+        ffi = self.harness.ffi
+        lanes = ffi.new("struct harness_lane[]", len(kernels))
         shape, n = timing.shape, timing.n
         outputs = [Guarded(self.harness, 4 * n * shape.m, 4) for _ in kernels]
         for c_lane, lane, kernel, output in zip(lanes, self._lanes, kernels, outputs, strict=True):
@@ -198,15 +224,36 @@ class Workbench:
             c_lane.x = ffi.cast("const float *", lane.inputs.x.ctypes.data)
             c_lane.y = output.pointer("float *")
             c_lane.m, c_lane.k, c_lane.n = shape.m, shape.k, n
-        order = ffi.new("int32_t[]", [lane for lanes in timing.order for lane in lanes])
-        times = ffi.new("double[]", rounds * count)
-        done = self.harness.lib.harness_bench(
-            timing.threads, lanes, count, order, rounds, timing.min_ns, timing.budget_ns, times, progress
-        )
-        if done < 1:
-            raise BitgenError(f"the host code answers with error {-done}")
+        times = self._rounds(lanes, timing, progress)
         y = [output.bytes.view(np.float32).reshape(n, shape.m) for output in outputs]
-        return y, [[times[r * count + lane] for r in range(done)] for lane in range(count)]
+        return y, times
+
+    def _rounds(self, lanes: Any, timing: Timing, progress: Any) -> list[list[float]]:
+        """The times of each lane, as many as the rounds it took part in."""
+        ffi, lib, count = self.harness.ffi, self.harness.lib, len(lanes)
+        timer = ffi.new("struct harness_timer **")
+        try:
+            self._require(lib.harness_open(timer, timing.threads, lanes, count, timing.min_ns, progress))
+            times: list[list[float]] = [[] for _ in range(count)]
+            taken, running, start = ffi.new("double[]", count), list(range(count)), time.monotonic_ns()
+            for done, order in enumerate(timing.order):
+                now = [lane for lane in order if lane in running]
+                self._require(lib.harness_round(timer[0], ffi.new("int32_t[]", now), len(now), taken))
+                for lane in now:
+                    times[lane].append(taken[lane])
+                running = timing.staying(running, times)
+                # A second round, unless the first was far beyond the budget: one time alone shows no noise.
+                spent = time.monotonic_ns() - start
+                if not running or spent > (1 if done else 4) * timing.budget_ns:
+                    break
+            return times
+        finally:
+            lib.harness_close(timer[0])
+
+    @staticmethod
+    def _require(code: int) -> None:
+        if code:
+            raise BitgenError(f"the host code answers with error {code}")
 
     def _compare(self, lane: int, y: NDArray[np.float32]) -> str | None:
         """The output of a timed matmul against the reference, bit for bit."""

@@ -14,6 +14,7 @@ from typing import Any
 from bitgen.errors import BitgenError
 from bitgen.measure.candidates import Candidates, Render
 from bitgen.measure.child import Task, Timing
+from bitgen.measure.drop import DropRule, heats
 from bitgen.measure.harness import Functions, build_harness
 from bitgen.measure.link import ServerDiedError, ServerLink
 from bitgen.measure.lock import MachineLock
@@ -38,6 +39,8 @@ _AHEAD = 64  # candidates compiled before the first of them is timed
 _COLD_BYTES_MAX = 128 << 20  # of last-level cache taken at its word: pools are twice that
 _NO_BUDGET_NS = 1e18
 
+DROP = DropRule()
+
 _STATUS = {"crashed": Status.CRASHED, "timeout": Status.TIMEOUT, "failed": Status.CRASHED}
 
 
@@ -45,14 +48,17 @@ _STATUS = {"crashed": Status.CRASHED, "timeout": Status.TIMEOUT, "failed": Statu
 class TimingPolicy:
     """How long to look at a kernel.
 
-    A candidate gets up to ``repeats`` repeats of at least ``min_repeat_ms``, fewer when they take more than
-    ``budget_ms`` together (a slow kernel needs no precise time); a finalist of a race gets every round.
-    ``check_timeout_s`` and ``timeout_s`` end a kernel that hangs.
+    A candidate gets up to ``repeats`` repeats of at least ``min_repeat_ms``, fewer when ``drop`` says that it
+    lost to its incumbent, or when they take more than ``budget_ms`` together; a finalist of a race gets
+    every round. ``heat`` candidates are timed in the same rounds. ``check_timeout_s`` and ``timeout_s`` end
+    a kernel that hangs.
     """
 
-    repeats: int = 5
+    repeats: int = 4
     min_repeat_ms: float = 3.0
     budget_ms: float = 100.0
+    heat: int = 8
+    drop: DropRule = DROP
     race_min_ms: float = 4.0
     check_timeout_s: float = 10.0
     timeout_s: float = 30.0
@@ -119,16 +125,19 @@ class LocalRunner:
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
         """One answer for each job, in the order of the jobs.
 
-        Up to 64 candidates are compiled on all cores, then they are timed while nothing is compiled.
+        Up to 64 candidates are compiled on all cores, then they are timed while nothing is compiled. Jobs
+        that follow each other and differ only in their kernels are timed in the same interleaved rounds.
         """
         self._lock.acquire()
         compiled: set[KernelSpec] = set()
-        for at, job in enumerate(jobs):
-            if not _specs(job) <= compiled:
+        at = 0
+        for heat in heats(jobs, self._policy.heat):
+            if not set().union(*map(_specs, heat)) <= compiled:
                 ahead = _first_specs(jobs[at:])
                 self._candidates.compile(ahead)
                 compiled |= set(ahead)
-            yield self._measure(job)
+            yield from self._measure_heat(heat)
+            at += len(heat)
 
     def race(
         self,
@@ -185,20 +194,27 @@ class LocalRunner:
 
     # ---- one job
 
+    def _measure_heat(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+        """Jobs that differ in their kernels alone; when one of them fails, each is measured by itself."""
+        compiled = [job for job in jobs if isinstance(self._candidates.functions(job.spec), Functions)]
+        if len(compiled) > 1:
+            load = Load.now()
+            lanes = self._lanes(compiled)
+            answer = self._time(compiled, lanes)
+            if not _failures(answer, tuple(lanes)):
+                found = dict(zip(compiled, self._measurements(compiled, lanes, answer, load), strict=True))
+                yield from (found.get(job) or self._measure(job) for job in jobs)
+                return
+        for job in jobs:
+            yield self._measure(job)
+
     def _measure(self, job: Job) -> Measurement:
         load = Load.now()
         functions = self._candidates.functions(job.spec)
         if isinstance(functions, str):
             return Measurement.of(job, Status.COMPILE_ERROR, functions, load=load)
-        rival = job.against if job.against != job.spec else None
-        incumbent = self._candidates.functions(rival) if rival else None
-        lanes = [functions, incumbent] if isinstance(incumbent, Functions) else [functions]
-        order = tuple(tuple(range(len(lanes))) for _ in range(self._policy.repeats))
-        timing = self._timing(
-            job.shape, job.n, job.threads, job.cold, order, self._policy.min_repeat_ms, self._policy.budget_ms
-        )
-        checks = (self._level(job.spec), None)[: len(lanes)]
-        answer = self._ask(Task(tuple(lanes), checks, frozenset(), timing, job.spec.shape))
+        lanes = self._lanes([job])
+        answer = self._time([job], lanes)
         if answer.get("culprit") == 1 or any(answer.get("wrong", ())[1:]):
             # The incumbent failed, not the candidate: measure that alone.
             return self._measure(replace(job, against=None))
@@ -208,9 +224,38 @@ class LocalRunner:
         if answer["wrong"][0]:
             self._proven.discard(job.spec)
             return Measurement.of(job, Status.INCORRECT, answer["wrong"][0], load=load)
-        self._proven.add(job.spec)
-        times = answer["times"]
-        return Measurement.of(job, Status.OK, "", times[0], times[1] if len(lanes) > 1 else (), load)
+        (measurement,) = self._measurements([job], lanes, answer, load)
+        return measurement
+
+    def _lanes(self, jobs: Sequence[Job]) -> dict[KernelSpec, Functions]:
+        """The candidates, then their incumbents."""
+        specs = [*(job.spec for job in jobs), *(job.against for job in jobs if job.against)]
+        found = {spec: self._candidates.functions(spec) for spec in specs}
+        return {spec: functions for spec, functions in found.items() if isinstance(functions, Functions)}
+
+    def _time(self, jobs: Sequence[Job], lanes: Mapping[KernelSpec, Functions]) -> dict[str, Any]:
+        """Prove the candidates, then time them beside their incumbents."""
+        policy, (job, *_) = self._policy, jobs
+        at = {spec: lane for lane, spec in enumerate(lanes)}
+        against: dict[KernelSpec, int | None] = {}  # in the order of the first lanes
+        for one in jobs:
+            against[one.spec] = at.get(one.against) if one.against and one.against != one.spec else None
+        order = _shuffled_rounds(len(lanes), policy.repeats, seed=0)
+        budget_ms = policy.budget_ms * len(jobs)
+        timing = self._timing(job.shape, job.n, job.threads, job.cold, order, policy.min_repeat_ms, budget_ms)
+        timing = replace(timing, against=tuple(against.values()), rule=policy.drop)
+        checks = tuple(self._level(spec) if spec in against else None for spec in lanes)
+        return self._ask(Task(tuple(lanes.values()), checks, frozenset(), timing, job.spec.shape))
+
+    def _measurements(
+        self, jobs: Sequence[Job], lanes: Mapping[KernelSpec, Functions], answer: dict[str, Any], load: Load
+    ) -> Iterator[Measurement]:
+        times = dict(zip(lanes, answer["times"], strict=True))
+        for job in jobs:
+            self._proven.add(job.spec)
+            own = times[job.spec]
+            rival = times.get(job.against, ()) if job.against and job.against != job.spec else ()
+            yield Measurement.of(job, Status.OK, "", own, rival[: len(own)], load)
 
     def _prove(self, specs: Sequence[KernelSpec], shape: Shape | None, deep: bool) -> Iterator[Proof]:
         """Kernels for one ``shape``, or for any, in one process."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from bitgen.errors import BitgenError
+from bitgen.measure.drop import DropRule, heats
 from bitgen.measure.records import Job, Limits, Measurement, Missing, Race
 from bitgen.spec import KernelSpec, Shape
 
@@ -23,8 +25,10 @@ class ReplayRunner:
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
         """One recorded answer for each job, in the order of the jobs."""
         for job in jobs:
-            record = self._records.get(job.key)
-            yield Missing(job) if record is None else record
+            yield self._recorded(job)
+
+    def _recorded(self, job: Job) -> Measurement | Missing:
+        return self._records.get(job.key) or Missing(job)
 
     def race(
         self,
@@ -40,17 +44,17 @@ class ReplayRunner:
         times: dict[KernelSpec, list[float]] = {}
         dropped: dict[KernelSpec, str] = {}
         for spec in dict.fromkeys(specs):
-            job = Job(spec, shape, n, threads, cold)
-            record = self._records.get(job.key)
-            if record is None:
-                dropped[spec] = Missing(job).detail
-            elif not record.ok:
+            record = self._recorded(Job(spec, shape, n, threads, cold))
+            if isinstance(record, Missing) or not record.ok:
                 dropped[spec] = record.detail
             else:
-                # Seeded by the kernel too: the same rounds whoever else takes part.
-                draw = random.Random(f"{seed} {spec.name} {shape.name} {n} {threads}")  # noqa: S311 - no secret
-                times[spec] = [draw.choice(record.times_ns) for _ in range(rounds)]
+                times[spec] = self._rounds(record, rounds, seed)
         return Race(times, dropped)
+
+    def _rounds(self, record: Measurement, rounds: int, seed: int) -> list[float]:
+        """``rounds`` of the recorded times; seeded by the kernel too: the same whoever else takes part."""
+        draw = random.Random(f"{seed} {record.spec.name} {record.shape.name} {record.n} {record.threads}")  # noqa: S311 - no secret
+        return [draw.choice(record.times_ns) for _ in range(rounds)]
 
     def limits(self, threads: int, isas: Sequence[str]) -> Limits:
         """The recorded limits; BitgenError when those of ``threads`` or of an ISA level are not recorded."""
@@ -61,3 +65,87 @@ class ReplayRunner:
         if missing:
             raise BitgenError(f"the peak of {', '.join(missing)} was never recorded")
         return found
+
+
+class RoundReplay(ReplayRunner):
+    """A replay of records whose repeat i was taken in the same round for every kernel of a shape.
+
+    Times of a round stay together, so that candidates are dropped as on a machine: after up to ``repeats``
+    pairs, by ``rule``. ``seed`` draws the order of the rounds. ``spent_ns`` adds up how long the machine
+    would have measured: a turn of a kernel lasts at least ``min_ns``, and an incumbent's turns serve all
+    candidates of a heat of ``heat``.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Measurement],
+        limits: Iterable[Limits] = (),
+        *,
+        rule: DropRule,
+        repeats: int,
+        heat: int,
+        min_ns: float,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(records, limits)
+        self.spent_ns = 0.0
+        self._rule, self._repeats, self._heat = rule, repeats, heat
+        self._min_ns, self._seed = min_ns, seed
+
+    def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
+        """One answer for each job, with the pairs that were timed until it lost."""
+        for heat in heats(jobs, self._heat):
+            answers = [self._paired(job) for job in heat]
+            turns: dict[KernelSpec, Sequence[float]] = {}  # an incumbent's, as long as anybody needs them
+            for answer in answers:
+                if isinstance(answer, Measurement):
+                    self._spend(answer.times_ns)
+                    if answer.against:
+                        turns[answer.against] = max(turns.get(answer.against, ()), answer.against_ns, key=len)
+            for times in turns.values():
+                self._spend(times)
+            yield from answers
+
+    def race(
+        self,
+        specs: Sequence[KernelSpec],
+        shape: Shape,
+        n: int,
+        threads: int,
+        rounds: int,
+        cold: bool = False,
+        seed: int = 0,
+    ) -> Race:
+        """Recorded rounds in an order drawn by ``seed``."""
+        race = super().race(specs, shape, n, threads, rounds, cold, seed)
+        for times in race.values():
+            self._spend(times)
+        return race
+
+    def _spend(self, times: Sequence[float]) -> None:
+        self.spent_ns += sum(max(time, self._min_ns) for time in times)
+
+    def _paired(self, job: Job) -> Measurement | Missing:
+        record = self._recorded(job)
+        if isinstance(record, Missing) or not record.ok:
+            return record
+        times = self._rounds(record, self._repeats, self._seed)
+        rival = (
+            self._recorded(replace(job, spec=job.against))
+            if job.against and job.against != job.spec
+            else None
+        )
+        if not isinstance(rival, Measurement) or not rival.ok:
+            return replace(record, times_ns=tuple(times), against=None, against_ns=())
+        against = self._rounds(rival, self._repeats, self._seed)
+        pairs = self._rule.pairs(times, against)
+        return replace(
+            record, times_ns=tuple(times[:pairs]), against=job.against, against_ns=tuple(against[:pairs])
+        )
+
+    def _rounds(self, record: Measurement, rounds: int, seed: int) -> list[float]:
+        """Recorded rounds in a drawn order, the same for every kernel; after the last from the start."""
+        order = list(range(len(record.times_ns)))
+        draw = random.Random(f"{self._seed} {seed} {record.shape.name} {record.n} {record.threads}")  # noqa: S311
+        draw.shuffle(order)
+        return [record.times_ns[order[i % len(order)]] for i in range(rounds)]

@@ -16,6 +16,7 @@ from bitgen.search.propose import Proposer, proposer_for
 from bitgen.spec import KernelSpec, Layout, Shape
 
 _GRACE = 0.1  # of a group's time: how much later than its end a batch under way may finish
+_LEAST_IDLE = 3  # batches without a gain before a search may end
 
 
 def roofline_ns(layout: Layout, shape: Shape, n: int, cold: bool, dram_gbs: float, peak_gops: float) -> float:
@@ -100,7 +101,12 @@ class GroupSearch:
         self._limits = limits
         self._candidates: dict[KernelSpec, Candidate] = {}
         self._reference: dict[Shape, float] = {}  # times of the first candidate that ran on every shape
-        self._incumbent: dict[Shape, Candidate] = {}  # the default of each shape, where it runs
+        self._incumbents: dict[
+            tuple[Shape, Layout], KernelSpec
+        ] = {}  # the best so far, whom others are timed beside
+        self._best_total = math.inf  # of the best kernels on every shape, when a batch last improved it
+        self._idle = 0  # candidates since then
+        self._patience = max(_LEAST_IDLE * config.batch, config.patience * len(group.points))
         self._proposer: Proposer = proposer_for(
             group.points,
             [*group.defaults.values(), *starters, *group.known_good],
@@ -118,13 +124,13 @@ class GroupSearch:
         defaults = list(dict.fromkeys(self._group.defaults.values()))
         batch = self._proposer.ask(len(defaults))  # the starters begin with them
         self._measure(batch, list(self._count), lambda: math.inf)
-        self._note_defaults()
         while batch:
             asked += len(batch)
+            self._crown(len(batch))
             self._tell(batch)
             seen(len(self._candidates))
             left, shapes = time_left(), self._open_shapes()
-            if asked >= trials or not shapes or left <= 0:
+            if asked >= trials or not shapes or left <= 0 or self._idle >= self._patience:
                 break
             size = min(self._config.batch, trials - asked)
             if math.isfinite(left):
@@ -157,18 +163,20 @@ class GroupSearch:
         self._measure(batch, [first], time_left)
         if time_left() <= 0:
             return
-        best = min(candidate.time_ns(first) for candidate in self._candidates.values())
-        bound = best * self._regime.drop_ratio
+        best: dict[Layout, float] = {}
+        for spec, candidate in self._candidates.items():
+            best[spec.layout] = min(candidate.time_ns(first), best.get(spec.layout, math.inf))
         good = [
             spec
             for spec in batch
-            if spec not in self._group.legal[first] or self._candidates[spec].time_ns(first) <= bound
+            if spec not in self._group.legal[first]
+            or self._candidates[spec].time_ns(first) <= self._regime.drop_ratio * best[spec.layout]
         ]
         self._measure(good, others, time_left)
 
     def _measure(self, specs: list[KernelSpec], shapes: list[Shape], time_left: Callable[[], float]) -> None:
         jobs = [
-            self._job(spec, shape) for spec in specs for shape in shapes if spec in self._group.legal[shape]
+            self._job(spec, shape) for shape in shapes for spec in specs if spec in self._group.legal[shape]
         ]
         # A generator closed early tells the runner to stop what it prepared.
         answers = self._answers.measure(jobs)
@@ -182,9 +190,7 @@ class GroupSearch:
                     break
 
     def _job(self, spec: KernelSpec, shape: Shape) -> Job:
-        against = None
-        if self._regime.interleave and shape in self._incumbent:
-            against = self._incumbent[shape].spec
+        against = self._incumbents.get((shape, spec.layout))
         return Job(spec, shape, self._regime.n, self._group.threads, self._regime.cold, against)
 
     def _note(self, candidate: Candidate, answer: Measurement) -> None:
@@ -192,17 +198,27 @@ class GroupSearch:
             candidate.failure = candidate.failure or answer
             return
         time_ns = answer.median_ns
-        incumbent = self._incumbent.get(answer.shape)
-        if incumbent and answer.against == incumbent.spec and answer.ratio is not None:
+        rival = self._candidates.get(answer.against) if answer.against else None
+        if rival and answer.ratio is not None and answer.shape in rival.times_ns:
             # In units of the incumbent's time at that very moment: a slow moment of the machine cancels.
-            time_ns = answer.ratio * incumbent.times_ns[answer.shape]
+            time_ns = answer.ratio * rival.times_ns[answer.shape]
         candidate.times_ns[answer.shape] = time_ns
 
-    def _note_defaults(self) -> None:
-        for shape, spec in self._group.defaults.items():
-            candidate = self._candidates.get(spec)
-            if candidate and math.isfinite(candidate.time_ns(shape)):
-                self._incumbent[shape] = candidate
+    def _crown(self, tried: int) -> None:
+        """The best so far of each layout is the incumbent: layouts are compared later, on the whole model."""
+        for shape in self._count:
+            known = {key: self._candidates[spec].time_ns(shape) for key, spec in self._incumbents.items()}
+            for spec, candidate in self._candidates.items():
+                key = (shape, spec.layout)
+                if candidate.time_ns(shape) < known.get(key, math.inf):
+                    known[key] = candidate.time_ns(shape)
+                    self._incumbents[key] = spec
+        total = sum(
+            self._count[s] * min(c.time_ns(s) for c in self._candidates.values()) for s in self._count
+        )
+        self._idle += tried
+        if not total > (1 - self._config.margin) * self._best_total:
+            self._best_total, self._idle = total, 0
 
     # ---- judging ----
 

@@ -26,7 +26,6 @@ class RegimeConfig:
 
     n: int
     cold: bool
-    interleave: bool
     finalists: int
     time_share: float
     drop_ratio: float | None
@@ -66,6 +65,7 @@ class SearchConfig:
     budgets: dict[str, Budget]
     enumerate_up_to: int
     batch: int
+    patience: float
     least_trials: int
     roofline_share: float
     race_share: float
@@ -73,6 +73,7 @@ class SearchConfig:
     race_block: int
     alpha: float
     drop_alpha: float
+    margin: float
     min_gain: float
 
     def __post_init__(self) -> None:
@@ -87,8 +88,10 @@ class SearchConfig:
                 raise BitgenError(f"objectives: {name} needs the tokens of each regime, not all of them 0")
         if self.objective not in self.objectives or set(self.budgets) != {"default", "quick"}:
             raise BitgenError("objective must be one of objectives; budgets are default and quick")
-        if self.batch < 1 or self.race_block < 1 or not 0 <= self.race_share < 1 or self.finalist_ratio < 1:
-            raise BitgenError("batch, race_block and finalist_ratio must be at least 1, race_share in [0, 1)")
+        if min(self.batch, self.race_block) < 1 or self.finalist_ratio < 1:
+            raise BitgenError("batch, race_block and finalist_ratio must be at least 1")
+        if self.patience <= 0 or not 0 <= self.race_share < 1:
+            raise BitgenError("patience must be above 0, race_share in [0, 1)")
 
 
 def load_search_config(file: Path | None = None) -> SearchConfig:

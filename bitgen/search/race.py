@@ -58,7 +58,7 @@ def run_race(
 
     After each block those leave that are clearly slower than the best of their own layout: layouts are
     compared later, on the whole model. The defaults stay to the end, because everything is quoted against
-    them.
+    them. The race ends early when nobody is left whose place is open.
     """
     rounds: dict[KernelSpec, list[float]] = {spec: [] for spec in finalists}
     dropped: dict[KernelSpec, str] = {}
@@ -74,6 +74,8 @@ def run_race(
             rounds[spec].extend(race[spec])
         read_gbs = max(read_gbs, race.read_gbs or 0.0)
         running = _survivors(running, rounds, defaults, config)
+        if _is_decided(running, rounds, config):
+            break
     # A kernel that crashed in a later block is no winner either.
     kept = {spec: tuple(times) for spec, times in rounds.items() if times and spec not in dropped}
     return Raced(kept, dropped, read_gbs)
@@ -85,14 +87,43 @@ def _survivors(
     defaults: Sequence[KernelSpec],
     config: SearchConfig,
 ) -> list[KernelSpec]:
+    leaders = _leaders(running, rounds)
+    return [
+        spec
+        for spec in running
+        if spec in defaults
+        or spec == leaders[spec.layout]
+        or _may_win(spec, leaders[spec.layout], rounds, config)
+    ]
+
+
+def _may_win(
+    spec: KernelSpec, leader: KernelSpec, rounds: Mapping[KernelSpec, Sequence[float]], config: SearchConfig
+) -> bool:
+    """Whether ``spec`` may still be faster than the leader by the margin that is worth a longer race."""
+    bar = [time * (1 - config.margin) for time in rounds[leader]]
+    return not beats(bar, rounds[spec], config.drop_alpha, 0.0)
+
+
+def _is_decided(
+    running: Sequence[KernelSpec], rounds: Mapping[KernelSpec, Sequence[float]], config: SearchConfig
+) -> bool:
+    """Whether the best of each layout is alone, or beside kernels that it beats beyond the noise."""
+    leaders = _leaders(running, rounds)
+    return all(
+        beats(rounds[leaders[spec.layout]], rounds[spec], config.alpha, config.min_gain)
+        for spec in running
+        if spec != leaders[spec.layout]
+    )
+
+
+def _leaders(
+    running: Sequence[KernelSpec], rounds: Mapping[KernelSpec, Sequence[float]]
+) -> dict[Layout, KernelSpec]:
+    """The fastest of each layout so far."""
     leaders: dict[Layout, KernelSpec] = {}
     for spec in running:
         leader = leaders.setdefault(spec.layout, spec)
         if ratio(rounds[spec], rounds[leader]) < 1:
             leaders[spec.layout] = spec
-    return [
-        spec
-        for spec in running
-        if spec in defaults
-        or not beats(rounds[leaders[spec.layout]], rounds[spec], config.drop_alpha, config.min_gain)
-    ]
+    return leaders

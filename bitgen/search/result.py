@@ -93,8 +93,8 @@ class TuningResult:
     """The outcome of a tune.
 
     ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted against: the most that
-    any probe or kernel of this run reached. ``recorded`` and ``recalled``: answers added to the store, and
-    taken from it.
+    any probe or kernel of this run reached. ``started_from``: what was known before and tried first.
+    ``recorded`` and ``recalled``: answers added to the store, and taken from it.
     ``complete`` is False when the time ran out before the trials or the spaces did.
     """
 
@@ -109,6 +109,7 @@ class TuningResult:
     peak_gops: Mapping[int, Mapping[str, float]]
     groups: tuple[GroupReport, ...]
     rejected: tuple[str, ...]
+    started_from: tuple[str, ...]
     recorded: int
     recalled: int
     seconds: float

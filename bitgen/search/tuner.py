@@ -57,6 +57,7 @@ def tune(
     *,
     config: SearchConfig | None = None,
     family_winners: Iterable[KernelSpec] = (),
+    started_from: str = "",
     fresh: bool = False,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -66,12 +67,21 @@ def tune(
     Everything that is measured is recorded at once, and what the store knows under ``fingerprint`` is not
     measured again (unless ``fresh``): after a kill the same call walks the same way and continues. With a
     trial budget and no timeout the outcome depends on the answers and ``plan.seed`` alone.
-    ``family_winners``: committed schedules of this CPU family, tried first, as are stale winners.
+    ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
+    which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
     BitgenError: exit code EXIT_INTERRUPTED after Ctrl-C; EXIT_FILE when the store cannot be written.
     """
     answers = Answers(runner, store, fingerprint, plan.seed, fresh)
     session = _Tune(
-        plan, config or load_search_config(), answers, store, fingerprint, family_winners, progress, clock
+        plan,
+        config or load_search_config(),
+        answers,
+        store,
+        fingerprint,
+        family_winners,
+        started_from,
+        progress,
+        clock,
     )
     try:
         return session.run(spaces)
@@ -94,6 +104,7 @@ class _Tune:
         store: RecordStore,
         fingerprint: Fingerprint,
         family_winners: Iterable[KernelSpec],
+        started_from: str,
         progress: Progress | None,
         clock: Callable[[], float],
     ) -> None:
@@ -102,7 +113,9 @@ class _Tune:
         self._answers = answers
         self._store = store
         self._fingerprint = fingerprint
-        self._starters = list(family_winners)
+        self._family_winners = list(family_winners)
+        self._started_from = started_from
+        self._starters: list[KernelSpec] = []
         self._progress = progress
         self._clock = clock
         self._begin = clock()
@@ -122,7 +135,10 @@ class _Tune:
             self._peak_gops[threads] = dict(self._limits[threads].peak_gops)
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
         self._store.reload()
-        self._starters = [*self._store.stale(self._fingerprint), *self._starters]
+        stale = self._store.stale(self._fingerprint)
+        self._starters = [
+            replace(spec, isa=isa.name) for spec in (*stale, *self._family_winners) for isa in plan.isas
+        ]
         outcomes = self._search(groups)
         races = self._race_all(outcomes)
         layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
@@ -275,11 +291,17 @@ class _Tune:
                 for o in outcomes
             ),
             rejected=tuple(rejected),
+            started_from=self._tried_first(),
             recorded=self._answers.recorded,
             recalled=self._answers.recalled,
             seconds=self._clock() - self._begin,
             complete=self._complete,
         )
+
+    def _tried_first(self) -> tuple[str, ...]:
+        stale = self._store.stale(self._fingerprint)
+        before = (f"{len(stale)} winners of earlier tunes whose timing is stale",) if stale else ()
+        return (*before, *filter(None, [self._started_from]))
 
     def _rows(self, choice: Choice, outcomes: Sequence[GroupOutcome]) -> tuple[Row, ...]:
         rows = []

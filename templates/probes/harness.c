@@ -2,6 +2,7 @@
 #define _POSIX_C_SOURCE 200809L /* clock_gettime; -std=c11 alone hides it */
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -194,7 +195,7 @@ static int32_t run_lane(struct bitgen_context *ctx, struct harness_lane *lane, c
     return code;
 }
 
-enum { LANES = 64, TRIES = 3 };
+enum { TRIES = 3 };
 
 /* The time of `calls` calls in *taken. What another process took from this thread is no time of the kernel: with
  * less than 90 % of the processor the calls are made again, TRIES times at most, and the shortest time counts. */
@@ -212,47 +213,67 @@ static int32_t time_lane(struct bitgen_context *ctx, struct harness_lane *lane, 
     return BITGEN_OK;
 }
 
-static int64_t timed_rounds(struct bitgen_context *ctx, struct harness_lane *lanes, const struct bitgen_kernel *kernels,
-                            int64_t *calls, int64_t count, const int32_t *order, int64_t rounds, double min_ns,
-                            double budget_ns, double *times, volatile struct harness_progress *progress)
+struct harness_timer {
+    struct bitgen_context *ctx;
+    struct harness_lane *lanes;
+    struct bitgen_kernel *kernels; /* (count) */
+    int64_t *calls;                /* (count) that take min_ns */
+    int64_t count;
+    double min_ns;
+    volatile struct harness_progress *progress;
+};
+
+/* One call of each lane: to warm up, and to learn how many calls take min_ns. */
+static int32_t warm_up(struct harness_timer *t)
 {
-    for (int64_t i = 0; i < count; ++i) { /* warm up, and learn how many calls take min_ns */
-        progress->item = i;
+    for (int64_t i = 0; i < t->count; ++i) {
+        t->kernels[i] = host_kernel(&t->lanes[i].kernel);
+        t->progress->item = i;
         const double begin = now_ns();
-        const int32_t code = run_lane(ctx, lanes + i, kernels + i, 1);
-        if (code) return -code;
-        calls[i] = (int64_t)(min_ns / (now_ns() - begin + 1)) + 1;
+        const int32_t code = run_lane(t->ctx, t->lanes + i, t->kernels + i, 1);
+        if (code) return code;
+        t->calls[i] = (int64_t)(t->min_ns / (now_ns() - begin + 1)) + 1;
     }
-    const double start = now_ns();
-    for (int64_t r = 0; r < rounds; ++r) {
-        for (int64_t j = 0; j < count; ++j) {
-            const int64_t i = order[r * count + j];
-            progress->item = i;
-            double taken;
-            const int32_t code = time_lane(ctx, lanes + i, kernels + i, calls[i], &taken);
-            if (code) return -code;
-            times[r * count + i] = taken / (double)calls[i];
-            /* The first call was slow (cold code, first touches): later rounds must not become too short. */
-            if (taken < 0.8 * min_ns) calls[i] = (int64_t)((double)calls[i] * min_ns / (taken + 1)) + 1;
-        }
-        /* A second round, unless the first was far beyond the budget: one time alone shows no noise. */
-        if (now_ns() - start > (r ? 1 : 4) * budget_ns) return r + 1;
-    }
-    return rounds;
+    return BITGEN_OK;
 }
 
-int64_t harness_bench(int64_t threads, struct harness_lane *lanes, int64_t count, const int32_t *order,
-                      int64_t rounds, double min_ns, double budget_ns, double *times,
-                      volatile struct harness_progress *progress)
+int32_t harness_open(struct harness_timer **out, int64_t threads, struct harness_lane *lanes, int64_t count,
+                     double min_ns, volatile struct harness_progress *progress)
 {
-    struct bitgen_kernel kernels[LANES];
-    int64_t calls[LANES];
-    struct bitgen_context *ctx;
-    if (count < 1 || count > LANES || rounds < 1) return -BITGEN_ERROR_ARGUMENT;
-    const int32_t code = bitgen_context_open(&ctx, (int32_t)threads);
-    if (code) return -code;
-    for (int64_t i = 0; i < count; ++i) kernels[i] = host_kernel(&lanes[i].kernel);
-    const int64_t done = timed_rounds(ctx, lanes, kernels, calls, count, order, rounds, min_ns, budget_ns, times, progress);
-    bitgen_context_close(ctx);
-    return done;
+    if (count < 1) return BITGEN_ERROR_ARGUMENT;
+    struct harness_timer *t = *out = calloc(1, sizeof *t);
+    if (!t) return BITGEN_ERROR_MEMORY;
+    t->lanes = lanes;
+    t->count = count;
+    t->min_ns = min_ns;
+    t->progress = progress;
+    t->kernels = calloc((size_t)count, sizeof *t->kernels);
+    t->calls = calloc((size_t)count, sizeof *t->calls);
+    if (!t->kernels || !t->calls) return BITGEN_ERROR_MEMORY;
+    const int32_t code = bitgen_context_open(&t->ctx, (int32_t)threads);
+    return code ? code : warm_up(t);
+}
+
+int32_t harness_round(struct harness_timer *t, const int32_t *order, int64_t length, double *times)
+{
+    for (int64_t j = 0; j < length; ++j) {
+        const int64_t i = order[j];
+        t->progress->item = i;
+        double taken;
+        const int32_t code = time_lane(t->ctx, t->lanes + i, t->kernels + i, t->calls[i], &taken);
+        if (code) return code;
+        times[i] = taken / (double)t->calls[i];
+        /* The first call was slow (cold code, first touches): later rounds must not become too short. */
+        if (taken < 0.8 * t->min_ns) t->calls[i] = (int64_t)((double)t->calls[i] * t->min_ns / (taken + 1)) + 1;
+    }
+    return BITGEN_OK;
+}
+
+void harness_close(struct harness_timer *t)
+{
+    if (!t) return;
+    if (t->ctx) bitgen_context_close(t->ctx);
+    free(t->kernels);
+    free(t->calls);
+    free(t);
 }

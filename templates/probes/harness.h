@@ -55,10 +55,16 @@ struct harness_lane {
     int64_t m, k, n;
 };
 
-/* Times `lanes` in `rounds` interleaved rounds. Round r runs the lanes order[r * count .. + count), each for
- * at least min_ns, and puts the nanoseconds of one call into times[r * count + lane]. Ends early when budget_ns
- * is spent. A repeat in which another process took the processor is made again. Gives the number of rounds done
- * (at least one), or minus an error code of the host. */
-int64_t harness_bench(int64_t threads, struct harness_lane *lanes, int64_t count, const int32_t *order,
-                      int64_t rounds, double min_ns, double budget_ns, double *times,
-                      volatile struct harness_progress *progress);
+/* Lanes on a thread pool of their own, warmed up. */
+struct harness_timer;
+
+/* *out is to be closed even where the answer is an error code of the host and not 0. Each turn of a lane takes at
+ * least min_ns. `lanes` stay the caller's and must outlive the timer. */
+int32_t harness_open(struct harness_timer **out, int64_t threads, struct harness_lane *lanes, int64_t count,
+                     double min_ns, volatile struct harness_progress *progress);
+
+/* One turn of each lane in `order`: nanoseconds of one call go to times[lane]. A turn in which another process took
+ * the processor is made again. 0, or an error code of the host. */
+int32_t harness_round(struct harness_timer *timer, const int32_t *order, int64_t length, double *times);
+
+void harness_close(struct harness_timer *timer);

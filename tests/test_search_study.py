@@ -1,0 +1,45 @@
+"""The committed logs, replayed: the search ends near the true best, at a fraction of the exhaustive time."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from search_study import LOG, MODEL, read_logs, search, true_times
+
+from bitgen.config import find_model
+from bitgen.search import load_search_config, targets_of
+
+LOGS = read_logs(LOG)
+
+
+@pytest.mark.parametrize(
+    ("group", "most"),
+    [(("t5", "avx512_vbmi", "n1", 1), 0.15), (("i2s", "avx512_vbmi", "small", 1), 0.20)],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_search_ends_within_three_percent_of_the_best(
+    group: tuple[str, str, str, int], most: float
+) -> None:
+    logs = [log for log in LOGS if log.group == group]
+    assert {log.shape for log in logs} == {target.shape for target in targets_of(find_model(MODEL))}
+    outcomes = [search(logs, seed, load_search_config()) for seed in range(3)]
+    for log in logs:
+        regrets = [outcome.regret[log.shape] for outcome in outcomes]
+        assert statistics.median(regrets) <= 0.03, log.shape.name
+    assert statistics.mean(outcome.share for outcome in outcomes) <= most
+
+
+def test_the_logs_hold_whole_spaces_with_something_to_win() -> None:
+    assert len({log.group for log in LOGS}) == 7
+    for log in LOGS:
+        assert len(set(log.points)) == len(log.points) >= 60
+        assert {len(row) for row in log.rounds_ns} == {len(log.points)}
+        assert len(log.rounds_ns) >= 16
+        times = true_times(log)
+        assert max(times.values()) > 1.05 * min(times.values())
