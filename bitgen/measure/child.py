@@ -123,10 +123,10 @@ class Workbench:
     """What measuring processes share: prepared by the server before it forks, read by its children."""
 
     def __init__(
-        self, harness: Harness, llc_bytes: int, pool_budget_bytes: int, huge_pages: bool = True
+        self, harness: Harness, cold_bytes: int, pool_budget_bytes: int, huge_pages: bool = True
     ) -> None:
         self.harness = harness
-        self._cold_bytes = 2 * llc_bytes
+        self._cold_bytes = cold_bytes
         self._pools = Pools(harness, pool_budget_bytes, huge_pages)
         self._checks: dict[Hashable, Checks] = {}
         self._units: dict[Layout, dict[int, tuple[NDArray[np.int8], NDArray[np.uint8]]]] = {}

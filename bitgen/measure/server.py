@@ -181,13 +181,13 @@ def _requests(lifeline: int) -> Any:
 def serve(options: Mapping[str, Any], lifeline: int = 0, answers: int = 1) -> None:
     """Answer one line of JSON to each line of JSON until ``lifeline`` ends.
 
-    ``options``: harness (path), llc_bytes, pool_budget_bytes, huge_pages. A request: {"task", "check_s",
+    ``options``: harness (path), cold_bytes, pool_budget_bytes, huge_pages. A request: {"task", "check_s",
     "total_s"}.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is a recorded value, no file
     bench = Workbench(
         Harness(options["harness"]),
-        options["llc_bytes"],
+        options["cold_bytes"],
         options["pool_budget_bytes"],
         options["huge_pages"],
     )
