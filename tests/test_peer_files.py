@@ -14,6 +14,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,20 @@ from step_levels import level_library
 
 from bitgen.model import open_model
 from bitgen.model.convert import convert
+from bitgen.model.engine import Engine
 from bitgen.model.llm import LLM
 from bitgen.model.perplexity import perplexity
+from bitgen.model.tokenizer import Tokenizer
 from bitgen.paths import models_dir
+from bitgen.runtime import load
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 260, 261, 262, 270, 280, 286, 265, 299, 1, 2, 3, 4, 263]
 VOCAB = 300
+WINDOW, WINDOWS = 512, 4  # of held-out text
+HELD_OUT = (Path(__file__).parent / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
 PEERS = {
     "ik": ("ik_llama_cpp", "ik-llama-cpp-python 0.1.5"),
     "llama": ("llama_cpp", "llama-cpp-python 0.3.36"),
@@ -116,30 +122,87 @@ def test_the_peer_finds_the_same_model(tmp_path: Path, peer: str, architecture: 
     assert np.array_equal(got.argmax(axis=1), expected.argmax(axis=1))
 
 
+def windows_nll(found: Sequence[NDArray[Any]], windows: Sequence[Sequence[int]]) -> list[float]:
+    """-log p of each window's second half, which is what llama.cpp's perplexity predicts."""
+    nll: list[float] = []
+    for window, logits in zip(windows, found, strict=True):
+        first = len(window) // 2
+        rows = logits[first : len(window) - 1].astype(np.float64)
+        top = rows.max(axis=1)
+        total = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
+        nll += [t - row[target] for t, row, target in zip(total, rows, window[first + 1 :], strict=True)]
+    return nll
+
+
 def test_text_and_perplexity_of_the_tiny_model(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, bitgen_home: Path
 ) -> None:
     """The file that ships: its recorded greedy texts, and llama.cpp's windows over held-out text."""
     assert bitgen_home
-    greedy = json.loads((models_dir() / "tiny.json").read_text())["greedy"]
-    text = (Path(__file__).parent / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
-    size, most = 512, 4
-    with LLM("tiny", library=level_library(tmp_path_factory, BEST), threads=2) as llm:
-        ids = llm.tokenizer.encode(text)
-        *_, ours = perplexity(llm, text, size, most=most)
-    windows = [ids[i * size : (i + 1) * size] for i in range(most)]
     runnable = q8_0_of(models_dir() / "tiny.gguf", tmp_path)
+    greedy = json.loads((models_dir() / "tiny.json").read_text())["greedy"]
+    with LLM("tiny", library=level_library(tmp_path_factory, BEST), threads=2) as llm:
+        ids = llm.tokenizer.encode(HELD_OUT)
+        *_, ours = perplexity(llm, HELD_OUT, WINDOW, most=WINDOWS)
+    windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS)]
     found = peer_logits("ik", runnable, tmp_path, [*windows, *(g["ids"] + g["tokens"] for g in greedy)])
-    nll: list[float] = []
-    for window, logits in zip(windows, found, strict=False):
-        rows = logits[size // 2 : size - 1].astype(np.float64)
-        total = np.log(np.exp(rows).sum(axis=1))
-        nll += [t - row[target] for t, row, target in zip(total, rows, window[size // 2 + 1 :], strict=True)]
+    nll = windows_nll(found[:WINDOWS], windows)
     assert len(nll) == ours.tokens
     # Measured: 23.911 and bitgen's 23.927. Finer scales of activations move it by less than a thousandth.
     assert math.isclose(math.exp(np.mean(nll)), ours.value, rel_tol=2e-3)
     equal = [
         logits[len(g["ids"]) - 1 : -1].argmax(axis=1) == g["tokens"]
-        for g, logits in zip(greedy, found[most:], strict=True)
+        for g, logits in zip(greedy, found[WINDOWS:], strict=True)
     ]
     assert np.concatenate(equal).sum() >= 188, "of 192 tokens; 191 were measured"
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0", "Q4_0"])
+def test_text_and_perplexity_in_llama_cpp(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    bitgen_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """llama.cpp knows no relu²: the tiny model's weights as a bitnet model with a silu gate, in one file."""
+    assert bitgen_home
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from make_peer_model import write_file
+
+    tiny = open_model("tiny")
+    ids = Tokenizer(tiny.tokenizer_data).encode(HELD_OUT)
+    windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS)]
+    silu = replace(tiny.weights, config=replace(tiny.config, activation="silu", architecture="bitnet"))
+    path = tmp_path / "m.gguf"
+    write_file(path, silu, kind)
+    # bitgen reads TQ types; Q4_0 is no type of ternary matrices here.
+    source = open_model(path).weights if kind.startswith("TQ") else silu
+    prompts = [ids[at : at + 16] for at in range(600, 5000, 1100)]
+    with load(level_library(tmp_path_factory, BEST), 2) as table:
+        texts = [greedy(Engine(source, table, context=WINDOW), prompt, 32) for prompt in prompts]
+        ours = [feed(Engine(source, table, context=WINDOW), window) for window in windows]
+    found = peer_logits("llama", path, tmp_path, [*windows, *texts])
+    values = [math.exp(np.mean(windows_nll(each, windows))) for each in (found[:WINDOWS], ours)]
+    # Measured: 27.186 (TQ) and 27.163 (Q4_0) against bitgen's 27.174 and 27.177.
+    assert math.isclose(*values, rel_tol=2e-3)
+    equal = [
+        logits[15:-1].argmax(axis=1) == text[16:] for logits, text in zip(found[WINDOWS:], texts, strict=True)
+    ]
+    assert np.concatenate(equal).sum() >= 124, "of 128 tokens; all were measured"
+
+
+def feed(engine: Engine, ids: Sequence[int]) -> NDArray[np.float32]:
+    """Logits (len(ids), vocabulary) of what goes on from where the engine is."""
+    n, at = len(ids), engine.lengths[0]
+    positions = np.arange(at, at + n, dtype=np.int32)
+    return engine.forward(np.array(ids, np.int32), positions, np.zeros(n, np.int32), np.ones(n, bool))
+
+
+def greedy(engine: Engine, prompt: Sequence[int], count: int) -> list[int]:
+    """The prompt and the ``count`` tokens that are likeliest after it."""
+    text, new = list(prompt), list(prompt)
+    for _ in range(count):
+        new = [int(feed(engine, new)[-1].argmax())]
+        text += new
+    return text
