@@ -89,8 +89,8 @@ def _answer(talk: Conversation, message: str) -> None:
     print(flush=True)
     if answer.finish == "context":
         print(
-            f"bitgen: the answer was cut: the context of {talk.llm.context} positions is full; "
-            "-c makes it larger",
+            f"bitgen: the answer was cut: the context of {talk.llm.context} positions is full"
+            f"{talk.llm.context_hint}",
             file=sys.stderr,
         )
     talk.heard(answer)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         print(flush=True)
         if generation.finish == "context":
             print(
-                f"bitgen: the context of {llm.context} positions is full; -c makes it larger", file=sys.stderr
+                f"bitgen: the context of {llm.context} positions is full{llm.context_hint}", file=sys.stderr
             )
         if not args.no_perf:
             print_timings(llm, generation.seed)

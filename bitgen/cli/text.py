@@ -143,8 +143,9 @@ def print_timings(llm: LLM, seed: int | None = None) -> None:
         share = t.guessed_right / t.guessed
         lines.append(f"{'lookup':>17} = {t.guessed_right} of {t.guessed} guesses right ({share:.0%})")
     weights, cache, work = (part / 2**20 for part in llm.memory)
+    head = f"{llm.head_bytes / 2**20:.2f} MiB head, " if llm.head_bytes else ""
     lines.append(
-        f"{'memory':>17} = {weights:10.2f} MiB weights, {cache:.2f} MiB for {llm.context} positions, "
+        f"{'memory':>17} = {weights:10.2f} MiB weights, {head}{cache:.2f} MiB for {llm.context} positions, "
         f"{work:.2f} MiB work"
     )
     if seed is not None:

@@ -147,6 +147,11 @@ class Engine:
         return self.memory.total
 
     @property
+    def head_bytes(self) -> int:
+        """Bytes of the head in the model file's own pages; 0 when it was quantised and counts as weights."""
+        return 0 if self._quantized_head else int(self.weights.output.data.nbytes)
+
+    @property
     def times_ns(self) -> dict[str, int]:
         """Nanoseconds spent in each stage of all steps since `reset_times`."""
         return dict(zip(STAGES, self._times.tolist(), strict=True))
@@ -258,6 +263,7 @@ class Engine:
     ) -> None:
         model, weights = self._model, self.weights
         self.head_error = 0.0  # of the int8 head, see QuantizedHead
+        self._quantized_head = head == "q8"
         self._gathers = weights.embedding.type in DENSE_TYPES  # other types are gathered in numpy
         if self._gathers:
             self._set_dense(model.embedding, weights.embedding)

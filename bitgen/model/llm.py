@@ -210,6 +210,16 @@ class LLM:
         memory = getattr(self.engine, "memory", None)
         return (memory.weights, memory.cache, memory.work) if memory else (0, 0, 0)
 
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head that steps read from the mapped model file; 0 for one that was packed."""
+        return int(getattr(self.engine, "head_bytes", 0))
+
+    @property
+    def context_hint(self) -> str:
+        """What to add to a message that the context is full."""
+        return "; -c makes it larger" if self.context < self.config.context else ", all that the model has"
+
     # ---- Text ----
 
     @overload
