@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import emulated
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -14,6 +16,9 @@ from bitgen.target import Cpu, detect_cpu
 settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fixed", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("fixed")
+
+if emulated.VARIABLE in os.environ:
+    emulated.pretend()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,85 @@
+"""Levels of CPUs that are not here: the emulator is held against plain loops, then kernels run in it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import emulated
+import pytest
+
+from bitgen.toolchain import Compiler, find_compilers
+
+PROGRAM = emulated.SOURCE.with_name("instructions.c")
+COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
+FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread")
+INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mamx-tile", "-mamx-int8")
+RESULTS = {"amx": 3208, "vnni": 3600}
+# What a program must not do, and what the emulator says to it.
+FAULTS = {
+    "permission": "before the system's permission",
+    "palette": "no such palette",
+    "rows": "more than 16 rows",
+    "bytes": "or 64 bytes a row",
+    "halves": "rows without bytes",
+    "reserved": "a reserved byte is not zero",
+    "ninth": "a reserved byte is not zero",
+    "depth": "sizes do not fit together",
+    "height": "sizes do not fit together",
+    "width": "sizes do not fit together",
+    "configuration": "without a configuration",
+    "released": "without a configuration",
+    "unused": "not configured",
+    "twice": "two operands are one tile",
+    "page": "",  # a page that is not there: SIGSEGV, as any load
+}
+pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=f"{emulated.why_not()}")
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return emulated.build(tmp_path_factory.mktemp("emulator"), COMPILERS[0].command)
+
+
+@pytest.fixture(params=COMPILERS, ids=lambda compiler: compiler.kind, scope="module")
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler: Compiler = request.param
+    made = tmp_path_factory.mktemp("instructions") / "instructions"
+    subprocess.run([*compiler.command, *FLAGS, *INSTRUCTIONS, "-o", made, PROGRAM], check=True)
+    return made
+
+
+def run(program: Path, word: str, emulator: Path | None) -> subprocess.CompletedProcess[str]:
+    """The program on this CPU with the emulator, which is not asked for what the CPU has itself."""
+    env = emulated.environment(emulator, emulated.lacking()) if emulator else None
+    return subprocess.run([program, word], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("word", RESULTS)
+def test_every_instruction_means_what_loops_say(program: Path, emulator: Path, word: str) -> None:
+    if "avx512f" not in emulated.CPUINFO.read_text().split():
+        pytest.skip("this CPU lacks avx512f, which the program looks at whole registers with")
+    done = run(program, word, emulator)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) == RESULTS[word]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_hardware_refuses_is_refused(program: Path, emulator: Path, fault: str) -> None:
+    done = run(program, fault, emulator)
+    assert done.returncode in (-4, -11), "SIGILL or SIGSEGV"
+    if "amx_tile" in emulated.lacking():
+        assert FAULTS[fault] in done.stderr
+        assert bool(FAULTS[fault]) == done.stderr.startswith("emulator: ")
+
+
+def test_the_permitted_twin_of_these_faults_works(program: Path, emulator: Path) -> None:
+    assert run(program, "none", emulator).returncode == 0
+
+
+@pytest.mark.skipif(not emulated.lacking(), reason="this CPU has AMX and AVX-VNNI")
+def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> None:
+    """So that a test in the emulator is one: this CPU does not carry them out by itself."""
+    words = {"avx_vnni": "vnni", "amx_tile": "amx"}
+    for feature in words.keys() & set(emulated.lacking()):
+        assert run(program, words[feature], None).returncode != 0
