@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def environment(library: Path, features: Iterable[str]) -> dict[str, str]:
 
 
 def pretend() -> None:
-    """In a process with the emulator: detect its features, and build libraries that find them."""
+    """In a process with the emulator: detect its features, build libraries that find them, be patient."""
     import bitgen.host
+    from bitgen.measure import local
     from bitgen.target import linux
 
     features = os.environ[VARIABLE].split()
@@ -73,6 +75,7 @@ def pretend() -> None:
 
     linux._read = cpuinfo_with_features
     bitgen.host.feature_rows = rows_that_hold
+    local.TimingPolicy = partial(local.TimingPolicy, check_timeout_s=600.0)
 
 
 def main(words: list[str]) -> int:
