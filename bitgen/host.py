@@ -39,9 +39,9 @@ def row_grain(spec: KernelSpec) -> int:
 def table_bytes(spec: KernelSpec) -> int:
     """Bytes of the lookup tables of one token and one chunk; 0 for a kernel that reads none.
 
-    Panels unpack weights to bytes and multiply, whatever the family.
+    Panels and tiles unpack weights to bytes and multiply, whatever the family.
     """
-    return 0 if spec.schedule.algorithm == "panel" else FAMILIES[spec.family].table_bytes
+    return 0 if spec.schedule.unpacks else FAMILIES[spec.family].table_bytes
 
 
 def host_headers(arch: str) -> Headers:

@@ -340,7 +340,12 @@ def table_values(contents: Contents) -> dict[str, Any]:
         "prototypes": [prototype for source in contents.sources for prototype in source.prototypes],
         "layouts": [{"family": FAMILIES[lay.family], "row_block": lay.row_block} for lay in layouts],
         "isas": [
-            {"name": isa.name, "requires": sorted(isa.requires), "mask": sum(bit[f] for f in isa.requires)}
+            {
+                "name": isa.name,
+                "requires": sorted(isa.requires),
+                "mask": sum(bit[f] for f in isa.requires),
+                "tiles": sum(bit[f] for f in isa.tile_registers),
+            }
             for isa in contents.isas
         ],
         "kernels": [_kernel_values(spec, isa_names) for spec in specs],

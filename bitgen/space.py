@@ -22,7 +22,9 @@ mc      both      rows of a cache block;  kc  columns of a cache block, 0: all o
 ====== ========== ============================================================================================
 
 ``direct`` reads packed weights and multiplies or looks up at once; ``panel`` unpacks ``mc`` x ``kc`` weights
-to bytes that serve every token of the batch.
+to bytes that serve every token of the batch. ``tiles`` multiplies tiles of 16 tokens x 64 k with tiles of
+64 k x 16 rows, on ISA levels that have them: on the way for 2..16 tokens (``streams``, ``ahead``,
+``prefetch``), from panels for more (``mr`` and ``nr`` are multiples of 16).
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ class Int16Sums:
 def int16_sums(spec: KernelSpec) -> Int16Sums | None:
     """The int16 partial sums of a kernel; None when every product goes to int32 at once."""
     s = dict(spec.schedule)
-    if not s["widen"]:
-        return None
+    if not s.get("widen"):
+        return None  # tiles have no such knob
     if spec.schedule.algorithm == "panel":
         return Int16Sums(s["widen"], *PAIR_RANGE)
     if not FAMILIES[spec.family].looks_up:
@@ -102,7 +104,7 @@ def headroom_lines(spec: KernelSpec) -> list[str]:
     sums = int16_sums(spec)
     lines = [f"int16: {sums}, within {INT16_MIN} .. {INT16_MAX}"] if sums else []
     s, family = dict(spec.schedule), FAMILIES[spec.family]
-    multiplies = spec.schedule.algorithm == "panel" or not family.looks_up
+    multiplies = spec.schedule.unpacks or not family.looks_up
     accs, fields = s.get("accs", 1), family.k_chunk // 4
     per = 2 * 128 * field_scale(accs) if multiplies else 128
     # of a chunk's fields, those of the last accumulator
@@ -231,6 +233,8 @@ def _axes(family: str, isa: Isa, regime: Regime) -> dict[str, Axes]:
         axes["direct"] = _multiply_axes(family, isa, regime)
     if regime is not N1:
         axes["panel"] = _panel_axes(isa, regime)
+    if regime is not N1 and isa.tiles:
+        axes["tiles"] = _tile_axes(isa, regime)
     return axes
 
 
@@ -272,6 +276,23 @@ def _panel_axes(isa: Isa, regime: Regime) -> Axes:
     }
 
 
+def _tile_axes(isa: Isa, regime: Regime) -> Axes:
+    wide = isa.name != "scalar"
+    if regime is SMALL:
+        return {
+            "streams": (1, 2, 4) if wide else (1, 2),
+            "ahead": (0, 1),
+            "prefetch": (0, 4096) if wide else (0,),
+        }
+    return {
+        "mr": (32, 64) if wide else (32,),
+        "nr": (16, 32),
+        "mc": (64, 256, 512) if wide else (64,),
+        "kc": (0, 960, 1920) if wide else (0, 960),
+        "pack": (0, 1),
+    }
+
+
 def _pairs(family: str) -> int:
     """Chunks that one int16 accumulator takes: 64 additions of 512 fit, 4 a chunk or T5's 5."""
     return 16 if family == "i2s" else 12
@@ -288,6 +309,7 @@ def _pair_widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
 
 # Knobs that multiply the code of a kernel.
 _COUNTS, _COUNT_MAX = ("streams", "nr", "unroll"), 16
+_TILE_SUMS = 4  # tiles of sums; two of activations and two of weights are the others of eight
 # Bytes, rows, columns, steps: far above every useful value.
 _SIZE_MAX = 1 << 20
 
@@ -309,7 +331,10 @@ def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) 
     )
     yield Rule(
         f"{', '.join(_COUNTS)} must be 1 .. {_COUNT_MAX}",
-        lambda s: all(1 <= value <= _COUNT_MAX for name, value in s.schedule if name in _COUNTS),
+        lambda s: (
+            all(1 <= value <= _COUNT_MAX for name, value in s.schedule if name in _COUNTS)
+            or (s.schedule.algorithm == "tiles" and "nr" in dict(s.schedule))
+        ),
     )
     if "accs" in knobs:
         yield Rule("accs must be 1, 2 or 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 4))
@@ -318,6 +343,20 @@ def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) 
     if "mr" in knobs:
         yield Rule(
             "mr must be 16, 32, ... 256", lambda s: dict(s.schedule).get("mr", 16) in range(16, 257, 16)
+        )
+    if "pack" in knobs:
+        yield Rule(
+            "mr of tiles must be 16, 32 or 64, nr 16 or 32",
+            lambda s: (
+                s.schedule.algorithm != "tiles"
+                or (s.schedule["mr"] in (16, 32, 64) and s.schedule["nr"] in (16, 32))
+            ),
+        )
+    switches = [name for name in ("ahead", "pack") if name in knobs]
+    if switches:
+        yield Rule(
+            f"{', '.join(switches)} must be 0 or 1",
+            lambda s: all(value in (0, 1) for name, value in s.schedule if name in switches),
         )
     sizes = [name for name in ("widen", "prefetch", "mc", "kc") if name in knobs]
     yield Rule(
@@ -341,7 +380,19 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
     if isa.name != "scalar":  # its blocks are arrays: the compiler decides
         yield Rule(
             f"accumulators and operands must fit the registers of {isa.name}",
-            lambda s: _registers_used(s, isa) <= block_registers(isa)[1],
+            lambda s: s.schedule.algorithm == "tiles" or _registers_used(s, isa) <= block_registers(isa)[1],
+        )
+    if regime is not N1 and isa.tiles:
+        yield Rule(
+            f"there are {_TILE_SUMS} tiles of sums: rows walked at once x tokens must not exceed "
+            f"{_TILE_SUMS} x 16 x 16",
+            lambda s: s.schedule.algorithm != "tiles" or _tile_sums(s) <= _TILE_SUMS,
+        )
+    if regime is LARGE and isa.tiles:
+        columns = FAMILIES[family].k_chunk * FAMILIES[family].tile_chunks
+        yield Rule(
+            f"kc of tiles must be a multiple of {columns}: whole chunks and whole tiles",
+            lambda s: s.schedule.algorithm != "tiles" or s.schedule["kc"] % columns == 0,
         )
     if regime is N1 and not FAMILIES[family].looks_up:
         yield Rule(
@@ -359,37 +410,45 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
     if FAMILIES[family].looks_up:
         yield Rule(
             "entries of lookup tables are int16 sums: widen must be at least 1",
-            lambda s: s.schedule.algorithm == "panel" or s.schedule["widen"] >= 1,
+            lambda s: s.schedule.unpacks or s.schedule["widen"] >= 1,
         )
         yield Rule(
             "mc and kc block the cache together: give both, or neither",
-            lambda s: s.schedule.algorithm == "panel" or (s.schedule["mc"] > 0) == (s.schedule["kc"] > 0),
+            lambda s: s.schedule.unpacks or (s.schedule["mc"] > 0) == (s.schedule["kc"] > 0),
         )
         yield Rule(
             "mc must be a multiple of the rows walked at once",
             lambda s: (
-                s.schedule.algorithm == "panel"
-                or s.schedule["mc"] % (s.schedule["streams"] * s.layout.row_block) == 0
+                s.schedule.unpacks or s.schedule["mc"] % (s.schedule["streams"] * s.layout.row_block) == 0
             ),
         )
     if regime is not N1:
         yield Rule("mc of a panel must be a multiple of mr and of the row block, not 0", _panel_rows_divide)
         yield Rule(
             f"a panel of mc x kc bytes must leave a quarter of the L2 cache free ({cpu.l2_bytes} bytes)",
-            lambda s: s.schedule.algorithm != "panel" or _panel_bytes(s, shape.k) <= cpu.l2_bytes * 3 // 4,
+            lambda s: _panel_bytes(s, shape.k) <= cpu.l2_bytes * 3 // 4,
             local=True,
         )
 
 
-def _panel_rows_divide(spec: KernelSpec) -> bool:
-    if spec.schedule.algorithm != "panel":
-        return True
+def _tile_sums(spec: KernelSpec) -> int:
+    """Tiles of sums that are held at once."""
     s = dict(spec.schedule)
+    rows = s["mr"] if "mr" in s else s["streams"] * spec.layout.row_block
+    return rows // 16 * (s.get("nr", 16) // 16)
+
+
+def _panel_rows_divide(spec: KernelSpec) -> bool:
+    s = dict(spec.schedule)
+    if not spec.schedule.unpacks or "mc" not in s:
+        return True
     return s["mc"] > 0 and s["mc"] % s["mr"] == 0 and s["mc"] % spec.layout.row_block == 0
 
 
 def _panel_bytes(spec: KernelSpec, k: int) -> int:
     s = dict(spec.schedule)
+    if not spec.schedule.unpacks or "mc" not in s:
+        return 0
     if s["kc"] == 0 and s["mc"] == s["mr"] == min_mr(spec):
         return 0  # the smallest panel is always legal, so that every shape has a kernel
     return s["mc"] * (s["kc"] or k)
@@ -451,7 +510,15 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         # bitnet.cpp's presets for the 3B shapes: BM x BK blocks, bm rows in registers.
         for bm, block, kc in ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=1, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)
-    elif regime is SMALL and not looks_up:
+    if regime is SMALL and isa.tiles and zmm:
+        yield spec("tiles", streams=4, ahead=1, prefetch=4096)
+        yield spec("tiles", streams=2, row_block=32, ahead=1, prefetch=4096)
+        yield spec("tiles", streams=2, ahead=0, prefetch=0)
+    if regime is LARGE and isa.tiles and zmm:
+        yield spec("tiles", mr=32, nr=32, mc=256, kc=960, pack=1)
+        yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
+        yield spec("tiles", mr=16, nr=32, mc=16, kc=0, pack=1)
+    if regime is SMALL and not looks_up:
         rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": 4 if neon and dots else 2}
         yield spec("direct", **rows, accs=1, widen=pairs, unroll=1, prefetch=2048)
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import Any
 
 from bitgen.errors import EXIT_USAGE, BitgenError
@@ -120,6 +121,11 @@ class Family:
         return self.table_bytes > 0
 
     @property
+    def tile_chunks(self) -> int:
+        """The fewest chunks that fill whole tiles of 64 k: 4, or T5's 16 (five tiles)."""
+        return 64 // gcd(64, self.k_chunk)
+
+    @property
     def bits_a_weight(self) -> float:
         """Storage without padding, in bits a weight."""
         return 8 * self.chunk_bytes / (16 * self.k_chunk)
@@ -210,6 +216,11 @@ class Schedule:
                 f"{self.algorithm} has no knob {', '.join(sorted(unknown))}; it has {known}", EXIT_USAGE
             )
         return replace(self, knobs=tuple((name, values.get(name, value)) for name, value in self.knobs))
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether weights become bytes first, whatever the family: nothing is looked up in tables."""
+        return self.algorithm in ("panel", "tiles")
 
     @property
     def name(self) -> str:

@@ -136,6 +136,14 @@ BREAKING = [
     ("i2s", "avx512_vnni", SMALL, "direct", {"streams": 8, "nr": 8}, "registers of avx512_vnni"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"mr": 128, "mc": 128, "nr": 12}, "registers of avx512_vnni"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 17}, "kc must be 0"),
+    ("i2s", "amx_int8", LARGE, "tiles", {"kc": 80}, "kc of tiles must be a multiple of 64"),
+    ("t5", "amx_int8", LARGE, "tiles", {"kc": 640 + 64}, "kc of tiles must be a multiple of 320"),
+    ("i2s", "amx_int8", LARGE, "tiles", {"mr": 64, "nr": 32, "mc": 64}, "4 tiles of sums"),
+    ("i2s", "amx_int8", SMALL, "tiles", {"streams": 5}, "4 tiles of sums"),
+    ("i2s", "amx_int8", SMALL, "tiles", {"ahead": 2}, "ahead must be 0 or 1"),
+    ("i2s", "amx_int8", LARGE, "tiles", {"nr": 8}, "mr of tiles must be 16, 32 or 64, nr 16 or 32"),
+    ("i2s", "amx_int8", LARGE, "tiles", {"mr": 32, "mc": 80}, "multiple of mr"),
+    ("i2s", "amx_int8", LARGE, "tiles", {"mc": 1 << 18, "kc": 960}, "quarter of the L2 cache"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 8640}, "kc must be below k = 8640"),
     ("tl2", "avx512", N1, "direct", {"mc": 128, "kc": 64}, "kc must be 0"),
     ("tl1", "avx512", N1, "direct", {"mc": 128, "kc": 0}, "give both, or neither"),
@@ -226,8 +234,10 @@ def mutants(spec: KernelSpec) -> Iterator[KernelSpec]:
     if "mr" in knobs:
         yield changed(spec, mr=256, mc=256, nr=16)
         yield changed(spec, mc=1 << 18, mr=16)
-    if "streams" in knobs:
+    if "streams" in knobs and "nr" in knobs:
         yield changed(spec, streams=16, nr=16)
+    if "pack" in knobs:
+        yield changed(spec, mr=64, nr=32)
     yield replace(spec, layout=Layout(spec.family, 64))
     yield replace(spec, isa="none")
     yield replace(spec, schedule=Schedule("none", ()))
@@ -295,7 +305,7 @@ def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Reg
     counted = 0
     for shape in (SHAPE, Shape(8640, 3200), Shape(530, 97)):
         for spec in space_of(family, isa, regime, shape):
-            if not dict(spec.schedule)["widen"]:
+            if not dict(spec.schedule).get("widen"):
                 assert int16_sums(spec) is None
                 continue
             low, high = lane_extremes(spec)
@@ -340,7 +350,7 @@ CONFIGURATIONS = {
     ): spec
     for family, isa, regime in COMBINATIONS
     for spec in space_of(family, isa, regime)
-    if spec.schedule["widen"] and spec.schedule["unroll"] == 1
+    if dict(spec.schedule).get("widen") and spec.schedule["unroll"] == 1
 }
 
 
@@ -402,6 +412,8 @@ def test_widen_is_offered_only_where_it_can_help() -> None:
     """A dot instruction adds to int32 by itself; without one, int16 sums are shorter."""
     for family, isa, regime in COMBINATIONS:
         for spec in space_of(family, isa, regime):
+            if spec.schedule.algorithm == "tiles":
+                continue  # they add to int32 at once
             lookup = FAMILIES[family].table_bytes and spec.schedule.algorithm == "direct"
             if isa.native_dot4 and not lookup:
                 assert spec.schedule["widen"] == 0

@@ -150,6 +150,8 @@ class Workbench:
         ``progress`` (struct harness_progress *) is what the parent knows of a child that dies here.
         """
         kernels = [self.harness.kernel(functions) for functions in task.kernels]
+        if any(functions.tile_registers for functions in task.kernels):
+            self.harness.ask_for_tiles()
         progress.phase = CHECKING
         wrong: list[str | None] = []
         for lane, (kernel, checks) in enumerate(zip(kernels, self._to_check, strict=True)):

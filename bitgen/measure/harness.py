@@ -51,7 +51,8 @@ class Functions:
     """Where the machine code of one kernel is: a library and the names in it.
 
     ``support`` is the library with the ISA's quantiser and the family's table builder. ``scaled``: its int32
-    sums are scaled, so that the largest k takes them to their bound.
+    sums are scaled, so that the largest k takes them to their bound. ``tile_registers``: a process must ask
+    the system for registers before it runs it.
     """
 
     library: str
@@ -66,6 +67,7 @@ class Functions:
     n_min: int
     n_max: int
     scaled: bool = False
+    tile_registers: bool = False
 
     @property
     def layout(self) -> Layout:
@@ -95,6 +97,7 @@ def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
         n_min=regime.n_min,
         n_max=regime.n_max or _N_ANY,
         scaled=dict(spec.schedule).get("accs", 1) > 1,
+        tile_registers=bool(isas()[spec.isa].tile_registers),
     )
 
 
@@ -135,6 +138,11 @@ class Harness:
             reason = self.ffi.string(said).decode(errors="replace") if said else "no reason given"
             raise BitgenError(f"cannot load {name}: {reason}")
         return address
+
+    def ask_for_tiles(self) -> None:
+        """BitgenError when the system refuses this process the tile registers of its CPU."""
+        if self.lib.harness_ask_for_tiles() != 0:
+            raise BitgenError("the system refuses this process the tile registers (AMX) of its CPU")
 
     def kernel(self, functions: Functions) -> Any:
         """``struct harness_kernel *`` of a kernel, its libraries opened."""

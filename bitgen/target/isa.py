@@ -29,6 +29,12 @@ class Isa:
     native_dot4: bool
     vector_bytes: int
     code_max: int = 128
+    tiles: bool = False
+
+    @property
+    def tile_registers(self) -> frozenset[str]:
+        """The features whose registers the system gives a process only when asked: AMX."""
+        return frozenset(feature for feature in self.requires if feature.startswith("amx_"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class _IsaEntry:
     vector_bytes: int
     parent: str | None = None
     code_max: int = 128
+    tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,7 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
             native_dot4=entry.native_dot4,
             vector_bytes=entry.vector_bytes,
             code_max=entry.code_max,
+            tiles=entry.tiles,
         )
     return tuple(isas.values())
 

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "arch.h"
 #include "kernel.h"
 #include "harness.h"
 
@@ -44,6 +45,8 @@ static struct bitgen_kernel host_kernel(const struct harness_kernel *k)
     memcpy(&kernel.tables, &k->tables, sizeof kernel.tables);
     return kernel;
 }
+
+int64_t harness_ask_for_tiles(void) { return bitgen_ask_for_tiles(); }
 
 /* ---- exactness ---- */
 

@@ -37,6 +37,9 @@ struct harness_mismatch {
     int64_t got, want; /* the 32 bits there, and what they should be; for HARNESS_SCRATCH bytes */
 };
 
+/* Asks the system for the registers of kernels that use tiles (AMX): 0 when it gives them. */
+int64_t harness_ask_for_tiles(void);
+
 /* Runs `count` checks up to the first mismatch, which is returned in *found and as its kind. Check i is item
  * first + i of the progress. */
 int64_t harness_check(const struct harness_kernel *kernel, const struct harness_check *checks, int64_t count,
