@@ -529,6 +529,10 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
             yield spec("panel", **large)
         yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if neon and dots else 4})
         yield spec("panel", **small)
+    if regime is SMALL and isa.tiles and not zmm:
+        yield spec("tiles", streams=1, ahead=1, prefetch=0)
+    if regime is LARGE and isa.tiles and not zmm:
+        yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
     if regime is not N1 and looks_up:
         for bm, block, kc in ((2, 160, 96), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=2, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,13 @@ settings.load_profile("fixed")
 
 if emulated.VARIABLE in os.environ:
     emulated.pretend()
+
+
+def pytest_configure() -> None:
+    """Kernels that tests call in this process may use tiles: the system must be asked once."""
+    if "amx_tile" in detect_cpu().features:
+        arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+        assert ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -246,6 +246,7 @@ def test_every_target_has_kernels_for_its_best_level(name: str) -> None:
         ("neoverse-v2", "neon_i8mm"),
         ("haswell", "avx2"),
         ("zen4", "avx512_vbmi"),
+        ("sapphirerapids", "amx_int8"),
     ],
 )
 def test_levels_of_targets(target: str, level: str) -> None:

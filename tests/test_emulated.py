@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import emulated
@@ -83,3 +85,47 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
     words = {"avx_vnni": "vnni", "amx_tile": "amx"}
     for feature in words.keys() & set(emulated.lacking()):
         assert run(program, words[feature], None).returncode != 0
+
+
+# What runs on an emulated CPU: the words these levels add, the default kernels of all families and regimes, a whole
+# model. `python tests/emulated.py bitgen check --isa amx_int8` runs every schedule.
+SUITES = {
+    "words": (
+        "test_vocabulary.py",
+        "avx_vnni and (vw_dot4 or vw_widen or vw_rows) or amx_int8 and tiles_mean",
+        4,
+    ),
+    "kernels": ("test_exact.py", "one_shape and (avx_vnni or amx_int8) or drawn and amx_int8 and not n1", 10),
+    "models": ("test_engine.py", "exact_model and f32 and plain and (avx_vnni or amx_int8)", 2),
+}
+
+
+@pytest.mark.skipif(
+    not emulated.lacking(), reason="this CPU has AMX and AVX-VNNI: the tests run without help"
+)
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_pass_on_an_emulated_cpu(suite: str, emulator: Path, request: pytest.FixtureRequest) -> None:
+    """The same tests as on a CPU that has the features, in a process of their own: none of them skips."""
+    file, expression, count = SUITES[suite]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        Path(__file__).with_name(file),
+        "-k",
+        expression,
+    ]
+    env = emulated.environment(emulator, emulated.lacking())
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+    )
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{count} passed" in last
+    assert "skipped" not in last
+    exact = re.search(r"exact: (\d+) schedules, (\d+)", done.stdout)
+    if exact:
+        request.node.user_properties.append(("exact", (int(exact[1]), int(exact[2]))))

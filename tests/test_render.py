@@ -93,6 +93,14 @@ def golden_cases() -> dict[str, Callable[[], Source]]:
     fixed = replace(default("i2s", "avx512_vnni", N1), shape=SHAPE)
     named = {"tl2_panel__avx512_vnni": panel, "i2s_panel__avx2": pairs, "tl1_blocked__avx2": blocked}
     named["i2s_n1_3200x8640__avx512_vnni"] = fixed
+    small = kernel("i2s", "amx_int8", SMALL, "tiles", streams=4, ahead=1, prefetch=4096)
+    large = kernel("t5", "amx_int8", LARGE, "tiles", 32, mr=32, nr=32, mc=256, kc=960, pack=1)
+    portable = kernel("tl2", "scalar", LARGE, "tiles", mr=32, nr=16, mc=64, kc=0, pack=0)
+    named |= {
+        "i2s_tiles__amx_int8": small,
+        "t5_tiles__amx_int8": large,
+        "tl2_tiles__scalar": portable,
+    }
     cases |= {name: (lambda s=spec: render_kernel(s)) for name, spec in named.items()}
     return cases
 
@@ -275,7 +283,7 @@ def test_only_the_words_that_are_used_are_in_the_text() -> None:
         words = vocabulary(source.isa)
         body = source.text[source.text.index("struct bitgen_matmul {") :]
         needed = set(words_used(words, body))
-        for name in set(words) - {"types", "includes"}:
+        for name in set(words) - {"types", "includes", "vt"}:
             assert (re.search(rf"^WORD \w+ {name}\(", source.text, re.MULTILINE) is not None) == (
                 name in needed
             )

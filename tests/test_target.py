@@ -39,7 +39,7 @@ Detect = Callable[[str], Cpu]
 RECORDED = Path(__file__).parent / "data" / "cpuinfo"
 
 ARM = ("neon", "neon_dotprod", "neon_i8mm")
-X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi")
+X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi", "amx_int8")
 ICELAKE_ON = ("avx512_vbmi", "avx512_vnni", "avx512", "avx2", "scalar")
 ALL = ("avx512_vbmi", "avx512_vnni", "avx512", "avx_vnni", "avx2", "scalar")
 HASWELL_ON = ("avx2", "scalar")
@@ -60,7 +60,7 @@ MACHINES = {
     "skylake_avx512": ("skylake_avx512", "x86_64", ("avx512", "avx2", "scalar")),
     "cascadelake": ("cascadelake", "x86_64", ("avx512_vnni", "avx512", "avx2", "scalar")),
     "zen4": ("zen4", "x86_64", ICELAKE_ON),
-    "sapphirerapids": ("sapphirerapids", "x86_64", ALL),
+    "sapphirerapids": ("sapphirerapids", "x86_64", ("amx_int8", *ALL)),
     "zen5": ("zen5", "x86_64", ALL),
     "zen5_guest": ("zen5", "x86_64", ALL),
     "cortex_a72": ("cortex_a72", "aarch64", ("neon", "scalar")),
@@ -115,7 +115,8 @@ def test_rejections_name_exactly_what_is_missing(recorded_cpu: Detect) -> None:
     )
     assert reasons(recorded_cpu("apple_m1"))["neon_i8mm"] == "this CPU lacks i8mm"
     why = reasons(recorded_cpu("zen5"))
-    assert {why[name] for name in X86} == {""}
+    assert {why[name] for name in ALL} == {""}
+    assert why["amx_int8"] == "this CPU lacks amx_int8, amx_tile"
     assert {why[name] for name in ARM} == {"it is for aarch64, this CPU is x86_64"}
 
 
@@ -393,6 +394,7 @@ def test_isas_in_order_with_their_vocabularies() -> None:
         "avx512": ("avx512",),
         "avx512_vnni": ("avx512", "avx512_vnni"),
         "avx512_vbmi": ("avx512", "avx512_vnni", "avx512_vbmi"),
+        "amx_int8": ("avx512", "avx512_vnni", "avx512_vbmi", "amx_int8"),
         "neon": ("neon",),
         "neon_dotprod": ("neon", "neon_dotprod"),
         "neon_i8mm": ("neon", "neon_dotprod", "neon_i8mm"),
@@ -403,11 +405,11 @@ def test_isas_in_order_with_their_vocabularies() -> None:
 def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) -> None:
     spelled = {feature.replace("_", ""): feature for feature in isa.requires}
     machine = [flag for flag in isa.cc_flags if not flag.startswith("-mprefer")]
-    assert {flag.removeprefix("-m") for flag in machine} == set(spelled)
+    assert {flag.removeprefix("-m").replace("-", "") for flag in machine} == set(spelled)
     assert "-march=native" not in isa.cc_flags + isa.zig_flags
     base, *added = isa.zig_flags[0].split("+")
     assert base == ("-mcpu=x86_64" if added else "-mcpu=baseline")
-    assert set(added) == set(spelled)
+    assert {name.replace("_", "") for name in added} == set(spelled)
     assert isa.zig_flags[1:] == tuple(flag for flag in isa.cc_flags if flag.startswith("-mprefer"))
 
 
@@ -428,9 +430,12 @@ def test_vector_width_and_dot4() -> None:
         "avx_vnni",
         "avx512_vnni",
         "avx512_vbmi",
+        "amx_int8",
         "neon_dotprod",
         "neon_i8mm",
     }
+    assert {name for name, isa in isas.items() if isa.tiles} == {"scalar", "amx_int8"}
+    assert {name for name, isa in isas.items() if isa.tile_registers} == {"amx_int8"}
     assert [isas[name].vector_bytes for name in ("scalar", "avx2", "avx_vnni", "avx512")] == [8, 32, 32, 64]
     assert {name: isa.code_max for name, isa in isas.items() if isa.code_max != 128} == {
         "neon": 127,

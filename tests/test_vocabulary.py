@@ -33,7 +33,7 @@ DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu
 # zig is a clang and takes seconds to start; it is used where there is nothing else.
 EMULATED_ISAS = [isa for isa in ISAS if isa.arch in (ANY_ARCH, "aarch64")]
 COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
-NOT_FUNCTIONS = {"includes", "types"}
+NOT_FUNCTIONS = {"includes", "types", "vt"}
 HELPERS = ("neon_",)  # how the names of a level's own functions begin, which its words share
 CANARY = 0xA5
 DTYPES = {"vb": np.uint8, "vh": np.int16, "vw": np.int32, "vf": np.float32, "vm": np.uint8}
@@ -56,16 +56,17 @@ class Signature:
         return cls(match[2], match[1], tuple((m[1].strip(), m[2]) for m in split if m))
 
 
-def signatures(isa_name: str) -> dict[str, Signature]:
+def signatures(isa_name: str, tiles: bool = False) -> dict[str, Signature]:
+    """Of the words of a level, or of those for tiles, which have a test of their own."""
     words = vocabulary(isa_name)
     return {
         name: Signature.of(text)
         for name, text in words.items()
-        if name not in NOT_FUNCTIONS and not name.startswith(HELPERS)
+        if name not in NOT_FUNCTIONS and not name.startswith(HELPERS) and name.startswith("vt_") == tiles
     }
 
 
-SCALAR = signatures("scalar")
+SCALAR, TILES = signatures("scalar"), signatures("scalar", tiles=True)
 
 # ---------------------------------------------------------------------------------------------------------
 # What the words mean. Arguments are arrays of the block's elements, numpy scalars, and for a pointer the
@@ -366,6 +367,39 @@ def wrapper(signature: Signature, function: str, bits: int | None = None) -> str
     return f"void {function}(void *const *arg, void *out)\n{{\n{body}\n}}\n"
 
 
+# The words for tiles only mean something together. rows0, rows1, the numbers of three tiles; contents.
+TILE_WRAPPERS = {
+    "product": """\
+    int n[5];
+    vt t;
+    memcpy(n, arg[0], sizeof n);
+    vt_begin(&t, n[0], n[1]);
+    vt_load(&t, n[2], arg[1], 64);
+    vt_load(&t, n[3], arg[2], 64);
+    vt_load(&t, n[4], arg[3], 64);
+    vt_dot4(&t, n[2], n[3], n[4]);
+    vt_store(&t, n[2], arg[4]);
+    vt_end(&t);
+    (void)out;
+""",
+    "load": """\
+    int n[5];
+    int32_t rows[256];
+    vt t;
+    memcpy(n, arg[0], sizeof n);
+    vt_begin(&t, n[0], n[1]);
+    if (n[2] < 4) vt_zero(&t, n[2]);
+    vt_load(&t, n[2], arg[1], n[3]);
+    if (n[2] < 4) {
+        vt_store(&t, n[2], rows);
+        memcpy(out, rows + 16 * n[4], 64);
+        vt_zero(&t, n[2]);
+    }
+    vt_end(&t);
+""",
+}
+
+
 def unit_of(isa: Isa) -> Unit:
     """All words of a level, each behind its wrappers."""
     words = dict(vocabulary(isa.name))
@@ -379,6 +413,9 @@ def unit_of(isa: Isa) -> Unit:
             name = function_name(signature, isa, args)
             prototypes.append(Prototype.parse(f"void {name}(void *const *arg, void *out)"))
             bodies.append(wrapper(signature, name, bits))
+    for name, body in TILE_WRAPPERS.items() if isa.tiles else ():
+        prototypes.append(Prototype.parse(f"void test_{name}__{isa.name}(void *const *arg, void *out)"))
+        bodies.append(f"void test_{name}__{isa.name}(void *const *arg, void *out)\n{{\n{body}}}\n")
     text = "\n".join([*head, *words.values(), *bodies])
     return Unit(f"vocabulary_{isa.name}", text, isa, tuple(prototypes))
 
@@ -585,6 +622,49 @@ def try_word(harness: Harness | Emulated, isa: Isa, signature: Signature) -> Non
     assert len(calls) >= (1 if not kinds else 15)
 
 
+def tile_rows(tile: int, rows0: int, rows1: int) -> int:
+    return 16 if tile > 5 else rows0 if tile in (0, 1, 4) else rows1
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.tiles], ids=lambda isa: isa.name)
+def test_tiles_mean_what_numpy_says(harness: Harness, isa: Isa) -> None:
+    """Products into every tile of sums, and loads that end where a page does."""
+    decision = DECISIONS[isa.name]
+    if isinstance(decision, Rejected):
+        pytest.skip(f"cannot run {isa.name} here: {decision.reason}")
+    rng = np.random.default_rng(5)
+    combinations = itertools.product(((16, 16), (16, 1), (7, 7), (16, 9)), range(4), (4, 5), (6, 7))
+    tried = 0
+    for (rows0, rows1), c, a, b in combinations:
+        rows = tile_rows(c, rows0, rows1)
+        if tile_rows(a, rows0, rows1) != rows:
+            continue
+        sums = rng.integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
+        x, w = rng.integers(-128, 128, (16, 64)).astype(np.int8), rng.integers(0, 256, (16, 64), np.uint8)
+        by_row = i64(w).reshape(16, 16, 4).transpose(0, 2, 1).reshape(64, 16)  # (k, output rows)
+        expected = wrapped(i64(sums) + i64(x) @ by_row, np.int32)[:rows]
+        numbers = np.array([rows0, rows1, c, a, b], np.intc)
+        args = [numbers, sums, x, w, np.full(64 * rows, CANARY, np.uint8)]
+        is_pointer = [False] * 4 + [True]
+        call = Call(f"test_product__{isa.name}", args, is_pointer, harness.page_bytes - 64 * rows)
+        (outcome,) = harness.run_all(isa, [call])
+        assert fault_of(outcome, None, [expected.view(np.uint8).reshape(-1)]) is None, numbers
+        tried += 1
+    for tile, stride in itertools.product(range(8), (64, 80, 192)):
+        rows = tile_rows(tile, 16, 5)
+        memory = rng.integers(0, 256, (rows - 1) * stride + 64, np.uint8)
+        row = int(rng.integers(rows))
+        numbers = np.array([16, 5, tile, stride, row], np.intc)
+        call = Call(
+            f"test_load__{isa.name}", [numbers, memory], [False, True], harness.page_bytes - len(memory)
+        )
+        (outcome,) = harness.run_all(isa, [call])
+        wanted = memory[row * stride : row * stride + 64] if tile < 4 else None
+        assert fault_of(outcome, wanted, [memory]) is None, numbers
+        tried += 1
+    assert tried == 3 * 16 // 2 + 2 * 16 + 24 - 8
+
+
 def test_the_harness_sees_a_forbidden_access(harness: Harness) -> None:
     """So that the test above can fail: the load of a block whose last byte is forbidden."""
     forbidden_access_is_seen(harness)
@@ -615,8 +695,11 @@ def test_every_word_has_a_meaning() -> None:
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 def test_every_level_has_the_words_of_scalar(isa: Isa) -> None:
     own = {name for name in vocabulary(isa.name) if not name.startswith(HELPERS)}
-    assert own == set(vocabulary("scalar"))
+    of_tiles = {"vt", *TILES}
+    assert own | of_tiles == set(vocabulary("scalar"))
+    assert own & of_tiles == (of_tiles if isa.tiles else set())
     assert signatures(isa.name) == SCALAR
+    assert signatures(isa.name, tiles=True) == (TILES if isa.tiles else {})
 
 
 @pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -26,9 +26,9 @@ WORD void vt_end(vt *t) {
 }
 
 //: vt_zero
-WORD void vt_zero(vt *t, int c) {
+WORD void vt_zero(vt *t, int tile) {
     (void)t;
-    switch (c) {
+    switch (tile) {
     case 0: __asm__ volatile("tilezero %%tmm0" : :); break;
     case 1: __asm__ volatile("tilezero %%tmm1" : :); break;
     case 2: __asm__ volatile("tilezero %%tmm2" : :); break;
@@ -37,9 +37,9 @@ WORD void vt_zero(vt *t, int c) {
 }
 
 //: vt_load
-WORD void vt_load(vt *t, int i, const void *p, int64_t stride) {
+WORD void vt_load(vt *t, int tile, const void *p, int64_t stride) {
     (void)t;
-    switch (i) {
+    switch (tile) {
     case 0: __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" : : "r"(p), "r"(stride) : "memory"); break;
     case 1: __asm__ volatile("tileloadd (%0,%1,1), %%tmm1" : : "r"(p), "r"(stride) : "memory"); break;
     case 2: __asm__ volatile("tileloadd (%0,%1,1), %%tmm2" : : "r"(p), "r"(stride) : "memory"); break;
@@ -52,10 +52,10 @@ WORD void vt_load(vt *t, int i, const void *p, int64_t stride) {
 }
 
 //: vt_store
-WORD void vt_store(vt *t, int c, int32_t *p) {
+WORD void vt_store(vt *t, int tile, int32_t *p) {
     const int64_t stride = 64;
     (void)t;
-    switch (c) {
+    switch (tile) {
     case 0: __asm__ volatile("tilestored %%tmm0, (%0,%1,1)" : : "r"(p), "r"(stride) : "memory"); break;
     case 1: __asm__ volatile("tilestored %%tmm1, (%0,%1,1)" : : "r"(p), "r"(stride) : "memory"); break;
     case 2: __asm__ volatile("tilestored %%tmm2, (%0,%1,1)" : : "r"(p), "r"(stride) : "memory"); break;

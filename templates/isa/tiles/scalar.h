@@ -17,17 +17,17 @@ WORD void vt_begin(vt *t, int rows0, int rows1) {
 WORD void vt_end(vt *t) { memset(t, 0, sizeof *t); }
 
 //: vt_zero
-WORD void vt_zero(vt *t, int c) { memset(t->b[c], 0, sizeof t->b[c]); }
+WORD void vt_zero(vt *t, int tile) { memset(t->b[tile], 0, sizeof t->b[tile]); }
 
 //: vt_load
-// The rows that tile i has, 64 bytes each, `stride` bytes apart; nothing else is read.
-WORD void vt_load(vt *t, int i, const void *p, int64_t stride) {
-    for (int r = 0; r < t->rows[i]; ++r) memcpy(t->b[i][r], (const uint8_t *)p + r * stride, 64);
+// The rows that the tile has, 64 bytes each, `stride` bytes apart; nothing else is read.
+WORD void vt_load(vt *t, int tile, const void *p, int64_t stride) {
+    for (int r = 0; r < t->rows[tile]; ++r) memcpy(t->b[tile][r], (const uint8_t *)p + r * stride, 64);
 }
 
 //: vt_store
-// The rows of sums that tile c has, one behind the other.
-WORD void vt_store(vt *t, int c, int32_t *p) { memcpy(p, t->b[c], 64 * (size_t)t->rows[c]); }
+// The rows of sums that the tile has, one behind the other.
+WORD void vt_store(vt *t, int tile, int32_t *p) { memcpy(p, t->b[tile], 64 * (size_t)t->rows[tile]); }
 
 //: vt_dot4
 // sum[r][i] of c += sum over k of a[r][k] (int8) * byte 4 i + k % 4 of row k / 4 of b (uint8), mod 2^32.
