@@ -87,16 +87,16 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
         assert run(program, words[feature], None).returncode != 0
 
 
-# What runs on an emulated CPU: the words these levels add, the default kernels of all families and regimes, a whole
-# model. `python tests/emulated.py bitgen check --isa amx_int8` runs every schedule.
+# What runs on an emulated CPU: the words these levels add, the default kernels of all families and regimes, a
+# whole model. `python tests/emulated.py bitgen check --isa amx_int8` runs every schedule.
 SUITES = {
     "words": (
         "test_vocabulary.py",
         "avx_vnni and (vw_dot4 or vw_widen or vw_rows) or amx_int8 and tiles_mean",
         4,
     ),
-    "kernels": ("test_exact.py", "one_shape and (avx_vnni or amx_int8) or drawn and amx_int8 and not n1", 10),
-    "models": ("test_engine.py", "exact_model and f32 and plain and (avx_vnni or amx_int8)", 2),
+    "kernels": ("test_exact.py", "one_shape and (avx_vnni or amx_int8) or drawn and amx_int8 and not n1", 11),
+    "models": ("test_engine.py", "exact_model and f32 and relu2 and (avx_vnni or amx_int8)", 2),
 }
 
 
