@@ -204,7 +204,7 @@ def for_compiling(isa: str) -> list[Source]:
     specs = [default(family, isa, regime) for family in FAMILIES for regime in REGIMES]
     for family, regime in zip(FAMILIES, (*REGIMES, LARGE), strict=True):
         wide = [spec for spec in points(family, isa, regime) if spec.layout.row_block == 32]
-        wide.sort(key=lambda spec: -spec.schedule["unroll"])
+        wide.sort(key=lambda spec: -dict(spec.schedule).get("unroll", 1))
         specs.append(replace(wide[0], shape=SHAPE))
     sources = [render_kernel(spec) for spec in dict.fromkeys(specs)]
     return [*sources, render_quantize(isa), *(render_tables(family, isa) for family in TABLED)]

@@ -61,7 +61,11 @@ def specs_of(isa: Isa) -> list[KernelSpec]:
         space = space_for(family, isa, REGIMES[1], Shape(3200, 8640), CPU)
         wide = [spec for spec in space if spec.layout.row_block == 32]
         wide.sort(
-            key=lambda spec: (spec.schedule.algorithm, not dict(spec.schedule).get("kc"), spec.schedule["nr"])
+            key=lambda spec: (
+                spec.schedule.algorithm,
+                not dict(spec.schedule).get("kc"),
+                dict(spec.schedule).get("nr", 1),
+            )
         )
         specs.append(wide[0])
     return list(dict.fromkeys(specs))
