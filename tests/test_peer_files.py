@@ -47,11 +47,15 @@ PEERS = {
 }
 
 
-def peer_logits(peer: str, path: Path, folder: Path, texts: Sequence[Sequence[int]]) -> list[NDArray[Any]]:
-    """Of each text float32 (tokens, vocabulary), one step a token. Skips where the peer is not installed."""
+def require(peer: str) -> None:
+    """Skip where the peer is not installed, before anything is done for it."""
     module, package = PEERS[peer]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{package} is the peer, and not installed")
+
+
+def peer_logits(peer: str, path: Path, folder: Path, texts: Sequence[Sequence[int]]) -> list[NDArray[Any]]:
+    """Of each text float32 (tokens, vocabulary), one step a token."""
     outs = [folder / f"{number}.logits" for number in range(len(texts))]
     requests = [
         json.dumps({"do": "steps", "tokens": list(text), "out": str(out)})
@@ -113,6 +117,7 @@ def small_model(folder: Path, architecture: str, kind: str) -> Path:
     ],
 )
 def test_the_peer_finds_the_same_model(tmp_path: Path, peer: str, architecture: str, kind: str) -> None:
+    require(peer)
     path = small_model(tmp_path, architecture, kind)
     runnable = q8_0_of(path, tmp_path) if kind == "i2_s" else path
     (got,) = peer_logits(peer, runnable, tmp_path, [IDS])
@@ -139,6 +144,7 @@ def test_text_and_perplexity_of_the_tiny_model(
 ) -> None:
     """The file that ships: its recorded greedy texts, and llama.cpp's windows over held-out text."""
     assert bitgen_home
+    require("ik")
     runnable = q8_0_of(models_dir() / "tiny.gguf", tmp_path)
     greedy = json.loads((models_dir() / "tiny.json").read_text())["greedy"]
     with LLM("tiny", library=level_library(tmp_path_factory, BEST), threads=2) as llm:
@@ -167,6 +173,7 @@ def test_text_and_perplexity_in_llama_cpp(
 ) -> None:
     """llama.cpp knows no relu²: the tiny model's weights as a bitnet model with a silu gate, in one file."""
     assert bitgen_home
+    require("llama")
     monkeypatch.syspath_prepend(BENCHMARKS)
     from make_peer_model import write_file
 
