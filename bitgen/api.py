@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bitgen import __version__
 from bitgen.config import ModelPreset, find_model
@@ -226,13 +226,19 @@ def check_threads(counts: Iterable[int], cpu: Cpu) -> None:
             raise BitgenError(f"--threads {count}: this CPU runs 1 to {most} at once", EXIT_USAGE)
 
 
+def likely_threads(cpu: Cpu) -> tuple[int, ...]:
+    """Numbers of threads that may be the best: all usable cores, three quarters and half of them."""
+    cores = cpu.usable_threads
+    return tuple(dict.fromkeys(max(1, n) for n in (cores, cores * 3 // 4, cores // 2)))
+
+
 def tune(
     model: str | ModelPreset,
     *,
     isas: Iterable[str] = (),
     families: Iterable[str] = (),
     regimes: Iterable[str] = (),
-    threads: Iterable[int] = (),
+    threads: Iterable[int] | Literal["auto"] = (),
     objective: str | None = None,
     seed: int = 0,
     trials: int | None = None,
@@ -246,7 +252,9 @@ def tune(
     """Find the fastest exact kernels for a model on this machine and record them.
 
     What is left out comes from configs/search.yaml, the CPU (its best ISA level, all usable threads) and the
-    model. A second call continues: what the records know is not measured again, unless ``fresh``.
+    model. Of several ``threads`` ("auto": all usable cores, three quarters and half of them) the fastest for
+    the whole step becomes the default of the library that is built. A second call continues: what the
+    records know is not measured again, unless ``fresh``.
     """
     from bitgen.measure.local import LocalRunner
     from bitgen.search import load_search_config, plan_for
@@ -254,8 +262,8 @@ def tune(
 
     workshop = Workshop(cc, logs)
     preset = preset_of(model)
-    threads = tuple(threads)
-    check_threads(threads, workshop.cpu)
+    counts = likely_threads(workshop.cpu) if threads == "auto" else tuple(threads)
+    check_threads(counts, workshop.cpu)
     config = load_search_config()
     plan = plan_for(
         preset,
@@ -265,7 +273,7 @@ def tune(
         quick=quick,
         families=families,
         regimes=regimes,
-        threads=threads,
+        threads=counts,
         objective=objective,
         seed=seed,
         trials=trials,
@@ -282,10 +290,29 @@ def tune(
             workshop.space,
             config=config,
             family_winners=[winner.spec for winner in near.winners] if near else (),
+            rest_ns=_RestOfStep(preset, {name: regime.n for name, regime in config.regimes.items()}),
             started_from=f"winners of {near.cpu_family} ({near.why})" if near else "",
             fresh=fresh,
             progress=progress,
         )
+
+
+class _RestOfStep:
+    """What a token takes outside the matrices, measured by the compiled step of an untuned library."""
+
+    def __init__(self, preset: ModelPreset, n: Mapping[str, int]) -> None:
+        self._preset = preset
+        self._n = n
+        self._known: dict[int, Mapping[int, float]] = {}
+
+    def __call__(self, regime: str, threads: int) -> float:
+        if threads not in self._known:
+            from bitgen.model.rest import rest_of_step
+
+            self._known[threads] = rest_of_step(
+                self._preset, _untuned_library(), threads, tuple(self._n.values())
+            )
+        return self._known[threads][self._n[regime]]
 
 
 # ---- build ----
@@ -350,6 +377,7 @@ def build(
     preset = preset_of(model)
     level = workshop.isa(isa)
     choices = choices_for(preset, workshop, level)
+    targets = {Shape(matmul.m, matmul.k) for matmul in preset.matmuls}
     return write_library(
         choices,
         workshop.toolchain,
@@ -358,6 +386,7 @@ def build(
         Target.of(workshop.cpu, level.name, workshop.isas),
         model=preset.alias,
         fingerprint=workshop.fingerprint.digest if choices else None,
+        threads=workshop.store.best_threads(targets, workshop.fingerprint) if choices else 0,
         check=workshop.runs(level),
     )
 

@@ -67,7 +67,8 @@ class Manifest:
 
     ``isas`` maps each ISA level of the library to the CPU features it requires; ``files`` maps each file to
     its sha256; ``compiler`` is JSON-able and for people; ``fingerprint`` is the digest of the tuning records'
-    fingerprint, None for an untuned library.
+    fingerprint, None for an untuned library. ``threads`` are the fastest on a machine of ``cores`` usable
+    cores, and the default there; 0: not compared.
     """
 
     name: str
@@ -82,6 +83,8 @@ class Manifest:
     compiler: Mapping[str, Any]
     fingerprint: str | None
     bitgen_version: str
+    threads: int = 0
+    cores: int = 0
     abi_version: int = ABI_VERSION
     format: int = MANIFEST_FORMAT
 
@@ -118,6 +121,8 @@ class Manifest:
             compiler=dict(data["compiler"]),
             fingerprint=None if data["fingerprint"] is None else str(data["fingerprint"]),
             bitgen_version=str(data["bitgen_version"]),
+            threads=int(data.get("threads", 0)),
+            cores=int(data.get("cores", 0)),
             abi_version=int(data["abi_version"]),
             format=int(data["format"]),
         )

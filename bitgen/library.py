@@ -119,6 +119,12 @@ class Contents:
 
     target: Target
     entries: tuple[KernelEntry, ...]
+    threads: int = 0
+
+    @property
+    def cores(self) -> int:
+        """On how many usable cores ``threads`` is the default; 0: on none."""
+        return self.target.cpu.usable_threads if self.threads else 0
 
     @cached_property
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -215,10 +221,13 @@ def write_library(
     *,
     model: str | None = None,
     fingerprint: str | None = None,
+    threads: int = 0,
     check: bool = True,
 ) -> Path:
     """Write the bundle ``out_dir/name`` and return its path; it appears whole or not at all.
 
+    ``threads``: the fastest number on the cores of ``target``, the default wherever as many are usable; 0: no
+    such number is known.
     ``check`` executes the library in a child process before it is kept: features that a hypervisor only
     advertises show there. An older bundle of this name is replaced. BitgenError: a name that cannot be a
     file's, a folder of this name that is no bundle, a read-only or full disk, a kernel that does not compile
@@ -227,7 +236,7 @@ def write_library(
     if not _NAME.fullmatch(name):
         message = f"{name!r} cannot name files; use letters, digits, dot, dash, underscore"
         raise BitgenError(message, EXIT_USAGE)
-    contents = choose_contents(choices, target)
+    contents = replace(choose_contents(choices, target), threads=threads)
     parent = ensure_dir(out_dir).absolute()  # the self-test runs in another folder
     folder = parent / name
     if folder.exists() and not is_bundle(folder):
@@ -278,6 +287,8 @@ def _write(
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         compiler={isa.name: toolchain.fingerprint(isa) for isa in contents.isas},
         fingerprint=fingerprint,
+        threads=contents.threads,
+        cores=contents.cores,
         bitgen_version=__version__,
     )
     text = json.dumps(manifest.to_dict(), indent=1) + "\n"
@@ -337,6 +348,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
     bit = {feature: 1 << i for i, feature in enumerate(contents.features)}
     return {
         "version": __version__,
+        "tuned": {"threads": contents.threads, "cores": contents.cores},
         "prototypes": [prototype for source in contents.sources for prototype in source.prototypes],
         "layouts": [{"family": FAMILIES[lay.family], "row_block": lay.row_block} for lay in layouts],
         "isas": [

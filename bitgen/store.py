@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +181,7 @@ class Winner:
 class TuningRecord:
     """What a tune decided for one shape: its layout, and the winners of every layout that was searched.
 
+    ``best_threads``: the number of threads on which the whole model was fastest; 0 where only one was tried.
     One record a shape, so the layout and the kernels that read it cannot be torn apart.
     """
 
@@ -191,6 +192,7 @@ class TuningRecord:
     layout: Layout
     winners: tuple[Winner, ...]
     seed: int
+    best_threads: int = 0
     time: float = field(default_factory=now)
 
     def __post_init__(self) -> None:
@@ -204,6 +206,7 @@ class TuningRecord:
             "layout": self.layout.to_dict(),
             "winners": [winner.to_dict() for winner in self.winners],
             "seed": self.seed,
+            "best_threads": self.best_threads,
         }
 
     @classmethod
@@ -215,6 +218,7 @@ class TuningRecord:
             layout=Layout.from_dict(data["layout"]),
             winners=tuple(Winner.from_dict(winner) for winner in data["winners"]),
             seed=int(data["seed"]),
+            best_threads=int(data.get("best_threads", 0)),
             time=float(data["time"]),
         )
 
@@ -282,6 +286,17 @@ class RecordStore:
                 if fits and (found is None or winner.threads > found.threads):
                     found = winner
         return found
+
+    def best_threads(self, shapes: Iterable[Shape], fingerprint: Fingerprint) -> int:
+        """The number of threads on which a model of these shapes was fastest; 0 where that is not known.
+
+        Known when the newest tune that compared some says the same for all shapes.
+        """
+        newest = {
+            next((r.best_threads for r in self._newest(shape, fingerprint) if r.best_threads), 0)
+            for shape in shapes
+        }
+        return newest.pop() if len(newest) == 1 else 0
 
     def current(self, shape: Shape, fingerprint: Fingerprint) -> list[KernelSpec]:
         """The kernels the newest tune of ``shape`` crowned, whatever their layout."""

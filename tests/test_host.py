@@ -189,6 +189,7 @@ def packer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 EMPTY_TABLE = {
+    "tuned": {"threads": 0, "cores": 0},
     "version": "",
     "prototypes": (),
     "layouts": (),

@@ -293,6 +293,22 @@ def test_an_older_bundle_is_replaced_and_other_folders_are_not(
     assert_nothing_left(tmp_path, "kernels", "mine")
 
 
+def test_the_threads_that_won_are_the_default_on_as_many_cores(
+    toolchain: Toolchain, portable: Target, cpu: Cpu, tmp_path: Path
+) -> None:
+    # One more than there are cores: nobody's default but the tuned one.
+    won = cpu.usable_threads + 1
+    elsewhere = replace(portable, cpu=replace(cpu, usable_threads=cpu.usable_threads + 2))
+    for name, target, expected in (("here", portable, won), ("elsewhere", elsewhere, cpu.usable_threads)):
+        made = write_library([], toolchain, tmp_path, name, target, threads=won)
+        manifest = read_bundle(made).manifest
+        assert (manifest.threads, manifest.cores) == (won, target.cpu.usable_threads)
+        with load(made) as table:
+            assert table.threads == expected
+        with load(made, 1) as table:
+            assert table.threads == 1
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(
     toolchain: Toolchain, portable: Target, tmp_path: Path
 ) -> None:

@@ -566,6 +566,72 @@ def test_the_objective_decides_between_layouts(tmp_path: Path) -> None:
         assert {layout.row_block for layout in result.layouts.values()} == {rows}, objective
 
 
+class Parallel(CountingRunner):
+    """A machine whose second thread makes the matrices ``gain`` times faster."""
+
+    def __init__(self, inner: Any, gain: float) -> None:
+        super().__init__(inner)
+        self.gain = gain
+
+    def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+        for answer in super().measure(jobs):
+            gain = self.gain if answer.threads == 2 else 1.0
+            yield replace(answer, times_ns=tuple(t / gain for t in answer.times_ns))
+
+    def race(
+        self, specs: Sequence[KernelSpec], shape: Shape, n: int, threads: int, *a: Any, **k: Any
+    ) -> Race:
+        race = self.inner.race(specs, shape, n, threads, *a, **k)
+        return Race({s: [t / (self.gain if threads == 2 else 1.0) for t in race[s]] for s in race})
+
+
+@pytest.mark.parametrize(
+    ("gain", "rest", "best"), [(1.6, 1.0, 2), (0.9, 1.0, 1), (0.95, 0.4, 2), (1.01, 1.0, 2)]
+)
+def test_the_number_of_threads_is_chosen_for_the_whole_step(
+    tmp_path: Path, gain: float, rest: float, best: int
+) -> None:
+    # ``rest``: what the second thread makes of the time of everything that is no ternary matrix.
+    both = plan(threads=(2, 1), families=("i2s",), regimes=("n1",))
+    a_token = sum(3 * best_ns(shape, "i2s", "n1") for shape in (WIDE, TALL))
+    result = go(
+        tmp_path / "r",
+        both,
+        Parallel(runner(both, noise=0.0), gain),
+        rest_ns=lambda regime, threads: a_token * (rest if threads == 2 else 1.0),
+    )
+    assert result.threads == best
+    costs = {cost.threads: cost for cost in result.thread_costs}
+    assert costs[1].rest_ns == pytest.approx(costs[1].matrices_ns)
+    assert costs[1].matrices_ns == pytest.approx(gain * costs[2].matrices_ns)
+    store = RecordStore(tmp_path / "r")
+    assert store.best_threads([WIDE, TALL], FINGERPRINT) == best
+    # A later tune of one number of threads says nothing about the others, another model neither.
+    alone = plan(threads=(1,), families=("i2s",), regimes=("n1",))
+    assert go(tmp_path / "r", alone, runner(alone, noise=0.0)).threads == 1
+    store.reload()
+    assert store.best_threads([WIDE, TALL], FINGERPRINT) == best
+    assert store.best_threads([WIDE, Shape(1, 1)], FINGERPRINT) == 0
+
+
+def test_layouts_are_chosen_for_the_best_number_of_threads(tmp_path: Path) -> None:
+    # On two threads the wide shape likes the other layout, by far.
+    class Fickle(Parallel):
+        def race(
+            self, specs: Sequence[KernelSpec], shape: Shape, n: int, threads: int, *a: Any, **k: Any
+        ) -> Race:
+            race = super().race(specs, shape, n, threads, *a, **k)
+            slow = lambda s: 2.0 if threads == 2 and s.layout.row_block == 16 else 1.0  # noqa: E731
+            return Race({s: [t * slow(s) for t in race[s]] for s in race})
+
+    both = plan(threads=(1, 2), families=("i2s",), regimes=("n1",))
+    layouts = {}
+    for gain in (0.5, 4.0):
+        result = go(tmp_path / f"{gain}", both, Fickle(runner(both, noise=0.0), gain))
+        layouts[result.threads] = result.layouts[WIDE].row_block
+    assert layouts == {1: 16, 2: 32}
+
+
 # ---- records, resuming ----
 
 

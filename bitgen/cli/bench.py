@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.tables import Column, Table, add_output, render_tables
+from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
     from bitgen.model.bench import Run
@@ -51,16 +51,6 @@ def run(args: argparse.Namespace) -> None:
     (_run_kernels if args.kernels else _run_model)(args)
 
 
-def _numbers(option: str, text: str, least: int) -> list[int]:
-    """The numbers of a list like 1,2,4."""
-    from bitgen.errors import EXIT_USAGE, BitgenError
-
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and int(word) >= least for word in words):
-        raise BitgenError(f"{option} {text}: give numbers from {least} on, separated by commas", EXIT_USAGE)
-    return [int(word) for word in words]
-
-
 # ---- Models ----
 
 
@@ -72,10 +62,10 @@ def _run_model(args: argparse.Namespace) -> None:
     from bitgen.model.llm import open_engine
     from bitgen.runtime import load
 
-    prompts = [n for n in _numbers("-p", args.n_prompt, 0) if n]
-    steps = [n for n in _numbers("-n", args.n_gen or "128", 0) if n]
-    batches = _numbers("-b", args.batch, 1)
-    threads = _numbers("-t", args.threads, 1) if args.threads else [None]
+    prompts = [n for n in numbers("-p", args.n_prompt, 0) if n]
+    steps = [n for n in numbers("-n", args.n_gen or "128", 0) if n]
+    batches = numbers("-b", args.batch, 1)
+    threads = numbers("-t", args.threads, 1) if args.threads else [None]
     repeats = 5 if args.repetitions is None else args.repetitions
     if not (prompts or steps) or repeats < 1:
         raise BitgenError("nothing to time: -p or -n, and -r, must be at least 1", EXIT_USAGE)
@@ -160,11 +150,11 @@ def _run_kernels(args: argparse.Namespace) -> None:
     from bitgen.api import bench_kernels
     from bitgen.cli.progress import ProgressLine
 
-    threads = _numbers("-t", args.threads, 1)[0] if args.threads else None
+    threads = numbers("-t", args.threads, 1)[0] if args.threads else None
     with ProgressLine() as line:
         timings = bench_kernels(
             args.model,
-            tokens=_numbers("-n", args.n_gen or "1,8,128,512", 1),
+            tokens=numbers("-n", args.n_gen or "1,8,128,512", 1),
             threads=threads,
             rounds=9 if args.repetitions is None else args.repetitions,
             isa=args.isa,

@@ -89,3 +89,13 @@ def _csv(table: Table) -> str:
     writer.writerow([c.key for c in table.columns])
     writer.writerows(table.rows)
     return text.getvalue().rstrip("\n")
+
+
+def numbers(option: str, text: str, least: int) -> list[int]:
+    """The numbers of a list like 1,2,4."""
+    from bitgen.errors import EXIT_USAGE, BitgenError
+
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) >= least for word in words):
+        raise BitgenError(f"{option} {text}: give numbers from {least} on, separated by commas", EXIT_USAGE)
+    return [int(word) for word in words]

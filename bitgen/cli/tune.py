@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from bitgen.cli.tables import Column, Table, add_output, render_tables
+from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
     from bitgen.search import TuningResult
@@ -32,10 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t",
         "--threads",
-        action="append",
-        type=int,
-        default=[],
-        help="threads (default: all); may be given again",
+        metavar="LIST",
+        help="threads, or auto to try some: the fastest becomes the library's default (default: all)",
     )
     parser.add_argument("--trials", type=int, help="candidates of each family and regime")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="wall time of the whole tune")
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             isas=args.isa,
             families=args.family,
             regimes=args.regime,
-            threads=args.threads,
+            threads=_threads(args.threads),
             objective=args.objective,
             seed=args.seed,
             trials=args.trials,
@@ -70,6 +68,12 @@ def run(args: argparse.Namespace) -> None:
     print(render_tables([*winner_tables(result)], args.output))
     if args.output == "text":
         print(f"\n{summary(result)}")
+
+
+def _threads(text: str | None) -> list[int] | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    return numbers("--threads", text, 0) if text else []
 
 
 def winner_tables(result: TuningResult) -> list[Table]:
@@ -113,7 +117,8 @@ def winner_tables(result: TuningResult) -> list[Table]:
         )
         for row in sorted(result.rows, key=lambda r: (r.n, r.threads, r.shape, r.time_ns))
     ]
-    return [Table("winners", columns, rows), _format_table(result), _limit_table(result)]
+    threads = [_thread_table(result)] if len(result.thread_costs) > 1 else []
+    return [Table("winners", columns, rows), _format_table(result), *threads, _limit_table(result)]
 
 
 def _format_table(result: TuningResult) -> Table:
@@ -132,6 +137,28 @@ def _format_table(result: TuningResult) -> Table:
         for cost in result.formats
     ]
     return Table("formats", columns, rows)
+
+
+def _thread_table(result: TuningResult) -> Table:
+    columns = (
+        Column("threads", "threads", "d"),
+        Column("matrices", "matrices", ".3f"),
+        Column("rest", "rest of the step", ".3f"),
+        Column("relative", f"{result.objective} cost", ".3f"),
+        Column("chosen", "chosen"),
+    )
+    best = min(cost.session_ns for cost in result.thread_costs)
+    rows = [
+        (
+            cost.threads,
+            cost.matrices_ns / best,
+            cost.rest_ns / best,
+            cost.session_ns / best,
+            "yes" if cost.threads == result.threads else "",
+        )
+        for cost in result.thread_costs
+    ]
+    return Table("threads", columns, rows)
 
 
 def _limit_table(result: TuningResult) -> Table:

@@ -3,7 +3,10 @@
 One packed copy of a matrix serves every regime and thread count, so a layout is judged by the best kernels
 that read it, over the whole objective:
 
-    cost(shape, layout) = sum over regimes and threads of tokens[regime] / n * time of the layout's champion
+    cost(shape, layout) = sum over regimes of tokens[regime] / n * time of the layout's champion
+
+on one number of threads. Where several were searched each has a choice of its own, and the model takes the
+number whose session is shortest, the rest of the step included.
 
 All costs are vectors over the rounds of the races. Comparing two of them is the same paired test that
 compares two kernels: the default layout, the first family and a uniform format stay unless beaten beyond the
@@ -85,8 +88,9 @@ def options_of(
     races: Mapping[Slot, SlotRace],
     config: SearchConfig,
     objective: str,
+    threads: int,
 ) -> tuple[Option, ...]:
-    """The layouts that serve every slot of ``shape``."""
+    """The layouts that serve every slot of ``shape``, and what they cost on ``threads`` threads."""
     weights = token_weights(config, objective, [slot.regime for slot in races])
     options = []
     for layout in layouts:
@@ -96,6 +100,7 @@ def options_of(
             parts = [
                 [weights[slot.regime] / config.regimes[slot.regime].n * t for t in champion.rounds_ns]
                 for slot, champion in found.items()
+                if slot.threads == threads
             ]
             options.append(Option(shape, layout, found, _sum(parts)))
     return tuple(options)
@@ -159,3 +164,13 @@ def _best(options: Sequence[Option], default: Layout | None, config: SearchConfi
 def _sum(parts: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """Added round by round, over the rounds that all of them have."""
     return tuple(sum(values) for values in zip(*parts, strict=False))
+
+
+def fastest_threads(session_ns: Mapping[int, float], margin: float) -> int:
+    """The number of threads whose session is shortest.
+
+    The largest number stays unless another is faster by ``margin``: their times are of different moments.
+    """
+    most = max(session_ns)
+    best = min(session_ns, key=lambda threads: session_ns[threads])
+    return best if session_ns[best] < (1 - margin) * session_ns[most] else most

@@ -78,6 +78,23 @@ class FormatCost:
 
 
 @dataclass(frozen=True)
+class ThreadCost:
+    """What the objective's session takes on a number of threads, in nanoseconds.
+
+    ``matrices_ns``: the ternary matrices in the best layouts; ``rest_ns``: head, attention, norms and all
+    else, 0 where only one number was tried.
+    """
+
+    threads: int
+    matrices_ns: float
+    rest_ns: float
+
+    @property
+    def session_ns(self) -> float:
+        return self.matrices_ns + self.rest_ns
+
+
+@dataclass(frozen=True)
 class GroupReport:
     """How the search of one group went."""
 
@@ -92,9 +109,10 @@ class GroupReport:
 class TuningResult:
     """The outcome of a tune.
 
-    ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted against: the most that
-    any probe or kernel of this run reached. ``started_from``: what was known before and tried first.
-    ``recorded`` and ``recalled``: answers added to the store, and taken from it.
+    ``threads``: the number of threads whose session is shortest, of those in ``thread_costs``; the layouts
+    are chosen for it. ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted
+    against: the most that any probe or kernel of this run reached. ``started_from``: what was known before
+    and tried first. ``recorded`` and ``recalled``: answers added to the store, and taken from it.
     ``complete`` is False when the time ran out before the trials or the spaces did.
     """
 
@@ -103,6 +121,8 @@ class TuningResult:
     seed: int
     rows: tuple[Row, ...]
     formats: tuple[FormatCost, ...]
+    threads: int
+    thread_costs: tuple[ThreadCost, ...]
     layouts: Mapping[Shape, Layout]
     limits: Mapping[int, Limits]
     dram_gbs: Mapping[int, float]

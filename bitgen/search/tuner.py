@@ -12,7 +12,18 @@ from typing import Protocol
 from bitgen.errors import EXIT_INTERRUPTED, BitgenError
 from bitgen.measure import Limits, Race, Runner
 from bitgen.search.answers import Answers
-from bitgen.search.choose import Champion, Choice, Option, Slot, SlotRace, choose, options_of, total_ns
+from bitgen.search.choose import (
+    Champion,
+    Choice,
+    Option,
+    Slot,
+    SlotRace,
+    choose,
+    fastest_threads,
+    options_of,
+    token_weights,
+    total_ns,
+)
 from bitgen.search.group import GroupOutcome, GroupSearch, roofline_ns
 from bitgen.search.plan import (
     Group,
@@ -24,7 +35,7 @@ from bitgen.search.plan import (
     seed_of,
 )
 from bitgen.search.race import run_race
-from bitgen.search.result import FormatCost, GroupReport, Row, TuningResult
+from bitgen.search.result import FormatCost, GroupReport, Row, ThreadCost, TuningResult
 from bitgen.spec import KernelSpec, Layout, Shape
 from bitgen.store import Fingerprint, RecordStore, TuningRecord, Winner
 
@@ -58,6 +69,7 @@ def tune(
     config: SearchConfig | None = None,
     family_winners: Iterable[KernelSpec] = (),
     started_from: str = "",
+    rest_ns: Callable[[str, int], float] | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -69,6 +81,8 @@ def tune(
     trial budget and no timeout the outcome depends on the answers and ``plan.seed`` alone.
     ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
     which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
+    ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
+    numbers of threads to compare.
     BitgenError: exit code EXIT_INTERRUPTED after Ctrl-C; EXIT_FILE when the store cannot be written.
     """
     answers = Answers(runner, store, fingerprint, plan.seed, fresh)
@@ -80,6 +94,7 @@ def tune(
         fingerprint,
         family_winners,
         started_from,
+        rest_ns,
         progress,
         clock,
     )
@@ -105,6 +120,7 @@ class _Tune:
         fingerprint: Fingerprint,
         family_winners: Iterable[KernelSpec],
         started_from: str,
+        rest_ns: Callable[[str, int], float] | None,
         progress: Progress | None,
         clock: Callable[[], float],
     ) -> None:
@@ -115,6 +131,7 @@ class _Tune:
         self._fingerprint = fingerprint
         self._family_winners = list(family_winners)
         self._started_from = started_from
+        self._rest_ns = rest_ns
         self._starters: list[KernelSpec] = []
         self._progress = progress
         self._clock = clock
@@ -142,14 +159,15 @@ class _Tune:
         outcomes = self._search(groups)
         races = self._race_all(outcomes)
         layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
-        every = {
-            shape: options_of(shape, layouts, races[shape], self._config, plan.objective)
-            for shape in plan.shapes
+        self._require_kernels(self._options(plan.threads[0], races, layouts), outcomes)
+        choices = {
+            threads: self._choose(threads, races, layouts, self._default_layouts(groups))
+            for threads in plan.threads
         }
-        self._require_kernels(every, outcomes)
-        choice = choose(plan.targets, plan.families, every, self._default_layouts(groups), self._config)
-        self._record(choice)
-        return self._result(choice, outcomes, rejected)
+        costs = self._thread_costs(choices)
+        best = fastest_threads({cost.threads: cost.session_ns for cost in costs}, self._config.margin)
+        self._record(choices[best], best if len(costs) > 1 else 0)
+        return self._result(choices[best], outcomes, rejected, best, costs)
 
     # ---- search ----
 
@@ -243,6 +261,42 @@ class _Tune:
         round_ns = sum(max(times[spec], _LEAST_REPEAT_NS) for spec in finalists)
         return self._config.race_block * round_ns * 1e-9
 
+    # ---- choices ----
+
+    def _options(
+        self, threads: int, races: Mapping[Shape, Mapping[Slot, SlotRace]], layouts: Sequence[Layout]
+    ) -> dict[Shape, tuple[Option, ...]]:
+        objective = self._plan.objective
+        return {
+            shape: options_of(shape, layouts, races[shape], self._config, objective, threads)
+            for shape in self._plan.shapes
+        }
+
+    def _choose(
+        self,
+        threads: int,
+        races: Mapping[Shape, Mapping[Slot, SlotRace]],
+        layouts: Sequence[Layout],
+        default_layouts: Mapping[str, Layout],
+    ) -> Choice:
+        every = self._options(threads, races, layouts)
+        return choose(self._plan.targets, self._plan.families, every, default_layouts, self._config)
+
+    def _thread_costs(self, choices: Mapping[int, Choice]) -> tuple[ThreadCost, ...]:
+        """What a session takes on each number of threads: the matrices, and the rest of the step."""
+        weights = token_weights(self._config, self._plan.objective, self._plan.regimes)
+        costs = []
+        for done, (threads, choice) in enumerate(choices.items()):
+            matrices = statistics.median(total_ns(self._plan.targets, choice.options))
+            rest = 0.0
+            if self._rest_ns and len(choices) > 1:
+                self._report("rest", f"the rest of the step, {threads} threads", done, len(choices))
+                rest = sum(
+                    tokens * self._rest_ns(regime, threads) for regime, tokens in weights.items() if tokens
+                )
+            costs.append(ThreadCost(threads, matrices, rest))
+        return tuple(costs)
+
     # ---- outcome ----
 
     @staticmethod
@@ -260,7 +314,7 @@ class _Tune:
             found.setdefault(group.family, next(iter(group.defaults.values())).layout)
         return found
 
-    def _record(self, choice: Choice) -> None:
+    def _record(self, choice: Choice, best_threads: int) -> None:
         for shape, option in choice.options.items():
             winners = tuple(
                 Winner(c.spec, self._config.regimes[slot.regime].n, slot.threads, c.time_ns, c.default_ns)
@@ -268,12 +322,23 @@ class _Tune:
                 for slot, c in other.champions.items()
             )
             record = TuningRecord(
-                self._fingerprint, shape, self._plan.objective, option.layout, winners, self._plan.seed
+                self._fingerprint,
+                shape,
+                self._plan.objective,
+                option.layout,
+                winners,
+                self._plan.seed,
+                best_threads,
             )
             self._store.append(record)
 
     def _result(
-        self, choice: Choice, outcomes: Sequence[GroupOutcome], rejected: Sequence[str]
+        self,
+        choice: Choice,
+        outcomes: Sequence[GroupOutcome],
+        rejected: Sequence[str],
+        threads: int,
+        thread_costs: tuple[ThreadCost, ...],
     ) -> TuningResult:
         self._raise_roof(choice)
         return TuningResult(
@@ -282,6 +347,8 @@ class _Tune:
             seed=self._plan.seed,
             rows=self._rows(choice, outcomes),
             formats=self._formats(choice),
+            threads=threads,
+            thread_costs=thread_costs,
             layouts={shape: option.layout for shape, option in choice.options.items()},
             limits=self._limits,
             dram_gbs=self._read_gbs,
