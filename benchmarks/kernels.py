@@ -117,66 +117,57 @@ def report(
     for cell in cells:
         if regime_of(cell.n) is not LARGE:
             roof = max(roof, cell.limit_gbs or 0.0, cell.packed_bytes / cell.time_ns if cell.n == 1 else 0.0)
-    names = sorted({(cell.spec.isa, cell.spec.family) for cell in cells})
-    rows, totals = [], []
-    for cell in cells:
-        gops = 2 * cell.shape.m * cell.shape.k * cell.n / cell.time_ns
-        gbs = cell.packed_bytes / cell.time_ns
+    title = f"{args.model}, {threads} thread{'s' if threads > 1 else ''}, best DRAM read {roof:.1f} GB/s"
+    tables = [
+        Table(f"{title}: shapes", SHAPE_COLUMNS, [shape_row(cell, roof, peak) for cell in cells]),
+        Table(
+            f"{title}: model", MODEL_COLUMNS, [row for n in ns for row in model_rows(cells, n, roof, peak)]
+        ),
+    ]
+    print(render_tables(tables, args.output))
+
+
+SHAPE_COLUMNS = (
+    *(Column("shape", "m x k"), Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA")),
+    *(Column("time_us", "us", ",.1f"), Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
+    *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%"), Column("kernel", "kernel")),
+)
+
+
+def shape_row(cell: Cell, roof: float, peak: dict[str, float]) -> tuple[object, ...]:
+    gops = 2 * cell.shape.m * cell.shape.k * cell.n / cell.time_ns
+    gbs = cell.packed_bytes / cell.time_ns
+    return (
+        *(cell.shape.name, cell.n, cell.spec.family, cell.spec.isa, cell.time_ns / 1e3, gbs, gbs / roof),
+        *(gops, gops / peak[cell.spec.isa], f"{cell.spec.layout.name} {cell.spec.schedule.name}"),
+    )
+
+
+MODEL_COLUMNS = (
+    *(Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA"), Column("mb", "MB", ",.0f")),
+    *(Column("time_ms", "ms a step", ".2f"), Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
+    *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%")),
+    Column("speedup", "against the first", ".2f"),
+)
+
+
+def model_rows(cells: list[Cell], n: int, roof: float, peak: dict[str, float]) -> list[tuple[object, ...]]:
+    """All matrices of a step of ``n`` tokens, a row for each ISA level and family."""
+    rows: list[tuple[object, ...]] = []
+    base = None
+    for isa, family in sorted({(cell.spec.isa, cell.spec.family) for cell in cells}):
+        mine = [c for c in cells if (c.n, c.spec.isa, c.spec.family) == (n, isa, family)]
+        time_ns = sum(c.count * c.time_ns for c in mine)
+        bytes_ = sum(c.count * c.packed_bytes for c in mine)
+        ops = sum(2 * c.count * c.shape.m * c.shape.k * n for c in mine)
+        base = base or time_ns
         rows.append(
             (
-                cell.shape.name,
-                cell.n,
-                cell.spec.family,
-                cell.spec.isa,
-                cell.time_ns / 1e3,
-                gbs,
-                gbs / roof,
-                gops,
-                gops / peak[cell.spec.isa],
-                f"{cell.spec.layout.name} {cell.spec.schedule.name}",
+                *(n, family, isa, bytes_ / 1e6, time_ns / 1e6, bytes_ / time_ns, bytes_ / time_ns / roof),
+                *(ops / time_ns, ops / time_ns / peak[isa], base / time_ns),
             )
         )
-    for n in ns:
-        base = None
-        for isa, family in names:
-            mine = [c for c in cells if (c.n, c.spec.isa, c.spec.family) == (n, isa, family)]
-            time_ns = sum(c.count * c.time_ns for c in mine)
-            bytes_ = sum(c.count * c.packed_bytes for c in mine)
-            ops = sum(2 * c.count * c.shape.m * c.shape.k * n for c in mine)
-            base = base or time_ns
-            totals.append(
-                (
-                    *(n, family, isa, bytes_ / 1e6, time_ns / 1e6, bytes_ / time_ns, bytes_ / time_ns / roof),
-                    *(ops / time_ns, ops / time_ns / peak[isa], base / time_ns),
-                )
-            )
-    shape_columns = (
-        *(Column("shape", "m x k"), Column("n", "n", "d"), Column("family", "family"), Column("isa", "ISA")),
-        *(Column("time_us", "us", ",.1f"), Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
-        *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%"), Column("kernel", "kernel")),
-    )
-    total_columns = (
-        *(
-            Column("n", "n", "d"),
-            Column("family", "family"),
-            Column("isa", "ISA"),
-            Column("mb", "MB", ",.0f"),
-        ),
-        *(
-            Column("time_ms", "ms a step", ".2f"),
-            Column("gbs", "GB/s", ".1f"),
-            Column("share", "of DRAM", ".0%"),
-        ),
-        *(Column("gops", "GOP/s", ",.0f"), Column("peak", "of int8 peak", ".0%")),
-        Column("speedup", "against the first", ".2f"),
-    )
-    title = f"{args.model}, {threads} thread{'s' if threads > 1 else ''}, best DRAM read {roof:.1f} GB/s"
-    print(
-        render_tables(
-            [Table(f"{title}: shapes", shape_columns, rows), Table(f"{title}: model", total_columns, totals)],
-            args.output,
-        )
-    )
+    return rows
 
 
 def main() -> None:
