@@ -574,6 +574,7 @@ def test_a_model_file_that_is_wrong(
         ("tune -m 3B --timeout 0", "--timeout above 0"),
         ("tune -m 3B --timeout nan", "--timeout above 0"),
         ("tune -m 3B --threads 0", "--threads 0: this CPU runs 1 to"),
+        ("tune -m 3B --threads two", "give numbers from 0 on"),
         ("tune -m 3B --threads 99999", "--threads 99999: this CPU runs 1 to"),
         ("bench -m 3B --kernels -n 0", "from 1 on"),
         ("bench -m 3B --kernels -n one", "from 1 on"),
