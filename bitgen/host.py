@@ -18,6 +18,7 @@ from bitgen.packing import T5_CODES
 from bitgen.paths import configs_dir
 from bitgen.render import render_host, render_step_header
 from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, X_PAD, KernelSpec
+from bitgen.target import ArmFeature
 from bitgen.toolchain import Unit
 
 ARCHS = ("x86_64", "aarch64")
@@ -80,13 +81,14 @@ def library_units(
             f"there is no host code for {system}; there is for {', '.join(SYSTEMS)}", EXIT_UNSUPPORTED
         )
     headers = (*host_headers(arch), ("table.h", render_host("table.h.j2")))
-    rows = feature_rows(arch, features)
+    rows = feature_rows(arch, features, system=system)
+    check = "cpu_aarch64_darwin" if (arch, system) == ("aarch64", "Darwin") else f"cpu_{arch}"
     texts = {
         "library": render_host("library.c.j2"),
         "step": render_host("step.c.j2"),
         "rope": render_host("rope.c.j2"),
         "pack": render_host("pack.c.j2", t5_codes=T5_CODES.tolist()),
-        "cpu": render_host(f"cpu_{arch}.c.j2", features=rows),
+        "cpu": render_host(f"{check}.c.j2", features=rows),
         "cores": render_host(f"cores_{SYSTEMS[system]}.c.j2"),
         "table": render_host("table.c.j2", **table),
     }
@@ -105,28 +107,28 @@ class X86Feature:
 
 
 @dataclass(frozen=True)
-class ArmFeature:
-    """A bit of AT_HWCAP (``hwcap`` 1) or AT_HWCAP2 (2)."""
-
-    hwcap: Literal[1, 2]
-    bit: int
-
-
-@dataclass(frozen=True)
 class _FeatureFile:
     x86_64: dict[str, X86Feature]
     aarch64: dict[str, ArmFeature]
+    aarch64_darwin: dict[str, str]
 
 
-def feature_rows(arch: str, names: Iterable[str], file: Path | None = None) -> list[dict[str, Any]]:
+def feature_rows(
+    arch: str, names: Iterable[str], file: Path | None = None, *, system: str = "Linux"
+) -> list[dict[str, Any]]:
     """For each feature its row of configs/cpu_features.yaml (or ``file``) and its ``name``.
+
+    On macOS an ARM feature's row is its ``setting`` in sysctl.
 
     BitgenError (EXIT_FILE) when a feature has no row: no library can check it.
     """
     _require_arch(arch)
     path = file if file is not None else configs_dir() / "cpu_features.yaml"
     table = load_strict(_FeatureFile, load_yaml(path), str(path))
-    known: Mapping[str, X86Feature | ArmFeature] = table.x86_64 if arch == "x86_64" else table.aarch64
+    rows: Mapping[str, X86Feature | ArmFeature] = table.x86_64 if arch == "x86_64" else table.aarch64
+    known: Mapping[str, dict[str, Any]] = {name: dataclasses.asdict(row) for name, row in rows.items()}
+    if (arch, system) == ("aarch64", "Darwin"):
+        known = {name: {"setting": setting} for name, setting in table.aarch64_darwin.items()}
     wanted = list(names)
     missing = [name for name in wanted if name not in known]
     if missing:
@@ -134,7 +136,7 @@ def feature_rows(arch: str, names: Iterable[str], file: Path | None = None) -> l
         raise BitgenError(message, EXIT_FILE)
     if len(wanted) > _MAX_FEATURES:
         raise BitgenError(f"a library can check {_MAX_FEATURES} CPU features, not {len(wanted)}")
-    return [{"name": name, **dataclasses.asdict(known[name])} for name in wanted]
+    return [{"name": name, **known[name]} for name in wanted]
 
 
 def _require_arch(arch: str) -> None:

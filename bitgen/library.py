@@ -63,7 +63,16 @@ from bitgen.spec import (
     regime_named,
 )
 from bitgen.target import Cpu, Isa, accepted_isas, find_isa, load_isas
-from bitgen.toolchain import DEFAULT_LIBS, CompileError, Prototype, Toolchain, Unit
+from bitgen.toolchain import (
+    DEFAULT_LIBS,
+    EXPORTS_FILE,
+    CompileError,
+    Prototype,
+    Toolchain,
+    Unit,
+    exports_text,
+    shared_flags,
+)
 from bitgen.toolchain.cache import writing
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
@@ -408,14 +417,15 @@ def _write_sources(
     texts: Mapping[str, str] = {**headers, **{f"{unit.stem}.c": unit.text for unit in units}}
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
-    (folder / "exports.map").write_text(f"{{ global: {' '.join(f'{e};' for e in exports)} local: *; }};\n")
+    system = toolchain.compiler.target
+    (folder / EXPORTS_FILE).write_text(exports_text(system, exports), encoding="utf-8")
+    shared = shared_flags(system, soname=f"{library}.{ABI_VERSION}", exports=True)
     lines = [
         "# Makes the library again from the C text beside this file.",
         f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",
         "",
         f"{library}: $(OBJECTS)",
-        f"\t$(CC) -shared -Wl,-z,noexecstack -Wl,-soname,{library}.{ABI_VERSION} "
-        f"-Wl,--version-script=exports.map -o $@ $(OBJECTS) {' '.join(DEFAULT_LIBS)}",
+        f"\t$(CC) {' '.join(shared)} -o $@ $(OBJECTS) {' '.join(DEFAULT_LIBS)}",
         "",
     ]
     for unit in units:

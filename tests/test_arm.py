@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import random
@@ -18,7 +19,8 @@ import pytest
 from bitgen.api import build
 from bitgen.cli import main
 from bitgen.errors import EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
-from bitgen.render import inherits
+from bitgen.host import feature_rows
+from bitgen.render import inherits, render_host
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Shape
 from bitgen.target import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
@@ -284,3 +286,24 @@ def test_a_compiler_for_another_architecture_is_refused() -> None:
 
 def test_arm_levels_by_name() -> None:
     assert find_isa("NEON-dotprod", load_isas()).name == "neon_dotprod"
+
+
+# ---- macOS
+
+
+def test_the_check_on_macos_asks_sysctl() -> None:
+    """AT_HWCAP is Linux's. Every feature that a level requires there has a name."""
+    features = sorted({name for isa in LEVELS if "sve" not in isa.name for name in isa.requires})
+    text = render_host("cpu_aarch64_darwin.c.j2", features=feature_rows("aarch64", features, system="Darwin"))
+    assert '"hw.optional.arm.FEAT_DotProd"' in text
+    assert "auxv" not in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs pip install ziglang")
+def test_a_library_for_macos_is_a_mach_o(tmp_path: Path) -> None:
+    """Compiled and linked, not executed: there is no Mac."""
+    bundle = build("0.7B", target="apple-m1", system="Darwin", cc="zig", out=tmp_path / "built")
+    head = (bundle / "libbitgen-0.7B-m1.dylib").read_bytes()[:16]
+    # MH_MAGIC_64, CPU_TYPE_ARM64, whatever subtype, MH_DYLIB
+    assert head[:8] + head[12:] == bytes.fromhex("cffaedfe 0c000001 06000000")
+    assert "-install_name,@rpath/libbitgen-0.7B-m1.dylib" in (bundle / "src" / "Makefile").read_text()

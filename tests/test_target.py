@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,8 +27,10 @@ from bitgen.target import (
 )
 from bitgen.target.darwin import cpu_from_sysctl
 from bitgen.target.family import CpuFamily, family_label, load_cpu_families
+from bitgen.target.hwcap import hwcap_features
 from bitgen.target.linux import (
     cgroup_cpu_quota,
+    detect_linux,
     parse_cpu_list,
     parse_cpuinfo,
     parse_size,
@@ -323,6 +326,54 @@ def test_an_empty_machine_runs_scalar(tmp_path: Path) -> None:
     cpu = detect_cpu(tmp_path, "Linux")
     assert (cpu.features, cpu.vendor, cpu.logical_cpus, cpu.usable_threads) == (frozenset(), "unknown", 1, 1)
     assert [isa.name for isa in accepted_isas(cpu, load_isas())] == ["scalar"]
+
+
+def auxv(hwcap: int, hwcap2: int | None) -> bytes:
+    """An auxiliary vector: AT_PAGESZ, AT_HWCAP, AT_HWCAP2 where the kernel has it, AT_NULL, and rubbish."""
+    pairs = [(6, 4096), (16, hwcap), *([] if hwcap2 is None else [(26, hwcap2)]), (0, 0), (16, 2**64 - 1)]
+    return b"".join(struct.pack("<QQ", *pair) for pair in pairs)
+
+
+# AT_HWCAP and AT_HWCAP2 of qemu 7.2's cores, AT_HWCAP of a Raspberry Pi 4 kernel
+HWCAPS = {
+    "cortex-a72": (0x8FB, 0x0, {"asimd", "crc32"}),
+    "raspberry-pi-4": (0x887, None, {"asimd", "crc32"}),
+    "neoverse-n1": (0x119FFB, 0x0, {"asimd", "crc32", "atomics", "asimdhp", "asimdrdm", "asimddp"}),
+}
+
+
+@pytest.mark.parametrize("name", HWCAPS)
+def test_features_from_the_kernels_bits(name: str) -> None:
+    first, second, features = HWCAPS[name]
+    assert hwcap_features(auxv(first, second)) == features
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 15, auxv(0, 0)[:16], struct.pack("<QQ", 0, 0)])
+def test_a_vector_without_bits_has_no_features(data: bytes) -> None:
+    assert hwcap_features(data) == frozenset()
+
+
+def test_an_emulated_process_is_not_its_host(tmp_path: Path) -> None:
+    """qemu 7.2 shows an aarch64 process the /proc/cpuinfo of the x86 machine, and the right vector."""
+    root = write(tmp_path, {"proc/cpuinfo": x86_processors((0, 0), (0, 1), flags="lm avx2 fma f16c bmi2")})
+    (root / "proc/self").mkdir()
+    (root / "proc/self/auxv").write_bytes(auxv(0x119FFB, 1 << 13))
+    cpu = detect_linux(root, "aarch64")
+    assert (cpu.arch, cpu.family, cpu.vendor, cpu.logical_cpus) == ("aarch64", "aarch64", "unknown", 2)
+    assert [isa.name for isa in accepted_isas(cpu, load_isas()) if isa.name in (*X86, *ARM)] == [
+        "neon_i8mm",
+        "neon_dotprod",
+        "neon",
+        "scalar",
+    ]
+    assert detect_linux(root, "x86_64").family == "x86_64"
+    assert [isa.name for isa in accepted_isas(detect_linux(root), load_isas())] == ["avx2", "scalar"]
+
+
+def test_an_arm_host_of_an_x86_process_offers_nothing(tmp_path: Path) -> None:
+    text = (RECORDED / "neoverse_n1.txt").read_text(encoding="utf-8")
+    cpu = detect_linux(write(tmp_path, {"proc/cpuinfo": text}), "x86_64")
+    assert (cpu.arch, cpu.features) == ("x86_64", frozenset())
 
 
 def test_py_cpuinfo_answers_where_proc_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from bitgen.errors import EXIT_UNSUPPORTED, BitgenError
 from bitgen.target.cpu import Cache, Cpu
 from bitgen.target.darwin import cpu_from_sysctl, run_sysctl
 from bitgen.target.family import normal_arch
+from bitgen.target.hwcap import ArmFeature
 from bitgen.target.isa import (
     ANY_ARCH,
     Accepted,
@@ -30,6 +31,7 @@ from bitgen.target.named import target_cpu, target_names
 __all__ = [
     "ANY_ARCH",
     "Accepted",
+    "ArmFeature",
     "Cache",
     "Cpu",
     "Isa",
@@ -64,4 +66,5 @@ def detect_cpu(root: str | Path = "/", system: str | None = None) -> Cpu:
     require_supported_os(name)
     if name == "Darwin":
         return cpu_from_sysctl(run_sysctl(), normal_arch(platform.machine()))
-    return detect_linux(Path(root))
+    here = Path(root) == Path("/")
+    return detect_linux(Path(root), normal_arch(platform.machine()) if here else None)

@@ -7,21 +7,10 @@ import subprocess
 
 from bitgen.target.cpu import Cache, Cpu
 from bitgen.target.family import family_label, load_cpu_families
+from bitgen.target.hwcap import sysctl_features
 
 # macOS names -> the names of Linux; what is not listed differs in case only.
 _X86 = {"avx1.0": "avx", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx512vnni": "avx512_vnni"}
-_ARM = {
-    "AdvSIMD": "asimd",
-    "FEAT_CRC32": "crc32",
-    "FEAT_LSE": "atomics",
-    "FEAT_RDM": "asimdrdm",
-    "FEAT_FP16": "asimdhp",
-    "FEAT_DotProd": "asimddp",
-    "FEAT_I8MM": "i8mm",
-    "FEAT_BF16": "bf16",
-    "FEAT_SME": "sme",
-    "FEAT_SME2": "sme2",
-}
 
 
 def cpu_from_sysctl(text: str, arch: str) -> Cpu:
@@ -34,7 +23,7 @@ def cpu_from_sysctl(text: str, arch: str) -> Cpu:
 
     words = " ".join(values.get(f"machdep.cpu.{key}", "") for key in ("features", "leaf7_features")).lower()
     features = {_X86.get(word, word) for word in words.split()}
-    features |= {linux for mac, linux in _ARM.items() if values.get(f"hw.optional.arm.{mac}") == "1"}
+    features |= sysctl_features(values) if arch == "aarch64" else frozenset()
     brand = values.get("machdep.cpu.brand_string", "unknown")
     logical = number("hw.logicalcpu") or number("machdep.cpu.thread_count") or 1
     physical = number("hw.physicalcpu") or number("machdep.cpu.core_count") or logical

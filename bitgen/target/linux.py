@@ -13,13 +13,20 @@ from pathlib import Path
 
 from bitgen.target.cpu import Cache, Cpu
 from bitgen.target.family import family_label, load_cpu_families, normal_arch
+from bitgen.target.hwcap import hwcap_features
 
 
-def detect_linux(root: Path) -> Cpu:
-    """The CPU described by the files below ``root``; what they do not tell is left empty, never guessed."""
+def detect_linux(root: Path, machine: str | None = None) -> Cpu:
+    """The CPU described by the files below ``root``; what they do not tell is left empty, never guessed.
+
+    ``machine`` is the architecture of this process where ``root`` is the running system's: an emulator shows
+    it the /proc/cpuinfo of its host, which then counts processors and says no more.
+    """
     processors = parse_cpuinfo(_read(root / "proc/cpuinfo"))
     if not processors and root == Path("/"):
         processors = _ask_py_cpuinfo()
+    if machine and _shows_another(processors, machine):
+        processors = [{"processor": processor["processor"]} for processor in processors]
     online = [int(p["processor"]) for p in processors if p.get("processor", "").isdigit()] or [0]
     cores = _core_of_each_cpu(root, processors, online)
     allowed = set(parse_cpu_list(_status_field(root, "Cpus_allowed_list"))) & set(online) or set(online)
@@ -29,7 +36,9 @@ def detect_linux(root: Path) -> Cpu:
         # Rounded down: a thread beyond the quota is stopped and stalls the others at the next barrier.
         threads = min(threads, int(quota))
     features = processor_features(processors)
-    arch = _arch_of(processors, features)
+    arch = _arch_of(processors, features, machine or normal_arch(platform.machine()))
+    if arch == "aarch64" and not features:
+        features = hwcap_features(_read_bytes(root / "proc/self/auxv"))
     # The last processor: where ARM mixes cores, the big ones come last.
     last = processors[-1] if processors else {}
     vendor = last.get("vendor_id") or last.get("CPU implementer") or "unknown"
@@ -152,13 +161,21 @@ def _core_of_each_cpu(
     return cores
 
 
-def _arch_of(processors: Sequence[Mapping[str, str]], features: frozenset[str]) -> str:
-    """Of the recorded processors where they tell, else of this process."""
-    if any("CPU implementer" in p for p in processors):
+def _arch_of(processors: Sequence[Mapping[str, str]], features: frozenset[str], machine: str) -> str:
+    """Of the recorded processors where they tell, else ``machine``."""
+    if _is_arm(processors):
         return "aarch64" if "asimd" in features else "arm"  # a 32-bit ARM kernel says neon, not asimd
-    if "lm" in features:
-        return "x86_64"
-    return normal_arch(platform.machine())
+    return "x86_64" if "lm" in features else machine
+
+
+def _is_arm(processors: Sequence[Mapping[str, str]]) -> bool:
+    return any("CPU implementer" in processor for processor in processors)
+
+
+def _shows_another(processors: Sequence[Mapping[str, str]], machine: str) -> bool:
+    """Whether /proc/cpuinfo is that of an x86 for a process of aarch64, or the reverse."""
+    is_x86 = "lm" in processor_features(processors)
+    return (machine == "aarch64" and is_x86) or (machine == "x86_64" and _is_arm(processors))
 
 
 def _status_field(root: Path, field: str) -> str:
@@ -175,6 +192,13 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
 
 
 def _ask_py_cpuinfo() -> list[dict[str, str]]:

@@ -21,10 +21,12 @@ from bitgen.toolchain.compiler import (
     find_cross_compiler,
     find_cross_compilers,
 )
+from bitgen.toolchain.linker import EXPORTS_FILE, exports_text, shared_flags
 from bitgen.toolchain.unit import Prototype, Unit
 
 __all__ = [
     "DEFAULT_LIBS",
+    "EXPORTS_FILE",
     "Builder",
     "CcBuilder",
     "CffiBuilder",
@@ -35,9 +37,11 @@ __all__ = [
     "Toolchain",
     "Unit",
     "best_builder",
+    "exports_text",
     "find_compiler",
     "find_compilers",
     "find_cross_compiler",
     "find_cross_compilers",
     "python_headers",
+    "shared_flags",
 ]
