@@ -13,11 +13,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -245,6 +247,7 @@ def tune(
     timeout_s: float | None = None,
     quick: bool = False,
     fresh: bool = False,
+    dry_run: bool = False,
     cc: str | None = None,
     logs: Path | None = None,
     progress: Progress | None = None,
@@ -255,9 +258,12 @@ def tune(
     model. Of several ``threads`` ("auto": all usable cores, three quarters and half of them) the fastest for
     the whole step becomes the default of the library that is built. A second call continues: what the
     records know is not measured again, unless ``fresh``.
+
+    ``dry_run`` goes the whole way with two kernels of each family and regime, each proven and timed once, and
+    records nothing: its times mean nothing, it shows that a machine (or an emulator) can be tuned on.
     """
     from bitgen.measure.local import LocalRunner
-    from bitgen.search import load_search_config, plan_for
+    from bitgen.search import DRY_POLICY, dry, load_search_config, plan_for
     from bitgen.search import tune as search
 
     workshop = Workshop(cc, logs)
@@ -279,13 +285,20 @@ def tune(
         trials=trials,
         timeout_s=timeout_s,
     )
-    ensure_dir(tune_logs_dir(logs))  # found out now, not after the first measurement
     near = nearest_winners(workshop.cpu, workshop.isas)
-    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+    with contextlib.ExitStack() as stack:
+        if dry_run:
+            plan, config = dry(plan, config)
+            store = RecordStore(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "dry-run.jsonl")
+        else:
+            ensure_dir(tune_logs_dir(logs))  # found out now, not after the first measurement
+            store = workshop.store
+        policy = DRY_POLICY if dry_run else None
+        runner = stack.enter_context(LocalRunner(workshop.toolchain, workshop.cpu, policy=policy))
         return search(
             plan,
             runner,
-            workshop.store,
+            store,
             workshop.fingerprint,
             workshop.space,
             config=config,

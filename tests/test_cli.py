@@ -283,6 +283,17 @@ def test_tune_prints_results_to_stdout_and_progress_to_stderr(
     assert all(json.loads(line) for line in log.read_text().splitlines())
 
 
+def test_a_dry_run_proves_kernels_and_records_nothing(workplace: Path) -> None:
+    options = ("--family", "i2s", "--family", "tl2", "--regime", "n1", "-t", "1", "--logs", "dry")
+    done = bitgen_in(workplace, "tune", "-m", "tiny.yaml", "--dry-run", *options, "-o", "json")
+    rows = json.loads(done.stdout)["groups"]
+    assert [row["group"].split()[0] for row in rows] == ["I2_S", "TL2"]
+    assert {(row["exact"], row["failed"]) for row in rows} == {(2, 0)}
+    assert not (workplace / "dry").exists()
+    text = bitgen_in(workplace, "tune", "-m", "tiny.yaml", "--dry-run", *options).stdout
+    assert "4 kernels compiled, proven exact and run.\nNothing was recorded" in text
+
+
 def test_a_second_tune_measures_nothing_again(
     workplace: Path, tuned: subprocess.CompletedProcess[str]
 ) -> None:

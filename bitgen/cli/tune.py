@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
+from bitgen.errors import EXIT_FAILURE
 
 if TYPE_CHECKING:
     from bitgen.search import TuningResult
@@ -39,12 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="wall time of the whole tune")
     parser.add_argument("--seed", type=int, default=0, help="seed of the search (0)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the records already know")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="try the way: prove and time two kernels of each family once, record nothing",
+    )
     parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
     parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
     add_output(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from bitgen.api import tune
     from bitgen.cli.progress import ProgressLine
 
@@ -61,13 +68,33 @@ def run(args: argparse.Namespace) -> None:
             timeout_s=args.timeout,
             quick=args.quick,
             fresh=args.fresh,
+            dry_run=args.dry_run,
             cc=args.cc,
             logs=args.logs,
             progress=lambda step: line.show(f"{step.seconds:4.0f} s  {step.stage}  {step.title}"),
         )
+    if args.dry_run:
+        return _show_dry_run(result, args.output)
     print(render_tables([*winner_tables(result)], args.output))
     if args.output == "text":
         print(f"\n{summary(result)}")
+    return 0
+
+
+def _show_dry_run(result: TuningResult, output: str) -> int:
+    """What was proven, without times; the exit code tells whether every kernel was."""
+    columns = (Column("group", "group"), Column("points", "points", "d"), Column("exact", "proven", "d"))
+    rows = [
+        (g.name, g.points, g.outcomes["ok"], g.outcomes.total() - g.outcomes["ok"]) for g in result.groups
+    ]
+    proven, failed = sum(row[2] for row in rows), sum(row[3] for row in rows)
+    print(render_tables([Table("groups", (*columns, Column("failed", "failed", "d")), rows)], output))
+    if output == "text":
+        print(f"\nDry run, {result.seconds:.0f} s: {proven} kernels compiled, proven exact and run.")
+        print("Nothing was recorded, and nothing was timed that could be compared.")
+    for text in (text for group in result.groups for text in group.failures):
+        print(f"bitgen: {text}", file=sys.stderr)
+    return EXIT_FAILURE if failed else 0
 
 
 def _threads(text: str | None) -> list[int] | Literal["auto"]:

@@ -52,8 +52,8 @@ class TimingPolicy:
 
     A candidate gets up to ``repeats`` repeats of at least ``min_repeat_ms``, fewer when ``drop`` says that it
     lost to its incumbent, or when they take more than ``budget_ms`` together; a finalist of a race gets
-    every round. ``heat`` candidates are timed in the same rounds. ``check_timeout_s`` and ``timeout_s`` end
-    a kernel that hangs.
+    every round. ``heat`` candidates are timed in the same rounds. ``limit_rounds`` interleaved rounds
+    measure the machine's limits. ``check_timeout_s`` and ``timeout_s`` end a kernel that hangs.
     """
 
     repeats: int = 4
@@ -62,6 +62,7 @@ class TimingPolicy:
     heat: int = 8
     drop: DropRule = DROP
     race_min_ms: float = 4.0
+    limit_rounds: int = 7
     check_timeout_s: float = 10.0
     timeout_s: float = 30.0
 
@@ -375,7 +376,7 @@ class LocalRunner:
     def _probe(self, probes: Sequence[Functions], shape: Shape, threads: int, cold: bool) -> list[float]:
         """Nanoseconds a call of each probe: the median of interleaved rounds."""
         lanes = tuple(range(len(probes)))
-        rounds = 7
+        rounds = self._policy.limit_rounds
         timing = self._timing(shape, 1, threads, cold, (lanes,) * rounds, self._policy.min_repeat_ms, None)
         answer = self._ask(Task(tuple(probes), (None,) * len(probes), frozenset(lanes), timing))
         if answer["status"] != "done":

@@ -6,6 +6,7 @@ plan of a model. The only package that imports optuna, and only when a space is 
 
 from __future__ import annotations
 
+from bitgen.search.dry import DRY_POLICY, dry
 from bitgen.search.group import roofline_ns
 from bitgen.search.plan import (
     Plan,
@@ -20,6 +21,7 @@ from bitgen.search.result import FormatCost, GroupReport, Row, TuningResult
 from bitgen.search.tuner import Progress, Step, tune
 
 __all__ = [
+    "DRY_POLICY",
     "FormatCost",
     "GroupReport",
     "Plan",
@@ -30,6 +32,7 @@ __all__ = [
     "Step",
     "Target",
     "TuningResult",
+    "dry",
     "load_search_config",
     "plan_for",
     "roofline_ns",
