@@ -1,0 +1,141 @@
+"""What is built here runs on an ARM machine that has Python, the package and no compiler (under qemu)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from typing import Any
+
+import aarch64_root
+import foreign
+import pytest
+from step_levels import level_library
+
+from bitgen.api import build
+from bitgen.errors import EXIT_TOOLCHAIN, EXIT_UNSUPPORTED
+from bitgen.model.llm import LLM
+from bitgen.paths import models_dir
+
+# Core of qemu's -> the target whose library runs there, and the ISA level of its kernels.
+CORES = {
+    "cortex-a72": ("cortex-a72", "neon"),
+    "neoverse-n1": ("neoverse-n1", "neon_dotprod"),
+    "max": ("neoverse-v1", "neon_i8mm"),
+}
+GREEDY: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())["greedy"][0]
+IDS = [
+    *GREEDY["ids"],
+    *GREEDY["tokens"],
+]  # 53 tokens: kernels for many tokens and, with a prompt of 3, for few
+
+PROGRAM = """\
+import hashlib, json, sys
+import numpy as np
+import bitgen
+from bitgen.target import accepted_isas, load_isas
+
+library, ids, prompt, count = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+cpu = bitgen.detect_cpu()
+rng = np.random.default_rng(0)
+exact = []
+with bitgen.load(library) as table:
+    for m, k, n in ((3200, 320, 1), (100, 333, 5), (64, 640, 20)):
+        w, xq = rng.integers(-1, 2, (m, k), np.int8), rng.integers(-128, 128, (n, k), np.int8)
+        acc = table.linear(w, 1.0).accumulate(xq)
+        exact.append(bool((acc == xq.astype(np.int32) @ w.T.astype(np.int32)).all()))
+with bitgen.LLM("tiny", library=library, threads=1) as llm:
+    logits = [hashlib.sha256(llm.logits(part).tobytes()).hexdigest() for part in (ids[:3], ids)]
+    generation = llm.generate(prompt, temperature=0, max_tokens=count)
+    text = "".join(generation)
+levels = [isa.name for isa in accepted_isas(cpu, load_isas())]
+print(json.dumps({"arch": cpu.arch, "levels": levels, "exact": exact, "logits": logits, "text": text}))
+"""
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> aarch64_root.Aarch64Root:
+    if foreign.why_not():
+        pytest.skip(str(foreign.why_not()))
+    try:
+        return aarch64_root.made(tmp_path_factory.mktemp("aarch64") / "root")
+    except aarch64_root.UnavailableError as error:
+        pytest.skip(f"no aarch64 system here: {error}")
+
+
+@pytest.fixture(scope="module", params=CORES)
+def shipped(
+    request: pytest.FixtureRequest,
+    system: aarch64_root.Aarch64Root,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, str]:
+    """A core, and the library for it that was built here and copied into the system."""
+    target, level = CORES[request.param]
+    out = tmp_path_factory.mktemp("built")
+    bundle = build("tiny", target=target, system="Linux", isa=level, cc="gcc", out=out)
+    copied = system.folder / "home" / bundle.name
+    shutil.copytree(bundle, copied, symlinks=True)
+    return request.param, bundle.name
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_it_computes_what_this_machine_computes(
+    shipped: tuple[str, str],
+    system: aarch64_root.Aarch64Root,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """accumulate() equals numpy; every bit of a model's logits, and its text, are those of scalar code here.
+
+    Though /proc/cpuinfo may be that of the machine below, the core's levels are known.
+    """
+    core, library = shipped
+    words = (library, json.dumps(IDS), GREEDY["prompt"], str(len(GREEDY["tokens"])))
+    answer = json.loads(said(system.run("-c", PROGRAM, *words, core=core)))
+    _, level = CORES[core]
+    assert answer["arch"] == "aarch64"
+    assert level in answer["levels"]
+    assert core == "max" or answer["levels"][0] == level
+    assert answer["exact"] == [True, True, True]
+    with LLM("tiny", library=level_library(tmp_path_factory, "scalar"), threads=1) as llm:
+        here = [hashlib.sha256(llm.logits(ids).tobytes()).hexdigest() for ids in (IDS[:3], IDS)]
+    assert answer["logits"] == here
+    assert answer["text"] == GREEDY["text"]
+
+
+def test_the_command_line_works_there(shipped: tuple[str, str], system: aarch64_root.Aarch64Root) -> None:
+    """`bitgen run` with the library; on a core that lacks what a library needs one line says so."""
+    core, library = shipped
+    options = ("--library", library, "--temp", "0", "-n", "16", "--no-perf", "-p", GREEDY["prompt"])
+    if core == "cortex-a72":
+        pytest.skip("as on neoverse-n1, and every core runs this library")
+    done = system.run("-m", "bitgen", "run", "-m", "tiny", *options, core="neoverse-n1")
+    if core == "neoverse-n1":
+        assert (GREEDY["prompt"] + GREEDY["text"]).startswith(said(done).rstrip("\n"))
+        assert len(said(done)) > len(GREEDY["prompt"]) + 16
+    else:
+        assert done.returncode == EXIT_UNSUPPORTED
+        assert "lacks i8mm" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_without_a_library_and_a_compiler_the_way_out_is_named(system: aarch64_root.Aarch64Root) -> None:
+    done = system.run("-m", "bitgen", "run", "-m", "tiny", "-p", "x")
+    assert done.returncode == EXIT_TOOLCHAIN
+    assert "no C compiler found: install gcc or clang, or pip install ziglang" in done.stderr
+
+
+def test_tuning_works_there(system: aarch64_root.Aarch64Root) -> None:
+    """The whole way of `bitgen tune`, with the cross compiler of this machine as the compiler there."""
+    compiler = str(shutil.which("aarch64-linux-gnu-gcc"))
+    options = ("--family", "i2s", "--regime", "n1", "--cc", compiler, "-t", "1", "-o", "json")
+    done = system.run(
+        "-m", "bitgen", "tune", "-m", "tiny", "--dry-run", *options, core="neoverse-n1", timeout_s=900
+    )
+    (group,) = json.loads(said(done))["groups"]
+    assert (group["group"], group["exact"], group["failed"]) == ("I2_S neon_dotprod n1, 1 thread", 2, 0)
+    assert not list((system.folder / "home").rglob("*.jsonl"))
