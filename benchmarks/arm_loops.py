@@ -1,0 +1,237 @@
+"""What kernels for one token cost on ARM cores that are not here: by counting, not by a clock.
+
+    python benchmarks/arm_loops.py                            # the default kernel of every family, every core
+    python benchmarks/arm_loops.py --space --family i2s --core cortex-a72      # every schedule
+
+Each kernel multiplies 64 x 2880 weights in qemu, which logs every instruction that is executed: branches,
+prefetches, widening and the ends of rows count, each as often as it happens. The log goes to llvm-mca as one
+straight piece of code, which tells how many cycles a core's scheduling model takes for it; it assumes that
+every load hits the L1 cache and every branch is predicted. Both figures are for 256 weights. Lookup tables
+are built before, once a token.
+
+Needs gcc-aarch64-linux-gnu, qemu-user, and LLVM 19 (llvm-mca-19, llvm-objdump-19; older: fewer cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.errors import BitgenError
+from bitgen.host import table_bytes
+from bitgen.render import render_kernel
+from bitgen.space import Space, space_for
+from bitgen.spec import FAMILIES, MATMUL_STRUCT, N1, KernelSpec, Shape, x_stride
+from bitgen.target import find_isa, load_isas, target_cpu
+from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit, find_cross_compiler
+
+SHAPE = Shape(64, 2880)
+UNIT = 256  # weights that both figures are for
+
+
+@dataclass(frozen=True)
+class Core:
+    """A row of configs/targets.yaml, the ISA level of its kernels, and the model llvm-mca has for it."""
+
+    target: str
+    isa: str
+    model: str
+
+
+# LLVM 19 schedules the A76 with the model of the A57; Neoverse N1 is the same core with other caches. Apple's
+# cores all get one model, Cyclone, which is narrower than an M1.
+CORES = (
+    Core("cortex-a72", "neon", "cortex-a57"),
+    Core("cortex-a76", "neon_dotprod", "neoverse-n1"),
+    Core("neoverse-n1", "neon_dotprod", "neoverse-n1"),
+    Core("neoverse-v1", "neon_i8mm", "neoverse-v1"),
+    Core("neoverse-v2", "neon_i8mm", "neoverse-v2"),
+    Core("apple-m1", "neon_dotprod", "cyclone"),
+)
+
+DRIVER = """\
+#include <stdint.h>
+{declarations}
+_Alignas(64) static uint8_t w[{w}], tables[{tables}], scratch[1 << 20];
+_Alignas(64) static int8_t x[{x}];
+static float y[{m}], scale[1] = {{1.0f}};
+static int32_t x_sum[1];
+
+int main(void)
+{{
+    const struct bitgen_matmul a = {{
+        .w = w, .x = x, .x_sum = x_sum, .tables = tables, .x_scale = scale, .w_scale = scale, .y = y,
+        .scratch = scratch, .x_stride = {x}, .table_stride = {tables}, .out_stride = {m},
+        .m = {m}, .k = {k}, .n = 1, .row_end = {m}}};
+    {name}(&a);
+    return 0;
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Instructions and estimated cycles for 256 weights."""
+
+    instructions: float
+    cycles: float
+
+
+def build(spec: KernelSpec, toolchain: Toolchain, folder: Path) -> Path:
+    """A static program that calls the kernel of ``spec`` once."""
+    source = render_kernel(spec)
+    functions = tuple(Prototype.parse(text) for text in source.prototypes)
+    unit = Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, MATMUL_STRUCT)
+    text = DRIVER.format(
+        declarations="\n".join((MATMUL_STRUCT, *(f.declaration for f in functions))),
+        name=source.name,
+        w=spec.layout.packed_bytes(SHAPE),
+        tables=spec.layout.chunks(SHAPE.k) * FAMILIES[spec.family].table_bytes if table_bytes(spec) else 1,
+        x=x_stride(SHAPE.k),
+        m=SHAPE.m,
+        k=SHAPE.k,
+    )
+    objects = toolchain.compile_objects([unit, Unit("driver", text)])
+    for made in objects:
+        if isinstance(made, CompileError):
+            raise made
+    program = folder / source.name
+    command = [*toolchain.compiler.command, "-static", "-o", str(program), *map(str, objects)]
+    subprocess.run(command, check=True)
+    return program
+
+
+def executed(program: Path, function: str, llvm: str) -> list[str]:
+    """The instructions from the first to the last of ``function`` that one run of ``program`` executes."""
+    texts, begin, end = disassembly(program, function, llvm)
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        words = [one_step_flag(), "-d", "exec,nochain", "-D", log.name, "-cpu", "max"]
+        subprocess.run([qemu(), *words, str(program)], check=True)
+        trace = [int(found[1], 16) for found in re.finditer(r"^Trace .*?/0*([0-9a-f]+)/", log.read(), re.M)]
+    inside = [at for at, address in enumerate(trace) if begin <= address < end]
+    if not inside:
+        raise BitgenError(f"qemu logged no instruction of {function}")
+    return [texts[address] for address in trace[inside[0] : inside[-1] + 1]]
+
+
+def disassembly(program: Path, function: str, llvm: str) -> tuple[Mapping[int, str], int, int]:
+    """Address -> instruction of a program, and where ``function`` begins and ends."""
+    command = [f"llvm-objdump-{llvm}", "-d", "--no-show-raw-insn", "--no-leading-headers", str(program)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    texts: dict[int, str] = {}
+    starts: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        if label := re.match(r"([0-9a-f]+) <(.+)>:$", line):
+            starts.append((int(label[1], 16), label[2]))
+        elif found := re.match(r"\s*([0-9a-f]+):\s+(.+?)\s*(//.*)?$", line):
+            texts[int(found[1], 16)] = found[2]
+    at = next(i for i, (_, name) in enumerate(starts) if name == function)
+    return texts, starts[at][0], starts[at + 1][0]
+
+
+def estimated_cycles(instructions: Sequence[str], model: str, llvm: str) -> int:
+    """Cycles that the scheduling model of a core takes for the instructions, in this order."""
+    # Where a branch or a page address leads does not matter, and the assembler wants no labels of objdump's.
+    plain = [re.sub(r"0x[0-9a-f]+ <.*>$", "#0", text) for text in instructions]
+    command = [f"llvm-mca-{llvm}", "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+i8mm,+dotprod"]
+    command += ["-iterations=1", "-instruction-info=0", "-resource-pressure=0"]
+    done = subprocess.run(command, input="\n".join(plain), capture_output=True, text=True, check=False)
+    found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+    if done.returncode or found is None:
+        raise BitgenError(f"llvm-mca failed: {done.stderr.strip().splitlines()[:1]}")
+    return int(found[1])
+
+
+@cache
+def qemu() -> str:
+    found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if found is None:
+        raise BitgenError("no emulator: apt-get install qemu-user")
+    return found
+
+
+@cache
+def one_step_flag() -> str:
+    """What this qemu calls the mode that logs each instruction."""
+    said = subprocess.run([qemu(), "-help"], capture_output=True, text=True, check=False).stdout
+    return "-one-insn-per-tb" if "one-insn-per-tb" in said else "-singlestep"
+
+
+def cost(spec: KernelSpec, core: Core, llvm: str) -> Cost:
+    """What the kernel costs on a core."""
+    trace = trace_of(spec, llvm)
+    units = SHAPE.m * SHAPE.k / UNIT
+    return Cost(len(trace) / units, estimated_cycles(trace, core.model, llvm) / units)
+
+
+@cache
+def trace_of(spec: KernelSpec, llvm: str) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(spec, Toolchain(find_cross_compiler("aarch64", "Linux", "gcc")), Path(folder))
+        return executed(program, render_kernel(spec).name, llvm)
+
+
+def space_of(family: str, core: Core) -> Space:
+    return space_for(family, find_isa(core.isa, load_isas()), N1, SHAPE, target_cpu(core.target))
+
+
+def points(space: Space) -> list[KernelSpec]:
+    """The points of a space that differ in code: those that prefetch as far as the default does."""
+    ahead = space.default.schedule["prefetch"]
+    return [spec for spec in space.points if spec.schedule["prefetch"] == ahead]
+
+
+def table(specs: Iterable[tuple[Core, KernelSpec]], llvm: str) -> Table:
+    columns = (
+        Column("core", "core"),
+        Column("model", "model of llvm-mca"),
+        Column("isa", "ISA level"),
+        Column("family", "family"),
+        Column("schedule", "schedule"),
+        Column("instructions", "instructions", ".1f"),
+        Column("cycles", "cycles", ".1f"),
+    )
+    rows = []
+    for core, spec in specs:
+        found = cost(spec, core, llvm)
+        name = f"{spec.layout.name} {spec.schedule.name}"
+        rows.append((core.target, core.model, core.isa, spec.family, name, found.instructions, found.cycles))
+        print(f"{len(rows)} done", end="\r", file=sys.stderr, flush=True)
+    return Table("loops", columns, rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Count instructions and estimate cycles of ARM kernels.")
+    parser.add_argument("--core", action="append", choices=[core.target for core in CORES], default=[])
+    parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[])
+    parser.add_argument("--space", action="store_true", help="every schedule, not only the default")
+    parser.add_argument("--llvm", default="19", help="version of llvm-mca and llvm-objdump (19)")
+    parser.add_argument("-o", "--output", choices=("text", "csv", "json"), default="text")
+    args = parser.parse_args()
+    chosen = [
+        (core, spec)
+        for core in CORES
+        if core.target in args.core or not args.core
+        for family in args.family or FAMILIES
+        for space in [space_of(family, core)]
+        for spec in (points(space) if args.space else [space.default])
+    ]
+    try:
+        print(render_tables([table(chosen, args.llvm)], args.output))
+    except BitgenError as error:
+        print(error.message, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
