@@ -290,13 +290,16 @@ class RecordStore:
     def best_threads(self, shapes: Iterable[Shape], fingerprint: Fingerprint) -> int:
         """The number of threads on which a model of these shapes was fastest; 0 where that is not known.
 
-        Known when the newest tune that compared some says the same for all shapes.
+        Known when the newest tune that compared some says the same for all shapes, and a later one did not
+        choose other layouts.
         """
-        newest = {
-            next((r.best_threads for r in self._newest(shape, fingerprint) if r.best_threads), 0)
-            for shape in shapes
-        }
-        return newest.pop() if len(newest) == 1 else 0
+        found = {self._best_threads(shape, fingerprint) for shape in shapes}
+        return found.pop() if len(found) == 1 else 0
+
+    def _best_threads(self, shape: Shape, fingerprint: Fingerprint) -> int:
+        compared = next((r for r in self._newest(shape, fingerprint) if r.best_threads), None)
+        valid = compared is not None and compared.layout == self.layout(shape, fingerprint)
+        return compared.best_threads if compared and valid else 0
 
     def current(self, shape: Shape, fingerprint: Fingerprint) -> list[KernelSpec]:
         """The kernels the newest tune of ``shape`` crowned, whatever their layout."""

@@ -612,6 +612,12 @@ def test_the_number_of_threads_is_chosen_for_the_whole_step(
     store.reload()
     assert store.best_threads([WIDE, TALL], FINGERPRINT) == best
     assert store.best_threads([WIDE, Shape(1, 1)], FINGERPRINT) == 0
+    # Other layouts: what was compared is gone.
+    newest = store.tunings[-1]
+    rows = [r for r in (16, 32) if r != newest.layout.row_block]
+    other = next(w for w in newest.winners if w.spec.layout.row_block in rows)
+    store.append(replace(newest, layout=other.spec.layout, best_threads=0))
+    assert store.best_threads([newest.shape], FINGERPRINT) == 0
 
 
 def test_layouts_are_chosen_for_the_best_number_of_threads(tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ def library_table(path: Path) -> Table:
     ]
     manifest = bundle.manifest
     needs = ", ".join(sorted(manifest.features)) or "nothing special"
-    return Table(f"{manifest.library} for {manifest.cpu_family} (needs {needs})", columns, rows)
+    title = f"{manifest.library} for {manifest.cpu_family} (needs {needs})"
+    if manifest.threads:
+        title += f", by default threads = {manifest.threads} on {manifest.cores} cores"
+    return Table(title, columns, rows)
 
 
 def _tuned_table(logs: Path | None, cc: str | None) -> Table:

@@ -17,7 +17,9 @@ SUMMARY = "find this machine's fastest kernels for a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
+    parser.add_argument(
+        "-m", "--model", required=True, help="a preset (see `bitgen models`), a YAML file or a model file"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="within 90 seconds: few candidates, n = 1 and large n"
     )
