@@ -9,7 +9,8 @@ What is written is a bundle (see `bitgen.bundle`)::
     NAME/src/                   the C text it was made from, and a Makefile
 
 Beside the chosen kernels a library always holds, for each layout that occurs and for I2_S, kernels of the
-target's ISA level with default schedules and portable ones: every shape is served, tuned or not.
+target's ISA level with default schedules and portable ones: every shape is served, tuned or not. SVE leaves the
+length of registers to the system: a library with kernels for one length holds others for the rest.
 """
 
 from __future__ import annotations
@@ -116,6 +117,19 @@ class Target:
         best = accepted_isas(cpu, known)
         return cls(cpu, find_isa(isa, known) if isa else best[0], known)
 
+    @cached_property
+    def other_lengths(self) -> tuple[Isa, ...]:
+        """Where `isa` is for one length of registers: what serves the others, best first.
+
+        The levels with its words that are better than the best level for any length, and that one.
+        """
+        if not self.isa.exact_vector:
+            return ()
+        any_length = next(isa for isa in accepted_isas(self.cpu, self.isas) if not isa.exact_vector)
+        better = self.isas[self.isas.index(any_length) + 1 :]
+        alike = [isa for isa in better if isa.vocabulary == self.isa.vocabulary and isa != self.isa]
+        return (*reversed(alike), any_length)
+
     @property
     def scalar(self) -> Isa:
         """The level that runs on every CPU."""
@@ -150,9 +164,10 @@ class Contents:
 
     @cached_property
     def steps(self) -> tuple[Source, ...]:
-        """The forward step at the target's ISA level, and a portable one."""
-        isas = dict.fromkeys((self.target.isa.name, self.target.scalar.name))
-        return tuple(render_step(isa) for isa in isas)
+        """The forward step at the target's ISA level, for registers of other lengths, and a portable one."""
+        target = self.target
+        levels = dict.fromkeys(isa.name for isa in (target.isa, *target.other_lengths, target.scalar))
+        return tuple(render_step(name) for name in levels)
 
     @cached_property
     def features(self) -> tuple[str, ...]:
@@ -187,7 +202,8 @@ def choose_contents(choices: Sequence[KernelChoice], target: Target) -> Contents
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
     entries = [_entry(choice.spec, TUNED, choice.shape, choice.threads) for choice in choices if choice.shape]
     entries += [_entry(spec, DEFAULT) for spec in generic]
-    for isa, role in ((target.isa, DEFAULT), (target.scalar, PORTABLE)):
+    levels = [(isa, DEFAULT) for isa in (target.isa, *target.other_lengths)]
+    for isa, role in (*levels, (target.scalar, PORTABLE)):
         entries += [
             _entry(_default_spec(layout, regime.name, isa, target, choices), role)
             for layout in layouts
@@ -366,6 +382,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
                 "requires": sorted(isa.requires),
                 "mask": sum(bit[f] for f in isa.requires),
                 "tiles": sum(bit[f] for f in isa.tile_registers),
+                "sve_bytes": isa.vector_bytes if isa.exact_vector else 0,
             }
             for isa in contents.isas
         ],

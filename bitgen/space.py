@@ -10,7 +10,7 @@ streams direct    row blocks walked at once, each a stream of its own in memory;
                   row_block
 nr      both      tokens whose accumulators live in registers
 accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every field masked in place (scales
-                  1, 4, 16, 64), 2 = one shift (scales 1, 4), 1 = three shifts
+                  1, 4, 16, 64), 3 = the fourth shifted, 2 = one shift (scales 1, 4), 1 = three shifts
 widen   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums, added
                   to int32 every W chunks (direct) or every W steps of 4 k (panel)
 unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
@@ -85,10 +85,8 @@ def int16_sums(spec: KernelSpec) -> Int16Sums | None:
     if spec.schedule.algorithm == "panel":
         return Int16Sums(s["widen"], *PAIR_RANGE)
     if not FAMILIES[spec.family].looks_up:
-        # The last accumulator has the largest scale; T5's fifth field goes there too.
-        fields = FAMILIES[spec.family].k_chunk // 4
         scale = field_scale(s["accs"])
-        adds = s["widen"] * (4 // s["accs"] + fields - 4)
+        adds = s["widen"] * last_fields(spec.family, s["accs"])
         return Int16Sums(adds, scale * PAIR_RANGE[0], scale * PAIR_RANGE[1])
     lookups = FAMILIES[spec.family].k_chunk // FAMILIES[spec.family].g // 4  # a lane and chunk
     return Int16Sums(s["widen"] * lookups, *ENTRY_RANGE[spec.family])
@@ -97,6 +95,13 @@ def int16_sums(spec: KernelSpec) -> Int16Sums | None:
 def field_scale(accs: int) -> int:
     """The largest scale of codes in place that ``accs`` accumulators add: field f stays at 4^(f mod accs)."""
     return int(4 ** (accs - 1))
+
+
+def last_fields(family: str, accs: int) -> int:
+    """How many fields of a chunk go to the last accumulator, which has the largest scale."""
+    fields = FAMILIES[family].k_chunk // 4
+    # Of three the fourth field and T5's fifth are shifted to the first.
+    return 1 if accs == 3 else 4 // accs + fields - 4
 
 
 def headroom_lines(spec: KernelSpec) -> list[str]:
@@ -108,7 +113,7 @@ def headroom_lines(spec: KernelSpec) -> list[str]:
     accs, fields = s.get("accs", 1), family.k_chunk // 4
     per = 2 * 128 * field_scale(accs) if multiplies else 128
     # of a chunk's fields, those of the last accumulator
-    mine = f"{4 // accs + fields - 4}/{fields}" if accs > 1 else "1"
+    mine = f"{last_fields(spec.family, accs)}/{fields}" if accs > 1 else "1"
     lines.append(f"int32: {mine} of k x {per} is below 2^31 for k <= {K_MAX}")
     return lines
 
@@ -243,7 +248,7 @@ def _multiply_axes(family: str, isa: Isa, regime: Regime) -> Axes:
     return {
         "streams": (1, 2, 4, 8) if wide else (1, 2),
         "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2,),
-        "accs": (1, 2, 4) if regime is N1 or not wide else (1, 2),
+        "accs": (1, 2, 4 if isa.code_max >= 128 else 3) if regime is N1 or not wide else (1, 2),
         "widen": _pair_widths(isa, (8, _pairs(family))),
         "unroll": (1, 2) if regime is N1 else (1,),
         "prefetch": ((0, 4096, 6144) if regime is N1 else (0, 2048)) if wide else (0,),
@@ -337,7 +342,7 @@ def _bounds(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]) 
         ),
     )
     if "accs" in knobs:
-        yield Rule("accs must be 1, 2 or 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 4))
+        yield Rule("accs must be 1 .. 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 3, 4))
     if "hint" in knobs:
         yield Rule("hint must be 0 or 1", lambda s: dict(s.schedule).get("hint", 0) in (0, 1))
     if "mr" in knobs:
@@ -483,7 +488,8 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         schedule = Schedule(algorithm, tuple(knobs.items()))
         return KernelSpec(family, isa.name, regime.name, Layout(family, row_block), schedule)
 
-    zmm, neon = isa.vector_bytes == 64, isa.arch == "aarch64"
+    zmm, arm = isa.vector_bytes == 64, isa.arch == "aarch64"
+    sve256 = arm and isa.vector_bytes == 32  # twice the registers of AVX2, for blocks of two
     dots = isa.native_dot4 or isa.name == "scalar"
     pairs, steps = (0, 0) if dots else (_pairs(family), 64)
     widen = {"tl1": 63, "tl2": 21}.get(family, pairs)
@@ -491,11 +497,14 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
     ahead = 4096 if family == "i2s" else 6144  # measured for two streams (docs/performance.md)
     if regime is N1 and not looks_up:
         accs = 4 if isa.native_dot4 and zmm else 1 if pairs and family == "t5" else 2
-        if neon:  # by instructions a weight (docs/arm.md): two streams do not stay in its registers
-            accs = 1 if family == "t5" else 4 if isa.native_dot4 and isa.code_max >= 128 else 2
+        streams = 2
+        if arm:  # by instructions a weight (docs/arm.md): two streams of NEON do not stay in its registers
+            in_place = 4 if isa.code_max >= 128 else 3
+            accs = 1 if family == "t5" else in_place if isa.native_dot4 else 2
+            streams = 4 if zmm else 2 if sve256 else 1
         yield spec(
             "direct",
-            streams=1 if neon else 2,
+            streams=streams,
             nr=1,
             accs=accs,
             widen=pairs // accs,
@@ -505,7 +514,8 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         )
         yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0, hint=0)
     elif regime is N1:
-        yield spec("direct", streams=4 if zmm else 1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=4096)
+        streams = 4 if zmm else 2 if sve256 else 1
+        yield spec("direct", streams=streams, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=4096)
         yield spec("direct", streams=1, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=0)
         # bitnet.cpp's presets for the 3B shapes: BM x BK blocks, bm rows in registers.
         for bm, block, kc in ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96)):
@@ -519,7 +529,8 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
         yield spec("tiles", mr=16, nr=32, mc=16, kc=0, pack=1)
     if regime is SMALL and not looks_up:
-        rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": 4 if neon and dots else 2}
+        few = 8 if sve256 else 4 if arm and dots else 2
+        rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": few}
         yield spec("direct", **rows, accs=1, widen=pairs, unroll=1, prefetch=2048)
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
     if regime is not N1:
@@ -527,7 +538,9 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         large = {"mr": 64, "nr": 6, "mc": 64, "kc": 960, "widen": steps, "unroll": 1}
         if zmm:
             yield spec("panel", **large)
-        yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if neon and dots else 4})
+        if sve256:
+            yield spec("panel", **{**large, "mr": 32})
+        yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if arm and dots else 4})
         yield spec("panel", **small)
     if regime is SMALL and isa.tiles and not zmm:
         yield spec("tiles", streams=1, ahead=1, prefetch=0)

@@ -27,7 +27,7 @@ def edges(space: Space) -> Iterator[KernelSpec]:
         values = {name: min(choices) for name, choices in axes.items()}
         if algorithm == "panel":
             values |= {"mr": 16, "mc": 16}
-        for accs in (1, 2, 4) if "accs" in axes else (None,):
+        for accs in (1, 2, 3, 4) if "accs" in axes else (None,):
             # The scalar level has no registers, and its unrolled arrays take long to compile.
             for nr in sorted(
                 {min(axes["nr"]), max(axes["nr"]) if space.isa.name != "scalar" else min(axes["nr"])}

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bitgen.target import Isa
 from bitgen.toolchain import Compiler, find_cross_compilers
 
 SYSROOT = Path("/usr/aarch64-linux-gnu")
@@ -24,6 +25,11 @@ def why_not() -> str | None:
     if not cross_compilers():
         return "no cross compiler: apt-get install gcc-aarch64-linux-gnu"
     return None if QEMU else "no emulator: apt-get install qemu-user"
+
+
+def core_of(isa: Isa) -> str:
+    """A ``cpu`` of qemu's that runs everything ``isa`` needs, with registers of its length."""
+    return f"max,sve-default-vector-length={isa.vector_bytes}" if isa.exact_vector else "max"
 
 
 def emulator(cpu: str = "max") -> list[str]:

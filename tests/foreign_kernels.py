@@ -15,9 +15,8 @@ from bitgen.host import table_bytes
 from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
 from bitgen.packing import pack
 from bitgen.reference import scale_output, ternary_matmul
-from bitgen.render import Source, render_kernel, render_tables
+from bitgen.render import Source, isa_named, render_kernel, render_tables
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, TABLES_PROTOTYPE, KernelSpec, Layout, x_stride
-from bitgen.target import find_isa, load_isas
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit
 
 DRIVER = Path(__file__).parent / "data" / "foreign" / "kernels.c"
@@ -57,7 +56,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
 
 def _unit(source: Source) -> Unit:
     functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    return Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, MATMUL_STRUCT)
+    return Unit(source.name, source.text, isa_named(source.isa), functions, MATMUL_STRUCT)
 
 
 def _tables(spec: KernelSpec) -> str:
@@ -65,12 +64,14 @@ def _tables(spec: KernelSpec) -> str:
     return name if table_bytes(spec) else "0"
 
 
-def faults(
-    program: Path, specs: Sequence[KernelSpec], cpu: str = "max", few: bool = False
-) -> tuple[int, list[str]]:
-    """How many products the kernels of ``program`` were given, and what is wrong; ``few``: the small ones."""
+def faults(program: Path, specs: Sequence[KernelSpec], few: bool = False) -> tuple[int, list[str]]:
+    """How many products the kernels of ``program`` were given, and what is wrong; ``few``: the small ones.
+
+    The kernels are all of one ISA level.
+    """
     asked = [(spec, case) for spec in specs for case in cases(spec.regime, few)]
     data = b"".join(struct.pack("=q", specs.index(spec)) + record(spec.layout, case) for spec, case in asked)
+    cpu = foreign.core_of(isa_named(specs[0].isa))
     done = foreign.emulate([str(program)], cpu, data, environment={"ASAN_OPTIONS": "detect_leaks=0"})
     answers = np.frombuffer(done.stdout[: len(done.stdout) // 16 * 16], np.int64).reshape(-1, 2)
     wrong = [

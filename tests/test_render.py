@@ -79,7 +79,8 @@ def sample(count: int) -> Iterator[KernelSpec]:
 
 def golden_cases() -> dict[str, Callable[[], Source]]:
     cases: dict[str, Callable[[], Source]] = {}
-    for isa in ISAS:
+    # The text of an SVE level is the same for every length of registers.
+    for isa in (name for name in ISAS if name not in ("sve128", "sve512")):
         for family in FAMILIES:
             cases[f"{family}_n1__{isa}"] = lambda f=family, i=isa: render_kernel(default(f, i, N1))
         cases[f"quantize__{isa}"] = lambda i=isa: render_quantize(i)

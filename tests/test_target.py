@@ -41,7 +41,7 @@ from bitgen.target.linux import (
 Detect = Callable[[str], Cpu]
 RECORDED = Path(__file__).parent / "data" / "cpuinfo"
 
-ARM = ("neon", "neon_dotprod", "neon_i8mm")
+ARM = ("neon", "neon_dotprod", "sve128", "neon_i8mm", "sve256", "sve512")
 X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi", "amx_int8")
 ICELAKE_ON = ("avx512_vbmi", "avx512_vnni", "avx512", "avx2", "scalar")
 ALL = ("avx512_vbmi", "avx512_vnni", "avx512", "avx_vnni", "avx2", "scalar")
@@ -449,6 +449,9 @@ def test_isas_in_order_with_their_vocabularies() -> None:
         "neon": ("neon",),
         "neon_dotprod": ("neon", "neon_dotprod"),
         "neon_i8mm": ("neon", "neon_dotprod", "neon_i8mm"),
+        "sve128": ("sve",),
+        "sve256": ("sve",),
+        "sve512": ("sve",),
     }
 
 
@@ -466,11 +469,14 @@ def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) ->
 
 @pytest.mark.parametrize("isa", [i for i in load_isas() if i.name in ARM], ids=lambda isa: isa.name)
 def test_every_feature_of_an_arm_level_is_required(isa: bitgen.target.Isa) -> None:
-    """-march names a level of the architecture and additions; 8.2 has what 8.1 made mandatory."""
-    (march,), (mcpu,) = isa.cc_flags, isa.zig_flags
+    """-march names a level of the architecture and additions; 8.2 has what 8.1 made mandatory, sve half floats."""
+    march, mcpu = isa.cc_flags[0], isa.zig_flags[0]
+    length = [f"-msve-vector-bits={8 * isa.vector_bytes}"] if isa.exact_vector else []
+    assert [*isa.cc_flags[1:]] == [*isa.zig_flags[1:]] == length
     level, *added = march.removeprefix("-march=").split("+")
     mandatory = {"armv8-a": {"asimd"}, "armv8.2-a": {"asimd", "crc32", "atomics", "asimdrdm"}}[level]
-    assert isa.requires == mandatory | {{"dotprod": "asimddp"}.get(name, name) for name in added}
+    names = {"dotprod": {"asimddp"}, "sve": {"sve", "fphp", "asimdhp"}}
+    assert isa.requires == mandatory.union(*(names.get(name, {name}) for name in added))
     name = level.removeprefix("arm").replace("-", "").replace(".", "_")
     assert mcpu == "+".join(["-mcpu=generic", name, *added])
 
@@ -484,14 +490,46 @@ def test_vector_width_and_dot4() -> None:
         "amx_int8",
         "neon_dotprod",
         "neon_i8mm",
+        "sve128",
+        "sve256",
+        "sve512",
     }
     assert {name for name, isa in isas.items() if isa.tiles} == {"scalar", "amx_int8"}
     assert {name for name, isa in isas.items() if isa.tile_registers} == {"amx_int8"}
     assert [isas[name].vector_bytes for name in ("scalar", "avx2", "avx_vnni", "avx512")] == [8, 32, 32, 64]
-    assert {name: isa.code_max for name, isa in isas.items() if isa.code_max != 128} == {
-        "neon": 127,
-        "neon_dotprod": 127,
-    }
+    smaller = ("neon", "neon_dotprod", "sve128", "sve256", "sve512")
+    assert {name: isa.code_max for name, isa in isas.items() if isa.code_max != 128} == dict.fromkeys(
+        smaller, 127
+    )
+
+
+@pytest.mark.parametrize(
+    ("length", "best", "why_not_256"),
+    [
+        ("32\n", "sve256", ""),
+        ("16\n", "neon_i8mm", "it needs SVE registers of 256 bits, here they have 128"),
+        ("64\n", "sve512", "it needs SVE registers of 256 bits, here they have 512"),
+        ("128\n", "neon_i8mm", "it needs SVE registers of 256 bits, here they have 1024"),
+        ("", "neon_i8mm", "it needs SVE registers of 256 bits, here they have an unknown number of"),
+    ],
+)
+def test_the_system_says_how_long_sve_registers_are(
+    tmp_path: Path, length: str, best: str, why_not_256: str
+) -> None:
+    cpuinfo = (RECORDED / "neoverse_v2.txt").read_text(encoding="utf-8")
+    files = {"proc/cpuinfo": cpuinfo, "proc/sys/abi/sve_default_vector_length": length}
+    cpu = detect_cpu(write(tmp_path, files), "Linux")
+    assert accepted_isas(cpu, load_isas())[0].name == best
+    assert reasons(cpu)["sve256"] == why_not_256
+
+
+def test_sve_registers_are_none_without_sve(tmp_path: Path) -> None:
+    cpuinfo = (RECORDED / "cortex_a76.txt").read_text(encoding="utf-8")
+    cpu = detect_cpu(
+        write(tmp_path, {"proc/cpuinfo": cpuinfo, "proc/sys/abi/sve_default_vector_length": "32"}), "Linux"
+    )
+    assert cpu.sve_bytes == 0
+    assert reasons(cpu)["sve256"] == "this CPU lacks sve"
 
 
 def test_levels_of_an_arm_mac() -> None:

@@ -42,6 +42,7 @@ class Cpu:
     physical_cores: int
     usable_threads: int
     caches: tuple[Cache, ...] = ()
+    sve_bytes: int = 0  # of an SVE register, as the system gives them to this process; 0 without SVE
 
     @property
     def l1d_bytes(self) -> int:

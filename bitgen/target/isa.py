@@ -30,6 +30,7 @@ class Isa:
     vector_bytes: int
     code_max: int = 128
     tiles: bool = False
+    exact_vector: bool = False
 
     @property
     def tile_registers(self) -> frozenset[str]:
@@ -61,8 +62,10 @@ class _IsaEntry:
     native_dot4: bool
     vector_bytes: int
     parent: str | None = None
+    words: str | None = None
     code_max: int = 128
     tiles: bool = False
+    exact_vector: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
     isas: dict[str, Isa] = {}
     for name, entry in load_strict(_IsaFile, load_yaml(path), str(path)).isas.items():
         where = f"{path}: isas.{name}"
-        vocabulary: tuple[str, ...] = (name,)
+        words = entry.words or name
+        vocabulary: tuple[str, ...] = (words,)
         if entry.parent is not None:
             parent = isas.get(entry.parent)
             if parent is None:
@@ -97,7 +101,7 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
             if parent.arch != entry.arch or not parent.requires <= entry.requires:
                 message = f"{where}: arch and requires must include those of the parent {parent.name}"
                 raise BitgenError(message, EXIT_FILE)
-            vocabulary = (*parent.vocabulary, name)
+            vocabulary = (*parent.vocabulary, words)
         isas[name] = Isa(
             name=name,
             arch=entry.arch,
@@ -110,6 +114,7 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
             vector_bytes=entry.vector_bytes,
             code_max=entry.code_max,
             tiles=entry.tiles,
+            exact_vector=entry.exact_vector,
         )
     return tuple(isas.values())
 
@@ -154,4 +159,7 @@ def _judge(cpu: Cpu, isa: Isa) -> Accepted | Rejected:
     missing = sorted(isa.requires - cpu.features)
     if missing:
         return Rejected(isa, f"this CPU lacks {', '.join(missing)}")
+    if isa.exact_vector and cpu.sve_bytes != isa.vector_bytes:
+        here = 8 * cpu.sve_bytes or "an unknown number of"
+        return Rejected(isa, f"it needs SVE registers of {8 * isa.vector_bytes} bits, here they have {here}")
     return Accepted(isa)

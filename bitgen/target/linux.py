@@ -54,6 +54,7 @@ def detect_linux(root: Path, machine: str | None = None) -> Cpu:
         physical_cores=len(set(cores.values())),
         usable_threads=max(1, threads),
         caches=read_caches(root, min(allowed)),
+        sve_bytes=sve_bytes(root) if "sve" in features else 0,
     )
 
 
@@ -106,6 +107,11 @@ def read_caches(root: Path, cpu: int) -> tuple[Cache, ...]:
                 )
             )
     return tuple(caches)
+
+
+def sve_bytes(root: Path) -> int:
+    """Bytes of an SVE register as programs start with them; 0 when the system does not tell."""
+    return parse_size(_read(root / "proc/sys/abi/sve_default_vector_length"))
 
 
 def cgroup_cpu_quota(root: Path) -> float | None:

@@ -22,6 +22,7 @@ class _Entry:
     l2_kib: int
     llc_kib: int
     cores: int
+    sve_bytes: int = 0
 
     def cpu(self, system: str) -> Cpu:
         sizes = (
@@ -40,6 +41,7 @@ class _Entry:
             physical_cores=self.cores,
             usable_threads=self.cores,
             caches=tuple(Cache(level, kind, kib << 10, 64, shared) for level, kind, kib, shared in sizes),
+            sve_bytes=self.sve_bytes,
         )
 
 

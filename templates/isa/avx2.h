@@ -72,6 +72,9 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
 }
 
+//: vb_high
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 //: vb_lut16
 WORD vb vb_lut16(vb table, vb idx) {
     return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};

@@ -55,6 +55,9 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
+//: vb_high
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 //: vb_lut16
 WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 

@@ -72,6 +72,13 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return v;
 }
 
+//: vb_high
+// b[i] = v[i] >> bits: what lies above the lower fields
+WORD vb vb_high(vb v, int bits) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)(v.b[i] >> bits);
+    return v;
+}
+
 //: vb_lut16
 // Look up in the 16 entries of the own lane: b[16 l + i] = table[16 l + idx[16 l + i]], or 0 where idx >= 128.
 // An index is in 0..15 or in 128..255.

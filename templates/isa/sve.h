@@ -1,0 +1,501 @@
+// The vocabulary of SVE, for registers of 16, 32 and 64 bytes: a block is SVE_PARTS registers. The text is the same for
+// every length; the level's flags say which one it is compiled for, because C holds only registers of a known size in a
+// struct. What each word means is written in scalar.h; here are only the reasons for an instruction.
+// zip, uzp and tbl work across the whole register, the words in lanes of 16 bytes: where a register is longer than a
+// lane, trn works on neighbours and tbl with indices inside the lanes puts bytes in order before or after it.
+// Operators, not intrinsics, where there is one: clang 14 makes of `svand_x` a move and a predicated instruction.
+
+//: includes
+#include <arm_sve.h>
+
+//: types
+enum { SVE_BYTES = __ARM_FEATURE_SVE_BITS / 8, SVE_PARTS = 64 / SVE_BYTES, SVE_WORDS = SVE_BYTES / 4 };
+typedef svuint8_t sve_u8 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef svint8_t sve_s8 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef svuint16_t sve_u16 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef svint16_t sve_s16 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef svuint32_t sve_u32 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef svint32_t sve_s32 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef svfloat32_t sve_f32 __attribute__((arm_sve_vector_bits(__ARM_FEATURE_SVE_BITS)));
+typedef struct { sve_u8 z[SVE_PARTS]; } vb;
+typedef struct { sve_s16 z[SVE_PARTS]; } vh;
+typedef struct { sve_s32 z[SVE_PARTS]; } vw;
+typedef struct { sve_f32 z[SVE_PARTS]; } vf;
+typedef struct { sve_u8 z[SVE_PARTS]; } vm; // a byte is not 0 (flag set) or 0
+
+//: prefetch
+WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+
+//: sve_lane
+// Where the own lane begins: 0 sixteen times, 16 sixteen times, ...
+WORD svuint8_t sve_lane(void) { return svand_n_u8_x(svptrue_b8(), svindex_u8(0, 1), 0xf0); }
+
+//: sve_in_lane
+// Indices below 16 of a lane's bytes become those of the register's; indices from 128 on stay so.
+WORD svuint8_t sve_in_lane(svuint8_t i) {
+    return SVE_PARTS == 4 ? i : svorr_u8_x(svptrue_b8(), i, sve_lane());
+}
+
+//: sve_pick
+// In every lane byte i comes from (i << up | i >> down) & 15.
+WORD svuint8_t sve_pick(svuint8_t v, uint8_t up, uint8_t down) {
+    const svbool_t all = svptrue_b8();
+    const svuint8_t i = svand_n_u8_x(all, svindex_u8(0, 1), 15);
+    const svuint8_t from = svorr_u8_x(all, svlsl_n_u8_x(all, i, up), svlsr_n_u8_x(all, i, down));
+    return svtbl_u8(v, svorr_u8_x(all, svand_n_u8_x(all, from, 15), sve_lane()));
+}
+
+//: sve_halves
+// The two halves of every lane alternate, byte by byte: 0 8 1 9 2 10 ...
+WORD svuint8_t sve_halves(svuint8_t v) { return sve_pick(v, 3, 1); }
+
+//: sve_evens
+// In every lane the even bytes, then the odd ones: 0 2 4 ... 1 3 5 ...
+WORD svuint8_t sve_evens(svuint8_t v) { return sve_pick(v, 1, 3); }
+
+//: sve_halves_h
+// The two halves of every lane alternate, int16 by int16: 0 4 1 5 2 6 3 7.
+WORD svint16_t sve_halves_h(svint16_t v) {
+    const svbool_t all = svptrue_b16();
+    const svuint16_t i = svindex_u16(0, 1), odd = svlsl_n_u16_x(all, svand_n_u16_x(all, i, 1), 2);
+    const svuint16_t from = svorr_u16_x(all, odd, svand_n_u16_x(all, svlsr_n_u16_x(all, i, 1), 3));
+    return svtbl_s16(v, svorr_u16_x(all, from, svand_n_u16_x(all, i, 0xfff8)));
+}
+
+//: vb_load
+WORD vb vb_load(const void *p) {
+    vb r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_u8(svptrue_b8(), (const uint8_t *)p + SVE_BYTES * i);
+    return r;
+}
+
+//: vb_store
+WORD void vb_store(void *p, vb v) {
+    for (int i = 0; i < SVE_PARTS; ++i) svst1_u8(svptrue_b8(), (uint8_t *)p + SVE_BYTES * i, v.z[i]);
+}
+
+//: vb_splat
+WORD vb vb_splat(uint8_t x) {
+    vb r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_u8(x);
+    return r;
+}
+
+//: vb_splat4
+// One ld1rw, and one register for all parts.
+WORD vb vb_splat4(const int8_t *p) {
+    vb r;
+    uint32_t x;
+    memcpy(&x, p, 4);
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svreinterpret_u8_u32(svdup_n_u32(x));
+    return r;
+}
+
+//: vb_quad
+WORD vb vb_quad(const void *p) {
+    vb r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1rq_u8(svptrue_b8(), (const uint8_t *)p);
+    return r;
+}
+
+//: vb_and
+WORD vb vb_and(vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] & b.z[i];
+    return a;
+}
+
+//: vb_add
+WORD vb vb_add(vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] + b.z[i];
+    return a;
+}
+
+//: vb_field
+WORD vb vb_field(vb v, int bits, vb mask) {
+    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = (v.z[i] >> (uint8_t)bits) & mask.z[i];
+    return v;
+}
+
+//: vb_high
+WORD vb vb_high(vb v, int bits) {
+    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = v.z[i] >> (uint8_t)bits;
+    return v;
+}
+
+//: vb_lut16
+// tbl gives 0 for every index beyond the register, as all from 128 on are.
+WORD vb vb_lut16(vb table, vb idx) {
+    for (int i = 0; i < SVE_PARTS; ++i) table.z[i] = svtbl_u8(table.z[i], sve_in_lane(idx.z[i]));
+    return table;
+}
+
+//: sve_table
+// Table t of those that are as long as a register: tbl gives 0 where an index, less what lies before the table, is
+// outside it.
+WORD svuint8_t sve_table(const uint8_t *table, svuint8_t i, int t) {
+    const svbool_t all = svptrue_b8();
+    return svtbl_u8(svld1_u8(all, table + SVE_BYTES * t), svsub_n_u8_x(all, i, (uint8_t)(SVE_BYTES * t)));
+}
+
+//: sve_tables
+// Found in table t or t + 1.
+WORD svuint8_t sve_tables(const uint8_t *table, svuint8_t i, int t) {
+    return svorr_u8_x(svptrue_b8(), sve_table(table, i, t), sve_table(table, i, t + 1));
+}
+
+//: vb_lut128
+WORD vb vb_lut128(const uint8_t *table, vb idx) {
+    const svbool_t all = svptrue_b8();
+    vb r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const svuint8_t low7 = svand_n_u8_x(all, idx.z[i], 127);
+        svuint8_t found = sve_tables(table, low7, 0);
+        if (SVE_PARTS > 1) found = svorr_u8_x(all, found, sve_tables(table, low7, 2));
+        if (SVE_PARTS > 2) {
+            found = svorr_u8_x(all, found, sve_tables(table, low7, 4));
+            found = svorr_u8_x(all, found, sve_tables(table, low7, 6));
+        }
+        r.z[i] = found;
+    }
+    return r;
+}
+
+//: vb_avg
+// SVE2 has urhadd. a + b = (a ^ b) + 2 (a & b), so the average rounded up is (a | b) - ((a ^ b) >> 1).
+WORD vb vb_avg(vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (a.z[i] | b.z[i]) - ((a.z[i] ^ b.z[i]) >> 1);
+    return a;
+}
+
+//: vb_mirror
+WORD vb vb_mirror(vb v, vb s) {
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const svbool_t negative = svcmplt_n_s8(svptrue_b8(), svreinterpret_s8_u8(s.z[i]), 0);
+        v.z[i] = svsubr_u8_m(negative, v.z[i], svdup_n_u8(0xaa));
+    }
+    return v;
+}
+
+//: sve_set
+// The flags as a predicate. Compared where they are used: of predicates kept in a struct gcc 12 made wrong code.
+WORD svbool_t sve_set(svuint8_t flags) { return svcmpne_n_u8(svptrue_b8(), flags, 0); }
+
+//: vb_test
+WORD vm vb_test(vb v, vb bits) {
+    vm r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svand_u8_x(svptrue_b8(), v.z[i], bits.z[i]);
+    return r;
+}
+
+//: vb_flip
+WORD vb vb_flip(vb v, vm m) {
+    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = svnot_u8_m(v.z[i], sve_set(m.z[i]), v.z[i]);
+    return v;
+}
+
+//: vb_select
+WORD vb vb_select(vm m, vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = svsel_u8(sve_set(m.z[i]), a.z[i], b.z[i]);
+    return a;
+}
+
+//: vh_zip_lo
+WORD vh vh_zip_lo(vb lo, vb hi) {
+    vh r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        if (SVE_PARTS == 4) r.z[i] = svreinterpret_s16_u8(svzip1_u8(lo.z[i], hi.z[i]));
+        else r.z[i] = svreinterpret_s16_u8(svtrn1_u8(sve_halves(lo.z[i]), sve_halves(hi.z[i])));
+    }
+    return r;
+}
+
+//: vh_zip_hi
+WORD vh vh_zip_hi(vb lo, vb hi) {
+    vh r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        if (SVE_PARTS == 4) r.z[i] = svreinterpret_s16_u8(svzip2_u8(lo.z[i], hi.z[i]));
+        else r.z[i] = svreinterpret_s16_u8(svtrn2_u8(sve_halves(lo.z[i]), sve_halves(hi.z[i])));
+    }
+    return r;
+}
+
+//: vh_zero
+WORD vh vh_zero(void) {
+    vh r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_s16(0);
+    return r;
+}
+
+//: vh_add
+// Unsigned, which wraps; + of signed vectors may not overflow.
+WORD vh vh_add(vh a, vh b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] + (sve_u16)b.z[i]);
+    return a;
+}
+
+//: vh_mul
+WORD vh vh_mul(vh a, vh b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] * (sve_u16)b.z[i]);
+    return a;
+}
+
+//: vh_load
+WORD vh vh_load(const int16_t *p) {
+    vh r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_s16(svptrue_b16(), p + SVE_BYTES / 2 * i);
+    return r;
+}
+
+//: vh_sign_high
+WORD vh vh_sign_high(vb v) {
+    vh r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = (sve_s16)v.z[i] >> 8;
+    return r;
+}
+
+//: vh_pairs
+// SVE2 multiplies bytes to int16. Here even and odd bytes are widened where they stand: mul and mla.
+WORD vh vh_pairs(vb u, vb s) {
+    vh r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const sve_u16 v = (sve_u16)u.z[i], odd = (sve_u16)((sve_s16)s.z[i] >> 8);
+        const sve_u16 even = (sve_u16)((sve_s16)((sve_u16)s.z[i] << 8) >> 8);
+        r.z[i] = (sve_s16)((v & 255) * even + (v >> 8) * odd);
+    }
+    return r;
+}
+
+//: vb_low_bytes
+WORD vb vb_low_bytes(vh a, vh b) {
+    vb r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const svuint8_t x = svreinterpret_u8_s16(a.z[i]), y = svreinterpret_u8_s16(b.z[i]);
+        if (SVE_PARTS == 4) r.z[i] = svuzp1_u8(x, y);
+        else r.z[i] = sve_evens(svtrn1_u8(x, y));
+    }
+    return r;
+}
+
+//: vb_high_bytes
+WORD vb vb_high_bytes(vh a, vh b) {
+    vb r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const svuint8_t x = svreinterpret_u8_s16(a.z[i]), y = svreinterpret_u8_s16(b.z[i]);
+        if (SVE_PARTS == 4) r.z[i] = svuzp2_u8(x, y);
+        else r.z[i] = sve_evens(svtrn2_u8(x, y));
+    }
+    return r;
+}
+
+//: vw_zero
+WORD vw vw_zero(void) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_s32(0);
+    return r;
+}
+
+//: vw_splat
+WORD vw vw_splat(int32_t x) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_s32(x);
+    return r;
+}
+
+//: vw_load
+WORD vw vw_load(const int32_t *p) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_s32(svptrue_b32(), p + SVE_WORDS * i);
+    return r;
+}
+
+//: vw_store
+WORD void vw_store(int32_t *p, vw v) {
+    for (int i = 0; i < SVE_PARTS; ++i) svst1_s32(svptrue_b32(), p + SVE_WORDS * i, v.z[i]);
+}
+
+//: vw_store_n
+WORD void vw_store_n(int32_t *p, vw v, int n) {
+    for (int i = 0; i < SVE_PARTS; ++i) svst1_s32(svwhilelt_b32_s32(SVE_WORDS * i, n), p + SVE_WORDS * i, v.z[i]);
+}
+
+//: sve_sum
+WORD sve_s32 sve_sum(sve_s32 a, sve_s32 b) { return (sve_s32)((sve_u32)a + (sve_u32)b); }
+
+//: vw_add
+WORD vw vw_add(vw a, vw b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = sve_sum(a.z[i], b.z[i]);
+    return a;
+}
+
+//: vw_sub
+WORD vw vw_sub(vw a, vw b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s32)((sve_u32)a.z[i] - (sve_u32)b.z[i]);
+    return a;
+}
+
+//: vw_sra
+WORD vw vw_sra(vw v, int bits) {
+    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = v.z[i] >> bits;
+    return v;
+}
+
+//: vw_max
+WORD vw vw_max(vw a, vw b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = svmax_s32_x(svptrue_b32(), a.z[i], b.z[i]);
+    return a;
+}
+
+//: vw_hsum
+// saddv adds to int64: its low half is the sum mod 2^32.
+WORD int32_t vw_hsum(vw v) {
+    for (int i = 1; i < SVE_PARTS; ++i) v.z[0] = sve_sum(v.z[0], v.z[i]);
+    return (int32_t)svaddv_s32(svptrue_b32(), v.z[0]);
+}
+
+//: vw_hmax
+WORD int32_t vw_hmax(vw v) {
+    for (int i = 1; i < SVE_PARTS; ++i) v.z[0] = svmax_s32_x(svptrue_b32(), v.z[0], v.z[i]);
+    return svmaxv_s32(svptrue_b32(), v.z[0]);
+}
+
+//: vw_dot4
+// sdot takes both operands as signed, so u is at most 127 (code_max).
+WORD vw vw_dot4(vw acc, vb u, vb s) {
+    for (int i = 0; i < SVE_PARTS; ++i)
+        acc.z[i] = svdot_s32(acc.z[i], svreinterpret_s8_u8(u.z[i]), svreinterpret_s8_u8(s.z[i]));
+    return acc;
+}
+
+//: vw_widen
+// SVE2 has sadalp.
+WORD vw vw_widen(vw acc, vh v) {
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const sve_s32 odd = (sve_s32)v.z[i] >> 16, even = (sve_s32)((sve_u32)v.z[i] << 16) >> 16;
+        acc.z[i] = sve_sum(sve_sum(acc.z[i], even), odd);
+    }
+    return acc;
+}
+
+//: sve_rows
+// The eight rows of two lanes, as int32: what a register of 64 bytes holds.
+WORD sve_s32 sve_rows(sve_s16 v) { return sve_sum(svunpklo_s32(v), svunpkhi_s32(v)); }
+
+//: vw_rows
+// unpklo and unpkhi widen halves of a register: of 32 bytes a lane each, of 16 bytes four rows. Of 64 bytes two lanes,
+// whose sums are added once more: the first eight words of lo with the last eight, beside those of hi.
+WORD vw vw_rows(vw acc, vh lo, vh hi) {
+    if (SVE_PARTS == 1) {
+        const sve_s32 x = sve_rows(lo.z[0]), y = sve_rows(hi.z[0]);
+        const svbool_t first = svptrue_pat_b32(SV_VL8);
+        acc.z[0] = sve_sum(acc.z[0], sve_sum(svsplice_s32(first, x, y), svsel_s32(first, svext_s32(x, x, 8), y)));
+        return acc;
+    }
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        acc.z[0] = sve_sum(acc.z[0], svunpklo_s32(lo.z[i]));
+        acc.z[SVE_PARTS / 4] = sve_sum(acc.z[SVE_PARTS / 4], svunpkhi_s32(lo.z[i]));
+        acc.z[SVE_PARTS / 2] = sve_sum(acc.z[SVE_PARTS / 2], svunpklo_s32(hi.z[i]));
+        acc.z[SVE_PARTS / 2 + SVE_PARTS / 4] = sve_sum(acc.z[SVE_PARTS / 2 + SVE_PARTS / 4], svunpkhi_s32(hi.z[i]));
+    }
+    return acc;
+}
+
+//: vw_zip_lo
+WORD vw vw_zip_lo(vh a, vh b) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        if (SVE_PARTS == 4) r.z[i] = svreinterpret_s32_s16(svzip1_s16(a.z[i], b.z[i]));
+        else r.z[i] = svreinterpret_s32_s16(svtrn1_s16(sve_halves_h(a.z[i]), sve_halves_h(b.z[i])));
+    }
+    return r;
+}
+
+//: vw_zip_hi
+WORD vw vw_zip_hi(vh a, vh b) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        if (SVE_PARTS == 4) r.z[i] = svreinterpret_s32_s16(svzip2_s16(a.z[i], b.z[i]));
+        else r.z[i] = svreinterpret_s32_s16(svtrn2_s16(sve_halves_h(a.z[i]), sve_halves_h(b.z[i])));
+    }
+    return r;
+}
+
+//: sve_store_lanes
+// Lane j of v, from p + stride j: a store for each, of that lane alone.
+WORD void sve_store_lanes(uint8_t *p, int64_t stride, vw v) {
+    for (int j = 0; j < 4; ++j) {
+        const int before = 16 * j % SVE_BYTES; // bytes of the register before the lane
+        const svbool_t lane = svcmpeq_n_u8(svptrue_b8(), sve_lane(), (uint8_t)before);
+        svst1_u8(lane, p + stride * j - before, svreinterpret_u8_s32(v.z[16 * j / SVE_BYTES]));
+    }
+}
+
+//: vw_transpose_lanes
+WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
+    sve_store_lanes(p, stride, v0);
+    sve_store_lanes(p + 16, stride, v1);
+    sve_store_lanes(p + 32, stride, v2);
+    sve_store_lanes(p + 48, stride, v3);
+}
+
+//: vw_store_s8
+// st1b of words stores their low bytes.
+WORD void vw_store_s8(int8_t *p, vw v) {
+    const svbool_t all = svptrue_b32();
+    for (int i = 0; i < SVE_PARTS; ++i)
+        svst1b_s32(all, p + SVE_WORDS * i, svmax_n_s32_x(all, svmin_n_s32_x(all, v.z[i], 127), -128));
+}
+
+//: vf_splat
+WORD vf vf_splat(float x) {
+    vf r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_f32(x);
+    return r;
+}
+
+//: vf_load
+WORD vf vf_load(const float *p) {
+    vf r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_f32(svptrue_b32(), p + SVE_WORDS * i);
+    return r;
+}
+
+//: vf_load_n
+// Elements outside the predicate are not touched, so they may lie on an unmapped page.
+WORD vf vf_load_n(const float *p, int n) {
+    vf r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_f32(svwhilelt_b32_s32(SVE_WORDS * i, n), p + SVE_WORDS * i);
+    return r;
+}
+
+//: vf_store_n
+WORD void vf_store_n(float *p, vf v, int n) {
+    for (int i = 0; i < SVE_PARTS; ++i) svst1_f32(svwhilelt_b32_s32(SVE_WORDS * i, n), p + SVE_WORDS * i, v.z[i]);
+}
+
+//: vf_mul
+WORD vf vf_mul(vf a, vf b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] * b.z[i];
+    return a;
+}
+
+//: vf_from_w
+WORD vf vf_from_w(vw v) {
+    vf r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svcvt_f32_s32_x(svptrue_b32(), v.z[i]);
+    return r;
+}
+
+//: vw_abs_bits
+WORD vw vw_abs_bits(vf v) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = (sve_s32)v.z[i] & 0x7fffffff;
+    return r;
+}
+
+//: vw_round
+// frintn: to nearest even, whatever the rounding mode.
+WORD vw vw_round(vf v) {
+    vw r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svcvt_s32_f32_x(svptrue_b32(), svrintn_f32_x(svptrue_b32(), v.z[i]));
+    return r;
+}
