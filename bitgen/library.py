@@ -9,8 +9,8 @@ What is written is a bundle (see `bitgen.bundle`)::
     NAME/src/                   the C text it was made from, and a Makefile
 
 Beside the chosen kernels a library always holds, for each layout that occurs and for I2_S, kernels of the
-target's ISA level with default schedules and portable ones: every shape is served, tuned or not. SVE leaves the
-length of registers to the system: a library with kernels for one length holds others for the rest.
+target's ISA level with default schedules and portable ones: every shape is served, tuned or not. SVE leaves
+the length of registers to the system: a library with kernels for one length holds others for the rest.
 """
 
 from __future__ import annotations

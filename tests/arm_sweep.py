@@ -2,8 +2,8 @@
 
     python tests/arm_sweep.py [LEVEL ...]
 
-from the root of a checkout, with bitgen installed. For each level it prints what `bitgen check` prints on x86.
-Kernels that have the text of their level's parent are counted, not compiled again.
+from the root of a checkout, with bitgen installed. For each level it prints what `bitgen check` prints on
+x86. Kernels that have the text of their level's parent are counted, not compiled again.
 """
 
 from __future__ import annotations

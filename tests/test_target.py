@@ -469,7 +469,7 @@ def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) ->
 
 @pytest.mark.parametrize("isa", [i for i in load_isas() if i.name in ARM], ids=lambda isa: isa.name)
 def test_every_feature_of_an_arm_level_is_required(isa: bitgen.target.Isa) -> None:
-    """-march names a level of the architecture and additions; 8.2 has what 8.1 made mandatory, sve half floats."""
+    """-march names a level of the architecture and additions: 8.2 has what 8.1 made mandatory."""
     march, mcpu = isa.cc_flags[0], isa.zig_flags[0]
     length = [f"-msve-vector-bits={8 * isa.vector_bytes}"] if isa.exact_vector else []
     assert [*isa.cc_flags[1:]] == [*isa.zig_flags[1:]] == length

@@ -26,6 +26,9 @@ typedef struct { sve_u8 z[SVE_PARTS]; } vm; // a byte is not 0 (flag set) or 0
 //: prefetch
 WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
+//: prefetch_once
+WORD void prefetch_once(const void *p) { __builtin_prefetch(p, 0, 0); }
+
 //: sve_lane
 // Where the own lane begins: 0 sixteen times, 16 sixteen times, ...
 WORD svuint8_t sve_lane(void) { return svand_n_u8_x(svptrue_b8(), svindex_u8(0, 1), 0xf0); }

@@ -63,6 +63,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vh vh_zero(void) { return (vh){(h_reg)_mm256_setzero_si256(), (h_reg)_mm256_setzero_si256()}; }
 
 WORD vh vh_add(vh a, vh b) { return (vh){a.a + b.a, a.b + b.b}; }
@@ -189,7 +191,6 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const int8_t *const x0 = a->x + t0 * a->x_stride;
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
-    const vb low4 = vb_splat(15);
     vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero();
     vw acc1_0_0 = vw_zero(), acc1_0_1 = vw_zero();
     for (int64_t from = 0; from < chunks; from += 8) {
@@ -204,7 +205,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             const vb x_3 = vb_splat4(x0 + 16 * c + 12);
             {
                 const vb v0 = vb_load(w0 + 64 * c);
-                const vb v0_high = vb_field(v0, 4, low4);
+                const vb v0_high = vb_high(v0, 4);
                 prefetch(w0 + 64 * c + 4096);
                 h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_and(v0, mask0), x_0));
                 h0_0_1 = vh_add(h0_0_1, vh_pairs(vb_and(v0, mask1), x_1));
@@ -213,7 +214,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             }
             {
                 const vb v1 = vb_load(w1 + 64 * c);
-                const vb v1_high = vb_field(v1, 4, low4);
+                const vb v1_high = vb_high(v1, 4);
                 prefetch(w1 + 64 * c + 4096);
                 h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_and(v1, mask0), x_0));
                 h1_0_1 = vh_add(h1_0_1, vh_pairs(vb_and(v1, mask1), x_1));

@@ -48,9 +48,9 @@ WORD vb vb_and(vb a, vb b) {
     return a;
 }
 
-// b[i] = (v[i] >> bits) & mask[i]; mask has no bit above 8 - bits
-WORD vb vb_field(vb v, int bits, vb mask) {
-    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask.b[i]);
+// b[i] = v[i] >> bits: what lies above the lower fields
+WORD vb vb_high(vb v, int bits) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)(v.b[i] >> bits);
     return v;
 }
 
@@ -164,7 +164,6 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const int8_t *const x0 = a->x + t0 * a->x_stride;
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
-    const vb low4 = vb_splat(15);
     vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero();
     vw acc1_0_0 = vw_zero(), acc1_0_1 = vw_zero();
     {
@@ -177,7 +176,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             const vb x_3 = vb_splat4(x0 + 16 * c + 12);
             {
                 const vb v0 = vb_load(w0 + 64 * c);
-                const vb v0_high = vb_field(v0, 4, low4);
+                const vb v0_high = vb_high(v0, 4);
                 prefetch(w0 + 64 * c + 4096);
                 acc0_0_0 = vw_dot4(acc0_0_0, vb_and(v0, mask0), x_0);
                 acc0_0_1 = vw_dot4(acc0_0_1, vb_and(v0, mask1), x_1);
@@ -186,7 +185,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             }
             {
                 const vb v1 = vb_load(w1 + 64 * c);
-                const vb v1_high = vb_field(v1, 4, low4);
+                const vb v1_high = vb_high(v1, 4);
                 prefetch(w1 + 64 * c + 4096);
                 acc1_0_0 = vw_dot4(acc1_0_0, vb_and(v1, mask0), x_0);
                 acc1_0_1 = vw_dot4(acc1_0_1, vb_and(v1, mask1), x_1);

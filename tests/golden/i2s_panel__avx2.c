@@ -65,6 +65,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vh vh_zero(void) { return (vh){(h_reg)_mm256_setzero_si256(), (h_reg)_mm256_setzero_si256()}; }
 
 WORD vh vh_add(vh a, vh b) { return (vh){a.a + b.a, a.b + b.b}; }
@@ -180,7 +182,7 @@ static inline void unpack_chunk(const uint8_t *chunk, uint8_t *panel) {
     vb_store(panel, vb_field(v, 0, low));
     vb_store(panel + 64, vb_field(v, 2, low));
     vb_store(panel + 128, vb_field(v, 4, low));
-    vb_store(panel + 192, vb_field(v, 6, low));
+    vb_store(panel + 192, vb_high(v, 6));
 }
 
 /* Tokens in flight when k is cut into blocks: their int32 sums (128 KiB) stay in the L2 cache. */

@@ -51,6 +51,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 // Eight tables of 16: vpshufb gives 0 for an index below its table (negative) and repeats itself above it, so each
 // table holds what to xor to the one before. The tables are loop invariants and stay in registers.
 WORD vb vb_lut128(const uint8_t *table, vb idx) {
@@ -187,8 +189,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 0, mask0), x_0));
                 h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 2, mask0), x_1));
                 h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 4, mask0), x_2));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 6, mask0), x_3));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0_fifth, 6, mask0), x_4));
+                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_high(v0, 6), x_3));
+                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_high(v0_fifth, 6), x_4));
             }
             {
                 const vb packed1 = vb_load(w1 + 64 * c);
@@ -198,8 +200,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 0, mask0), x_0));
                 h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 2, mask0), x_1));
                 h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 4, mask0), x_2));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 6, mask0), x_3));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1_fifth, 6, mask0), x_4));
+                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_high(v1, 6), x_3));
+                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_high(v1_fifth, 6), x_4));
             }
         }
         acc0_0_0 = vw_widen(acc0_0_0, h0_0_0);

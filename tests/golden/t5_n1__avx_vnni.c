@@ -62,6 +62,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 // Eight tables of 16 in 24 instructions: vpshufb gives 0 for an index below its table (negative) and repeats itself
 // above it, so each table holds what to xor to the one before. The tables are loop invariants.
 WORD vb vb_lut128(const uint8_t *table, vb idx) {
@@ -217,7 +219,6 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const int8_t *const x0 = a->x + t0 * a->x_stride;
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
-    const vb low4 = vb_splat(15);
     vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero();
     vw acc1_0_0 = vw_zero(), acc1_0_1 = vw_zero();
     {
@@ -233,7 +234,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
-                const vb v0_high = vb_field(v0, 4, low4);
+                const vb v0_high = vb_high(v0, 4);
                 prefetch(w0 + 64 * c + 6144);
                 acc0_0_0 = vw_dot4(acc0_0_0, vb_and(v0, mask0), x_0);
                 acc0_0_1 = vw_dot4(acc0_0_1, vb_and(v0, mask1), x_1);
@@ -245,7 +246,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 const vb packed1 = vb_load(w1 + 64 * c);
                 const vb v1 = vb_mirror(vb_lut128(t5_table, packed1), packed1);
                 const vb v1_fifth = vb_avg(vb_avg(packed1, vb_splat(0)), packed1);
-                const vb v1_high = vb_field(v1, 4, low4);
+                const vb v1_high = vb_high(v1, 4);
                 prefetch(w1 + 64 * c + 6144);
                 acc1_0_0 = vw_dot4(acc1_0_0, vb_and(v1, mask0), x_0);
                 acc1_0_1 = vw_dot4(acc1_0_1, vb_and(v1, mask1), x_1);

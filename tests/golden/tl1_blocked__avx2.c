@@ -53,6 +53,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vb vb_lut16(vb table, vb idx) {
     return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};
 }
@@ -194,7 +196,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         vh lo0_0 = vh_zero(), hi0_0 = vh_zero();
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
-            const vb a0 = vb_and(v0, low4), b0 = vb_field(v0, 4, low4);
+            const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);
@@ -242,7 +244,7 @@ static void tile_2(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         vh lo0_1 = vh_zero(), hi0_1 = vh_zero();
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
-            const vb a0 = vb_and(v0, low4), b0 = vb_field(v0, 4, low4);
+            const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);

@@ -42,9 +42,9 @@ WORD vb vb_and(vb a, vb b) {
     return a;
 }
 
-// b[i] = (v[i] >> bits) & mask[i]; mask has no bit above 8 - bits
-WORD vb vb_field(vb v, int bits, vb mask) {
-    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask.b[i]);
+// b[i] = v[i] >> bits: what lies above the lower fields
+WORD vb vb_high(vb v, int bits) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)(v.b[i] >> bits);
     return v;
 }
 
@@ -175,7 +175,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         vh lo0_0 = vh_zero(), hi0_0 = vh_zero();
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
-            const vb a0 = vb_and(v0, low4), b0 = vb_field(v0, 4, low4);
+            const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
             prefetch(w0 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);

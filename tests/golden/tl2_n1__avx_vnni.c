@@ -61,6 +61,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vb vb_lut16(vb table, vb idx) {
     return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};
 }
@@ -239,7 +241,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
                     }
                 }
                 {
-                    const vb i0 = vb_field(v0, 4, low4);
+                    const vb i0 = vb_high(v0, 4);
                     const vm s0 = vb_test(signs0, vb_load(lane_bits[1]));
                     {
                         const vb table_lo = vb_load(table0 + 512 * c + 128);
@@ -268,7 +270,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
                     }
                 }
                 {
-                    const vb i0 = vb_field(v0, 4, low4);
+                    const vb i0 = vb_high(v0, 4);
                     const vm s0 = vb_test(signs0, vb_load(lane_bits[1]));
                     {
                         const vb table_lo = vb_load(table0 + 512 * c + 384);

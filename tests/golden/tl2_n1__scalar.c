@@ -49,9 +49,9 @@ WORD vb vb_and(vb a, vb b) {
     return a;
 }
 
-// b[i] = (v[i] >> bits) & mask[i]; mask has no bit above 8 - bits
-WORD vb vb_field(vb v, int bits, vb mask) {
-    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask.b[i]);
+// b[i] = v[i] >> bits: what lies above the lower fields
+WORD vb vb_high(vb v, int bits) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)(v.b[i] >> bits);
     return v;
 }
 
@@ -231,7 +231,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
                     }
                 }
                 {
-                    const vb i0 = vb_field(v0, 4, low4);
+                    const vb i0 = vb_high(v0, 4);
                     const vm s0 = vb_test(signs0, vb_load(lane_bits[1]));
                     {
                         const vb table_lo = vb_load(table0 + 512 * c + 128);
@@ -260,7 +260,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
                     }
                 }
                 {
-                    const vb i0 = vb_field(v0, 4, low4);
+                    const vb i0 = vb_high(v0, 4);
                     const vm s0 = vb_test(signs0, vb_load(lane_bits[1]));
                     {
                         const vb table_lo = vb_load(table0 + 512 * c + 384);

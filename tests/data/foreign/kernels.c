@@ -1,13 +1,15 @@
 /* Kernels in a program of their own: products come in on stdin, verdicts go out on stdout.
  *
- * Every buffer has exactly the bytes it is promised to have, from an allocator of its own, so that a program
- * compiled with AddressSanitizer sees what is read or written beyond one. The kernels stand in kernels.h.
+ * Every buffer has exactly the bytes it is promised to have and ends where a forbidden page begins; compiled with
+ * AddressSanitizer, which sees more but not what SVE loads and stores, it is from malloc. The kernels stand in
+ * kernels.h.
  */
-#define _POSIX_C_SOURCE 200112L
+#define _DEFAULT_SOURCE
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "kernels.h"
 
@@ -17,10 +19,36 @@ struct head {
     int64_t kernel, floats, m, k, n, x_stride, table_stride, out_stride, w_bytes, w_scales, split;
 };
 
-static void *buffer(int64_t bytes, int filled)
+enum buffers { W, X, X_SUM, X_SCALE, W_SCALE, EXPECTED, OUT, TABLES, SCRATCH, BUFFERS };
+
+/* `bytes` bytes in place of the last ones of `which`. */
+#ifdef __SANITIZE_ADDRESS__
+static void *take(enum buffers which, int64_t bytes)
 {
-    void *p = NULL;
-    if (posix_memalign(&p, 64, bytes ? (size_t)bytes : 1)) exit(2);
+    static void *taken[BUFFERS];
+    free(taken[which]);
+    if (posix_memalign(&taken[which], 64, bytes ? (size_t)bytes : 1)) exit(2);
+    return taken[which];
+}
+#else
+static void *take(enum buffers which, int64_t bytes)
+{
+    enum { PAGE = 1 << 16 }; /* the largest of AArch64's */
+    static uint8_t *end[BUFFERS];
+    static int64_t size[BUFFERS];
+    if (!end[which] || size[which] < bytes) {
+        size[which] = (bytes / PAGE + 1) * PAGE;
+        uint8_t *p = mmap(NULL, (size_t)size[which] + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED || mprotect(p + size[which], PAGE, PROT_NONE)) exit(2);
+        end[which] = p + size[which];
+    }
+    return end[which] - bytes;
+}
+#endif
+
+static void *buffer(enum buffers which, int64_t bytes, int filled)
+{
+    void *p = take(which, bytes);
     if (filled && bytes && fread(p, (size_t)bytes, 1, stdin) != 1) exit(3);
     return p;
 }
@@ -43,18 +71,18 @@ static int64_t run(const struct head *h, int64_t *where)
 {
     const struct kernel *kernel = &kernels[h->kernel];
     const int64_t n = h->n, out_bytes = 4 * n * h->out_stride;
-    uint8_t *w = buffer(h->w_bytes, 1);
-    int8_t *x = buffer(n * h->x_stride, 1);
-    int32_t *x_sum = buffer(4 * n, 1);
-    float *x_scale = buffer(4 * n, 1), *w_scale = buffer(4 * h->w_scales, 1);
-    uint32_t *expected = buffer(4 * n * h->m, 1), *out = buffer(out_bytes, 0);
-    uint8_t *tables = kernel->tables ? buffer(n * h->table_stride, 0) : NULL;
+    uint8_t *w = buffer(W, h->w_bytes, 1);
+    int8_t *x = buffer(X, n * h->x_stride, 1);
+    int32_t *x_sum = buffer(X_SUM, 4 * n, 1);
+    float *x_scale = buffer(X_SCALE, 4 * n, 1), *w_scale = buffer(W_SCALE, 4 * h->w_scales, 1);
+    uint32_t *expected = buffer(EXPECTED, 4 * n * h->m, 1), *out = buffer(OUT, out_bytes, 0);
+    uint8_t *tables = buffer(TABLES, kernel->tables ? n * h->table_stride : 0, 0);
     if (kernel->tables)
         for (int64_t t = 0; t < n; ++t) kernel->tables(x + t * h->x_stride, h->k, tables + t * h->table_stride);
     struct bitgen_matmul a = {
         .w = w, .x = x, .x_sum = x_sum, .tables = tables, .x_scale = x_scale, .w_scale = w_scale,
         .acc = h->floats ? NULL : (int32_t *)out, .y = h->floats ? (float *)out : NULL,
-        .scratch = buffer(kernel->scratch(h->m, h->k, n), 0),
+        .scratch = buffer(SCRATCH, kernel->scratch(h->m, h->k, n), 0),
         .x_stride = h->x_stride, .table_stride = h->table_stride, .w_scale_stride = h->w_scales > 1,
         .out_stride = h->out_stride, .m = h->m, .k = h->k, .n = n};
     int64_t result = 0, edges[3] = {0, h->split, h->m};
@@ -66,8 +94,6 @@ static int64_t run(const struct head *h, int64_t *where)
         kernel->run(&a);
         result = verdict(h, out, expected, edges[i], edges[i + 1], where);
     }
-    free(w), free(x), free(x_sum), free(x_scale), free(w_scale), free(expected), free(out), free(tables);
-    free(a.scratch);
     return result;
 }
 
