@@ -45,6 +45,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vw vw_splat(int32_t x) { return (vw){(w_reg)_mm512_set1_epi32(x)}; }
 
 WORD vw vw_load(const int32_t *p) { return (vw){(w_reg)_mm512_loadu_si512(p)}; }
@@ -186,7 +188,7 @@ static inline void unpack_chunk(const uint8_t *chunk, uint8_t *panel) {
     vb_store(panel, vb_field(v, 0, low));
     vb_store(panel + 64, vb_field(v, 2, low));
     vb_store(panel + 128, vb_field(v, 4, low));
-    vb_store(panel + 192, vb_field(v, 6, low));
+    vb_store(panel + 192, vb_high(v, 6));
 }
 
 enum { SLOT_BYTES = 4096 }; /* the tiles of a turn: 4 x 16 rows x 64 k */

@@ -43,6 +43,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 // One vpermi2b, which reads the low 7 bits of an index, against 24 instructions.
 WORD vb vb_lut128(const uint8_t *table, vb idx) {
     return (vb){_mm512_permutex2var_epi8(_mm512_loadu_si512(table), idx.v, _mm512_loadu_si512(table + 64))};
@@ -208,8 +210,8 @@ static inline void unpack_chunk(const uint8_t *chunk, uint8_t *panel) {
     vb_store(panel, vb_field(v, 0, low));
     vb_store(panel + 64, vb_field(v, 2, low));
     vb_store(panel + 128, vb_field(v, 4, low));
-    vb_store(panel + 192, vb_field(v, 6, low));
-    vb_store(panel + 256, vb_field(fifth, 6, low));
+    vb_store(panel + 192, vb_high(v, 6));
+    vb_store(panel + 256, vb_high(fifth, 6));
 }
 
 /* Tokens in flight when k is cut into blocks: their int32 sums (512 KiB) stay in the L2 cache. */

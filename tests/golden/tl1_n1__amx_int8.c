@@ -46,6 +46,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
 WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpacklo_epi8(lo.v, hi.v)}; }
@@ -150,16 +152,16 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         vh lo3_0 = vh_zero(), hi3_0 = vh_zero();
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
-            const vb a0 = vb_and(v0, low4), b0 = vb_field(v0, 4, low4);
+            const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
             prefetch(w0 + 64 * c + 4096);
             const vb v1 = vb_load(w1 + 64 * c);
-            const vb a1 = vb_and(v1, low4), b1 = vb_field(v1, 4, low4);
+            const vb a1 = vb_and(v1, low4), b1 = vb_high(v1, 4);
             prefetch(w1 + 64 * c + 4096);
             const vb v2 = vb_load(w2 + 64 * c);
-            const vb a2 = vb_and(v2, low4), b2 = vb_field(v2, 4, low4);
+            const vb a2 = vb_and(v2, low4), b2 = vb_high(v2, 4);
             prefetch(w2 + 64 * c + 4096);
             const vb v3 = vb_load(w3 + 64 * c);
-            const vb a3 = vb_and(v3, low4), b3 = vb_field(v3, 4, low4);
+            const vb a3 = vb_and(v3, low4), b3 = vb_high(v3, 4);
             prefetch(w3 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);

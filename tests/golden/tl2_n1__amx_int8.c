@@ -49,6 +49,8 @@ WORD vb vb_field(vb v, int bits, vb mask) {
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
+WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+
 WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
 WORD vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
@@ -217,13 +219,13 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
                     }
                 }
                 {
-                    const vb i0 = vb_field(v0, 4, low4);
+                    const vb i0 = vb_high(v0, 4);
                     const vm s0 = vb_test(signs0, vb_load(lane_bits[1]));
-                    const vb i1 = vb_field(v1, 4, low4);
+                    const vb i1 = vb_high(v1, 4);
                     const vm s1 = vb_test(signs1, vb_load(lane_bits[1]));
-                    const vb i2 = vb_field(v2, 4, low4);
+                    const vb i2 = vb_high(v2, 4);
                     const vm s2 = vb_test(signs2, vb_load(lane_bits[1]));
-                    const vb i3 = vb_field(v3, 4, low4);
+                    const vb i3 = vb_high(v3, 4);
                     const vm s3 = vb_test(signs3, vb_load(lane_bits[1]));
                     {
                         const vb table_lo = vb_load(table0 + 512 * c + 128);
@@ -287,13 +289,13 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
                     }
                 }
                 {
-                    const vb i0 = vb_field(v0, 4, low4);
+                    const vb i0 = vb_high(v0, 4);
                     const vm s0 = vb_test(signs0, vb_load(lane_bits[1]));
-                    const vb i1 = vb_field(v1, 4, low4);
+                    const vb i1 = vb_high(v1, 4);
                     const vm s1 = vb_test(signs1, vb_load(lane_bits[1]));
-                    const vb i2 = vb_field(v2, 4, low4);
+                    const vb i2 = vb_high(v2, 4);
                     const vm s2 = vb_test(signs2, vb_load(lane_bits[1]));
-                    const vb i3 = vb_field(v3, 4, low4);
+                    const vb i3 = vb_high(v3, 4);
                     const vm s3 = vb_test(signs3, vb_load(lane_bits[1]));
                     {
                         const vb table_lo = vb_load(table0 + 512 * c + 384);

@@ -45,9 +45,9 @@ WORD vb vb_and(vb a, vb b) {
     return a;
 }
 
-// b[i] = (v[i] >> bits) & mask[i]; mask has no bit above 8 - bits
-WORD vb vb_field(vb v, int bits, vb mask) {
-    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask.b[i]);
+// b[i] = v[i] >> bits: what lies above the lower fields
+WORD vb vb_high(vb v, int bits) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)(v.b[i] >> bits);
     return v;
 }
 
@@ -262,10 +262,10 @@ static inline void unpack_chunk(const uint8_t *chunk, uint8_t *panel) {
     const vb plus1 = vb_quad(digits[1]), minus1 = vb_quad(mirrored[1]);
     const vb plus2 = vb_quad(digits[2]), minus2 = vb_quad(mirrored[2]);
     const vb v0 = vb_load(chunk), signs0 = vb_quad(chunk + 128);
-    const vb i0 = vb_and(v0, low4), i1 = vb_field(v0, 4, low4);
+    const vb i0 = vb_and(v0, low4), i1 = vb_high(v0, 4);
     const vm s0 = vb_test(signs0, low_bits), s1 = vb_test(signs0, high_bits);
     const vb v1 = vb_load(chunk + 64), signs1 = vb_quad(chunk + 144);
-    const vb i2 = vb_and(v1, low4), i3 = vb_field(v1, 4, low4);
+    const vb i2 = vb_and(v1, low4), i3 = vb_high(v1, 4);
     const vm s2 = vb_test(signs1, low_bits), s3 = vb_test(signs1, high_bits);
     const vb k0 = vb_select(s0, vb_lut16(minus0, i0), vb_lut16(plus0, i0));
     const vb k1 = vb_select(s0, vb_lut16(minus1, i0), vb_lut16(plus1, i0));
