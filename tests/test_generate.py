@@ -312,7 +312,7 @@ def test_logits_are_those_of_the_whole_text() -> None:
 def test_prompts_that_do_not_fit_are_refused() -> None:
     llm = small_llm(context=16)
     with pytest.raises(BitgenError, match="the prompt has 17 tokens and the context holds 16: shorten it"):
-        llm.generate([5] * 17).__next__()
+        llm.generate([5] * 17)
     assert len("".join(llm.generate([5] * 16, max_tokens=9, temperature=0))) > 0
     with pytest.raises(BitgenError, match="the prompt is empty"):
         llm.generate([[]])
@@ -343,6 +343,18 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str
 def test_tokens_outside_the_vocabulary_are_refused(ids: list[int]) -> None:
     with pytest.raises(BitgenError, match="outside the model's vocabulary"):
         small_llm().generate(ids)
+
+
+@pytest.mark.parametrize("prompt", [5, None, object()])
+def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(BitgenError, match="a prompt is a text, token ids, or a list of these, not"):
+        small_llm().generate(prompt)
+
+
+@pytest.mark.parametrize("ids", ["abc", [1.5], [None]])
+def test_what_are_no_token_ids_is_refused(ids: Any) -> None:
+    with pytest.raises(BitgenError, match="token ids must be integers"):
+        small_llm().logits(ids)
 
 
 # ---- Perplexity ----

@@ -159,6 +159,9 @@ X = np.zeros((2, 6), np.float32)
         (W, np.ones(4), ArgumentTypeError, "scale must be float32, not float64"),
         (W, np.ones(3, np.float32), ArgumentValueError, "scale must have 1 or 4 values, not 3"),
         (W, np.ones((4, 1), np.float32), ArgumentValueError, "scale must have 1 dimensions"),
+        (W, float("nan"), ArgumentValueError, "scale holds NaN or infinity"),
+        (W, 1e39, ArgumentValueError, "scale holds NaN or infinity"),
+        (W, np.array([1, 1, np.inf, 1], np.float32), ArgumentValueError, "scale holds NaN or infinity"),
     ],
 )
 def test_wrong_weights_are_named(
