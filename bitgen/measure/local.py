@@ -24,9 +24,9 @@ from bitgen.measure.probes import (
     LAYOUT,
     PATTERNS,
     READ_SHAPE,
-    Dot4,
     ReadPattern,
     build_probes,
+    peak_probe,
 )
 from bitgen.measure.records import Job, Limits, Load, Measurement, Missing, Race, Status
 from bitgen.measure.server import Deadlines
@@ -359,7 +359,7 @@ class LocalRunner:
     def _measure_limits(self, threads: int, isas: Sequence[str]) -> Limits:
         if not isas:
             raise BitgenError("name at least one ISA level whose limits are to be measured")
-        dots = [Dot4(isa) for isa in isas]
+        dots = [peak_probe(isa) for isa in isas]
         # Every level reads as fast as memory gives; the first one named is the strongest.
         sources = [*(p.source(isas[0]) for p in PATTERNS), *(dot.source() for dot in dots)]
         probes = build_probes(self._toolchain, sources)

@@ -68,6 +68,27 @@ class Dot4:
         return render_probe("dot4", self.isa, chains=self.chains, turns=self.turns)
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Products of tiles whose operands come from L1, for levels with tile registers."""
+
+    isa: str
+    turns: int = 400  # for each 16 rows; a call of `DOT_SHAPE` takes about 1.5 ms at 4 TOPS
+
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * 4 * 2 * 16 * 16 * 64
+
+    def source(self) -> Source:
+        return render_probe("tiles", self.isa, turns=self.turns)
+
+
+def peak_probe(isa: str) -> Dot4 | Tiles:
+    """What reaches the peak of an ISA level."""
+    return Tiles(isa) if isas()[isa].tile_registers else Dot4(isa)
+
+
 def build_probes(toolchain: Toolchain, sources: Sequence[Source]) -> list[Functions]:
     """The probes compiled, those of one ISA level in one library. CompileError when one does not compile."""
     units = {source: unit_of(source) for source in sources}
@@ -96,4 +117,5 @@ def _functions(source: Source, library: Path) -> Functions:
         row_grain=LAYOUT.row_block,
         n_min=1,
         n_max=2**31 - 1,
+        tile_registers=bool(isas()[source.isa].tile_registers),
     )
