@@ -96,7 +96,7 @@ SUITES = {
         4,
     ),
     "kernels": ("test_exact.py", "one_shape and (avx_vnni or amx_int8) or drawn and amx_int8 and not n1", 11),
-    "probes": ("test_measure.py", "limits_have_every_pattern", 1),
+    "probes": ("test_measure.py", "peak_of_tiles", 1),
     "models": ("test_engine.py", "exact_model and f32 and relu2 and (avx_vnni or amx_int8)", 2),
 }
 

@@ -38,6 +38,7 @@ from bitgen.measure import (
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
 from bitgen.measure.drop import heats
 from bitgen.measure.lock import MachineLock
+from bitgen.measure.probes import build_probes, peak_probe
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
@@ -344,6 +345,17 @@ def test_a_killed_measuring_process_is_started_again(runner: LocalRunner) -> Non
     os.kill(pid, signal.SIGKILL)
     assert next(answers).status is Status.OK
     assert runner.server_pid not in (None, pid)
+
+
+def test_the_peak_of_tiles_is_probed(runner: LocalRunner, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A whole call for 16 rows: the probe asks for the registers and gives them back."""
+    if not find_isa("amx_int8", load_isas()).requires <= detect_cpu().features:
+        pytest.skip("this CPU lacks amx_int8")
+    probe = peak_probe("amx_int8")
+    assert probe.source().text.count("vt_dot4(&t") == 4
+    built = build_probes(toolchain_of(tmp_path_factory), [probe.source()])
+    (nanoseconds,) = runner._probe(built, Shape(16, 64), 1, False)
+    assert 0 < nanoseconds < 1e9
 
 
 def test_limits_have_every_pattern_and_level(runner: LocalRunner) -> None:
