@@ -185,9 +185,9 @@ def space_of(family: str, core: Core) -> Space:
 
 
 def points(space: Space) -> list[KernelSpec]:
-    """The points of a space that differ in code: those that prefetch as far as the default does."""
-    ahead = space.default.schedule["prefetch"]
-    return [spec for spec in space.points if spec.schedule["prefetch"] == ahead]
+    """The schedules of a space that differ in more than their prefetches: those of the default."""
+    asks = {name: value for name, value in space.default.schedule if name in ("prefetch", "hint")}
+    return [spec for spec in space.points if asks.items() <= dict(spec.schedule).items()]
 
 
 def table(specs: Iterable[tuple[Core, KernelSpec]], llvm: str) -> Table:
