@@ -159,14 +159,17 @@ def render_source(
 ) -> Source:
     """The C text of one kernel: the default schedule of its space, with ``knobs`` ("name=value") set.
 
-    ``family`` may also be quantize, tl1_tables or tl2_tables. BitgenError quotes the rules that a schedule
-    breaks.
+    ``family`` may also be quantize, or tables such as tl1_tables or tl5_wide_tables. BitgenError quotes the
+    rules that a schedule breaks.
     """
     level = isa or Workshop().isa(None).name
     if family == "quantize":
         return render_quantize(level)
     if family.endswith("_tables"):
-        return render_tables(family.removesuffix("_tables"), level)
+        stem = family.removesuffix("_tables")
+        kinds = (kind for known in FAMILIES.values() for kind, _ in known.tables)
+        kind = next((kind for kind in kinds if stem.endswith(f"_{kind}")), None)
+        return render_tables(stem.removesuffix(f"_{kind}"), level, kind or algorithm)
     space = legal_space(family, isa=level, shape=shape, regime=regime)
     start = next(
         (s for s in (space.default, *space) if algorithm in (None, s.schedule.algorithm)),

@@ -17,7 +17,7 @@ from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
 from bitgen.packing import T5_CODES
 from bitgen.paths import configs_dir
 from bitgen.render import render_host, render_step_header
-from bitgen.spec import FAMILIES, K_MAX, X_ALIGN, X_PAD, KernelSpec
+from bitgen.spec import K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.target import ArmFeature
 from bitgen.toolchain import Unit
 
@@ -35,14 +35,6 @@ def row_grain(spec: KernelSpec) -> int:
     """
     knobs = dict(spec.schedule)
     return max(knobs.get("streams", 1) * spec.layout.row_block, knobs.get("mc", 0))
-
-
-def table_bytes(spec: KernelSpec) -> int:
-    """Bytes of the lookup tables of one token and one chunk; 0 for a kernel that reads none.
-
-    Panels and tiles unpack weights to bytes and multiply, whatever the family.
-    """
-    return 0 if spec.schedule.unpacks else FAMILIES[spec.family].table_bytes
 
 
 def host_headers(arch: str) -> Headers:

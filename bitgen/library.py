@@ -42,7 +42,7 @@ from bitgen.bundle import (
     sha256_of,
 )
 from bitgen.errors import EXIT_FAILURE, EXIT_FILE, EXIT_USAGE, BitgenError
-from bitgen.host import SYSTEMS, host_headers, library_units, row_grain, table_bytes
+from bitgen.host import SYSTEMS, host_headers, library_units, row_grain
 from bitgen.paths import HOME_VARIABLE, ensure_dir
 from bitgen.render import (
     Source,
@@ -57,7 +57,6 @@ from bitgen.spec import (
     FAMILIES,
     MATMUL_STRUCT,
     REGIMES,
-    TABLES_PROTOTYPE,
     KernelSpec,
     Layout,
     Shape,
@@ -176,11 +175,13 @@ class Contents:
     @cached_property
     def sources(self) -> tuple[Source, ...]:
         """Kernels, then the quantiser of each ISA level, then the table builders."""
-        tables = dict.fromkeys((spec.family, spec.isa) for spec in self.specs if table_bytes(spec))
+        tables = dict.fromkeys(
+            (spec.family, spec.isa, spec.schedule.algorithm) for spec in self.specs if spec.table_bytes
+        )
         return (
             *(render_kernel(spec) for spec in self.specs),
             *(render_quantize(isa.name) for isa in self.isas),
-            *(render_tables(family, isa) for family, isa in tables),
+            *(render_tables(*which) for which in tables),
         )
 
 
@@ -402,7 +403,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
 
 
 def _kernel_values(spec: KernelSpec, isa_names: Sequence[str]) -> dict[str, Any]:
-    tables = TABLES_PROTOTYPE.format(family=spec.family, isa=spec.isa)
+    tables = spec.tables_prototype
     regime = regime_named(spec.regime)
     return {
         "spec": spec,
@@ -410,9 +411,9 @@ def _kernel_values(spec: KernelSpec, isa_names: Sequence[str]) -> dict[str, Any]
         "isa_id": isa_names.index(spec.isa),
         "regime": regime,
         "regime_id": REGIMES.index(regime),
-        "table_bytes": table_bytes(spec),
+        "table_bytes": spec.table_bytes,
         "row_grain": row_grain(spec),
-        "tables": Prototype.parse(tables).name if table_bytes(spec) else "0",
+        "tables": Prototype.parse(tables).name if tables else "0",
     }
 
 

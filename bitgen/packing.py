@@ -2,7 +2,8 @@
 
 ``pack(layout, w)`` takes w int8 (m, k) in {-1, 0, 1} and gives uint8 (layout.packed_bytes,). The matrix is
 padded with zero weights to whole row blocks and chunks. In all layouts a sub-block is 16 rows, a lane is 16
-bytes, and a chunk is followed by the same chunk of the next sub-block of its row block.
+bytes, and a chunk is followed by the same chunk of the next sub-block of its row block (tl5: of the next
+four).
 
 ====== =================== ==================================================================================
 family a chunk             bytes
@@ -18,6 +19,10 @@ t5     16 rows x 20 k, 64  byte[4 r + j] holds w[r, 4 s + j], s = 0..4: its thir
                            w_4 + 1; T5_TABLE[byte & 127] holds the codes w_s + 1 << 2 s, s = 0..3, of a byte
                            below 128; a byte from 128 on has 2 - code in every place. The smallest byte that
                            decodes right is used.
+tl5    64 rows x 20 k, 256 byte[64 j + 16 l + 4 u + q] holds w[16 u + 4 l + q, 4 s + j], s = 0..4: v = 9 t + p
+                           with t = 9 w_0 + 3 w_1 + w_2, p = 3 w_3 + w_4. Bit 7 is v < 0. The other bits, of
+                           |v| = 9 t + p with t = 0..13: 8 t + p + 4 if p < 0, 8 t + p + 3 if p > 0, and
+                           112 + t if p = 0. A trailer counts the negative v of each row.
 ====== =================== ==================================================================================
 """
 
@@ -57,7 +62,8 @@ def pack(layout: Layout, w: Ternary) -> Bytes:
     body = _ENCODE[layout.family](tiles)
     blocks = body.reshape(len(tiles), -1)
     if FAMILIES[layout.family].trailer_bytes:
-        negative = (_triples(tiles) < 0).sum(axis=(1, 4, 5), dtype=np.int32)  # (blocks, sub-blocks, 16)
+        values = _triples(tiles) if layout.family == "tl2" else _fives(tiles)
+        negative = np.less(values, 0).sum(axis=(1, 4, 5), dtype=np.int32)  # (blocks, sub-blocks, 16)
         blocks = np.concatenate([blocks, negative.reshape(len(tiles), -1).view(np.uint8)], axis=1)
     return np.ascontiguousarray(blocks).reshape(-1)
 
@@ -187,15 +193,68 @@ def _decode_tl2(cells: Bytes) -> Ternary:
     return np.stack([w0, w1, w2], axis=-1).astype(np.int8).reshape(*head, 16, 48)
 
 
+def _fives(tiles: Ternary) -> NDArray[np.int16]:
+    """Values 81 w0 + 27 w1 + 9 w2 + 3 w3 + w4: (blocks, chunks, sub-blocks, 16 rows, 1, vector j)."""
+    w = tiles.reshape(*tiles.shape[:4], 5, 4).astype(np.int16)
+    values: NDArray[np.int16] = (w * _FIVE_PLACES[:, None]).sum(axis=-2, keepdims=True, dtype=np.int16)
+    return values
+
+
+def _tl5_weights() -> Ternary:
+    """(128, 5): the weights of an index; none where it stands for nothing (126 and 127)."""
+    weights = np.zeros((128, 5), np.int8)
+    pairs = [p for p in range(-4, 5) if p]  # 3 w3 + w4
+    for t in range(14):
+        three = [(t + 13) // 9 - 1, (t + 13) // 3 % 3 - 1, (t + 13) % 3 - 1]
+        weights[112 + t, :3] = three
+        for i, p in enumerate(pairs):
+            weights[8 * t + i] = [*three, (p + 4) // 3 - 1, (p + 4) % 3 - 1]
+    return weights
+
+
+def _tl5_codes() -> Bytes:
+    """(243,): the byte of v + 121."""
+    codes = np.zeros(243, np.uint8)
+    for index in reversed(range(128)):
+        v = int(TL5_WEIGHTS[index] @ _FIVE_PLACES)
+        if v >= 0:  # t = 0 with p < 0 is written as its mirror
+            codes[121 - v] = index | 128
+            codes[121 + v] = index
+    return codes
+
+
+_FIVE_PLACES = np.array([81, 27, 9, 3, 1], np.int16)
+TL5_WEIGHTS = _tl5_weights()
+TL5_CODES = _tl5_codes()
+
+
+def _encode_tl5(tiles: Ternary) -> Bytes:
+    codes = TL5_CODES[_fives(tiles)[..., 0, :] + 121]  # (blocks, chunks, sub-blocks, 16 rows, j)
+    blocks, chunks, subs = tiles.shape[:3]
+    rows = codes.reshape(blocks, chunks, subs // 4, 4, 4, 4, 4)  # (..., 64 rows, u, l, q, j)
+    return np.moveaxis(rows, (6, 4, 3, 5), (3, 4, 5, 6)).reshape(blocks, chunks, subs, 64)
+
+
+def _decode_tl5(cells: Bytes) -> Ternary:
+    blocks, chunks, subs = cells.shape[:3]
+    vectors = cells.reshape(blocks, chunks, subs // 4, 4, 4, 4, 4)  # (..., 64 rows, j, l, u, q)
+    byte = np.moveaxis(vectors, (3, 4, 5, 6), (6, 4, 3, 5)).reshape(blocks, chunks, subs, 16, 4, 1)
+    w = np.where(byte < 128, TL5_WEIGHTS[byte[..., 0] & 127], -TL5_WEIGHTS[byte[..., 0] & 127])
+    tiles: Ternary = np.swapaxes(w, -1, -2).reshape(blocks, chunks, subs, 16, 20)
+    return tiles
+
+
 _ENCODE: dict[str, Callable[[Ternary], Bytes]] = {
     "i2s": _encode_i2s,
     "tl1": _encode_tl1,
     "tl2": _encode_tl2,
     "t5": _encode_t5,
+    "tl5": _encode_tl5,
 }
 _DECODE: dict[str, Callable[[Bytes], Ternary]] = {
     "i2s": _decode_i2s,
     "tl1": _decode_tl1,
     "tl2": _decode_tl2,
     "t5": _decode_t5,
+    "tl5": _decode_tl5,
 }

@@ -6,7 +6,7 @@ forbids cannot be built: `Space` never yields it, and `Space.check` says in word
 ====== ========== ============================================================================================
 knob   algorithm  meaning
 ====== ========== ============================================================================================
-streams direct    row blocks walked at once, each a stream of its own in memory; rows in registers = streams x
+streams not panel row blocks walked at once, each a stream of its own in memory; rows in registers = streams x
                   row_block
 nr      both      tokens whose accumulators live in registers
 accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every field masked in place (scales
@@ -14,16 +14,17 @@ accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every fiel
 widen   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums, added
                   to int32 every W chunks (direct) or every W steps of 4 k (panel)
 unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
-prefetch direct   bytes ahead of each stream that are asked for; 0: leave it to the hardware
-hint    direct    n = 1 only: where a prefetched line goes. 0: into every cache (T0), 1: past them (NTA),
+prefetch not panel bytes ahead of each stream that are asked for; 0: leave it to the hardware
+hint    not panel n = 1 only: where a prefetched line goes. 0: into every cache (T0), 1: past them (NTA),
                   because a token reads its weights once
 mr      panel     rows whose accumulators live in registers
 mc      both      rows of a cache block;  kc  columns of a cache block, 0: all of k
 ====== ========== ============================================================================================
 
-``direct`` reads packed weights and multiplies or looks up at once; ``panel`` unpacks ``mc`` x ``kc`` weights
-to bytes that serve every token of the batch. ``tiles`` multiplies tiles of 16 tokens x 64 k with tiles of
-64 k x 16 rows, on ISA levels that have them: on the way for 2..16 tokens (``streams``, ``ahead``,
+``direct`` reads packed weights and multiplies or looks up at once; ``wide`` and ``split`` are TL5's ways to
+look up, in one table of 128 sums for five activations or in two of 16; ``panel`` unpacks ``mc`` x ``kc``
+weights to bytes that serve every token of the batch. ``tiles`` multiplies tiles of 16 tokens x 64 k with
+tiles of 64 k x 16 rows, on ISA levels that have them: on the way for 2..16 tokens (``streams``, ``ahead``,
 ``prefetch``), from panels for more (``mr`` and ``nr`` are multiples of 16).
 """
 
@@ -41,7 +42,7 @@ from bitgen.target import Cpu, Isa
 INT16_MIN, INT16_MAX = -32768, 32767
 # The least and the largest value that one addition puts into an int16 lane, with activations in -128..127.
 PAIR_RANGE = (-2 * 2 * 128, 2 * 2 * 127)  # I2_S and panels: codes 0..2, two products a lane
-ENTRY_RANGE = {"tl1": (-2 * 128, 2 * 128), "tl2": (-3 * 128, 3 * 128)}  # signed sums of two, of three
+ENTRY_RANGE = {"tl1": (-2 * 128, 2 * 128), "tl2": (-3 * 128, 3 * 128), "tl5": (-5 * 128, 5 * 128)}
 
 Axes = Mapping[str, tuple[int, ...]]
 
@@ -88,7 +89,8 @@ def int16_sums(spec: KernelSpec) -> Int16Sums | None:
         scale = field_scale(s["accs"])
         adds = s["widen"] * last_fields(spec.family, s["accs"])
         return Int16Sums(adds, scale * PAIR_RANGE[0], scale * PAIR_RANGE[1])
-    lookups = FAMILIES[spec.family].k_chunk // FAMILIES[spec.family].g // 4  # a lane and chunk
+    family = FAMILIES[spec.family]
+    lookups = family.k_chunk // family.g * family.rows // 64  # an int16 lane and chunk
     return Int16Sums(s["widen"] * lookups, *ENTRY_RANGE[spec.family])
 
 
@@ -209,7 +211,8 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> 
     """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes."""
     if family not in FAMILIES:
         raise BitgenError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}", EXIT_USAGE)
-    layouts = tuple(Layout(family, rows) for rows in (16, 32))
+    rows = FAMILIES[family].rows
+    layouts = tuple(Layout(family, rows) for rows in ((16, 32) if rows == 16 else (rows,)))
     return Space(
         family=family,
         isa=isa,
@@ -232,7 +235,10 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> 
 
 def _axes(family: str, isa: Isa, regime: Regime) -> dict[str, Axes]:
     axes: dict[str, Axes] = {}
-    if FAMILIES[family].looks_up:
+    if family == "tl5" and regime is not LARGE:
+        wide, split = isa.lut_bytes >= 128, isa.lut_bytes < 128 or isa.name == "scalar"
+        axes |= {name: _five_axes(isa, regime) for name, has in (("wide", wide), ("split", split)) if has}
+    elif family in ("tl1", "tl2"):
         axes["direct"] = _lookup_axes(family, isa, regime)
     elif regime is not LARGE:
         axes["direct"] = _multiply_axes(family, isa, regime)
@@ -266,6 +272,17 @@ def _lookup_axes(family: str, isa: Isa, regime: Regime) -> Axes:
         "widen": {"tl1": (63,), "tl2": (21,)}[family],
         "unroll": (1, 2) if regime is N1 and wide else (1,),
         "prefetch": (0, 4096) if regime is N1 and wide else (0,),
+    }
+
+
+def _five_axes(isa: Isa, regime: Regime) -> Axes:
+    wide = isa.name != "scalar"
+    return {
+        "streams": (1, 2, 4, 8) if wide and regime is N1 else (1, 2),
+        "nr": (1,) if regime is N1 else (2, 4) if wide else (2,),
+        "widen": (12,),
+        "prefetch": (0, 4096, 6144) if regime is N1 and wide else (0,),
+        **({"hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
     }
 
 
@@ -375,8 +392,8 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
         lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
-    in_place = any("accs" in knobs for knobs in _axes(family, isa, regime).values())
-    if in_place and 2 * field_scale(4) > isa.code_max:
+    axes = _axes(family, isa, regime)
+    if any("accs" in knobs for knobs in axes.values()) and 2 * field_scale(4) > isa.code_max:
         yield Rule(
             f"codes in place, 2 x 4^(accs - 1), must not exceed {isa.code_max}, the largest byte that "
             f"{isa.name} multiplies: a smaller accs",
@@ -399,12 +416,12 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
             f"kc of tiles must be a multiple of {columns}: whole chunks and whole tiles",
             lambda s: s.schedule.algorithm != "tiles" or s.schedule["kc"] % columns == 0,
         )
-    if regime is N1 and not FAMILIES[family].looks_up:
+    if any("hint" in knobs for knobs in axes.values()):
         yield Rule(
             "hint says where prefetched lines go: 1 needs a prefetch distance",
             lambda s: s.schedule["prefetch"] > 0 or s.schedule["hint"] == 0,
         )
-    if FAMILIES[family].looks_up or regime is not N1:
+    if any("kc" in knobs for knobs in axes.values()):
         yield Rule(
             f"kc must be 0 (all of k) or a multiple of the family's chunk, {FAMILIES[family].k_chunk}",
             lambda s: dict(s.schedule).get("kc", 0) % FAMILIES[s.family].k_chunk == 0,
@@ -412,11 +429,12 @@ def _rules(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Ite
         yield Rule(
             f"kc must be below k = {shape.k}", lambda s: dict(s.schedule).get("kc", 0) < shape.k, local=True
         )
-    if FAMILIES[family].looks_up:
+    if any(FAMILIES[family].table_bytes(algorithm) for algorithm in axes):
         yield Rule(
             "entries of lookup tables are int16 sums: widen must be at least 1",
             lambda s: s.schedule.unpacks or s.schedule["widen"] >= 1,
         )
+    if "mc" in axes.get("direct", {}):
         yield Rule(
             "mc and kc block the cache together: give both, or neither",
             lambda s: s.schedule.unpacks or (s.schedule["mc"] > 0) == (s.schedule["kc"] > 0),
@@ -454,14 +472,9 @@ def _panel_bytes(spec: KernelSpec, k: int) -> int:
     s = dict(spec.schedule)
     if not spec.schedule.unpacks or "mc" not in s:
         return 0
-    if s["kc"] == 0 and s["mc"] == s["mr"] == min_mr(spec):
+    if s["kc"] == 0 and s["mc"] == spec.layout.row_block and s["mr"] <= 32:
         return 0  # the smallest panel is always legal, so that every shape has a kernel
     return s["mc"] * (s["kc"] or k)
-
-
-def min_mr(spec: KernelSpec) -> int:
-    """The smallest legal panel height of a layout."""
-    return spec.layout.row_block
 
 
 def _registers_used(spec: KernelSpec, isa: Isa) -> int:
@@ -475,7 +488,9 @@ def _registers_used(spec: KernelSpec, isa: Isa) -> int:
     if not FAMILIES[spec.family].looks_up:
         # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.
         return each * (rows * s["nr"] * s["accs"] + 1) + 1 + s["accs"]
-    return each * (2 * rows * s["nr"] + 2) + 1  # two int16 accumulators, two nibbles
+    # Two int16 accumulators for each 16 rows (TL5: 64), two nibbles; a wide table is four blocks.
+    rows = rows * 16 // FAMILIES[spec.family].rows
+    return each * (2 * rows * s["nr"] + (6 if spec.schedule.algorithm == "wide" else 2)) + 1
 
 
 # ------------------------------------------------------------------------------------------------- presets
@@ -483,17 +498,20 @@ def _registers_used(spec: KernelSpec, isa: Isa) -> int:
 
 def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
     """The default first: it must be legal for every shape."""
+    rows = FAMILIES[family].rows
 
-    def spec(algorithm: str, row_block: int = 16, **knobs: int) -> KernelSpec:
+    def spec(algorithm: str, row_block: int = rows, **knobs: int) -> KernelSpec:
         schedule = Schedule(algorithm, tuple(knobs.items()))
-        return KernelSpec(family, isa.name, regime.name, Layout(family, row_block), schedule)
+        layout = Layout(family, max(row_block, rows))
+        return KernelSpec(family, isa.name, regime.name, layout, schedule)
 
     zmm, arm = isa.vector_bytes == 64, isa.arch == "aarch64"
     sve256 = arm and isa.vector_bytes == 32  # twice the registers of AVX2, for blocks of two
     dots = isa.native_dot4 or isa.name == "scalar"
     pairs, steps = (0, 0) if dots else (_pairs(family), 64)
-    widen = {"tl1": 63, "tl2": 21}.get(family, pairs)
+    widen = {"tl1": 63, "tl2": 21, "tl5": 12}.get(family, pairs)
     looks_up = FAMILIES[family].looks_up
+    five = "wide" if isa.lut_bytes >= 128 else "split"
     ahead = 4096 if family == "i2s" else 6144  # measured for two streams (docs/performance.md)
     if regime is N1 and not looks_up:
         accs = 4 if isa.native_dot4 and zmm else 1 if pairs and family == "t5" else 2
@@ -513,6 +531,10 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
             hint=0,
         )
         yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0, hint=0)
+    elif family == "tl5" and regime is N1:
+        knobs = {"nr": 1, "widen": widen}
+        yield spec(five, streams=4 if zmm else 2 if sve256 or not arm else 1, **knobs, prefetch=ahead, hint=0)
+        yield spec(five, streams=1, **knobs, prefetch=0, hint=0)
     elif regime is N1:
         streams = 4 if zmm else 2 if sve256 else 1
         yield spec("direct", streams=streams, nr=1, mc=0, kc=0, widen=widen, unroll=1, prefetch=4096)
@@ -524,17 +546,18 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("tiles", streams=4, ahead=1, prefetch=4096)
         yield spec("tiles", streams=2, row_block=32, ahead=1, prefetch=4096)
         yield spec("tiles", streams=2, ahead=0, prefetch=0)
+        yield spec("tiles", streams=1, ahead=1, prefetch=4096)
     if regime is LARGE and isa.tiles and zmm:
         yield spec("tiles", mr=32, nr=32, mc=256, kc=960, pack=1)
         yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
-        yield spec("tiles", mr=16, nr=32, mc=16, kc=0, pack=1)
+        yield spec("tiles", mr=16, nr=32, mc=rows, kc=0, pack=1)
     if regime is SMALL and not looks_up:
         few = 8 if sve256 else 4 if arm and dots else 2
-        rows = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": few}
-        yield spec("direct", **rows, accs=1, widen=pairs, unroll=1, prefetch=2048)
+        tile = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": few}
+        yield spec("direct", **tile, accs=1, widen=pairs, unroll=1, prefetch=2048)
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
     if regime is not N1:
-        small = {"mr": 16, "nr": 4, "mc": 16, "kc": 0, "widen": steps, "unroll": 1}
+        small = {"mr": 16, "nr": 4, "mc": rows, "kc": 0, "widen": steps, "unroll": 1}
         large = {"mr": 64, "nr": 6, "mc": 64, "kc": 960, "widen": steps, "unroll": 1}
         if zmm:
             yield spec("panel", **large)
@@ -546,7 +569,9 @@ def _presets(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("tiles", streams=1, ahead=1, prefetch=0)
     if regime is LARGE and isa.tiles and not zmm:
         yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
-    if regime is not N1 and looks_up:
+    if regime is SMALL and family == "tl5":
+        yield spec(five, streams=2 if zmm else 1, nr=2, widen=widen, prefetch=0)
+    elif regime is not N1 and looks_up:
         for bm, block, kc in ((2, 160, 96), (1, 160, 96)):
             yield spec("direct", streams=bm, nr=2, mc=block, kc=kc, widen=widen, unroll=1, prefetch=0)
 

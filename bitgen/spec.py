@@ -103,8 +103,9 @@ class Family:
     """A way to store ternary weights and to multiply with them.
 
     ``g`` weights share one code; a chunk of 16 rows x ``k_chunk`` weights takes ``chunk_bytes``; a row block
-    ends with ``trailer_bytes`` for each 16 rows. ``table_bytes`` is the size of the lookup tables of one
-    token for one chunk (0: the kernels multiply).
+    has a multiple of ``rows`` rows and ends with ``trailer_bytes`` for each 16. ``tables`` gives the
+    algorithms that look sums up, and the bytes of the tables that each reads for one token and one chunk
+    (none: the kernels multiply).
     """
 
     name: str
@@ -113,12 +114,24 @@ class Family:
     k_chunk: int
     chunk_bytes: int
     trailer_bytes: int
-    table_bytes: int
+    tables: tuple[tuple[str, int], ...] = ()
+    rows: int = 16
 
     @property
     def looks_up(self) -> bool:
-        """Whether direct kernels look sums up in tables; they multiply codes otherwise."""
-        return self.table_bytes > 0
+        """Whether its own algorithms look sums up in tables; they multiply codes otherwise."""
+        return bool(self.tables)
+
+    def table_bytes(self, algorithm: str) -> int:
+        """Bytes of the lookup tables of one token and one chunk; 0 for an algorithm that reads none."""
+        return dict(self.tables).get(algorithm, 0)
+
+    def builder(self, algorithm: str) -> str | None:
+        """What builds the tables of an algorithm: the template kernels/NAME.c.j2; None when it reads none."""
+        if not self.table_bytes(algorithm):
+            return None
+        kind = f"_{algorithm}" if len(self.tables) > 1 else ""
+        return f"{self.name}{kind}_tables"
 
     @property
     def tile_chunks(self) -> int:
@@ -131,11 +144,20 @@ class Family:
         return 8 * self.chunk_bytes / (16 * self.k_chunk)
 
 
-I2S = Family("i2s", "I2_S", g=1, k_chunk=16, chunk_bytes=64, trailer_bytes=0, table_bytes=0)
-TL1 = Family("tl1", "TL1", g=2, k_chunk=16, chunk_bytes=64, trailer_bytes=0, table_bytes=256)
-TL2 = Family("tl2", "TL2", g=3, k_chunk=48, chunk_bytes=160, trailer_bytes=64, table_bytes=512)
-T5 = Family("t5", "T5", g=5, k_chunk=20, chunk_bytes=64, trailer_bytes=0, table_bytes=0)
-FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2, T5)}
+I2S = Family("i2s", "I2_S", g=1, k_chunk=16, chunk_bytes=64, trailer_bytes=0)
+TL1 = Family("tl1", "TL1", g=2, k_chunk=16, chunk_bytes=64, trailer_bytes=0, tables=(("direct", 256),))
+TL2 = Family("tl2", "TL2", g=3, k_chunk=48, chunk_bytes=160, trailer_bytes=64, tables=(("direct", 512),))
+T5 = Family("t5", "T5", g=5, k_chunk=20, chunk_bytes=64, trailer_bytes=0)
+TL5 = Family(
+    *("tl5", "TL5"),
+    g=5,
+    k_chunk=20,
+    chunk_bytes=64,
+    trailer_bytes=64,
+    tables=(("wide", 1024), ("split", 256)),
+    rows=64,
+)
+FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2, T5, TL5)}
 
 
 def family_named(name: str) -> Family:
@@ -158,9 +180,10 @@ class Layout:
     row_block: int
 
     def __post_init__(self) -> None:
-        family_named(self.family)
-        if self.row_block < 16 or self.row_block % 16:
-            raise BitgenError(f"row_block {self.row_block}: it must be a positive multiple of 16", EXIT_USAGE)
+        rows = family_named(self.family).rows
+        if self.row_block < rows or self.row_block % rows:
+            message = f"row_block {self.row_block}: it must be a positive multiple of {rows}"
+            raise BitgenError(message, EXIT_USAGE)
 
     @property
     def name(self) -> str:
@@ -262,6 +285,17 @@ class KernelSpec:
         return f"void {self.name}(const struct bitgen_matmul *a)"
 
     @property
+    def table_bytes(self) -> int:
+        """Bytes of the lookup tables of one token and one chunk; 0 for a kernel that reads none."""
+        return FAMILIES[self.family].table_bytes(self.schedule.algorithm)
+
+    @property
+    def tables_prototype(self) -> str | None:
+        """The function that builds its lookup tables; None for a kernel that reads none."""
+        builder = FAMILIES[self.family].builder(self.schedule.algorithm)
+        return TABLES_PROTOTYPE.format(builder=builder, isa=self.isa) if builder else None
+
+    @property
     def scratch_prototype(self) -> str:
         return f"int64_t {self.name}_scratch(int64_t m, int64_t k, int64_t n)"
 
@@ -292,7 +326,7 @@ QUANTIZE_PROTOTYPE = (
     "int32_t bitgen_quantize__{isa}(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, "
     "int32_t *x_sum)"
 )
-TABLES_PROTOTYPE = "void bitgen_{family}_tables__{isa}(const int8_t *xq, int64_t k, uint8_t *tables)"
+TABLES_PROTOTYPE = "void bitgen_{builder}__{isa}(const int8_t *xq, int64_t k, uint8_t *tables)"
 
 # Formats of embeddings and heads that a forward step reads, in the order of bitgen.h's
 # enum bitgen_dense_type. i8: int8 with a float scale a row, made from a head at load.

@@ -26,7 +26,7 @@ def edges(space: Space) -> Iterator[KernelSpec]:
             continue  # tiles add to int32 at once
         values = {name: min(choices) for name, choices in axes.items()}
         if algorithm == "panel":
-            values |= {"mr": 16, "mc": 16}
+            values |= {"mr": 16, "mc": space.layouts[0].row_block}
         for accs in (1, 2, 3, 4) if "accs" in axes else (None,):
             # The scalar level has no registers, and its unrolled arrays take long to compile.
             for nr in sorted(

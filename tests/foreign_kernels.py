@@ -11,12 +11,11 @@ from pathlib import Path
 import foreign
 import numpy as np
 
-from bitgen.host import table_bytes
 from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
 from bitgen.packing import pack
 from bitgen.reference import scale_output, ternary_matmul
 from bitgen.render import Source, isa_named, render_kernel, render_tables
-from bitgen.spec import FAMILIES, MATMUL_STRUCT, TABLES_PROTOTYPE, KernelSpec, Layout, x_stride
+from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Layout, x_stride
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit
 
 DRIVER = Path(__file__).parent / "data" / "foreign" / "kernels.c"
@@ -25,8 +24,8 @@ WHAT = ("", "a wrong value", "a value outside the output's columns", "a value ou
 
 def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *flags: str) -> Path:
     """One program with all of ``specs``; ``flags`` are the linker's."""
-    builders = dict.fromkeys((spec.family, spec.isa) for spec in specs if table_bytes(spec))
-    sources = [*map(render_kernel, specs), *(render_tables(family, isa) for family, isa in builders)]
+    builders = dict.fromkeys((s.family, s.isa, s.schedule.algorithm) for s in specs if s.table_bytes)
+    sources = [*map(render_kernel, specs), *(render_tables(*which) for which in builders)]
     units = [_unit(source) for source in sources]
     prototypes = [function.declaration for unit in units for function in unit.functions]
     rows = ", ".join(f"{{{s.name}, {s.name}_scratch, {_tables(s)}}}" for s in specs)
@@ -60,8 +59,7 @@ def _unit(source: Source) -> Unit:
 
 
 def _tables(spec: KernelSpec) -> str:
-    name = Prototype.parse(TABLES_PROTOTYPE.format(family=spec.family, isa=spec.isa)).name
-    return name if table_bytes(spec) else "0"
+    return Prototype.parse(spec.tables_prototype).name if spec.tables_prototype else "0"
 
 
 def faults(program: Path, specs: Sequence[KernelSpec], few: bool = False) -> tuple[int, list[str]]:
@@ -107,7 +105,7 @@ def record(layout: Layout, case: Case) -> bytes:
     x[:, :k] = xq
     packed = pack(layout, w)
     half = -(-m // layout.row_block) // 2 * layout.row_block if case.split else 0
-    table_stride = layout.chunks(k) * FAMILIES[layout.family].table_bytes
+    table_stride = layout.chunks(k) * max((size for _, size in FAMILIES[layout.family].tables), default=0)
     numbers = (case.floats, m, k, n, x.shape[1], table_stride, m + 3, len(packed), len(w_scale), half)
     arrays = (packed, x, xq.sum(axis=1, dtype=np.int32), x_scale, w_scale, expected)
     return struct.pack("=10q", *map(int, numbers)) + b"".join(a.tobytes() for a in arrays)

@@ -202,7 +202,7 @@ def test_render_prints_c_with_the_knobs_that_were_asked_for(capsys: pytest.Captu
     assert "const int64_t m = 3200, k = 8640;" in captured.out
     assert "streams = 2" in captured.out
     assert "prefetch(" not in captured.out[captured.out.index("static void tile") :]
-    for text in (["quantize"], ["tl1_tables"], ["tl2_tables"]):
+    for text in (["quantize"], ["tl1_tables"], ["tl2_tables"], ["tl5_wide_tables"]):
         assert main(["render", *text, "--isa", "AVX512-VNNI"]) == 0
         assert "avx512_vnni(" in capsys.readouterr().out
 
@@ -561,6 +561,7 @@ def test_a_model_file_that_is_wrong(
         ("render i2s --shape 5x999999999", "k must be at most"),
         ("render tl9", "unknown family 'tl9'"),
         ("render i2s_tables", "it has no lookup tables"),
+        ("render tl5_tables", "TL5 has several kinds of lookup tables: tl5_wide_tables, tl5_split_tables"),
         ("render i2s --regime n2", "unknown regime 'n2'"),
         ("render i2s --isa avx1024", "unknown ISA level 'avx1024'"),
         ("render i2s --isa avx2 --algorithm panel", "has no algorithm 'panel'"),

@@ -28,7 +28,7 @@ from bitgen.render import render_kernel
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride
 from bitgen.target import Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
-from bitgen.toolchain import Toolchain, best_builder
+from bitgen.toolchain import Prototype, Toolchain, best_builder
 
 CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
@@ -110,6 +110,7 @@ def test_every_overflow_edge_is_among_the_schedules() -> None:
         ("t5", "direct", 2),
     }
     assert found >= {("tl1", "direct", None), ("tl2", "direct", None)}
+    assert found >= {("tl5", "wide", None), ("tl5", "split", None)}
     assert found >= {(family, "panel", None) for family in FAMILIES}
 
 
@@ -145,6 +146,7 @@ def test_a_sweep_of_nothing_fails(runner: LocalRunner) -> None:
         ("tl1", "hi0_0 = vh_add(hi0_0,", "hi0_0 = vh_add(vh_zero(),"),
         ("tl2", "vw_add(acc0_0, bias0)", "acc0_0"),
         ("t5", "vb_avg(vb_avg(packed0, vb_splat(0)), packed0)", "packed0"),
+        ("tl5", "const vb lo = vb_flip(vb_lut128(table, v), negative)", "const vb lo = vb_lut128(table, v)"),
     ],
 )
 def test_a_wrong_kernel_is_found(
@@ -168,7 +170,7 @@ def test_a_wrong_kernel_is_found(
 
 def test_an_overflow_beyond_the_rule_is_found(toolchain: Toolchain, tmp_path: Path) -> None:
     """One chunk more between two widenings than the rule allows wraps around, and the cases see it."""
-    for family, widen in (("i2s", 17), ("tl1", 64), ("tl2", 22), ("t5", 13)):
+    for family, widen in (("i2s", 17), ("tl1", 64), ("tl2", 22), ("t5", 13), ("tl5", 13)):
         space = space_for(family, ISAS["scalar"], N1, Shape(3200, 8640), CPU)
         spec = next(edges(space))
         assert spec.schedule["widen"] == widen - 1
@@ -225,11 +227,10 @@ class Called:
 
     def tables(self, xq: np.ndarray, k: int) -> np.ndarray:
         """The lookup tables of padded rows: uint8 (n, chunks * table_bytes)."""
-        family = FAMILIES[self.spec.family]
-        stride = self.spec.layout.chunks(k) * family.table_bytes
+        stride = self.spec.layout.chunks(k) * self.spec.table_bytes
         tables = aligned_zeros((len(xq), stride + 64))
         tables[:, stride:] = 77
-        function = getattr(self.support.lib, f"bitgen_{family.name}_tables__{self.spec.isa}")
+        function = getattr(self.support.lib, Prototype.parse(self.spec.tables_prototype or "").name)
         for i in range(len(xq)):
             function(
                 self._pointer(self.support, "const int8_t *", xq[i]),
@@ -245,8 +246,7 @@ class Called:
         """Acc (n, m), or y (n, m) with ``scales`` of x and of w (one, or one a row)."""
         (m, k), n = w.shape, len(xq)
         packed = aligned_copy(pack(self.spec.layout, w))
-        looks_up = FAMILIES[self.spec.family].table_bytes and self.spec.schedule.algorithm == "direct"
-        tables = self.tables(xq, k) if looks_up else None
+        tables = self.tables(xq, k) if self.spec.table_bytes else None
         scratch = aligned_zeros((max(64, getattr(self.kernel.lib, f"{self.spec.name}_scratch")(m, k, n)),))
         out = np.full((n, m + 3), -7, np.int32 if scales is None else np.float32)
         x_scale, w_scale = scales or (np.ones(n, np.float32), np.ones(1, np.float32))

@@ -200,12 +200,13 @@ EMPTY_TABLE = {
 }
 
 
-@pytest.mark.parametrize("row_block", [16, 32, 48])
+@pytest.mark.parametrize("units", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layout_is_packed_as_numpy_packs_it(packer: Any, family: str, row_block: int) -> None:
-    layout, facts = Layout(family, row_block), FAMILIES[family]
+def test_every_layout_is_packed_as_numpy_packs_it(packer: Any, family: str, units: int) -> None:
+    facts = FAMILIES[family]
+    layout = Layout(family, units * facts.rows)
     rng = np.random.default_rng(3)
-    for m, k in ((1, 1), (16, 48), (33, 95), (64, 240), (100, 503), (7, 960)):
+    for m, k in ((1, 1), (16, 48), (33, 95), (64, 240), (100, 503), (7, 960), (150, 20)):
         w = rng.integers(-1, 2, (m, k), dtype=np.int8)
         expected = pack(layout, w)
         code, blocks = c_pack(packer, layout, facts, w)
@@ -215,7 +216,8 @@ def test_every_layout_is_packed_as_numpy_packs_it(packer: Any, family: str, row_
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_that_is_not_ternary_is_found(packer: Any, family: str) -> None:
-    layout, facts = Layout(family, 16), FAMILIES[family]
+    facts = FAMILIES[family]
+    layout = Layout(family, facts.rows)
     for value in [v for v in range(-128, 128) if abs(v) > 1]:
         w = np.zeros((17, 50), np.int8)
         w[value % 17, value % 50] = value

@@ -20,7 +20,7 @@ from libraries import TL1_LAYOUT, TL1_SHAPE, TL2_LAYOUT, TL2_SHAPE
 from bitgen import library
 from bitgen.bundle import ABI_VERSION, DEFAULT, PORTABLE, TUNED, read_bundle, sha256_of
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
-from bitgen.host import feature_rows, table_bytes
+from bitgen.host import feature_rows
 from bitgen.library import (
     DEFAULT_LAYOUT,
     KernelChoice,
@@ -121,7 +121,7 @@ def test_only_kernels_that_look_up_get_tables(cpu: Cpu) -> None:
     panel = libraries.spec_for(TL1_LAYOUT, LARGE, TL1_SHAPE, cpu)
     direct = libraries.spec_for(TL1_LAYOUT, N1, TL1_SHAPE, cpu)
     assert (panel.schedule.algorithm, direct.schedule.algorithm) == ("panel", "direct")
-    assert (table_bytes(panel), table_bytes(direct)) == (0, 256)
+    assert (panel.table_bytes, direct.table_bytes) == (0, 256)
     assert "a->tables" not in render_kernel(panel).text
     assert "a->tables" in render_kernel(direct).text
 

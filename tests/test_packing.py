@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bitgen.errors import BitgenError
-from bitgen.packing import T5_TABLE, check_ternary, pack, unpack
+from bitgen.packing import T5_TABLE, TL5_CODES, TL5_WEIGHTS, check_ternary, pack, unpack
 from bitgen.spec import FAMILIES, Layout, Shape
 
-LAYOUTS = [Layout(family, rows) for family in FAMILIES for rows in (16, 32, 48)]
+LAYOUTS = [Layout(family.name, rows * family.rows) for family in FAMILIES.values() for rows in (1, 2, 3)]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 
 matrices = hnp.arrays(
@@ -27,8 +27,9 @@ def matrix(rows: list[list[int]]) -> np.ndarray:
 
 
 def chunk(family: str, w: np.ndarray) -> np.ndarray:
-    """The bytes of the first chunk of the first 16 rows."""
-    return pack(Layout(family, 16), w)[: FAMILIES[family].chunk_bytes]
+    """The bytes of the first chunk of the first rows."""
+    f = FAMILIES[family]
+    return pack(Layout(family, f.rows), w)[: f.rows // 16 * f.chunk_bytes]
 
 
 # ---- round trips
@@ -69,13 +70,12 @@ def test_row_blocks_are_independent_and_in_order(layout: Layout) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sub_blocks_alternate_chunk_by_chunk(family: str) -> None:
     f, k = FAMILIES[family], 100
-    w = np.random.default_rng(2).integers(-1, 2, (32, k), dtype=np.int8)
-    narrow = [pack(Layout(family, 16), half) for half in (w[:16], w[16:])]
-    chunks = Layout(family, 16).chunks(k)
-    body = chunks * f.chunk_bytes
-    expected = [half[c * f.chunk_bytes : (c + 1) * f.chunk_bytes] for c in range(chunks) for half in narrow]
-    expected += [half[body:] for half in narrow]  # the trailers follow, in order
-    np.testing.assert_array_equal(pack(Layout(family, 32), w), np.concatenate(expected))
+    w = np.random.default_rng(2).integers(-1, 2, (2 * f.rows, k), dtype=np.int8)
+    narrow = [pack(Layout(family, f.rows), half) for half in np.split(w, 2)]
+    chunks, each = Layout(family, f.rows).chunks(k), f.rows // 16 * f.chunk_bytes
+    expected = [half[c * each : (c + 1) * each] for c in range(chunks) for half in narrow]
+    expected += [half[chunks * each :] for half in narrow]  # the trailers follow, in order
+    np.testing.assert_array_equal(pack(Layout(family, 2 * f.rows), w), np.concatenate(expected))
 
 
 # ---- known bytes, worked out by hand from the table at the top of bitgen/packing.py
@@ -161,6 +161,37 @@ def test_t5_table_and_thirds() -> None:
         assert set(signed[byte // 85 == fifth]) == set(range(-40, 41))
 
 
+def test_tl5_bytes() -> None:
+    w = np.zeros((64, 40), np.int8)
+    w[0, :20:4] = [1, 1, 1, 1, 1]  # v = 121, t = 13, p = 4 in vector 0
+    w[5, 1:20:4] = [0, 0, 0, 1, -1]  # v = 2: t = 0, p = 2 in vector 1, sub-block 0, l = 1, q = 1
+    w[17, 2] = -1  # v = -81: t = 9, p = 0 in vector 2, sub-block 1, q = 1
+    w[63, 20 + 19] = -1  # v = -1: t = 0, p = 1 in vector 3 of the next chunk
+    packed = pack(Layout("tl5", 64), w)
+    expected = np.full((2, 4, 64), 112, np.uint8)
+    expected[0, 0, 0] = 8 * 13 + 7
+    expected[0, 1, 16 + 1] = 5
+    expected[0, 2, 4 + 1] = 128 + 112 + 9
+    expected[1, 3, 48 + 12 + 3] = 128 + 4
+    np.testing.assert_array_equal(packed[:512], expected.reshape(-1))
+    assert list(np.flatnonzero(packed[512:].view("<i4"))) == [17, 63]
+
+
+def test_tl5_codes_and_weights() -> None:
+    """All 243 values have a byte of their own; bit 7 is the sign, the other bits an index below 126."""
+    assert len(set(TL5_CODES.tolist())) == 243
+    places = np.array([81, 27, 9, 3, 1])
+    for v, byte in enumerate(TL5_CODES.astype(int), -121):
+        index = byte & 127
+        assert (byte >= 128) == (v < 0)
+        assert TL5_WEIGHTS[index] @ places == abs(v)
+        three, two = (
+            (index >> 3, TL5_WEIGHTS[index & 7]) if index < 112 else (index & 15, np.zeros(5, np.int8))
+        )
+        assert TL5_WEIGHTS[index, :3] @ [9, 3, 1] == three
+        np.testing.assert_array_equal(TL5_WEIGHTS[index, 3:], two[3:])
+
+
 # ---- TL2's trailers
 
 
@@ -181,9 +212,15 @@ def test_trailers_count_negative_triples(row_block: int, w: np.ndarray) -> None:
 
 def test_families_without_trailers_have_only_chunks() -> None:
     for family in FAMILIES.values():
-        layout = Layout(family.name, 32)
-        body = 2 * layout.chunks(100) * family.chunk_bytes
-        assert layout.block_bytes(100) == body + (128 if family.name == "tl2" else 0)
+        layout = Layout(family.name, 64)
+        body = 4 * layout.chunks(100) * family.chunk_bytes
+        assert layout.block_bytes(100) == body + (256 if family.name in ("tl2", "tl5") else 0)
+
+
+def test_row_blocks_of_tl5_are_multiples_of_64() -> None:
+    for rows in (16, 32, 96):
+        with pytest.raises(BitgenError, match="must be a positive multiple of 64"):
+            Layout("tl5", rows)
 
 
 # ---- errors

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 CPU = detect_cpu()
 ISAS = {isa.name: isa for isa in load_isas()}
 HERE = [isa.name for isa in ISAS.values() if isa.arch in (ANY_ARCH, CPU.arch)]  # what compilers here make
-TABLED = [family.name for family in FAMILIES.values() if family.table_bytes]
+TABLED = [(family.name, kind) for family in FAMILIES.values() for kind, _ in family.tables]
 SHAPE = Shape(3200, 8640)
 WIDTH = 120  # columns of generated C; the names of kernels may be longer
 
@@ -84,8 +84,11 @@ def golden_cases() -> dict[str, Callable[[], Source]]:
         for family in FAMILIES:
             cases[f"{family}_n1__{isa}"] = lambda f=family, i=isa: render_kernel(default(f, i, N1))
         cases[f"quantize__{isa}"] = lambda i=isa: render_quantize(i)
-        for family in TABLED:
-            cases[f"{family}_tables__{isa}"] = lambda f=family, i=isa: render_tables(f, i)
+        for family, kind in TABLED:
+            if kind == "wide" and ISAS[isa].lut_bytes < 128:
+                continue  # no kernel there reads them
+            name = f"{FAMILIES[family].builder(kind)}__{isa}"
+            cases[name] = lambda f=family, i=isa, k=kind: render_tables(f, i, k)
     panel = kernel("tl2", "avx512_vnni", LARGE, "panel", 32, mr=32, nr=4, mc=64, kc=960, widen=0, unroll=2)
     pairs = kernel("i2s", "avx2", SMALL, "panel", mr=16, nr=4, mc=64, kc=0, widen=64, unroll=1)
     blocked = kernel(
@@ -158,7 +161,7 @@ def everything(count: int) -> Iterator[Source]:
     yield from (render_kernel(spec) for spec in sample(count))
     for isa in ISAS:
         yield render_quantize(isa)
-        yield from (render_tables(family, isa) for family in TABLED)
+        yield from (render_tables(family, isa, kind) for family, kind in TABLED)
 
 
 def test_text_tells_nothing_of_this_machine_and_has_no_conditions() -> None:
@@ -203,12 +206,14 @@ def compilers() -> list[Compiler]:
 def for_compiling(isa: str) -> list[Source]:
     """Defaults of an ISA level, unrolled kernels of 32-row blocks for one shape, quantiser and tables."""
     specs = [default(family, isa, regime) for family in FAMILIES for regime in REGIMES]
-    for family, regime in zip(FAMILIES, (*REGIMES, LARGE), strict=True):
-        wide = [spec for spec in points(family, isa, regime) if spec.layout.row_block == 32]
+    for family, regime in zip(FAMILIES, (*REGIMES, LARGE, SMALL), strict=True):
+        space = points(family, isa, regime)
+        most = max(spec.layout.row_block for spec in space)
+        wide = [spec for spec in space if spec.layout.row_block == most]
         wide.sort(key=lambda spec: -dict(spec.schedule).get("unroll", 1))
         specs.append(replace(wide[0], shape=SHAPE))
     sources = [render_kernel(spec) for spec in dict.fromkeys(specs)]
-    return [*sources, render_quantize(isa), *(render_tables(family, isa) for family in TABLED)]
+    return [*sources, render_quantize(isa), *(render_tables(family, isa, kind) for family, kind in TABLED)]
 
 
 @pytest.mark.parametrize("isa", HERE)

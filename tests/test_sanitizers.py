@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitgen.host import table_bytes
 from bitgen.packing import pack
 from bitgen.render import Source, render_kernel, render_quantize, render_tables
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, Layout, Shape, regime_named, x_stride
 from bitgen.target import Accepted, Isa, detect_cpu, load_isas, resolve_isas
+from bitgen.toolchain import Prototype
 
 CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
@@ -42,7 +42,7 @@ PROBLEMS = [
     (70, 97, 17),
     (20, 1930, 33),
 ]
-LAYOUTS = [Layout(family, rows) for family in FAMILIES for rows in (16, 32)]
+LAYOUTS = [Layout(family.name, rows * family.rows) for family in FAMILIES.values() for rows in (1, 2)]
 
 
 def runnable(name: str) -> Isa:
@@ -53,13 +53,13 @@ def runnable(name: str) -> Isa:
 
 
 def specs_of(isa: Isa) -> list[KernelSpec]:
-    """The defaults, and of each family one kernel of 32-row blocks that cuts k where it can."""
+    """The defaults, and of each family one kernel of its largest row blocks that cuts k where it can."""
     specs = []
     for family in FAMILIES:
         for regime in REGIMES:
             specs.append(space_for(family, isa, regime, Shape(3200, 8640), CPU).default)
         space = space_for(family, isa, REGIMES[1], Shape(3200, 8640), CPU)
-        wide = [spec for spec in space if spec.layout.row_block == 32]
+        wide = [spec for spec in space if spec.layout == space.layouts[-1]]
         wide.sort(
             key=lambda spec: (
                 spec.schedule.algorithm,
@@ -73,10 +73,10 @@ def specs_of(isa: Isa) -> list[KernelSpec]:
 
 def kernel_row(spec: KernelSpec) -> str:
     family, regime = FAMILIES[spec.family], regime_named(spec.regime)
-    tables = f"bitgen_{spec.family}_tables__{spec.isa}" if table_bytes(spec) else "NULL"
+    tables = Prototype.parse(spec.tables_prototype).name if spec.tables_prototype else "NULL"
     return (
         f'    {{"{spec.name}", {spec.name}, {spec.name}_scratch, bitgen_quantize__{spec.isa}, {tables}, '
-        f"{LAYOUTS.index(spec.layout)}, {spec.layout.row_block}, {family.k_chunk}, {table_bytes(spec)}, "
+        f"{LAYOUTS.index(spec.layout)}, {spec.layout.row_block}, {family.k_chunk}, {spec.table_bytes}, "
         f"{regime.n_min}, {regime.n_max or 1 << 30}}},"
     )
 
@@ -147,7 +147,7 @@ def build(isa: Isa, folder: Path) -> Program:
     sources = [render_kernel(spec) for spec in specs]
     sources += [
         render_quantize(isa.name),
-        *(render_tables(f.name, isa.name) for f in FAMILIES.values() if f.table_bytes),
+        *(render_tables(f.name, isa.name, kind) for f in FAMILIES.values() for kind, _ in f.tables),
     ]
     (folder / "kernels.h").write_text(kernels_header(specs, sources))
     # The blocks of the scalar level are arrays: instrumented and optimised, a file takes gcc minutes.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -68,9 +69,10 @@ def test_points_are_legal_and_distinct(family: str, isa: Isa, regime: Regime) ->
 @combinations
 def test_every_layout_has_a_kernel_for_every_regime(family: str, isa: Isa, regime: Regime) -> None:
     """A layout is chosen before schedules: each must be readable in all regimes, at every shape."""
+    blocks = {64} if family == "tl5" else {16, 32}
     for shape in (Shape(1, 1), Shape(530, 97), Shape(3200, K_MAX)):
         points = space_of(family, isa, regime, shape).points
-        assert {spec.layout.row_block for spec in points} == {16, 32}
+        assert {spec.layout.row_block for spec in points} == blocks
 
 
 @settings(max_examples=40, deadline=None)
@@ -119,8 +121,8 @@ def one(
 ) -> tuple[Space, KernelSpec]:
     """A space and its first point of an algorithm, in the narrow layout."""
     space = space_of(family, isa, regime, shape)
-    points = (spec for spec in space if spec.schedule.algorithm == algorithm and spec.layout.row_block == 16)
-    return space, next(points)
+    points = (spec for spec in space if spec.schedule.algorithm == algorithm)
+    return space, next(spec for spec in points if spec.layout == space.layouts[0])
 
 
 BREAKING = [
@@ -131,6 +133,10 @@ BREAKING = [
     ("tl1", "avx512", N1, "direct", {"widen": 64}, "int16 partial sums"),
     ("tl2", "avx512", N1, "direct", {"widen": 22}, "int16 partial sums"),
     ("tl1", "avx512", N1, "direct", {"widen": 0}, "widen must be at least 1"),
+    ("tl5", "avx512_vbmi", N1, "wide", {"widen": 13}, "int16 partial sums"),
+    ("tl5", "avx2", SMALL, "split", {"widen": 0}, "widen must be at least 1"),
+    ("tl5", "avx512_vbmi", SMALL, "wide", {"streams": 4, "nr": 4}, "registers of avx512_vbmi"),
+    ("tl5", "avx2", SMALL, "split", {"streams": 4, "nr": 4}, "registers of avx2"),
     ("tl2", "avx512_vbmi", SMALL, "direct", {"widen": 0}, "widen must be at least 1"),
     ("i2s", "avx2", SMALL, "direct", {"nr": 16}, "registers of avx2"),
     ("i2s", "avx512_vnni", SMALL, "direct", {"streams": 8, "nr": 8}, "registers of avx512_vnni"),
@@ -238,7 +244,7 @@ def mutants(spec: KernelSpec) -> Iterator[KernelSpec]:
         yield changed(spec, streams=16, nr=16)
     if "pack" in knobs:
         yield changed(spec, mr=64, nr=32)
-    yield replace(spec, layout=Layout(spec.family, 64))
+    yield replace(spec, layout=Layout(spec.family, 192))
     yield replace(spec, isa="none")
     yield replace(spec, schedule=Schedule("none", ()))
 
@@ -267,6 +273,7 @@ def pair_extremes(scale: int) -> tuple[int, int]:
     return extremes(a * x + b * y for a, b, x, y in product(codes, codes, xs, xs))
 
 
+@cache
 def entry_extremes(g: int, mirrored: bool) -> tuple[int, int]:
     """Sums of g activations with signs; a mirrored table holds v >= 0 and flips all bits for v < 0."""
     xs, signs = (-128, 0, 127), (-1, 0, 1)
@@ -285,10 +292,10 @@ def lane_extremes(spec: KernelSpec) -> tuple[int, int]:
     if spec.schedule.algorithm == "panel":
         low, high = pair_extremes(1)
         return s["widen"] * low, s["widen"] * high
-    if family.table_bytes:
-        # 16 rows of a chunk in four lanes: each lane of a row takes a quarter of the chunk's groups
-        low, high = entry_extremes(family.g, family.name == "tl2")
-        adds = s["widen"] * family.k_chunk // family.g // 4
+    if spec.table_bytes:
+        # 16 rows in four lanes: each lane of a row takes a quarter of a chunk's groups; 64 rows of TL5: all.
+        low, high = entry_extremes(family.g, family.name in ("tl2", "tl5"))
+        adds = s["widen"] * family.k_chunk // family.g // (64 // family.rows)
         return adds * low, adds * high
     # Every field is one addition a chunk.
     totals = dict.fromkeys(range(s["accs"]), (0, 0))
@@ -319,7 +326,7 @@ def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Reg
             assert low >= -32768, spec
             assert high <= 32767, spec
             counted += 1
-    needs = FAMILIES[family].table_bytes or isa.name == "scalar" or not isa.native_dot4
+    needs = FAMILIES[family].looks_up or isa.name == "scalar" or not isa.native_dot4
     assert counted or not needs or regime is LARGE, "nothing was counted"
 
 
@@ -336,6 +343,8 @@ def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Reg
         ("tl2", "avx2", LARGE, "panel", None, 64),
         ("t5", "avx2", N1, "direct", 1, 12),
         ("t5", "neon", N1, "direct", 3, 4),
+        ("tl5", "avx2", N1, "split", None, 12),
+        ("tl5", "avx512_vbmi", N1, "wide", None, 12),
     ],
 )
 def test_the_rule_allows_exactly_what_fits(
@@ -359,7 +368,7 @@ CONFIGURATIONS = {
     ): spec
     for family, isa, regime in COMBINATIONS
     for spec in space_of(family, isa, regime)
-    if dict(spec.schedule).get("widen") and spec.schedule["unroll"] == 1
+    if dict(spec.schedule).get("widen") and dict(spec.schedule).get("unroll", 1) == 1
 }
 
 
@@ -423,8 +432,7 @@ def test_widen_is_offered_only_where_it_can_help() -> None:
         for spec in space_of(family, isa, regime):
             if spec.schedule.algorithm == "tiles":
                 continue  # they add to int32 at once
-            lookup = FAMILIES[family].table_bytes and spec.schedule.algorithm == "direct"
-            if isa.native_dot4 and not lookup:
+            if isa.native_dot4 and not spec.table_bytes:
                 assert spec.schedule["widen"] == 0
             elif isa.name != "scalar":
                 assert spec.schedule["widen"] > 0

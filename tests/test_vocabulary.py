@@ -135,12 +135,15 @@ MEANINGS.update(
     vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & mask,
     vb_high=lambda v, bits: v >> np.uint8(bits),
     vb_test=lambda v, bits: (v & bits != 0).astype(np.uint8),
+    vb_at_least=lambda v, low: (v >= low).astype(np.uint8),
     vb_flip=lambda v, m: np.where(m, ~v, v),
     vb_select=lambda m, a, b: np.where(m, a, b),
     vh_zip_lo=lambda lo, hi: zipped(lo, hi, slice(0, 8)).view(np.int16),
     vh_zip_hi=lambda lo, hi: zipped(lo, hi, slice(8, 16)).view(np.int16),
     vh_zero=lambda: np.zeros(32, np.int16),
     vh_add=lambda a, b: wrapped(i64(a) + i64(b), np.int16),
+    vh_sub=lambda a, b: wrapped(i64(a) - i64(b), np.int16),
+    vh_sign=lambda v, s: wrapped(np.where(s < 0, -i64(v), i64(v)), np.int16),
     vh_mul=lambda a, b: wrapped(i64(a) * i64(b), np.int16),
     vh_sign_high=lambda v: v.view(np.int8)[1::2].astype(np.int16),
     vb_low_bytes=lambda a, b: packed(0, a, b),
@@ -189,6 +192,16 @@ def vw_widen(acc: Array, v: Array) -> Array:
 def vw_rows(acc: Array, lo: Array, hi: Array) -> Array:
     sums = np.concatenate([i64(lanes(lo)).sum(axis=0), i64(lanes(hi)).sum(axis=0)])
     return wrapped(i64(acc) + sums, np.int32)
+
+
+@meaning
+def vw_extend_lo(acc: Array, v: Array) -> Array:
+    return wrapped(i64(acc) + i64(lanes(v))[:, :4].reshape(-1), np.int32)
+
+
+@meaning
+def vw_extend_hi(acc: Array, v: Array) -> Array:
+    return wrapped(i64(acc) + i64(lanes(v))[:, 4:].reshape(-1), np.int32)
 
 
 @meaning
@@ -246,6 +259,9 @@ ROUNDED = [
 ]
 DOMAINS: dict[tuple[str, str], list[Any]] = {
     ("vb_lut16", "idx"): [0, 15, 128, 255, *range(1, 15), *range(129, 255)],
+    ("vb_at_least", "v"): [0, 13, 14, 127, *range(128)],
+    ("vb_at_least", "low"): [14, 0, 127, *range(128)],
+    ("vh_sign", "s"): [1, -1, 255, 256, -256, 32767, -32768, *range(2, 200)],
     ("vh_pairs", "u"): CODES,
     ("vw_dot4", "u"): CODES,
     ("vw_round", "v"): [*ROUNDED, *np.arange(-300, 300, 0.25)],

@@ -9,7 +9,9 @@ SUMMARY = "prove every schedule exact against numpy"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isa", action="append", default=[], help="ISA level (default: all this CPU runs)")
-    parser.add_argument("--family", action="append", default=[], help="i2s, tl1, tl2 or t5 (default: all)")
+    parser.add_argument(
+        "--family", action="append", default=[], help="i2s, tl1, tl2, t5 or tl5 (default: all)"
+    )
     parser.add_argument("--regime", action="append", default=[], help="n1, small or large (default: all)")
     parser.add_argument("--sample", type=int, help="only so many schedules of each space, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ SUMMARY = "readable C of one kernel on standard output"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", help="i2s, tl1, tl2 or t5; or quantize, tl1_tables, tl2_tables")
+    parser.add_argument("family", help="i2s, tl1, tl2, t5 or tl5; or quantize, tl1_tables, tl2_tables")
     parser.add_argument("--shape", help="MxK: fix the shape in the code (default: m and k are arguments)")
     parser.add_argument("--isa", help="ISA level (default: the best this CPU runs)")
     parser.add_argument(

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regime", action="append", default=[], help="n1, small or large; may be given again"
     )
     parser.add_argument(
-        "--family", action="append", default=[], help="i2s, tl1, tl2 or t5; may be given again"
+        "--family", action="append", default=[], help="i2s, tl1, tl2, t5 or tl5; may be given again"
     )
     parser.add_argument(
         "--isa", action="append", default=[], help="ISA level (default: the best); may be given again"

@@ -88,5 +88,5 @@ class Candidates:
 
 def support_units(isa: str) -> list[Unit]:
     """What the kernels of an ISA level need beside themselves."""
-    tables = [render_tables(f.name, isa) for f in FAMILIES.values() if f.table_bytes]
+    tables = [render_tables(f.name, isa, algorithm) for f in FAMILIES.values() for algorithm, _ in f.tables]
     return [unit_of(source) for source in (render_quantize(isa), *tables)]

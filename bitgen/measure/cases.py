@@ -240,7 +240,7 @@ class Checks:
         return self._buffers[key].pointer(ctype)
 
     def _work_areas(self, scratch_bytes: int) -> dict[str, Guarded]:
-        table_bytes = family_named(self._layout.family).table_bytes
+        table_bytes = max((size for _, size in family_named(self._layout.family).tables), default=0)
         out = max(4 * c.n * (c.shape.m + 3) for c in self.cases)
         tables = max(c.n * self._layout.chunks(c.shape.k) * table_bytes for c in self.cases)
         edge = 64  # watched in front of each area

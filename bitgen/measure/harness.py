@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgen.errors import BitgenError
-from bitgen.host import host_headers, row_grain, run_units, table_bytes
+from bitgen.host import host_headers, row_grain, run_units
 from bitgen.paths import templates_dir
 from bitgen.render import Source
 from bitgen.spec import MATMUL_STRUCT, KernelSpec, Layout, family_named, regime_named
@@ -68,6 +68,7 @@ class Functions:
     n_max: int
     scaled: bool = False
     tile_registers: bool = False
+    table_bytes: int = 0
 
     @property
     def layout(self) -> Layout:
@@ -90,7 +91,8 @@ def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
         scratch=f"{spec.name}_scratch",
         support=str(support),
         quantize=f"bitgen_quantize__{spec.isa}",
-        tables=f"bitgen_{spec.family}_tables__{spec.isa}" if table_bytes(spec) else None,
+        tables=Prototype.parse(spec.tables_prototype).name if spec.tables_prototype else None,
+        table_bytes=spec.table_bytes,
         row_block=spec.layout.row_block,
         family=spec.family,
         row_grain=row_grain(spec),
@@ -161,7 +163,7 @@ class Harness:
                 "k_chunk": family.k_chunk,
                 "chunk_bytes": family.chunk_bytes,
                 "trailer_bytes": family.trailer_bytes,
-                "table_bytes": family.table_bytes if functions.tables else 0,
+                "table_bytes": functions.table_bytes,
                 "row_grain": functions.row_grain,
             },
         )

@@ -31,6 +31,7 @@ class Isa:
     code_max: int = 128
     tiles: bool = False
     exact_vector: bool = False
+    lut_bytes: int = 16
 
     @property
     def tile_registers(self) -> frozenset[str]:
@@ -66,6 +67,7 @@ class _IsaEntry:
     code_max: int = 128
     tiles: bool = False
     exact_vector: bool = False
+    lut_bytes: int = 16
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
             code_max=entry.code_max,
             tiles=entry.tiles,
             exact_vector=entry.exact_vector,
+            lut_bytes=entry.lut_bytes,
         )
     return tuple(isas.values())
 

@@ -118,6 +118,10 @@ WORD vm vb_test(vb v, vb bits) {
                 _mm256_cmpeq_epi8(_mm256_and_si256(v.b, bits.b), zero)};
 }
 
+//: vb_at_least
+// Flags are kept as "below", which is what the comparison gives.
+WORD vm vb_at_least(vb v, vb low) { return (vm){_mm256_cmpgt_epi8(low.a, v.a), _mm256_cmpgt_epi8(low.b, v.b)}; }
+
 //: vb_flip
 // The complement of the flags by a comparison: made once for all values flipped by the same flags, while
 // compilers move the ones of an exclusive or to each value.
@@ -148,8 +152,17 @@ WORD vh vh_zero(void) { return (vh){(h_reg)_mm256_setzero_si256(), (h_reg)_mm256
 //: vh_add
 WORD vh vh_add(vh a, vh b) { return (vh){a.a + b.a, a.b + b.b}; }
 
+//: vh_sub
+WORD vh vh_sub(vh a, vh b) { return (vh){a.a - b.a, a.b - b.b}; }
+
 //: vh_mul
 WORD vh vh_mul(vh a, vh b) { return (vh){a.a * b.a, a.b * b.b}; }
+
+//: vh_sign
+WORD vh vh_sign(vh v, vh s) {
+    return (vh){(h_reg)_mm256_sign_epi16((__m256i)v.a, (__m256i)s.a),
+                (h_reg)_mm256_sign_epi16((__m256i)v.b, (__m256i)s.b)};
+}
 
 //: vh_load
 WORD vh vh_load(const int16_t *p) {
@@ -293,6 +306,21 @@ WORD vw vw_rows(vw acc, vh lo, vh hi) {
     y = _mm256_madd_epi16(_mm256_permute2x128_si256(r, s, 0x21), ones);
     acc.b += (w_reg)_mm256_add_epi32(x, y);
     return acc;
+}
+
+//: vw_extend_lo
+// Each int16 twice, then an arithmetic shift.
+WORD vw vw_extend_lo(vw acc, vh v) {
+    __m256i a = _mm256_unpacklo_epi16((__m256i)v.a, (__m256i)v.a), b = _mm256_unpacklo_epi16((__m256i)v.b, (__m256i)v.b);
+    return (vw){(w_reg)_mm256_add_epi32((__m256i)acc.a, _mm256_srai_epi32(a, 16)),
+                (w_reg)_mm256_add_epi32((__m256i)acc.b, _mm256_srai_epi32(b, 16))};
+}
+
+//: vw_extend_hi
+WORD vw vw_extend_hi(vw acc, vh v) {
+    __m256i a = _mm256_unpackhi_epi16((__m256i)v.a, (__m256i)v.a), b = _mm256_unpackhi_epi16((__m256i)v.b, (__m256i)v.b);
+    return (vw){(w_reg)_mm256_add_epi32((__m256i)acc.a, _mm256_srai_epi32(a, 16)),
+                (w_reg)_mm256_add_epi32((__m256i)acc.b, _mm256_srai_epi32(b, 16))};
 }
 
 //: vw_zip_lo

@@ -89,6 +89,9 @@ WORD vb vb_mirror(vb v, vb s) {
 //: vb_test
 WORD vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
 
+//: vb_at_least
+WORD vm vb_at_least(vb v, vb low) { return (vm){_mm512_cmpge_epu8_mask(v.v, low.v)}; }
+
 //: vb_flip
 // ~v = -1 - v: a masked subtraction is one instruction, while vpternlog has no byte masks.
 WORD vb vb_flip(vb v, vm m) { return (vb){_mm512_mask_sub_epi8(v.v, m.v, _mm512_set1_epi8(-1), v.v)}; }
@@ -108,8 +111,17 @@ WORD vh vh_zero(void) { return (vh){(h_reg)_mm512_setzero_si512()}; }
 //: vh_add
 WORD vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
 
+//: vh_sub
+WORD vh vh_sub(vh a, vh b) { return (vh){a.v - b.v}; }
+
 //: vh_mul
 WORD vh vh_mul(vh a, vh b) { return (vh){a.v * b.v}; }
+
+//: vh_sign
+WORD vh vh_sign(vh v, vh s) {
+    const __m512i x = (__m512i)v.v;
+    return (vh){(h_reg)_mm512_mask_sub_epi16(x, _mm512_movepi16_mask((__m512i)s.v), _mm512_setzero_si512(), x)};
+}
 
 //: vh_load
 WORD vh vh_load(const int16_t *p) { return (vh){(h_reg)_mm512_loadu_si512(p)}; }
@@ -213,6 +225,19 @@ WORD vw vw_rows(vw acc, vh lo, vh hi) {
     __m512i p = _mm512_madd_epi16(_mm512_permutex2var_epi16(l, lanes01, h), ones);
     __m512i q = _mm512_madd_epi16(_mm512_permutex2var_epi16(l, lanes23, h), ones);
     return (vw){acc.v + (w_reg)_mm512_add_epi32(p, q)};
+}
+
+//: vw_extend_lo
+// Each int16 twice, then an arithmetic shift.
+WORD vw vw_extend_lo(vw acc, vh v) {
+    __m512i x = _mm512_unpacklo_epi16((__m512i)v.v, (__m512i)v.v);
+    return (vw){(w_reg)_mm512_add_epi32((__m512i)acc.v, _mm512_srai_epi32(x, 16))};
+}
+
+//: vw_extend_hi
+WORD vw vw_extend_hi(vw acc, vh v) {
+    __m512i x = _mm512_unpackhi_epi16((__m512i)v.v, (__m512i)v.v);
+    return (vw){(w_reg)_mm512_add_epi32((__m512i)acc.v, _mm512_srai_epi32(x, 16))};
 }
 
 //: vw_zip_lo

@@ -107,6 +107,11 @@ WORD vm vb_test(vb v, vb bits) {
     return (vm){vtstq_u8(v.a, bits.a), vtstq_u8(v.b, bits.b), vtstq_u8(v.c, bits.c), vtstq_u8(v.d, bits.d)};
 }
 
+//: vb_at_least
+WORD vm vb_at_least(vb v, vb low) {
+    return (vm){vcgeq_u8(v.a, low.a), vcgeq_u8(v.b, low.b), vcgeq_u8(v.c, low.c), vcgeq_u8(v.d, low.d)};
+}
+
 //: vb_flip
 WORD vb vb_flip(vb v, vm m) { return (vb){v.a ^ m.a, v.b ^ m.b, v.c ^ m.c, v.d ^ m.d}; }
 
@@ -139,9 +144,25 @@ WORD vh vh_add(vh a, vh b) {
     return (vh){vaddq_s16(a.a, b.a), vaddq_s16(a.b, b.b), vaddq_s16(a.c, b.c), vaddq_s16(a.d, b.d)};
 }
 
+//: vh_sub
+WORD vh vh_sub(vh a, vh b) {
+    return (vh){vsubq_s16(a.a, b.a), vsubq_s16(a.b, b.b), vsubq_s16(a.c, b.c), vsubq_s16(a.d, b.d)};
+}
+
 //: vh_mul
 WORD vh vh_mul(vh a, vh b) {
     return (vh){vmulq_s16(a.a, b.a), vmulq_s16(a.b, b.b), vmulq_s16(a.c, b.c), vmulq_s16(a.d, b.d)};
+}
+
+//: neon_sign
+WORD int16x8_t neon_sign(int16x8_t v, int16x8_t s) {
+    const int16x8_t m = vshrq_n_s16(s, 15);
+    return vsubq_s16(veorq_s16(v, m), m);
+}
+
+//: vh_sign
+WORD vh vh_sign(vh v, vh s) {
+    return (vh){neon_sign(v.a, s.a), neon_sign(v.b, s.b), neon_sign(v.c, s.c), neon_sign(v.d, s.d)};
 }
 
 //: vh_load
@@ -283,6 +304,18 @@ WORD vw vw_rows(vw acc, vh lo, vh hi) {
     acc.c = vaddw_s16(vaddw_s16(acc.c, vget_low_s16(hi.c)), vget_low_s16(hi.d));
     acc.d = vaddw_high_s16(vaddw_high_s16(acc.d, hi.c), hi.d);
     return acc;
+}
+
+//: vw_extend_lo
+WORD vw vw_extend_lo(vw acc, vh v) {
+    return (vw){vaddw_s16(acc.a, vget_low_s16(v.a)), vaddw_s16(acc.b, vget_low_s16(v.b)),
+                vaddw_s16(acc.c, vget_low_s16(v.c)), vaddw_s16(acc.d, vget_low_s16(v.d))};
+}
+
+//: vw_extend_hi
+WORD vw vw_extend_hi(vw acc, vh v) {
+    return (vw){vaddw_high_s16(acc.a, v.a), vaddw_high_s16(acc.b, v.b), vaddw_high_s16(acc.c, v.c),
+                vaddw_high_s16(acc.d, v.d)};
 }
 
 //: vw_zip_lo

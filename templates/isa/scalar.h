@@ -117,6 +117,14 @@ WORD vm vb_test(vb v, vb bits) {
     return r;
 }
 
+//: vb_at_least
+// m[i] = v[i] >= low[i], both below 128
+WORD vm vb_at_least(vb v, vb low) {
+    vm r;
+    for (int i = 0; i < 64; ++i) r.m[i] = v.b[i] >= low.b[i];
+    return r;
+}
+
 //: vb_flip
 // b[i] = m[i] ? ~v[i] : v[i]
 WORD vb vb_flip(vb v, vm m) {
@@ -163,11 +171,24 @@ WORD vh vh_add(vh a, vh b) {
     return a;
 }
 
+//: vh_sub
+WORD vh vh_sub(vh a, vh b) {
+    for (int i = 0; i < 32; ++i) a.h[i] = (int16_t)(uint16_t)(a.h[i] - b.h[i]);
+    return a;
+}
+
 //: vh_mul
 // h[i] = low 16 bits of a[i] * b[i]
 WORD vh vh_mul(vh a, vh b) {
     for (int i = 0; i < 32; ++i) a.h[i] = (int16_t)(uint16_t)(a.h[i] * b.h[i]);
     return a;
+}
+
+//: vh_sign
+// h[i] = s[i] < 0 ? -v[i] : v[i]; no s[i] is 0
+WORD vh vh_sign(vh v, vh s) {
+    for (int i = 0; i < 32; ++i) v.h[i] = s.h[i] < 0 ? (int16_t)(uint16_t)-v.h[i] : v.h[i];
+    return v;
 }
 
 //: vh_load
@@ -303,6 +324,22 @@ WORD vw vw_rows(vw acc, vh lo, vh hi) {
             acc.w[r] = (int32_t)((uint32_t)acc.w[r] + (uint32_t)lo.h[8 * l + r]);
             acc.w[8 + r] = (int32_t)((uint32_t)acc.w[8 + r] + (uint32_t)hi.h[8 * l + r]);
         }
+    return acc;
+}
+
+//: vw_extend_lo
+// Add int16 0..3 of every lane: w[4 l + i] = acc[4 l + i] + v[8 l + i], i = 0..3
+WORD vw vw_extend_lo(vw acc, vh v) {
+    for (int i = 0; i < 16; ++i)
+        acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)v.h[8 * (i >> 2) + (i & 3)]);
+    return acc;
+}
+
+//: vw_extend_hi
+// The same with int16 4..7 of every lane.
+WORD vw vw_extend_hi(vw acc, vh v) {
+    for (int i = 0; i < 16; ++i)
+        acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)v.h[8 * (i >> 2) + 4 + (i & 3)]);
     return acc;
 }
 

@@ -190,6 +190,13 @@ WORD vm vb_test(vb v, vb bits) {
     return r;
 }
 
+//: vb_at_least
+WORD vm vb_at_least(vb v, vb low) {
+    vm r;
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_u8_z(svcmpge_u8(svptrue_b8(), v.z[i], low.z[i]), 1);
+    return r;
+}
+
 //: vb_flip
 WORD vb vb_flip(vb v, vm m) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = svnot_u8_m(v.z[i], sve_set(m.z[i]), v.z[i]);
@@ -234,6 +241,18 @@ WORD vh vh_zero(void) {
 WORD vh vh_add(vh a, vh b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] + (sve_u16)b.z[i]);
     return a;
+}
+
+//: vh_sub
+WORD vh vh_sub(vh a, vh b) {
+    for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] - (sve_u16)b.z[i]);
+    return a;
+}
+
+//: vh_sign
+WORD vh vh_sign(vh v, vh s) {
+    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = svneg_s16_m(v.z[i], svcmplt_n_s16(svptrue_b16(), s.z[i], 0), v.z[i]);
+    return v;
 }
 
 //: vh_mul
@@ -420,6 +439,21 @@ WORD vw vw_zip_hi(vh a, vh b) {
         else r.z[i] = svreinterpret_s32_s16(svtrn2_s16(sve_halves_h(a.z[i]), sve_halves_h(b.z[i])));
     }
     return r;
+}
+
+//: vw_extend_lo
+// Each int16 twice, then an arithmetic shift.
+WORD vw vw_extend_lo(vw acc, vh v) {
+    const vw x = vw_zip_lo(v, v);
+    for (int i = 0; i < SVE_PARTS; ++i) acc.z[i] = (sve_s32)((sve_u32)acc.z[i] + (sve_u32)(x.z[i] >> 16));
+    return acc;
+}
+
+//: vw_extend_hi
+WORD vw vw_extend_hi(vw acc, vh v) {
+    const vw x = vw_zip_hi(v, v);
+    for (int i = 0; i < SVE_PARTS; ++i) acc.z[i] = (sve_s32)((sve_u32)acc.z[i] + (sve_u32)(x.z[i] >> 16));
+    return acc;
 }
 
 //: sve_store_lanes
