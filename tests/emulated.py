@@ -67,11 +67,10 @@ def pretend() -> None:
         text = read(file)
         return re.sub(r"(?m)^(flags\s*:.*)$", rf"\1 {' '.join(features)}", text) if file == CPUINFO else text
 
-    def rows_that_hold(arch: str, names: Iterable[str], file: Path | None = None) -> list[dict[str, Any]]:
-        always = rows(arch, ["pni"], file)[0]
-        return [
-            {**always, "name": r["name"]} if r["name"] in features else r for r in rows(arch, names, file)
-        ]
+    def rows_that_hold(arch: str, names: Iterable[str], **options: Any) -> list[dict[str, Any]]:
+        always = rows(arch, ["pni"], **options)[0]
+        found = rows(arch, names, **options)
+        return [{**always, "name": r["name"]} if r["name"] in features else r for r in found]
 
     linux._read = cpuinfo_with_features
     bitgen.host.feature_rows = rows_that_hold
