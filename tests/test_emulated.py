@@ -130,3 +130,33 @@ def test_suites_pass_on_an_emulated_cpu(suite: str, emulator: Path, request: pyt
     exact = re.search(r"exact: (\d+) schedules, (\d+)", done.stdout)
     if exact:
         request.node.user_properties.append(("exact", (int(exact[1]), int(exact[2]))))
+
+
+BUILD = """
+import sys; from pathlib import Path; import emulated; emulated.pretend()
+from bitgen.library import Target, write_library
+from bitgen.target import detect_cpu
+from bitgen.toolchain import Toolchain, find_compiler
+toolchain = Toolchain(find_compiler(), cache_dir=Path(sys.argv[1]) / "cache")
+write_library((), toolchain, sys.argv[1], "tiles", Target.of(detect_cpu(), "amx_int8"), check=False)
+"""
+CREATE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+print([library.bitgen_context_create(ctypes.byref(ctypes.c_void_p()), 2, flags) for flags in (0, 1, 2)])
+"""
+
+
+@pytest.mark.skipif("amx_tile" not in emulated.lacking(), reason="this system grants tiles")
+def test_a_process_that_is_refused_tiles_gets_an_error_or_portable_kernels(
+    emulator: Path, tmp_path: Path
+) -> None:
+    """The system here knows no tiles; the emulator's grants them."""
+    env = emulated.environment(emulator, emulated.lacking())
+    path = ":".join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    subprocess.run([sys.executable, "-c", BUILD, tmp_path], env={**env, "PYTHONPATH": path}, check=True)
+    create = [sys.executable, "-c", CREATE, tmp_path / "tiles" / "libbitgen-tiles.so"]
+    refused = subprocess.run(create, capture_output=True, text=True, check=True)
+    assert refused.stdout == "[19, 0, 0]\n", "BITGEN_ERROR_TILES, unless portable kernels are allowed"
+    granted = subprocess.run(create, env=env, capture_output=True, text=True, check=True)
+    assert granted.stdout == "[0, 0, 0]\n"
