@@ -107,13 +107,15 @@ WORD void vw_store_n(int32_t *p, vw v, int n) {
 
 // Each int16 twice, then an arithmetic shift.
 WORD vw vw_extend_lo(vw acc, vh v) {
-    __m256i a = _mm256_unpacklo_epi16((__m256i)v.a, (__m256i)v.a), b = _mm256_unpacklo_epi16((__m256i)v.b, (__m256i)v.b);
+    __m256i a = _mm256_unpacklo_epi16((__m256i)v.a, (__m256i)v.a);
+    __m256i b = _mm256_unpacklo_epi16((__m256i)v.b, (__m256i)v.b);
     return (vw){(w_reg)_mm256_add_epi32((__m256i)acc.a, _mm256_srai_epi32(a, 16)),
                 (w_reg)_mm256_add_epi32((__m256i)acc.b, _mm256_srai_epi32(b, 16))};
 }
 
 WORD vw vw_extend_hi(vw acc, vh v) {
-    __m256i a = _mm256_unpackhi_epi16((__m256i)v.a, (__m256i)v.a), b = _mm256_unpackhi_epi16((__m256i)v.b, (__m256i)v.b);
+    __m256i a = _mm256_unpackhi_epi16((__m256i)v.a, (__m256i)v.a);
+    __m256i b = _mm256_unpackhi_epi16((__m256i)v.b, (__m256i)v.b);
     return (vw){(w_reg)_mm256_add_epi32((__m256i)acc.a, _mm256_srai_epi32(a, 16)),
                 (w_reg)_mm256_add_epi32((__m256i)acc.b, _mm256_srai_epi32(b, 16))};
 }

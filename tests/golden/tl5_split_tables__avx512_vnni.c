@@ -66,9 +66,9 @@ struct bitgen_matmul {
 };
 
 /* The split tables of one token: for each chunk of 20 activations 256 bytes. Group j, activations x[4 s + j], s = 0..4,
-   has 14 sums of w0, w1, w2 with 9 w0 + 3 w1 + w2 = 0..13, |entry| <= 384, and 8 sums of w3, w4 with 3 w3 + w4 = -4..-1,
-   1..4, |entry| <= 256; the entries behind them are 0. Of groups 2 h and 2 h + 1, bytes [128 h ..) hold the low bytes
-   (16 sums of three, 16 of two, the same of the other group), bytes [128 h + 64 ..) the high bytes. */
+   has 14 sums of w0, w1, w2 with 9 w0 + 3 w1 + w2 = 0..13, |entry| <= 384, and 8 sums of w3, w4 with 3 w3 + w4 =
+   -4..-1, 1..4, |entry| <= 256; the entries behind them are 0. Of groups 2 h and 2 h + 1, bytes [128 h ..) hold the low
+   bytes (16 sums of three, 16 of two, the same of the other group), bytes [128 h + 64 ..) the high bytes. */
 /* Codes w + 1 of (w0, w1), (w2, -), (w3, w4) of the entries, in the order in which bytes are packed. */
 static const uint8_t codes[3][2][64] __attribute__((aligned(64))) = {
     {

@@ -72,8 +72,8 @@ struct bitgen_matmul {
 };
 
 /* The wide tables of one token: for each chunk of 20 activations 1024 bytes. Group j, activations x[4 s + j], s = 0..4,
-   has 128 entries, the sums over s of w_s x[4 s + j], |entry| <= 640: entry 8 t + i has 9 w0 + 3 w1 + w2 = t = 0..13 and
-   as 3 w3 + w4 the number i of -4..-1, 1..4; entry 112 + t has 0 there. Bytes [256 j ..) hold the low bytes, bytes
+   has 128 entries, the sums over s of w_s x[4 s + j], |entry| <= 640: entry 8 t + i has 9 w0 + 3 w1 + w2 = t = 0..13
+   and as 3 w3 + w4 the number i of -4..-1, 1..4; entry 112 + t has 0 there. Bytes [256 j ..) hold the low bytes, bytes
    [256 j + 128 ..) the high bytes. */
 /* Codes w + 1 of (w0, w1), (w2, -), (w3, w4) of the entries, in the order in which bytes are packed. */
 static const uint8_t codes[3][4][64] __attribute__((aligned(64))) = {
