@@ -266,7 +266,7 @@ def test_the_banners_command_makes_the_file_again(capsys: pytest.CaptureFixture[
 
 def test_the_banner_tells_the_formula_the_bound_and_the_schedule() -> None:
     text = render_kernel(
-        kernel("i2s", "avx2", N1, "direct", streams=2, nr=1, accs=2, widen=8, unroll=1, prefetch=0)
+        kernel("i2s", "avx2", N1, "direct", streams=2, nr=1, accs=2, widen=8, unroll=1, prefetch=0, hint=0)
     ).text
     banner = text[: text.index("*/")]
     for words in (
