@@ -10,6 +10,7 @@ from pathlib import Path
 import emulated
 import pytest
 
+from bitgen.spec import FAMILIES
 from bitgen.toolchain import Compiler, find_compilers
 
 PROGRAM = emulated.SOURCE.with_name("instructions.c")
@@ -93,9 +94,13 @@ SUITES = {
     "words": (
         "test_vocabulary.py",
         "avx_vnni and (vw_dot4 or vw_widen or vw_rows) or amx_int8 and tiles_mean",
-        4,
+        4 * len(COMPILERS),
     ),
-    "kernels": ("test_exact.py", "one_shape and (avx_vnni or amx_int8) or drawn and amx_int8 and not n1", 11),
+    "kernels": (
+        "test_exact.py",
+        "one_shape and (avx_vnni or amx_int8) or drawn_problems and amx_int8 and not n1",
+        2 + 2 * len(FAMILIES),
+    ),
     "probes": ("test_measure.py", "peak_of_tiles", 1),
     "models": ("test_engine.py", "exact_model and f32 and relu2 and (avx_vnni or amx_int8)", 2),
 }
