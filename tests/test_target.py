@@ -338,7 +338,7 @@ def auxv(hwcap: int, hwcap2: int | None) -> bytes:
 HWCAPS = {
     "cortex-a72": (0x8FB, 0x0, {"asimd", "crc32"}),
     "raspberry-pi-4": (0x887, None, {"asimd", "crc32"}),
-    "neoverse-n1": (0x119FFB, 0x0, {"asimd", "crc32", "atomics", "asimdhp", "asimdrdm", "asimddp"}),
+    "neoverse-n1": (0x119FFB, 0x0, {"asimd", "crc32", "atomics", "fphp", "asimdhp", "asimdrdm", "asimddp"}),
 }
 
 
