@@ -18,7 +18,6 @@ import hashlib
 import json
 import platform
 import re
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -59,8 +58,7 @@ from bitgen.winners import export_winners, family_winners, nearest_winners
 
 if TYPE_CHECKING:
     from bitgen.library import KernelChoice
-    from bitgen.measure import Limits
-    from bitgen.measure.local import LocalRunner
+    from bitgen.measure import Limits, Race, TileState
     from bitgen.measure.sweep import SweepCounts
     from bitgen.runtime import KernelTable
     from bitgen.search import Progress, TuningResult
@@ -474,7 +472,8 @@ class KernelTiming:
     """A kernel timed in interleaved rounds with the untuned default; times are medians for one call.
 
     ``limit_ns`` is the roofline of this run: reading the packed weights once, or the int8 operations at the
-    peak of the ISA level, whichever takes longer.
+    peak of the ISA level, whichever takes longer. Where a probe of tiles took part, ``tile_states`` are the
+    kernel's fast and slow rounds (`Race.tile_states`), and all times are of the fast ones if there are any.
     """
 
     shape: Shape
@@ -485,6 +484,7 @@ class KernelTiming:
     time_ns: float
     default_ns: float
     limit_ns: float
+    tile_states: tuple[TileState, TileState] | None = None
 
     @property
     def weight_gbs(self) -> float:
@@ -524,43 +524,46 @@ def bench_kernels(
         for choice in choices_for(preset, workshop, level)
         if choice.threads <= count
     }
-    timings = []
+    raced = []
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
         limits = runner.limits(count, [level.name])
         for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in preset.matmuls):
             for n in tokens:
                 if progress:
                     progress(f"{shape.name}, n = {n}")
-                timings.append(_time_kernel(runner, workshop, level, limits, chosen, shape, n, count, rounds))
-    return timings
+                regime = regime_of(n)
+                default = workshop.space("i2s", level, regime.name, shape).default
+                tuned = chosen.get((shape, regime.name))
+                spec = tuned or default
+                race = runner.race([spec, default], shape, n, count, rounds, regime is not LARGE)
+                if spec not in race or default not in race:
+                    raise BitgenError(f"{shape.name}, n = {n}: {'; '.join(race.dropped.values())}")
+                raced.append((shape, n, spec, tuned is not None, default, race))
+    # Only the whole run tells how fast its tiles can be.
+    peak = max([limits.peak_gops[level.name], *(gops for *_, race in raced for gops in race.tile_gops)])
+    return [_timing_of(limits, peak, count, *row) for row in raced]
 
 
-def _time_kernel(
-    runner: LocalRunner,
-    workshop: Workshop,
-    level: Isa,
+def _timing_of(
     limits: Limits,
-    chosen: Mapping[tuple[Shape | None, str], KernelSpec],
+    peak_gops: float,
+    threads: int,
     shape: Shape,
     n: int,
-    threads: int,
-    rounds: int,
+    spec: KernelSpec,
+    tuned: bool,
+    default: KernelSpec,
+    race: Race,
 ) -> KernelTiming:
     from bitgen.search import roofline_ns
 
-    regime = regime_of(n)
-    tuned = chosen.get((shape, regime.name))
-    default = workshop.space("i2s", level, regime.name, shape).default
-    spec = tuned or default
-    cold = regime is not LARGE
-    race = runner.race([spec, default], shape, n, threads, rounds, cold)
-    if spec not in race or default not in race:
-        raise BitgenError(f"{shape.name}, n = {n}: {'; '.join(race.dropped.values())}")
-    times = {s: statistics.median(race[s]) for s in (spec, default)}
+    cold = regime_of(n) is not LARGE
+    time_ns, default_ns = (race.median_ns(s, peak_gops) for s in (spec, default))
     packed = spec.layout.packed_bytes(shape)
-    fastest_read = max(limits.best_dram_gbs, race.read_gbs or 0.0, packed / times[spec] if cold else 0.0)
-    limit = roofline_ns(spec.layout, shape, n, cold, fastest_read, limits.peak_gops[level.name])
-    return KernelTiming(shape, n, threads, spec, tuned is not None, times[spec], times[default], limit)
+    fastest_read = max(limits.best_dram_gbs, race.read_gbs or 0.0, packed / time_ns if cold else 0.0)
+    limit = roofline_ns(spec.layout, shape, n, cold, fastest_read, peak_gops)
+    states = race.tile_states(spec, peak_gops)
+    return KernelTiming(shape, n, threads, spec, tuned, time_ns, default_ns, limit, states)
 
 
 # ---- share ----

@@ -113,6 +113,7 @@ class RaceRecord:
             "times_ns": [list(self.race.get(spec, ())) for spec in self.specs],
             "dropped": [self.race.dropped.get(spec, "") for spec in self.specs],
             "read_ns_a_byte": list(self.race.read_ns_a_byte),
+            **({"tile_gops": list(self.race.tile_gops)} if self.race.tile_gops else {}),
         }
 
     @classmethod
@@ -133,6 +134,7 @@ class RaceRecord:
                 times_ns={spec: tuple(float(t) for t in row) for spec, row in times if row},
                 dropped={spec: str(reason) for spec, reason in dropped if reason},
                 read_ns_a_byte=tuple(float(t) for t in data["read_ns_a_byte"]),
+                tile_gops=tuple(float(t) for t in data.get("tile_gops", ())),
             ),
             time=float(data["time"]),
         )

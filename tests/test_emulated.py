@@ -101,7 +101,7 @@ SUITES = {
         "one_shape and (avx_vnni or amx_int8) or drawn_problems and amx_int8 and not n1",
         2 + 2 * len(FAMILIES),
     ),
-    "probes": ("test_measure.py", "peak_of_tiles", 1),
+    "probes": ("test_measure.py", "peak_of_tiles", 3),
     "models": ("test_engine.py", "exact_model and f32 and relu2 and (avx_vnni or amx_int8)", 2),
 }
 

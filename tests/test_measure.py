@@ -32,13 +32,15 @@ from bitgen.measure import (
     ReplayRunner,
     RoundReplay,
     Status,
+    TileState,
     TimingPolicy,
     exact_sweep,
+    local,
 )
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
 from bitgen.measure.drop import heats
 from bitgen.measure.lock import MachineLock
-from bitgen.measure.probes import build_probes, peak_probe
+from bitgen.measure.probes import Tiles, build_probes, peak_probe
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
@@ -356,6 +358,45 @@ def test_the_peak_of_tiles_is_probed(runner: LocalRunner, tmp_path_factory: pyte
     built = build_probes(toolchain_of(tmp_path_factory), [probe.source()])
     (nanoseconds,) = runner._probe(built, Shape(16, 64), 1, False)
     assert 0 < nanoseconds < 1e9
+
+
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_the_peak_of_tiles_takes_part_in_a_race(
+    cold: bool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With work of its own, whatever the shape and the tokens of the race are."""
+    isa = find_isa("amx_int8", load_isas())
+    if not isa.requires <= detect_cpu().features:
+        pytest.skip("this CPU lacks amx_int8")
+    monkeypatch.setattr(local, "DOT_SHAPE", Shape(16, 64))  # emulated tiles are slow
+    spec = space_for("i2s", isa, SMALL, Shape(40, 100), detect_cpu()).default
+    assert spec.schedule.name.startswith("tiles")
+    with LocalRunner(toolchain_of(tmp_path_factory), detect_cpu(), policy=QUICK, lock_folder=tmp_path) as one:
+        one._proven.add(spec)  # by other tests; here the output of the timed calls is compared
+        race = one.race([spec], Shape(40, 100), 3, 2, rounds=2, cold=cold)
+    assert not race.dropped
+    assert (len(race[spec]), len(race.tile_gops), len(race.read_ns_a_byte)) == (2, 2, 2 * cold)
+    assert all(0 < gops < 1e6 for gops in race.tile_gops)
+
+
+def test_only_kernels_that_may_multiply_tiles_race_with_their_probe() -> None:
+    small = replace(invented(regime="small"), isa="amx_int8")
+    assert local._tile_probe([invented(), small]) == Tiles("amx_int8")
+    assert local._tile_probe([replace(invented(), isa="amx_int8"), invented(regime="large")]) is None
+
+
+def test_rounds_are_fast_or_slow_by_their_own_probe() -> None:
+    spec = invented(regime="large")
+    race = Race({spec: (10.0, 40.0, 12.0, 44.0, 11.0)}, tile_gops=(4300.0, 1100.0, 4200.0, 1000.0, 2150.0))
+    fast, slow = TileState(3, 11.0, 4200.0), TileState(2, 42.0, 1050.0)
+    assert race.tile_states(spec, 4300.0) == (fast, slow), "half of the best is fast"
+    assert race.median_ns(spec, 4300.0) == 11.0
+    assert race.tile_states(spec, 2000.0) == (TileState(5, 12.0, 2150.0), TileState(0, None, None))
+    assert race.tile_states(spec, 9000.0) == (TileState(0, None, None), TileState(5, 12.0, 2150.0))
+    assert race.median_ns(spec, 9000.0) == 12.0, "no round is fast: of all"
+    untold = Race({spec: (3.0, 1.0, 2.0)})
+    assert untold.tile_states(spec, 4300.0) is None
+    assert untold.median_ns(spec, 4300.0) == 2.0
 
 
 def test_limits_have_every_pattern_and_level(runner: LocalRunner) -> None:

@@ -53,11 +53,18 @@ def of_layout(layout: Layout, points: tuple[KernelSpec, ...] = POINTS, i: int = 
     return [spec for spec in points if spec.layout == layout][i]
 
 
+def tiled() -> RaceRecord:
+    race = Race({LARGE[0]: (3.0, 4.0)}, tile_gops=(4300.0, 1100.0))
+    return RaceRecord(FINGERPRINT, WIDE, 128, 1, False, 2, 11, LARGE[:1], race)
+
+
 # ---- what was written comes back ----
 
 
 @pytest.mark.parametrize(
-    "record", [trial(), trial(status=Status.CRASHED), race(), tuning([(POINTS[0], 1)])], ids=lambda r: r.kind
+    "record",
+    [trial(), trial(status=Status.CRASHED), race(), tiled(), tuning([(POINTS[0], 1)])],
+    ids=lambda r: r.kind,
 )
 def test_a_record_reads_back_as_it_was(
     tmp_path: Path, record: TrialRecord | RaceRecord | TuningRecord

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
+from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables, tile_table
 
 if TYPE_CHECKING:
     from bitgen.model.bench import Run
@@ -179,7 +179,8 @@ def _run_kernels(args: argparse.Namespace) -> None:
         )
         for t in timings
     ]
-    print(render_tables([Table("kernels", _KERNEL_COLUMNS, rows)], args.output))
+    states = tile_table((t.spec, t.shape, t.n, t.tile_states) for t in timings)
+    print(render_tables([Table("kernels", _KERNEL_COLUMNS, rows), *states], args.output))
 
 
 _KERNEL_COLUMNS = (

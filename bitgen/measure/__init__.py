@@ -19,6 +19,7 @@ from bitgen.measure.records import (
     Race,
     Runner,
     Status,
+    TileState,
 )
 from bitgen.measure.replay import ReplayRunner, RoundReplay
 
@@ -41,6 +42,7 @@ __all__ = [
     "Runner",
     "Status",
     "SweepCounts",
+    "TileState",
     "TimingPolicy",
     "exact_sweep",
     "measure_limits",

@@ -38,6 +38,7 @@ class Timing:
     ``order`` has for each round the lanes in the order they run. With a ``rule`` the first lanes are
     candidates, and ``against`` has the lane that each is compared with, if any: a candidate leaves when it
     lost to that one, and the lanes behind the candidates when nobody is compared with them any more.
+    With a ``last_shape`` the last lane multiplies one token by that, whatever the others do.
     """
 
     shape: Shape
@@ -49,9 +50,17 @@ class Timing:
     order: tuple[tuple[int, ...], ...]
     against: tuple[int | None, ...] = ()
     rule: DropRule | None = None
+    last_shape: Shape | None = None
+
+    def of_lane(self, lane: int, lanes: int) -> tuple[Shape, int]:
+        """The shape and the tokens of one lane of ``lanes``."""
+        own = self.last_shape if lane == lanes - 1 else None
+        return (own, 1) if own else (self.shape, self.n)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": [self.shape.m, self.shape.k]}
+        last = self.last_shape
+        shapes = {"shape": [self.shape.m, self.shape.k], "last_shape": [last.m, last.k] if last else None}
+        return {**asdict(self), **shapes}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Timing:
@@ -62,6 +71,7 @@ class Timing:
             "order": order,
             "against": tuple(data["against"]),
             "rule": rule,
+            "last_shape": Shape(*data["last_shape"]) if data["last_shape"] else None,
         }
         return cls(**{**data, **made})
 
@@ -141,7 +151,11 @@ class Workbench:
             for functions, level in zip(task.kernels, task.checks, strict=True)
         ]
         timing = task.timing
-        self._lanes = [self._lane(functions, timing) for functions in task.kernels] if timing else []
+        self._lanes = []
+        if timing:
+            works = [timing.of_lane(lane, len(task.kernels)) for lane in range(len(task.kernels))]
+            for functions, (shape, n) in zip(task.kernels, works, strict=True):
+                self._lanes.append(self._lane(functions, shape, n, timing.cold))
 
     def work(self, task: Task, progress: Any) -> dict[str, Any]:
         """In the child: what is wrong with each kernel, and how long it took.
@@ -216,9 +230,10 @@ class Workbench:
     ) -> tuple[list[NDArray[np.float32]], list[list[float]]]:
         ffi = self.harness.ffi
         lanes = ffi.new("struct harness_lane[]", len(kernels))
-        shape, n = timing.shape, timing.n
-        outputs = [Guarded(self.harness, 4 * n * shape.m, 4) for _ in kernels]
-        for c_lane, lane, kernel, output in zip(lanes, self._lanes, kernels, outputs, strict=True):
+        works = [timing.of_lane(lane, len(kernels)) for lane in range(len(kernels))]
+        outputs = [Guarded(self.harness, 4 * n * shape.m, 4) for shape, n in works]
+        every = zip(lanes, self._lanes, kernels, outputs, works, strict=True)
+        for c_lane, lane, kernel, output, (shape, n) in every:
             c_lane.kernel = kernel[0]
             c_lane.w = ffi.cast("const uint8_t *", lane.pool.address)
             c_lane.w_step, c_lane.w_copies, c_lane.w_next = lane.step, lane.copies, 0
@@ -227,7 +242,10 @@ class Workbench:
             c_lane.y = output.pointer("float *")
             c_lane.m, c_lane.k, c_lane.n = shape.m, shape.k, n
         times = self._rounds(lanes, timing, progress)
-        y = [output.bytes.view(np.float32).reshape(n, shape.m) for output in outputs]
+        y = [
+            output.bytes.view(np.float32).reshape(n, shape.m)
+            for output, (shape, n) in zip(outputs, works, strict=True)
+        ]
         return y, times
 
     def _rounds(self, lanes: Any, timing: Timing, progress: Any) -> list[list[float]]:
@@ -267,16 +285,16 @@ class Workbench:
         got, want = y[token, row], expected[token, row]
         return f"the timed matmul, n = {len(y)}: row {row} of token {token} is {got}, not {want}"
 
-    def _lane(self, functions: Functions, timing: Timing) -> _Lane:
+    def _lane(self, functions: Functions, shape: Shape, n: int, cold: bool) -> _Lane:
         """The weights and activations of one participant."""
-        layout, shape = functions.layout, timing.shape
+        layout = functions.layout
         w, packed = self._unit(layout, shape.k)
         # Each copy starts with the unit's first row block, so that every copy has the same product.
         step = ceil_to(layout.packed_bytes(shape), packed.size)
-        copies = -(-self._cold_bytes // step) + 1 if timing.cold else 1
+        copies = -(-self._cold_bytes // step) + 1 if cold else 1
         pool = self._pools.get((layout, shape.k), copies * step, lambda: packed)
-        key = (layout.row_block, shape, timing.n)  # of a row block's weights, not of how they are packed
-        return _Lane(pool, step, copies, self._kept(key, lambda: _inputs(w, shape, timing.n)))
+        key = (layout.row_block, shape, n)  # of a row block's weights, not of how they are packed
+        return _Lane(pool, step, copies, self._kept(key, lambda: _inputs(w, shape, n)))
 
     def _unit(self, layout: Layout, k: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
         """Random weights (rows of a few row blocks, k), as they are and packed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from bitgen.errors import BitgenError
 from bitgen.measure.candidates import Candidates, Render
 from bitgen.measure.child import Task, Timing
 from bitgen.measure.drop import DropRule, heats
-from bitgen.measure.harness import Functions, build_harness
+from bitgen.measure.harness import Functions, build_harness, isas
 from bitgen.measure.link import ServerDiedError, ServerLink
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import (
@@ -25,13 +25,14 @@ from bitgen.measure.probes import (
     PATTERNS,
     READ_SHAPE,
     ReadPattern,
+    Tiles,
     build_probes,
     peak_probe,
 )
 from bitgen.measure.records import Job, Limits, Load, Measurement, Missing, Race, Status
 from bitgen.measure.server import Deadlines
-from bitgen.render import render_kernel
-from bitgen.spec import KernelSpec, Shape
+from bitgen.render import Source, render_kernel
+from bitgen.spec import N1, KernelSpec, Shape
 from bitgen.target import Cpu
 from bitgen.toolchain import Toolchain
 
@@ -104,7 +105,7 @@ class LocalRunner:
         self._pool_budget_bytes = pool_budget_bytes
         self._proven: set[KernelSpec] = set()
         self._limits: dict[int, Limits] = {}
-        self._read_probes: dict[tuple[str, ReadPattern], Functions] = {}
+        self._race_probes: dict[Source, Functions] = {}
 
     def __enter__(self) -> LocalRunner:
         return self
@@ -154,7 +155,8 @@ class LocalRunner:
     ) -> Race:
         """Time kernels in interleaved rounds; one that fails on the way is dropped and the race starts anew.
 
-        A cold race has the reading probe as a participant.
+        A cold race has the reading probe as a participant, one of 2 tokens and more on a level with tile
+        registers the probe of tiles.
         """
         self._lock.acquire()
         self._candidates.compile(specs)
@@ -166,7 +168,7 @@ class LocalRunner:
             failed = _failures(answer, tuple(lanes))
             self._proven |= set(lanes) - set(failed) if answer["status"] == "done" else set()
             if not failed:
-                return _race_of(answer, tuple(lanes), dropped, shape)
+                return _race_of(answer, tuple(lanes), dropped, shape, cold)
             self._proven -= set(failed)
             dropped |= failed
             lanes = {spec: found for spec, found in lanes.items() if spec not in failed}
@@ -292,14 +294,17 @@ class LocalRunner:
         seed: int,
     ) -> dict[str, Any]:
         lanes, checks = list(runners.values()), [self._level(spec) for spec in runners]
-        probes: frozenset[int] = frozenset()
+        tiles = _tile_probe(runners)
         if cold:
-            probes = frozenset({len(lanes)})
             isa = next(iter(runners)).isa
-            lanes.append(self._read_probe(isa, self._best_pattern(threads)))
-            checks.append(None)
+            lanes.append(self._race_probe(self._best_pattern(threads).source(isa)))
+        if tiles:
+            lanes.append(self._race_probe(tiles.source()))
+        probes = frozenset(range(len(runners), len(lanes)))
+        checks += [None] * len(probes)
         order = _shuffled_rounds(len(lanes), rounds, seed)
         timing = self._timing(shape, n, threads, cold, order, self._policy.race_min_ms, None)
+        timing = replace(timing, last_shape=DOT_SHAPE if tiles else None)
         return self._ask(Task(tuple(lanes), tuple(checks), probes, timing))
 
     def _level(self, spec: KernelSpec) -> str | None:
@@ -350,11 +355,10 @@ class LocalRunner:
         known = self._limits.get(threads)
         return next((p for p in PATTERNS if known and p.name == known.best_pattern), DEFAULT_PATTERN)
 
-    def _read_probe(self, isa: str, pattern: ReadPattern) -> Functions:
-        key = (isa, pattern)
-        if key not in self._read_probes:
-            self._read_probes[key] = build_probes(self._toolchain, [pattern.source(isa)])[0]
-        return self._read_probes[key]
+    def _race_probe(self, source: Source) -> Functions:
+        if source not in self._race_probes:
+            self._race_probes[source] = build_probes(self._toolchain, [source])[0]
+        return self._race_probes[source]
 
     def _measure_limits(self, threads: int, isas: Sequence[str]) -> Limits:
         if not isas:
@@ -423,10 +427,21 @@ def _failures(answer: dict[str, Any], runners: Sequence[KernelSpec]) -> dict[Ker
     return {spec: wrong for spec, wrong in zip(runners, answer["wrong"], strict=False) if wrong}
 
 
+def _tile_probe(runners: Iterable[KernelSpec]) -> Tiles | None:
+    """The probe that takes part in a race of these kernels: those for one token multiply no tiles."""
+    levels = [s.isa for s in runners if s.regime != N1.name and isas()[s.isa].tile_registers]
+    return Tiles(levels[0]) if levels else None
+
+
 def _race_of(
-    answer: dict[str, Any], runners: Sequence[KernelSpec], dropped: dict[KernelSpec, str], shape: Shape
+    answer: dict[str, Any],
+    runners: Sequence[KernelSpec],
+    dropped: dict[KernelSpec, str],
+    shape: Shape,
+    cold: bool,
 ) -> Race:
     times = dict(zip(runners, answer["times"], strict=False))
-    probe = answer["times"][len(runners) :]
-    read = [t / LAYOUT.packed_bytes(shape) for t in probe[0]] if probe else []
-    return Race(times, dropped, tuple(read))
+    probes, tiles = answer["times"][len(runners) :], _tile_probe(runners)
+    read = [t / LAYOUT.packed_bytes(shape) for t in probes[0]] if cold else []
+    gops = [tiles.operations / t for t in probes[-1]] if tiles else []
+    return Race(times, dropped, tuple(read), tuple(gops))

@@ -256,18 +256,33 @@ class Limits:
         )
 
 
+# Of the best round of a run. One loop of tiles runs at 4.3 or, for seconds at a time, at 1.1 TOPS on some
+# hosts: half of the best is a factor of two from either.
+FAST_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class TileState:
+    """What a kernel did in the rounds of one state of the tile unit; medians, None without rounds."""
+
+    rounds: int
+    time_ns: float | None
+    probe_gops: float | None
+
+
 @dataclass(frozen=True)
 class Race(Mapping[KernelSpec, Sequence[float]]):
     """Finalists timed in interleaved rounds, a mapping: ``race[spec][i]`` is nanoseconds a call in round i.
 
     A finalist that crashed or hung on the way is in ``dropped`` with the reason and is no key.
     ``read_ns_a_byte`` are the same rounds of the best memory-reading probe, in nanoseconds a byte of packed
-    weights; empty when the race had none.
+    weights, ``tile_gops`` those of the probe of tiles, in 10^9 operations a second; empty without the probe.
     """
 
     times_ns: Mapping[KernelSpec, Sequence[float]]
     dropped: Mapping[KernelSpec, str] = field(default_factory=dict)
     read_ns_a_byte: Sequence[float] = ()
+    tile_gops: Sequence[float] = ()
 
     def __getitem__(self, spec: KernelSpec) -> Sequence[float]:
         return self.times_ns[spec]
@@ -282,6 +297,30 @@ class Race(Mapping[KernelSpec, Sequence[float]]):
     def read_gbs(self) -> float | None:
         """The memory bandwidth of the probe in the race's own moments, in 10^9 bytes a second."""
         return 1 / statistics.median(self.read_ns_a_byte) if self.read_ns_a_byte else None
+
+    def tile_states(self, spec: KernelSpec, best_gops: float) -> tuple[TileState, TileState] | None:
+        """A kernel in the fast and in the slow rounds; None when the race had no probe of tiles.
+
+        A round is fast when its own probe reached `FAST_SHARE` of ``best_gops``, the best round of the run.
+        """
+        if not self.tile_gops:
+            return None
+        rounds = list(zip(self[spec], self.tile_gops, strict=True))
+        fast = [(time_ns, gops) for time_ns, gops in rounds if gops >= FAST_SHARE * best_gops]
+        slow = [(time_ns, gops) for time_ns, gops in rounds if gops < FAST_SHARE * best_gops]
+        return _state(fast), _state(slow)
+
+    def median_ns(self, spec: KernelSpec, best_gops: float) -> float:
+        """The median of the fast rounds (`tile_states`); of all when none is fast or nothing tells."""
+        states = self.tile_states(spec, best_gops)
+        return (states and states[0].time_ns) or statistics.median(self[spec])
+
+
+def _state(rounds: Sequence[tuple[float, float]]) -> TileState:
+    if not rounds:
+        return TileState(0, None, None)
+    times, gops = zip(*rounds, strict=True)
+    return TileState(len(rounds), statistics.median(times), statistics.median(gops))
 
 
 class Runner(Protocol):
