@@ -66,8 +66,8 @@ def token_bytes(model: ModelFile) -> TokenBytes:
     config = model.config
     shapes = matmuls(config).values()
     packed = {
-        name: config.layers * sum(Layout(name, 16).packed_bytes(shape) for shape in shapes)
-        for name in FAMILIES
+        name: config.layers * sum(Layout(name, family.rows).packed_bytes(shape) for shape in shapes)
+        for name, family in FAMILIES.items()
     }
     return TokenBytes(packed, model.weights.output.data.size, 2 * 2 * config.layers * config.kv_rows)
 
