@@ -269,9 +269,15 @@ class RecordStore:
                 yield record
 
     def layout(self, shape: Shape, fingerprint: Fingerprint) -> Layout | None:
-        """The layout the newest tune chose for ``shape``."""
-        newest = next(self._newest(shape, fingerprint), None)
-        return newest.layout if newest else None
+        """The layout the newest tune chose for ``shape``; one that saw less overrules none that saw more.
+
+        A tune of n = 1 alone, or of one family, knows nothing of what its layout costs a prompt, or of what
+        another family would have cost.
+        """
+        records = list(self._newest(shape, fingerprint))
+        seen = [frozenset((w.regime, w.spec.family) for w in record.winners) for record in records]
+        newest = (r for r, mine in zip(records, seen, strict=True) if not any(mine < other for other in seen))
+        return next((record.layout for record in newest), None)
 
     def best(self, shape: Shape, regime: str, threads: int, fingerprint: Fingerprint) -> Winner | None:
         """The winner for ``shape`` in the layout chosen last, or None where nothing valid is recorded.

@@ -229,7 +229,7 @@ def test_best_follows_the_layout_of_the_newest_tune(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "r.jsonl")
     a16, a32, large16 = of_layout(R16), of_layout(R32), of_layout(R16, LARGE)
     assert store.best(WIDE, "n1", 4, FINGERPRINT) is None
-    store.append(tuning([(a16, 1), (a32, 1), (large16, 1)], R16))
+    store.append(tuning([(large16, 1)], R16))
     store.append(tuning([(a16, 1), (a32, 1)], R32))
     for opened in (store, RecordStore(store.path)):
         found = opened.best(WIDE, "n1", 1, FINGERPRINT)
@@ -275,3 +275,12 @@ def test_a_stale_winner_is_a_starting_point_and_nothing_else(tmp_path: Path) -> 
 def test_a_layout_that_no_winner_reads_cannot_be_recorded() -> None:
     with pytest.raises(BitgenError, match="no winner for 640x256 reads the layout i2s_r32"):
         tuning([(of_layout(R16), 1)], R32)
+
+
+def test_a_tune_that_looked_at_less_overrules_none_that_saw_more(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r.jsonl")
+    store.append(tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)], R16))
+    store.append(tuning([(of_layout(R32), 1)], R32))
+    assert store.layout(WIDE, FINGERPRINT) == R16
+    store.append(tuning([(of_layout(R32), 1), (of_layout(R32, LARGE), 1)], R32))
+    assert store.layout(WIDE, FINGERPRINT) == R32
