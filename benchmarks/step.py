@@ -3,9 +3,9 @@
     python benchmarks/step.py --model 3B --threads 1,2 --context 128 --prompt 512
 
 A decode step with `context` tokens in the cache, and a prompt at once; medians over the repeats of each
-stage's time, between probes of the memory's bandwidth. "of DRAM": the bytes a decode step streams (packed
-weights and head) over its time, against the best that a probe read between the repeats. "beyond matrices":
-everything but the ternary matrices and the head.
+stage's time. "of DRAM": the bytes a decode step streams (packed weights and head) over its time, against the
+best that a probe read just before; the median over the rounds. "beyond matrices": everything but the ternary
+matrices and the head.
 """
 
 from __future__ import annotations
@@ -44,32 +44,41 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, worksho
     weights = random_weights(config)
     decode: list[dict[str, int]] = []
     prompt: list[dict[str, int]] = []
-    dram = 0.0
+    dram: list[float] = []
     with load(args.library or library_for(weights.config), threads) as table:
         engine = open_engine(weights, table, context=max(args.context + 1, args.prompt))
         stages_ns(engine, args.prompt, 0)
         for _ in range(args.rounds):
             limits = measure_limits(workshop.toolchain, workshop.cpu, threads, [workshop.isa(None).name])
-            dram = max(dram, limits.best_dram_gbs)
+            dram.append(limits.best_dram_gbs)
             stages_ns(engine, args.context, 0)
             decode += [stages_ns(engine, 1, args.context) for _ in range(8)]
             prompt.append(stages_ns(engine, args.prompt, 0))
         streamed = engine.memory.weights + engine.head_bytes
         engine.close()
-    tests = [(f"tg, context {args.context}", decode, streamed), (f"pp{args.prompt}", prompt, None)]
-    return report(f"{args.model}, {threads} threads, DRAM read {dram:.1f} GB/s", tests, dram)
+    each = len(decode) // args.rounds
+    shares = [
+        streamed / statistics.median(sum(run.values()) for run in decode[i * each : (i + 1) * each]) / gbs
+        for i, gbs in enumerate(dram)
+    ]
+    tests = [
+        (f"tg, context {args.context}", decode, statistics.median(shares)),
+        (f"pp{args.prompt}", prompt, None),
+    ]
+    return report(
+        f"{args.model}, {threads} threads, DRAM read {min(dram):.1f} to {max(dram):.1f} GB/s", tests
+    )
 
 
-def report(title: str, tests: list[tuple[str, list[dict[str, int]], int | None]], dram: float) -> Table:
+def report(title: str, tests: list[tuple[str, list[dict[str, int]], float | None]]) -> Table:
     columns = [Column("step", "step"), *(Column(name, f"{name} ms", ".2f") for name in (*STAGES, "all"))]
     for name in ("matrices", "beyond matrices", "of DRAM"):
         columns.append(Column(name, name, ".1%"))
     rows = []
-    for name, runs, streamed in tests:
+    for name, runs, share in tests:
         medians = {stage: statistics.median(run[stage] for run in runs) / 1e6 for stage in STAGES}
         total = statistics.median(sum(run.values()) for run in runs) / 1e6
         beyond = 1 - sum(medians[stage] for stage in _ALONE) / total
-        share = streamed / total / 1e6 / dram if streamed else None
         rows.append((name, *medians.values(), total, medians["matmul"] / total, beyond, share))
     return Table(title, tuple(columns), tuple(rows))
 
