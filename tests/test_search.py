@@ -768,6 +768,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     start = time.monotonic()
     go(tmp_path / "timed", asked_for, inner, LARGE_AXES)
     seconds = time.monotonic() - start
+    everything = len(list(RecordStore(tmp_path / "undisturbed").trials()))
     path = tmp_path / "killed"
     fork = multiprocessing.get_context("fork")  # a process of its own that need not import anything again
     moments = random.Random(int(os.environ.get("BITGEN_KILL_SEED", "0")))
@@ -778,8 +779,9 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
         child.join(moments.uniform(0.1, 0.5) * seconds)
         child.kill()
         child.join()
-        if child.exitcode != -signal.SIGKILL:  # over before it was killed: the machine has become faster
-            assert child.exitcode == 0
+        done = len(list(RecordStore(path).trials()))
+        if child.exitcode != -signal.SIGKILL or done >= everything:  # the machine has become faster: again
+            assert child.exitcode in (0, -signal.SIGKILL)
             assert seconds > 0.01
             path.unlink()
             progress, seconds = [0], seconds / 2
