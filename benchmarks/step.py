@@ -45,6 +45,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, worksho
     decode: list[dict[str, int]] = []
     prompt: list[dict[str, int]] = []
     dram: list[float] = []
+    shares: list[float] = []
     with load(args.library or library_for(weights.config), threads) as table:
         engine = open_engine(weights, table, context=max(args.context + 1, args.prompt))
         stages_ns(engine, args.prompt, 0)
@@ -52,15 +53,12 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, worksho
             limits = measure_limits(workshop.toolchain, workshop.cpu, threads, [workshop.isa(None).name])
             dram.append(limits.best_dram_gbs)
             stages_ns(engine, args.context, 0)
-            decode += [stages_ns(engine, 1, args.context) for _ in range(8)]
+            steps = [stages_ns(engine, 1, args.context) for _ in range(8)]
+            step_ns = statistics.median(sum(run.values()) for run in steps)
+            shares.append((engine.memory.weights + engine.head_bytes) / step_ns / limits.best_dram_gbs)
+            decode += steps
             prompt.append(stages_ns(engine, args.prompt, 0))
-        streamed = engine.memory.weights + engine.head_bytes
         engine.close()
-    each = len(decode) // args.rounds
-    shares = [
-        streamed / statistics.median(sum(run.values()) for run in decode[i * each : (i + 1) * each]) / gbs
-        for i, gbs in enumerate(dram)
-    ]
     tests = [
         (f"tg, context {args.context}", decode, statistics.median(shares)),
         (f"pp{args.prompt}", prompt, None),
