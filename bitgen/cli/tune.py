@@ -213,6 +213,10 @@ def summary(result: TuningResult) -> str:
     lines += [f"left out: {text}" for text in result.rejected]
     lines += [f"failed: {text}" for group in result.groups for text in group.failures[:3]]
     if not result.complete:
-        lines.append("The time ran out before the spaces did; the same command continues.")
+        cut = sum(not group.complete for group in result.groups)
+        total = len(result.groups)
+        lines.append(
+            f"The time is used up, with {cut} of {total} searches cut short; the same command continues."
+        )
     lines.append(f"Next: bitgen build --model {result.model}")
     return "\n".join(lines)

@@ -6,11 +6,11 @@ from collections.abc import Generator, Sequence
 
 from bitgen.measure import Job, Measurement, Missing, Race, Runner
 from bitgen.spec import KernelSpec, Shape
-from bitgen.store import Fingerprint, RaceRecord, RecordStore, TrialRecord
+from bitgen.store import Fingerprint, RaceKey, RaceRecord, RecordStore, TrialRecord
 
 
 class Answers:
-    """A runner with a memory. ``fresh``: ask the runner again even where the store knows.
+    """A runner with a memory. ``fresh``: ask the runner again what the store knows of earlier runs.
 
     ``recorded`` counts what this run added to the store, ``recalled`` what it took from there.
     """
@@ -25,6 +25,7 @@ class Answers:
         self._fingerprint = fingerprint
         self._seed = seed
         self._fresh = fresh
+        self._raced: set[RaceKey] = set()  # by this run
 
     def measure(self, jobs: Sequence[Job]) -> Generator[Measurement | Missing, None, None]:
         """One answer for each job: those known first, then the others as they are measured."""
@@ -56,7 +57,9 @@ class Answers:
     ) -> Race:
         """One block of a race."""
         key = (shape, n, threads, cold, rounds, seed, tuple(specs))
-        known = None if self._fresh else self._store.known_race(key, self._fingerprint)
+        may_know = not self._fresh or key in self._raced
+        known = self._store.known_race(key, self._fingerprint) if may_know else None
+        self._raced.add(key)
         if known is not None:
             self.recalled += 1
             return known

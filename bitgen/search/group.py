@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from bitgen.measure import Job, Limits, Measurement, Status
+from bitgen.measure import Job, Limits, Measurement, Missing, Status
 from bitgen.search.answers import Answers
-from bitgen.search.plan import Group, RegimeConfig, SearchConfig, Target
+from bitgen.search.plan import Group, Plan, RegimeConfig, SearchConfig, seed_of
 from bitgen.search.propose import Proposer, proposer_for
 from bitgen.spec import KernelSpec, Layout, Shape
 
@@ -53,11 +53,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class GroupOutcome:
-    """What the search of a group found."""
+    """What the search of a group found; ``complete`` is False where its time ran out before its space did."""
 
     group: Group
     candidates: tuple[Candidate, ...]
-    seconds: float = 0.0
+    seconds: float
+    complete: bool
 
     def ranked(self, shape: Shape) -> list[KernelSpec]:
         """The candidates timed on ``shape``, fastest first; equals stay in the order they were tried."""
@@ -81,25 +82,35 @@ class GroupOutcome:
 
 
 class GroupSearch:
-    """Searches one group until its trials, its time or its space end, or every shape is near its roofline."""
+    """Searches one group until its trials or its space end, or every shape is near its roofline.
+
+    Where the time runs out before, `run` called again goes on from there. ``clock`` gives seconds.
+    """
 
     def __init__(
         self,
         group: Group,
-        targets: Sequence[Target],
+        plan: Plan,
         starters: Iterable[KernelSpec],
         config: SearchConfig,
         answers: Answers,
         limits: Limits,
-        seed: int,
+        clock: Callable[[], float],
     ) -> None:
-        self._group = group
-        self._count = {target.shape: target.count for target in targets}
+        self.group = group
+        self.complete = False
+        self._count = {target.shape: target.count for target in plan.targets}
+        self._trials = min(plan.trials, len(group.points))
         self._config = config
         self._regime: RegimeConfig = config.regimes[group.regime]
         self._answers = answers
         self._limits = limits
+        self._clock = clock
+        self._seconds = 0.0
         self._candidates: dict[KernelSpec, Candidate] = {}
+        self._asked = 0
+        self._batch: list[KernelSpec] = []  # under way
+        self._answered: set[tuple[KernelSpec, Shape]] = set()
         self._reference: dict[Shape, float] = {}  # times of the first candidate that ran on every shape
         self._incumbents: dict[
             tuple[Shape, Layout], KernelSpec
@@ -110,88 +121,89 @@ class GroupSearch:
         self._proposer: Proposer = proposer_for(
             group.points,
             [*group.defaults.values(), *starters, *group.known_good],
-            seed,
+            seed_of(plan.seed, group.name),
             config.enumerate_up_to,
         )
 
-    def run(self, trials: int, time_left: Callable[[], float], seen: Callable[[int], None]) -> None:
-        """Search with at most ``trials`` candidates; ``seen`` hears their number after each batch.
+    def run(self, deadline: float, seen: Callable[[int], None]) -> None:
+        """Search until ``deadline`` on the clock; ``seen`` hears the number of candidates after each batch.
 
-        ``time_left``: seconds, infinity without a timeout. The defaults are measured whatever the time:
-        everything is compared with them.
+        The defaults are measured whatever the time: everything is compared with them.
         """
-        begin, asked = time_left(), 0
-        defaults = list(dict.fromkeys(self._group.defaults.values()))
-        batch = self._proposer.ask(len(defaults))  # the starters begin with them
-        self._measure(batch, list(self._count), lambda: math.inf)
-        while batch:
-            asked += len(batch)
-            self._crown(len(batch))
-            self._tell(batch)
-            seen(len(self._candidates))
-            left, shapes = time_left(), self._open_shapes()
-            if asked >= trials or not shapes or left <= 0 or self._idle >= self._patience:
-                break
-            size = min(self._config.batch, trials - asked)
-            if math.isfinite(left):
+        begin = self._clock()
+        if not self._asked:
+            self._ask(len(set(self.group.defaults.values())))  # the starters begin with them
+            self._measure(self._batch, list(self._count), math.inf)
+            self._judge(seen)
+        # Compiling costs more than timing: a batch that is a little late is worth its end.
+        late = deadline if math.isinf(deadline) else deadline + _GRACE * (deadline - begin)
+        while not self.complete and (now := self._clock()) < deadline:
+            if not self._batch:
                 # No more than the time allows at the pace so far: what is compiled should be timed, too.
-                size = max(1, min(size, int(left * asked / max(begin - left, 1e-9))))
-            batch = self._proposer.ask(size)
-            # Compiling costs more than timing: a batch that is a little late is worth its end.
-            self._measure_batch(batch, shapes, lambda: time_left() + _GRACE * begin)
+                pace = self._asked / max(self._seconds + now - begin, 1e-9)
+                size = min(self._config.batch, self._trials - self._asked, pace * (deadline - now))
+                self._ask(max(1, int(size)))
+            if not self._measure_batch(self._batch, self._open_shapes(), late):
+                break  # in the midst of a batch
+            self._judge(seen)
+        self._seconds += self._clock() - begin
 
     @property
     def outcome(self) -> GroupOutcome:
-        return GroupOutcome(self._group, tuple(self._candidates.values()))
+        return GroupOutcome(self.group, tuple(self._candidates.values()), self._seconds, self.complete)
 
     def recall(self, specs: Iterable[KernelSpec]) -> None:
         """Measure kernels that earlier tunes crowned, so that they take part in the race."""
-        known = set(self._group.points)
+        known = set(self.group.points)
         new = [s for s in dict.fromkeys(specs) if s in known and s not in self._candidates]
-        self._measure(new, list(self._count), lambda: math.inf)
+        self._measure(new, list(self._count), math.inf)
 
     # ---- measuring ----
 
-    def _measure_batch(
-        self, batch: list[KernelSpec], shapes: list[Shape], time_left: Callable[[], float]
-    ) -> None:
-        """With a drop ratio the first shape decides who is timed on the others."""
+    def _ask(self, count: int) -> None:
+        self._batch = self._proposer.ask(count)
+        self._asked += len(self._batch)
+
+    def _measure_batch(self, batch: list[KernelSpec], shapes: list[Shape], deadline: float) -> bool:
+        """With a drop ratio the first shape decides who is timed on the others. False: out of time."""
         if self._regime.drop_ratio is None:
-            self._measure(batch, shapes, time_left)
-            return
+            return self._measure(batch, shapes, deadline)
         first, *others = shapes
-        self._measure(batch, [first], time_left)
-        if time_left() <= 0:
-            return
+        if not self._measure(batch, [first], deadline):
+            return False
         best: dict[Layout, float] = {}
         for spec, candidate in self._candidates.items():
             best[spec.layout] = min(candidate.time_ns(first), best.get(spec.layout, math.inf))
         good = [
             spec
             for spec in batch
-            if spec not in self._group.legal[first]
+            if spec not in self.group.legal[first]
             or self._candidates[spec].time_ns(first) <= self._regime.drop_ratio * best[spec.layout]
         ]
-        self._measure(good, others, time_left)
+        return self._measure(good, others, deadline)
 
-    def _measure(self, specs: list[KernelSpec], shapes: list[Shape], time_left: Callable[[], float]) -> None:
-        jobs = [
-            self._job(spec, shape) for shape in shapes for spec in specs if spec in self._group.legal[shape]
-        ]
+    def _measure(self, specs: list[KernelSpec], shapes: list[Shape], deadline: float) -> bool:
+        """Measure what was not measured before; False when the time ran out on the way."""
+        pairs = [(spec, shape) for shape in shapes for spec in specs if spec in self.group.legal[shape]]
+        jobs = [self._job(*pair) for pair in pairs if pair not in self._answered]
+        if jobs and self._clock() >= deadline:
+            return False
         # A generator closed early tells the runner to stop what it prepared.
         answers = self._answers.measure(jobs)
         with closing(answers):
-            for answer in answers:
-                spec = answer.spec if isinstance(answer, Measurement) else answer.job.spec
-                candidate = self._candidates.setdefault(spec, Candidate(spec))
+            for done, answer in enumerate(answers, start=1):
+                job = answer.job if isinstance(answer, Missing) else answer
+                candidate = self._candidates.setdefault(job.spec, Candidate(job.spec))
+                self._answered.add((job.spec, job.shape))
                 if isinstance(answer, Measurement):
                     self._note(candidate, answer)
-                if time_left() <= 0:
-                    break
+                if done < len(jobs) and self._clock() >= deadline:
+                    return False
+        return True
 
     def _job(self, spec: KernelSpec, shape: Shape) -> Job:
         against = self._incumbents.get((shape, spec.layout))
-        return Job(spec, shape, self._regime.n, self._group.threads, self._regime.cold, against)
+        return Job(spec, shape, self._regime.n, self.group.threads, self._regime.cold, against)
 
     def _note(self, candidate: Candidate, answer: Measurement) -> None:
         if not answer.ok:
@@ -203,6 +215,15 @@ class GroupSearch:
             # In units of the incumbent's time at that very moment: a slow moment of the machine cancels.
             time_ns = answer.ratio * rival.times_ns[answer.shape]
         candidate.times_ns[answer.shape] = time_ns
+
+    def _judge(self, seen: Callable[[int], None]) -> None:
+        """A batch is measured: crown the best, tell the proposer, see whether the search is over."""
+        self._crown(len(self._batch))
+        self._tell(self._batch)
+        self._batch = []
+        over = self._asked >= self._trials or self._idle >= self._patience
+        self.complete = over or not self._open_shapes()
+        seen(len(self._candidates))
 
     def _crown(self, tried: int) -> None:
         """The best so far of each layout is the incumbent: layouts are compared later, on the whole model."""
@@ -225,7 +246,7 @@ class GroupSearch:
     def _tell(self, batch: list[KernelSpec]) -> None:
         for spec in batch:
             candidate = self._candidates.get(spec)
-            if candidate is None:  # the time ran out before it was measured
+            if candidate is None:  # legal on none of the open shapes
                 continue
             if not candidate.failure and len(candidate.times_ns) == len(self._count) and not self._reference:
                 self._reference = dict(candidate.times_ns)
@@ -263,7 +284,7 @@ class GroupSearch:
     def _share(self, shape: Shape) -> float:
         """The largest share of the machine's limit that a candidate reaches on ``shape``."""
         n, cold, dram_gbs = self._regime.n, self._regime.cold, self._limits.best_dram_gbs
-        peak_gops = self._limits.peak_gops[self._group.isa.name]
+        peak_gops = self._limits.peak_gops[self.group.isa.name]
         return max(
             roofline_ns(c.spec.layout, shape, n, cold, dram_gbs, peak_gops) / c.time_ns(shape)
             for c in self._candidates.values()

@@ -96,13 +96,14 @@ class ThreadCost:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """How the search of one group went."""
+    """How the search of one group went; ``complete``: not cut short by the time."""
 
     name: str
     points: int
     outcomes: Counter[str]
     failures: tuple[str, ...]
     seconds: float
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,6 @@ class TuningResult:
     are chosen for it. ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted
     against: the most that any probe or kernel of this run reached. ``started_from``: what was known before
     and tried first. ``recorded`` and ``recalled``: answers added to the store, and taken from it.
-    ``complete`` is False when the time ran out before the trials or the spaces did.
     """
 
     model: str
@@ -133,7 +133,11 @@ class TuningResult:
     recorded: int
     recalled: int
     seconds: float
-    complete: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every search ended because of its trials or its space, not of its time."""
+        return all(group.complete for group in self.groups)
 
     @property
     def winners(self) -> tuple[Row, ...]:

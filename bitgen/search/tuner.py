@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Protocol
 
 from bitgen.errors import EXIT_INTERRUPTED, BitgenError
@@ -40,6 +41,7 @@ from bitgen.spec import KernelSpec, Layout, Shape
 from bitgen.store import Fingerprint, RecordStore, TuningRecord, Winner
 
 _LEAST_REPEAT_NS = 5e6  # a runner repeats a short call at least this long
+_LEAST_TURN_S = 5.0  # left for another turn: in less, compiling would take the most of it
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,6 @@ class _Tune:
         self._limits: dict[int, Limits] = {}
         self._read_gbs: dict[int, float] = {}
         self._peak_gops: dict[int, dict[str, float]] = {}
-        self._complete = True
 
     def run(self, spaces: SpaceFactory) -> TuningResult:
         plan = self._plan
@@ -156,8 +157,7 @@ class _Tune:
         self._starters = [
             replace(spec, isa=isa.name) for spec in (*stale, *self._family_winners) for isa in plan.isas
         ]
-        outcomes = self._search(groups)
-        races = self._race_all(outcomes)
+        outcomes, races = self._search_and_race(groups)
         layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
         self._require_kernels(self._options(plan.threads[0], races, layouts), outcomes)
         choices = {
@@ -171,43 +171,57 @@ class _Tune:
 
     # ---- search ----
 
-    def _search(self, groups: Sequence[Group]) -> list[GroupOutcome]:
-        """Search the groups one after the other; each gets its share of the time that is left then."""
+    def _search_and_race(
+        self, groups: Sequence[Group]
+    ) -> tuple[list[GroupOutcome], dict[Shape, dict[Slot, SlotRace]]]:
+        """Search, then race the fastest; what time the races leave goes to searches that were cut short.
+
+        After those the races are run again: what they took the first time is kept for them.
+        """
+        searches = [self._search_of(group) for group in groups]
         end = self._begin + (self._end - self._begin) * (1 - self._config.race_share)
-        shares = [self._config.regimes[group.regime].time_share for group in groups]
-        outcomes = []
-        for i, group in enumerate(groups):
-            start = self._clock()
-            deadline = start + (end - start) * shares[i] / sum(shares[i:]) if math.isfinite(end) else end
-            outcome = self._search_group(group, i, len(groups), deadline)
-            outcomes.append(replace(outcome, seconds=self._clock() - start))
-        return outcomes
+        while True:
+            self._search(searches, end)
+            outcomes = [search.outcome for search in searches]
+            begin = self._clock()
+            races = self._race_all(outcomes)
+            end = self._end - (self._clock() - begin)
+            if all(search.complete for search in searches) or self._clock() + _LEAST_TURN_S > end:
+                return outcomes, races
 
-    def _search_group(self, group: Group, done: int, total: int, deadline: float) -> GroupOutcome:
-        search = GroupSearch(
-            group,
-            self._plan.targets,
-            [spec for spec in self._starters if spec.family == group.family],
-            self._config,
-            self._answers,
-            self._limits[group.threads],
-            seed_of(self._plan.seed, group.name),
-        )
+    def _search_of(self, group: Group) -> GroupSearch:
+        starters = [spec for spec in self._starters if spec.family == group.family]
+        limits = self._limits[group.threads]
+        return GroupSearch(group, self._plan, starters, self._config, self._answers, limits, self._clock)
 
-        def time_left() -> float:
-            left = deadline - self._clock()
-            self._complete = self._complete and left > 0
-            return left
+    def _search(self, searches: Sequence[GroupSearch], end: float) -> None:
+        """Search one group after the other, until all are complete or it is ``end``.
+
+        Each gets its share of the time that is left when its turn comes, so what one leaves goes to those
+        behind it; what they leave goes to those that were cut short, in further turns.
+        """
+        turn = [search for search in searches if not search.complete]
+        while turn:
+            shares = [self._config.regimes[search.group.regime].time_share for search in turn]
+            for i, search in enumerate(turn):
+                now = self._clock()
+                share = (end - now) * shares[i] / sum(shares[i:]) if math.isfinite(end) else end
+                self._run(search, searches, now + share)
+            more = end - self._clock() >= _LEAST_TURN_S
+            turn = [search for search in turn if more and not search.complete]
+        for search, shape in product(searches, self._plan.shapes):
+            # What an earlier tune crowned must not be lost by a shorter one.
+            search.recall(self._store.current(shape, self._fingerprint))
+
+    def _run(self, search: GroupSearch, searches: Sequence[GroupSearch], deadline: float) -> None:
+        done = sum(other.complete for other in searches)
 
         def seen(candidates: int) -> None:
-            title = f"{group.name}: {candidates} of {len(group.points)} points"
-            self._report("search", title, done, total)
+            title = f"{search.group.name}: {candidates} of {len(search.group.points)} points"
+            self._report("search", title, done, len(searches))
 
-        seen(0)
-        search.run(self._plan.trials, time_left, seen)
-        for shape in self._plan.shapes:  # what an earlier tune crowned must not be lost by a shorter one
-            search.recall(self._store.current(shape, self._fingerprint))
-        return search.outcome
+        seen(len(search.outcome.candidates))
+        search.run(deadline, seen)
 
     # ---- races ----
 
@@ -354,7 +368,9 @@ class _Tune:
             dram_gbs=self._read_gbs,
             peak_gops=self._peak_gops,
             groups=tuple(
-                GroupReport(o.group.name, len(o.group.points), o.outcomes, tuple(o.failures), o.seconds)
+                GroupReport(
+                    o.group.name, len(o.group.points), o.outcomes, tuple(o.failures), o.seconds, o.complete
+                )
                 for o in outcomes
             ),
             rejected=tuple(rejected),
@@ -362,7 +378,6 @@ class _Tune:
             recorded=self._answers.recorded,
             recalled=self._answers.recalled,
             seconds=self._clock() - self._begin,
-            complete=self._complete,
         )
 
     def _tried_first(self) -> tuple[str, ...]:
