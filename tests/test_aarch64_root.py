@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import aarch64_root
@@ -24,6 +25,8 @@ CORES = {
     "neoverse-n1": ("neoverse-n1", "neon_dotprod"),
     "max": ("neoverse-v1", "neon_i8mm"),
 }
+# Bytes of qemu's SVE registers -> the level that one library with SVE for each length runs there.
+LENGTHS = {16: "sve128", 32: "sve256", 64: "sve512"}
 GREEDY: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())["greedy"][0]
 IDS = [
     *GREEDY["ids"],
@@ -39,18 +42,21 @@ from bitgen.target import accepted_isas, load_isas
 library, ids, prompt, count = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 cpu = bitgen.detect_cpu()
 rng = np.random.default_rng(0)
-exact = []
+exact, used = [], []
 with bitgen.load(library) as table:
     for m, k, n in ((3200, 320, 1), (100, 333, 5), (64, 640, 20)):
         w, xq = rng.integers(-1, 2, (m, k), np.int8), rng.integers(-128, 128, (n, k), np.int8)
-        acc = table.linear(w, 1.0).accumulate(xq)
+        linear = table.linear(w, 1.0)
+        acc = linear.accumulate(xq)
         exact.append(bool((acc == xq.astype(np.int32) @ w.T.astype(np.int32)).all()))
+        used.append(linear.kernel(n).isa)
 with bitgen.LLM("tiny", library=library, threads=1) as llm:
     logits = [hashlib.sha256(llm.logits(part).tobytes()).hexdigest() for part in (ids[:3], ids)]
     generation = llm.generate(prompt, temperature=0, max_tokens=count)
     text = "".join(generation)
 levels = [isa.name for isa in accepted_isas(cpu, load_isas())]
-print(json.dumps({"arch": cpu.arch, "levels": levels, "exact": exact, "logits": logits, "text": text}))
+answer = {"arch": cpu.arch, "levels": levels, "exact": exact, "used": used, "logits": logits, "text": text}
+print(json.dumps(answer))
 """
 
 
@@ -72,11 +78,14 @@ def shipped(
 ) -> tuple[str, str]:
     """A core, and the library for it that was built here and copied into the system."""
     target, level = CORES[request.param]
-    out = tmp_path_factory.mktemp("built")
+    return request.param, ship(system, target, level, tmp_path_factory.mktemp("built"))
+
+
+def ship(system: aarch64_root.Aarch64Root, target: str, level: str, out: Path) -> str:
+    """Build a library in ``out``, copy it into the system, and tell its name there."""
     bundle = build("tiny", target=target, system="Linux", isa=level, cc="gcc", out=out)
-    copied = system.folder / "home" / bundle.name
-    shutil.copytree(bundle, copied, symlinks=True)
-    return request.param, bundle.name
+    shutil.copytree(bundle, system.folder / "home" / bundle.name, symlinks=True)
+    return bundle.name
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
@@ -84,27 +93,51 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def logits_here(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """sha256 of the logits for three tokens and for all, by scalar code on this machine."""
+    with LLM("tiny", library=level_library(tmp_path_factory, "scalar"), threads=1) as llm:
+        return [hashlib.sha256(llm.logits(ids).tobytes()).hexdigest() for ids in (IDS[:3], IDS)]
+
+
 def test_it_computes_what_this_machine_computes(
-    shipped: tuple[str, str],
-    system: aarch64_root.Aarch64Root,
-    tmp_path_factory: pytest.TempPathFactory,
+    shipped: tuple[str, str], system: aarch64_root.Aarch64Root, logits_here: list[str]
 ) -> None:
     """accumulate() equals numpy; every bit of a model's logits, and its text, are those of scalar code here.
 
     Though /proc/cpuinfo may be that of the machine below, the core's levels are known.
     """
     core, library = shipped
-    words = (library, json.dumps(IDS), GREEDY["prompt"], str(len(GREEDY["tokens"])))
-    answer = json.loads(said(system.run("-c", PROGRAM, *words, core=core)))
+    answer = computed(system, library, core, len(GREEDY["tokens"]))
     _, level = CORES[core]
     assert answer["arch"] == "aarch64"
     assert level in answer["levels"]
     assert core == "max" or answer["levels"][0] == level
     assert answer["exact"] == [True, True, True]
-    with LLM("tiny", library=level_library(tmp_path_factory, "scalar"), threads=1) as llm:
-        here = [hashlib.sha256(llm.logits(ids).tobytes()).hexdigest() for ids in (IDS[:3], IDS)]
-    assert answer["logits"] == here
+    assert answer["used"] == [level] * 3
+    assert answer["logits"] == logits_here
     assert answer["text"] == GREEDY["text"]
+
+
+def test_each_length_of_sve_computes_it(
+    system: aarch64_root.Aarch64Root, tmp_path: Path, logits_here: list[str]
+) -> None:
+    """One library, three lengths of registers: kernels and forward step for each, the same bits."""
+    library = ship(system, "neoverse-v2", "sve128", tmp_path)
+    for size, level in LENGTHS.items():
+        answer = computed(system, library, f"max,sve-default-vector-length={size}", 4)
+        assert answer["used"] == [level] * 3
+        assert answer["exact"] == [True, True, True], level
+        assert answer["logits"] == logits_here, level
+        assert len(answer["text"]) > 0
+        assert GREEDY["text"].startswith(answer["text"]), level
+
+
+def computed(system: aarch64_root.Aarch64Root, library: str, core: str, tokens: int) -> dict[str, Any]:
+    """What PROGRAM says on a core."""
+    words = (library, json.dumps(IDS), GREEDY["prompt"], str(tokens))
+    answer: dict[str, Any] = json.loads(said(system.run("-c", PROGRAM, *words, core=core)))
+    return answer
 
 
 def test_the_command_line_works_there(shipped: tuple[str, str], system: aarch64_root.Aarch64Root) -> None:
