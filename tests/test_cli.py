@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import pytest
 
 import bitgen
-from bitgen import api, cli, toolchain
+from bitgen import cli, toolchain
+from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
 from bitgen.errors import (
     EXIT_FAILURE,
@@ -652,7 +653,7 @@ def test_an_isa_this_cpu_lacks(
     fails: Callable[..., str], recorded_cpu: Callable[[str], Cpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = recorded_cpu("haswell")
-    monkeypatch.setattr(api, "detect_cpu", lambda: cpu)
+    monkeypatch.setattr(workshop, "detect_cpu", lambda: cpu)
     for argv in (
         ["tune", "-m", "3B", "--isa", "avx512_vnni"],
         ["build", "-m", "3B", "--isa", "avx512_vnni"],
@@ -687,7 +688,7 @@ def test_a_compiler_that_hangs_when_asked_its_name(
     fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = script(tmp_path / "cc", "exec sleep 60")
-    monkeypatch.setattr(api, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
+    monkeypatch.setattr(workshop, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
     for argv in (["tune", "-m", "3B"], ["build", "-m", "3B"]):
         line = fails(*argv, "--cc", compiler, code=EXIT_TOOLCHAIN)
         assert "the C compiler hangs" in line
@@ -700,7 +701,7 @@ def test_a_compiler_that_hangs_while_it_compiles(
     real = find_compiler().command[0]
     hangs = f'case " $* " in *" -c "*) exec sleep 60;; esac\nexec {shutil.which(real)} "$@"'
     compiler = script(tmp_path / "cc", hangs)
-    monkeypatch.setattr(api, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
+    monkeypatch.setattr(workshop, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
     assert main(["build", "-m", "3B", "--cc", compiler]) == EXIT_TOOLCHAIN
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"did not compile .* within 0.5 s and was stopped", line)

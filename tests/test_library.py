@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from libraries import TL1_LAYOUT, TL1_SHAPE, TL2_LAYOUT, TL2_SHAPE
 
-from bitgen import library
 from bitgen.bundle import ABI_VERSION, DEFAULT, PORTABLE, TUNED, read_bundle, sha256_of
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
 from bitgen.host import feature_rows
@@ -28,6 +27,7 @@ from bitgen.library import (
     choose_contents,
     library_units_of,
     table_values,
+    write,
     write_library,
 )
 from bitgen.reference import ternary_matmul
@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_the_older_bundle(
     def full(*_args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(library, "_write_sources", full)
+    monkeypatch.setattr(write, "_write_sources", full)
     with pytest.raises(BitgenError, match="the disk is full; choose another folder with --out") as caught:
         write_library([], toolchain, tmp_path, "kernels", portable, model="new")
     assert caught.value.exit_code == EXIT_FILE
@@ -358,14 +358,14 @@ def test_a_library_that_is_wrong_or_dies_is_not_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = library.library_units_of
+    real = write.library_units_of
 
-    def edited(contents: library.Contents) -> Any:
+    def edited(contents: write.Contents) -> Any:
         units = tuple(replace(unit, text=unit.text.replace(right, wrong)) for unit in real(contents))
         assert units != real(contents)
         return units
 
-    monkeypatch.setattr(library, "library_units_of", edited)
+    monkeypatch.setattr(write, "library_units_of", edited)
     with pytest.raises(BitgenError, match=message):
         write_library([], toolchain, tmp_path, "broken", portable)
     assert_nothing_left(tmp_path)
@@ -374,9 +374,9 @@ def test_a_library_that_is_wrong_or_dies_is_not_kept(
 def test_a_compile_error_is_passed_on(
     toolchain: Toolchain, portable: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = library.library_units_of
+    real = write.library_units_of
     monkeypatch.setattr(
-        library, "library_units_of", lambda c: tuple(replace(u, text=u.text + "\n}") for u in real(c))
+        write, "library_units_of", lambda c: tuple(replace(u, text=u.text + "\n}") for u in real(c))
     )
     with pytest.raises(CompileError):
         write_library([], toolchain, tmp_path, "kernels", portable)

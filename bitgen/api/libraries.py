@@ -1,0 +1,115 @@
+"""Libraries of chosen kernels: write them, open them."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen.api.models import preset_of
+from bitgen.api.workshop import Workshop
+from bitgen.config import ModelPreset
+from bitgen.paths import generated_dir
+from bitgen.spec import REGIMES, Shape
+from bitgen.target import Isa, detect_cpu, target_cpu
+from bitgen.winners import family_winners
+
+if TYPE_CHECKING:
+    from bitgen.library import KernelChoice
+    from bitgen.runtime import KernelTable
+
+
+def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[KernelChoice]:
+    """The kernels of a model's shapes: tuned here, else committed for this CPU family; else none.
+
+    A shape without any runs on the default kernels that every library holds.
+    """
+    from bitgen.library import KernelChoice
+
+    store, fingerprint = workshop.store, workshop.fingerprint
+    committed = family_winners(workshop.cpu.family)
+    choices: list[KernelChoice] = []
+    for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in model.matmuls):
+        tuned = {
+            winner.threads
+            for record in store.tunings
+            if record.shape == shape and record.fingerprint.digest == fingerprint.digest
+            for winner in record.winners
+        }
+        found = [
+            KernelChoice(shape, winner.spec, winner.threads)
+            for threads in sorted(tuned)
+            for regime in REGIMES
+            if (winner := store.best(shape, regime.name, threads, fingerprint))
+            and winner.spec.isa == isa.name
+        ]
+        found = found or [
+            KernelChoice(shape, winner.spec, winner.threads)
+            for winner in committed
+            if winner.shape == shape and winner.spec.isa == isa.name
+        ]
+        choices += dict.fromkeys(found)
+    return choices
+
+
+def build(
+    model: str | ModelPreset,
+    *,
+    isa: str | None = None,
+    cc: str | None = None,
+    out: Path | None = None,
+    logs: Path | None = None,
+    name: str | None = None,
+    target: str | None = None,
+    system: str | None = None,
+) -> Path:
+    """Write the kernel library of a model: a folder with library, header, manifest and the C text.
+
+    The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
+    defaults. Returns the folder, ``<out>/<model>-<cpu family>``.
+
+    ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
+    there. A library that this machine cannot run is written without being tried.
+    """
+    from bitgen.library import Target, write_library
+
+    cpu = target_cpu(target, system or platform.system()) if target else None
+    workshop = Workshop(cc, logs, cpu)
+    preset = preset_of(model)
+    level = workshop.isa(isa)
+    choices = choices_for(preset, workshop, level)
+    targets = {Shape(matmul.m, matmul.k) for matmul in preset.matmuls}
+    return write_library(
+        choices,
+        workshop.toolchain,
+        generated_dir(out),
+        name or f"{preset.alias}-{workshop.cpu.family}",
+        Target.of(workshop.cpu, level.name, workshop.isas),
+        model=preset.alias,
+        fingerprint=workshop.fingerprint.digest if choices else None,
+        threads=workshop.store.best_threads(targets, workshop.fingerprint) if choices else 0,
+        check=workshop.runs(level),
+    )
+
+
+def load(path: str | Path | None = None, threads: int | None = None) -> KernelTable:
+    """Open a kernel library: a .so, a bundle folder, or without a path the best one built here.
+
+    Where nothing was built yet, an untuned library of default kernels is built once (seconds) and kept.
+    """
+    from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.runtime import load as open_library
+
+    if path is not None:
+        return open_library(path, threads)
+    bundles, _ = find_bundles(generated_dir())
+    bundle, _ = choose_bundle(bundles, detect_cpu())
+    return open_library(untuned_library() if bundle is None else bundle.path, threads)
+
+
+def untuned_library() -> Path:
+    from bitgen.library import Target, write_library
+
+    workshop = Workshop()
+    target = Target.of(workshop.cpu, None, workshop.isas)
+    return write_library((), workshop.toolchain, generated_dir(), f"untuned-{workshop.cpu.family}", target)

@@ -1,0 +1,31 @@
+"""A model's shapes, however it is named."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from bitgen.config import ModelPreset, find_model
+
+
+def preset_of(model: str | ModelPreset) -> ModelPreset:
+    """The shapes of a preset (its name), a YAML file, or a model file or folder that `bitgen run` reads."""
+    if isinstance(model, ModelPreset):
+        return model
+    from bitgen.model.files import open_model, shipped_model
+
+    path = Path(model)
+    if (
+        path.suffix.lower() not in (".gguf", ".safetensors")
+        and not path.is_dir()
+        and not shipped_model(model)
+    ):
+        return find_model(model)
+    config = open_model(model).config
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
+    return ModelPreset(
+        **{f.name: getattr(config, f.name) for f in fields(ModelPreset) if f.name not in ("name", "aliases")},
+        name=config.name or safe,
+        aliases=(safe or "model",),
+    )

@@ -1,0 +1,152 @@
+"""Hold kernels against numpy, and time those a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen.api.libraries import choices_for
+from bitgen.api.models import preset_of
+from bitgen.api.workshop import Workshop, check_threads
+from bitgen.config import ModelPreset
+from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Shape, family_named, regime_named, regime_of
+from bitgen.target import accepted_isas
+
+if TYPE_CHECKING:
+    from bitgen.measure import Limits, Race, TileState
+    from bitgen.measure.sweep import SweepCounts
+
+
+def check(
+    *,
+    isas: Sequence[str] = (),
+    families: Sequence[str] = (),
+    regimes: Sequence[str] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    inherit: bool = True,
+    cc: str | None = None,
+    progress: Callable[[SweepCounts], None] | None = None,
+) -> SweepCounts:
+    """Hold every schedule of the spaces (or ``sample`` of each) against numpy, on all levels of this CPU."""
+    from bitgen.measure.local import LocalRunner
+    from bitgen.measure.sweep import exact_sweep
+
+    if sample is not None and sample < 1:
+        raise BitgenError(f"--sample must be at least 1, not {sample}", EXIT_USAGE)
+    workshop = Workshop(cc)
+    levels = [workshop.isa(name) for name in isas] or list(accepted_isas(workshop.cpu, workshop.isas))
+    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+        return exact_sweep(
+            runner,
+            workshop.cpu,
+            [level.name for level in levels],
+            [family_named(name).name for name in families] or list(FAMILIES),
+            sample,
+            seed,
+            [regime_named(name) for name in regimes] or REGIMES,
+            progress,
+            inherit,
+        )
+
+
+@dataclass(frozen=True)
+class KernelTiming:
+    """A kernel timed in interleaved rounds with the untuned default; times are medians for one call.
+
+    ``limit_ns`` is the roofline of this run: reading the packed weights once, or the int8 operations at the
+    peak of the ISA level, whichever takes longer. Where a probe of tiles took part, ``tile_states`` are the
+    kernel's fast and slow rounds (`Race.tile_states`), and all times are of the fast ones if there are any.
+    """
+
+    shape: Shape
+    n: int
+    threads: int
+    spec: KernelSpec
+    tuned: bool
+    time_ns: float
+    default_ns: float
+    limit_ns: float
+    tile_states: tuple[TileState, TileState] | None = None
+
+    @property
+    def weight_gbs(self) -> float:
+        return self.spec.layout.packed_bytes(self.shape) / self.time_ns
+
+    @property
+    def gops(self) -> float:
+        return 2 * self.shape.m * self.shape.k * self.n / self.time_ns
+
+    @property
+    def limit_share(self) -> float:
+        return self.limit_ns / self.time_ns
+
+
+def bench_kernels(
+    model: str | ModelPreset,
+    *,
+    tokens: Sequence[int] = (1, 8, 128, 512),
+    threads: int | None = None,
+    rounds: int = 9,
+    isa: str | None = None,
+    cc: str | None = None,
+    logs: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[KernelTiming]:
+    """Time what the model would run, tuned or not, against the default of each space; small n cold."""
+    from bitgen.measure.local import LocalRunner
+
+    workshop = Workshop(cc, logs)
+    preset = preset_of(model)
+    level, count = workshop.isa(isa), workshop.cpu.usable_threads if threads is None else threads
+    check_threads([count], workshop.cpu)
+    if rounds < 1 or min(tokens, default=0) < 1:
+        raise BitgenError("numbers of tokens and of rounds must be at least 1", EXIT_USAGE)
+    chosen = {
+        (choice.shape, choice.spec.regime): choice.spec
+        for choice in choices_for(preset, workshop, level)
+        if choice.threads <= count
+    }
+    raced = []
+    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+        limits = runner.limits(count, [level.name])
+        for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in preset.matmuls):
+            for n in tokens:
+                if progress:
+                    progress(f"{shape.name}, n = {n}")
+                regime = regime_of(n)
+                default = workshop.space("i2s", level, regime.name, shape).default
+                tuned = chosen.get((shape, regime.name))
+                spec = tuned or default
+                race = runner.race([spec, default], shape, n, count, rounds, regime is not LARGE)
+                if spec not in race or default not in race:
+                    raise BitgenError(f"{shape.name}, n = {n}: {'; '.join(race.dropped.values())}")
+                raced.append((shape, n, spec, tuned is not None, default, race))
+    # Only the whole run tells how fast its tiles can be.
+    peak = max([limits.peak_gops[level.name], *(gops for *_, race in raced for gops in race.tile_gops)])
+    return [_timing_of(limits, peak, count, *row) for row in raced]
+
+
+def _timing_of(
+    limits: Limits,
+    peak_gops: float,
+    threads: int,
+    shape: Shape,
+    n: int,
+    spec: KernelSpec,
+    tuned: bool,
+    default: KernelSpec,
+    race: Race,
+) -> KernelTiming:
+    from bitgen.search import roofline_ns
+
+    cold = regime_of(n) is not LARGE
+    time_ns, default_ns = (race.median_ns(s, peak_gops) for s in (spec, default))
+    packed = spec.layout.packed_bytes(shape)
+    fastest_read = max(limits.best_dram_gbs, race.read_gbs or 0.0, packed / time_ns if cold else 0.0)
+    limit = roofline_ns(spec.layout, shape, n, cold, fastest_read, peak_gops)
+    states = race.tile_states(spec, peak_gops)
+    return KernelTiming(shape, n, threads, spec, tuned, time_ns, default_ns, limit, states)

@@ -1,0 +1,174 @@
+"""Which kernels a library holds: those chosen, and what serves every other shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry
+from bitgen.errors import BitgenError
+from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
+from bitgen.space import space_for
+from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, regime_named
+from bitgen.target import Cpu, Isa, accepted_isas, find_isa, load_isas
+
+DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
+_ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """A kernel that was chosen for a shape on a number of threads; its spec says for which regime.
+
+    ``shape`` None and ``threads`` 0: it serves every shape, in the place of the default of its layout.
+    """
+
+    shape: Shape | None
+    spec: KernelSpec
+    threads: int
+
+    def __post_init__(self) -> None:
+        if (self.shape is None) != (self.threads == 0) or self.threads < 0:
+            raise BitgenError(
+                f"{self.spec.name}: a kernel for a shape needs threads >= 1, one for all needs 0"
+            )
+        if self.spec.shape not in (None, self.shape):
+            raise BitgenError(f"{self.spec.name} was made for another shape than {self.shape}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a library is for: a CPU (its family, features and caches) and the ISA level of default kernels."""
+
+    cpu: Cpu
+    isa: Isa
+    isas: tuple[Isa, ...]
+
+    @classmethod
+    def of(cls, cpu: Cpu, isa: str | None = None, isas: Sequence[Isa] | None = None) -> Target:
+        """The target ``cpu`` at ISA level ``isa`` (None: the best it runs), out of ``isas`` (None: all)."""
+        known = tuple(load_isas() if isas is None else isas)
+        best = accepted_isas(cpu, known)
+        return cls(cpu, find_isa(isa, known) if isa else best[0], known)
+
+    @cached_property
+    def other_lengths(self) -> tuple[Isa, ...]:
+        """Where `isa` is for one length of registers: what serves the others, best first.
+
+        The levels with its words that are better than the best level for any length, and that one.
+        """
+        if not self.isa.exact_vector:
+            return ()
+        any_length = next(isa for isa in accepted_isas(self.cpu, self.isas) if not isa.exact_vector)
+        better = self.isas[self.isas.index(any_length) + 1 :]
+        alike = [isa for isa in better if isa.vocabulary == self.isa.vocabulary and isa != self.isa]
+        return (*reversed(alike), any_length)
+
+    @property
+    def scalar(self) -> Isa:
+        """The level that runs on every CPU."""
+        return find_isa("scalar", self.isas)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a library holds: entries in order of preference, and everything those need."""
+
+    target: Target
+    entries: tuple[KernelEntry, ...]
+    threads: int = 0
+
+    @property
+    def cores(self) -> int:
+        """On how many usable cores ``threads`` is the default; 0: on none."""
+        return self.target.cpu.usable_threads if self.threads else 0
+
+    @cached_property
+    def specs(self) -> tuple[KernelSpec, ...]:
+        return tuple(dict.fromkeys(entry.spec for entry in self.entries))
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        return tuple(dict.fromkeys(spec.layout for spec in self.specs))
+
+    @cached_property
+    def isas(self) -> tuple[Isa, ...]:
+        names = dict.fromkeys(spec.isa for spec in self.specs)
+        return tuple(find_isa(name, self.target.isas) for name in names)
+
+    @cached_property
+    def steps(self) -> tuple[Source, ...]:
+        """The forward step at the target's ISA level, for registers of other lengths, and a portable one."""
+        target = self.target
+        levels = dict.fromkeys(isa.name for isa in (target.isa, *target.other_lengths, target.scalar))
+        return tuple(render_step(name) for name in levels)
+
+    @cached_property
+    def features(self) -> tuple[str, ...]:
+        return tuple(sorted({feature for isa in self.isas for feature in isa.requires}))
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """Kernels, then the quantiser of each ISA level, then the table builders."""
+        tables = dict.fromkeys(
+            (spec.family, spec.isa, spec.schedule.algorithm) for spec in self.specs if spec.table_bytes
+        )
+        return (
+            *(render_kernel(spec) for spec in self.specs),
+            *(render_quantize(isa.name) for isa in self.isas),
+            *(render_tables(*which) for which in tables),
+        )
+
+
+def choose_contents(choices: Sequence[KernelChoice], target: Target) -> Contents:
+    """The entries of a library with these ``choices``: tuned, then defaults, then portable ones.
+
+    BitgenError when the choices for one shape and thread count read different layouts: its weights are packed
+    once and serve every n.
+    """
+    layout_of: dict[tuple[Shape, int], Layout] = {}
+    for choice in choices:
+        if choice.shape is not None:
+            layout = layout_of.setdefault((choice.shape, choice.threads), choice.spec.layout)
+            if layout != choice.spec.layout:
+                names = f"{layout.name} and {choice.spec.layout.name}"
+                raise BitgenError(f"kernels for {choice.shape.name} read two layouts, {names}")
+    generic = [choice.spec for choice in choices if choice.shape is None]
+    layouts = dict.fromkeys([*(spec.layout for spec in generic), DEFAULT_LAYOUT])
+    layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
+    entries = [_entry(choice.spec, TUNED, choice.shape, choice.threads) for choice in choices if choice.shape]
+    entries += [_entry(spec, DEFAULT) for spec in generic]
+    levels = [(isa, DEFAULT) for isa in (target.isa, *target.other_lengths)]
+    for isa, role in (*levels, (target.scalar, PORTABLE)):
+        entries += [
+            _entry(_default_spec(layout, regime.name, isa, target, choices), role)
+            for layout in layouts
+            for regime in REGIMES
+        ]
+    return Contents(target, tuple(dict.fromkeys(entries)))
+
+
+def _entry(spec: KernelSpec, role: str, shape: Shape | None = None, threads: int = 0) -> KernelEntry:
+    return KernelEntry(spec, role, shape, threads, render_kernel(spec).digest)
+
+
+def _default_spec(
+    layout: Layout, regime: str, isa: Isa, target: Target, choices: Sequence[KernelChoice]
+) -> KernelSpec:
+    """A kernel for every shape of a layout: the space's default, else the first legal point that reads it."""
+    space = space_for(layout.family, isa, regime_named(regime), _ANY_SHAPE, target.cpu)
+    default = replace(space.default, layout=layout)
+    if not space.broken(default):
+        return default
+    chosen = (choice.spec for choice in choices)
+    points: Iterator[KernelSpec] = (
+        spec
+        for specs in (chosen, space.known_good, space)
+        for spec in specs
+        if (spec.layout, spec.regime, spec.isa, spec.shape) == (layout, regime, isa.name, None)
+    )
+    spec = next(points, None)
+    if spec is None:
+        raise BitgenError(f"no {isa.name} kernel for {regime} reads the layout {layout.name}")
+    return spec

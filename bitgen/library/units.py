@@ -1,0 +1,84 @@
+"""The translation units of a library: kernels each with the flags of their ISA level, and host code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bitgen import __version__
+from bitgen.host import library_units, row_grain
+from bitgen.library.contents import Contents
+from bitgen.render import render_step_header
+from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, regime_named
+from bitgen.toolchain import Prototype, Unit
+
+
+def library_units_of(contents: Contents) -> tuple[Unit, ...]:
+    """All translation units of the library: kernels each with the flags of their ISA level, and host code."""
+    isas = {isa.name: isa for isa in contents.isas}
+    kernels = tuple(
+        Unit(
+            source.name,
+            source.text,
+            isas[source.isa],
+            tuple(Prototype.parse(text) for text in source.prototypes),
+            MATMUL_STRUCT,
+        )
+        for source in contents.sources
+    )
+    headers = (("step.h", render_step_header()),)
+    steps = tuple(
+        Unit(source.name, source.text, isas[source.isa], headers=headers) for source in contents.steps
+    )
+    cpu = contents.target.cpu
+    return (*kernels, *steps, *library_units(cpu.arch, cpu.os, contents.features, table_values(contents)))
+
+
+def table_values(contents: Contents) -> dict[str, Any]:
+    """The values of templates/host/table.c.j2."""
+    specs, layouts = contents.specs, contents.layouts
+    isa_names = [isa.name for isa in contents.isas]
+    bit = {feature: 1 << i for i, feature in enumerate(contents.features)}
+    return {
+        "version": __version__,
+        "tuned": {"threads": contents.threads, "cores": contents.cores},
+        "prototypes": [prototype for source in contents.sources for prototype in source.prototypes],
+        "layouts": [{"family": FAMILIES[lay.family], "row_block": lay.row_block} for lay in layouts],
+        "isas": [
+            {
+                "name": isa.name,
+                "requires": sorted(isa.requires),
+                "mask": sum(bit[f] for f in isa.requires),
+                "tiles": sum(bit[f] for f in isa.tile_registers),
+                "sve_bytes": isa.vector_bytes if isa.exact_vector else 0,
+            }
+            for isa in contents.isas
+        ],
+        "kernels": [_kernel_values(spec, isa_names) for spec in specs],
+        "steps": [{"isa": step.isa, "isa_id": isa_names.index(step.isa)} for step in contents.steps],
+        "entries": [
+            {
+                "kernel": specs.index(entry.spec),
+                "layout": layouts.index(entry.spec.layout),
+                "m": entry.shape.m if entry.shape else 0,
+                "k": entry.shape.k if entry.shape else 0,
+                "threads": entry.threads,
+            }
+            for entry in contents.entries
+        ],
+    }
+
+
+def _kernel_values(spec: KernelSpec, isa_names: Sequence[str]) -> dict[str, Any]:
+    tables = spec.tables_prototype
+    regime = regime_named(spec.regime)
+    return {
+        "spec": spec,
+        "family": FAMILIES[spec.family],
+        "isa_id": isa_names.index(spec.isa),
+        "regime": regime,
+        "regime_id": REGIMES.index(regime),
+        "table_bytes": spec.table_bytes,
+        "row_grain": row_grain(spec),
+        "tables": Prototype.parse(tables).name if tables else "0",
+    }

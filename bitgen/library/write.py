@@ -1,0 +1,224 @@
+"""A library is compiled, proven by running it, and written; it appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bitgen import __version__
+from bitgen.bundle import ABI_VERSION, MANIFEST_NAME, Manifest, is_bundle, sha256_of
+from bitgen.errors import EXIT_FAILURE, EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.host import SYSTEMS, host_headers
+from bitgen.library.contents import Contents, KernelChoice, Target, choose_contents
+from bitgen.library.units import library_units_of
+from bitgen.paths import HOME_VARIABLE, ensure_dir
+from bitgen.toolchain import (
+    DEFAULT_LIBS,
+    EXPORTS_FILE,
+    CompileError,
+    Toolchain,
+    Unit,
+    exports_text,
+    shared_flags,
+)
+from bitgen.toolchain.cache import writing
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_CHECK_TIMEOUT_S = 120.0
+
+
+def write_library(
+    choices: Sequence[KernelChoice],
+    toolchain: Toolchain,
+    out_dir: Path | str,
+    name: str,
+    target: Target,
+    *,
+    model: str | None = None,
+    fingerprint: str | None = None,
+    threads: int = 0,
+    check: bool = True,
+) -> Path:
+    """Write the bundle ``out_dir/name`` and return its path; it appears whole or not at all.
+
+    ``threads``: the fastest number on the cores of ``target``, the default wherever as many are usable; 0: no
+    such number is known.
+    ``check`` executes the library in a child process before it is kept: features that a hypervisor only
+    advertises show there. An older bundle of this name is replaced. BitgenError: a name that cannot be a
+    file's, a folder of this name that is no bundle, a read-only or full disk, a kernel that does not compile
+    (CompileError), a library that computes something wrong.
+    """
+    if not _NAME.fullmatch(name):
+        message = f"{name!r} cannot name files; use letters, digits, dot, dash, underscore"
+        raise BitgenError(message, EXIT_USAGE)
+    contents = replace(choose_contents(choices, target), threads=threads)
+    parent = ensure_dir(out_dir).absolute()  # the self-test runs in another folder
+    folder = parent / name
+    if folder.exists() and not is_bundle(folder):
+        raise BitgenError(f"{folder} exists and is not a bundle; choose another name or folder", EXIT_FILE)
+    advice = f"choose another folder with --out or {HOME_VARIABLE}"
+    with (
+        writing(folder, advice),
+        tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent, ignore_cleanup_errors=True) as scratch,
+    ):
+        made = Path(scratch) / name
+        _write(made, contents, toolchain, name, model, fingerprint)
+        if check:
+            _execute(made)
+        _move(made, folder, Path(scratch) / "replaced")
+    return folder
+
+
+def _write(
+    folder: Path,
+    contents: Contents,
+    toolchain: Toolchain,
+    name: str,
+    model: str | None,
+    fingerprint: str | None,
+) -> None:
+    """The files of the bundle, below the new folder ``folder``."""
+    folder.mkdir()
+    target, library = contents.target, library_name(name, contents.target.cpu.os)
+    units = library_units_of(contents)
+    soname = f"{library}.{ABI_VERSION}"
+    public = dict(host_headers(target.cpu.arch))["bitgen.h"]
+    exports = tuple(re.findall(r"^BITGEN_API [^(]*?\b(bitgen_\w+)\(", public, flags=re.MULTILINE))
+    toolchain.link_shared(_objects(toolchain, units), folder / library, soname=soname, exports=exports)
+    (folder / soname).symlink_to(library)
+    (folder / "bitgen.h").write_text(public, encoding="utf-8")
+    (folder / "bitgen.pc").write_text(pkg_config(name), encoding="utf-8")
+    _write_sources(folder / "src", units, toolchain, library, exports)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    manifest = Manifest(
+        name=name,
+        library=library,
+        arch=target.cpu.arch,
+        system=target.cpu.os,
+        cpu_family=target.cpu.family,
+        model=model,
+        isas={isa.name: tuple(sorted(isa.requires)) for isa in contents.isas},
+        kernels=contents.entries,
+        files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
+        compiler={isa.name: toolchain.fingerprint(isa) for isa in contents.isas},
+        fingerprint=fingerprint,
+        threads=contents.threads,
+        cores=contents.cores,
+        bitgen_version=__version__,
+    )
+    text = json.dumps(manifest.to_dict(), indent=1) + "\n"
+    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+
+def library_name(name: str, system: str) -> str:
+    """The file name of a library: libbitgen-NAME.so, or .dylib."""
+    if system not in SYSTEMS:
+        raise BitgenError(f"bitgen builds libraries for {' and '.join(SYSTEMS)}, not for {system}")
+    return f"libbitgen-{name}.{'dylib' if system == 'Darwin' else 'so'}"
+
+
+def pkg_config(name: str) -> str:
+    """The text of bitgen.pc; its paths are relative to wherever the file lies."""
+    return "\n".join(
+        (
+            "libdir=${pcfiledir}",
+            "includedir=${pcfiledir}",
+            "",
+            "Name: bitgen",
+            f"Description: exact matrix kernels for ternary weights ({name})",
+            f"Version: {__version__}",
+            f"Libs: -L${{libdir}} -lbitgen-{name}",
+            f"Libs.private: {' '.join(DEFAULT_LIBS)}",
+            "Cflags: -I${includedir}",
+            "",
+        )
+    )
+
+
+def _objects(toolchain: Toolchain, units: Sequence[Unit]) -> list[Path]:
+    objects = []
+    for result in toolchain.compile_objects(units):
+        if isinstance(result, CompileError):
+            raise result
+        objects.append(result)
+    return objects
+
+
+def _write_sources(
+    folder: Path, units: Sequence[Unit], toolchain: Toolchain, library: str, exports: Sequence[str]
+) -> None:
+    """The C text, and a Makefile that makes the library of it without bitgen."""
+    folder.mkdir()
+    headers = dict(header for unit in units for header in unit.headers)
+    texts: Mapping[str, str] = {**headers, **{f"{unit.stem}.c": unit.text for unit in units}}
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    system = toolchain.compiler.target
+    (folder / EXPORTS_FILE).write_text(exports_text(system, exports), encoding="utf-8")
+    shared = shared_flags(system, soname=f"{library}.{ABI_VERSION}", exports=True)
+    lines = [
+        "# Makes the library again from the C text beside this file.",
+        f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",
+        "",
+        f"{library}: $(OBJECTS)",
+        f"\t$(CC) {' '.join(shared)} -o $@ $(OBJECTS) {' '.join(DEFAULT_LIBS)}",
+        "",
+    ]
+    for unit in units:
+        flags = " ".join((*toolchain.flags(unit.isa), *unit.flags))
+        lines += [f"{unit.stem}.o: {unit.stem}.c", f"\t$(CC) {flags} -c {unit.stem}.c -o $@", ""]
+    lines += ["clean:", f"\trm -f $(OBJECTS) {library}", "", ".PHONY: clean", ""]
+    (folder / "Makefile").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _execute(folder: Path) -> None:
+    """Run the library's self-test in a child process. BitgenError when it fails or dies."""
+    command = [sys.executable, "-m", "bitgen.runtime", str(folder)]
+    package = str(Path(__file__).resolve().parents[2])
+    try:
+        done = subprocess.run(
+            command, cwd=package, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BitgenError(f"the new library hung in its self-test ({_CHECK_TIMEOUT_S:g} s)") from None
+    if done.returncode < 0:
+        raise BitgenError(
+            f"the new library died in its self-test (signal {-done.returncode}): this CPU may advertise "
+            "features it does not have; build for a lower level with --isa"
+        )
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise BitgenError(f"the new library failed its self-test: {said}", EXIT_FAILURE)
+
+
+def _move(made: Path, folder: Path, replaced: Path) -> None:
+    """Put the finished folder in its place; programs that have the old library open keep it."""
+    with _one_at_a_time(folder.parent):
+        if folder.exists():
+            folder.rename(replaced)
+        try:
+            made.rename(folder)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(folder)
+            raise
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Processes that put bundles into ``folder`` take turns. The lock is on the folder: no file is left."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
