@@ -13,7 +13,8 @@ process of its own (peer_bitgen.py, peer_ik.py, peer_llama.py). First all comput
 the run ends unless they are finite and alike (not equal: the peers quantise activations with several scales
 a token). Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt
 at once; tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for the
-peers the file. DRAM is the best that any probe read before and after the rounds.
+peers the file. Every round probes the memory too; "of DRAM": the median over the rounds of what a side read
+against the best that a probe read in the same round.
 
 llama.cpp knows 2B-4T's architecture only with a silu gate: with --llama every side runs a relu² model's shape
 that way, and the title says so. TQ1_0 and TQ2_0 hold matrices of multiples of 256 columns, Q4_0 all.
@@ -31,7 +32,7 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
@@ -162,13 +163,16 @@ def compare_logits(sides: Sequence[Side], vocab: int) -> list[tuple[object, ...]
 
 
 def time_sides(
-    sides: Sequence[Side], tests: Sequence[Test], rounds: int, vocab: int
-) -> dict[tuple[str, str], list[float]]:
-    """Seconds of every round by side and test; each runs once before it is timed."""
+    sides: Sequence[Side], tests: Sequence[Test], rounds: int, vocab: int, probe: Callable[[], float]
+) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
+    """Seconds of every round by side and test, and GB/s of ``probe``; each side runs once untimed before."""
     order, draw = random.Random(0), np.random.default_rng(0)  # noqa: S311 - an order, no secret
     seconds: dict[tuple[str, str], list[float]] = {(s.name, t.name): [] for s in sides for t in tests}
+    dram: list[float] = []
     with ProgressLine() as line:
         for number in range(rounds + 1):
+            if number:
+                dram.append(probe())
             for test in tests:
                 tokens = draw.integers(0, vocab, test.n).tolist()
                 for side in order.sample(list(sides), len(sides)):
@@ -176,7 +180,7 @@ def time_sides(
                     time = side.ask(test.do, tokens)
                     if number:
                         seconds[side.name, test.name].append(time)
-    return seconds
+    return seconds, dram
 
 
 def result_rows(
@@ -184,7 +188,7 @@ def result_rows(
     tests: Sequence[Test],
     seconds: dict[tuple[str, str], list[float]],
     threads: int,
-    dram: float,
+    dram: Sequence[float],
 ) -> list[tuple[object, ...]]:
     """A row a test and side; the ratio is bitgen's median speed to that side's."""
     rows: list[tuple[object, ...]] = []
@@ -193,9 +197,12 @@ def result_rows(
         ours = statistics.median(speeds[sides[0].name])
         for side in sides:
             speed = statistics.median(speeds[side.name])
-            gbs = side.bytes * speed / 1e9 if test.do == "steps" else None
+            gbs = share = None
+            if test.do == "steps":
+                gbs = side.bytes * speed / 1e9
+                rounds = zip(speeds[side.name], dram, strict=True)
+                share = statistics.median(side.bytes * s / 1e9 / limit for s, limit in rounds)
             spread = min(speeds[side.name]), max(speeds[side.name])
-            share = None if gbs is None else gbs / dram
             rows.append(
                 (threads, test.name, side.name, speed, *spread, ours / speed, side.bytes / 1e6, gbs, share)
             )
@@ -252,13 +259,14 @@ def run(args: argparse.Namespace) -> None:
         def dram(threads: int = threads) -> float:
             return measure_limits(workshop.toolchain, workshop.cpu, threads, [isa]).best_dram_gbs
 
-        before = dram()
         with opened(args, config, files, threads, context) as sides:
             logits = logits or compare_logits(sides, config.vocab)
-            seconds = time_sides(sides, tests, args.rounds, config.vocab)
-        after = dram()
-        rows += result_rows(sides, tests, seconds, threads, max(before, after))
-        facts.append(f"DRAM read, {threads} threads: {before:.1f} GB/s before, {after:.1f} after")
+            seconds, read = time_sides(sides, tests, args.rounds, config.vocab, dram)
+        rows += result_rows(sides, tests, seconds, threads, read)
+        middle = statistics.median(read)
+        facts.append(
+            f"DRAM read, {threads} threads: {middle:.1f} GB/s ({min(read):.1f} to {max(read):.1f} by round)"
+        )
     shape = f"{args.model}{' with a silu gate' if args.silu else ''}"
     title = f"{shape}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
     tables = [
