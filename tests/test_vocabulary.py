@@ -115,6 +115,7 @@ def zipped(a: Array, b: Array, half: slice) -> Array:
 MEANINGS.update(FLOAT_MEANINGS)
 MEANINGS.update(
     prefetch=lambda _p: None,
+    prefetch_l2=lambda _p: None,
     prefetch_once=lambda _p: None,
     vb_load=loaded(np.uint8),
     vh_load=loaded(np.int16),
@@ -278,6 +279,7 @@ RANGES: dict[tuple[str, str], range] = {
     **FLOAT_RANGES,
 }
 EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
+    "prefetch_l2": lambda _: 0,
     "prefetch_once": lambda _: 0,
     "prefetch": lambda _: 0,  # so that the address is the forbidden page's
     "vb_splat4": lambda _: 4,

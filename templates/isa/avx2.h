@@ -18,6 +18,9 @@ typedef struct { __m256i a, b; } vm;  // a byte is 0 (flag set) or 0xff (clear)
 //: prefetch
 WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
+//: prefetch_l2
+WORD void prefetch_l2(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+
 //: prefetch_once
 WORD void prefetch_once(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_NTA); }
 

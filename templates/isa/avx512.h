@@ -18,6 +18,9 @@ typedef struct { __mmask64 v; } vm;
 //: prefetch
 WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
+//: prefetch_l2
+WORD void prefetch_l2(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+
 //: prefetch_once
 WORD void prefetch_once(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_NTA); }
 

@@ -15,6 +15,9 @@ typedef struct { uint8x16_t a, b, c, d; } vm;  // a byte is 0xff (flag set) or 0
 //: prefetch
 WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
+//: prefetch_l2
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
+
 //: prefetch_once
 WORD void prefetch_once(const void *p) { __builtin_prefetch(p, 0, 0); }
 

@@ -21,6 +21,10 @@ typedef struct { uint8_t m[64]; } vm;
 // Ask for the cache line at p, for reading; p need not be mapped.
 WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
+//: prefetch_l2
+// The same into the L2 cache only: for what is needed later than L1 would keep it.
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
+
 //: prefetch_once
 // The same for a line that is read once: past the caches, so that it pushes nothing out.
 WORD void prefetch_once(const void *p) { __builtin_prefetch(p, 0, 0); }

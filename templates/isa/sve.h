@@ -26,6 +26,9 @@ typedef struct { sve_u8 z[SVE_PARTS]; } vm; // a byte is not 0 (flag set) or 0
 //: prefetch
 WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
+//: prefetch_l2
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
+
 //: prefetch_once
 WORD void prefetch_once(const void *p) { __builtin_prefetch(p, 0, 0); }
 
