@@ -185,7 +185,7 @@ class Engine:
         out = ffi.from_buffer("float[]", logits) if logits.size else ffi.NULL
         times = ffi.from_buffer("int64_t[]", self._times)
         # Until it is done a step may have overwritten these positions.
-        lowest = {int(s): int(positions[sequences == s].min()) for s in np.unique(sequences)}
+        lowest = {s: int(positions[sequences == s].min()) for s in set(sequences.tolist())}
         for sequence, position in lowest.items():
             self.lengths[sequence] = position
         code = lib.bitgen_step(context, self._model, call, out, times)
