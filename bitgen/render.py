@@ -36,6 +36,9 @@ from bitgen.spec import (
 )
 from bitgen.target import Isa, find_isa, load_isas
 
+# Sums of TL5's split tables are two digits, low + SPLIT_RADIX * high with high = (11 sum + 128) >> 8.
+# So the digits of four groups add up within int8 (tests/test_space.py).
+SPLIT_RADIX = 23
 _WORD_MARK = "//: "
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
@@ -191,6 +194,7 @@ def render_kernel(spec: KernelSpec) -> Source:
         "schedule": spec.schedule,
         "tiles": _token_tiles(spec),
         "t5_table": T5_TABLE.tolist(),
+        "split_radix": SPLIT_RADIX,
         **dict(spec.schedule),
     }
     text = _expand(f"kernels/{spec.family}.c.j2", isa, banner, values)
@@ -292,12 +296,15 @@ def _wide_tables() -> dict[str, Any]:
 
 
 def _split_tables() -> dict[str, Any]:
-    """For tl5_split_tables: ``codes`` of registers with sums of three in lanes 0 and 2, of two in 1 and 3."""
+    """For tl5_split_tables: ``codes`` of registers with sums of three in lanes 0 and 2, of two in 1 and 3.
+
+    A lookup of two has a bit of the other half above its three: its 8 sums stand there twice.
+    """
     lanes = np.zeros((4, 16, 5), np.int8)
     lanes[[0, 2]] = TL5_WEIGHTS[112:]
-    lanes[[1, 3], :8] = TL5_WEIGHTS[:8]
+    lanes[[1, 3]] = np.tile(TL5_WEIGHTS[:8], (2, 1))
     entries = lanes.reshape(4, 2, 8, 5).swapaxes(0, 1).reshape(2, 32, 5)
-    return {"codes": _pair_codes(entries), "picks": _picks((0, 0, 1, 1))}
+    return {"codes": _pair_codes(entries), "picks": _picks((0, 0, 1, 1)), "radix": SPLIT_RADIX}
 
 
 def _pair_codes(entries: NDArray[np.int8]) -> list[list[list[int]]]:

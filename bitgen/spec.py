@@ -227,6 +227,10 @@ class Schedule:
                 return value
         raise KeyError(knob)
 
+    def get(self, knob: str, default: int) -> int:
+        """The value of a knob that not every schedule has."""
+        return dict(self.knobs).get(knob, default)
+
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self.knobs)
 

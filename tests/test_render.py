@@ -284,6 +284,15 @@ def test_the_banner_tells_the_formula_the_bound_and_the_schedule() -> None:
 # ---- vocabulary
 
 
+@pytest.mark.parametrize("family", ["i2s", "t5", "tl5"])
+def test_the_hint_says_where_prefetched_lines_go(family: str) -> None:
+    words = ("prefetch", "prefetch_once", "prefetch_l2")
+    spec = default(family, "avx512_vbmi", N1)
+    for hint, word in enumerate(words):
+        text = render_kernel(replace(spec, schedule=spec.schedule.with_knobs(hint=hint))).text
+        assert {name for name in words if re.search(rf"\b{name}\(w", text)} == {word}
+
+
 def test_only_the_words_that_are_used_are_in_the_text() -> None:
     for source in everything(0):
         words = vocabulary(source.isa)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitgen.errors import EXIT_USAGE, BitgenError
-from bitgen.render import render_kernel
+from bitgen.render import SPLIT_RADIX, render_kernel
 from bitgen.space import Space, int16_sums, space_for
 from bitgen.spec import (
     FAMILIES,
@@ -20,6 +20,7 @@ from bitgen.spec import (
     N1,
     REGIMES,
     SMALL,
+    TL5,
     KernelSpec,
     Layout,
     Regime,
@@ -385,6 +386,26 @@ def test_the_text_adds_as_often_as_the_bound_assumes(spec: KernelSpec) -> None:
     sums = int16_sums(spec)
     assert sums is not None
     assert sums.additions == most * spec.schedule["widen"]
+
+
+def test_the_digits_of_a_chunk_of_split_sums_fit_int8() -> None:
+    """Four groups, each a sum of three weights and one of two: from every value that an entry can have."""
+
+    def digits(g: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        low, high = [], []
+        for entry in range(-128 * g, 128 * g + 1):
+            high.append((11 * entry + 128) >> 8)
+            low.append(entry - SPLIT_RADIX * high[-1])
+        return extremes(iter(low)), extremes(iter(high))
+
+    (low3, high3), (low2, high2) = digits(3), digits(2)
+    assert (low3[0] + low2[0], low3[1] + low2[1]) == (-30, 29)
+    assert (high3[0] + high2[0], high3[1] + high2[1]) == (-27, 28)
+    groups = TL5.k_chunk // TL5.g
+    assert groups * 30 <= 127 < (groups + 1) * 30
+    text = render_kernel(one("tl5", "avx2", N1, "split")[1]).text
+    body = text[text.index("static void tile") :]
+    assert len(re.findall(r"\blow0_0 = vb_(?:sign|add)\(", body)) == groups
 
 
 @combinations

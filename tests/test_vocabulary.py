@@ -112,11 +112,17 @@ def zipped(a: Array, b: Array, half: slice) -> Array:
     return np.stack([lanes(a)[:, half], lanes(b)[:, half]], axis=2).reshape(-1)
 
 
+def digits(lo: Array, hi: Array, radix: int, half: slice) -> Array:
+    """Bytes ``half`` of every lane, as int8: lo + radix * hi."""
+    low, high = (lanes(v.view(np.int8))[:, half].reshape(-1).astype(np.int64) for v in (lo, hi))
+    return wrapped(low + int(radix) * high, np.int16)
+
+
 MEANINGS.update(FLOAT_MEANINGS)
 MEANINGS.update(
     prefetch=lambda _p: None,
-    prefetch_l2=lambda _p: None,
     prefetch_once=lambda _p: None,
+    prefetch_l2=lambda _p: None,
     vb_load=loaded(np.uint8),
     vh_load=loaded(np.int16),
     vw_load=loaded(np.int32),
@@ -136,7 +142,8 @@ MEANINGS.update(
     vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & mask,
     vb_high=lambda v, bits: v >> np.uint8(bits),
     vb_test=lambda v, bits: (v & bits != 0).astype(np.uint8),
-    vb_at_least=lambda v, low: (v >= low).astype(np.uint8),
+    vb_sign=lambda v, s: wrapped(np.where(s >= 128, -i64(v), i64(v)), np.uint8),
+    vb_choose=lambda s, a, b: np.where(s >= 128, a, b),
     vb_flip=lambda v, m: np.where(m, ~v, v),
     vb_select=lambda m, a, b: np.where(m, a, b),
     vh_zip_lo=lambda lo, hi: zipped(lo, hi, slice(0, 8)).view(np.int16),
@@ -144,7 +151,8 @@ MEANINGS.update(
     vh_zero=lambda: np.zeros(32, np.int16),
     vh_add=lambda a, b: wrapped(i64(a) + i64(b), np.int16),
     vh_sub=lambda a, b: wrapped(i64(a) - i64(b), np.int16),
-    vh_sign=lambda v, s: wrapped(np.where(s < 0, -i64(v), i64(v)), np.int16),
+    vh_digits_lo=lambda lo, hi, radix: digits(lo, hi, radix, slice(0, 8)),
+    vh_digits_hi=lambda lo, hi, radix: digits(lo, hi, radix, slice(8, 16)),
     vh_mul=lambda a, b: wrapped(i64(a) * i64(b), np.int16),
     vh_sign_high=lambda v: v.view(np.int8)[1::2].astype(np.int16),
     vb_low_bytes=lambda a, b: packed(0, a, b),
@@ -167,6 +175,12 @@ MEANINGS.update(
 
 @meaning
 def vb_lut16(table: Array, idx: Array) -> Array:
+    found = np.take_along_axis(lanes(table), i64(lanes(idx)) & 15, axis=1)
+    return np.where(idx >= 128, 0, found.reshape(-1))
+
+
+@meaning
+def vb_lut_low(table: Array, idx: Array) -> Array:
     found = np.take_along_axis(lanes(table), i64(lanes(idx)) & 15, axis=1)
     return np.where(idx >= 128, 0, found.reshape(-1))
 
@@ -260,9 +274,7 @@ ROUNDED = [
 ]
 DOMAINS: dict[tuple[str, str], list[Any]] = {
     ("vb_lut16", "idx"): [0, 15, 128, 255, *range(1, 15), *range(129, 255)],
-    ("vb_at_least", "v"): [0, 13, 14, 127, *range(128)],
-    ("vb_at_least", "low"): [14, 0, 127, *range(128)],
-    ("vh_sign", "s"): [1, -1, 255, 256, -256, 32767, -32768, *range(2, 200)],
+    ("vb_sign", "s"): [1, 127, 128, 255, *range(2, 127), *range(129, 255)],
     ("vh_pairs", "u"): CODES,
     ("vw_dot4", "u"): CODES,
     ("vw_round", "v"): [*ROUNDED, *np.arange(-300, 300, 0.25)],
@@ -271,6 +283,8 @@ DOMAINS: dict[tuple[str, str], list[Any]] = {
 RANGES: dict[tuple[str, str], range] = {
     ("vb_field", "bits"): range(8),
     ("vb_high", "bits"): range(8),
+    ("vh_digits_lo", "radix"): range(1, 65),
+    ("vh_digits_hi", "radix"): range(1, 65),
     ("vw_sra", "bits"): range(32),
     ("vw_store_n", "n"): range(1, 17),
     ("vf_load_n", "n"): range(17),
@@ -279,8 +293,8 @@ RANGES: dict[tuple[str, str], range] = {
     **FLOAT_RANGES,
 }
 EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
-    "prefetch_l2": lambda _: 0,
     "prefetch_once": lambda _: 0,
+    "prefetch_l2": lambda _: 0,
     "prefetch": lambda _: 0,  # so that the address is the forbidden page's
     "vb_splat4": lambda _: 4,
     "vb_quad": lambda _: 16,

@@ -16,7 +16,7 @@ widen   both      0: every product goes to int32 at once (a dot instruction); W 
 unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
 prefetch not panel bytes ahead of each stream that are asked for; 0: leave it to the hardware
 hint    not panel n = 1 only: where a prefetched line goes. 0: into every cache (T0), 1: past them (NTA),
-                  because a token reads its weights once
+                  because a token reads its weights once, 2: into L2 (T1), because L1 holds the lookup tables
 mr      panel     rows whose accumulators live in registers
 mc      both      rows of a cache block;  kc  columns of a cache block, 0: all of k
 ====== ========== ============================================================================================

@@ -63,8 +63,8 @@ def _five_axes(isa: Isa, regime: Regime) -> Axes:
         "streams": (1, 2, 4, 8) if wide and regime is N1 else (1, 2),
         "nr": (1,) if regime is N1 else (2, 4) if wide else (2,),
         "widen": (12,),
-        "prefetch": (0, 4096, 6144) if regime is N1 and wide else (0,),
-        **({"hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
+        "prefetch": (0, 2048, 6144) if regime is N1 and wide else (0,),
+        **({"hint": (0, 2) if wide else (0,)} if regime is N1 else {}),
     }
 
 

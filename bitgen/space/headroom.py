@@ -43,7 +43,10 @@ def int16_sums(spec: KernelSpec) -> Int16Sums | None:
         return Int16Sums(adds, scale * PAIR_RANGE[0], scale * PAIR_RANGE[1])
     family = FAMILIES[spec.family]
     lookups = family.k_chunk // family.g * family.rows // 64  # an int16 lane and chunk
-    return Int16Sums(s["widen"] * lookups, *ENTRY_RANGE[spec.family])
+    low, high = ENTRY_RANGE[spec.family]
+    if spec.schedule.algorithm == "split":  # the lookups of a chunk are added as bytes first
+        return Int16Sums(s["widen"], lookups * low, lookups * high)
+    return Int16Sums(s["widen"] * lookups, low, high)
 
 
 def field_scale(accs: int) -> int:

@@ -46,7 +46,8 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("direct", streams=1, nr=1, accs=1, widen=pairs, unroll=1, prefetch=0, hint=0)
     elif family == "tl5" and regime is N1:
         knobs = {"nr": 1, "widen": widen}
-        yield spec(five, streams=4 if zmm else 2 if sve256 or not arm else 1, **knobs, prefetch=ahead, hint=0)
+        streams = 8 if zmm and five == "wide" else 4 if zmm else 2 if sve256 or not arm else 1
+        yield spec(five, streams=streams, **knobs, prefetch=2048 if zmm else ahead, hint=2)
         yield spec(five, streams=1, **knobs, prefetch=0, hint=0)
     elif regime is N1:
         streams = 4 if zmm else 2 if sve256 else 1

@@ -42,7 +42,7 @@ def bounds_of(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]
     if "accs" in knobs:
         yield Rule("accs must be 1 .. 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 3, 4))
     if "hint" in knobs:
-        yield Rule("hint must be 0 or 1", lambda s: dict(s.schedule).get("hint", 0) in (0, 1))
+        yield Rule("hint must be 0, 1 or 2", lambda s: dict(s.schedule).get("hint", 0) in (0, 1, 2))
     if "mr" in knobs:
         yield Rule(
             "mr must be 16, 32, ... 256", lambda s: dict(s.schedule).get("mr", 16) in range(16, 257, 16)
@@ -99,7 +99,7 @@ def rules_of(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> I
         )
     if any("hint" in knobs for knobs in axes.values()):
         yield Rule(
-            "hint says where prefetched lines go: 1 needs a prefetch distance",
+            "hint says where prefetched lines go: 1 and 2 need a prefetch distance",
             lambda s: s.schedule["prefetch"] > 0 or s.schedule["hint"] == 0,
         )
     if any("kc" in knobs for knobs in axes.values()):

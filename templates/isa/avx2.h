@@ -83,6 +83,11 @@ WORD vb vb_lut16(vb table, vb idx) {
     return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};
 }
 
+//: vb_lut_low
+WORD vb vb_lut_low(vb table, vb idx) {
+    return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};
+}
+
 //: vb_lut128
 // Eight tables of 16 in 24 instructions: vpshufb gives 0 for an index below its table (negative) and repeats itself
 // above it, so each table holds what to xor to the one before. The tables are loop invariants.
@@ -113,6 +118,15 @@ WORD vb vb_mirror(vb v, vb s) {
                 _mm256_blendv_epi8(v.b, _mm256_sub_epi8(twos, v.b), s.b)};
 }
 
+//: vb_sign
+WORD vb vb_sign(vb v, vb s) { return (vb){_mm256_sign_epi8(v.a, s.a), _mm256_sign_epi8(v.b, s.b)}; }
+
+//: vb_choose
+// vpblendvb reads the top bit of each byte.
+WORD vb vb_choose(vb s, vb a, vb b) {
+    return (vb){_mm256_blendv_epi8(b.a, a.a, s.a), _mm256_blendv_epi8(b.b, a.b, s.b)};
+}
+
 //: vb_test
 // AVX2 compares bytes only for equal and signed greater, so flags are kept as "equal to zero".
 WORD vm vb_test(vb v, vb bits) {
@@ -120,10 +134,6 @@ WORD vm vb_test(vb v, vb bits) {
     return (vm){_mm256_cmpeq_epi8(_mm256_and_si256(v.a, bits.a), zero),
                 _mm256_cmpeq_epi8(_mm256_and_si256(v.b, bits.b), zero)};
 }
-
-//: vb_at_least
-// Flags are kept as "below", which is what the comparison gives.
-WORD vm vb_at_least(vb v, vb low) { return (vm){_mm256_cmpgt_epi8(low.a, v.a), _mm256_cmpgt_epi8(low.b, v.b)}; }
 
 //: vb_flip
 // The complement of the flags by a comparison: made once for all values flipped by the same flags, while
@@ -149,6 +159,21 @@ WORD vh vh_zip_hi(vb lo, vb hi) {
     return (vh){(h_reg)_mm256_unpackhi_epi8(lo.a, hi.a), (h_reg)_mm256_unpackhi_epi8(lo.b, hi.b)};
 }
 
+//: vh_digits_lo
+// vpmaddubsw multiplies unsigned constants with signed digits: it extends their signs and adds them.
+WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+    __m256i weights = _mm256_set1_epi16((short)(radix << 8 | 1));
+    return (vh){(h_reg)_mm256_maddubs_epi16(weights, _mm256_unpacklo_epi8(lo.a, hi.a)),
+                (h_reg)_mm256_maddubs_epi16(weights, _mm256_unpacklo_epi8(lo.b, hi.b))};
+}
+
+//: vh_digits_hi
+WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+    __m256i weights = _mm256_set1_epi16((short)(radix << 8 | 1));
+    return (vh){(h_reg)_mm256_maddubs_epi16(weights, _mm256_unpackhi_epi8(lo.a, hi.a)),
+                (h_reg)_mm256_maddubs_epi16(weights, _mm256_unpackhi_epi8(lo.b, hi.b))};
+}
+
 //: vh_zero
 WORD vh vh_zero(void) { return (vh){(h_reg)_mm256_setzero_si256(), (h_reg)_mm256_setzero_si256()}; }
 
@@ -160,12 +185,6 @@ WORD vh vh_sub(vh a, vh b) { return (vh){a.a - b.a, a.b - b.b}; }
 
 //: vh_mul
 WORD vh vh_mul(vh a, vh b) { return (vh){a.a * b.a, a.b * b.b}; }
-
-//: vh_sign
-WORD vh vh_sign(vh v, vh s) {
-    return (vh){(h_reg)_mm256_sign_epi16((__m256i)v.a, (__m256i)s.a),
-                (h_reg)_mm256_sign_epi16((__m256i)v.b, (__m256i)s.b)};
-}
 
 //: vh_load
 WORD vh vh_load(const int16_t *p) {

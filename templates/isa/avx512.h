@@ -64,6 +64,9 @@ WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(25
 //: vb_lut16
 WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
+//: vb_lut_low
+WORD vb vb_lut_low(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
+
 //: vb_lut128
 // Eight tables of 16: vpshufb gives 0 for an index below its table (negative) and repeats itself above it, so each
 // table holds what to xor to the one before. The tables are loop invariants and stay in registers.
@@ -89,11 +92,16 @@ WORD vb vb_mirror(vb v, vb s) {
     return (vb){_mm512_mask_sub_epi8(v.v, _mm512_movepi8_mask(s.v), _mm512_set1_epi8((char)0xaa), v.v)};
 }
 
+//: vb_sign
+WORD vb vb_sign(vb v, vb s) {
+    return (vb){_mm512_mask_sub_epi8(v.v, _mm512_movepi8_mask(s.v), _mm512_setzero_si512(), v.v)};
+}
+
+//: vb_choose
+WORD vb vb_choose(vb s, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(_mm512_movepi8_mask(s.v), b.v, a.v)}; }
+
 //: vb_test
 WORD vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
-
-//: vb_at_least
-WORD vm vb_at_least(vb v, vb low) { return (vm){_mm512_cmpge_epu8_mask(v.v, low.v)}; }
 
 //: vb_flip
 // ~v = -1 - v: a masked subtraction is one instruction, while vpternlog has no byte masks.
@@ -108,6 +116,19 @@ WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpacklo_epi8(lo.v, 
 //: vh_zip_hi
 WORD vh vh_zip_hi(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpackhi_epi8(lo.v, hi.v)}; }
 
+//: vh_digits_lo
+// vpmaddubsw multiplies unsigned constants with signed digits: it extends their signs and adds them.
+WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+    return (vh){(h_reg)_mm512_maddubs_epi16(_mm512_set1_epi16((short)(radix << 8 | 1)),
+                                            _mm512_unpacklo_epi8(lo.v, hi.v))};
+}
+
+//: vh_digits_hi
+WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+    return (vh){(h_reg)_mm512_maddubs_epi16(_mm512_set1_epi16((short)(radix << 8 | 1)),
+                                            _mm512_unpackhi_epi8(lo.v, hi.v))};
+}
+
 //: vh_zero
 WORD vh vh_zero(void) { return (vh){(h_reg)_mm512_setzero_si512()}; }
 
@@ -119,12 +140,6 @@ WORD vh vh_sub(vh a, vh b) { return (vh){a.v - b.v}; }
 
 //: vh_mul
 WORD vh vh_mul(vh a, vh b) { return (vh){a.v * b.v}; }
-
-//: vh_sign
-WORD vh vh_sign(vh v, vh s) {
-    const __m512i x = (__m512i)v.v;
-    return (vh){(h_reg)_mm512_mask_sub_epi16(x, _mm512_movepi16_mask((__m512i)s.v), _mm512_setzero_si512(), x)};
-}
 
 //: vh_load
 WORD vh vh_load(const int16_t *p) { return (vh){(h_reg)_mm512_loadu_si512(p)}; }

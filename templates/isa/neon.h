@@ -80,6 +80,15 @@ WORD vb vb_lut16(vb table, vb idx) {
                 vqtbl1q_u8(table.d, idx.d)};
 }
 
+//: neon_low4
+WORD uint8x16_t neon_low4(uint8x16_t table, uint8x16_t idx) { return vqtbl1q_u8(table, idx & vdupq_n_u8(0x8f)); }
+
+//: vb_lut_low
+WORD vb vb_lut_low(vb table, vb idx) {
+    return (vb){neon_low4(table.a, idx.a), neon_low4(table.b, idx.b), neon_low4(table.c, idx.c),
+                neon_low4(table.d, idx.d)};
+}
+
 //: vb_lut128
 // Two tables of 64: tbl gives 0 where an index is outside its table, tbx keeps what is there. The table stays in
 // eight registers.
@@ -105,14 +114,26 @@ WORD vb vb_mirror(vb v, vb s) {
                 vbslq_u8(vcltzq_s8((int8x16_t)s.d), twos - v.d, v.d)};
 }
 
+//: neon_sign_b
+WORD uint8x16_t neon_sign_b(uint8x16_t v, uint8x16_t s) {
+    const uint8x16_t m = vcltzq_s8((int8x16_t)s);
+    return (v ^ m) - m;
+}
+
+//: vb_sign
+WORD vb vb_sign(vb v, vb s) {
+    return (vb){neon_sign_b(v.a, s.a), neon_sign_b(v.b, s.b), neon_sign_b(v.c, s.c), neon_sign_b(v.d, s.d)};
+}
+
+//: vb_choose
+WORD vb vb_choose(vb s, vb a, vb b) {
+    return (vb){vbslq_u8(vcltzq_s8((int8x16_t)s.a), a.a, b.a), vbslq_u8(vcltzq_s8((int8x16_t)s.b), a.b, b.b),
+                vbslq_u8(vcltzq_s8((int8x16_t)s.c), a.c, b.c), vbslq_u8(vcltzq_s8((int8x16_t)s.d), a.d, b.d)};
+}
+
 //: vb_test
 WORD vm vb_test(vb v, vb bits) {
     return (vm){vtstq_u8(v.a, bits.a), vtstq_u8(v.b, bits.b), vtstq_u8(v.c, bits.c), vtstq_u8(v.d, bits.d)};
-}
-
-//: vb_at_least
-WORD vm vb_at_least(vb v, vb low) {
-    return (vm){vcgeq_u8(v.a, low.a), vcgeq_u8(v.b, low.b), vcgeq_u8(v.c, low.c), vcgeq_u8(v.d, low.d)};
 }
 
 //: vb_flip
@@ -135,6 +156,31 @@ WORD vh vh_zip_hi(vb lo, vb hi) {
                 (int16x8_t)vzip2q_u8(lo.d, hi.d)};
 }
 
+//: neon_digits_lo
+// Two instructions, as zipping and adding would be, and the sum needs no zip.
+WORD int16x8_t neon_digits_lo(uint8x16_t lo, uint8x16_t hi, int8_t radix) {
+    return vmlal_s8(vmovl_s8(vget_low_s8((int8x16_t)lo)), vget_low_s8((int8x16_t)hi), vdup_n_s8(radix));
+}
+
+//: neon_digits_hi
+WORD int16x8_t neon_digits_hi(uint8x16_t lo, uint8x16_t hi, int8_t radix) {
+    return vmlal_high_s8(vmovl_high_s8((int8x16_t)lo), (int8x16_t)hi, vdupq_n_s8(radix));
+}
+
+//: vh_digits_lo
+WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+    const int8_t r = (int8_t)radix;
+    return (vh){neon_digits_lo(lo.a, hi.a, r), neon_digits_lo(lo.b, hi.b, r), neon_digits_lo(lo.c, hi.c, r),
+                neon_digits_lo(lo.d, hi.d, r)};
+}
+
+//: vh_digits_hi
+WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+    const int8_t r = (int8_t)radix;
+    return (vh){neon_digits_hi(lo.a, hi.a, r), neon_digits_hi(lo.b, hi.b, r), neon_digits_hi(lo.c, hi.c, r),
+                neon_digits_hi(lo.d, hi.d, r)};
+}
+
 //: vh_zero
 WORD vh vh_zero(void) {
     int16x8_t z = vdupq_n_s16(0);
@@ -155,17 +201,6 @@ WORD vh vh_sub(vh a, vh b) {
 //: vh_mul
 WORD vh vh_mul(vh a, vh b) {
     return (vh){vmulq_s16(a.a, b.a), vmulq_s16(a.b, b.b), vmulq_s16(a.c, b.c), vmulq_s16(a.d, b.d)};
-}
-
-//: neon_sign
-WORD int16x8_t neon_sign(int16x8_t v, int16x8_t s) {
-    const int16x8_t m = vshrq_n_s16(s, 15);
-    return vsubq_s16(veorq_s16(v, m), m);
-}
-
-//: vh_sign
-WORD vh vh_sign(vh v, vh s) {
-    return (vh){neon_sign(v.a, s.a), neon_sign(v.b, s.b), neon_sign(v.c, s.c), neon_sign(v.d, s.d)};
 }
 
 //: vh_load

@@ -92,6 +92,14 @@ WORD vb vb_lut16(vb table, vb idx) {
     return r;
 }
 
+//: vb_lut_low
+// Look up by the low four bits of an index: b[16 l + i] = table[16 l + (idx[16 l + i] & 15)], or 0 where idx >= 128.
+WORD vb vb_lut_low(vb table, vb idx) {
+    vb r;
+    for (int i = 0; i < 64; ++i) r.b[i] = (idx.b[i] & 0x80) ? 0 : table.b[(i & 48) + (idx.b[i] & 15)];
+    return r;
+}
+
 //: vb_lut128
 // Look up in 128 bytes of memory: b[i] = table[idx[i] & 127]
 WORD vb vb_lut128(const uint8_t *table, vb idx) {
@@ -113,19 +121,25 @@ WORD vb vb_mirror(vb v, vb s) {
     return v;
 }
 
+//: vb_sign
+// b[i] = s[i] >= 128 ? -v[i] : v[i]; no s[i] is 0
+WORD vb vb_sign(vb v, vb s) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)(s.b[i] & 0x80 ? 256 - v.b[i] : v.b[i]);
+    return v;
+}
+
+//: vb_choose
+// b[i] = s[i] >= 128 ? a[i] : b[i]
+WORD vb vb_choose(vb s, vb a, vb b) {
+    for (int i = 0; i < 64; ++i) b.b[i] = s.b[i] & 0x80 ? a.b[i] : b.b[i];
+    return b;
+}
+
 //: vb_test
 // m[i] = (v[i] & bits[i]) != 0
 WORD vm vb_test(vb v, vb bits) {
     vm r;
     for (int i = 0; i < 64; ++i) r.m[i] = (v.b[i] & bits.b[i]) != 0;
-    return r;
-}
-
-//: vb_at_least
-// m[i] = v[i] >= low[i], both below 128
-WORD vm vb_at_least(vb v, vb low) {
-    vm r;
-    for (int i = 0; i < 64; ++i) r.m[i] = v.b[i] >= low.b[i];
     return r;
 }
 
@@ -165,6 +179,29 @@ WORD vh vh_zip_hi(vb lo, vb hi) {
     return r;
 }
 
+//: vh_digits_lo
+// In every lane, bytes 0..7 of lo and hi are two digits, both int8: h[8 l + i] = lo[16 l + i] + radix * hi[16 l + i],
+// radix 1..64.
+WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+    vh r;
+    for (int i = 0; i < 32; ++i) {
+        int j = 16 * (i >> 3) + (i & 7);
+        r.h[i] = (int16_t)((int8_t)lo.b[j] + radix * (int8_t)hi.b[j]);
+    }
+    return r;
+}
+
+//: vh_digits_hi
+// The same for bytes 8..15 of every lane.
+WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+    vh r;
+    for (int i = 0; i < 32; ++i) {
+        int j = 16 * (i >> 3) + 8 + (i & 7);
+        r.h[i] = (int16_t)((int8_t)lo.b[j] + radix * (int8_t)hi.b[j]);
+    }
+    return r;
+}
+
 //: vh_zero
 WORD vh vh_zero(void) { vh r; memset(r.h, 0, 64); return r; }
 
@@ -186,13 +223,6 @@ WORD vh vh_sub(vh a, vh b) {
 WORD vh vh_mul(vh a, vh b) {
     for (int i = 0; i < 32; ++i) a.h[i] = (int16_t)(uint16_t)(a.h[i] * b.h[i]);
     return a;
-}
-
-//: vh_sign
-// h[i] = s[i] < 0 ? -v[i] : v[i]; no s[i] is 0
-WORD vh vh_sign(vh v, vh s) {
-    for (int i = 0; i < 32; ++i) v.h[i] = s.h[i] < 0 ? (int16_t)(uint16_t)-v.h[i] : v.h[i];
-    return v;
 }
 
 //: vh_load

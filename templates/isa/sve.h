@@ -135,6 +135,12 @@ WORD vb vb_lut16(vb table, vb idx) {
     return table;
 }
 
+//: vb_lut_low
+WORD vb vb_lut_low(vb table, vb idx) {
+    for (int i = 0; i < SVE_PARTS; ++i) table.z[i] = svtbl_u8(table.z[i], sve_in_lane(idx.z[i] & (uint8_t)0x8f));
+    return table;
+}
+
 //: sve_table
 // Table t of those that are as long as a register: tbl gives 0 where an index, less what lies before the table, is
 // outside it.
@@ -182,6 +188,22 @@ WORD vb vb_mirror(vb v, vb s) {
     return v;
 }
 
+//: vb_sign
+WORD vb vb_sign(vb v, vb s) {
+    for (int i = 0; i < SVE_PARTS; ++i) {
+        const svbool_t negative = svcmplt_n_s8(svptrue_b8(), svreinterpret_s8_u8(s.z[i]), 0);
+        v.z[i] = svsubr_n_u8_m(negative, v.z[i], 0);
+    }
+    return v;
+}
+
+//: vb_choose
+WORD vb vb_choose(vb s, vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i)
+        b.z[i] = svsel_u8(svcmplt_n_s8(svptrue_b8(), svreinterpret_s8_u8(s.z[i]), 0), a.z[i], b.z[i]);
+    return b;
+}
+
 //: sve_set
 // The flags as a predicate. Compared where they are used: of predicates kept in a struct gcc 12 made wrong code.
 WORD svbool_t sve_set(svuint8_t flags) { return svcmpne_n_u8(svptrue_b8(), flags, 0); }
@@ -190,13 +212,6 @@ WORD svbool_t sve_set(svuint8_t flags) { return svcmpne_n_u8(svptrue_b8(), flags
 WORD vm vb_test(vb v, vb bits) {
     vm r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svand_u8_x(svptrue_b8(), v.z[i], bits.z[i]);
-    return r;
-}
-
-//: vb_at_least
-WORD vm vb_at_least(vb v, vb low) {
-    vm r;
-    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_u8_z(svcmpge_u8(svptrue_b8(), v.z[i], low.z[i]), 1);
     return r;
 }
 
@@ -232,6 +247,27 @@ WORD vh vh_zip_hi(vb lo, vb hi) {
     return r;
 }
 
+//: sve_digits
+// Pairs of bytes (lo, hi) as int16: their signs extended, hi times radix.
+WORD svint16_t sve_digits(svint16_t pairs, int radix) {
+    const svbool_t all = svptrue_b16();
+    return svmla_n_s16_x(all, svextb_s16_x(all, pairs), svasr_n_s16_x(all, pairs, 8), (int16_t)radix);
+}
+
+//: vh_digits_lo
+WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+    vh r = vh_zip_lo(lo, hi);
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = sve_digits(r.z[i], radix);
+    return r;
+}
+
+//: vh_digits_hi
+WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+    vh r = vh_zip_hi(lo, hi);
+    for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = sve_digits(r.z[i], radix);
+    return r;
+}
+
 //: vh_zero
 WORD vh vh_zero(void) {
     vh r;
@@ -250,12 +286,6 @@ WORD vh vh_add(vh a, vh b) {
 WORD vh vh_sub(vh a, vh b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] - (sve_u16)b.z[i]);
     return a;
-}
-
-//: vh_sign
-WORD vh vh_sign(vh v, vh s) {
-    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = svneg_s16_m(v.z[i], svcmplt_n_s16(svptrue_b16(), s.z[i], 0), v.z[i]);
-    return v;
 }
 
 //: vh_mul

@@ -32,9 +32,15 @@ WORD vb vb_quad(const void *p) { return (vb){_mm512_broadcast_i32x4(_mm_loadu_si
 
 WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
+WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpacklo_epi8(lo.v, hi.v)}; }
+
+WORD vh vh_zip_hi(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpackhi_epi8(lo.v, hi.v)}; }
+
 WORD vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
 
 WORD vh vh_sub(vh a, vh b) { return (vh){a.v - b.v}; }
+
+WORD vh vh_mul(vh a, vh b) { return (vh){a.v * b.v}; }
 
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
 WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
@@ -72,9 +78,11 @@ struct bitgen_matmul {
 };
 
 /* The split tables of one token: for each chunk of 20 activations 256 bytes. Group j, activations x[4 s + j], s = 0..4,
-   has 14 sums of w0, w1, w2 with 9 w0 + 3 w1 + w2 = 0..13, |entry| <= 384, and 8 sums of w3, w4 with 3 w3 + w4 =
-   -4..-1, 1..4, |entry| <= 256; the entries behind them are 0. Of groups 2 h and 2 h + 1, bytes [128 h ..) hold the low
-   bytes (16 sums of three, 16 of two, the same of the other group), bytes [128 h + 64 ..) the high bytes. */
+   has 14 sums of w0, w1, w2 with 9 w0 + 3 w1 + w2 = 0..13, |entry| <= 384, and two zeros; and twice the 8 sums of w3,
+   w4 with 3 w3 + w4 = -4..-1, 1..4, |entry| <= 256. An entry is low + 23 high with high = floor((11 entry + 128) /
+   256), both int8: the low digits of a sum of three and one of two add up to -30 .. 30, the high ones to -28 .. 28. Of
+   groups 2 h and 2 h + 1, bytes [128 h ..) hold the low digits (16 sums of three, 16 of two, the same of the other
+   group), bytes [128 h + 64 ..) the high digits. */
 /* Codes w + 1 of (w0, w1), (w2, -), (w3, w4) of the entries, in the order in which bytes are packed. */
 static const uint8_t codes[3][2][64] __attribute__((aligned(64))) = {
     {
@@ -103,9 +111,9 @@ static const uint8_t codes[3][2][64] __attribute__((aligned(64))) = {
          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
          0, 0, 0, 1, 0, 2, 1, 0, 1, 2, 2, 0, 2, 1, 2, 2},
         {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+         0, 0, 0, 1, 0, 2, 1, 0, 1, 2, 2, 0, 2, 1, 2, 2,
          1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
+         0, 0, 0, 1, 0, 2, 1, 0, 1, 2, 2, 0, 2, 1, 2, 2},
     },
 };
 /* The activations of a group for these pairs, from 16 that begin with its first; for the last pair with its second. */
@@ -126,7 +134,9 @@ static const uint8_t pick[3][64] __attribute__((aligned(64))) = {
 
 void bitgen_tl5_split_tables__avx512_vbmi(const int8_t *xq, int64_t k, uint8_t *tables) {
     const int64_t chunks = (k + 19) / 20;
-    const vb ones = vb_splat(1);
+    const vb ones = vb_splat(1), zero = vb_splat(0);
+    const vh eleven = vh_zip_lo(vb_splat(11), zero), half = vh_zip_lo(vb_splat(128), zero);
+    const vh radix = vh_zip_lo(vb_splat(23), zero);
     for (int64_t c = 0; c < chunks; ++c)
         for (int j = 0; j < 4; j += 2) {
             const vb first = vb_quad(xq + 20 * c + j), second = vb_quad(xq + 20 * c + j + 4);
@@ -139,7 +149,11 @@ void bitgen_tl5_split_tables__avx512_vbmi(const int8_t *xq, int64_t k, uint8_t *
                                        vh_pairs(vb_load(codes[2][0]), x2)), sum);
             const vh e1 = vh_sub(vh_add(vh_add(vh_pairs(vb_load(codes[0][1]), x0), vh_pairs(vb_load(codes[1][1]), x1)),
                                        vh_pairs(vb_load(codes[2][1]), x2)), sum);
-            vb_store(table, vb_low_bytes(e0, e1));
-            vb_store(table + 64, vb_high_bytes(e0, e1));
+            const vb high = vb_high_bytes(vh_add(vh_mul(e0, eleven), half), vh_add(vh_mul(e1, eleven), half));
+            /* zipped with zeros a high digit loses its sign, which its low byte, times 23, does not need */
+            const vh low0 = vh_sub(e0, vh_mul(vh_zip_lo(high, zero), radix));
+            const vh low1 = vh_sub(e1, vh_mul(vh_zip_hi(high, zero), radix));
+            vb_store(table, vb_low_bytes(low0, low1));
+            vb_store(table + 64, high);
         }
 }
