@@ -28,7 +28,7 @@ typedef struct { int32_t w[16]; } vw;
 typedef struct { float f[16]; } vf;
 typedef struct { uint8_t m[64]; } vm;
 
-// The same into the L2 cache alone: what is read often keeps the L1 cache, and its misses do not wait for memory.
+// The same into the L2 cache only: for what is needed later than L1 would keep it.
 WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 // 64 bytes from p, any alignment.

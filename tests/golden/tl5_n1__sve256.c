@@ -36,6 +36,8 @@ typedef struct { sve_s32 z[SVE_PARTS]; } vw;
 typedef struct { sve_f32 z[SVE_PARTS]; } vf;
 typedef struct { sve_u8 z[SVE_PARTS]; } vm; // a byte is not 0 (flag set) or 0
 
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
+
 // Where the own lane begins: 0 sixteen times, 16 sixteen times, ...
 WORD svuint8_t sve_lane(void) { return svand_n_u8_x(svptrue_b8(), svindex_u8(0, 1), 0xf0); }
 
@@ -62,8 +64,6 @@ WORD svint16_t sve_halves_h(svint16_t v) {
     const svuint16_t from = svorr_u16_x(all, odd, svand_n_u16_x(all, svlsr_n_u16_x(all, i, 1), 3));
     return svtbl_s16(v, svorr_u16_x(all, from, svand_n_u16_x(all, i, 0xfff8)));
 }
-
-WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 WORD vb vb_load(const void *p) {
     vb r;
