@@ -1,13 +1,14 @@
-"""What kernels for one token cost on ARM cores that are not here: by counting, not by a clock.
+"""What kernels cost on ARM cores that are not here: by counting, not by a clock.
 
     python benchmarks/arm_loops.py                            # the default kernel of every family, every core
     python benchmarks/arm_loops.py --space --family i2s --core cortex-a72      # every schedule
+    python benchmarks/arm_loops.py --tokens 32 --core neoverse-v2 --algorithm panel       # for 32 tokens
 
-Each kernel multiplies 64 x 2880 weights in qemu, which logs every instruction that is executed: branches,
-prefetches, widening and the ends of rows count, each as often as it happens. The log goes to llvm-mca as one
-straight piece of code, which tells how many cycles a core's scheduling model takes for it; it assumes that
-every load hits the L1 cache and every branch is predicted. Both figures are for 256 weights. Lookup tables
-are built before, once a token.
+Each kernel multiplies 64 x 2880 weights by one token, or as many as --tokens says, in qemu, which logs every
+instruction that is executed: branches, prefetches, widening and the ends of rows count, each as often as it
+happens. The log goes to llvm-mca as one straight piece of code, which tells how many cycles a core's
+scheduling model takes for it; it assumes that every load hits the L1 cache and every branch is predicted.
+Both figures are for 256 weights and one token. Lookup tables are built before, once a token.
 
 Needs gcc-aarch64-linux-gnu, qemu-user, and LLVM 19 (llvm-mca-19, llvm-objdump-19; older: fewer cores).
 """
@@ -27,10 +28,9 @@ from pathlib import Path
 
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
-from bitgen.host import table_bytes
 from bitgen.render import render_kernel
 from bitgen.space import Space, space_for
-from bitgen.spec import FAMILIES, MATMUL_STRUCT, N1, KernelSpec, Shape, x_stride
+from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Shape, regime_of, x_stride
 from bitgen.target import find_isa, load_isas, target_cpu
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit, find_cross_compiler
 
@@ -61,17 +61,17 @@ CORES = (
 DRIVER = """\
 #include <stdint.h>
 {declarations}
-_Alignas(64) static uint8_t w[{w}], tables[{tables}], scratch[1 << 20];
-_Alignas(64) static int8_t x[{x}];
-static float y[{m}], scale[1] = {{1.0f}};
-static int32_t x_sum[1];
+_Alignas(64) static uint8_t w[{w}], tables[{n} * {tables}], scratch[1 << 20];
+_Alignas(64) static int8_t x[{n} * {x}];
+static float y[{n} * {m}], scale[{n}];
+static int32_t x_sum[{n}];
 
 int main(void)
 {{
     const struct bitgen_matmul a = {{
         .w = w, .x = x, .x_sum = x_sum, .tables = tables, .x_scale = scale, .w_scale = scale, .y = y,
         .scratch = scratch, .x_stride = {x}, .table_stride = {tables}, .out_stride = {m},
-        .m = {m}, .k = {k}, .n = 1, .row_end = {m}}};
+        .m = {m}, .k = {k}, .n = {n}, .row_end = {m}}};
     {name}(&a);
     return 0;
 }}
@@ -80,14 +80,14 @@ int main(void)
 
 @dataclass(frozen=True)
 class Cost:
-    """Instructions and estimated cycles for 256 weights."""
+    """Instructions and estimated cycles for 256 weights and one token."""
 
     instructions: float
     cycles: float
 
 
-def build(spec: KernelSpec, toolchain: Toolchain, folder: Path) -> Path:
-    """A static program that calls the kernel of ``spec`` once."""
+def build(spec: KernelSpec, tokens: int, toolchain: Toolchain, folder: Path) -> Path:
+    """A static program that calls the kernel of ``spec`` once, with so many tokens."""
     source = render_kernel(spec)
     functions = tuple(Prototype.parse(text) for text in source.prototypes)
     unit = Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, MATMUL_STRUCT)
@@ -95,10 +95,11 @@ def build(spec: KernelSpec, toolchain: Toolchain, folder: Path) -> Path:
         declarations="\n".join((MATMUL_STRUCT, *(f.declaration for f in functions))),
         name=source.name,
         w=spec.layout.packed_bytes(SHAPE),
-        tables=spec.layout.chunks(SHAPE.k) * FAMILIES[spec.family].table_bytes if table_bytes(spec) else 1,
+        tables=max(1, spec.layout.chunks(SHAPE.k) * spec.table_bytes),
         x=x_stride(SHAPE.k),
         m=SHAPE.m,
         k=SHAPE.k,
+        n=tokens,
     )
     objects = toolchain.compile_objects([unit, Unit("driver", text)])
     for made in objects:
@@ -166,31 +167,41 @@ def one_step_flag() -> str:
     return "-one-insn-per-tb" if "one-insn-per-tb" in said else "-singlestep"
 
 
-def cost(spec: KernelSpec, core: Core, llvm: str) -> Cost:
+def cost(spec: KernelSpec, core: Core, tokens: int, llvm: str) -> Cost:
     """What the kernel costs on a core."""
-    trace = trace_of(spec, llvm)
-    units = SHAPE.m * SHAPE.k / UNIT
+    trace = trace_of(spec, tokens, llvm)
+    units = SHAPE.m * SHAPE.k / UNIT * tokens
     return Cost(len(trace) / units, estimated_cycles(trace, core.model, llvm) / units)
 
 
 @cache
-def trace_of(spec: KernelSpec, llvm: str) -> list[str]:
+def trace_of(spec: KernelSpec, tokens: int, llvm: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        program = build(spec, Toolchain(find_cross_compiler("aarch64", "Linux", "gcc")), Path(folder))
+        program = build(spec, tokens, Toolchain(find_cross_compiler("aarch64", "Linux", "gcc")), Path(folder))
         return executed(program, render_kernel(spec).name, llvm)
 
 
-def space_of(family: str, core: Core) -> Space:
-    return space_for(family, find_isa(core.isa, load_isas()), N1, SHAPE, target_cpu(core.target))
+def space_of(family: str, core: Core, tokens: int) -> Space:
+    return space_for(
+        family, find_isa(core.isa, load_isas()), regime_of(tokens), SHAPE, target_cpu(core.target)
+    )
 
 
-def points(space: Space) -> list[KernelSpec]:
-    """The schedules of a space that differ in more than their prefetches: those of the default."""
-    asks = {name: value for name, value in space.default.schedule if name in ("prefetch", "hint")}
-    return [spec for spec in space.points if asks.items() <= dict(spec.schedule).items()]
+def points(space: Space, algorithm: str | None, every: bool) -> list[KernelSpec]:
+    """The default of a space, or of an algorithm; ``every``: all schedules, with that one's prefetches."""
+    known = [spec for spec in space.known_good if algorithm in (None, spec.schedule.algorithm)]
+    if not every:
+        return known[:1]
+    asks = {name: value for name, value in known[0].schedule if name in ("prefetch", "hint")} if known else {}
+    return [
+        spec
+        for spec in space.points
+        if algorithm in (None, spec.schedule.algorithm)
+        if all(dict(spec.schedule).get(name, value) == value for name, value in asks.items())
+    ]
 
 
-def table(specs: Iterable[tuple[Core, KernelSpec]], llvm: str) -> Table:
+def table(specs: Iterable[tuple[Core, KernelSpec]], tokens: int, llvm: str) -> Table:
     columns = (
         Column("core", "core"),
         Column("model", "model of llvm-mca"),
@@ -202,7 +213,7 @@ def table(specs: Iterable[tuple[Core, KernelSpec]], llvm: str) -> Table:
     )
     rows = []
     for core, spec in specs:
-        found = cost(spec, core, llvm)
+        found = cost(spec, core, tokens, llvm)
         name = f"{spec.layout.name} {spec.schedule.name}"
         rows.append((core.target, core.model, core.isa, spec.family, name, found.instructions, found.cycles))
         print(f"{len(rows)} done", end="\r", file=sys.stderr, flush=True)
@@ -214,6 +225,8 @@ def main() -> int:
     parser.add_argument("--core", action="append", choices=[core.target for core in CORES], default=[])
     parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[])
     parser.add_argument("--space", action="store_true", help="every schedule, not only the default")
+    parser.add_argument("--tokens", type=int, default=1, help="n of the product (1)")
+    parser.add_argument("--algorithm", help="the default of this algorithm: direct, panel, mmla, ...")
     parser.add_argument("--llvm", default="19", help="version of llvm-mca and llvm-objdump (19)")
     parser.add_argument("-o", "--output", choices=("text", "csv", "json"), default="text")
     args = parser.parse_args()
@@ -222,11 +235,10 @@ def main() -> int:
         for core in CORES
         if core.target in args.core or not args.core
         for family in args.family or FAMILIES
-        for space in [space_of(family, core)]
-        for spec in (points(space) if args.space else [space.default])
+        for spec in points(space_of(family, core, args.tokens), args.algorithm, args.space)
     ]
     try:
-        print(render_tables([table(chosen, args.llvm)], args.output))
+        print(render_tables([table(chosen, args.tokens, args.llvm)], args.output))
     except BitgenError as error:
         print(error.message, file=sys.stderr)
         return 1

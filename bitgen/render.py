@@ -72,7 +72,7 @@ def vocabulary(isa_name: str) -> Mapping[str, str]:
     """All words of an ISA level: its parents' first, each replaced by the level's own of the same name."""
     words: dict[str, str] = {}
     for level in isa_named(isa_name).vocabulary:
-        for folder in ("isa", "isa/floats", "isa/tiles"):
+        for folder in ("isa", "isa/floats", "isa/tiles", "isa/mmla"):
             path = templates_dir() / folder / f"{level}.h"
             if path.exists():
                 words.update(parse_vocabulary(path.read_text(encoding="utf-8")))
@@ -395,7 +395,7 @@ def template_digest(arch: str) -> str:
     """
     root = templates_dir()
     files = {name for isa in load_isas() if isa.arch in ("any", arch) for name in isa.vocabulary}
-    patterns = (*_TIMED, *(f"isa/{folder}{name}.h" for name in files for folder in ("", "tiles/")))
+    patterns = (*_TIMED, *(f"isa/{folder}{name}.h" for name in files for folder in ("", "tiles/", "mmla/")))
     digest = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

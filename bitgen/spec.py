@@ -247,7 +247,7 @@ class Schedule:
     @property
     def unpacks(self) -> bool:
         """Whether weights become bytes first, whatever the family: nothing is looked up in tables."""
-        return self.algorithm in ("panel", "tiles")
+        return self.algorithm in ("panel", "tiles", "mmla")
 
     @property
     def name(self) -> str:

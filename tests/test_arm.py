@@ -72,6 +72,8 @@ def edges(space: Space) -> Iterator[KernelSpec]:
     for algorithm in space.algorithms:
         start = next(spec for spec in space if spec.schedule.algorithm == algorithm)
         knobs = dict(start.schedule)
+        if "widen" not in knobs:
+            continue  # these products go to int32 at once
         for more in [{"accs": accs} for accs in (1, 2, 3, 4)] if "accs" in knobs else [{}]:
             wider = (
                 space.make(algorithm, start.layout, {**knobs, **more, "widen": w}) for w in range(70, 0, -1)
@@ -81,7 +83,7 @@ def edges(space: Space) -> Iterator[KernelSpec]:
 
 def uses_the_level(spec: KernelSpec, isa: Isa) -> bool:
     """Not int16 sums where there is a dot instruction: no search would ask for them."""
-    return FAMILIES[spec.family].looks_up or not isa.native_dot4 or dict(spec.schedule)["widen"] == 0
+    return FAMILIES[spec.family].looks_up or not isa.native_dot4 or dict(spec.schedule).get("widen", 0) == 0
 
 
 @needs_emulator

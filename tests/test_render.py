@@ -104,6 +104,8 @@ def golden_cases() -> dict[str, Callable[[], Source]]:
         "i2s_tiles__amx_int8": small,
         "t5_tiles__amx_int8": large,
         "tl2_tiles__scalar": portable,
+        "i2s_mmla__neon_i8mm": kernel("i2s", "neon_i8mm", LARGE, "mmla", nr=6, mc=64, kc=960),
+        "t5_mmla__scalar": kernel("t5", "scalar", SMALL, "mmla", 32, nr=4, mc=64, kc=0),
     }
     cases |= {name: (lambda s=spec: render_kernel(s)) for name, spec in named.items()}
     return cases

@@ -151,6 +151,11 @@ BREAKING = [
     ("i2s", "amx_int8", LARGE, "tiles", {"nr": 8}, "mr of tiles must be 16, 32 or 64, nr 16 or 32"),
     ("i2s", "amx_int8", LARGE, "tiles", {"mr": 32, "mc": 80}, "multiple of mr"),
     ("i2s", "amx_int8", LARGE, "tiles", {"mc": 1 << 18, "kc": 960}, "quarter of the L2 cache"),
+    ("i2s", "neon_i8mm", LARGE, "mmla", {"kc": 80}, "kc of mmla must be a multiple of 64"),
+    ("t5", "neon_i8mm", SMALL, "mmla", {"kc": 640 + 64}, "kc of mmla must be a multiple of 320"),
+    ("i2s", "neon_i8mm", LARGE, "mmla", {"nr": 5}, "nr of mmla must be 4, 6, 8"),
+    ("i2s", "neon_i8mm", LARGE, "mmla", {"nr": 8}, "registers of neon_i8mm"),
+    ("i2s", "neon_i8mm", LARGE, "mmla", {"mc": 72}, "multiple of mr"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"kc": 8640}, "kc must be below k = 8640"),
     ("tl2", "avx512", N1, "direct", {"mc": 128, "kc": 64}, "kc must be 0"),
     ("tl1", "avx512", N1, "direct", {"mc": 128, "kc": 0}, "give both, or neither"),
@@ -451,7 +456,7 @@ def test_widen_is_offered_only_where_it_can_help() -> None:
     """A dot instruction adds to int32 by itself; without one, int16 sums are shorter."""
     for family, isa, regime in COMBINATIONS:
         for spec in space_of(family, isa, regime):
-            if spec.schedule.algorithm == "tiles":
+            if spec.schedule.algorithm in ("tiles", "mmla"):
                 continue  # they add to int32 at once
             if isa.native_dot4 and not spec.table_bytes:
                 assert spec.schedule["widen"] == 0

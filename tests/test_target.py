@@ -495,6 +495,7 @@ def test_vector_width_and_dot4() -> None:
         "sve512",
     }
     assert {name for name, isa in isas.items() if isa.tiles} == {"scalar", "amx_int8"}
+    assert {name for name, isa in isas.items() if isa.mmla} == {"scalar", "neon_i8mm"}
     assert {name for name, isa in isas.items() if isa.tile_registers} == {"amx_int8"}
     assert [isas[name].vector_bytes for name in ("scalar", "avx2", "avx_vnni", "avx512")] == [8, 32, 32, 64]
     smaller = ("neon", "neon_dotprod", "sve128", "sve256", "sve512")

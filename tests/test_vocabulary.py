@@ -66,7 +66,16 @@ def signatures(isa_name: str, tiles: bool = False) -> dict[str, Signature]:
     }
 
 
-SCALAR, TILES = signatures("scalar"), signatures("scalar", tiles=True)
+TILES = signatures("scalar", tiles=True)
+MMLA_NAMES = set(parse_vocabulary((templates_dir() / "isa" / "mmla" / "scalar.h").read_text()))
+MMLA = {name: signature for name, signature in signatures("scalar").items() if name in MMLA_NAMES}
+SCALAR = {name: signature for name, signature in signatures("scalar").items() if name not in MMLA}
+
+
+def words_of(isa: Isa) -> dict[str, Signature]:
+    """The words that a level must have, without those for tiles."""
+    return {**SCALAR, **(MMLA if isa.mmla else {})}
+
 
 # ---------------------------------------------------------------------------------------------------------
 # What the words mean. Arguments are arrays of the block's elements, numpy scalars, and for a pointer the
@@ -123,6 +132,7 @@ MEANINGS.update(
     prefetch=lambda _p: None,
     prefetch_once=lambda _p: None,
     prefetch_l2=lambda _p: None,
+    hold_loads=lambda: None,
     vb_load=loaded(np.uint8),
     vh_load=loaded(np.int16),
     vw_load=loaded(np.int32),
@@ -246,6 +256,31 @@ def vw_store_s8(p: Array, v: Array) -> None:
     p[:] = np.clip(v, -128, 127).astype(np.int8).view(np.uint8)
 
 
+@meaning
+def vw_mmla(acc: Array, u: Array, s: Array) -> Array:
+    rows, tokens = i64(u).reshape(4, 2, 8), i64(s.view(np.int8)).reshape(4, 2, 8)
+    return wrapped(i64(acc) + (rows @ tokens.transpose(0, 2, 1)).reshape(-1), np.int32)
+
+
+@meaning
+def vw_even(a: Array, b: Array) -> Array:
+    return np.concatenate([a[::2], b[::2]])
+
+
+@meaning
+def vw_odd(a: Array, b: Array) -> Array:
+    return np.concatenate([a[1::2], b[1::2]])
+
+
+def by_turns(p: Array, a: Array, b: Array, count: int) -> None:
+    p[:] = np.stack([a.reshape(-1, count), b.reshape(-1, count)], axis=1).reshape(-1)
+
+
+MEANINGS.update(
+    vb_store_zip4=lambda p, a, b: by_turns(p, a, b, 4),
+    vb_store_zip8=lambda p, a, b: by_turns(p, a, b, 8),
+)
+
 # ---------------------------------------------------------------------------------------------------------
 # What the words are tried on.
 
@@ -299,6 +334,8 @@ EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "vb_splat4": lambda _: 4,
     "vb_quad": lambda _: 16,
     "vb_lut128": lambda _: 128,
+    "vb_store_zip4": lambda _: 128,
+    "vb_store_zip8": lambda _: 128,
     "vw_store_s8": lambda _: 16,
     "vw_store_n": lambda args: 4 * args["n"],
     "vf_load_n": lambda args: 4 * args["n"],
@@ -440,7 +477,7 @@ def unit_of(isa: Isa) -> Unit:
     head = ["#include <stdint.h>", "#include <string.h>", words.pop("includes"), words.pop("types")]
     head.insert(3, "#define WORD static inline __attribute__((always_inline, unused))")
     prototypes, bodies = [], []
-    for signature in SCALAR.values():
+    for signature in words_of(isa).values():
         counts = RANGES.get((signature.name, "bits"), [None])
         for bits in counts:
             args = [bits] * len(signature.params)
@@ -622,20 +659,23 @@ def fault_of(outcome: Outcome, expected: Any, memories: list[Array]) -> str | No
     return next((f"not {memory}" for memory in memories if not np.array_equal(outcome.memory, memory)), None)
 
 
-@pytest.mark.parametrize("word", SCALAR)
-@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def each_word(isas: list[Isa]) -> Any:
+    pairs = [pytest.param(isa, word, id=f"{isa.name}-{word}") for isa in isas for word in words_of(isa)]
+    return pytest.mark.parametrize(("isa", "word"), pairs)
+
+
+@each_word(list(ISAS))
 def test_word_means_what_numpy_says(harness: Harness, isa: Isa, word: str) -> None:
     decision = DECISIONS[isa.name]
     if isinstance(decision, Rejected):
         pytest.skip(f"cannot run {isa.name} here: {decision.reason}")
-    try_word(harness, isa, SCALAR[word])
+    try_word(harness, isa, words_of(isa)[word])
 
 
 @pytest.mark.skipif(foreign.why_not() is not None, reason=f"{foreign.why_not()}")
-@pytest.mark.parametrize("word", SCALAR)
-@pytest.mark.parametrize("isa", EMULATED_ISAS, ids=lambda isa: isa.name)
+@each_word(EMULATED_ISAS)
 def test_word_means_what_numpy_says_on_an_emulated_cpu(emulated: Emulated, isa: Isa, word: str) -> None:
-    try_word(emulated, isa, SCALAR[word])
+    try_word(emulated, isa, words_of(isa)[word])
 
 
 def try_word(harness: Harness | Emulated, isa: Isa, signature: Signature) -> None:
@@ -724,16 +764,16 @@ def forbidden_access_is_seen(harness: Harness | Emulated) -> None:
 
 
 def test_every_word_has_a_meaning() -> None:
-    assert set(MEANINGS) == set(SCALAR)
+    assert set(MEANINGS) == {*SCALAR, *MMLA}
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 def test_every_level_has_the_words_of_scalar(isa: Isa) -> None:
     own = {name for name in vocabulary(isa.name) if not name.startswith(HELPERS)}
     of_tiles = {"vt", *TILES}
-    assert own | of_tiles == set(vocabulary("scalar"))
+    assert own | of_tiles | set(MMLA) == set(vocabulary("scalar"))
     assert own & of_tiles == (of_tiles if isa.tiles else set())
-    assert signatures(isa.name) == SCALAR
+    assert signatures(isa.name) == words_of(isa)
     assert signatures(isa.name, tiles=True) == (TILES if isa.tiles else {})
 
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regime", default="n1", help="n1, small (2..16 tokens) or large (17 and more); default n1"
     )
     parser.add_argument("--row-block", type=int, help="rows of a row block of the layout: 16 or 32")
-    parser.add_argument("--algorithm", help="direct or panel (default: that of the default schedule)")
+    parser.add_argument("--algorithm", help="direct, panel, ... (default: that of the default schedule)")
     parser.add_argument(
         "--knob",
         action="append",

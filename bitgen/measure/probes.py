@@ -62,10 +62,16 @@ class Dot4:
     @property
     def operations(self) -> int:
         """Multiplies and adds of one call of `DOT_SHAPE`."""
-        return DOT_SHAPE.m // 16 * self.turns * self.chains * 64 * 2
+        return DOT_SHAPE.m // 16 * self.turns * self.chains * self.products * 2
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of one word: of vw_mmla where an instruction does it, else of vw_dot4."""
+        return 128 if isas()[self.isa].mmla and self.isa != "scalar" else 64
 
     def source(self) -> Source:
-        return render_probe("dot4", self.isa, chains=self.chains, turns=self.turns)
+        knobs = {"chains": self.chains, "turns": self.turns, "products": self.products}
+        return render_probe("dot4", self.isa, **knobs)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ mc      both      rows of a cache block;  kc  columns of a cache block, 0: all o
 look up, in one table of 128 sums for five activations or in two of 16; ``panel`` unpacks ``mc`` x ``kc``
 weights to bytes that serve every token of the batch. ``tiles`` multiplies tiles of 16 tokens x 64 k with
 tiles of 64 k x 16 rows, on ISA levels that have them: on the way for 2..16 tokens (``streams``, ``ahead``,
-``prefetch``), from panels for more (``mr`` and ``nr`` are multiples of 16).
+``prefetch``), from panels for more (``mr`` and ``nr`` are multiples of 16). ``mmla`` multiplies 2 rows x 8 k
+by 8 k x 2 tokens, from panels of an order of its own, on ISA levels with i8mm; 16 rows are in registers.
 """
 
 from __future__ import annotations

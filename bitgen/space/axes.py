@@ -28,6 +28,8 @@ def axes_of(family: str, isa: Isa, regime: Regime) -> dict[str, Axes]:
         axes["panel"] = _panel_axes(isa, regime)
     if regime is not N1 and isa.tiles:
         axes["tiles"] = _tile_axes(isa, regime)
+    if regime is not N1 and isa.mmla:
+        axes["mmla"] = _mmla_axes(isa, regime)
     return axes
 
 
@@ -94,6 +96,15 @@ def _tile_axes(isa: Isa, regime: Regime) -> Axes:
         "mc": (64, 256, 512) if wide else (64,),
         "kc": (0, 960, 1920) if wide else (0, 960),
         "pack": (0, 1),
+    }
+
+
+def _mmla_axes(isa: Isa, regime: Regime) -> Axes:
+    wide = isa.name != "scalar"
+    return {
+        "nr": (4, 6) if wide else (4,),
+        "mc": (64, 256) if regime is LARGE and wide else (64,),
+        "kc": (0, 960),
     }
 
 

@@ -65,6 +65,9 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("tiles", mr=32, nr=32, mc=256, kc=960, pack=1)
         yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
         yield spec("tiles", mr=16, nr=32, mc=rows, kc=0, pack=1)
+    if regime is not N1 and isa.mmla and arm:
+        yield spec("mmla", nr=6, mc=64, kc=960)
+        yield spec("mmla", nr=6, mc=rows, kc=0)
     if regime is SMALL and not looks_up:
         few = 8 if sve256 else 4 if arm and dots else 2
         tile = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": few}
@@ -83,6 +86,8 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("tiles", streams=1, ahead=1, prefetch=0)
     if regime is LARGE and isa.tiles and not zmm:
         yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
+    if regime is not N1 and isa.mmla and not arm:
+        yield spec("mmla", nr=4, mc=64, kc=960)
     if regime is SMALL and family == "tl5":
         yield spec(five, streams=2 if zmm else 1, nr=2, widen=widen, prefetch=0)
     elif regime is not N1 and looks_up:

@@ -55,6 +55,11 @@ def bounds_of(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]
                 or (s.schedule["mr"] in (16, 32, 64) and s.schedule["nr"] in (16, 32))
             ),
         )
+    if "mmla" in axes:
+        yield Rule(
+            "nr of mmla must be 4, 6, 8, ...: tokens go by twos",
+            lambda s: s.schedule.algorithm != "mmla" or s.schedule["nr"] in range(4, 17, 2),
+        )
     switches = [name for name in ("ahead", "pack") if name in knobs]
     if switches:
         yield Rule(
@@ -91,11 +96,16 @@ def rules_of(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> I
             f"{_TILE_SUMS} x 16 x 16",
             lambda s: s.schedule.algorithm != "tiles" or _tile_sums(s) <= _TILE_SUMS,
         )
+    columns = FAMILIES[family].k_chunk * FAMILIES[family].tile_chunks
     if regime is LARGE and isa.tiles:
-        columns = FAMILIES[family].k_chunk * FAMILIES[family].tile_chunks
         yield Rule(
             f"kc of tiles must be a multiple of {columns}: whole chunks and whole tiles",
             lambda s: s.schedule.algorithm != "tiles" or s.schedule["kc"] % columns == 0,
+        )
+    if regime is not N1 and isa.mmla:
+        yield Rule(
+            f"kc of mmla must be a multiple of {columns}: whole chunks, and blocks of 64 activations",
+            lambda s: s.schedule.algorithm != "mmla" or s.schedule["kc"] % columns == 0,
         )
     if any("hint" in knobs for knobs in axes.values()):
         yield Rule(
@@ -146,14 +156,14 @@ def _panel_rows_divide(spec: KernelSpec) -> bool:
     s = dict(spec.schedule)
     if not spec.schedule.unpacks or "mc" not in s:
         return True
-    return s["mc"] > 0 and s["mc"] % s["mr"] == 0 and s["mc"] % spec.layout.row_block == 0
+    return s["mc"] > 0 and s["mc"] % s.get("mr", 16) == 0 and s["mc"] % spec.layout.row_block == 0
 
 
 def _panel_bytes(spec: KernelSpec, k: int) -> int:
     s = dict(spec.schedule)
     if not spec.schedule.unpacks or "mc" not in s:
         return 0
-    if s["kc"] == 0 and s["mc"] == spec.layout.row_block and s["mr"] <= 32:
+    if s["kc"] == 0 and s["mc"] == spec.layout.row_block and s.get("mr", 16) <= 32:
         return 0  # the smallest panel is always legal, so that every shape has a kernel
     return s["mc"] * (s["kc"] or k)
 
@@ -165,6 +175,8 @@ def _registers_used(spec: KernelSpec, isa: Isa) -> int:
     if spec.schedule.algorithm == "panel":
         rows = s["mr"] // 16
         return each * rows * (s["nr"] + 1) + 1
+    if spec.schedule.algorithm == "mmla":  # half a block of rows, and a register for two tokens
+        return each * (s["nr"] + 1) + s["nr"] // 2
     rows = s["streams"] * spec.layout.sub_blocks
     if not FAMILIES[spec.family].looks_up:
         # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.

@@ -30,6 +30,7 @@ class Isa:
     vector_bytes: int
     code_max: int = 128
     tiles: bool = False
+    mmla: bool = False
     exact_vector: bool = False
     lut_bytes: int = 16
 
@@ -66,6 +67,7 @@ class _IsaEntry:
     words: str | None = None
     code_max: int = 128
     tiles: bool = False
+    mmla: bool = False
     exact_vector: bool = False
     lut_bytes: int = 16
 
@@ -116,6 +118,7 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
             vector_bytes=entry.vector_bytes,
             code_max=entry.code_max,
             tiles=entry.tiles,
+            mmla=entry.mmla,
             exact_vector=entry.exact_vector,
             lut_bytes=entry.lut_bytes,
         )
