@@ -32,7 +32,7 @@ typedef struct { w_reg v; } vw;
 typedef struct { __m512 v; } vf;
 typedef struct { __mmask64 v; } vm;
 
-WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+WORD void prefetch_l2(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 WORD vb vb_load(const void *p) { return (vb){_mm512_loadu_si512(p)}; }
 
@@ -155,16 +155,16 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
             const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
-            prefetch(w0 + 64 * c + 4096);
+            prefetch_l2(w0 + 64 * c + 4096);
             const vb v1 = vb_load(w1 + 64 * c);
             const vb a1 = vb_and(v1, low4), b1 = vb_high(v1, 4);
-            prefetch(w1 + 64 * c + 4096);
+            prefetch_l2(w1 + 64 * c + 4096);
             const vb v2 = vb_load(w2 + 64 * c);
             const vb a2 = vb_and(v2, low4), b2 = vb_high(v2, 4);
-            prefetch(w2 + 64 * c + 4096);
+            prefetch_l2(w2 + 64 * c + 4096);
             const vb v3 = vb_load(w3 + 64 * c);
             const vb a3 = vb_and(v3, low4), b3 = vb_high(v3, 4);
-            prefetch(w3 + 64 * c + 4096);
+            prefetch_l2(w3 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);

@@ -32,7 +32,7 @@ typedef struct { w_reg a, b; } vw;
 typedef struct { __m256 a, b; } vf;
 typedef struct { __m256i a, b; } vm;  // a byte is 0xff (flag set) or 0
 
-WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+WORD void prefetch_l2(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 WORD vb vb_load(const void *p) {
     const __m256i *q = (const __m256i *)p;
@@ -183,7 +183,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
             const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
-            prefetch(w0 + 64 * c + 4096);
+            prefetch_l2(w0 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);

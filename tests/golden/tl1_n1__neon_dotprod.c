@@ -28,7 +28,7 @@ typedef struct { int32x4_t a, b, c, d; } vw;
 typedef struct { float32x4_t a, b, c, d; } vf;
 typedef struct { uint8x16_t a, b, c, d; } vm;  // a byte is 0xff (flag set) or 0
 
-WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 WORD vb vb_load(const void *p) {
     const uint8_t *q = (const uint8_t *)p;
@@ -225,7 +225,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
             const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
-            prefetch(w0 + 64 * c + 4096);
+            prefetch_l2(w0 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);

@@ -28,8 +28,8 @@ typedef struct { int32_t w[16]; } vw;
 typedef struct { float f[16]; } vf;
 typedef struct { uint8_t m[64]; } vm;
 
-// Ask for the cache line at p, for reading; p need not be mapped.
-WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+// The same into the L2 cache only: for what is needed later than L1 would keep it.
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 // 64 bytes from p, any alignment.
 WORD vb vb_load(const void *p) { vb r; memcpy(r.b, p, 64); return r; }
@@ -176,7 +176,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
             const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
-            prefetch(w0 + 64 * c + 4096);
+            prefetch_l2(w0 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);

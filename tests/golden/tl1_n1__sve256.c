@@ -36,7 +36,7 @@ typedef struct { sve_s32 z[SVE_PARTS]; } vw;
 typedef struct { sve_f32 z[SVE_PARTS]; } vf;
 typedef struct { sve_u8 z[SVE_PARTS]; } vm; // a byte is not 0 (flag set) or 0
 
-WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 // Where the own lane begins: 0 sixteen times, 16 sixteen times, ...
 WORD svuint8_t sve_lane(void) { return svand_n_u8_x(svptrue_b8(), svindex_u8(0, 1), 0xf0); }
@@ -228,10 +228,10 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last, i
         for (; c < c1; ++c) {
             const vb v0 = vb_load(w0 + 64 * c);
             const vb a0 = vb_and(v0, low4), b0 = vb_high(v0, 4);
-            prefetch(w0 + 64 * c + 4096);
+            prefetch_l2(w0 + 64 * c + 4096);
             const vb v1 = vb_load(w1 + 64 * c);
             const vb a1 = vb_and(v1, low4), b1 = vb_high(v1, 4);
-            prefetch(w1 + 64 * c + 4096);
+            prefetch_l2(w1 + 64 * c + 4096);
             {
                 const vb table_lo = vb_load(table0 + 256 * c);
                 const vb table_hi = vb_load(table0 + 256 * c + 64);
