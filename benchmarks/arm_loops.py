@@ -31,7 +31,7 @@ from bitgen.errors import BitgenError
 from bitgen.render import render_kernel
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Shape, regime_of, x_stride
-from bitgen.target import find_isa, load_isas, target_cpu
+from bitgen.target import Isa, find_isa, load_isas, target_cpu
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit, find_cross_compiler
 
 SHAPE = Shape(64, 2880)
@@ -54,7 +54,10 @@ CORES = (
     Core("cortex-a76", "neon_dotprod", "neoverse-n1"),
     Core("neoverse-n1", "neon_dotprod", "neoverse-n1"),
     Core("neoverse-v1", "neon_i8mm", "neoverse-v1"),
+    Core("neoverse-v1", "sve256", "neoverse-v1"),
     Core("neoverse-v2", "neon_i8mm", "neoverse-v2"),
+    Core("neoverse-v2", "sve128", "neoverse-v2"),
+    Core("a64fx", "sve512", "a64fx"),
     Core("apple-m1", "neon_dotprod", "cyclone"),
 )
 
@@ -111,11 +114,12 @@ def build(spec: KernelSpec, tokens: int, toolchain: Toolchain, folder: Path) -> 
     return program
 
 
-def executed(program: Path, function: str, llvm: str) -> list[str]:
+def executed(program: Path, function: str, isa: Isa, llvm: str) -> list[str]:
     """The instructions from the first to the last of ``function`` that one run of ``program`` executes."""
+    cpu = f"max,sve-default-vector-length={isa.vector_bytes}" if isa.exact_vector else "max"
     texts, begin, end = disassembly(program, function, llvm)
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
-        words = [one_step_flag(), "-d", "exec,nochain", "-D", log.name, "-cpu", "max"]
+        words = [one_step_flag(), "-d", "exec,nochain", "-D", log.name, "-cpu", cpu]
         subprocess.run([qemu(), *words, str(program)], check=True)
         trace = [int(found[1], 16) for found in re.finditer(r"^Trace .*?/0*([0-9a-f]+)/", log.read(), re.M)]
     inside = [at for at, address in enumerate(trace) if begin <= address < end]
@@ -143,7 +147,7 @@ def estimated_cycles(instructions: Sequence[str], model: str, llvm: str) -> int:
     """Cycles that the scheduling model of a core takes for the instructions, in this order."""
     # Where a branch or a page address leads does not matter, and the assembler wants no labels of objdump's.
     plain = [re.sub(r"0x[0-9a-f]+ <.*>$", "#0", text) for text in instructions]
-    command = [f"llvm-mca-{llvm}", "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+i8mm,+dotprod"]
+    command = [f"llvm-mca-{llvm}", "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+i8mm,+dotprod,+sve"]
     command += ["-iterations=1", "-instruction-info=0", "-resource-pressure=0"]
     done = subprocess.run(command, input="\n".join(plain), capture_output=True, text=True, check=False)
     found = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
@@ -178,7 +182,7 @@ def cost(spec: KernelSpec, core: Core, tokens: int, llvm: str) -> Cost:
 def trace_of(spec: KernelSpec, tokens: int, llvm: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         program = build(spec, tokens, Toolchain(find_cross_compiler("aarch64", "Linux", "gcc")), Path(folder))
-        return executed(program, render_kernel(spec).name, llvm)
+        return executed(program, render_kernel(spec).name, find_isa(spec.isa, load_isas()), llvm)
 
 
 def space_of(family: str, core: Core, tokens: int) -> Space:
@@ -222,7 +226,9 @@ def table(specs: Iterable[tuple[Core, KernelSpec]], tokens: int, llvm: str) -> T
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count instructions and estimate cycles of ARM kernels.")
-    parser.add_argument("--core", action="append", choices=[core.target for core in CORES], default=[])
+    parser.add_argument(
+        "--core", action="append", choices=list(dict.fromkeys(core.target for core in CORES)), default=[]
+    )
     parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[])
     parser.add_argument("--space", action="store_true", help="every schedule, not only the default")
     parser.add_argument("--tokens", type=int, default=1, help="n of the product (1)")
