@@ -29,7 +29,7 @@ Headers = tuple[tuple[str, str], ...]
 
 
 def row_grain(spec: KernelSpec) -> int:
-    """Rows that a piece of work should be a multiple of: what the schedule walks at once.
+    """Rows that a claim of work should have a multiple of: what the schedule walks at once.
 
     A kernel takes any multiple of its row block; less than this wastes streams or unpacked panels.
     """
