@@ -55,6 +55,7 @@ CORES = (
     Core("neoverse-n1", "neon_dotprod", "neoverse-n1"),
     Core("neoverse-v1", "neon_i8mm", "neoverse-v1"),
     Core("neoverse-v1", "sve256", "neoverse-v1"),
+    Core("neoverse-v1", "sve256_i8mm", "neoverse-v1"),
     Core("neoverse-v2", "neon_i8mm", "neoverse-v2"),
     Core("neoverse-v2", "sve128", "neoverse-v2"),
     Core("a64fx", "sve512", "a64fx"),

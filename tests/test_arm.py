@@ -38,7 +38,7 @@ SANITIZE = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", 
 LENGTH = "max,sve-default-vector-length="
 CORES = ("cortex-a53", "cortex-a72", "a64fx", "cortex-a76", "neoverse-n1", "max")
 DOTPROD = dict.fromkeys(("cortex-a76", "neoverse-n1", "max"), "neon_dotprod")
-LENGTHS = {f"{LENGTH}16": "neon_i8mm", f"{LENGTH}32": "sve256", f"{LENGTH}256": "neon_i8mm"}
+LENGTHS = {f"{LENGTH}16": "neon_i8mm", f"{LENGTH}32": "sve256_i8mm", f"{LENGTH}256": "neon_i8mm"}
 LIBRARIES = {
     "cortex-a72": dict.fromkeys(CORES, "neon"),
     "neoverse-n1": {**dict.fromkeys(CORES), **DOTPROD},
@@ -209,7 +209,7 @@ def test_a_library_names_what_the_core_lacks_and_runs_its_portable_kernels(
     missing = {
         "cortex-a72": "0 0 ",
         "neoverse-n1": "1 0 asimddp asimdrdm atomics",
-        "neoverse-v1": "1 0 asimddp asimdhp asimdrdm atomics fphp i8mm sve",
+        "neoverse-v1": "1 0 asimddp asimdhp asimdrdm atomics fphp i8mm sve svei8mm",
     }
     done = foreign.emulate([str(program)], "cortex-a72")
     assert done.stdout.decode() == missing[target] + "\n"
@@ -264,7 +264,7 @@ def test_every_target_has_kernels_for_its_best_level(name: str) -> None:
         ("cortex-a76", "neon_dotprod"),
         ("neoverse-n1", "neon_dotprod"),
         ("apple-m1", "neon_dotprod"),
-        ("neoverse-v1", "sve256"),
+        ("neoverse-v1", "sve256_i8mm"),
         ("a64fx", "sve512"),
         ("neoverse-v2", "neon_i8mm"),
         ("haswell", "avx2"),

@@ -80,7 +80,7 @@ def sample(count: int) -> Iterator[KernelSpec]:
 def golden_cases() -> dict[str, Callable[[], Source]]:
     cases: dict[str, Callable[[], Source]] = {}
     # The text of an SVE level is the same for every length of registers.
-    for isa in (name for name in ISAS if name not in ("sve128", "sve512")):
+    for isa in (name for name in ISAS if name not in ("sve128", "sve256_i8mm", "sve512")):
         for family in FAMILIES:
             cases[f"{family}_n1__{isa}"] = lambda f=family, i=isa: render_kernel(default(f, i, N1))
         cases[f"quantize__{isa}"] = lambda i=isa: render_quantize(i)
@@ -105,6 +105,7 @@ def golden_cases() -> dict[str, Callable[[], Source]]:
         "t5_tiles__amx_int8": large,
         "tl2_tiles__scalar": portable,
         "i2s_mmla__neon_i8mm": kernel("i2s", "neon_i8mm", LARGE, "mmla", nr=6, mc=64, kc=960),
+        "tl2_mmla__sve256_i8mm": kernel("tl2", "sve256_i8mm", SMALL, "mmla", nr=8, mc=64, kc=0),
         "t5_mmla__scalar": kernel("t5", "scalar", SMALL, "mmla", 32, nr=4, mc=64, kc=0),
     }
     cases |= {name: (lambda s=spec: render_kernel(s)) for name, spec in named.items()}

@@ -41,7 +41,7 @@ from bitgen.target.linux import (
 Detect = Callable[[str], Cpu]
 RECORDED = Path(__file__).parent / "data" / "cpuinfo"
 
-ARM = ("neon", "neon_dotprod", "sve128", "neon_i8mm", "sve256", "sve512")
+ARM = ("neon", "neon_dotprod", "sve128", "neon_i8mm", "sve256", "sve256_i8mm", "sve512")
 X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi", "amx_int8")
 ICELAKE_ON = ("avx512_vbmi", "avx512_vnni", "avx512", "avx2", "scalar")
 ALL = ("avx512_vbmi", "avx512_vnni", "avx512", "avx_vnni", "avx2", "scalar")
@@ -451,6 +451,7 @@ def test_isas_in_order_with_their_vocabularies() -> None:
         "neon_i8mm": ("neon", "neon_dotprod", "neon_i8mm"),
         "sve128": ("sve",),
         "sve256": ("sve",),
+        "sve256_i8mm": ("sve", "sve_i8mm"),
         "sve512": ("sve",),
     }
 
@@ -476,6 +477,8 @@ def test_every_feature_of_an_arm_level_is_required(isa: bitgen.target.Isa) -> No
     level, *added = march.removeprefix("-march=").split("+")
     mandatory = {"armv8-a": {"asimd"}, "armv8.2-a": {"asimd", "crc32", "atomics", "asimdrdm"}}[level]
     names = {"dotprod": {"asimddp"}, "sve": {"sve", "fphp", "asimdhp"}}
+    if isa.exact_vector:
+        names["i8mm"] = {"i8mm", "svei8mm"}
     assert isa.requires == mandatory.union(*(names.get(name, {name}) for name in added))
     name = level.removeprefix("arm").replace("-", "").replace(".", "_")
     assert mcpu == "+".join(["-mcpu=generic", name, *added])
@@ -492,10 +495,11 @@ def test_vector_width_and_dot4() -> None:
         "neon_i8mm",
         "sve128",
         "sve256",
+        "sve256_i8mm",
         "sve512",
     }
     assert {name for name, isa in isas.items() if isa.tiles} == {"scalar", "amx_int8"}
-    assert {name for name, isa in isas.items() if isa.mmla} == {"scalar", "neon_i8mm"}
+    assert {name for name, isa in isas.items() if isa.mmla} == {"scalar", "neon_i8mm", "sve256_i8mm"}
     assert {name for name, isa in isas.items() if isa.tile_registers} == {"amx_int8"}
     assert [isas[name].vector_bytes for name in ("scalar", "avx2", "avx_vnni", "avx512")] == [8, 32, 32, 64]
     smaller = ("neon", "neon_dotprod", "sve128", "sve256", "sve512")
@@ -507,7 +511,7 @@ def test_vector_width_and_dot4() -> None:
 @pytest.mark.parametrize(
     ("length", "best", "why_not_256"),
     [
-        ("32\n", "sve256", ""),
+        ("32\n", "sve256_i8mm", ""),
         ("16\n", "neon_i8mm", "it needs SVE registers of 256 bits, here they have 128"),
         ("64\n", "sve512", "it needs SVE registers of 256 bits, here they have 512"),
         ("128\n", "neon_i8mm", "it needs SVE registers of 256 bits, here they have 1024"),

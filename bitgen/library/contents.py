@@ -56,14 +56,21 @@ class Target:
     def other_lengths(self) -> tuple[Isa, ...]:
         """Where `isa` is for one length of registers: what serves the others, best first.
 
-        The levels with its words that are better than the best level for any length, and that one.
+        For each length the best level that has what the CPU has, where it is better than the best level for
+        any length; and that one.
         """
         if not self.isa.exact_vector:
             return ()
         any_length = next(isa for isa in accepted_isas(self.cpu, self.isas) if not isa.exact_vector)
         better = self.isas[self.isas.index(any_length) + 1 :]
-        alike = [isa for isa in better if isa.vocabulary == self.isa.vocabulary and isa != self.isa]
-        return (*reversed(alike), any_length)
+        lengths = {
+            isa.vector_bytes: isa
+            for isa in better
+            if isa.exact_vector
+            and isa.vector_bytes != self.isa.vector_bytes
+            and isa.requires <= self.cpu.features
+        }
+        return (*reversed(lengths.values()), any_length)
 
     @property
     def scalar(self) -> Isa:

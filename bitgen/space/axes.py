@@ -102,7 +102,7 @@ def _tile_axes(isa: Isa, regime: Regime) -> Axes:
 def _mmla_axes(isa: Isa, regime: Regime) -> Axes:
     wide = isa.name != "scalar"
     return {
-        "nr": (4, 6) if wide else (4,),
+        "nr": (4,) if not wide else (4, 6) if isa.vector_bytes == 16 else (6, 8, 12),
         "mc": (64, 256) if regime is LARGE and wide else (64,),
         "kc": (0, 960),
     }

@@ -66,8 +66,9 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         yield spec("tiles", mr=32, nr=32, mc=64, kc=0, pack=1)
         yield spec("tiles", mr=16, nr=32, mc=rows, kc=0, pack=1)
     if regime is not N1 and isa.mmla and arm:
-        yield spec("mmla", nr=6, mc=64, kc=960)
-        yield spec("mmla", nr=6, mc=rows, kc=0)
+        few = 8 if sve256 else 6
+        yield spec("mmla", nr=few, mc=64, kc=960)
+        yield spec("mmla", nr=few, mc=rows, kc=0)
     if regime is SMALL and not looks_up:
         few = 8 if sve256 else 4 if arm and dots else 2
         tile = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": few}
