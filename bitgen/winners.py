@@ -110,21 +110,33 @@ def export_winners(
 ) -> Path:
     """Write the schedules (no timings) of the layouts chosen last to ``<folder>/<cpu family>.json``.
 
-    Winners of shapes, regimes and thread counts that this store does not know stay as they are. The text is
-    a pure function of what it holds, so a diff shows what changed. Returns the path of the file.
+    Winners of shapes, regimes and thread counts that this store does not know stay as they are, except those
+    that read another layout than the new ones of their shape: its weights are packed once. ``tuned_on`` names
+    the CPU, the compiler and the templates of the newest. The text is a pure function of what it holds, so a
+    diff shows what changed. Returns the path of the file.
     """
     target = _family_path(cpu.family, ensure_dir(winners_dir() if folder is None else folder))
     merged = {_slot(winner): winner for winner in family_winners(cpu.family, target.parent)}
     for record in store.tunings:
         if record.fingerprint.digest == fingerprint.digest:
-            chosen = [w for w in record.winners if w.spec.layout == store.layout(record.shape, fingerprint)]
-            for winner in chosen:
-                exported = FamilyWinner(record.shape, winner.threads, winner.spec)
-                merged[_slot(exported)] = exported
+            layout = store.layout(record.shape, fingerprint)
+            new = [
+                FamilyWinner(record.shape, w.threads, w.spec)
+                for w in record.winners
+                if w.spec.layout == layout
+            ]
+            at = {(winner.shape, winner.threads) for winner in new}
+            merged = {
+                slot: old
+                for slot, old in merged.items()
+                if old.spec.layout == layout or (old.shape, old.threads) not in at
+            }
+            merged |= {_slot(winner): winner for winner in new}
     content = {
         "schema": SCHEMA,
         "cpu_family": cpu.family,
         "traits": asdict(Traits.of(cpu, isas)),
+        "tuned_on": asdict(fingerprint),
         "winners": [merged[slot].to_dict() for slot in sorted(merged)],
     }
     temporary = target.with_name(f".{target.name}.{os.getpid()}")

@@ -8,7 +8,13 @@ import pytest
 from synthetic import FINGERPRINT
 from test_store import LARGE, OTHER, R16, R32, WIDE, of_layout, tuning
 
+from bitgen import winners
+from bitgen.api import Workshop, choices_for
+from bitgen.config import find_model
 from bitgen.errors import BitgenError
+from bitgen.library import KernelChoice
+from bitgen.space import space_for
+from bitgen.spec import Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
 from bitgen.target import Cpu, find_isa, load_isas, target_cpu
 from bitgen.winners import FamilyWinner, Traits, export_winners, family_winners, nearest_winners
@@ -50,6 +56,63 @@ def test_exporting_again_keeps_what_others_found_and_changes_nothing_else(tmp_pa
     specs = {winner.spec for winner in family_winners("zen5", folder)}
     assert specs == {of_layout(R16, i=3), of_layout(R16, LARGE)}
     assert [p.name for p in folder.iterdir()] == ["zen5.json"]
+
+
+def test_no_two_layouts_are_exported_for_one_shape(tmp_path: Path) -> None:
+    first = store_with(tmp_path / "1.jsonl", tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)]))
+    second = store_with(tmp_path / "2.jsonl", tuning([(of_layout(R32), 1)], R32))
+    for store in (first, second):
+        export_winners(store, FINGERPRINT, cpu("zen5"), ISAS, tmp_path)
+    assert [winner.spec for winner in family_winners("zen5", tmp_path)] == [of_layout(R32)]
+
+
+def test_an_export_says_what_it_was_tuned_on_and_nothing_of_the_folders(tmp_path: Path) -> None:
+    store = store_with(tmp_path / "r.jsonl", tuning([(of_layout(R16), 1)]))
+    text = export_winners(store, FINGERPRINT, cpu("zen5"), ISAS, tmp_path).read_text()
+    assert json.loads(text)["tuned_on"] == {
+        "cpu": "zen5 26 68",
+        "compiler": "gcc 12",
+        "templates": "abcd",
+        "version": "0.1.0",
+    }
+    assert str(tmp_path) not in text
+    assert str(Path.home()) not in text
+
+
+def test_a_library_takes_the_legal_winners_of_this_cpus_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a tune of its own, a machine builds what was committed for its family."""
+    monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(winners, "winners_dir", lambda: tmp_path)
+    workshop, preset = Workshop(), find_model("3B")
+    isa, shape = workshop.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
+    assert choices_for(preset, workshop, isa) == []
+    point = next(s for s in workshop.space("i2s", isa, "n1", shape) if s.layout == R16)
+    knobs = tuple((name, 99 if name == "streams" else value) for name, value in point.schedule)
+    outdated = replace(point, schedule=Schedule(point.schedule.algorithm, knobs))
+    tuned = tuning([(point, 2), (outdated, 1)], fingerprint=workshop.fingerprint)
+    store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
+    export_winners(store, workshop.fingerprint, workshop.cpu, workshop.isas, tmp_path)
+    assert len(family_winners(workshop.cpu.family, tmp_path)) == 2
+    assert choices_for(preset, workshop, isa) == [KernelChoice(shape, point, 2)]
+    assert (near := nearest_winners(workshop.cpu, workshop.isas))
+    assert near.why == "this CPU's family"
+
+
+def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
+    for path in sorted(winners.winners_dir().glob("*.json")):
+        data = json.loads(path.read_text())
+        assert data["cpu_family"] == path.stem
+        assert set(data["tuned_on"]) == {"cpu", "compiler", "templates", "version"}
+        layouts: dict[tuple[Shape, int], set[Layout]] = {}
+        for winner in family_winners(path.stem):
+            spec, level = winner.spec, find_isa(winner.spec.isa, ISAS)
+            assert level.name in data["traits"]["isas"]
+            space = space_for(spec.family, level, regime_named(spec.regime), winner.shape, cpu(path.stem))
+            assert not [rule.text for rule in space.broken(spec) if not rule.local], spec.name
+            layouts.setdefault((winner.shape, winner.threads), set()).add(spec.layout)
+        assert all(len(found) == 1 for found in layouts.values())
 
 
 def test_a_family_without_winners_starts_from_the_nearest_one(tmp_path: Path) -> None:

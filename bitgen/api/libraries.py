@@ -12,7 +12,7 @@ from bitgen.config import ModelPreset
 from bitgen.paths import generated_dir
 from bitgen.spec import REGIMES, Shape
 from bitgen.target import Isa, detect_cpu, target_cpu
-from bitgen.winners import family_winners
+from bitgen.winners import FamilyWinner, family_winners
 
 if TYPE_CHECKING:
     from bitgen.library import KernelChoice
@@ -46,10 +46,16 @@ def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[Kernel
         found = found or [
             KernelChoice(shape, winner.spec, winner.threads)
             for winner in committed
-            if winner.shape == shape and winner.spec.isa == isa.name
+            if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, workshop, isa)
         ]
         choices += dict.fromkeys(found)
     return choices
+
+
+def _is_legal(winner: FamilyWinner, workshop: Workshop, isa: Isa) -> bool:
+    """Whether a committed schedule is one of today's: the knobs of a family change with its templates."""
+    space = workshop.space(winner.spec.family, isa, winner.spec.regime, winner.shape)
+    return not space.broken(winner.spec)
 
 
 def build(
