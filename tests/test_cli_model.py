@@ -109,7 +109,7 @@ def test_run_reads_prompts_from_files_and_standard_input(
     escaped = out_of(capsys, "run", *arguments, "-e", "-p", r"a\n\\n\tb\q", "-n", "1")[0]
     assert escaped.startswith("a\n\\n\tb\\q")
     file.write_bytes(b"\xff")
-    assert "not UTF-8" in out_of(capsys, "run", *arguments, "-f", str(file), code=EXIT_USAGE)[1]
+    assert "not UTF-8" in out_of(capsys, "run", *arguments, "-f", str(file), code=EXIT_FILE)[1]
 
 
 def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.
         (["-p", "a", "-n", "0"], EXIT_USAGE, "max_tokens must be 1 or more"),
         (["-p", "a", "-t", "0"], EXIT_USAGE, "threads must be 1 to 1024, not 0"),
         (["-p", "a", "--library", "no-such.so"], EXIT_FILE, "no-such.so: there is no such file"),
-        (["-f", "no-such-file"], EXIT_USAGE, "No such file"),
+        (["-f", "no-such-file"], EXIT_FILE, "No such file"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -223,10 +223,11 @@ def test_perplexity_prints_its_windows_and_the_result(
     file.write_text("the end and the other end of the hand in the sand " * 8)
     argv = ["perplexity", *arguments, "-f", str(file), "-c", "32"]
     out, err = out_of(capsys, *argv, "--chunks", "3")
-    assert out.startswith("PPL = ")
-    assert "(3 windows of 32)" in out
+    title, head, rule, row = out.splitlines()
+    assert (title, head.split()[:2], set(rule)) == ("perplexity", ["perplexity", "+/-"], {"-"})
+    assert row.split()[2:] == ["3", "32", "45"]
     assert err.count("]") == 3
-    found = json.loads(out_of(capsys, *argv, "--json")[0])
+    (found,) = json.loads(out_of(capsys, *argv, "-o", "json")[0])["perplexity"]
     assert found["context"] == 32
     assert found["tokens"] == 15 * found["windows"]
     file.write_text("short")

@@ -32,7 +32,7 @@ from bitgen.cli import (
     show,
     tune,
 )
-from bitgen.errors import EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
+from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
 
 COMMANDS: tuple[ModuleType, ...] = (
     *(detect, models, render, tune, build, bench, show, check, export),
@@ -90,4 +90,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
         print(f"bitgen: {error.strerror or error}{name}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, FileNotFoundError) else 1
+        return EXIT_FILE

@@ -150,18 +150,21 @@ def _run_kernels(args: argparse.Namespace) -> None:
     from bitgen.api import bench_kernels
     from bitgen.cli.progress import ProgressLine
 
-    threads = numbers("-t", args.threads, 1)[0] if args.threads else None
     with ProgressLine() as line:
-        timings = bench_kernels(
-            args.model,
-            tokens=numbers("-n", args.n_gen or "1,8,128,512", 1),
-            threads=threads,
-            rounds=9 if args.repetitions is None else args.repetitions,
-            isa=args.isa,
-            cc=args.cc,
-            logs=args.logs,
-            progress=line.show,
-        )
+        timings = [
+            timing
+            for threads in (numbers("-t", args.threads, 1) if args.threads else [None])
+            for timing in bench_kernels(
+                args.model,
+                tokens=numbers("-n", args.n_gen or "1,8,128,512", 1),
+                threads=threads,
+                rounds=9 if args.repetitions is None else args.repetitions,
+                isa=args.isa,
+                cc=args.cc,
+                logs=args.logs,
+                progress=line.show,
+            )
+        ]
     rows = [
         (
             t.shape.name,

@@ -11,7 +11,9 @@ SUMMARY = "write the kernel library of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="a preset (see `bitgen models`) or a YAML file")
+    parser.add_argument(
+        "-m", "--model", required=True, help="a preset (see `bitgen models`), a YAML file or a model file"
+    )
     parser.add_argument("--isa", help="ISA level of the kernels (default: the best this CPU runs)")
     parser.add_argument(
         "--target", help="CPU to build for: neoverse-n1, cortex-a72, zen4, ... (default: this one)"

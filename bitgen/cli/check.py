@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from bitgen.errors import EXIT_FAILURE
+
 SUMMARY = "prove every schedule exact against numpy"
 
 
@@ -39,4 +41,4 @@ def run(args: argparse.Namespace) -> int:
     for proof in counts.failures:
         print(f"{proof.spec.name}: {proof.status.value}: {proof.detail}")
     print(counts)
-    return 0 if counts.exact else 1
+    return 0 if counts.exact else EXIT_FAILURE

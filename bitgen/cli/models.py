@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+if TYPE_CHECKING:
+    from bitgen.config import ModelPreset
 
 SUMMARY = "the presets of configs/models/ with their distinct shapes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", help="one preset, or a path to a YAML file (default: all presets)")
+    parser.add_argument("-m", "--model", help="a preset, a YAML file or a model file (default: all presets)")
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.config import find_model, load_models
+    from bitgen.config import load_models
 
-    models = [find_model(args.model)] if args.model else load_models()
+    models = [_shapes_of(args.model)] if args.model else load_models()
     rows = []
     for model in models:
         shapes: dict[str, list[str]] = {}
@@ -33,3 +37,9 @@ def run(args: argparse.Namespace) -> None:
         Column("shapes", "m x k of each layer, stacked as they run"),
     )
     print(render_tables([Table("models", columns, rows)], args.output))
+
+
+def _shapes_of(model: str) -> ModelPreset:
+    from bitgen.api import preset_of  # the list of all presets does not need it
+
+    return preset_of(model)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.cli.text import add_model, open_llm
 
 SUMMARY = "how well a model predicts a text"
@@ -15,12 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, context=512)
     parser.add_argument("-f", "--file", type=Path, required=True, help="the text, UTF-8; - is standard input")
     parser.add_argument("--chunks", type=int, help="windows at most (default: all of the text)")
-    parser.add_argument("--json", action="store_true", help="the result as JSON")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-
     from bitgen.errors import EXIT_FILE, BitgenError
     from bitgen.model.perplexity import perplexity
 
@@ -35,17 +34,12 @@ def run(args: argparse.Namespace) -> None:
         for result in perplexity(llm, text, llm.context, args.chunks):
             print(f"[{result.windows}]{result.value:.4f}", end=",", file=sys.stderr, flush=True)
         print(file=sys.stderr)
-    if args.json:
-        print(
-            json.dumps(
-                {
-                    "perplexity": result.value,
-                    "error": result.error,
-                    "windows": result.windows,
-                    "tokens": result.tokens,
-                    "context": llm.context,
-                }
-            )
-        )
-    else:
-        print(f"PPL = {result.value:.4f} +/- {result.error:.5f} ({result.windows} windows of {llm.context})")
+    columns = (
+        Column("perplexity", "perplexity", ".4f"),
+        Column("error", "+/-", ".5f"),
+        Column("windows", "windows", "d"),
+        Column("context", "of tokens", "d"),
+        Column("tokens", "tokens predicted", "d"),
+    )
+    row = (result.value, result.error, result.windows, llm.context, result.tokens)
+    print(render_tables([Table("perplexity", columns, [row])], args.output))

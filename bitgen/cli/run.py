@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     """-p, the file of -f, or standard input where neither is given and it is no terminal."""
-    from bitgen.errors import EXIT_USAGE, BitgenError
+    from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 
     if args.prompt is not None:
         return _unescape(args.prompt) if args.escape else str(args.prompt)
@@ -71,7 +71,7 @@ def _prompt(args: argparse.Namespace) -> str:
             text = args.file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BitgenError(
-            f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_USAGE
+            f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_FILE
         ) from None
     return text[:-1] if text.endswith("\n") else text  # the newline that ends a file is not meant
 
