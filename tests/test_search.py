@@ -560,6 +560,28 @@ def test_losers_leave_the_race_and_defaults_stay() -> None:
     assert len(late.rounds_ns[a]) == 7  # the first block always runs
 
 
+def test_the_slower_half_leaves_and_a_race_ends_where_nothing_is_to_gain() -> None:
+    axes = {"streams": (1, 2, 4, 8), "unroll": (1, 2), "prefetch": (0,)}
+    points = Grid("i2s", SCALAR, "n1", axes).points[:8]
+    speed = {spec: 100.0 * 0.99**i for i, spec in enumerate(points)}  # the default is the slowest
+    seen: list[int] = []
+
+    def ask(running: Sequence[KernelSpec], block: int, noise: float) -> Race:
+        seen.append(len(running))
+        draw = random.Random(block)
+        return Race({s: [speed[s] * math.exp(draw.gauss(0, noise)) for _ in range(7)] for s in running})
+
+    raced = run_race(points, points[:1], lambda s, b: ask(s, b, 0.1), 8, CONFIG, lambda: False)
+    assert seen[:2] == [8, 5]  # the default stays beside the faster half
+    assert max(seen[2:]) <= 4  # three may stay on
+    assert speed[min(raced.finishers, key=raced.median_ns)] < 97
+    speed |= {points[1]: 99.9}  # faster by less than min_gain: nobody will ever be crowned
+    seen.clear()
+    alike = run_race(points[:2], points[:1], lambda s, b: ask(s, b, 0.005), 8, CONFIG, lambda: False)
+    assert len(seen) < 8
+    assert alike.champion(points[0].layout, points[0], CONFIG) == points[0]
+
+
 def test_a_kernel_that_crashes_late_leaves_no_times() -> None:
     a, b = Grid("i2s", SCALAR, "n1", {"streams": (1, 2), "unroll": (1,), "prefetch": (0,)}).points[:2]
 

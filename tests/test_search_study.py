@@ -19,12 +19,12 @@ LOGS = read_logs(LOG)
 
 
 @pytest.mark.parametrize(
-    ("group", "most"),
-    [(("t5", "avx512_vbmi", "n1", 1), 0.15), (("i2s", "avx512_vbmi", "small", 1), 0.20)],
-    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+    "group",
+    [("t5", "avx512_vbmi", "n1", 1), ("t5", "avx2", "n1", 1), ("i2s", "avx512_vbmi", "large", 1)],
+    ids=lambda value: "-".join(map(str, value)),
 )
 def test_a_search_ends_within_three_percent_of_the_best(
-    group: tuple[str, str, str, int], most: float
+    group: tuple[str, str, str, int],
 ) -> None:
     logs = [log for log in LOGS if log.group == group]
     assert {log.shape for log in logs} == {target.shape for target in targets_of(find_model(MODEL))}
@@ -32,7 +32,7 @@ def test_a_search_ends_within_three_percent_of_the_best(
     for log in logs:
         regrets = [outcome.regret[log.shape] for outcome in outcomes]
         assert statistics.median(regrets) <= 0.03, log.shape.name
-    assert statistics.mean(outcome.share for outcome in outcomes) <= most
+    assert statistics.mean(outcome.share for outcome in outcomes) <= 0.15
 
 
 def test_the_logs_hold_whole_spaces_with_something_to_win() -> None:

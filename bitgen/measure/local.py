@@ -57,7 +57,7 @@ class TimingPolicy:
     measure the machine's limits. ``check_timeout_s`` and ``timeout_s`` end a kernel that hangs.
     """
 
-    repeats: int = 4
+    repeats: int = 3
     min_repeat_ms: float = 3.0
     budget_ms: float = 100.0
     heat: int = 8

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bitgen.search.noise import crown
-from bitgen.search.plan import SearchConfig, Target
+from bitgen.search.plan import Group, SearchConfig, Target
 from bitgen.search.race import Raced
 from bitgen.spec import KernelSpec, Layout, Shape
 
@@ -31,6 +31,10 @@ class Slot:
 
     regime: str
     threads: int
+
+
+def slot_of(group: Group) -> Slot:
+    return Slot(group.regime, group.threads)
 
 
 @dataclass(frozen=True)

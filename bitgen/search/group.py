@@ -16,7 +16,7 @@ from bitgen.search.propose import Proposer, proposer_for
 from bitgen.spec import KernelSpec, Layout, Shape
 
 _GRACE = 0.1  # of a group's time: how much later than its end a batch under way may finish
-_LEAST_IDLE = 3  # batches without a gain before a search may end
+_LEAST_IDLE = 2  # batches without a gain before a search may end
 
 
 def roofline_ns(layout: Layout, shape: Shape, n: int, cold: bool, dram_gbs: float, peak_gops: float) -> float:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitgen.measure import Race
+from bitgen.search.group import GroupOutcome
 from bitgen.search.noise import beats, crown, ratio
 from bitgen.search.plan import SearchConfig
-from bitgen.spec import KernelSpec, Layout
+from bitgen.spec import KernelSpec, Layout, Shape
+
+_KEPT = 3  # of each layout at least, whatever their places
 
 AskRace = Callable[[Sequence[KernelSpec], int], Race]  # participants, block -> their rounds
 
@@ -46,6 +50,30 @@ class Raced:
         return crown(own, incumbent, config.alpha, config.min_gain) if own else None
 
 
+def finalists_of(
+    shape: Shape,
+    outcomes: Sequence[GroupOutcome],
+    count: int,
+    ratio: float,
+    defaults: Mapping[str, KernelSpec],
+    crowned: set[KernelSpec],
+) -> list[KernelSpec]:
+    """Who races on ``shape``.
+
+    Of each family the default, the fastest of each layout, whom an earlier tune crowned, and the ``count``
+    fastest of those at most ``ratio`` times slower than the best.
+    """
+    finalists: dict[KernelSpec, None] = {}
+    for outcome in outcomes:
+        ranked = outcome.ranked(shape)
+        time_ns = {candidate.spec: candidate.time_ns(shape) for candidate in outcome.candidates}
+        fastest_of_layout = {spec.layout: spec for spec in reversed(ranked)}
+        near = [spec for spec in ranked[:count] if time_ns[spec] <= ratio * time_ns[ranked[0]]]
+        wanted = {defaults[outcome.group.family], *near, *fastest_of_layout.values(), *crowned}
+        finalists.update(dict.fromkeys(spec for spec in ranked if spec in wanted))
+    return list(finalists)
+
+
 def run_race(
     finalists: Sequence[KernelSpec],
     defaults: Sequence[KernelSpec],
@@ -56,8 +84,8 @@ def run_race(
 ) -> Raced:
     """Race ``finalists`` for up to ``blocks`` blocks; the first block runs whatever the time.
 
-    After each block those leave that are clearly slower than the best of their own layout: layouts are
-    compared later, on the whole model. The defaults stay to the end, because everything is quoted against
+    After each block the slower half of each layout leaves, and who is clearly slower than its best: layouts
+    are compared later, on the whole model. The defaults stay to the end, because everything is quoted against
     them. The race ends early when nobody is left whose place is open.
     """
     rounds: dict[KernelSpec, list[float]] = {spec: [] for spec in finalists}
@@ -88,13 +116,13 @@ def _survivors(
     config: SearchConfig,
 ) -> list[KernelSpec]:
     leaders = _leaders(running, rounds)
-    return [
-        spec
-        for spec in running
-        if spec in defaults
-        or spec == leaders[spec.layout]
-        or _may_win(spec, leaders[spec.layout], rounds, config)
-    ]
+    behind = {spec: ratio(rounds[spec], rounds[leaders[spec.layout]]) for spec in running}
+    staying = {*defaults, *leaders.values()}
+    for layout in leaders:
+        mine = sorted((spec for spec in running if spec.layout == layout), key=behind.__getitem__)
+        half = mine[: max(_KEPT, math.ceil(len(mine) / 2))]
+        staying |= {s for s in half if _may_win(s, leaders[layout], rounds, config)}
+    return [spec for spec in running if spec in staying]
 
 
 def _may_win(
@@ -108,12 +136,16 @@ def _may_win(
 def _is_decided(
     running: Sequence[KernelSpec], rounds: Mapping[KernelSpec, Sequence[float]], config: SearchConfig
 ) -> bool:
-    """Whether the best of each layout is alone, or beside kernels that it beats beyond the noise."""
+    """Whether the best of each layout is alone, or beside kernels about which nothing is open.
+
+    It beats them beyond the noise, or it is faster by less than margin: then either will do.
+    """
     leaders = _leaders(running, rounds)
+    pairs = [(leaders[spec.layout], spec) for spec in running if spec != leaders[spec.layout]]
     return all(
-        beats(rounds[leaders[spec.layout]], rounds[spec], config.alpha, config.min_gain)
-        for spec in running
-        if spec != leaders[spec.layout]
+        beats(rounds[leader], rounds[spec], config.alpha, config.min_gain)
+        or not _may_win(leader, spec, rounds, config)
+        for leader, spec in pairs
     )
 
 

@@ -14,7 +14,6 @@ from bitgen.errors import EXIT_INTERRUPTED, BitgenError
 from bitgen.measure import Limits, Race, Runner
 from bitgen.search.answers import Answers
 from bitgen.search.choose import (
-    Champion,
     Choice,
     Option,
     Slot,
@@ -22,6 +21,7 @@ from bitgen.search.choose import (
     choose,
     fastest_threads,
     options_of,
+    slot_of,
     token_weights,
     total_ns,
 )
@@ -35,8 +35,9 @@ from bitgen.search.plan import (
     load_search_config,
     seed_of,
 )
-from bitgen.search.race import run_race
-from bitgen.search.result import FormatCost, GroupReport, Row, ThreadCost, TuningResult
+from bitgen.search.race import finalists_of, run_race
+from bitgen.search.report import formats_of, rows_of
+from bitgen.search.result import GroupReport, ThreadCost, TuningResult
 from bitgen.spec import KernelSpec, Layout, Shape
 from bitgen.store import Fingerprint, RecordStore, TuningRecord, Winner
 
@@ -227,14 +228,14 @@ class _Tune:
 
     def _race_all(self, outcomes: Sequence[GroupOutcome]) -> dict[Shape, dict[Slot, SlotRace]]:
         """One race for each shape, regime and thread count, in which all families take part."""
-        slots = list(dict.fromkeys(_slot(o.group) for o in outcomes))
+        slots = list(dict.fromkeys(slot_of(o.group) for o in outcomes))
         pairs = [(slot, shape) for slot in slots for shape in self._plan.shapes]
         races: dict[Shape, dict[Slot, SlotRace]] = {shape: {} for shape in self._plan.shapes}
         for done, (slot, shape) in enumerate(pairs):
             self._report("race", f"{shape.name} {slot.regime}, {slot.threads} threads", done, len(pairs))
             now = self._clock()
             deadline = now + (self._end - now) / (len(pairs) - done)
-            mine = [o for o in outcomes if _slot(o.group) == slot]
+            mine = [o for o in outcomes if slot_of(o.group) == slot]
             races[shape][slot] = self._race(shape, slot, mine, deadline)
         return races
 
@@ -245,11 +246,11 @@ class _Tune:
             defaults.setdefault(outcome.group.family, outcome.group.defaults[shape])
         crowned = set(self._store.current(shape, self._fingerprint))
         limit = self._config.finalist_ratio
-        finalists = _finalists(shape, outcomes, regime.finalists, limit, defaults, crowned)
+        finalists = finalists_of(shape, outcomes, regime.finalists, limit, defaults, crowned)
         for fewer in range(regime.finalists - 1, 0, -1):
             if self._race_seconds(shape, finalists, outcomes) <= deadline - self._clock():
                 break
-            finalists = _finalists(shape, outcomes, fewer, limit, defaults, crowned)
+            finalists = finalists_of(shape, outcomes, fewer, limit, defaults, crowned)
 
         def ask(running: Sequence[KernelSpec], block: int) -> Race:
             seed = seed_of(self._plan.seed, shape.name, slot.regime, slot.threads, block)
@@ -359,8 +360,8 @@ class _Tune:
             model=self._plan.model,
             objective=self._plan.objective,
             seed=self._plan.seed,
-            rows=self._rows(choice, outcomes),
-            formats=self._formats(choice),
+            rows=rows_of(self._plan, self._config, choice, outcomes, self._roofline_ns),
+            formats=formats_of(self._plan, self._config, choice),
             threads=threads,
             thread_costs=thread_costs,
             layouts={shape: option.layout for shape, option in choice.options.items()},
@@ -385,31 +386,6 @@ class _Tune:
         before = (f"{len(stale)} winners of earlier tunes whose timing is stale",) if stale else ()
         return (*before, *filter(None, [self._started_from]))
 
-    def _rows(self, choice: Choice, outcomes: Sequence[GroupOutcome]) -> tuple[Row, ...]:
-        rows = []
-        for target in self._plan.targets:
-            for family, option in choice.by_family[target.shape].items():
-                for slot, champion in option.champions.items():
-                    mine = [o for o in outcomes if o.group.family == family and _slot(o.group) == slot]
-                    rows.append(
-                        Row(
-                            shape=target.shape,
-                            roles=target.roles,
-                            count=target.count,
-                            regime=slot.regime,
-                            n=self._config.regimes[slot.regime].n,
-                            threads=slot.threads,
-                            spec=champion.spec,
-                            time_ns=champion.time_ns,
-                            default_ns=champion.default_ns,
-                            space_median_ns=_space_median_ns(target.shape, champion, mine),
-                            candidates=sum(len(o.times_ns(target.shape)) for o in mine),
-                            limit_ns=self._roofline_ns(champion.spec, target.shape, slot),
-                            chosen=option is choice.options[target.shape],
-                        )
-                    )
-        return tuple(rows)
-
     def _raise_roof(self, choice: Choice) -> None:
         """The limits quoted are the most that any probe *or kernel* of this run reached."""
         for option in (option for options in choice.every.values() for option in options):
@@ -426,76 +402,6 @@ class _Tune:
         dram_gbs, peak_gops = self._read_gbs[slot.threads], self._peak_gops[slot.threads][spec.isa]
         return roofline_ns(spec.layout, shape, regime.n, regime.cold, dram_gbs, peak_gops)
 
-    def _formats(self, choice: Choice) -> tuple[FormatCost, ...]:
-        """Every family that could serve the whole model, then the format chosen."""
-        whole: list[tuple[str | None, Mapping[Shape, Option]]] = []
-        for family in self._plan.families:
-            options = {s: found[family] for s, found in choice.by_family.items() if family in found}
-            if len(options) == len(self._plan.targets):
-                whole.append((family, options))
-        whole.append((None, choice.options))
-        return tuple(self._format(family, options) for family, options in whole)
-
-    def _format(self, family: str | None, options: Mapping[Shape, Option]) -> FormatCost:
-        token_ns: dict[tuple[str, int], float] = {}
-        for target in self._plan.targets:
-            for slot, champion in options[target.shape].champions.items():
-                key = (slot.regime, slot.threads)
-                each = target.count * champion.time_ns / self._config.regimes[slot.regime].n
-                token_ns[key] = token_ns.get(key, 0.0) + each
-        return FormatCost(
-            family=family,
-            token_ns=token_ns,
-            session_ns=statistics.median(total_ns(self._plan.targets, options)),
-            packed_bytes=sum(
-                t.count * options[t.shape].layout.packed_bytes(t.shape) for t in self._plan.targets
-            ),
-        )
-
     def _report(self, stage: str, title: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(Step(stage, title, done, total, self._clock() - self._begin))
-
-
-def _slot(group: Group) -> Slot:
-    return Slot(group.regime, group.threads)
-
-
-def _space_median_ns(shape: Shape, champion: Champion, outcomes: Sequence[GroupOutcome]) -> float | None:
-    """The median time of all candidates on ``shape``, as it would have been in the moments of the race.
-
-    The search and the race see the machine in different moments; the default was timed in both, and stands
-    for the difference.
-    """
-    times = [time for outcome in outcomes for time in outcome.times_ns(shape)]
-    if not times:
-        return None
-    then = next(
-        (c.time_ns(shape) for o in outcomes for c in o.candidates if c.spec == champion.default), math.inf
-    )
-    moment = champion.default_ns / then if champion.default_ns and math.isfinite(then) else 1.0
-    return statistics.median(times) * moment
-
-
-def _finalists(
-    shape: Shape,
-    outcomes: Sequence[GroupOutcome],
-    count: int,
-    ratio: float,
-    defaults: Mapping[str, KernelSpec],
-    crowned: set[KernelSpec],
-) -> list[KernelSpec]:
-    """Who races on ``shape``.
-
-    Of each family the default, the fastest of each layout, whom an earlier tune crowned, and the ``count``
-    fastest of those at most ``ratio`` times slower than the best.
-    """
-    finalists: dict[KernelSpec, None] = {}
-    for outcome in outcomes:
-        ranked = outcome.ranked(shape)
-        time_ns = {candidate.spec: candidate.time_ns(shape) for candidate in outcome.candidates}
-        fastest_of_layout = {spec.layout: spec for spec in reversed(ranked)}
-        near = [spec for spec in ranked[:count] if time_ns[spec] <= ratio * time_ns[ranked[0]]]
-        wanted = {defaults[outcome.group.family], *near, *fastest_of_layout.values(), *crowned}
-        finalists.update(dict.fromkeys(spec for spec in ranked if spec in wanted))
-    return list(finalists)
