@@ -386,7 +386,7 @@ def test_the_text_adds_as_often_as_the_bound_assumes(spec: KernelSpec) -> None:
     text = render_kernel(spec).text
     tile = text[text.index("static void tile") :]
     body = tile[: tile.index("\n}\n")]
-    found = re.findall(r"\b((?:h|lo)0_0(?:_\d)?) = vh_add\(\1,", body)
+    found = re.findall(r"\b((?:h|lo)0_0(?:_\d)?) = (?:vh_add|vp_add|vp_add_field)\(\1,", body)
     most = max(found.count(name) for name in set(found))
     sums = int16_sums(spec)
     assert sums is not None

@@ -1,8 +1,9 @@
 """Every word of every ISA level that this CPU or an emulator runs, against its meaning written down in numpy.
 
 For each word a C wrapper with one signature is generated: block and scalar arguments are read from memory,
-pointer arguments point into a page between two forbidden ones. Flags (vm) have no form in memory: they are
-made by vb_test and read by vb_select.
+pointer arguments point into a page between two forbidden ones. Three types have no form in memory: flags (vm)
+are made by vb_test and read by vb_select, sums of products (vp) are made by vp_add and read by vw_widen,
+activations (vx) are made by vx_load and read by vw_dot4_field.
 """
 
 from __future__ import annotations
@@ -33,10 +34,21 @@ DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu
 # zig is a clang and takes seconds to start; it is used where there is nothing else.
 EMULATED_ISAS = [isa for isa in ISAS if isa.arch in (ANY_ARCH, "aarch64")]
 COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
-NOT_FUNCTIONS = {"includes", "types", "vt"}
+NOT_FUNCTIONS = {"includes", "types", "vt", "vp", "vx"}
 HELPERS = ("neon_", "sve_")  # how the names of a level's own functions begin, which its words share
 CANARY = 0xA5
-DTYPES = {"vb": np.uint8, "vh": np.int16, "vw": np.int32, "vf": np.float32, "vm": np.uint8}
+DTYPES = {
+    "vb": np.uint8,
+    "vh": np.int16,
+    "vw": np.int32,
+    "vf": np.float32,
+    "vm": np.uint8,
+    "vp": np.int8,  # the bytes s of products with u = HALF
+    "vx": np.int8,
+}
+BYTES = {"vx": 16}  # of a block; 64 unless it stands here
+HALF = 64  # the largest u of two additions to a sum: 2 * 2 * 64 * 128 = 32768
+CONSTANTS = (("int", "bits"), ("int", "f"))  # constants in every kernel: each value gets a function
 SCALARS = {"uint8_t": np.uint8, "int": np.intc, "int32_t": np.int32, "int64_t": np.int64, "float": np.float32}
 Array = np.ndarray[Any, Any]
 
@@ -159,6 +171,8 @@ MEANINGS.update(
     vh_zip_lo=lambda lo, hi: zipped(lo, hi, slice(0, 8)).view(np.int16),
     vh_zip_hi=lambda lo, hi: zipped(lo, hi, slice(8, 16)).view(np.int16),
     vh_zero=lambda: np.zeros(32, np.int16),
+    vp_zero=lambda: np.zeros(16, np.int32),
+    vx_load=lambda p, at: p.view(np.int8)[at:].astype(np.int32),
     vh_add=lambda a, b: wrapped(i64(a) + i64(b), np.int16),
     vh_sub=lambda a, b: wrapped(i64(a) - i64(b), np.int16),
     vh_digits_lo=lambda lo, hi, radix: digits(lo, hi, radix, slice(0, 8)),
@@ -203,14 +217,39 @@ def vh_pairs(u: Array, s: Array) -> Array:
     return exact
 
 
+def products(u: Any, s: Array) -> Array:
+    """Sums of four products: int64 (16,)."""
+    return (i64(np.asarray(u)) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1)
+
+
+def field(x: Array, f: int) -> Array:
+    """Four activations, 16 times."""
+    return np.tile(x[4 * f : 4 * f + 4], 16).view(np.uint8)
+
+
+@meaning
+def vp_add(sums: Array, u: Array, s: Array) -> Array:
+    return (products(HALF, sums) + products(u, s)).astype(np.int32)
+
+
+@meaning
+def vp_add_field(sums: Array, u: Array, x: Array, f: int) -> Array:
+    return vp_add(sums, u, field(x, f))
+
+
+@meaning
+def vw_dot4_field(acc: Array, u: Array, x: Array, f: int) -> Array:
+    return vw_dot4(acc, u, field(x, f))
+
+
 @meaning
 def vw_dot4(acc: Array, u: Array, s: Array) -> Array:
-    return wrapped(i64(acc) + (i64(u) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1), np.int32)
+    return wrapped(i64(acc) + products(u, s), np.int32)
 
 
 @meaning
 def vw_widen(acc: Array, v: Array) -> Array:
-    return wrapped(i64(acc) + i64(v).reshape(16, 2).sum(axis=1), np.int32)
+    return wrapped(i64(acc) + products(HALF, v), np.int32)
 
 
 @meaning
@@ -290,6 +329,8 @@ EDGES: dict[str, list[Any]] = {
     "vw": [0, 1, -1, -128, 127, 128, -129, 2**24 + 1, 2**31 - 1, -(2**31)],
     "vf": [0.0, -0.0, 1.5, -2.5, 3.4e38, 1e-40, np.inf, -np.inf, np.nan],
     "vm": [0, 1],
+    "vp": [0, 1, -1, 127, -128],
+    "vx": [0, 1, -1, 127, -128],
 }
 # Arguments with a domain of their own, its edges first; everything else is drawn from all values of its type.
 CODES = [0, 1, 127, 128, *range(2, 127)]
@@ -311,7 +352,10 @@ DOMAINS: dict[tuple[str, str], list[Any]] = {
     ("vb_lut16", "idx"): [0, 15, 128, 255, *range(1, 15), *range(129, 255)],
     ("vb_sign", "s"): [1, 127, 128, 255, *range(2, 127), *range(129, 255)],
     ("vh_pairs", "u"): CODES,
+    ("vp_add", "u"): CODES,
+    ("vp_add_field", "u"): CODES,
     ("vw_dot4", "u"): CODES,
+    ("vw_dot4_field", "u"): CODES,
     ("vw_round", "v"): [*ROUNDED, *np.arange(-300, 300, 0.25)],
     **FLOAT_DOMAINS,
 }
@@ -321,6 +365,9 @@ RANGES: dict[tuple[str, str], range] = {
     ("vh_digits_lo", "radix"): range(1, 65),
     ("vh_digits_hi", "radix"): range(1, 65),
     ("vw_sra", "bits"): range(32),
+    ("vx_load", "at"): range(0, 81, 20),
+    ("vp_add_field", "f"): range(4),
+    ("vw_dot4_field", "f"): range(4),
     ("vw_store_n", "n"): range(1, 17),
     ("vf_load_n", "n"): range(17),
     ("vf_store_n", "n"): range(1, 17),
@@ -333,6 +380,7 @@ EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "prefetch": lambda _: 0,  # so that the address is the forbidden page's
     "vb_splat4": lambda _: 4,
     "vb_quad": lambda _: 16,
+    "vx_load": lambda args: args["at"] + 16,
     "vb_lut128": lambda _: 128,
     "vb_store_zip4": lambda _: 128,
     "vb_store_zip8": lambda _: 128,
@@ -348,14 +396,14 @@ EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
 def random_block(rng: np.random.Generator, kind: str) -> Array:
     if kind == "vm":
         return rng.integers(0, 2, 64, np.uint8)
-    return rng.integers(0, 256, 64, np.uint8).view(DTYPES[kind])
+    return rng.integers(0, 256, BYTES.get(kind, 64), np.uint8).view(DTYPES[kind])
 
 
 def blocks(rng: np.random.Generator, signature: Signature, kind: str, name: str) -> Iterator[Array]:
     """First every edge in all elements, then mixtures of edges and, in the whole type, any values."""
     domain = DOMAINS.get((signature.name, name))
     edges = np.array(EDGES[kind] if domain is None else domain).astype(DTYPES[kind])
-    count = 64 // edges.itemsize
+    count = BYTES.get(kind, 64) // edges.itemsize
     yield from (np.full(count, edge) for edge in edges)
     while True:
         yield rng.choice(edges, count)
@@ -368,6 +416,8 @@ def argument_lists(signature: Signature, code_max: int = 128) -> Iterator[list[A
 
     ``code_max`` is the ISA level's: the largest byte that it multiplies.
     """
+    multiplied = {(name, "u"): code_max for name in ("vh_pairs", "vw_dot4", "vw_dot4_field")}
+    multiplied |= {(name, "u"): HALF for name in ("vp_add", "vp_add_field")}
     rng = np.random.default_rng([ord(letter) for letter in signature.name])
     made = {name: blocks(rng, signature, kind, name) for kind, name in signature.params if kind in DTYPES}
     first = 20 if len(made) == 1 else 11
@@ -379,9 +429,11 @@ def argument_lists(signature: Signature, code_max: int = 128) -> Iterator[list[A
         given = [{**drawn, name: value} for value in RANGES[signature.name, name] for drawn in some]
     for drawn in given if counts else given + [{}] * 40:
         args = complete(rng, signature, made, drawn)
-        if signature.name in ("vh_pairs", "vw_dot4"):
-            args[-2] = np.minimum(args[-2], np.uint8(code_max))
-        yield args
+        limits = [multiplied.get((signature.name, name)) for _, name in signature.params]
+        yield [
+            arg if limit is None else np.minimum(arg, np.uint8(limit))
+            for arg, limit in zip(args, limits, strict=True)
+        ]
 
 
 def complete(
@@ -410,21 +462,24 @@ def complete(
 
 
 def function_name(signature: Signature, isa: Isa, args: list[Any]) -> str:
-    """Shifts by a count get a function for each: the count is a constant in every kernel."""
-    bits = [f"_{value}" for p, value in zip(signature.params, args, strict=True) if p == ("int", "bits")]
-    return f"test_{signature.name}{''.join(bits)}__{isa.name}"
+    counts = [f"_{value}" for p, value in zip(signature.params, args, strict=True) if p in CONSTANTS]
+    return f"test_{signature.name}{''.join(counts)}__{isa.name}"
 
 
-def wrapper(signature: Signature, function: str, bits: int | None = None) -> str:
+def wrapper(signature: Signature, function: str, constant: int | None = None) -> str:
     """``void FUNCTION(void *const *arg, void *out)``; arg[i] points to argument i, or is it (a pointer)."""
     lines = ["(void)arg, (void)out;"]
     for i, (kind, name) in enumerate(signature.params):
         if kind == "vm":
             lines.append(f"vm {name} = vb_test(vb_load(arg[{i}]), vb_splat(255));")
+        elif kind == "vp":
+            lines.append(f"vp {name} = vp_add(vp_zero(), vb_splat({HALF}), vb_load(arg[{i}]));")
+        elif kind == "vx":
+            lines.append(f"vx {name} = vx_load(arg[{i}], 0);")
         elif "*" in kind:
             lines.append(f"{kind}{name} = arg[{i}];")
-        elif name == "bits" and bits is not None:
-            lines.append(f"enum {{ bits = {bits} }};")
+        elif (kind, name) in CONSTANTS and constant is not None:
+            lines.append(f"enum {{ {name} = {constant} }};")
         else:
             lines += [f"{kind} {name};", f"memcpy(&{name}, arg[{i}], sizeof {name});"]
     call = f"{signature.name}({', '.join(name for _, name in signature.params)})"
@@ -432,6 +487,14 @@ def wrapper(signature: Signature, function: str, bits: int | None = None) -> str
         lines.append(f"{call};")
     elif signature.returns == "vm":
         lines.append(f"vb_store(out, vb_select({call}, vb_splat(1), vb_splat(0)));")
+    elif signature.returns == "vp":
+        lines.append(f"vw_store(out, vw_widen(vw_zero(), {call}));")
+    elif signature.returns == "vx":  # byte j of each four, 16 times; of field f those of lane f
+        ones = ", ".join(str(int(i // 4 % 4 == i % 4)) for i in range(64))
+        lines += [f"static const uint8_t ones[64] = {{{ones}}};", "int32_t sums[16];", f"vx x = {call};"]
+        for f in range(4):
+            lines.append(f"vw_store(sums, vw_dot4_field(vw_zero(), vb_load(ones), x, {f}));")
+            lines.append(f"memcpy((int32_t *)out + {4 * f}, sums + {4 * f}, 16);")
     else:
         lines += [f"{signature.returns} result = {call};", "memcpy(out, &result, sizeof result);"]
     body = "\n".join(f"    {line}" for line in lines)
@@ -478,12 +541,13 @@ def unit_of(isa: Isa) -> Unit:
     head.insert(3, "#define WORD static inline __attribute__((always_inline, unused))")
     prototypes, bodies = [], []
     for signature in words_of(isa).values():
-        counts = RANGES.get((signature.name, "bits"), [None])
-        for bits in counts:
-            args = [bits] * len(signature.params)
+        names = [name for kind, name in signature.params if (kind, name) in CONSTANTS]
+        counts = RANGES[signature.name, names[0]] if names else [None]
+        for constant in counts:
+            args = [constant] * len(signature.params)
             name = function_name(signature, isa, args)
             prototypes.append(Prototype.parse(f"void {name}(void *const *arg, void *out)"))
-            bodies.append(wrapper(signature, name, bits))
+            bodies.append(wrapper(signature, name, constant))
     for name, body in TILE_WRAPPERS.items() if isa.tiles else ():
         prototypes.append(Prototype.parse(f"void test_{name}__{isa.name}(void *const *arg, void *out)"))
         bodies.append(f"void test_{name}__{isa.name}(void *const *arg, void *out)\n{{\n{body}}}\n")

@@ -72,9 +72,12 @@ def _five_axes(isa: Isa, regime: Regime) -> Axes:
 
 def _panel_axes(isa: Isa, regime: Regime) -> Axes:
     wide, large = isa.name != "scalar", regime is LARGE
+    tokens = (4, 6, 8, 12) if large else (4, 8)
+    if isa.sums_bytes > 64:  # NEON: eight registers for 16 rows of a token
+        tokens = (2, 3)
     return {
         "mr": ((32, 64) if isa.vector_bytes == 64 else (16, 32)),
-        "nr": ((4, 6, 8, 12) if large else (4, 8)) if wide else (2, 4),
+        "nr": tokens if wide else (2, 4),
         "mc": (64, 256) if large and wide else (64,),
         "kc": (0, 960),
         "widen": _pair_widths(isa, (64,)),

@@ -30,8 +30,7 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         accs = 4 if isa.native_dot4 and zmm else 1 if pairs and family == "t5" else 2
         streams = 2
         if arm:  # by instructions a weight (docs/arm.md): two streams of NEON do not stay in its registers
-            in_place = 4 if isa.code_max >= 128 else 3
-            accs = 1 if family == "t5" else in_place if isa.native_dot4 else 2
+            accs = 3 if isa.native_dot4 and family == "i2s" else 1
             streams = 4 if zmm else 2 if sve256 else 1
         yield spec(
             "direct",
@@ -69,19 +68,22 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
         few = 8 if sve256 else 6
         yield spec("mmla", nr=few, mc=64, kc=960)
         yield spec("mmla", nr=few, mc=rows, kc=0)
+    if regime is SMALL and isa.sums_bytes > 64:  # a loop of 52 instructions; direct's has 88
+        yield spec("panel", mr=16, nr=2, mc=64, kc=960, widen=steps, unroll=1)
     if regime is SMALL and not looks_up:
         few = 8 if sve256 else 4 if arm and dots else 2
         tile = {"streams": 2, "nr": 8} if zmm else {"streams": 1, "nr": few}
         yield spec("direct", **tile, accs=1, widen=pairs, unroll=1, prefetch=2048)
         yield spec("direct", streams=1, nr=4 if zmm else 2, accs=1, widen=pairs, unroll=1, prefetch=0)
     if regime is not N1:
-        small = {"mr": 16, "nr": 4, "mc": rows, "kc": 0, "widen": steps, "unroll": 1}
+        some = 3 if isa.sums_bytes > 64 else 4  # three tokens of NEON take 24 of its 32 registers
+        small = {"mr": 16, "nr": some, "mc": rows, "kc": 0, "widen": steps, "unroll": 1}
         large = {"mr": 64, "nr": 6, "mc": 64, "kc": 960, "widen": steps, "unroll": 1}
         if zmm:
             yield spec("panel", **large)
         if sve256:
             yield spec("panel", **{**large, "mr": 32})
-        yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if arm and dots else 4})
+        yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if arm and dots else some})
         yield spec("panel", **small)
     if regime is SMALL and isa.tiles and not zmm:
         yield spec("tiles", streams=1, ahead=1, prefetch=0)

@@ -172,15 +172,16 @@ def _registers_used(spec: KernelSpec, isa: Isa) -> int:
     """Accumulators that live across the inner loop, plus the operands of one step."""
     each, _ = block_registers(isa)
     s = dict(spec.schedule)
+    sums = each * isa.sums_bytes // 64 if s.get("widen") else each
     if spec.schedule.algorithm == "panel":
         rows = s["mr"] // 16
-        return each * rows * (s["nr"] + 1) + 1
+        return rows * (sums * s["nr"] + each) + 1
     if spec.schedule.algorithm == "mmla":  # half a block of rows, and a register for two tokens
         return each * (s["nr"] + 1) + s["nr"] // 2
     rows = s["streams"] * spec.layout.sub_blocks
     if not FAMILIES[spec.family].looks_up:
         # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.
-        return each * (rows * s["nr"] * s["accs"] + 1) + 1 + s["accs"]
+        return sums * rows * s["nr"] * s["accs"] + each + 1 + s["accs"]
     # Two int16 accumulators for each 16 rows (TL5: 64), two nibbles; a wide table is four blocks.
     rows = rows * 16 // FAMILIES[spec.family].rows
     return each * (2 * rows * s["nr"] + (6 if spec.schedule.algorithm == "wide" else 2)) + 1

@@ -33,6 +33,7 @@ class Isa:
     mmla: bool = False
     exact_vector: bool = False
     lut_bytes: int = 16
+    sums_bytes: int = 64
 
     @property
     def tile_registers(self) -> frozenset[str]:
@@ -70,6 +71,7 @@ class _IsaEntry:
     mmla: bool = False
     exact_vector: bool = False
     lut_bytes: int = 16
+    sums_bytes: int = 64
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
             mmla=entry.mmla,
             exact_vector=entry.exact_vector,
             lut_bytes=entry.lut_bytes,
+            sums_bytes=entry.sums_bytes,
         )
     return tuple(isas.values())
 

@@ -52,6 +52,13 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){v, v};
 }
 
+//: vx
+// Four bytes are broadcast by a memory operand; with one sum for p + at gcc 12 keeps a pointer for each token.
+typedef struct { const int8_t *p; int64_t at; } vx;
+
+//: vx_load
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+
 //: vb_quad
 // vbroadcasti128 from memory: a load, no shuffle port.
 WORD vb vb_quad(const void *p) {
@@ -203,6 +210,18 @@ WORD vh vh_pairs(vb u, vb s) {
     return (vh){(h_reg)_mm256_maddubs_epi16(u.a, s.a), (h_reg)_mm256_maddubs_epi16(u.b, s.b)};
 }
 
+//: vp
+typedef vh vp;
+
+//: vp_zero
+WORD vp vp_zero(void) { return vh_zero(); }
+
+//: vp_add
+WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+
+//: vp_add_field
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.p + (x.at + 4 * f))); }
+
 //: vb_low_bytes
 // vpackuswb saturates; what reaches it lies in 0..255.
 WORD vb vb_low_bytes(vh a, vh b) {
@@ -304,9 +323,12 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
     return (vw){acc.a + (w_reg)a, acc.b + (w_reg)b};
 }
 
+//: vw_dot4_field
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
+
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     __m256i ones = _mm256_set1_epi16(1);
     return (vw){acc.a + (w_reg)_mm256_madd_epi16((__m256i)v.a, ones),
                 acc.b + (w_reg)_mm256_madd_epi16((__m256i)v.b, ones)};

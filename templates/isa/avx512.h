@@ -41,6 +41,13 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){_mm512_set1_epi32(x)};
 }
 
+//: vx
+// Four bytes are broadcast by a memory operand; with one sum for p + at gcc 12 keeps a pointer for each token.
+typedef struct { const int8_t *p; int64_t at; } vx;
+
+//: vx_load
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+
 //: vb_quad
 // vbroadcasti32x4 from memory: a load, no shuffle port.
 WORD vb vb_quad(const void *p) { return (vb){_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))}; }
@@ -151,6 +158,18 @@ WORD vh vh_sign_high(vb v) { return (vh){(h_reg)_mm512_srai_epi16(v.v, 8)}; }
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
 WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
 
+//: vp
+typedef vh vp;
+
+//: vp_zero
+WORD vp vp_zero(void) { return vh_zero(); }
+
+//: vp_add
+WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+
+//: vp_add_field
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.p + (x.at + 4 * f))); }
+
 //: vb_low_bytes
 // vpackuswb saturates; what reaches it lies in 0..255. Three instructions, but one shuffle: two vpshufb, the
 // second under a mask, keep Intel's one shuffle port busy longer, and clang 14 makes 7 of them.
@@ -223,9 +242,12 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
     return (vw){acc.v + (w_reg)t};
 }
 
+//: vw_dot4_field
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
+
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     return (vw){acc.v + (w_reg)_mm512_madd_epi16((__m512i)v.v, _mm512_set1_epi16(1))};
 }
 

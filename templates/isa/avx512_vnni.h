@@ -16,7 +16,7 @@ WORD vw vw_dot4(vw acc, vb u, vb s) { return (vw){(w_reg)_mm512_dpbusd_epi32((__
 
 //: vw_widen
 // vpdpwssd with ones: one instruction for vpmaddwd and vpaddd.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     return (vw){(w_reg)_mm512_dpwssd_epi32((__m512i)acc.v, (__m512i)v.v, _mm512_set1_epi16(1))};
 }
 

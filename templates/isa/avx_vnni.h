@@ -19,7 +19,7 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
 
 //: vw_widen
 // vpdpwssd with ones: one instruction for vpmaddwd and vpaddd.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     __m256i ones = _mm256_set1_epi16(1);
     return (vw){(w_reg)_mm256_dpwssd_avx_epi32((__m256i)acc.a, (__m256i)v.a, ones),
                 (w_reg)_mm256_dpwssd_avx_epi32((__m256i)acc.b, (__m256i)v.b, ones)};

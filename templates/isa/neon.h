@@ -51,6 +51,19 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){v, v, v, v};
 }
 
+//: vx
+typedef struct { uint32x4_t f[4]; } vx;  // field f's four bytes, four times
+
+//: vx_load
+// ld4r: one instruction for four loads that repeat. Loads of gcc's own choice are ldp of scalars, ldr and dup.
+WORD vx vx_load(const int8_t *p, int64_t at) {
+    const uint32x4x4_t v = vld4q_dup_u32((const uint32_t *)(p + at));
+    return (vx){{v.val[0], v.val[1], v.val[2], v.val[3]}};
+}
+
+//: neon_field
+WORD uint8x16_t neon_field(vx x, int f) { return (uint8x16_t)x.f[f]; }
+
 //: vb_quad
 WORD vb vb_quad(const void *p) {
     uint8x16_t v = vld1q_u8((const uint8_t *)p);
@@ -226,6 +239,34 @@ WORD vh vh_pairs(vb u, vb s) {
     return (vh){neon_pairs(u.a, s.a), neon_pairs(u.b, s.b), neon_pairs(u.c, s.c), neon_pairs(u.d, s.d)};
 }
 
+//: vp
+// A sum for each byte: 0 are those of a register's lower eight, 1 of its upper eight.
+typedef struct { int16x8_t a0, a1, b0, b1, c0, c1, d0, d1; } vp;
+
+//: vp_zero
+WORD vp vp_zero(void) {
+    int16x8_t z = vdupq_n_s16(0);
+    return (vp){z, z, z, z, z, z, z, z};
+}
+
+//: vp_add
+// smlal and smlal2 multiply and add: two instructions for 16 products, where sums of pairs take four.
+WORD vp vp_add(vp sums, vb u, vb s) {
+    const int8x16_t u0 = (int8x16_t)u.a, u1 = (int8x16_t)u.b;
+    const int8x16_t u2 = (int8x16_t)u.c, u3 = (int8x16_t)u.d;
+    const int8x16_t s0 = (int8x16_t)s.a, s1 = (int8x16_t)s.b, s2 = (int8x16_t)s.c, s3 = (int8x16_t)s.d;
+    return (vp){vmlal_s8(sums.a0, vget_low_s8(u0), vget_low_s8(s0)), vmlal_high_s8(sums.a1, u0, s0),
+                vmlal_s8(sums.b0, vget_low_s8(u1), vget_low_s8(s1)), vmlal_high_s8(sums.b1, u1, s1),
+                vmlal_s8(sums.c0, vget_low_s8(u2), vget_low_s8(s2)), vmlal_high_s8(sums.c1, u2, s2),
+                vmlal_s8(sums.d0, vget_low_s8(u3), vget_low_s8(s3)), vmlal_high_s8(sums.d1, u3, s3)};
+}
+
+//: vp_add_field
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) {
+    const uint8x16_t s = neon_field(x, f);
+    return vp_add(sums, u, (vb){s, s, s, s});
+}
+
 //: vb_low_bytes
 WORD vb vb_low_bytes(vh a, vh b) {
     return (vb){vuzp1q_u8((uint8x16_t)a.a, (uint8x16_t)b.a), vuzp1q_u8((uint8x16_t)a.b, (uint8x16_t)b.b),
@@ -325,9 +366,22 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
                 vpadalq_s16(acc.c, neon_pairs(u.c, s.c)), vpadalq_s16(acc.d, neon_pairs(u.d, s.d))};
 }
 
+//: neon_dot_field
+WORD int32x4_t neon_dot_field(int32x4_t acc, uint8x16_t u, vx x, int f) {
+    return vpadalq_s16(acc, neon_pairs(u, neon_field(x, f)));
+}
+
+//: vw_dot4_field
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) {
+    return (vw){neon_dot_field(acc.a, u.a, x, f), neon_dot_field(acc.b, u.b, x, f),
+                neon_dot_field(acc.c, u.c, x, f), neon_dot_field(acc.d, u.d, x, f)};
+}
+
 //: vw_widen
-WORD vw vw_widen(vw acc, vh v) {
-    return (vw){vpadalq_s16(acc.a, v.a), vpadalq_s16(acc.b, v.b), vpadalq_s16(acc.c, v.c), vpadalq_s16(acc.d, v.d)};
+// addp makes sums of pairs, which the kernel's bound keeps inside int16; sadalp adds neighbours to int32.
+WORD vw vw_widen(vw acc, vp v) {
+    return (vw){vpadalq_s16(acc.a, vpaddq_s16(v.a0, v.a1)), vpadalq_s16(acc.b, vpaddq_s16(v.b0, v.b1)),
+                vpadalq_s16(acc.c, vpaddq_s16(v.c0, v.c1)), vpadalq_s16(acc.d, vpaddq_s16(v.d0, v.d1))};
 }
 
 //: vw_rows

@@ -48,6 +48,14 @@ WORD vb vb_splat4(const int8_t *p) {
     return r;
 }
 
+//: vx
+// Sixteen activations, four for each of the fields 0..3; only the words that take it look inside.
+typedef struct { int8_t x[16]; } vx;
+
+//: vx_load
+// 16 bytes from p + at, any alignment: x[4 f + j]. A level may leave them where they are, so they must stay there.
+WORD vx vx_load(const int8_t *p, int64_t at) { vx r; memcpy(r.x, p + at, 16); return r; }
+
 //: vb_quad
 // Sixteen bytes of p in every lane: b[16 l + i] = p[i]
 WORD vb vb_quad(const void *p) {
@@ -245,6 +253,28 @@ WORD vh vh_pairs(vb u, vb s) {
     return r;
 }
 
+//: vp
+// 32 sums of products in int16, or parts of them; only the words that take it look inside.
+typedef struct { int16_t p[32]; } vp;
+
+//: vp_zero
+WORD vp vp_zero(void) { vp r; memset(r.p, 0, 64); return r; }
+
+//: vp_add
+// p[i] = sums[i] + u[2 i] * s[2 i] + u[2 i + 1] * s[2 i + 1], u uint8 <= 128, s int8; a kernel's bound keeps it inside
+// int16. A level may keep parts of p[i] apart.
+WORD vp vp_add(vp sums, vb u, vb s) {
+    for (int i = 0; i < 32; ++i) {
+        const int t = u.b[2 * i] * (int8_t)s.b[2 * i] + u.b[2 * i + 1] * (int8_t)s.b[2 * i + 1];
+        sums.p[i] = (int16_t)(uint16_t)(sums.p[i] + t);
+    }
+    return sums;
+}
+
+//: vp_add_field
+// The same with a field of x for s: s[4 i + j] = x[4 f + j], f in 0..3
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.x + 4 * f)); }
+
 //: vb_low_bytes
 // In every lane the low bytes of eight int16 of a, then of b:
 // b[16 l + i] = a[8 l + i] & 255, b[16 l + 8 + i] = b[8 l + i] & 255
@@ -343,10 +373,14 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
     return acc;
 }
 
+//: vw_dot4_field
+// The same with a field of x for s: s[4 i + j] = x[4 f + j], f in 0..3
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.x + 4 * f)); }
+
 //: vw_widen
 // w[i] = acc[i] + v[2 i] + v[2 i + 1]
-WORD vw vw_widen(vw acc, vh v) {
-    for (int i = 0; i < 16; ++i) acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)(v.h[2 * i] + v.h[2 * i + 1]));
+WORD vw vw_widen(vw acc, vp v) {
+    for (int i = 0; i < 16; ++i) acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)(v.p[2 * i] + v.p[2 * i + 1]));
     return acc;
 }
 

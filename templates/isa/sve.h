@@ -97,6 +97,13 @@ WORD vb vb_splat4(const int8_t *p) {
     return r;
 }
 
+//: vx
+// ld1rw broadcasts from memory.
+typedef const int8_t *vx;
+
+//: vx_load
+WORD vx vx_load(const int8_t *p, int64_t at) { return p + at; }
+
 //: vb_quad
 WORD vb vb_quad(const void *p) {
     vb r;
@@ -320,6 +327,18 @@ WORD vh vh_pairs(vb u, vb s) {
     return r;
 }
 
+//: vp
+typedef vh vp;
+
+//: vp_zero
+WORD vp vp_zero(void) { return vh_zero(); }
+
+//: vp_add
+WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+
+//: vp_add_field
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x + 4 * f)); }
+
 //: vb_low_bytes
 WORD vb vb_low_bytes(vh a, vh b) {
     vb r;
@@ -421,9 +440,12 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
     return acc;
 }
 
+//: vw_dot4_field
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x + 4 * f)); }
+
 //: vw_widen
 // SVE2 has sadalp.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     for (int i = 0; i < SVE_PARTS; ++i) {
         const sve_s32 odd = (sve_s32)v.z[i] >> 16, even = (sve_s32)((sve_u32)v.z[i] << 16) >> 16;
         acc.z[i] = sve_sum(sve_sum(acc.z[i], even), odd);

@@ -45,6 +45,11 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){_mm512_set1_epi32(x)};
 }
 
+// Four bytes are broadcast by a memory operand; with one sum for p + at gcc 12 keeps a pointer for each token.
+typedef struct { const int8_t *p; int64_t at; } vx;
+
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+
 WORD vb vb_and(vb a, vb b) { return (vb){_mm512_and_si512(a.v, b.v)}; }
 
 // There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
@@ -61,6 +66,14 @@ WORD vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
 
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
 WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
+
+typedef vh vp;
+
+WORD vp vp_zero(void) { return vh_zero(); }
+
+WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
 WORD vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
 
@@ -80,7 +93,7 @@ WORD vw vw_sra(vw v, int bits) {
 }
 
 // vpmaddwd with ones sign-extends and adds neighbours at once.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     return (vw){acc.v + (w_reg)_mm512_madd_epi16((__m512i)v.v, _mm512_set1_epi16(1))};
 }
 
@@ -146,31 +159,28 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     vw acc1_0_0 = vw_zero(), acc1_0_1 = vw_zero();
     for (int64_t from = 0; from < chunks; from += 8) {
         const int64_t to = min64(from + 8, chunks);
-        vh h0_0_0 = vh_zero(), h0_0_1 = vh_zero();
-        vh h1_0_0 = vh_zero(), h1_0_1 = vh_zero();
+        vp h0_0_0 = vp_zero(), h0_0_1 = vp_zero();
+        vp h1_0_0 = vp_zero(), h1_0_1 = vp_zero();
         int64_t c = from;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 16 * c);
-            const vb x_1 = vb_splat4(x0 + 16 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 16 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 16 * c + 12);
+            const vx x_first = vx_load(x0, 16 * c);
             {
                 const vb v0 = vb_load(w0 + 64 * c);
                 const vb v0_high = vb_high(v0, 4);
                 prefetch(w0 + 64 * c + 4096);
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_and(v0, mask0), x_0));
-                h0_0_1 = vh_add(h0_0_1, vh_pairs(vb_and(v0, mask1), x_1));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_and(v0_high, mask0), x_2));
-                h0_0_1 = vh_add(h0_0_1, vh_pairs(vb_and(v0_high, mask1), x_3));
+                h0_0_0 = vp_add_field(h0_0_0, vb_and(v0, mask0), x_first, 0);
+                h0_0_1 = vp_add_field(h0_0_1, vb_and(v0, mask1), x_first, 1);
+                h0_0_0 = vp_add_field(h0_0_0, vb_and(v0_high, mask0), x_first, 2);
+                h0_0_1 = vp_add_field(h0_0_1, vb_and(v0_high, mask1), x_first, 3);
             }
             {
                 const vb v1 = vb_load(w1 + 64 * c);
                 const vb v1_high = vb_high(v1, 4);
                 prefetch(w1 + 64 * c + 4096);
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_and(v1, mask0), x_0));
-                h1_0_1 = vh_add(h1_0_1, vh_pairs(vb_and(v1, mask1), x_1));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_and(v1_high, mask0), x_2));
-                h1_0_1 = vh_add(h1_0_1, vh_pairs(vb_and(v1_high, mask1), x_3));
+                h1_0_0 = vp_add_field(h1_0_0, vb_and(v1, mask0), x_first, 0);
+                h1_0_1 = vp_add_field(h1_0_1, vb_and(v1, mask1), x_first, 1);
+                h1_0_0 = vp_add_field(h1_0_0, vb_and(v1_high, mask0), x_first, 2);
+                h1_0_1 = vp_add_field(h1_0_1, vb_and(v1_high, mask1), x_first, 3);
             }
         }
         acc0_0_0 = vw_widen(acc0_0_0, h0_0_0);

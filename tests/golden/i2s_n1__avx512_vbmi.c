@@ -44,6 +44,11 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){_mm512_set1_epi32(x)};
 }
 
+// Four bytes are broadcast by a memory operand; with one sum for p + at gcc 12 keeps a pointer for each token.
+typedef struct { const int8_t *p; int64_t at; } vx;
+
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+
 WORD vb vb_and(vb a, vb b) { return (vb){_mm512_and_si512(a.v, b.v)}; }
 
 WORD vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
@@ -64,6 +69,8 @@ WORD vw vw_sra(vw v, int bits) {
 }
 
 WORD vw vw_dot4(vw acc, vb u, vb s) { return (vw){(w_reg)_mm512_dpbusd_epi32((__m512i)acc.v, u.v, s.v)}; }
+
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
 WORD vf vf_splat(float x) { return (vf){_mm512_set1_ps(x)}; }
 
@@ -131,25 +138,22 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
         const int64_t to = chunks;
         int64_t c = 0;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 16 * c);
-            const vb x_1 = vb_splat4(x0 + 16 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 16 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 16 * c + 12);
+            const vx x_first = vx_load(x0, 16 * c);
             {
                 const vb v0 = vb_load(w0 + 64 * c);
                 prefetch(w0 + 64 * c + 4096);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_and(v0, mask0), x_0);
-                acc0_0_1 = vw_dot4(acc0_0_1, vb_and(v0, mask1), x_1);
-                acc0_0_2 = vw_dot4(acc0_0_2, vb_and(v0, mask2), x_2);
-                acc0_0_3 = vw_dot4(acc0_0_3, vb_and(v0, mask3), x_3);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x_first, 0);
+                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x_first, 1);
+                acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x_first, 2);
+                acc0_0_3 = vw_dot4_field(acc0_0_3, vb_and(v0, mask3), x_first, 3);
             }
             {
                 const vb v1 = vb_load(w1 + 64 * c);
                 prefetch(w1 + 64 * c + 4096);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_and(v1, mask0), x_0);
-                acc1_0_1 = vw_dot4(acc1_0_1, vb_and(v1, mask1), x_1);
-                acc1_0_2 = vw_dot4(acc1_0_2, vb_and(v1, mask2), x_2);
-                acc1_0_3 = vw_dot4(acc1_0_3, vb_and(v1, mask3), x_3);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_and(v1, mask0), x_first, 0);
+                acc1_0_1 = vw_dot4_field(acc1_0_1, vb_and(v1, mask1), x_first, 1);
+                acc1_0_2 = vw_dot4_field(acc1_0_2, vb_and(v1, mask2), x_first, 2);
+                acc1_0_3 = vw_dot4_field(acc1_0_3, vb_and(v1, mask3), x_first, 3);
             }
         }
     }

@@ -58,6 +58,11 @@ WORD vb vb_splat4(const int8_t *p) {
     return r;
 }
 
+// ld1rw broadcasts from memory.
+typedef const int8_t *vx;
+
+WORD vx vx_load(const int8_t *p, int64_t at) { return p + at; }
+
 WORD vb vb_and(vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] & b.z[i];
     return a;
@@ -107,6 +112,8 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
         acc.z[i] = svdot_s32(acc.z[i], svreinterpret_s8_u8(u.z[i]), svreinterpret_s8_u8(s.z[i]));
     return acc;
 }
+
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x + 4 * f)); }
 
 WORD vf vf_splat(float x) {
     vf r;
@@ -186,25 +193,22 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
         const int64_t to = chunks;
         int64_t c = 0;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 16 * c);
-            const vb x_1 = vb_splat4(x0 + 16 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 16 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 16 * c + 12);
+            const vx x_first = vx_load(x0, 16 * c);
             {
                 const vb v0 = vb_load(w0 + 64 * c);
                 prefetch(w0 + 64 * c + 4096);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_and(v0, mask0), x_0);
-                acc0_0_1 = vw_dot4(acc0_0_1, vb_and(v0, mask1), x_1);
-                acc0_0_2 = vw_dot4(acc0_0_2, vb_and(v0, mask2), x_2);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_high(v0, 6), x_3);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x_first, 0);
+                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x_first, 1);
+                acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x_first, 2);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x_first, 3);
             }
             {
                 const vb v1 = vb_load(w1 + 64 * c);
                 prefetch(w1 + 64 * c + 4096);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_and(v1, mask0), x_0);
-                acc1_0_1 = vw_dot4(acc1_0_1, vb_and(v1, mask1), x_1);
-                acc1_0_2 = vw_dot4(acc1_0_2, vb_and(v1, mask2), x_2);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_high(v1, 6), x_3);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_and(v1, mask0), x_first, 0);
+                acc1_0_1 = vw_dot4_field(acc1_0_1, vb_and(v1, mask1), x_first, 1);
+                acc1_0_2 = vw_dot4_field(acc1_0_2, vb_and(v1, mask2), x_first, 2);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_high(v1, 6), x_first, 3);
             }
         }
     }

@@ -76,6 +76,12 @@ WORD vh vh_pairs(vb u, vb s) {
     return (vh){(h_reg)_mm256_maddubs_epi16(u.a, s.a), (h_reg)_mm256_maddubs_epi16(u.b, s.b)};
 }
 
+typedef vh vp;
+
+WORD vp vp_zero(void) { return vh_zero(); }
+
+WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+
 WORD vw vw_splat(int32_t x) {
     w_reg v = (w_reg)_mm256_set1_epi32(x);
     return (vw){v, v};
@@ -107,7 +113,7 @@ WORD void vw_store_n(int32_t *p, vw v, int n) {
 }
 
 // vpmaddwd with ones sign-extends and adds neighbours at once.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     __m256i ones = _mm256_set1_epi16(1);
     return (vw){acc.a + (w_reg)_mm256_madd_epi16((__m256i)v.a, ones),
                 acc.b + (w_reg)_mm256_madd_epi16((__m256i)v.b, ones)};
@@ -209,27 +215,27 @@ static void tile(const struct bitgen_matmul *a, const uint8_t *panel, int64_t su
     for (int64_t from = 0; from < steps; from += 64) {
         const int64_t to = min64(from + 64, steps);
         int64_t i = from;
-        vh h0_0 = vh_zero();
-        vh h0_1 = vh_zero();
-        vh h0_2 = vh_zero();
-        vh h0_3 = vh_zero();
+        vp h0_0 = vp_zero();
+        vp h0_1 = vp_zero();
+        vp h0_2 = vp_zero();
+        vp h0_3 = vp_zero();
         for (; i < to; ++i) {
             const vb w0 = vb_load(panel + 64 * i);
             {
                 const vb x = vb_splat4(x0 + 4 * i);
-                h0_0 = vh_add(h0_0, vh_pairs(w0, x));
+                h0_0 = vp_add(h0_0, w0, x);
             }
             {
                 const vb x = vb_splat4(x1 + 4 * i);
-                h0_1 = vh_add(h0_1, vh_pairs(w0, x));
+                h0_1 = vp_add(h0_1, w0, x);
             }
             {
                 const vb x = vb_splat4(x2 + 4 * i);
-                h0_2 = vh_add(h0_2, vh_pairs(w0, x));
+                h0_2 = vp_add(h0_2, w0, x);
             }
             {
                 const vb x = vb_splat4(x3 + 4 * i);
-                h0_3 = vh_add(h0_3, vh_pairs(w0, x));
+                h0_3 = vp_add(h0_3, w0, x);
             }
         }
         acc0_0 = vw_widen(acc0_0, h0_0);

@@ -45,6 +45,11 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){_mm512_set1_epi32(x)};
 }
 
+// Four bytes are broadcast by a memory operand; with one sum for p + at gcc 12 keeps a pointer for each token.
+typedef struct { const int8_t *p; int64_t at; } vx;
+
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+
 // There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
 WORD vb vb_field(vb v, int bits, vb mask) {
     if (bits != 0) v.v = _mm512_srl_epi16(v.v, _mm_cvtsi32_si128(bits));
@@ -82,6 +87,14 @@ WORD vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
 WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
 
+typedef vh vp;
+
+WORD vp vp_zero(void) { return vh_zero(); }
+
+WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.p + (x.at + 4 * f))); }
+
 WORD vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
 
 WORD vw vw_splat(int32_t x) { return (vw){(w_reg)_mm512_set1_epi32(x)}; }
@@ -94,7 +107,7 @@ WORD void vw_store_n(int32_t *p, vw v, int n) {
 WORD vw vw_sub(vw a, vw b) { return (vw){(w_reg)_mm512_sub_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 // vpmaddwd with ones sign-extends and adds neighbours at once.
-WORD vw vw_widen(vw acc, vh v) {
+WORD vw vw_widen(vw acc, vp v) {
     return (vw){acc.v + (w_reg)_mm512_madd_epi16((__m512i)v.v, _mm512_set1_epi16(1))};
 }
 
@@ -172,36 +185,33 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     vw acc1_0_0 = vw_zero();
     for (int64_t from = 0; from < chunks; from += 12) {
         const int64_t to = min64(from + 12, chunks);
-        vh h0_0_0 = vh_zero();
-        vh h1_0_0 = vh_zero();
+        vp h0_0_0 = vp_zero();
+        vp h1_0_0 = vp_zero();
         int64_t c = from;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 20 * c);
-            const vb x_1 = vb_splat4(x0 + 20 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 20 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 20 * c + 12);
-            const vb x_4 = vb_splat4(x0 + 20 * c + 16);
+            const vx x_first = vx_load(x0, 20 * c);
+            const vx x_last = vx_load(x0, 20 * c + 4);
             {
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
                 prefetch(w0 + 64 * c + 6144);
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 0, mask0), x_0));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 2, mask0), x_1));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 4, mask0), x_2));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_high(v0, 6), x_3));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_high(v0_fifth, 6), x_4));
+                h0_0_0 = vp_add_field(h0_0_0, vb_field(v0, 0, mask0), x_first, 0);
+                h0_0_0 = vp_add_field(h0_0_0, vb_field(v0, 2, mask0), x_first, 1);
+                h0_0_0 = vp_add_field(h0_0_0, vb_field(v0, 4, mask0), x_first, 2);
+                h0_0_0 = vp_add_field(h0_0_0, vb_high(v0, 6), x_first, 3);
+                h0_0_0 = vp_add_field(h0_0_0, vb_high(v0_fifth, 6), x_last, 3);
             }
             {
                 const vb packed1 = vb_load(w1 + 64 * c);
                 const vb v1 = vb_mirror(vb_lut128(t5_table, packed1), packed1);
                 const vb v1_fifth = vb_avg(vb_avg(packed1, vb_splat(0)), packed1);
                 prefetch(w1 + 64 * c + 6144);
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 0, mask0), x_0));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 2, mask0), x_1));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_field(v1, 4, mask0), x_2));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_high(v1, 6), x_3));
-                h1_0_0 = vh_add(h1_0_0, vh_pairs(vb_high(v1_fifth, 6), x_4));
+                h1_0_0 = vp_add_field(h1_0_0, vb_field(v1, 0, mask0), x_first, 0);
+                h1_0_0 = vp_add_field(h1_0_0, vb_field(v1, 2, mask0), x_first, 1);
+                h1_0_0 = vp_add_field(h1_0_0, vb_field(v1, 4, mask0), x_first, 2);
+                h1_0_0 = vp_add_field(h1_0_0, vb_high(v1, 6), x_first, 3);
+                h1_0_0 = vp_add_field(h1_0_0, vb_high(v1_fifth, 6), x_last, 3);
             }
         }
         acc0_0_0 = vw_widen(acc0_0_0, h0_0_0);

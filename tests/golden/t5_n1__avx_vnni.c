@@ -51,6 +51,11 @@ WORD vb vb_splat4(const int8_t *p) {
     return (vb){v, v};
 }
 
+// Four bytes are broadcast by a memory operand; with one sum for p + at gcc 12 keeps a pointer for each token.
+typedef struct { const int8_t *p; int64_t at; } vx;
+
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+
 WORD vb vb_and(vb a, vb b) { return (vb){_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
 
 // There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
@@ -130,6 +135,8 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
     return (vw){(w_reg)_mm256_dpbusd_avx_epi32((__m256i)acc.a, u.a, s.a),
                 (w_reg)_mm256_dpbusd_avx_epi32((__m256i)acc.b, u.b, s.b)};
 }
+
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
 WORD vf vf_splat(float x) {
     __m256 v = _mm256_set1_ps(x);
@@ -225,22 +232,19 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
         const int64_t to = chunks;
         int64_t c = 0;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 20 * c);
-            const vb x_1 = vb_splat4(x0 + 20 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 20 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 20 * c + 12);
-            const vb x_4 = vb_splat4(x0 + 20 * c + 16);
+            const vx x_first = vx_load(x0, 20 * c);
+            const vx x_last = vx_load(x0, 20 * c + 4);
             {
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
                 const vb v0_high = vb_high(v0, 4);
                 prefetch(w0 + 64 * c + 6144);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_and(v0, mask0), x_0);
-                acc0_0_1 = vw_dot4(acc0_0_1, vb_and(v0, mask1), x_1);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_and(v0_high, mask0), x_2);
-                acc0_0_1 = vw_dot4(acc0_0_1, vb_and(v0_high, mask1), x_3);
-                acc0_0_1 = vw_dot4(acc0_0_1, vb_field(v0_fifth, 4, mask1), x_4);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x_first, 0);
+                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x_first, 1);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0_high, mask0), x_first, 2);
+                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0_high, mask1), x_first, 3);
+                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_field(v0_fifth, 4, mask1), x_last, 3);
             }
             {
                 const vb packed1 = vb_load(w1 + 64 * c);
@@ -248,11 +252,11 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 const vb v1_fifth = vb_avg(vb_avg(packed1, vb_splat(0)), packed1);
                 const vb v1_high = vb_high(v1, 4);
                 prefetch(w1 + 64 * c + 6144);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_and(v1, mask0), x_0);
-                acc1_0_1 = vw_dot4(acc1_0_1, vb_and(v1, mask1), x_1);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_and(v1_high, mask0), x_2);
-                acc1_0_1 = vw_dot4(acc1_0_1, vb_and(v1_high, mask1), x_3);
-                acc1_0_1 = vw_dot4(acc1_0_1, vb_field(v1_fifth, 4, mask1), x_4);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_and(v1, mask0), x_first, 0);
+                acc1_0_1 = vw_dot4_field(acc1_0_1, vb_and(v1, mask1), x_first, 1);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_and(v1_high, mask0), x_first, 2);
+                acc1_0_1 = vw_dot4_field(acc1_0_1, vb_and(v1_high, mask1), x_first, 3);
+                acc1_0_1 = vw_dot4_field(acc1_0_1, vb_field(v1_fifth, 4, mask1), x_last, 3);
             }
         }
     }

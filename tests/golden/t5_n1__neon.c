@@ -40,13 +40,15 @@ WORD vb vb_splat(uint8_t x) {
     return (vb){v, v, v, v};
 }
 
-// One ld1r, and one register for all four lanes.
-WORD vb vb_splat4(const int8_t *p) {
-    uint32_t x;
-    memcpy(&x, p, 4);
-    uint8x16_t v = vreinterpretq_u8_u32(vdupq_n_u32(x));
-    return (vb){v, v, v, v};
+typedef struct { uint32x4_t f[4]; } vx;  // field f's four bytes, four times
+
+// ld4r: one instruction for four loads that repeat. Loads of gcc's own choice are ldp of scalars, ldr and dup.
+WORD vx vx_load(const int8_t *p, int64_t at) {
+    const uint32x4x4_t v = vld4q_dup_u32((const uint32_t *)(p + at));
+    return (vx){{v.val[0], v.val[1], v.val[2], v.val[3]}};
 }
+
+WORD uint8x16_t neon_field(vx x, int f) { return (uint8x16_t)x.f[f]; }
 
 // Bytes have a shift of their own here.
 WORD vb vb_field(vb v, int bits, vb mask) {
@@ -78,24 +80,27 @@ WORD vb vb_mirror(vb v, vb s) {
                 vbslq_u8(vcltzq_s8((int8x16_t)s.d), twos - v.d, v.d)};
 }
 
-WORD vh vh_zero(void) {
+// A sum for each byte: 0 are those of a register's lower eight, 1 of its upper eight.
+typedef struct { int16x8_t a0, a1, b0, b1, c0, c1, d0, d1; } vp;
+
+WORD vp vp_zero(void) {
     int16x8_t z = vdupq_n_s16(0);
-    return (vh){z, z, z, z};
+    return (vp){z, z, z, z, z, z, z, z};
 }
 
-// By intrinsics, which wrap; + of signed vectors may not overflow.
-WORD vh vh_add(vh a, vh b) {
-    return (vh){vaddq_s16(a.a, b.a), vaddq_s16(a.b, b.b), vaddq_s16(a.c, b.c), vaddq_s16(a.d, b.d)};
+// smlal and smlal2 multiply and add: two instructions for 16 products, where sums of pairs take four.
+WORD vp vp_add(vp sums, vb u, vb s) {
+    const int8x16_t a = (int8x16_t)u.a, b = (int8x16_t)u.b, c = (int8x16_t)u.c, d = (int8x16_t)u.d;
+    const int8x16_t x = (int8x16_t)s.a, y = (int8x16_t)s.b, z = (int8x16_t)s.c, w = (int8x16_t)s.d;
+    return (vp){vmlal_s8(sums.a0, vget_low_s8(a), vget_low_s8(x)), vmlal_high_s8(sums.a1, a, x),
+                vmlal_s8(sums.b0, vget_low_s8(b), vget_low_s8(y)), vmlal_high_s8(sums.b1, b, y),
+                vmlal_s8(sums.c0, vget_low_s8(c), vget_low_s8(z)), vmlal_high_s8(sums.c1, c, z),
+                vmlal_s8(sums.d0, vget_low_s8(d), vget_low_s8(w)), vmlal_high_s8(sums.d1, d, w)};
 }
 
-// Eight sums of two products: smull, smull2, addp. Not smlal2 for the second: it would add bytes 8 apart.
-WORD int16x8_t neon_pairs(uint8x16_t u, uint8x16_t s) {
-    const int8x16_t a = (int8x16_t)u, b = (int8x16_t)s;
-    return vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
-}
-
-WORD vh vh_pairs(vb u, vb s) {
-    return (vh){neon_pairs(u.a, s.a), neon_pairs(u.b, s.b), neon_pairs(u.c, s.c), neon_pairs(u.d, s.d)};
+WORD vp vp_add_field(vp sums, vb u, vx x, int f) {
+    const uint8x16_t s = neon_field(x, f);
+    return vp_add(sums, u, (vb){s, s, s, s});
 }
 
 WORD vw vw_zero(void) {
@@ -142,8 +147,10 @@ WORD vw vw_sub(vw a, vw b) {
     return (vw){vsubq_s32(a.a, b.a), vsubq_s32(a.b, b.b), vsubq_s32(a.c, b.c), vsubq_s32(a.d, b.d)};
 }
 
-WORD vw vw_widen(vw acc, vh v) {
-    return (vw){vpadalq_s16(acc.a, v.a), vpadalq_s16(acc.b, v.b), vpadalq_s16(acc.c, v.c), vpadalq_s16(acc.d, v.d)};
+// addp makes sums of pairs, which the kernel's bound keeps inside int16; sadalp adds neighbours to int32.
+WORD vw vw_widen(vw acc, vp v) {
+    return (vw){vpadalq_s16(acc.a, vpaddq_s16(v.a0, v.a1)), vpadalq_s16(acc.b, vpaddq_s16(v.b0, v.b1)),
+                vpadalq_s16(acc.c, vpaddq_s16(v.c0, v.c1)), vpadalq_s16(acc.d, vpaddq_s16(v.d0, v.d1))};
 }
 
 WORD vf vf_splat(float x) {
@@ -262,24 +269,21 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     vw acc0_0_0 = vw_zero();
     for (int64_t from = 0; from < chunks; from += 12) {
         const int64_t to = min64(from + 12, chunks);
-        vh h0_0_0 = vh_zero();
+        vp h0_0_0 = vp_zero();
         int64_t c = from;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 20 * c);
-            const vb x_1 = vb_splat4(x0 + 20 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 20 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 20 * c + 12);
-            const vb x_4 = vb_splat4(x0 + 20 * c + 16);
+            const vx x_first = vx_load(x0, 20 * c);
+            const vx x_last = vx_load(x0, 20 * c + 4);
             {
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
                 prefetch(w0 + 64 * c + 6144);
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 0, mask0), x_0));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 2, mask0), x_1));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_field(v0, 4, mask0), x_2));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_high(v0, 6), x_3));
-                h0_0_0 = vh_add(h0_0_0, vh_pairs(vb_high(v0_fifth, 6), x_4));
+                h0_0_0 = vp_add_field(h0_0_0, vb_field(v0, 0, mask0), x_first, 0);
+                h0_0_0 = vp_add_field(h0_0_0, vb_field(v0, 2, mask0), x_first, 1);
+                h0_0_0 = vp_add_field(h0_0_0, vb_field(v0, 4, mask0), x_first, 2);
+                h0_0_0 = vp_add_field(h0_0_0, vb_high(v0, 6), x_first, 3);
+                h0_0_0 = vp_add_field(h0_0_0, vb_high(v0_fifth, 6), x_last, 3);
             }
         }
         acc0_0_0 = vw_widen(acc0_0_0, h0_0_0);

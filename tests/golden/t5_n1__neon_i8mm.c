@@ -39,13 +39,10 @@ WORD vb vb_splat(uint8_t x) {
     return (vb){v, v, v, v};
 }
 
-// One ld1r, and one register for all four lanes.
-WORD vb vb_splat4(const int8_t *p) {
-    uint32_t x;
-    memcpy(&x, p, 4);
-    uint8x16_t v = vreinterpretq_u8_u32(vdupq_n_u32(x));
-    return (vb){v, v, v, v};
-}
+typedef struct { int8x16_t x; } vx;
+
+// sdot takes four bytes of a register for all its lanes: nothing is broadcast.
+WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){vld1q_s8(p + at)}; }
 
 // Bytes have a shift of their own here.
 WORD vb vb_field(vb v, int bits, vb mask) {
@@ -121,10 +118,18 @@ WORD vw vw_sub(vw a, vw b) {
     return (vw){vsubq_s32(a.a, b.a), vsubq_s32(a.b, b.b), vsubq_s32(a.c, b.c), vsubq_s32(a.d, b.d)};
 }
 
-// usdot takes u as unsigned: all four fields of I2_S can stay in place.
-WORD vw vw_dot4(vw acc, vb u, vb s) {
-    return (vw){vusdotq_s32(acc.a, u.a, (int8x16_t)s.a), vusdotq_s32(acc.b, u.b, (int8x16_t)s.b),
-                vusdotq_s32(acc.c, u.c, (int8x16_t)s.c), vusdotq_s32(acc.d, u.d, (int8x16_t)s.d)};
+WORD int32x4_t neon_dot_field(int32x4_t acc, uint8x16_t u, vx x, int f) {
+    switch (f) {
+        case 0: return vusdotq_laneq_s32(acc, u, x.x, 0);
+        case 1: return vusdotq_laneq_s32(acc, u, x.x, 1);
+        case 2: return vusdotq_laneq_s32(acc, u, x.x, 2);
+        default: return vusdotq_laneq_s32(acc, u, x.x, 3);
+    }
+}
+
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) {
+    return (vw){neon_dot_field(acc.a, u.a, x, f), neon_dot_field(acc.b, u.b, x, f),
+                neon_dot_field(acc.c, u.c, x, f), neon_dot_field(acc.d, u.d, x, f)};
 }
 
 WORD vf vf_splat(float x) {
@@ -245,21 +250,18 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
         const int64_t to = chunks;
         int64_t c = 0;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 20 * c);
-            const vb x_1 = vb_splat4(x0 + 20 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 20 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 20 * c + 12);
-            const vb x_4 = vb_splat4(x0 + 20 * c + 16);
+            const vx x_first = vx_load(x0, 20 * c);
+            const vx x_last = vx_load(x0, 20 * c + 4);
             {
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
                 prefetch(w0 + 64 * c + 6144);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_field(v0, 0, mask0), x_0);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_field(v0, 2, mask0), x_1);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_field(v0, 4, mask0), x_2);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_high(v0, 6), x_3);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_high(v0_fifth, 6), x_4);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_field(v0, 0, mask0), x_first, 0);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_field(v0, 2, mask0), x_first, 1);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_field(v0, 4, mask0), x_first, 2);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x_first, 3);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x_last, 3);
             }
         }
     }

@@ -58,6 +58,11 @@ WORD vb vb_splat4(const int8_t *p) {
     return r;
 }
 
+// ld1rw broadcasts from memory.
+typedef const int8_t *vx;
+
+WORD vx vx_load(const int8_t *p, int64_t at) { return p + at; }
+
 WORD vb vb_field(vb v, int bits, vb mask) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = (v.z[i] >> (uint8_t)bits) & mask.z[i];
     return v;
@@ -137,6 +142,8 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
         acc.z[i] = svdot_s32(acc.z[i], svreinterpret_s8_u8(u.z[i]), svreinterpret_s8_u8(s.z[i]));
     return acc;
 }
+
+WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x + 4 * f)); }
 
 WORD vf vf_splat(float x) {
     vf r;
@@ -227,32 +234,29 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
         const int64_t to = chunks;
         int64_t c = 0;
         for (; c < to; ++c) {
-            const vb x_0 = vb_splat4(x0 + 20 * c);
-            const vb x_1 = vb_splat4(x0 + 20 * c + 4);
-            const vb x_2 = vb_splat4(x0 + 20 * c + 8);
-            const vb x_3 = vb_splat4(x0 + 20 * c + 12);
-            const vb x_4 = vb_splat4(x0 + 20 * c + 16);
+            const vx x_first = vx_load(x0, 20 * c);
+            const vx x_last = vx_load(x0, 20 * c + 4);
             {
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
                 prefetch(w0 + 64 * c + 6144);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_field(v0, 0, mask0), x_0);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_field(v0, 2, mask0), x_1);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_field(v0, 4, mask0), x_2);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_high(v0, 6), x_3);
-                acc0_0_0 = vw_dot4(acc0_0_0, vb_high(v0_fifth, 6), x_4);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_field(v0, 0, mask0), x_first, 0);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_field(v0, 2, mask0), x_first, 1);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_field(v0, 4, mask0), x_first, 2);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x_first, 3);
+                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x_last, 3);
             }
             {
                 const vb packed1 = vb_load(w1 + 64 * c);
                 const vb v1 = vb_mirror(vb_lut128(t5_table, packed1), packed1);
                 const vb v1_fifth = vb_avg(vb_avg(packed1, vb_splat(0)), packed1);
                 prefetch(w1 + 64 * c + 6144);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_field(v1, 0, mask0), x_0);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_field(v1, 2, mask0), x_1);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_field(v1, 4, mask0), x_2);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_high(v1, 6), x_3);
-                acc1_0_0 = vw_dot4(acc1_0_0, vb_high(v1_fifth, 6), x_4);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_field(v1, 0, mask0), x_first, 0);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_field(v1, 2, mask0), x_first, 1);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_field(v1, 4, mask0), x_first, 2);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_high(v1, 6), x_first, 3);
+                acc1_0_0 = vw_dot4_field(acc1_0_0, vb_high(v1_fifth, 6), x_last, 3);
             }
         }
     }
