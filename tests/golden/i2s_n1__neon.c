@@ -68,12 +68,13 @@ WORD vp vp_zero(void) {
 
 // smlal and smlal2 multiply and add: two instructions for 16 products, where sums of pairs take four.
 WORD vp vp_add(vp sums, vb u, vb s) {
-    const int8x16_t a = (int8x16_t)u.a, b = (int8x16_t)u.b, c = (int8x16_t)u.c, d = (int8x16_t)u.d;
-    const int8x16_t x = (int8x16_t)s.a, y = (int8x16_t)s.b, z = (int8x16_t)s.c, w = (int8x16_t)s.d;
-    return (vp){vmlal_s8(sums.a0, vget_low_s8(a), vget_low_s8(x)), vmlal_high_s8(sums.a1, a, x),
-                vmlal_s8(sums.b0, vget_low_s8(b), vget_low_s8(y)), vmlal_high_s8(sums.b1, b, y),
-                vmlal_s8(sums.c0, vget_low_s8(c), vget_low_s8(z)), vmlal_high_s8(sums.c1, c, z),
-                vmlal_s8(sums.d0, vget_low_s8(d), vget_low_s8(w)), vmlal_high_s8(sums.d1, d, w)};
+    const int8x16_t u0 = (int8x16_t)u.a, u1 = (int8x16_t)u.b;
+    const int8x16_t u2 = (int8x16_t)u.c, u3 = (int8x16_t)u.d;
+    const int8x16_t s0 = (int8x16_t)s.a, s1 = (int8x16_t)s.b, s2 = (int8x16_t)s.c, s3 = (int8x16_t)s.d;
+    return (vp){vmlal_s8(sums.a0, vget_low_s8(u0), vget_low_s8(s0)), vmlal_high_s8(sums.a1, u0, s0),
+                vmlal_s8(sums.b0, vget_low_s8(u1), vget_low_s8(s1)), vmlal_high_s8(sums.b1, u1, s1),
+                vmlal_s8(sums.c0, vget_low_s8(u2), vget_low_s8(s2)), vmlal_high_s8(sums.c1, u2, s2),
+                vmlal_s8(sums.d0, vget_low_s8(u3), vget_low_s8(s3)), vmlal_high_s8(sums.d1, u3, s3)};
 }
 
 WORD vp vp_add_field(vp sums, vb u, vx x, int f) {
