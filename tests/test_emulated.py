@@ -94,7 +94,7 @@ SUITES = {
     "words": (
         "test_vocabulary.py",
         "avx_vnni and (vw_dot4 or vw_widen or vw_rows) or amx_int8 and tiles_mean",
-        4 * len(COMPILERS),
+        5 * len(COMPILERS),
     ),
     "kernels": (
         "test_exact.py",
