@@ -83,7 +83,7 @@ def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:
             yield spec("panel", **large)
         if sve256:
             yield spec("panel", **{**large, "mr": 32})
-        yield spec("panel", **{**small, "mc": 64, "kc": 960, "nr": 6 if arm and dots else some})
+        yield spec("panel", **{**small, "mc": 64, "kc": 960})
         yield spec("panel", **small)
     if regime is SMALL and isa.tiles and not zmm:
         yield spec("tiles", streams=1, ahead=1, prefetch=0)
