@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
 from bitgen.model.config import ModelConfig
 from bitgen.model.llm import LLM as _LLM
-from bitgen.model.llm import find_library
+from bitgen.model.llm import find_library, preset_name, shapes_of
 
 
 class LLM(_LLM):
@@ -18,11 +19,23 @@ class LLM(_LLM):
 
 
 def library_for(config: ModelConfig, progress: Callable[[str], None] | None = None) -> Path:
-    """The library to run a model with: tuned for it, else any, else the untuned one, built now.
+    """The library to run a model with: one with winners for its matrices, else any, else the untuned one.
 
-    BitgenError (EXIT_TOOLCHAIN) when it has to be built and there is no compiler.
+    What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
+    were tuned here or are committed for this CPU family. BitgenError (EXIT_TOOLCHAIN) when there is no
+    library and no compiler.
     """
-    bundle = find_library(config)
+    bundle, name = find_library(config), preset_name(config)
+    wanted = set(shapes_of(config))
+    if name is not None and (bundle is None or not wanted & {k.shape for k in bundle.manifest.kernels}):
+        try:
+            known = _build_known(name, progress)
+        except BitgenError as error:
+            if bundle is None or error.exit_code != EXIT_TOOLCHAIN:
+                raise
+            known = None  # no compiler: what is there runs
+        if known is not None:
+            return known
     if bundle is not None:
         return bundle.path
     from bitgen.api import load
@@ -31,3 +44,17 @@ def library_for(config: ModelConfig, progress: Callable[[str], None] | None = No
         progress("building the default kernels, once")
     with load() as table:
         return table.path
+
+
+def _build_known(preset: str, progress: Callable[[str], None] | None) -> Path | None:
+    """The library of a preset, if winners are known for any of its shapes."""
+    from bitgen.api.libraries import build, choices_for
+    from bitgen.api.models import preset_of
+    from bitgen.api.workshop import Workshop
+
+    workshop = Workshop()
+    if not choices_for(preset_of(preset), workshop, workshop.isa(None)):
+        return None
+    if progress:
+        progress(f"building the kernels of {preset}, once")
+    return build(preset)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from test_store import LARGE, OTHER, R16, R32, WIDE, of_layout, tuning
 
 from bitgen import winners
 from bitgen.api import Workshop, choices_for
+from bitgen.bundle import read_bundle
 from bitgen.config import find_model
 from bitgen.errors import BitgenError
 from bitgen.library import KernelChoice
+from bitgen.llm import library_for
+from bitgen.model.synthetic import config_of
 from bitgen.space import space_for
 from bitgen.spec import Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
@@ -98,6 +102,33 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     assert choices_for(preset, workshop, isa) == [KernelChoice(shape, point, 2)]
     assert (near := nearest_winners(workshop.cpu, workshop.isas))
     assert near.why == "this CPU's family"
+
+
+@pytest.mark.usefixtures("bitgen_home")
+def test_a_model_runs_on_the_winners_of_this_cpus_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Untuned, a model's first run builds the committed kernels of its shapes; the next one finds them."""
+    monkeypatch.setattr(winners, "winners_dir", lambda: tmp_path)
+    workshop, preset = Workshop(), find_model("TriLM-99M")
+    isa, shape = workshop.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
+    point = workshop.space("t5", isa, "n1", shape).default
+    tuned = tuning([(point, 1)], point.layout, fingerprint=workshop.fingerprint)
+    store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
+    untuned = library_for(config_of(preset))
+    assert untuned.parent.name.startswith("untuned-")
+    export_winners(store, workshop.fingerprint, workshop.cpu, workshop.isas, tmp_path)
+    said: list[str] = []
+    library = library_for(config_of(preset), said.append)
+    assert said == [f"building the kernels of {preset.alias}, once"]
+    kernels = read_bundle(library).manifest.kernels
+    assert [kernel.spec for kernel in kernels if kernel.shape == shape] == [point]
+    assert library_for(config_of(preset), said.append) == library
+    assert len(said) == 1
+    # Where nothing can be compiled, what is there runs.
+    shutil.rmtree(library)
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    assert library_for(config_of(preset)) == untuned.parent
 
 
 def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
