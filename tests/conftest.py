@@ -3,6 +3,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,12 @@ if emulated.VARIABLE in os.environ:
 
 
 def pytest_configure() -> None:
-    """Kernels that tests call in this process may use tiles: the system must be asked once."""
+    """Kernels that tests call in this process may use tiles: the system must be asked once.
+
+    A shell starts background jobs with SIGINT ignored, and children inherit that: tests interrupt them.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "amx_tile" in detect_cpu().features:
         arch_prctl, request_permission, tile_data = 158, 0x1023, 18
         assert ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
