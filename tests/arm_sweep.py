@@ -1,4 +1,4 @@
-"""Every schedule of every space of the ARM levels against numpy, in an emulator: an hour, so by hand.
+"""Every schedule of every space of the ARM levels against numpy, in an emulator: half an hour, so by hand.
 
     python tests/arm_sweep.py [LEVEL ...]
 
