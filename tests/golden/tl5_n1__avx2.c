@@ -425,14 +425,12 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
 
 /* All tokens of 2 row blocks. */
 static void blocks_2(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
-    int64_t token = 0;
-    for (; token + 1 <= a->n; token += 1) tile_1(a, block, part, last, token);
+    for (int64_t token = 0; token < a->n; token += 1) tile_1(a, block, part, last, token);
 }
 
 /* All tokens of 1 row block. */
 static void blocks_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
-    int64_t token = 0;
-    for (; token + 1 <= a->n; token += 1) tile_1_of_1(a, block, part, last, token);
+    for (int64_t token = 0; token < a->n; token += 1) tile_1_of_1(a, block, part, last, token);
 }
 
 int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch6144_hint2__avx2_scratch(int64_t m, int64_t k, int64_t n) {
