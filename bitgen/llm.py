@@ -8,7 +8,7 @@ from pathlib import Path
 from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
 from bitgen.model.config import ModelConfig
 from bitgen.model.llm import LLM as _LLM
-from bitgen.model.llm import find_library, preset_name, shapes_of
+from bitgen.model.llm import find_library, preset_name, tuned_shapes
 
 
 class LLM(_LLM):
@@ -25,9 +25,10 @@ def library_for(config: ModelConfig, progress: Callable[[str], None] | None = No
     were tuned here or are committed for this CPU family. BitgenError (EXIT_TOOLCHAIN) when there is no
     library and no compiler.
     """
-    bundle, name = find_library(config), preset_name(config)
-    wanted = set(shapes_of(config))
-    if name is not None and (bundle is None or not wanted & {k.shape for k in bundle.manifest.kernels}):
+    bundle = find_library(config)
+    if bundle is not None and tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)):
+        return bundle.path
+    if (name := preset_name(config)) is not None:
         try:
             known = _build_known(name, progress)
         except BitgenError as error:

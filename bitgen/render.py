@@ -222,7 +222,7 @@ def _body(spec: KernelSpec) -> str:
 
 def _token_tiles(spec: KernelSpec) -> list[int]:
     """The tile heights a direct kernel holds: nr, and smaller powers of two for what is left of n."""
-    nr = dict(spec.schedule).get("nr", 1)
+    nr = spec.schedule.get("nr", 1)
     smaller = [t for t in (1, 2, 4, 8) if t < nr and spec.regime != "n1"]
     return [*smaller, nr]
 

@@ -26,21 +26,21 @@ def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[Kernel
     """
     from bitgen.library import KernelChoice
 
-    store, fingerprint = workshop.store, workshop.fingerprint
+    store = workshop.store
     committed = family_winners(workshop.cpu.family)
     choices: list[KernelChoice] = []
     for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in model.matmuls):
         tuned = {
             winner.threads
             for record in store.tunings
-            if record.shape == shape and record.fingerprint.digest == fingerprint.digest
+            if record.shape == shape and record.fingerprint.digest == workshop.fingerprint.digest
             for winner in record.winners
         }
         found = [
             KernelChoice(shape, winner.spec, winner.threads)
             for threads in sorted(tuned)
             for regime in REGIMES
-            if (winner := store.best(shape, regime.name, threads, fingerprint))
+            if (winner := store.best(shape, regime.name, threads, workshop.fingerprint))
             and winner.spec.isa == isa.name
         ]
         found = found or [

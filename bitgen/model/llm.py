@@ -174,8 +174,7 @@ class LLM:
 
     def _note_untuned(self, model: str | Path) -> None:
         """Say how to tune when the library holds no kernel that was tuned for this model."""
-        tuned = {kernel.shape for kernel in self.table.kernels if kernel.shape}
-        if not tuned & set(shapes_of(self.config)):
+        if not tuned_shapes(self.config, (kernel.shape for kernel in self.table.kernels)):
             name = preset_name(self.config) or model
             how = f"`bitgen tune --model {name}`, then `bitgen build --model {name}`"
             self.notes.append(f"running on untuned kernels; for faster ones: {how}")
@@ -365,6 +364,11 @@ def shapes_of(config: ModelConfig) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(shapes))
 
 
+def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shape]:
+    """Those of the model's matrix shapes that are among the ``tuned`` ones of a library's kernels."""
+    return set(shapes_of(config)) & {shape for shape in tuned if shape}
+
+
 def preset_name(config: ModelConfig) -> str | None:
     """The preset with the same matrices, for `bitgen tune --model`."""
     from bitgen.config import load_models
@@ -376,11 +380,11 @@ def preset_name(config: ModelConfig) -> str | None:
 
 def find_library(config: ModelConfig) -> Bundle | None:
     """The bundle in generated/ to run a model with on this CPU: tuned for its matrices before any other."""
-    cpu, wanted = detect_cpu(), set(shapes_of(config))
+    cpu = detect_cpu()
     bundles = [bundle for bundle in find_bundles(generated_dir())[0] if judge(bundle, cpu).accepted]
 
     def fitting(bundle: Bundle) -> int:
-        return len(wanted & {kernel.shape for kernel in bundle.manifest.kernels if kernel.shape})
+        return len(tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)))
 
     most = max(map(fitting, bundles), default=0)
     return choose_bundle([bundle for bundle in bundles if fitting(bundle) == most], cpu)[0]

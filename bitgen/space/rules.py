@@ -40,13 +40,11 @@ def bounds_of(family: str, isa: Isa, regime: Regime, layouts: tuple[Layout, ...]
         ),
     )
     if "accs" in knobs:
-        yield Rule("accs must be 1 .. 4", lambda s: dict(s.schedule).get("accs", 1) in (1, 2, 3, 4))
+        yield Rule("accs must be 1 .. 4", lambda s: s.schedule.get("accs", 1) in (1, 2, 3, 4))
     if "hint" in knobs:
-        yield Rule("hint must be 0, 1 or 2", lambda s: dict(s.schedule).get("hint", 0) in (0, 1, 2))
+        yield Rule("hint must be 0, 1 or 2", lambda s: s.schedule.get("hint", 0) in (0, 1, 2))
     if "mr" in knobs:
-        yield Rule(
-            "mr must be 16, 32, ... 256", lambda s: dict(s.schedule).get("mr", 16) in range(16, 257, 16)
-        )
+        yield Rule("mr must be 16, 32, ... 256", lambda s: s.schedule.get("mr", 16) in range(16, 257, 16))
     if "pack" in knobs:
         yield Rule(
             "mr of tiles must be 16, 32 or 64, nr 16 or 32",
@@ -83,7 +81,7 @@ def rules_of(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> I
         yield Rule(
             f"codes in place, 2 x 4^(accs - 1), must not exceed {isa.code_max}, the largest byte that "
             f"{isa.name} multiplies: a smaller accs",
-            lambda s: 2 * field_scale(dict(s.schedule).get("accs", 1)) <= isa.code_max,
+            lambda s: 2 * field_scale(s.schedule.get("accs", 1)) <= isa.code_max,
         )
     if isa.name != "scalar":  # its blocks are arrays: the compiler decides
         yield Rule(
@@ -115,11 +113,9 @@ def rules_of(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> I
     if any("kc" in knobs for knobs in axes.values()):
         yield Rule(
             f"kc must be 0 (all of k) or a multiple of the family's chunk, {FAMILIES[family].k_chunk}",
-            lambda s: dict(s.schedule).get("kc", 0) % FAMILIES[s.family].k_chunk == 0,
+            lambda s: s.schedule.get("kc", 0) % FAMILIES[s.family].k_chunk == 0,
         )
-        yield Rule(
-            f"kc must be below k = {shape.k}", lambda s: dict(s.schedule).get("kc", 0) < shape.k, local=True
-        )
+        yield Rule(f"kc must be below k = {shape.k}", lambda s: s.schedule.get("kc", 0) < shape.k, local=True)
     if any(FAMILIES[family].table_bytes(algorithm) for algorithm in axes):
         yield Rule(
             "entries of lookup tables are int16 sums: widen must be at least 1",
