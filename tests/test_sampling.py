@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from bitgen.errors import BitgenError
-from bitgen.model.sampling import GREEDY, Sampler, Sampling, exp, log_softmax_at, total, uniform
+from bitgen.model.sampling import GREEDY, Sampler, Sampling, _sorted_top, exp, log_softmax_at, total, uniform
 
 ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
 
@@ -152,6 +153,21 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_all_tokens_sorted() -> Non
         ids, x = sampler._nucleus(*sampler._most_likely(logits))
         assert ids.tolist() == np.argsort(-logits, kind="stable")[:count].tolist()
         assert np.array_equal(x, logits[ids])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    x=arrays(
+        np.float32,
+        st.integers(1, 400),
+        elements=st.sampled_from([-np.inf, -1.5, 0.0, -0.0, 0.25, 3.0, np.inf]),
+    ),
+    k=st.integers(1, 400),
+)
+@example(x=np.zeros(200, np.float32), k=2)
+@example(x=np.arange(200, dtype=np.float32) % 7, k=3)
+def test_the_top_is_that_of_a_stable_sort(x: np.ndarray, k: int) -> None:
+    assert _sorted_top(x, k).tolist() == np.argsort(-x, kind="stable")[:k].tolist()
 
 
 def test_logits_are_not_changed() -> None:

@@ -13,7 +13,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ _LN2_LOW = float.fromhex("0x1.a39ef35793c76p-33")
 _LOG2_E = float.fromhex("0x1.71547652b82fep+0")
 # Taylor's series of exp to r^13 / 13!: for |r| <= ln 2 / 2 the next term is below 2^-57.
 _COEFFICIENTS = tuple(1 / math.factorial(i) for i in range(13, -1, -1))
+_GROUP = 64  # logits of which a search looks at the largest first
 _LOWEST = -700.0  # exp of less counts as 0
 
 
@@ -43,8 +44,11 @@ def exp(x: Doubles) -> Doubles:
     k = np.rint(clipped * _LOG2_E)
     r = (clipped - k * _LN2_HIGH) - k * _LN2_LOW
     p = np.full_like(r, _COEFFICIENTS[0])
-    for coefficient in _COEFFICIENTS[1:]:
-        p = p * r + coefficient
+    for coefficient in _COEFFICIENTS[
+        1:
+    ]:  # in place: a vocabulary of doubles does not stay in L2 beside copies
+        np.multiply(p, r, out=p)
+        np.add(p, coefficient, out=p)
     return np.where(x < _LOWEST, 0.0, np.ldexp(p, k.astype(np.int64)))
 
 
@@ -177,11 +181,27 @@ class Sampler:
 
 def _sorted_top(x: Floats | Doubles, k: int) -> Ids:
     """Where the k largest of x stand, the largest first, of equals the first one first."""
-    places = np.arange(len(x))
-    if k < len(x):
-        # Which of equal elements a partition moves depends on the machine; the k-th value does not.
-        bound = np.partition(x, len(x) - k)[len(x) - k]
-        above = np.flatnonzero(x > bound)
-        places = np.sort(np.concatenate([above, np.flatnonzero(x == bound)[: k - len(above)]]))
+    places = np.arange(len(x)) if k >= len(x) else _top(x, k)
     sorted_places: Ids = places[np.argsort(-x[places], kind="stable")]
     return sorted_places
+
+
+def _top(x: Floats | Doubles, k: int) -> Ids:
+    """Where the k largest of x stand, in order; of equals the first ones. 0 < k < len(x)."""
+    # Each of k groups has an element no less than the k-th largest maximum of a group: the k largest elements
+    # are not below it. A look at all and partitions of few: 0.2 to 0.4 of the time of a partition of all.
+    count = len(x) // _GROUP
+    near = np.arange(len(x))
+    if k < count:
+        near = np.flatnonzero(x >= _largest(x[: _GROUP * count].reshape(_GROUP, count).max(axis=0), k))
+    # Which of equal elements a partition moves depends on the machine; the k-th value does not.
+    bound = _largest(x[near], k)
+    above, equal = near[x[near] > bound], near[x[near] == bound]
+    top: Ids = np.sort(np.concatenate([above, equal[: k - len(above)]]))
+    return top
+
+
+def _largest(x: Floats | Doubles, k: int) -> np.floating[Any]:
+    """The k-th largest."""
+    value: np.floating[Any] = np.partition(x, len(x) - k)[len(x) - k]
+    return value
