@@ -11,6 +11,7 @@ of the library: every float operation has one order (templates/step), every inte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from typing import Any, Literal, TypeAlias
@@ -91,6 +92,7 @@ class Engine:
         self._set_weights(pack_model(weights, table, fingerprint, progress), head, fingerprint, progress)
         self._set_cache()
         self._times = np.zeros(len(STAGES), np.int64)
+        self._times_pointer = self._ffi.from_buffer("int64_t[]", self._times)
         self._rope_ready = 0
 
     # ---- Running ----
@@ -107,21 +109,24 @@ class Engine:
         All four are (n,), for any n >= 1: token i stands at its position of its sequence, which must be the
         next one that is not in the cache.
         """
-        tokens, positions, sequences = (_int32(a) for a in (tokens, positions, sequences))
-        wanted = np.ascontiguousarray(outputs, np.bool_)
-        n = tokens.size
-        if not n or {positions.size, sequences.size, wanted.size} != {n}:
+        flags = np.ascontiguousarray(outputs, np.bool_).view(np.uint8)
+        inputs: list[NDArray[Any]] = [*map(_int32, (tokens, positions, sequences)), flags.reshape(-1)]
+        # Lists from here on: after a step the code of numpy is out of the caches, about 10 us a call.
+        ids, places, owners, wanted = (a.tolist() for a in inputs)
+        n = len(ids)
+        if not n or {len(places), len(owners), len(wanted)} != {n}:
             raise BitgenError("tokens, positions, sequences and outputs must be as many, and not none")
-        self._check_tokens(tokens)
-        self._check_places(positions, sequences)
-        self._fill_rope(int(positions.max()) + 1)
-        logits = np.empty((int(np.count_nonzero(wanted)), self.config.vocab), np.float32)
+        self._check_tokens(ids)
+        self._check_places(places, owners)
+        self._fill_rope(max(places) + 1)
+        logits = np.empty((sum(wanted), self.config.vocab), np.float32)
         done = 0
         for begin in range(0, n, PREFILL):
-            part = slice(begin, min(begin + PREFILL, n))
-            count = int(np.count_nonzero(wanted[part]))
-            rows = logits[done : done + count]
-            self._step(tokens[part], positions[part], sequences[part], wanted[part], rows)
+            end = min(begin + PREFILL, n)
+            count = sum(wanted[begin:end])
+            self._step([a[begin:end] for a in inputs], logits[done : done + count])
+            for owner, place in zip(owners[begin:end], places[begin:end], strict=True):
+                self.lengths[owner] = place + 1
             done += count
         return logits
 
@@ -166,44 +171,39 @@ class Engine:
 
     # ---- Inside ----
 
-    def _step(self, tokens: Any, positions: Any, sequences: Any, wanted: Any, logits: Floats) -> None:
+    def _step(self, inputs: Sequence[NDArray[Any]], logits: Floats) -> None:
+        """Tokens, positions, sequences and outputs, at most `PREFILL`, to logits: one call of C."""
         ffi, lib = self._ffi, self._lib
         _, _, context = self.table.native
+        tokens, positions, sequences, outputs = inputs
         call = ffi.new("struct bitgen_tokens *")
-        x = None if self._gathers else np.ascontiguousarray(self.weights.embedding.gather(tokens))
-        arrays = {
-            "token": ("int32_t[]", tokens),
-            "position": ("int32_t[]", positions),
-            "sequence": ("int32_t[]", sequences),
-            "output": ("uint8_t[]", wanted.view(np.uint8)),
-            "x": ("float[]", x),
-        }
-        pointers = {name: ffi.from_buffer(t, a) for name, (t, a) in arrays.items() if a is not None}
-        for name, pointer in pointers.items():
-            setattr(call, name, pointer)
-        call.n = tokens.size
+        if not self._gathers:
+            x = np.ascontiguousarray(self.weights.embedding.gather(tokens))
+            call.x = ffi.from_buffer("float[]", x)
+        call.token = ffi.from_buffer("int32_t[]", tokens)
+        call.position = ffi.from_buffer("int32_t[]", positions)
+        call.sequence = ffi.from_buffer("int32_t[]", sequences)
+        call.output = ffi.from_buffer("uint8_t[]", outputs)
+        call.n = len(tokens)
         out = ffi.from_buffer("float[]", logits) if logits.size else ffi.NULL
-        times = ffi.from_buffer("int64_t[]", self._times)
-        # Until it is done a step may have overwritten these positions.
-        lowest = {s: int(positions[sequences == s].min()) for s in set(sequences.tolist())}
-        for sequence, position in lowest.items():
-            self.lengths[sequence] = position
-        code = lib.bitgen_step(context, self._model, call, out, times)
-        if code == lib.BITGEN_ERROR_NOT_FINITE:
+        code = lib.bitgen_step(context, self._model, call, out, self._times_pointer)
+        if code:
+            self._check_step(code)
+
+    def _check_step(self, code: int) -> None:
+        if code == self._lib.BITGEN_ERROR_NOT_FINITE:
             raise BitgenError("the model computes NaN or infinity: is its file damaged?")
         self.table.check(code)
-        for sequence in lowest:
-            self.lengths[sequence] = int(positions[sequences == sequence].max()) + 1
 
-    def _check_tokens(self, tokens: NDArray[np.int32]) -> None:
-        low, high = int(tokens.min()), int(tokens.max())
+    def _check_tokens(self, ids: list[int]) -> None:
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.config.vocab:
             wrong = low if low < 0 else high
             raise BitgenError(f"token {wrong} is not in the vocabulary of {self.config.vocab}")
 
-    def _check_places(self, positions: NDArray[np.int32], sequences: NDArray[np.int32]) -> None:
+    def _check_places(self, positions: list[int], sequences: list[int]) -> None:
         expected = dict(enumerate(self.lengths))
-        for position, sequence in zip(positions.tolist(), sequences.tolist(), strict=True):
+        for position, sequence in zip(positions, sequences, strict=True):
             self._check_sequence(sequence)
             if position != expected[sequence]:
                 raise BitgenError(
