@@ -3,9 +3,10 @@
     python benchmarks/step.py --model 3B --threads 1,2 --context 128 --prompt 512
 
 A decode step with `context` tokens in the cache, and a prompt at once; medians over the repeats of each
-stage's time. "of DRAM": the bytes a decode step streams (packed weights and head) over its time, against the
-best that a probe read just before; the median over the rounds. "beyond matrices": everything but the ternary
-matrices and the head.
+stage's time. "of DRAM": the bytes a decode step streams (packed weights and head) over its time, against
+the best that a probe read just before; the median over the rounds. "with cache": the keys and values it
+reads count too. "beyond matrices": everything but the ternary matrices and the head. "of FMA": the
+multiply-adds of a prompt's attention a second, against what float32 multiply-adds in registers reach.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.config import find_model
 from bitgen.errors import BitgenError
 from bitgen.llm import library_for
-from bitgen.measure import measure_limits
+from bitgen.measure import LocalRunner
 from bitgen.model.config import ModelConfig
 from bitgen.model.engine import STAGES, Engine
 from bitgen.model.llm import open_engine
@@ -42,42 +43,67 @@ def stages_ns(engine: Engine, n: int, position: int) -> dict[str, int]:
 
 def measure(config: ModelConfig, args: argparse.Namespace, threads: int, workshop: Workshop) -> Table:
     weights = random_weights(config)
+    level = workshop.isa(None).name
     decode: list[dict[str, int]] = []
     prompt: list[dict[str, int]] = []
     dram: list[float] = []
+    fma: list[float] = []
     shares: list[float] = []
+    with_cache: list[float] = []
     with load(args.library or library_for(weights.config), threads) as table:
         engine = open_engine(weights, table, context=max(args.context + 1, args.prompt))
         stages_ns(engine, args.prompt, 0)
         for _ in range(args.rounds):
-            limits = measure_limits(workshop.toolchain, workshop.cpu, threads, [workshop.isa(None).name])
+            with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+                limits = runner.limits(threads, [level])
+                fma.append(runner.fma_gflops(threads, level))
             dram.append(limits.best_dram_gbs)
             stages_ns(engine, args.context, 0)
             steps = [stages_ns(engine, 1, args.context) for _ in range(8)]
             step_ns = statistics.median(sum(run.values()) for run in steps)
-            shares.append((engine.memory.weights + engine.head_bytes) / step_ns / limits.best_dram_gbs)
+            streamed = engine.memory.weights + engine.head_bytes
+            shares.append(streamed / step_ns / limits.best_dram_gbs)
+            with_cache.append(
+                (streamed + cache_bytes(config, args.context + 1)) / step_ns / limits.best_dram_gbs
+            )
             decode += steps
             prompt.append(stages_ns(engine, args.prompt, 0))
         engine.close()
+    attention_ns = statistics.median(run["attention"] for run in prompt)
+    fma_share = attention_operations(config, args.prompt) / attention_ns / statistics.median(fma)
+    shares_of_decode = (statistics.median(shares), statistics.median(with_cache), None)
     tests = [
-        (f"tg, context {args.context}", decode, statistics.median(shares)),
-        (f"pp{args.prompt}", prompt, None),
+        (f"tg, context {args.context}", decode, shares_of_decode),
+        (f"pp{args.prompt}", prompt, (None, None, fma_share)),
     ]
     return report(
         f"{args.model}, {threads} threads, DRAM read {min(dram):.1f} to {max(dram):.1f} GB/s", tests
     )
 
 
-def report(title: str, tests: list[tuple[str, list[dict[str, int]], float | None]]) -> Table:
+def cache_bytes(config: ModelConfig, positions: int) -> int:
+    """Bytes of the f16 keys and values of so many positions."""
+    return positions * config.layers * config.kv_heads * config.head_dim * 2 * 2
+
+
+def attention_operations(config: ModelConfig, n: int) -> int:
+    """Multiplies and adds of the attention of n tokens from position 0 on: scores, then values."""
+    return 4 * config.head_dim * config.heads * config.layers * n * (n + 1) // 2
+
+
+Shares = tuple[float | None, float | None, float | None]  # of DRAM, with cache, of FMA
+
+
+def report(title: str, tests: list[tuple[str, list[dict[str, int]], Shares]]) -> Table:
     columns = [Column("step", "step"), *(Column(name, f"{name} ms", ".2f") for name in (*STAGES, "all"))]
-    for name in ("matrices", "beyond matrices", "of DRAM"):
+    for name in ("matrices", "beyond matrices", "of DRAM", "with cache", "of FMA"):
         columns.append(Column(name, name, ".1%"))
     rows = []
-    for name, runs, share in tests:
+    for name, runs, shares in tests:
         medians = {stage: statistics.median(run[stage] for run in runs) / 1e6 for stage in STAGES}
         total = statistics.median(sum(run.values()) for run in runs) / 1e6
         beyond = 1 - sum(medians[stage] for stage in _ALONE) / total
-        rows.append((name, *medians.values(), total, medians["matmul"] / total, beyond, share))
+        rows.append((name, *medians.values(), total, medians["matmul"] / total, beyond, *shares))
     return Table(title, tuple(columns), tuple(rows))
 
 

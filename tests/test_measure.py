@@ -40,11 +40,11 @@ from bitgen.measure import (
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
 from bitgen.measure.drop import heats
 from bitgen.measure.lock import MachineLock
-from bitgen.measure.probes import Tiles, build_probes, peak_probe
+from bitgen.measure.probes import Fma, Tiles, build_probes, peak_probe
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
-from bitgen.target import detect_cpu, find_isa, load_isas
+from bitgen.target import accepted_isas, detect_cpu, find_isa, load_isas
 
 SHAPE = Shape(700, 96)  # more rows than any check has, so that a kernel can tell the timing from the checks
 # Right kernels need 10 ms; the rest of the 3 s, which every hanging kernel costs, is for loaded machines.
@@ -381,6 +381,13 @@ def test_the_peak_of_tiles_takes_part_in_a_race(
     assert not race.dropped
     assert (len(race[spec]), len(race.tile_gops), len(race.read_ns_a_byte)) == (2, 2, 2 * cold)
     assert all(0 < gops < 1e6 for gops in race.tile_gops)
+
+
+def test_the_peak_of_float_multiply_adds_is_probed(runner: LocalRunner) -> None:
+    for isa in accepted_isas(detect_cpu(), load_isas()):
+        probe = Fma(isa.name)
+        assert probe.source().text.count("= vf_fma(sum") == probe.chains
+        assert runner.fma_gflops(1, isa.name) > 0
 
 
 def test_only_kernels_that_may_multiply_tiles_race_with_their_probe() -> None:

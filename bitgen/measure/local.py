@@ -24,6 +24,7 @@ from bitgen.measure.probes import (
     LAYOUT,
     PATTERNS,
     READ_SHAPE,
+    Fma,
     ReadPattern,
     Tiles,
     build_probes,
@@ -181,6 +182,13 @@ class LocalRunner:
         if known is None or not set(isas) <= set(known.peak_gops):
             self._limits[threads] = self._measure_limits(threads, isas)
         return self._limits[threads]
+
+    def fma_gflops(self, threads: int, isa: str) -> float:
+        """What float32 multiply-adds in registers reach on ``threads`` threads, 10^9 operations a second."""
+        self._lock.acquire()
+        probe = Fma(isa)
+        functions = self._race_probe(probe.source())
+        return probe.operations / self._probe([functions], DOT_SHAPE, threads, False)[0]
 
     def prove(self, specs: Sequence[KernelSpec], deep: bool = True, together: int = 16) -> Iterator[Proof]:
         """Whether each kernel is exact, without timing it; ``together`` kernels share a process."""

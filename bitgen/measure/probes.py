@@ -90,6 +90,27 @@ class Tiles:
         return render_probe("tiles", self.isa, turns=self.turns)
 
 
+@dataclass(frozen=True)
+class Fma:
+    """Independent sums of float32 multiply-adds in registers."""
+
+    isa: str
+    turns: int = 2000  # for each 16 rows; a call of `DOT_SHAPE` takes about a millisecond
+
+    @property
+    def chains(self) -> int:
+        # A word is 16 floats: one AVX-512 register, two of AVX2, four of 16 bytes.
+        return {64: 12, 32: 6}.get(isas()[self.isa].vector_bytes, 5)
+
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * self.chains * 2 * 16
+
+    def source(self) -> Source:
+        return render_probe("fma", self.isa, chains=self.chains, turns=self.turns)
+
+
 def peak_probe(isa: str) -> Dot4 | Tiles:
     """What reaches the peak of an ISA level."""
     return Tiles(isa) if isas()[isa].tile_registers else Dot4(isa)
