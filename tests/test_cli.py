@@ -744,4 +744,4 @@ def test_an_interrupt_of_any_command(
 
     monkeypatch.setattr(cli.models, "run", interrupted)
     assert main(["models"]) == EXIT_INTERRUPTED
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "bitgen: interrupted\n"

@@ -123,7 +123,8 @@ def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.
         (["-p", "a", "-c", "999"], EXIT_USAGE, "the context must be 1 to 128 positions"),
         (["-p", "the end " * 99], EXIT_USAGE, "and the context holds 128: shorten it"),
         (["-p", "a", "--temp", "-1"], EXIT_USAGE, "temperature must be 0 or more"),
-        (["-p", "a", "-n", "0"], EXIT_USAGE, "max_tokens must be 1 or more"),
+        (["-p", "a", "-n", "0"], EXIT_USAGE, "-n must be 1 or more, or -1 for no limit"),
+        (["-p", "a\udcff"], EXIT_USAGE, "the text is not UTF-8 at character 1"),
         (["-p", "a", "-t", "0"], EXIT_USAGE, "threads must be 1 to 1024, not 0"),
         (["-p", "a", "--library", "no-such.so"], EXIT_FILE, "no-such.so: there is no such file"),
         (["-f", "no-such-file"], EXIT_FILE, "No such file"),
@@ -193,6 +194,33 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
     out, err = out_of(capsys, "chat", *arguments, "-n", "3")
     assert "the message has" in err
     assert len(out) > 1
+
+
+def test_chat_goes_on_after_ctrl_c_before_an_answer(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = bitgen.LLM.chat_prompt, []
+
+    def chat_prompt(self: bitgen.LLM, messages: list[dict[str, str]]) -> object:
+        calls.append(len(messages))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return original(self, messages)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bitgen.LLM, "chat_prompt", chat_prompt)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the end\nan end\n")))
+    out, _ = out_of(capsys, "chat", *arguments, "-n", "3")
+    assert out.startswith(" ...\n")
+    assert calls == [1, 1]  # what was stopped is not part of the conversation
+
+
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["run", *arguments, "-p", "th\u00e9 end", "-n", "1"]) == 0
+    assert shown.getvalue().startswith(b"th? end")
 
 
 def test_run_with_cnv_is_a_chat(

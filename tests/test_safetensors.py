@@ -362,6 +362,12 @@ def test_a_config_that_makes_no_model_is_refused(
     assert message in refused(write_folder(tmp_path / "m", model, "packed", OFFLINE, changes))
 
 
+def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", plain_model(small_config("bitnet-b1.58")), "packed", OFFLINE)
+    (folder / "model.safetensors").unlink()
+    assert "holds no weights: neither model.safetensors nor model.safetensors.index.json" in refused(folder)
+
+
 def test_rope_as_transformers_writes_it_now_and_before(tmp_path: Path) -> None:
     model = plain_model(small_config("llama"))
     scaling = {

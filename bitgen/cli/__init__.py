@@ -7,6 +7,7 @@ it declares its arguments and imports what it needs when it runs, so `--help` an
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import sys
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code tells what happened (bitgen.errors)."""
     args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a model may print what a Latin-1 terminal cannot show
     try:
         from bitgen.target import require_supported_os
 
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(str(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("bitgen: interrupted; what was recorded is kept", file=sys.stderr)
+        kept = "; what was recorded is kept" if args.command == "tune" else ""
+        print(f"bitgen: interrupted{kept}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of a pipe (head, less) left: not an error; keep Python from complaining again at exit.

@@ -73,20 +73,23 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
 
 def _answer(talk: Conversation, message: str) -> None:
     forgotten = talk.forgotten
-    answer = talk.say(message)
-    if talk.forgotten > forgotten:
-        count = talk.forgotten - forgotten
-        print(
-            f"bitgen: the context of {talk.llm.context} positions is full: the {count} oldest messages "
-            "are left out from here on (/clear starts over)",
-            file=sys.stderr,
-        )
+    answer = None
     try:
+        answer = talk.say(message)
+        if talk.forgotten > forgotten:
+            count = talk.forgotten - forgotten
+            print(
+                f"bitgen: the context of {talk.llm.context} positions is full: the {count} oldest messages "
+                "are left out from here on (/clear starts over)",
+                file=sys.stderr,
+            )
         for piece in answer:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" ...", end="")
     print(flush=True)
+    if answer is None:  # stopped before the message was part of the conversation
+        return
     if answer.finish == "context":
         print(
             f"bitgen: the answer was cut: the context of {talk.llm.context} positions is full"

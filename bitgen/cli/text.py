@@ -80,8 +80,11 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `LLM.generate`. BitgenError (EXIT_USAGE) for a value that is out of range."""
+    from bitgen.errors import EXIT_USAGE, BitgenError
     from bitgen.model.sampling import Sampling
 
+    if args.n_predict == 0:
+        raise BitgenError("-n must be 1 or more, or -1 for no limit", EXIT_USAGE)
     sampling = Sampling(
         temperature=args.temp,
         top_k=max(0, args.top_k),

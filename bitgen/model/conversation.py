@@ -30,8 +30,9 @@ class Conversation:
         BitgenError (EXIT_USAGE) when the message alone does not fit; the conversation then is as before.
         """
         kept, ids, forgotten = self._fit([*self.messages, {"role": "user", "content": text}])
+        answer = self.llm.answer(ids, **self.options)
         self.messages, self.forgotten = kept, self.forgotten + forgotten
-        return self.llm.answer(ids, **self.options)
+        return answer
 
     def heard(self, answer: Generation) -> None:
         """Remember the answer, or the part that came before it was stopped."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import BitgenError
+from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.config import ModelConfig
 from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
 from bitgen.model.weights import DenseMatrix, Weights
@@ -192,7 +192,7 @@ class Engine:
 
     def _check_step(self, code: int) -> None:
         if code == self._lib.BITGEN_ERROR_NOT_FINITE:
-            raise BitgenError("the model computes NaN or infinity: is its file damaged?")
+            raise BitgenError("the model computes NaN or infinity: is its file damaged?", EXIT_FILE)
         self.table.check(code)
 
     def _check_tokens(self, ids: list[int]) -> None:

@@ -36,7 +36,10 @@ def perplexity(llm: LLM, text: str, context: int = 512, most: int | None = None)
     BitgenError (EXIT_USAGE) when the text is shorter than two windows, as in llama.cpp.
     """
     if not 4 <= context <= llm.context:
-        raise BitgenError(f"a window must be 4 to {llm.context} tokens, not {context}", EXIT_USAGE)
+        most_tokens = max(4, llm.context)
+        raise BitgenError(f"a window must be 4 to {most_tokens} tokens, not {context}", EXIT_USAGE)
+    if most is not None and most < 1:
+        raise BitgenError(f"the windows must be 1 or more, not {most}", EXIT_USAGE)
     tokenizer = llm.tokenizer
     ids = tokenizer.encode(text, parse=False)
     total = len(ids) // context
@@ -46,7 +49,7 @@ def perplexity(llm: LLM, text: str, context: int = 512, most: int | None = None)
             "smaller -c",
             EXIT_USAGE,
         )
-    total = total if most is None else max(1, min(most, total))
+    total = total if most is None else min(most, total)
     first = context // 2
     sum_nll, sum_squares, count = 0.0, 0.0, 0
     for number in range(total):

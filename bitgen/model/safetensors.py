@@ -85,6 +85,8 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of model.safetensors, or of the files that the index names."""
     if (folder / SINGLE).is_file():
         return read_safetensors(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise BitgenError(f"the folder {folder} holds no weights: neither {SINGLE} nor {INDEX}", EXIT_FILE)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(f, str) for f in weight_map.values()):
         raise BitgenError(f"{folder / INDEX} has no weight_map from tensors to files", EXIT_FILE)

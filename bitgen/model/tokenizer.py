@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 from bitgen.model.bpe import PreTokenizer, build_bpe, bytes_of, pre_tokenizer
 from bitgen.model.config import TokenizerData
 from bitgen.model.sentencepiece import SPACE, SentencePiece, byte_of
@@ -104,8 +104,13 @@ class Tokenizer:
         """The ids of ``text``.
 
         ``special`` adds BOS and EOS where the model was trained with them; ``parse`` reads special tokens
-        that are spelled out in the text as such.
+        that are spelled out in the text as such. BitgenError (EXIT_USAGE) for a text with lone surrogates,
+        which is how bytes of a command line that are no UTF-8 come.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BitgenError(f"the text is not UTF-8 at character {error.start}", EXIT_USAGE) from None
         return self._encode_text(text, special, parse)
 
     def piece(self, i: int, *, special: bool = False) -> bytes:

@@ -20,7 +20,7 @@ from bitgen.toolchain.process import Finished, TimedOutError, run
 if TYPE_CHECKING:
     from bitgen.target import Isa
 
-NO_COMPILER = "no C compiler found: install gcc or clang, or pip install ziglang; or name one with --cc"
+NO_COMPILER = "no C compiler found: install gcc or clang, or pip install ziglang; or name one in CC"
 PROBE_TIMEOUT_S = 10.0
 
 # c11 and no more: generated text must not lean on GNU dialect. Contraction off: (float)acc * scale has one
