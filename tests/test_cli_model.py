@@ -171,6 +171,20 @@ def test_ctrl_c_ends_a_run_with_its_timings(
     assert "eval time" in err
 
 
+def test_an_error_amid_a_text_is_a_line_of_its_own(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitgen.model.engine import Engine
+
+    def forward(*_: object) -> object:
+        raise BitgenError("the model computes NaN or infinity", EXIT_FILE)
+
+    monkeypatch.setattr(Engine, "forward", forward)
+    out, err = out_of(capsys, "run", *arguments, "-p", "a", code=EXIT_FILE)
+    assert out == "a\n"
+    assert err.splitlines()[-1] == "bitgen: the model computes NaN or infinity"
+
+
 def test_chat_answers_line_by_line_and_knows_its_commands(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             code = EXIT_INTERRUPTED
-        print(flush=True)
+        finally:  # an error's line starts on a line of its own
+            print(flush=True)
         if generation.finish == "context":
             print(
                 f"bitgen: the context of {llm.context} positions is full{llm.context_hint}", file=sys.stderr
