@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
-from bitgen.spec import KernelSpec, Shape
+from bitgen.spec import KernelSpec, Shape, StepSizes
 from bitgen.target import Cpu
 
 MANIFEST_NAME = "manifest.json"
@@ -68,7 +68,8 @@ class Manifest:
     ``isas`` maps each ISA level of the library to the CPU features it requires; ``files`` maps each file to
     its sha256; ``compiler`` is JSON-able and for people; ``fingerprint`` is the digest of the tuning records'
     fingerprint, None for an untuned library. ``threads`` are the fastest on a machine of ``cores`` usable
-    cores, and the default there; 0: not compared.
+    cores, and the default there; 0: not compared. ``step`` are the sizes of the models that have a forward
+    step of their own in it; None: all share one.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Manifest:
     bitgen_version: str
     threads: int = 0
     cores: int = 0
+    step: StepSizes | None = None
     abi_version: int = ABI_VERSION
     format: int = MANIFEST_FORMAT
 
@@ -104,6 +106,7 @@ class Manifest:
             "kernels": [kernel.to_dict() for kernel in self.kernels],
             "files": dict(self.files),
             "compiler": dict(self.compiler),
+            "step": self.step.to_dict() if self.step else None,
         }
 
     @classmethod
@@ -123,6 +126,7 @@ class Manifest:
             bitgen_version=str(data["bitgen_version"]),
             threads=int(data.get("threads", 0)),
             cores=int(data.get("cores", 0)),
+            step=StepSizes.from_dict(data["step"]) if data.get("step") else None,
             abi_version=int(data["abi_version"]),
             format=int(data["format"]),
         )

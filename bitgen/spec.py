@@ -326,6 +326,35 @@ class KernelSpec:
         )
 
 
+@dataclass(frozen=True)
+class StepSizes:
+    """The sizes of a model that the loops of its forward step run over, in elements; all other are counts.
+
+    ``hidden`` the residual stream, ``q_rows`` = heads * head_dim the queries, ``ffn`` the inner layer.
+    """
+
+    hidden: int
+    q_rows: int
+    ffn: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        for name, size in self.to_dict().items():
+            if size < 1:
+                raise BitgenError(f"{name} must be at least 1, not {size}", EXIT_USAGE)
+
+    @property
+    def name(self) -> str:
+        return "_".join(f"{name}{size}" for name, size in self.to_dict().items())
+
+    def to_dict(self) -> dict[str, int]:
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StepSizes:
+        return cls(**{name: int(data[name]) for name in ("hidden", "q_rows", "ffn", "head_dim")})
+
+
 QUANTIZE_PROTOTYPE = (
     "int32_t bitgen_quantize__{isa}(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, "
     "int32_t *x_sum)"

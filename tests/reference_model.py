@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.model.config import ModelConfig
-from bitgen.model.weights import TernaryMatrix, Weights
+from bitgen.model.quants import DENSE
+from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.reference import quantize_activations, scale_output
 
 Doubles = NDArray[np.float64]
@@ -40,6 +41,23 @@ def small_config(**changes: Any) -> ModelConfig:
         "tied_head": True,
     }
     return ModelConfig(**{**fields, **changes})
+
+
+def random_dense(kind: str, rows: int, cols: int) -> DenseMatrix:
+    """Random bytes with scales that are small half floats."""
+    rng = np.random.default_rng(3)
+    t = DENSE[kind]
+    data = rng.integers(0, 256, (rows, cols // t.block, t.block_bytes), dtype=np.uint8)
+    small = rng.uniform(-0.02, 0.02, (rows, cols // t.block, 2)).astype("<f2").view(np.uint8)
+    if kind in ("f32", "f16", "bf16"):
+        values = rng.standard_normal((rows, cols), np.float32)
+        as_bf16 = (values.view(np.uint32) >> 16).astype(np.uint16)
+        stored = {"f32": values, "f16": values.astype("<f2"), "bf16": as_bf16}[kind]
+        return DenseMatrix("dense", kind, (rows, cols), stored.view(np.uint8).reshape(rows, -1))
+    for at, which in {"q8_0": [(0, 0)], "q4_0": [(0, 0)], "q4_1": [(0, 0), (2, 1)], "q4_k": [(0, 0), (2, 1)],
+                      "q6_k": [(208, 0)]}[kind]:  # fmt: skip
+        data[..., at : at + 2] = small[..., 2 * which : 2 * which + 2]
+    return DenseMatrix("dense", kind, (rows, cols), data.reshape(rows, -1))
 
 
 def rms_norm(x: Doubles, weight: NDArray[np.float32], eps: float) -> Doubles:

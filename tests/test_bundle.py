@@ -26,7 +26,7 @@ from bitgen.bundle import (
     sha256_of,
 )
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
-from bitgen.spec import KernelSpec, Layout, Schedule, Shape
+from bitgen.spec import KernelSpec, Layout, Schedule, Shape, StepSizes
 from bitgen.target import Cache, Cpu
 
 AVX2 = ("avx2", "bmi2", "f16c", "fma")
@@ -68,6 +68,7 @@ def manifest(**changes: Any) -> Manifest:
         compiler={"avx2": {"compiler": "gcc"}},
         fingerprint="f" * 64,
         bitgen_version="0.1.0",
+        step=StepSizes(hidden=3200, q_rows=3200, ffn=8640, head_dim=100),
     )
     return replace(base, **changes)
 
@@ -96,6 +97,13 @@ def test_a_manifest_survives_json(write: Callable[..., Path]) -> None:
     assert not manifest(kernels=expected.kernels[1:]).is_tuned
 
 
+def test_a_manifest_from_before_there_were_sized_steps_is_read(write: Callable[..., Path]) -> None:
+    path = write()
+    edit(path, step=...)
+    assert read_bundle(path).manifest.step is None
+    assert read_bundle(write("generic", step=None)).manifest.step is None
+
+
 def edit(path: Path, **changes: Any) -> None:
     file = path / MANIFEST_NAME
     data = {**json.loads(file.read_text()), **changes}
@@ -118,6 +126,7 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda p: edit(p, isas=...), "is damaged .*isas"),
         (lambda p: edit(p, kernels=[{}]), "is damaged"),
         (lambda p: edit(p, kernels=7), "is damaged"),
+        (lambda p: edit(p, step={"hidden": 3200}), "is damaged .*q_rows"),
         (lambda p: edit(p, library="../x.so"), "library must be a file name"),
         (lambda p: edit(p, files={}), "sha256 differs"),
         (lambda p: (p / "libbitgen-test.so").write_bytes(b"other"), "sha256 differs"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_model import dot, exact_logits
-from reference_model import logits_of, small_config
+from reference_model import logits_of, random_dense, small_config
 from step_levels import LEVELS, level_library
 
 from bitgen.config import ModelPreset, load_models
@@ -270,23 +270,6 @@ def test_rope_is_numpys_to_the_last_bit(tables: Any) -> None:
 
 
 # ---- Heads and embeddings ----
-
-
-def random_dense(kind: str, rows: int, cols: int) -> DenseMatrix:
-    """Random bytes with scales that are small half floats."""
-    rng = np.random.default_rng(3)
-    t = DENSE[kind]
-    data = rng.integers(0, 256, (rows, cols // t.block, t.block_bytes), dtype=np.uint8)
-    small = rng.uniform(-0.02, 0.02, (rows, cols // t.block, 2)).astype("<f2").view(np.uint8)
-    if kind in ("f32", "f16", "bf16"):
-        values = rng.standard_normal((rows, cols), np.float32)
-        as_bf16 = (values.view(np.uint32) >> 16).astype(np.uint16)
-        stored = {"f32": values, "f16": values.astype("<f2"), "bf16": as_bf16}[kind]
-        return DenseMatrix("dense", kind, (rows, cols), stored.view(np.uint8).reshape(rows, -1))
-    for at, which in {"q8_0": [(0, 0)], "q4_0": [(0, 0)], "q4_1": [(0, 0), (2, 1)], "q4_k": [(0, 0), (2, 1)],
-                      "q6_k": [(208, 0)]}[kind]:  # fmt: skip
-        data[..., at : at + 2] = small[..., 2 * which : 2 * which + 2]
-    return DenseMatrix("dense", kind, (rows, cols), data.reshape(rows, -1))
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -10,7 +10,7 @@ from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop
 from bitgen.config import ModelPreset
 from bitgen.paths import generated_dir
-from bitgen.spec import REGIMES, Shape
+from bitgen.spec import REGIMES, Shape, StepSizes
 from bitgen.target import Isa, detect_cpu, target_cpu
 from bitgen.winners import FamilyWinner, family_winners
 
@@ -72,7 +72,8 @@ def build(
     """Write the kernel library of a model: a folder with library, header, manifest and the C text.
 
     The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
-    defaults. Returns the folder, ``<out>/<model>-<cpu family>``.
+    defaults. Beside the forward step for every model there is one for this model's sizes. Returns the folder,
+    ``<out>/<model>-<cpu family>``.
 
     ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
     there. A library that this machine cannot run is written without being tried.
@@ -92,6 +93,7 @@ def build(
         name or f"{preset.alias}-{workshop.cpu.family}",
         Target.of(workshop.cpu, level.name, workshop.isas),
         model=preset.alias,
+        sizes=StepSizes(preset.hidden, preset.heads * preset.head_dim, preset.ffn, preset.head_dim),
         fingerprint=workshop.fingerprint.digest if choices else None,
         threads=workshop.store.best_threads(targets, workshop.fingerprint) if choices else 0,
         check=workshop.runs(level),

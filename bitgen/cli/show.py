@@ -55,6 +55,9 @@ def library_table(path: Path) -> Table:
     title = f"{manifest.library} for {manifest.cpu_family} (needs {needs})"
     if manifest.threads:
         title += f", by default threads = {manifest.threads} on {manifest.cores} cores"
+    if manifest.step:
+        sizes = ", ".join(f"{name} {size}" for name, size in manifest.step.to_dict().items())
+        title += f"; a step for {sizes}, and one for every model"
     return Table(title, columns, rows)
 
 

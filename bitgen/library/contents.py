@@ -10,7 +10,7 @@ from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry
 from bitgen.errors import BitgenError
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
-from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, regime_named
+from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
 from bitgen.target import Cpu, Isa, accepted_isas, find_isa, load_isas
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
@@ -80,11 +80,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a library holds: entries in order of preference, and everything those need."""
+    """What a library holds: entries in order of preference, and everything those need.
+
+    ``threads``: the default; ``sizes``: of the models that get a forward step of their own.
+    """
 
     target: Target
     entries: tuple[KernelEntry, ...]
     threads: int = 0
+    sizes: StepSizes | None = None
 
     @property
     def cores(self) -> int:
@@ -106,10 +110,15 @@ class Contents:
 
     @cached_property
     def steps(self) -> tuple[Source, ...]:
-        """The forward step at the target's ISA level, for registers of other lengths, and a portable one."""
+        """The step of every model: at the target's ISA level, for registers of other lengths, portable."""
         target = self.target
         levels = dict.fromkeys(isa.name for isa in (target.isa, *target.other_lengths, target.scalar))
         return tuple(render_step(name) for name in levels)
+
+    @cached_property
+    def sized_step(self) -> Source | None:
+        """The forward step of the models of ``sizes``, where their kernels run: at the target's ISA level."""
+        return render_step(self.target.isa.name, self.sizes) if self.sizes else None
 
     @cached_property
     def features(self) -> tuple[str, ...]:

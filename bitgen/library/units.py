@@ -27,8 +27,10 @@ def library_units_of(contents: Contents) -> tuple[Unit, ...]:
         for source in contents.sources
     )
     headers = (("step.h", render_step_header()),)
+    sized = (contents.sized_step,) if contents.sized_step else ()
     steps = tuple(
-        Unit(source.name, source.text, isas[source.isa], headers=headers) for source in contents.steps
+        Unit(source.name, source.text, isas[source.isa], headers=headers)
+        for source in (*contents.steps, *sized)
     )
     cpu = contents.target.cpu
     return (*kernels, *steps, *library_units(cpu.arch, cpu.os, contents.features, table_values(contents)))
@@ -55,7 +57,14 @@ def table_values(contents: Contents) -> dict[str, Any]:
             for isa in contents.isas
         ],
         "kernels": [_kernel_values(spec, isa_names) for spec in specs],
-        "steps": [{"isa": step.isa, "isa_id": isa_names.index(step.isa)} for step in contents.steps],
+        "steps": [
+            {
+                "isa": step.isa,
+                "isa_id": isa_names.index(step.isa),
+                "sizes": contents.sizes if step.isa == contents.target.isa.name else None,
+            }
+            for step in contents.steps
+        ],
         "entries": [
             {
                 "kernel": specs.index(entry.spec),

@@ -21,6 +21,7 @@ from bitgen.host import SYSTEMS, host_headers
 from bitgen.library.contents import Contents, KernelChoice, Target, choose_contents
 from bitgen.library.units import library_units_of
 from bitgen.paths import HOME_VARIABLE, ensure_dir
+from bitgen.spec import StepSizes
 from bitgen.toolchain import (
     DEFAULT_LIBS,
     EXPORTS_FILE,
@@ -44,12 +45,14 @@ def write_library(
     target: Target,
     *,
     model: str | None = None,
+    sizes: StepSizes | None = None,
     fingerprint: str | None = None,
     threads: int = 0,
     check: bool = True,
 ) -> Path:
     """Write the bundle ``out_dir/name`` and return its path; it appears whole or not at all.
 
+    ``sizes``: those of ``model``, which gets a forward step of its own; others run on the one for all.
     ``threads``: the fastest number on the cores of ``target``, the default wherever as many are usable; 0: no
     such number is known.
     ``check`` executes the library in a child process before it is kept: features that a hypervisor only
@@ -60,7 +63,7 @@ def write_library(
     if not _NAME.fullmatch(name):
         message = f"{name!r} cannot name files; use letters, digits, dot, dash, underscore"
         raise BitgenError(message, EXIT_USAGE)
-    contents = replace(choose_contents(choices, target), threads=threads)
+    contents = replace(choose_contents(choices, target), threads=threads, sizes=sizes)
     parent = ensure_dir(out_dir).absolute()  # the self-test runs in another folder
     folder = parent / name
     if folder.exists() and not is_bundle(folder):
@@ -106,6 +109,7 @@ def _write(
         system=target.cpu.os,
         cpu_family=target.cpu.family,
         model=model,
+        step=contents.sizes,
         isas={isa.name: tuple(sorted(isa.requires)) for isa in contents.isas},
         kernels=contents.entries,
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
