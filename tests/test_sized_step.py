@@ -193,7 +193,6 @@ return norm_quantize(x, add, weight, eps, 150, k_pad, xq, x_scale, x_sum);
 ffn = 150;
 head_dim = 100;
 hd = 100;
-memset(out, 0, (size_t)(a->rows * ((100 + 15) / 16 * 16)) * 4);
 const int64_t hd = 100, block_bytes = hd * 32;
 const int64_t hd = 100, wide = (hd + 15) / 16 * 16;
 const int64_t hd = 100, block_bytes = hd * 64;
