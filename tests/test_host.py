@@ -292,7 +292,10 @@ int main(void)
     for (int32_t threads = 1; threads <= 4; ++threads) {
         struct bitgen_pool *pool;
         if (bitgen_pool_create(&pool, threads)) return 1;
-        for (int loop = 0; loop < 300; ++loop) bitgen_pool_run(pool, body, NULL, 1 + loop * 13, 1 + loop % 7);
+        for (int loop = 0; loop < 300; ++loop) {
+            bitgen_pool_ahead(pool, plain + loop, loop % 3 ? (int64_t)sizeof plain : 0);
+            bitgen_pool_run(pool, body, NULL, 1 + loop * 13, 1 + loop % 7);
+        }
         bitgen_pool_destroy(pool);
     }
     int total = 0;
