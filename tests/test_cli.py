@@ -209,6 +209,15 @@ def test_render_prints_c_with_the_knobs_that_were_asked_for(capsys: pytest.Captu
         assert "avx512_vnni(" in capsys.readouterr().out
 
 
+def test_render_prints_the_step_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["render", "step", "--isa", "avx2"]) == 0
+    assert "models     any: all sizes are arguments" in capsys.readouterr().out
+    assert main(["render", "step", "--isa", "avx2", "--model", "3B"]) == 0
+    assert "models     hidden 3200, q_rows 3200, ffn 8640, head_dim 100" in capsys.readouterr().out
+    assert main(["render", "i2s", "--model", "3B"]) == EXIT_USAGE
+    assert "only the forward step is made for a model" in capsys.readouterr().err
+
+
 def test_render_lists_the_legal_schedules(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["render", "i2s", "--isa", "avx2", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

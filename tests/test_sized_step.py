@@ -175,6 +175,7 @@ def test_only_the_level_of_the_kernels_has_a_step_of_its_own() -> None:
 
 CHANGED = """\
 * bitgen_step_hidden100_q_rows500_ffn150_head_dim100__scalar
+*     bitgen render step --isa scalar --model NAME  (any of these sizes)
 * models     hidden 100, q_rows 500, ffn 150, head_dim 100
 WORD int32_t quantize(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
 k = 100;

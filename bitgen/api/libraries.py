@@ -6,11 +6,11 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.api.models import preset_of
+from bitgen.api.models import preset_of, step_sizes
 from bitgen.api.workshop import Workshop
 from bitgen.config import ModelPreset
 from bitgen.paths import generated_dir
-from bitgen.spec import REGIMES, Shape, StepSizes
+from bitgen.spec import REGIMES, Shape
 from bitgen.target import Isa, detect_cpu, target_cpu
 from bitgen.winners import FamilyWinner, family_winners
 
@@ -93,7 +93,7 @@ def build(
         name or f"{preset.alias}-{workshop.cpu.family}",
         Target.of(workshop.cpu, level.name, workshop.isas),
         model=preset.alias,
-        sizes=StepSizes(preset.hidden, preset.heads * preset.head_dim, preset.ffn, preset.head_dim),
+        sizes=step_sizes(preset),
         fingerprint=workshop.fingerprint.digest if choices else None,
         threads=workshop.store.best_threads(targets, workshop.fingerprint) if choices else 0,
         check=workshop.runs(level),

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from bitgen.config import ModelPreset, find_model
+from bitgen.spec import StepSizes
 
 
 def preset_of(model: str | ModelPreset) -> ModelPreset:
@@ -29,3 +30,8 @@ def preset_of(model: str | ModelPreset) -> ModelPreset:
         name=config.name or safe,
         aliases=(safe or "model",),
     )
+
+
+def step_sizes(preset: ModelPreset) -> StepSizes:
+    """The sizes that a forward step for this model has as constants."""
+    return StepSizes(preset.hidden, preset.heads * preset.head_dim, preset.ffn, preset.head_dim)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from bitgen.api.models import preset_of, step_sizes
 from bitgen.api.workshop import Workshop
 from bitgen.errors import EXIT_USAGE, BitgenError
-from bitgen.render import Source, render_kernel, render_quantize, render_tables
+from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape, family_named
 from bitgen.target import find_isa
@@ -35,13 +36,20 @@ def render_source(
     row_block: int | None = None,
     algorithm: str | None = None,
     knobs: Sequence[str] = (),
+    model: str | None = None,
 ) -> Source:
     """The C text of one kernel: the default schedule of its space, with ``knobs`` ("name=value") set.
 
-    ``family`` may also be quantize, or tables such as tl1_tables or tl5_wide_tables. BitgenError quotes the
-    rules that a schedule breaks.
+    ``family`` may also be quantize, tables such as tl1_tables or tl5_wide_tables, or step: the forward step
+    for every model, or for the sizes of ``model``. BitgenError quotes the rules that a schedule breaks.
     """
+    if model is not None and family != "step":
+        raise BitgenError(
+            "only the forward step is made for a model: bitgen render step --model NAME", EXIT_USAGE
+        )
     level = isa or Workshop().isa(None).name
+    if family == "step":
+        return render_step(level, step_sizes(preset_of(model)) if model else None)
     if family == "quantize":
         return render_quantize(level)
     if family.endswith("_tables"):

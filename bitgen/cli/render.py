@@ -8,7 +8,10 @@ SUMMARY = "readable C of one kernel on standard output"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", help="i2s, tl1, tl2, t5 or tl5; or quantize, tl1_tables, tl2_tables")
+    parser.add_argument("family", help="i2s, tl1, tl2, t5 or tl5; or quantize, tl1_tables, tl2_tables, step")
+    parser.add_argument(
+        "-m", "--model", help="of step: fix this model's sizes in the code (default: arguments)"
+    )
     parser.add_argument("--shape", help="MxK: fix the shape in the code (default: m and k are arguments)")
     parser.add_argument("--isa", help="ISA level (default: the best this CPU runs)")
     parser.add_argument(
@@ -42,5 +45,6 @@ def run(args: argparse.Namespace) -> None:
         row_block=args.row_block,
         algorithm=args.algorithm,
         knobs=args.knob,
+        model=args.model,
     )
     print(source.text, end="")
