@@ -1,7 +1,22 @@
-"""`python -m bitgen` is `bitgen`."""
+"""`bitgen` and `python -m bitgen`."""
+
+from __future__ import annotations
 
 import sys
 
-from bitgen.cli import main
+from bitgen.errors import EXIT_INTERRUPTED
 
-sys.exit(main())
+
+def main() -> int:
+    """The command line; Ctrl-C while its modules are still being read ends it like any other."""
+    try:
+        from bitgen.cli import main as command_line
+
+        return command_line()
+    except KeyboardInterrupt:
+        print("bitgen: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

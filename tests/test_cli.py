@@ -22,6 +22,7 @@ import pytest
 
 import bitgen
 from bitgen import cli, toolchain
+from bitgen.__main__ import main as bitgen_main
 from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
 from bitgen.errors import (
@@ -747,6 +748,17 @@ def test_windows_is_unsupported(
     assert (
         line == "bitgen: bitgen runs on Linux and macOS; this is Windows (its Linux subsystem WSL 2 works)\n"
     )
+
+
+def test_an_interrupt_while_modules_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    assert bitgen_main() == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "bitgen: interrupted\n"
 
 
 def test_an_interrupt_of_any_command(

@@ -16,6 +16,7 @@ import bitgen
 from bitgen.cli import main
 from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
 from bitgen.model.config import ModelConfig
+from bitgen.model.generate import Answer
 
 
 def config() -> ModelConfig:
@@ -205,9 +206,32 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
 ) -> None:
     lines = "the end " * 99 + "\nan end\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    out, err = out_of(capsys, "chat", *arguments, "-n", "3")
+    out, err = out_of(capsys, "chat", *arguments, "-n", "3", code=EXIT_USAGE)  # nobody sees it on a pipe
     assert "the message has" in err
     assert len(out) > 1
+
+
+def test_a_question_whose_answer_fails_is_not_remembered(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = bitgen.LLM.chat_prompt, []
+    draw = Answer.draw
+
+    def chat_prompt(self: bitgen.LLM, messages: list[dict[str, str]]) -> object:
+        calls.append(len(messages))
+        return original(self, messages)  # type: ignore[arg-type]
+
+    def broken(self: Answer, *rest: object) -> object:
+        if len(calls) == 1:
+            raise BitgenError("the model is damaged", EXIT_FILE)
+        return draw(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bitgen.LLM, "chat_prompt", chat_prompt)
+    monkeypatch.setattr(Answer, "draw", broken)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the end\nan end\n")))
+    _, err = out_of(capsys, "chat", *arguments, "-n", "3", code=EXIT_FILE)
+    assert "bitgen: the model is damaged\n" in err
+    assert calls == [1, 1]
 
 
 def test_chat_goes_on_after_ctrl_c_before_an_answer(
@@ -254,7 +278,7 @@ def test_chat_templates_come_by_name_or_from_a_file(
     file.write_text("{{ raise_exception('asked for') }}")
     for name, message in ((str(file), "asked for"), ("none", "no chat template 'none'")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
-        code = EXIT_USAGE if name == "none" else 0
+        code = EXIT_USAGE if name == "none" else EXIT_FILE
         assert message in out_of(capsys, "chat", *arguments, "--chat-template", name, code=code)[1]
 
 
@@ -287,6 +311,7 @@ def test_bench_times_prompts_steps_and_batches(
     ]
     assert all(row["avg_ts"] > 0 and row["stddev_ts"] >= 0 for row in rows)
     assert len({row["streamed_mib"] for row in rows}) == 1
+    assert "context must be 1 to 128" in out_of(capsys, "bench", *arguments, "-p", "999", code=EXIT_USAGE)[1]
 
 
 def test_bench_takes_a_preset(tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]) -> None:

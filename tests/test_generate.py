@@ -213,8 +213,21 @@ def test_long_prompts_are_computed_in_parts_with_progress() -> None:
     seen: list[tuple[int, int]] = []
     request = llm.request([5] * 1100, max_tokens=1)
     list(llm.generator.run([request], lambda done, of: seen.append((done, of))))
-    assert engine.calls == [512, 512, 76]
-    assert seen == [(0, 1100), (512, 1100), (1024, 1100), (1100, 1100)]
+    assert engine.calls == [128, 512, 460]
+    assert seen == [(0, 1100), (128, 1100), (640, 1100), (1100, 1100)]
+
+
+@pytest.mark.parametrize(
+    ("token_s", "parts"), [(0.01, [128] * 5), (0.02, [128, *[64] * 8]), (9, [128, *[64] * 8])]
+)
+def test_parts_of_a_prompt_take_a_second_or_so(
+    token_s: float, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Scripted([5], context=2000)
+    llm = LLM.over(engine, engine.config, piece_data())
+    monkeypatch.setattr("bitgen.model.generate.time.perf_counter", lambda: token_s * sum(engine.calls))
+    list(llm.generator.run([llm.request([5] * 640, max_tokens=1)]))
+    assert engine.calls == parts
 
 
 def test_guesses_save_steps_where_a_text_repeats_itself() -> None:

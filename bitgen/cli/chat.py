@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def converse(args: argparse.Namespace, system: str | None = None, first: str | None = None) -> int:
-    """The loop of questions and answers."""
+    """The loop of questions and answers; off a terminal its code is that of the last message that failed."""
     from bitgen.errors import BitgenError
     from bitgen.model.conversation import Conversation
 
@@ -51,6 +51,7 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
             print("bitgen: the file has no chat template: using one that fits its tokens", file=sys.stderr)
         talk = Conversation(llm, system, **options)
         lines = _Lines()
+        code = 0
         message = first if first is not None else lines.read()
         while message is not None:
             command = message.strip()
@@ -65,13 +66,16 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
                     _answer(talk, message)
                 except BitgenError as error:  # a message that does not fit; the chat goes on
                     print(f"bitgen: {error.message}", file=sys.stderr)
+                    code = 0 if lines.on_terminal else error.exit_code
             message = lines.read()
         if not args.no_perf:
             print_timings(llm)
-    return 0
+    return code
 
 
 def _answer(talk: Conversation, message: str) -> None:
+    from bitgen.errors import BitgenError
+
     forgotten = talk.forgotten
     answer = None
     try:
@@ -87,6 +91,11 @@ def _answer(talk: Conversation, message: str) -> None:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" ...", end="")
+    except BitgenError:
+        if answer is not None:
+            print(flush=True)
+            talk.heard(answer)
+        raise
     print(flush=True)
     if answer is None:  # stopped before the message was part of the conversation
         return
@@ -103,8 +112,8 @@ class _Lines:
     """Messages from standard input: with a prompt and editing on a terminal, one a line elsewhere."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stdin.isatty()
-        if self._terminal:
+        self.on_terminal = sys.stdin.isatty()
+        if self.on_terminal:
             with contextlib.suppress(ImportError):  # without it there is no editing
                 import readline  # noqa: F401 - input() uses it
 
@@ -114,13 +123,13 @@ class _Lines:
         interrupted = False
         while True:
             try:
-                line = input(("... " if lines else "> ") if self._terminal else "")
+                line = input(("... " if lines else "> ") if self.on_terminal else "")
             except EOFError:
-                if self._terminal:
+                if self.on_terminal:
                     print(file=sys.stderr)
                 return "\n".join(lines) if lines else None
             except KeyboardInterrupt:
-                if interrupted or not self._terminal:
+                if interrupted or not self.on_terminal:
                     return None
                 print("\n(Ctrl-C again or Ctrl-D ends the chat)", file=sys.stderr)
                 lines, interrupted = [], True

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 from bitgen.model.config import ModelConfig
 from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
 from bitgen.model.weights import DenseMatrix, Weights
@@ -342,7 +342,7 @@ def _checked_context(config: ModelConfig, context: int | None) -> int:
     if context is None:
         return config.context
     if not 1 <= context <= config.context:
-        raise BitgenError(f"context must be 1 to {config.context} positions, not {context}")
+        raise BitgenError(f"context must be 1 to {config.context} positions, not {context}", EXIT_USAGE)
     return context
 
 

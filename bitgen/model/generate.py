@@ -23,7 +23,11 @@ from bitgen.model.tokenizer import Tokenizer
 Finish: TypeAlias = Literal["end", "stop", "length", "context"]
 Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
 
-_CHUNK = 512  # prompt tokens a step: Ctrl-C and progress are seen between steps
+_CHUNK = 512  # prompt tokens a step at most; Ctrl-C and progress are seen between steps
+_CHUNK_S = (
+    1.5  # what a step of a prompt may take. Another step reads the weights again: 1.5 % of 128 tokens of a 3B
+)
+_CHUNK_MIN = 64  # below this the kernels for many tokens do not pay
 _LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
 _ROWS = 16  # tokens a step while decoding: the kernels for small batches end here
 _SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
@@ -233,6 +237,7 @@ class Generator:
         # Ctrl-C may come at any point of a step; the engine then may hold more than is written down here.
         self._unsure = False
         self._turn = 0  # counts the changes between runs
+        self._token_s: float | None = None  # what a token of the last long part took
 
     def run(
         self, requests: Sequence[Request], progress: Progress | None = None
@@ -266,13 +271,15 @@ class Generator:
         self.check(ids)
         self._forget(0, 0)
         turn = self._take_turn()
-        chunk = max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
-        for at in range(0, len(ids), chunk):
+        most = max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
+        at = 0
+        while at < len(ids):
             if turn != self._turn:
                 turn = self._take_turn()
                 self._compute(0, ids[:at])
-            part = ids[at : at + chunk]
+            part = ids[at : at + min(most, self._chunk())]
             logits = self._forward([(0, part, [at + i >= first for i in range(len(part))])])
+            at += len(part)
             if len(logits):
                 yield logits
 
@@ -329,15 +336,23 @@ class Generator:
         known = min(_common(self._held[slot], tokens), len(tokens) - (1 if wanted else 0))
         self._forget(slot, known)
         logits = np.empty((0, 0), np.float32)
-        for at in range(known, len(tokens), _CHUNK):
+        at = known
+        while at < len(tokens):
             if progress:
                 progress(at, len(tokens))
-            part = tokens[at : at + _CHUNK]
-            last = wanted and at + len(part) == len(tokens)
+            part = tokens[at : at + self._chunk()]
+            at += len(part)
+            last = wanted and at == len(tokens)
             logits = self._forward([(slot, part, [False] * (len(part) - 1) + [last])])
         if progress:
             progress(len(tokens), len(tokens))
         return len(tokens) - known, logits
+
+    def _chunk(self) -> int:
+        """How many prompt tokens to compute at once, so that Ctrl-C is soon seen."""
+        if self._token_s is None:
+            return 2 * _CHUNK_MIN
+        return min(_CHUNK, max(1, int(_CHUNK_S / self._token_s / _CHUNK_MIN)) * _CHUNK_MIN)
 
     # ---- Steps ----
 
@@ -389,6 +404,7 @@ class Generator:
             for slot, held in enumerate(self._held):
                 self.engine.truncate(slot, len(held))
         self._unsure = True
+        started = time.perf_counter()
         logits = self.engine.forward(
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
@@ -398,6 +414,8 @@ class Generator:
         for slot, part, _ in rows:
             self._held[slot] += part
         self._unsure = False
+        if len(tokens) >= _CHUNK_MIN:
+            self._token_s = max(1e-9, (time.perf_counter() - started) / len(tokens))
         # The engine checks what goes into a matrix; what comes out of the head is checked here (30 us of a
         # vocabulary of 32,002).
         if not np.isfinite(logits).all():

@@ -1,7 +1,0 @@
-"""`python -m bitgen.cli` is `bitgen`."""
-
-import sys
-
-from bitgen.cli import main
-
-sys.exit(main())
