@@ -13,8 +13,8 @@ process of its own (peer_bitgen.py, peer_ik.py, peer_llama.py). First all comput
 the run ends unless they are finite and alike (not equal: the peers quantise activations with several scales
 a token). Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt
 at once; tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for the
-peers the file. Every round probes the memory too; "of DRAM": the median over the rounds of what a side read
-against the best that a probe read in the same round.
+peers the file. Before and after a side's steps a probe reads the memory; "of DRAM": the median over the
+rounds of what the side read, against the more of the two.
 
 llama.cpp knows 2B-4T's architecture only with a silu gate: with --llama every side runs a relu² model's shape
 that way, and the title says so. TQ1_0 and TQ2_0 hold matrices of multiples of 256 columns, Q4_0 all.
@@ -34,6 +34,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -45,7 +46,7 @@ from bitgen.api import Workshop
 from bitgen.cli.progress import ProgressLine
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
-from bitgen.measure import measure_limits
+from bitgen.measure import LocalRunner
 from bitgen.measure.records import Load
 from bitgen.model.config import ModelConfig
 
@@ -162,33 +163,42 @@ def compare_logits(sides: Sequence[Side], vocab: int) -> list[tuple[object, ...]
     return rows
 
 
+Rounds = dict[tuple[str, str], list[float]]  # by side and test
+
+
 def time_sides(
     sides: Sequence[Side], tests: Sequence[Test], rounds: int, vocab: int, probe: Callable[[], float]
-) -> tuple[dict[tuple[str, str], list[float]], list[float]]:
-    """Seconds of every round by side and test, and GB/s of ``probe``; each side runs once untimed before."""
+) -> tuple[Rounds, Rounds]:
+    """Seconds of every round, and for steps the GB/s of ``probe``: the more of before and after them.
+
+    Each side runs once untimed before.
+    """
     order, draw = random.Random(0), np.random.default_rng(0)  # noqa: S311 - an order, no secret
-    seconds: dict[tuple[str, str], list[float]] = {(s.name, t.name): [] for s in sides for t in tests}
-    dram: list[float] = []
+    seconds: Rounds = {(s.name, t.name): [] for s in sides for t in tests}
+    dram: Rounds = {key: [] for key in seconds}
     with ProgressLine() as line:
         for number in range(rounds + 1):
-            if number:
-                dram.append(probe())
             for test in tests:
                 tokens = draw.integers(0, vocab, test.n).tolist()
                 for side in order.sample(list(sides), len(sides)):
                     line.show(f"round {number} of {rounds}, {test.name}, {side.name}")
+                    # Memory that is shared changes from second to second.
+                    before = probe() if number and test.do == "steps" else 0.0
                     time = side.ask(test.do, tokens)
-                    if number:
-                        seconds[side.name, test.name].append(time)
+                    if not number:
+                        continue
+                    seconds[side.name, test.name].append(time)
+                    if before:
+                        dram[side.name, test.name].append(max(before, probe()))
     return seconds, dram
 
 
 def result_rows(
     sides: Sequence[Side],
     tests: Sequence[Test],
-    seconds: dict[tuple[str, str], list[float]],
+    seconds: Rounds,
     threads: int,
-    dram: Sequence[float],
+    dram: Rounds,
 ) -> list[tuple[object, ...]]:
     """A row a test and side; the ratio is bitgen's median speed to that side's."""
     rows: list[tuple[object, ...]] = []
@@ -200,7 +210,7 @@ def result_rows(
             gbs = share = None
             if test.do == "steps":
                 gbs = side.bytes * speed / 1e9
-                rounds = zip(speeds[side.name], dram, strict=True)
+                rounds = zip(speeds[side.name], dram[side.name, test.name], strict=True)
                 share = statistics.median(side.bytes * s / 1e9 / limit for s, limit in rounds)
             spread = min(speeds[side.name]), max(speeds[side.name])
             rows.append(
@@ -255,18 +265,21 @@ def run(args: argparse.Namespace) -> None:
     logits: list[tuple[object, ...]] = []
     facts = [f"load before: {Load.now().average:.2f}"]
     for threads in map(int, args.threads.split(",")):
-
-        def dram(threads: int = threads) -> float:
-            return measure_limits(workshop.toolchain, workshop.cpu, threads, [isa]).best_dram_gbs
-
-        with opened(args, config, files, threads, context) as sides:
+        with (
+            opened(args, config, files, threads, context) as sides,
+            LocalRunner(workshop.toolchain, workshop.cpu) as runner,
+        ):
             logits = logits or compare_logits(sides, config.vocab)
-            seconds, read = time_sides(sides, tests, args.rounds, config.vocab, dram)
-        rows += result_rows(sides, tests, seconds, threads, read)
-        middle = statistics.median(read)
-        facts.append(
-            f"DRAM read, {threads} threads: {middle:.1f} GB/s ({min(read):.1f} to {max(read):.1f} by round)"
-        )
+            probe = partial(runner.dram_gbs, threads, isa)
+            probe()  # finds out which way of reading is the fastest
+            seconds, dram = time_sides(sides, tests, args.rounds, config.vocab, probe)
+        rows += result_rows(sides, tests, seconds, threads, dram)
+        read = [gbs for each in dram.values() for gbs in each]
+        if read:
+            middle = statistics.median(read)
+            facts.append(
+                f"DRAM read, {threads} threads: {middle:.1f} GB/s ({min(read):.1f} to {max(read):.1f})"
+            )
     shape = f"{args.model}{' with a silu gate' if args.silu else ''}"
     title = f"{shape}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
     tables = [

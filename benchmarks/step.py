@@ -4,14 +4,16 @@
 
 A decode step with `context` tokens in the cache, and a prompt at once; medians over the repeats of each
 stage's time. "of DRAM": the bytes a decode step streams (packed weights and head) over its time, against
-the best that a probe read just before; the median over the rounds. "with cache": the keys and values it
-reads count too. "beyond matrices": everything but the ternary matrices and the head. "of FMA": the
-multiply-adds of a prompt's attention a second, against what float32 multiply-adds in registers reach.
+the more of what a probe read just before and just after; the median over the rounds. "with cache": the
+keys and values it reads count too. "beyond matrices": everything but the ternary matrices and the head.
+"of FMA": the multiply-adds of a prompt's attention a second, against what float32 multiply-adds in
+registers reach.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 
@@ -44,37 +46,35 @@ def stages_ns(engine: Engine, n: int, position: int) -> dict[str, int]:
 def measure(config: ModelConfig, args: argparse.Namespace, threads: int, workshop: Workshop) -> Table:
     weights = random_weights(config)
     level = workshop.isa(None).name
-    decode: list[dict[str, int]] = []
-    prompt: list[dict[str, int]] = []
-    dram: list[float] = []
-    fma: list[float] = []
-    shares: list[float] = []
-    with_cache: list[float] = []
-    with load(args.library or library_for(weights.config), threads) as table:
+    with (
+        load(args.library or library_for(weights.config), threads) as table,
+        LocalRunner(workshop.toolchain, workshop.cpu) as runner,
+    ):
         engine = open_engine(weights, table, context=max(args.context + 1, args.prompt))
-        stages_ns(engine, args.prompt, 0)
-        for _ in range(args.rounds):
-            with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
-                limits = runner.limits(threads, [level])
-                fma.append(runner.fma_gflops(threads, level))
-            dram.append(limits.best_dram_gbs)
-            stages_ns(engine, args.context, 0)
-            steps = [stages_ns(engine, 1, args.context) for _ in range(8)]
-            step_ns = statistics.median(sum(run.values()) for run in steps)
-            streamed = engine.memory.weights + engine.head_bytes
-            shares.append(streamed / step_ns / limits.best_dram_gbs)
-            with_cache.append(
-                (streamed + cache_bytes(config, args.context + 1)) / step_ns / limits.best_dram_gbs
-            )
+        prompt = [stages_ns(engine, args.prompt, 0) for _ in range(args.rounds + 1)][1:]
+        fma = statistics.median(runner.fma_gflops(threads, level) for _ in range(args.rounds))
+        # Memory changes from second to second: a probe before and after a few steps, and the larger counts.
+        stages_ns(engine, args.context, 0)
+        decode: list[dict[str, int]] = []
+        dram, step_ns = [runner.dram_gbs(threads, level)], []
+        for _ in range(4 * args.rounds):
+            steps = [stages_ns(engine, 1, args.context) for _ in range(4)]
+            step_ns.append(statistics.median(sum(run.values()) for run in steps))
+            dram.append(runner.dram_gbs(threads, level))
             decode += steps
-            prompt.append(stages_ns(engine, args.prompt, 0))
+        streamed = engine.memory.weights + engine.head_bytes
         engine.close()
+    limit_ns = [streamed / max(pair) for pair in itertools.pairwise(dram)]
+    share = statistics.median(limit / step for limit, step in zip(limit_ns, step_ns, strict=True))
+    cached = 1 + cache_bytes(config, args.context + 1) / streamed
     attention_ns = statistics.median(run["attention"] for run in prompt)
-    fma_share = attention_operations(config, args.prompt) / attention_ns / statistics.median(fma)
-    shares_of_decode = (statistics.median(shares), statistics.median(with_cache), None)
     tests = [
-        (f"tg, context {args.context}", decode, shares_of_decode),
-        (f"pp{args.prompt}", prompt, (None, None, fma_share)),
+        (f"tg, context {args.context}", decode, (share, share * cached, None)),
+        (
+            f"pp{args.prompt}",
+            prompt,
+            (None, None, attention_operations(config, args.prompt) / attention_ns / fma),
+        ),
     ]
     return report(
         f"{args.model}, {threads} threads, DRAM read {min(dram):.1f} to {max(dram):.1f} GB/s", tests

@@ -183,8 +183,14 @@ class LocalRunner:
             self._limits[threads] = self._measure_limits(threads, isas)
         return self._limits[threads]
 
+    def dram_gbs(self, threads: int, isa: str) -> float:
+        """What the best pattern of `limits` reads from memory, 10^9 bytes a second; measured now."""
+        self.limits(threads, [isa])
+        functions = self._race_probe(self._best_pattern(threads).source(isa))
+        return LAYOUT.packed_bytes(READ_SHAPE) / self._probe([functions], READ_SHAPE, threads, True)[0]
+
     def fma_gflops(self, threads: int, isa: str) -> float:
-        """What float32 multiply-adds in registers reach on ``threads`` threads, 10^9 operations a second."""
+        """What float32 multiply-adds in registers reach, 10^9 operations a second; measured now."""
         self._lock.acquire()
         probe = Fma(isa)
         functions = self._race_probe(probe.source())
