@@ -368,7 +368,14 @@ def test_what_is_wrong_is_said(tables: Any) -> None:
         engine.copy(0, -1)
 
 
-@pytest.mark.parametrize("where", ["norm", "embedding", "final", "sub-norm"])
+def spoilt_rows(matrix: DenseMatrix, value: float) -> Any:
+    """A head whose last logit is ``value`` or NaN."""
+    rows = matrix.rows(0, matrix.shape[0]).astype(np.float32)
+    rows[-1] = value
+    return rows
+
+
+@pytest.mark.parametrize("where", ["norm", "embedding", "final", "sub-norm", "head NaN", "head inf"])
 def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, where: str) -> None:
     config = small_config(tied_head=False)
     weights = random_weights(config, 1)
@@ -379,6 +386,8 @@ def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, whe
         "norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_norm=huge))),
         "final": replace(weights, final_norm=huge * np.float32(np.nan)),
         "sub-norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_sub_norm=endless))),
+        "head NaN": replace(weights, head=DenseMatrix.of(spoilt_rows(weights.output, np.nan))),
+        "head inf": replace(weights, head=DenseMatrix.of(spoilt_rows(weights.output, np.inf))),
         "embedding": replace(
             weights,
             embedding=DenseMatrix.of(
