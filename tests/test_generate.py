@@ -277,6 +277,25 @@ def test_after_ctrl_c_the_next_answer_is_right(when: int) -> None:
     assert texts(llm, max_tokens=8, seed=0) == texts(small_llm(), max_tokens=8, seed=0)
 
 
+class InterruptedCopy(ReferenceEngine):
+    """Ctrl-C when a sequence has just become another's copy."""
+
+    def copy(self, source: int, target: int) -> None:
+        super().copy(source, target)
+        raise KeyboardInterrupt
+
+
+def test_after_ctrl_c_amid_a_copy_the_next_answer_is_right() -> None:
+    model, held = weights(), PROMPTS[2:]
+    llm = LLM.over(InterruptedCopy(model, max_batch=2), model.config, piece_data())
+    options = {"max_tokens": 8, "temperature": 2.0, "seed": 0}
+    llm.generate(held, **options)
+    start = "the end and the other end on and on and on"
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([f"{start} the", f"{start} a"], **options)
+    assert texts(llm, held, **options) == texts(small_llm(), held, **options)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_answers_that_are_read_in_turns_do_not_mix(batch: int) -> None:
     llm = small_llm(batch=batch)

@@ -24,9 +24,8 @@ Finish: TypeAlias = Literal["end", "stop", "length", "context"]
 Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
 
 _CHUNK = 512  # prompt tokens a step at most; Ctrl-C and progress are seen between steps
-_CHUNK_S = (
-    1.5  # what a step of a prompt may take. Another step reads the weights again: 1.5 % of 128 tokens of a 3B
-)
+# What a step of a prompt may take. Another step reads the weights again: 1.5 % of 128 tokens of a 3B.
+_CHUNK_S = 1.5
 _CHUNK_MIN = 64  # below this the kernels for many tokens do not pay
 _LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
 _ROWS = 16  # tokens a step while decoding: the kernels for small batches end here
@@ -234,7 +233,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.timings = Timings()
         self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each sequence
-        # Ctrl-C may come at any point of a step; the engine then may hold more than is written down here.
+        # Ctrl-C may come amid a step, a copy or a truncation; the engine then may hold more than is written
+        # down here, never less.
         self._unsure = False
         self._turn = 0  # counts the changes between runs
         self._token_s: float | None = None  # what a token of the last long part took
@@ -309,6 +309,8 @@ class Generator:
         slot = max((i for i in range(len(common)) if i not in running), key=common.__getitem__)
         best = max(range(len(common)), key=common.__getitem__)
         if common[best] >= common[slot] + _SHARED_MIN:
+            self._forget(slot, 0)
+            self._unsure = True
             self.engine.copy(best, slot)
             self._held[slot] = list(self._held[best])
         return slot
@@ -421,8 +423,9 @@ class Generator:
     def _forget(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens of a sequence."""
         if length < len(self._held[slot]):
-            self.engine.truncate(slot, length)
+            self._unsure = True
             del self._held[slot][length:]
+            self.engine.truncate(slot, length)
 
 
 def _common(held: Sequence[int], prompt: Sequence[int]) -> int:
