@@ -1,10 +1,10 @@
-"""Print the C source of one kernel, readable and complete. Without knobs it is the default schedule."""
+"""Print C source, readable and complete: of one kernel (by default its default schedule) or of the step."""
 
 from __future__ import annotations
 
 import argparse
 
-SUMMARY = "readable C of one kernel on standard output"
+SUMMARY = "readable C of one kernel, or of the forward step, on standard output"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -108,6 +108,9 @@ class Engine:
 
         All four are (n,), for any n >= 1: token i stands at its position of its sequence, which must be the
         next one that is not in the cache.
+
+        BitgenError when they do not fit together, the model or the context, and when NaN or infinity comes
+        up. The cache then holds what it held, and the parts of `PREFILL` tokens that were done.
         """
         flags = np.ascontiguousarray(outputs, np.bool_).view(np.uint8)
         inputs: list[NDArray[Any]] = [*map(_int32, (tokens, positions, sequences)), flags.reshape(-1)]

@@ -44,9 +44,8 @@ def exp(x: Doubles) -> Doubles:
     k = np.rint(clipped * _LOG2_E)
     r = (clipped - k * _LN2_HIGH) - k * _LN2_LOW
     p = np.full_like(r, _COEFFICIENTS[0])
-    for coefficient in _COEFFICIENTS[
-        1:
-    ]:  # in place: a vocabulary of doubles does not stay in L2 beside copies
+    # In place: a vocabulary of doubles does not stay in L2 beside copies.
+    for coefficient in _COEFFICIENTS[1:]:
         np.multiply(p, r, out=p)
         np.add(p, coefficient, out=p)
     return np.where(x < _LOWEST, 0.0, np.ldexp(p, k.astype(np.int64)))
