@@ -459,6 +459,7 @@ def test_the_step_checks_its_model(tables: Any) -> None:
     )  # 100 columns are no blocks
     assert code(head("type", DENSE_TYPES.index("i8"))) == lib.BITGEN_ERROR_NULL  # no scales
     assert code(head("row_bytes", 199)) == lib.BITGEN_ERROR_MODEL
+    assert code(head("row_bytes", 1 << 40)) == lib.BITGEN_ERROR_MODEL
     assert code(head("data", ffi.NULL)) == lib.BITGEN_ERROR_NULL
     assert code(layer("down", "packed", ffi.NULL)) == lib.BITGEN_ERROR_NULL
     assert code(layer("o", "scale", ffi.NULL)) == lib.BITGEN_ERROR_NULL
