@@ -68,13 +68,10 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, worksho
     share = statistics.median(limit / step for limit, step in zip(limit_ns, step_ns, strict=True))
     cached = 1 + cache_bytes(config, args.context + 1) / streamed
     attention_ns = statistics.median(run["attention"] for run in prompt)
+    fma_share = attention_operations(config, args.prompt) / attention_ns / fma
     tests = [
         (f"tg, context {args.context}", decode, (share, share * cached, None)),
-        (
-            f"pp{args.prompt}",
-            prompt,
-            (None, None, attention_operations(config, args.prompt) / attention_ns / fma),
-        ),
+        (f"pp{args.prompt}", prompt, (None, None, fma_share)),
     ]
     return report(
         f"{args.model}, {threads} threads, DRAM read {min(dram):.1f} to {max(dram):.1f} GB/s", tests

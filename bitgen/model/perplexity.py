@@ -36,8 +36,10 @@ def perplexity(llm: LLM, text: str, context: int = 512, most: int | None = None)
     BitgenError (EXIT_USAGE) when the text is shorter than two windows, as in llama.cpp.
     """
     if not 4 <= context <= llm.context:
-        most_tokens = max(4, llm.context)
-        raise BitgenError(f"a window must be 4 to {most_tokens} tokens, not {context}", EXIT_USAGE)
+        raise BitgenError(
+            f"a window must be 4 tokens or more and fit into the context of {llm.context}, not {context}",
+            EXIT_USAGE,
+        )
     if most is not None and most < 1:
         raise BitgenError(f"the windows must be 1 or more, not {most}", EXIT_USAGE)
     tokenizer = llm.tokenizer
