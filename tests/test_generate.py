@@ -251,6 +251,8 @@ def test_a_guess_is_what_followed_the_last_time() -> None:
     assert Guesser([1, 2, 3]).guess([1, 2, 3], 3) == []
     tokens = [7, 2, 3, 1, 8, 2, 3, 5, 7, 2, 3]  # three tokens that match count more than the latest two
     assert Guesser(tokens).guess(tokens, 1) == [1]
+    tokens = [9, 5, 6, 7, 5, 6, 7, 5, 6]  # what repeats itself goes on
+    assert Guesser(tokens).guess(tokens, 7) == [7, 5, 6, 7, 5, 6, 7]
 
 
 class Interrupted(ReferenceEngine):

@@ -202,13 +202,18 @@ class Guesser:
         self._add(tokens, len(tokens))
 
     def guess(self, tokens: Sequence[int], most: int) -> list[int]:
-        """What followed the last time, for the longest run that is known."""
+        """What followed the last time, for the longest run that is known, and over again where that ends."""
         most = min(most, self._most)
-        for size in (3, 2):
-            at = self._here.get(size)
-            if at is not None and most > 0:
-                return list(tokens[at : at + most])
-        return []
+        at = self._here.get(3)
+        if at is None:
+            at = self._here.get(2)
+        if at is None or most <= 0:
+            return []
+        guess = list(tokens[at : at + most])
+        period = len(tokens) - at
+        while len(guess) < most:
+            guess.append(guess[-period])
+        return guess
 
     def learn(self, guessed: int, right: int) -> None:
         """Guess more while guesses are right, fewer when they are not: a wrong guess costs a row."""
