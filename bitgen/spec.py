@@ -7,7 +7,7 @@ Sizes: ``m`` output rows, ``k`` reduction, ``n`` tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import gcd
 from typing import Any
 
@@ -352,7 +352,7 @@ class StepSizes:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StepSizes:
-        return cls(**{name: int(data[name]) for name in ("hidden", "q_rows", "ffn", "head_dim")})
+        return cls(**{field.name: int(data[field.name]) for field in fields(cls)})
 
 
 QUANTIZE_PROTOTYPE = (

@@ -15,8 +15,8 @@ from text_models import piece_data
 import bitgen
 from bitgen.cli import main
 from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
+from bitgen.model.answer import Answer
 from bitgen.model.config import ModelConfig
-from bitgen.model.generate import Answer
 
 
 def config() -> ModelConfig:

@@ -13,10 +13,10 @@ from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
 
 from bitgen.errors import BitgenError
+from bitgen.model.answer import Guesser, StopFilter
 from bitgen.model.chat import BUILT_IN, render_chat
 from bitgen.model.config import ModelConfig
 from bitgen.model.conversation import Conversation
-from bitgen.model.generate import Guesser, StopFilter
 from bitgen.model.llm import LLM
 from bitgen.model.perplexity import perplexity
 from bitgen.model.tokenizer import Tokenizer

@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
 from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.model.answer import Answer, Finish, Request
 from bitgen.model.chat import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
 from bitgen.model.config import ModelConfig, TokenizerData
-from bitgen.model.generate import Answer, Engine, Finish, Generator, Progress, Request, Timings
+from bitgen.model.generate import Engine, Generator, Progress, Timings
 from bitgen.model.sampling import Sampling
 from bitgen.model.tokenizer import Tokenizer
 from bitgen.paths import generated_dir
