@@ -362,6 +362,14 @@ def test_packed_weights_are_listed_and_cleared(
     out_of(capsys, "run", *arguments, "-p", "a", "-n", "1")
     entries = json.loads(out_of(capsys, "cache", "-o", "json")[0])["cache"]
     assert [entry["model"] for entry in entries] == ["small"]
+    assert out_of(capsys, "cache", "check", "-o", "json")[0] == out_of(capsys, "cache", "-o", "json")[0]
+    damaged = Path(entries[0]["path"])
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    _, err = out_of(capsys, "cache", "check", code=EXIT_FILE)
+    assert (
+        f"damaged or of another version, and deleted: {damaged.name} (unreadable); the next start packs again"
+        in err
+    )
     assert "MiB freed" in out_of(capsys, "cache", "clear")[0]
     assert json.loads(out_of(capsys, "cache", "list", "-o", "json")[0])["cache"] == []
 

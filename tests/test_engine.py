@@ -21,7 +21,7 @@ from bitgen.errors import BitgenError
 from bitgen.model import packed
 from bitgen.model.config import ModelConfig
 from bitgen.model.engine import PREFILL, STAGES, Engine, inverse_frequencies
-from bitgen.model.packed import cache_entries, clear_cache, pack_model
+from bitgen.model.packed import cache_entries, check_cache, clear_cache, pack_model
 from bitgen.model.quants import DENSE
 from bitgen.model.synthetic import config_of, random_weights
 from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
@@ -607,6 +607,23 @@ def test_a_damaged_cache_is_made_again(tables: Any, bitgen_home: Path) -> None:
         if len(damaged) != len(whole):
             assert np.array_equal(made, expected)
             assert entry.path.read_bytes() == whole
+
+
+def test_the_cache_can_be_checked_whole(tables: Any, bitgen_home: Path) -> None:
+    weights = random_weights(small_config(layers=1), 1)
+    for fingerprint in ("x", "y"):
+        Engine(weights, tables(), fingerprint=fingerprint)
+    assert check_cache() == []
+    first, second = cache_entries()
+    data = bytearray(first.path.read_bytes())
+    data[100] ^= 1  # weights, which a start does not look at
+    first.path.write_bytes(data)
+    assert check_cache() == [first]
+    assert cache_entries() == [second]
+    second.path.write_bytes(data[:-1])
+    (cut,) = check_cache()
+    assert (cut.path, cut.model) == (second.path, "")
+    assert cache_entries() == []
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(

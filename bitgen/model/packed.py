@@ -7,7 +7,8 @@ renamed, so it is whole or not there, and it is only a cache: deleting it costs 
 ::
 
     pieces, each at a multiple of 64 bytes      packed weights, scales
-    JSON                                        {"format": 1, "model": ..., "pieces": {name: [offset, bytes]}}
+    JSON                                        {"format": 2, "model": ..., "pieces": {name: place}}, where
+                                                place is [offset, bytes, CRC-32]
     24 bytes                                    where the JSON starts, its bytes (uint64 each), "BITGENPK"
 """
 
@@ -19,6 +20,7 @@ import json
 import mmap
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 Progress: TypeAlias = Callable[[int, int], None]  # (weights done, weights in all)
 
-FORMAT = 1  # of cache files; part of their names, so files of other formats are never read
+FORMAT = 2  # of cache files; part of their names, so files of other formats are never read
 _MAGIC = b"BITGENPK"
 _TAIL = 24
 _ALIGN = 64
@@ -154,8 +156,29 @@ def cache_entries() -> list[CacheEntry]:
     entries = []
     for path in _folder().glob(f"*{_SUFFIX}"):
         with contextlib.suppress(OSError, BitgenError):
-            entries.append(CacheEntry(path, _map(path)[0], path.stat().st_size))
+            entries.append(CacheEntry(path, _map(path).model, path.stat().st_size))
     return sorted(entries, key=lambda entry: (-entry.bytes, entry.path.name))
+
+
+def check_cache() -> list[CacheEntry]:
+    """Read all files of the cache whole, and delete those that are not what was written; those are returned.
+
+    A start does not do this: it maps a file and looks at its heads alone, and pages come when they are used.
+    """
+    damaged = []
+    for path in sorted(_folder().glob(f"*{_SUFFIX}")):
+        with contextlib.suppress(OSError):
+            size, model = path.stat().st_size, ""
+            try:
+                file = _map(path)
+                model = file.model
+                whole = all(zlib.crc32(data.data) == file.sums[name] for name, data in file.pieces.items())
+            except BitgenError:
+                whole = False
+            if not whole:
+                path.unlink()
+                damaged.append(CacheEntry(path, model, size))
+    return damaged
 
 
 def clear_cache() -> int:
@@ -294,7 +317,7 @@ def _cached(
 
 def _read(path: Path, is_valid: Callable[[Mapping[str, Bytes]], bool]) -> Mapping[str, Bytes] | None:
     try:
-        pieces = _map(path)[1]
+        pieces = _map(path).pieces
         return pieces if is_valid(pieces) else None
     except (OSError, BitgenError, KeyError):
         return None
@@ -305,8 +328,17 @@ def _is_valid(pieces: Mapping[str, Bytes], name: str, matrix: TernaryMatrix, tab
     return table.is_packed(pieces[name], matrix.shape) and scales in (4, 4 * matrix.shape.m)
 
 
-def _map(path: Path) -> tuple[str, dict[str, Bytes]]:
-    """The model's name and the pieces of a cache file, mapped. BitgenError for a file that is none."""
+@dataclass(frozen=True)
+class _File:
+    """A cache file, mapped: the model's name, the pieces, the CRC-32 of each when it was written."""
+
+    model: str
+    pieces: Mapping[str, Bytes]
+    sums: Mapping[str, int]
+
+
+def _map(path: Path) -> _File:
+    """BitgenError for a file that is none of the cache's."""
     with path.open("rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -319,13 +351,14 @@ def _map(path: Path) -> tuple[str, dict[str, Bytes]]:
         raise BitgenError(f"{path} is no cache file", EXIT_FILE)
     try:
         head = json.loads(data[start : start + size].tobytes())
-        places = {str(name): (int(at), int(n)) for name, (at, n) in head["pieces"].items()}
+        places = {str(name): (int(at), int(n)) for name, (at, n, _) in head["pieces"].items()}
+        sums = {str(name): int(crc) for name, (_, _, crc) in head["pieces"].items()}
         model, known = str(head["model"]), head["format"] == FORMAT
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BitgenError(f"{path} is no cache file", EXIT_FILE) from None
     if not known or any(at % _ALIGN or at < 0 or n < 0 or at + n > start for at, n in places.values()):
         raise BitgenError(f"{path} is no cache file", EXIT_FILE)
-    return model, {name: data[at : at + n] for name, (at, n) in places.items()}
+    return _File(model, {name: data[at : at + n] for name, (at, n) in places.items()}, sums)
 
 
 class _CannotWriteError(Exception):
@@ -351,10 +384,10 @@ def _write(path: Path, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
 
 
 def _write_pieces(file: BinaryIO, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, tuple[int, int, int]] = {}
     at = 0
     for name, data in pieces:
-        places[name] = (at, data.size)
+        places[name] = (at, data.size, zlib.crc32(data.data))
         padding = bytes(-data.size % _ALIGN)
         with _or_cannot_write():
             file.write(data.data)
