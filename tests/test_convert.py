@@ -13,7 +13,7 @@ from bitgen.cli import main
 from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 from bitgen.model import open_model
 from bitgen.model.convert import convert, gguf_architecture
-from bitgen.model.files import ModelFile
+from bitgen.model.model_file import ModelFile
 from bitgen.model.vocabulary import tokenizer_metadata
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}

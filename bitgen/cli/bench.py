@@ -14,7 +14,7 @@ from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables,
 if TYPE_CHECKING:
     from bitgen.model.bench import Run
     from bitgen.model.engine import Engine
-    from bitgen.model.files import ModelFile
+    from bitgen.model.model_file import ModelFile
     from bitgen.model.weights import Weights
 
 SUMMARY = "time a model in tokens a second, or its kernels against the defaults and the machine's limit"

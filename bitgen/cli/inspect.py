@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 if TYPE_CHECKING:
-    from bitgen.model.files import ModelFile
+    from bitgen.model.model_file import ModelFile
 
 SUMMARY = "what a model file holds"
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitgen.model.config import ModelConfig as ModelConfig
-    from bitgen.model.files import ModelFile as ModelFile
     from bitgen.model.files import open_model as open_model
+    from bitgen.model.model_file import ModelFile as ModelFile
     from bitgen.model.weights import Weights as Weights
 
 _HOME = {
     "ModelConfig": "bitgen.model.config",
-    "ModelFile": "bitgen.model.files",
+    "ModelFile": "bitgen.model.model_file",
     "Weights": "bitgen.model.weights",
     "open_model": "bitgen.model.files",
 }

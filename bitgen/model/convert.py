@@ -17,9 +17,10 @@ import numpy as np
 
 from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 from bitgen.model.config import Floats, ModelConfig
-from bitgen.model.files import ModelFile, open_model
+from bitgen.model.files import open_model
 from bitgen.model.gguf import U32, NewTensor, write_gguf
 from bitgen.model.gguf_model import ARCHITECTURES, half_to_interleaved
+from bitgen.model.model_file import ModelFile
 from bitgen.model.quants import (
     DENSE,
     I2_S_BLOCK,

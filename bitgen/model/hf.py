@@ -21,9 +21,9 @@ import numpy as np
 
 from bitgen.errors import EXIT_FILE, BitgenError
 from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
-from bitgen.model.files import ModelFile, TensorSummary, fingerprint_of
 from bitgen.model.gguf_model import float_matrix
 from bitgen.model.hf_tokenizer import hf_tokenizer
+from bitgen.model.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.model.quants import DENSE, Bytes, absmean, dequantize
 from bitgen.model.safetensors import INDEX, SINGLE, StoredTensor, read_folder, read_json
 from bitgen.model.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights

@@ -38,7 +38,7 @@ from bitgen.target import detect_cpu
 
 if TYPE_CHECKING:
     from bitgen.model.engine import Engine as CompiledEngine
-    from bitgen.model.files import ModelFile
+    from bitgen.model.model_file import ModelFile
     from bitgen.model.weights import Weights
     from bitgen.runtime import KernelTable
 
