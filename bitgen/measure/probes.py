@@ -44,8 +44,8 @@ DEFAULT_PATTERN = ReadPattern(4, 4096)
 
 
 @dataclass(frozen=True)
-class Dot4:
-    """Independent sums of multiply-adds in registers."""
+class _Sums:
+    """Independent sums in registers, to which words are added over and over."""
 
     isa: str
 
@@ -58,6 +58,11 @@ class Dot4:
     def turns(self) -> int:
         """For each 16 rows; a call of `DOT_SHAPE` takes about a millisecond on every level."""
         return 40 if isas()[self.isa].vector_bytes < 16 else 2000
+
+
+@dataclass(frozen=True)
+class Dot4(_Sums):
+    """Multiply-adds of int8: the peak that matmuls are held against."""
 
     @property
     def operations(self) -> int:
@@ -91,16 +96,8 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Fma:
-    """Independent sums of float32 multiply-adds in registers."""
-
-    isa: str
-    turns: int = 2000  # for each 16 rows; a call of `DOT_SHAPE` takes about a millisecond
-
-    @property
-    def chains(self) -> int:
-        # A word is 16 floats: one AVX-512 register, two of AVX2, four of 16 bytes.
-        return {64: 12, 32: 6}.get(isas()[self.isa].vector_bytes, 5)
+class Fma(_Sums):
+    """Multiply-adds of float32, 16 in a word: the peak that attention is held against."""
 
     @property
     def operations(self) -> int:
