@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
+from bitgen.errors import EXIT_FILE, BitgenError
 
 SUMMARY = "list, check or clear the packed weights that are kept on disk"
 
@@ -20,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.errors import EXIT_FILE, BitgenError
     from bitgen.model.packed import cache_entries, check_cache, clear_cache
 
     if args.action == "clear":

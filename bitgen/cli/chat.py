@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.text import add_model, add_sampling, open_llm, print_timings, sampling_options
+from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
 
 if TYPE_CHECKING:
     from bitgen.model.conversation import Conversation
@@ -38,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
 
 def converse(args: argparse.Namespace, system: str | None = None, first: str | None = None) -> int:
     """The loop of questions and answers; off a terminal its code is that of the last message that failed."""
-    from bitgen.errors import BitgenError
     from bitgen.model.conversation import Conversation
 
     options = sampling_options(args)
@@ -74,8 +74,6 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
 
 
 def _answer(talk: Conversation, message: str) -> None:
-    from bitgen.errors import BitgenError
-
     forgotten = talk.forgotten
     answer = None
     try:
@@ -140,7 +138,6 @@ class _Lines:
 
 
 def _template(name: str) -> str:
-    from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
     from bitgen.model.chat import BUILT_IN
 
     if name in BUILT_IN:
