@@ -351,14 +351,14 @@ def _map(path: Path) -> _File:
         raise BitgenError(f"{path} is no cache file", EXIT_FILE)
     try:
         head = json.loads(data[start : start + size].tobytes())
-        places = {str(name): (int(at), int(n)) for name, (at, n, _) in head["pieces"].items()}
-        sums = {str(name): int(crc) for name, (_, _, crc) in head["pieces"].items()}
+        places = {str(name): (int(at), int(n), int(crc)) for name, (at, n, crc) in head["pieces"].items()}
         model, known = str(head["model"]), head["format"] == FORMAT
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BitgenError(f"{path} is no cache file", EXIT_FILE) from None
-    if not known or any(at % _ALIGN or at < 0 or n < 0 or at + n > start for at, n in places.values()):
+    if not known or any(at % _ALIGN or at < 0 or n < 0 or at + n > start for at, n, _ in places.values()):
         raise BitgenError(f"{path} is no cache file", EXIT_FILE)
-    return _File(model, {name: data[at : at + n] for name, (at, n) in places.items()}, sums)
+    pieces = {name: data[at : at + n] for name, (at, n, _) in places.items()}
+    return _File(model, pieces, {name: crc for name, (_, _, crc) in places.items()})
 
 
 class _CannotWriteError(Exception):
