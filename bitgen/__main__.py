@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bitgen.errors import EXIT_INTERRUPTED
+from bitgen.errors import InterruptError
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
         return command_line()
     except KeyboardInterrupt:
         print("bitgen: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return InterruptError.exit_code
 
 
 if __name__ == "__main__":

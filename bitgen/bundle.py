@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
+from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.spec import KernelSpec, Shape, StepSizes
 from bitgen.target import Cpu
 
@@ -167,7 +167,7 @@ def is_bundle(path: Path) -> bool:
 def read_bundle(path: Path | str) -> Bundle:
     """The bundle in the folder ``path``, its library's bytes verified.
 
-    BitgenError (EXIT_FILE), always one line: no manifest, one of another format or ABI version, a missing
+    FileError, always one line: no manifest, one of another format or ABI version, a missing
     library, a library that is not the one the manifest describes.
     """
     folder = Path(path)
@@ -175,25 +175,21 @@ def read_bundle(path: Path | str) -> Bundle:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BitgenError(f"{folder} is not a bundle: there is no {MANIFEST_NAME} in it", EXIT_FILE) from None
+        raise FileError(f"{folder} is not a bundle: there is no {MANIFEST_NAME} in it") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise BitgenError(f"cannot read {file}: {error}", EXIT_FILE) from error
+        raise FileError(f"cannot read {file}: {error}") from error
     manifest = _parse(data, file)
     library = folder / manifest.library
     # A manifest from elsewhere must not name a library outside its folder.
     if Path(manifest.library).name != manifest.library:
-        raise BitgenError(f"{file}: library must be a file name, not {manifest.library!r}", EXIT_FILE)
+        raise FileError(f"{file}: library must be a file name, not {manifest.library!r}")
     try:
         digest = sha256_of(library)
     except OSError as error:
         why = error.strerror or str(error)
-        raise BitgenError(
-            f"the library of bundle {folder} cannot be read: {library}: {why}", EXIT_FILE
-        ) from error
+        raise FileError(f"the library of bundle {folder} cannot be read: {library}: {why}") from error
     if digest != manifest.files.get(manifest.library):
-        raise BitgenError(
-            f"{library} is not the file its manifest describes (sha256 differs): build it again", EXIT_FILE
-        )
+        raise FileError(f"{library} is not the file its manifest describes (sha256 differs): build it again")
     return Bundle(folder, manifest)
 
 
@@ -202,16 +198,14 @@ def _parse(data: Any, file: Path) -> Manifest:
     for key, wanted in versions:
         found = data.get(key) if isinstance(data, dict) else None
         if found != wanted:
-            raise BitgenError(
-                f"{file}: {key} is {found!r}, this bitgen reads {wanted}: build the bundle again", EXIT_FILE
-            )
+            raise FileError(f"{file}: {key} is {found!r}, this bitgen reads {wanted}: build the bundle again")
     try:
         return Manifest.from_dict(data)
     except BitgenError as error:
-        raise BitgenError(f"{file}: {error.message}", EXIT_FILE) from error
+        raise FileError(f"{file}: {error.message}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         detail = f"{type(error).__name__}: {error}"
-        raise BitgenError(f"{file} is damaged ({detail}): build the bundle again", EXIT_FILE) from error
+        raise FileError(f"{file} is damaged ({detail}): build the bundle again") from error
 
 
 def find_bundles(folder: Path) -> tuple[list[Bundle], list[BitgenError]]:
@@ -262,10 +256,10 @@ def judge(bundle: Bundle, cpu: Cpu) -> Decision:
 
 
 def require_runnable(bundle: Bundle, cpu: Cpu) -> None:
-    """BitgenError (EXIT_UNSUPPORTED) with the reason when ``cpu`` cannot run the bundle's library."""
+    """UnsupportedError with the reason when ``cpu`` cannot run the bundle's library."""
     decision = judge(bundle, cpu)
     if not decision.accepted:
-        raise BitgenError(f"cannot use {bundle.path}: {decision.reason}", EXIT_UNSUPPORTED)
+        raise UnsupportedError(f"cannot use {bundle.path}: {decision.reason}")
 
 
 def describe(decisions: Sequence[Decision]) -> list[str]:

@@ -6,17 +6,16 @@ Also home of the model presets (configs/models/*.yaml): the shapes of a model, w
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError, nearest_names, suggestion
 from bitgen.paths import configs_dir
 
 T = TypeVar("T")
@@ -30,7 +29,7 @@ _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def load_yaml(path: str | Path) -> Mapping[str, object]:
     """The mapping a YAML file holds. A key that stands twice is an error, and 1e-5 is a number.
 
-    BitgenError (EXIT_FILE) when the file cannot be read, is not YAML, or holds something else.
+    FileError when the file cannot be read, is not YAML, or holds something else.
     """
     import yaml  # 20 ms that `bitgen --help` need not pay
 
@@ -38,16 +37,14 @@ def load_yaml(path: str | Path) -> Mapping[str, object]:
     try:
         data = yaml.load(file.read_text(encoding="utf-8"), Loader=_loader())  # noqa: S506 - a SafeLoader
     except OSError as error:
-        raise BitgenError(f"cannot read {file}: {error.strerror or error}", EXIT_FILE) from error
+        raise FileError(f"cannot read {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise BitgenError(
-            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_FILE
-        ) from error
+        raise FileError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: PyYAML lets int() and date() speak for themselves. RecursionError: nested too deeply.
-        raise BitgenError(f"{file} is not valid YAML: {error}", EXIT_FILE) from error
+        raise FileError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise BitgenError(f"{file}: expected `key: value` lines, found {_kind(data)}", EXIT_FILE)
+        raise FileError(f"{file}: expected `key: value` lines, found {_kind(data)}")
     return data
 
 
@@ -57,41 +54,23 @@ def load_strict(cls: type[T], mapping: object, where: str) -> T:
     Fields may be int, float, str, bool, Literal, ``X | None``, tuple[X, ...], frozenset[X], dict[str, X] or
     another dataclass. An int is accepted for a float, never a bool for an int. A BitgenError raised by
     ``__post_init__`` gets ``where`` in front, so classes check ranges without knowing their file.
-    BitgenError (EXIT_FILE) names an unknown key (with the nearest legal one), a missing key, a wrong type.
+    FileError names an unknown key (with the nearest legal one), a missing key, a wrong type.
     """
     if not isinstance(mapping, Mapping):
-        raise BitgenError(f"{where}: expected `key: value` lines, found {_kind(mapping)}", EXIT_FILE)
+        raise FileError(f"{where}: expected `key: value` lines, found {_kind(mapping)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise BitgenError(
-                f"{where}: unknown key {key!r}; {_nearest(str(key), fields, 'keys')}", EXIT_FILE
-            )
+            raise FileError(f"{where}: unknown key {key!r}; {suggestion(str(key), fields)}")
     missing = [n for n, f in fields.items() if n not in mapping and _is_required(f)]
     if missing:
-        raise BitgenError(f"{where}: missing {_plural('key', missing)} {', '.join(missing)}", EXIT_FILE)
+        raise FileError(f"{where}: missing {_plural('key', missing)} {', '.join(missing)}")
     values = {str(key): _convert(hints[key], value, where, key) for key, value in mapping.items()}
     try:
         return cls(**values)
     except BitgenError as error:
-        raise BitgenError(f"{where}: {error.message}", EXIT_FILE) from error
-
-
-def nearest_names(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three of ``names`` that look like ``name``, whatever their case, best first."""
-    by_folded = {known.casefold(): known for known in names}
-    folded = name.casefold()
-    close = difflib.get_close_matches(folded, by_folded, n=3, cutoff=0.5)
-    # "3b-instruct" is near to "3B" for a person, and not for difflib.
-    contained = [k for k in by_folded if k not in close and (k in folded or (folded and folded in k))]
-    return [by_folded[k] for k in (close + sorted(contained, key=len, reverse=True))[:3]]
-
-
-def _nearest(name: str, names: Iterable[str], noun: str) -> str:
-    known = list(names)
-    near = nearest_names(name, known)
-    return f"did you mean {' or '.join(near)}?" if near else f"legal {noun} are {', '.join(known)}"
+        raise FileError(f"{where}: {error.message}") from error
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -138,7 +117,7 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 def _wrong(where: str, key: str, wanted: str, value: object) -> BitgenError:
-    return BitgenError(f"{where}: {key} must be {wanted}, found {_kind(value)}", EXIT_FILE)
+    return FileError(f"{where}: {key} must be {wanted}, found {_kind(value)}")
 
 
 def _kind(value: object) -> str:
@@ -272,21 +251,21 @@ def load_models(folder: Path | None = None) -> tuple[ModelPreset, ...]:
         preset = load_model(file)
         for name in {preset.name.casefold(), *(alias.casefold() for alias in preset.aliases)}:
             if name in owner:
-                raise BitgenError(f"{file}: the name {name!r} already belongs to {owner[name]}", EXIT_FILE)
+                raise FileError(f"{file}: the name {name!r} already belongs to {owner[name]}")
             owner[name] = file
         presets.append(preset)
     return tuple(sorted(presets, key=lambda preset: (preset.ternary_weights, preset.name)))
 
 
 def load_model(file: str | Path) -> ModelPreset:
-    """The preset one YAML file holds; BitgenError (EXIT_FILE) when it is wrong."""
+    """The preset one YAML file holds; FileError when it is wrong."""
     return load_strict(ModelPreset, load_yaml(file), str(file))
 
 
 def find_model(name_or_path: str, models: tuple[ModelPreset, ...] | None = None) -> ModelPreset:
     """The preset with this name or alias, whatever its case, or the one in the YAML file of this path.
 
-    BitgenError (EXIT_USAGE) for an unknown name, with the nearest known ones.
+    UsageError for an unknown name, with the nearest known ones.
     """
     presets = load_models() if models is None else models
     wanted = name_or_path.casefold()
@@ -301,4 +280,4 @@ def find_model(name_or_path: str, models: tuple[ModelPreset, ...] | None = None)
     message = (
         f"unknown model {name_or_path!r}: {hint}`bitgen models` lists the presets; a .yaml path works too"
     )
-    raise BitgenError(message, EXIT_USAGE)
+    raise UsageError(message)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitgen.config import load_strict, load_yaml
-from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
+from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.packing import T5_CODES
 from bitgen.paths import configs_dir
 from bitgen.render import render_host, render_step_header
@@ -69,9 +69,7 @@ def library_units(
     masks of ``table`` (the values of table.c.j2) count them. BitgenError for what there is no host code for.
     """
     if system not in SYSTEMS:
-        raise BitgenError(
-            f"there is no host code for {system}; there is for {', '.join(SYSTEMS)}", EXIT_UNSUPPORTED
-        )
+        raise UnsupportedError(f"there is no host code for {system}; there is for {', '.join(SYSTEMS)}")
     headers = (*host_headers(arch), ("table.h", render_host("table.h.j2")))
     rows = feature_rows(arch, features, system=system)
     check = "cpu_aarch64_darwin" if (arch, system) == ("aarch64", "Darwin") else f"cpu_{arch}"
@@ -112,7 +110,7 @@ def feature_rows(
 
     On macOS an ARM feature's row is its ``setting`` in sysctl.
 
-    BitgenError (EXIT_FILE) when a feature has no row: no library can check it.
+    FileError when a feature has no row: no library can check it.
     """
     _require_arch(arch)
     path = file if file is not None else configs_dir() / "cpu_features.yaml"
@@ -125,7 +123,7 @@ def feature_rows(
     missing = [name for name in wanted if name not in known]
     if missing:
         message = f"{path}: no row under {arch} for {', '.join(missing)}, which isas.yaml requires"
-        raise BitgenError(message, EXIT_FILE)
+        raise FileError(message)
     if len(wanted) > _MAX_FEATURES:
         raise BitgenError(f"a library can check {_MAX_FEATURES} CPU features, not {len(wanted)}")
     return [{"name": name, **known[name]} for name in wanted]
@@ -133,6 +131,4 @@ def feature_rows(
 
 def _require_arch(arch: str) -> None:
     if arch not in ARCHS:
-        raise BitgenError(
-            f"there is no host code for {arch}; there is for {', '.join(ARCHS)}", EXIT_UNSUPPORTED
-        )
+        raise UnsupportedError(f"there is no host code for {arch}; there is for {', '.join(ARCHS)}")

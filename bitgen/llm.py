@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import ToolchainError
 from bitgen.model.config import ModelConfig
 from bitgen.model.llm import LLM as _LLM
 from bitgen.model.llm import find_library, preset_name, tuned_shapes
@@ -22,8 +22,8 @@ def library_for(config: ModelConfig, progress: Callable[[str], None] | None = No
     """The library to run a model with: one with winners for its matrices, else any, else the untuned one.
 
     What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
-    were tuned here or are committed for this CPU family. BitgenError (EXIT_TOOLCHAIN) when there is no
-    library and no compiler.
+    were tuned here or are committed for this CPU family. ToolchainError when there is neither library nor
+    compiler.
     """
     bundle = find_library(config)
     if bundle is not None and tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)):
@@ -31,8 +31,8 @@ def library_for(config: ModelConfig, progress: Callable[[str], None] | None = No
     if (name := preset_name(config)) is not None:
         try:
             known = _build_known(name, progress)
-        except BitgenError as error:
-            if bundle is None or error.exit_code != EXIT_TOOLCHAIN:
+        except ToolchainError:
+            if bundle is None:
                 raise
             known = None  # no compiler: what is there runs
         if known is not None:

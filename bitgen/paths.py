@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 
 HOME_VARIABLE = "BITGEN_HOME"
 _PACKAGE = Path(__file__).resolve().parent
@@ -70,7 +70,7 @@ def cache_dir() -> Path:
 def ensure_dir(path: str | os.PathLike[str]) -> Path:
     """Create ``path`` with its parents where missing and return it.
 
-    BitgenError (exit code EXIT_FILE) when it cannot be created or written to.
+    FileError when it cannot be created or written to.
     """
     folder = Path(path)
     try:
@@ -87,7 +87,7 @@ def _data_dir(name: str, in_checkout: Path, package: Path) -> Path:
     folder = root / in_checkout if root is not None else package / "_data" / name
     if not folder.is_dir():
         message = f"bitgen's installation is incomplete: {folder} is missing; install bitgen again"
-        raise BitgenError(message, EXIT_FILE)
+        raise FileError(message)
     return folder
 
 
@@ -125,4 +125,4 @@ def _not_writable(folder: Path, reason: str) -> BitgenError:
     message = (
         f"cannot write to the folder {folder}: {reason}; choose another (--out, --logs, {HOME_VARIABLE})"
     )
-    return BitgenError(message, EXIT_FILE)
+    return FileError(message)

@@ -19,7 +19,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, UsageError
 from bitgen.packing import T5_TABLE, TL5_WEIGHTS
 from bitgen.paths import templates_dir
 from bitgen.space import headroom_lines
@@ -266,14 +266,14 @@ def render_tables(family_name: str, isa_name: str, algorithm: str | None = None)
     """
     isa, family = isa_named(isa_name), family_named(family_name)
     if not family.looks_up:
-        raise BitgenError(f"{family.title} multiplies: it has no lookup tables", EXIT_USAGE)
+        raise UsageError(f"{family.title} multiplies: it has no lookup tables")
     kinds = dict(family.tables)
     if algorithm is None and len(kinds) == 1:
         algorithm = next(iter(kinds))
     builder = family.builder(algorithm or "")
     if builder is None:
         known = ", ".join(f"{family.name}_{kind}_tables" for kind in kinds)
-        raise BitgenError(f"{family.title} has several kinds of lookup tables: {known}", EXIT_USAGE)
+        raise UsageError(f"{family.title} has several kinds of lookup tables: {known}")
     name = f"bitgen_{builder}__{isa.name}"
     prototype = TABLES_PROTOTYPE.format(builder=builder, isa=isa.name)
     banner = [

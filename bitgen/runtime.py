@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.bundle import ABI_VERSION, Bundle, is_bundle, read_bundle, require_runnable
-from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
 from bitgen.paths import templates_dir
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
@@ -37,11 +37,11 @@ Generic: TypeAlias = Literal["never", "fallback", "only"]
 _ALIGNMENT = 64
 
 
-class ArgumentTypeError(BitgenError, TypeError):
+class ArgumentTypeError(UsageError, TypeError):
     """An argument of the wrong type or dtype."""
 
 
-class ArgumentValueError(BitgenError, ValueError):
+class ArgumentValueError(UsageError, ValueError):
     """An argument of the right type with a wrong shape, order or value."""
 
 
@@ -70,8 +70,8 @@ def load(path: Path | str, threads: int | None = None, *, generic: Generic = "ne
     ``threads`` counts the calling thread; None means one a physical core this process may use.
     ``generic`` tells when to use the library's portable kernels (slow, exact): never, as a fallback on a CPU
     the library is not for, or only them.
-    BitgenError: EXIT_FILE for a file that is missing, damaged or no such library, EXIT_UNSUPPORTED for a
-    library of another CPU.
+    FileError for a file that is missing, damaged or no such library, UnsupportedError for a library of
+    another CPU.
     """
     file = Path(path)
     bundle = _bundle_of(file)
@@ -98,7 +98,7 @@ def _ffi() -> Any:
     header = (templates_dir() / "host" / "bitgen.h.j2").read_text(encoding="utf-8")
     abi = re.search(r"/\* ABI begins.*?\*/(.*)/\* ABI ends", header, re.DOTALL)
     if abi is None:
-        raise BitgenError("bitgen's installation is damaged: no declarations in bitgen.h", EXIT_FILE)
+        raise FileError("bitgen's installation is damaged: no declarations in bitgen.h")
     ffi: Any = cffi.FFI()
     ffi.cdef(abi[1].replace("BITGEN_API ", ""))
     return ffi
@@ -107,20 +107,20 @@ def _ffi() -> Any:
 def _open(path: Path) -> Any:
     """The library's functions, once its ABI is known to be ours."""
     if not path.is_file():
-        raise BitgenError(f"cannot open the library {path}: there is no such file", EXIT_FILE)
+        raise FileError(f"cannot open the library {path}: there is no such file")
     ffi = _ffi()
     try:
         lib = ffi.dlopen(str(path.absolute()))
     except OSError as error:
-        raise BitgenError(f"cannot open the library {path}: {error}", EXIT_FILE) from error
+        raise FileError(f"cannot open the library {path}: {error}") from error
     try:
         version = lib.bitgen_abi_version()
         sizes = ffi.new("int32_t[2]")
         lib.bitgen_struct_sizes(sizes, sizes + 1)
     except AttributeError as error:
-        raise BitgenError(f"{path} is not a bitgen library: {error}", EXIT_FILE) from error
+        raise FileError(f"{path} is not a bitgen library: {error}") from error
     if version != ABI_VERSION:
-        raise BitgenError(f"{path} has ABI version {version}, not {ABI_VERSION}: build it again", EXIT_FILE)
+        raise FileError(f"{path} has ABI version {version}, not {ABI_VERSION}: build it again")
     _check_sizes(path, list(sizes), "kernel_info", "packed_header")
     sizes = ffi.new("int32_t[3]")
     lib.bitgen_model_sizes(sizes, sizes + 1, sizes + 2)
@@ -131,7 +131,7 @@ def _open(path: Path) -> Any:
 def _check_sizes(path: Path, found: list[int], *structs: str) -> None:
     expected = [_ffi().sizeof(f"struct bitgen_{name}") for name in structs]
     if found != expected:
-        raise BitgenError(f"{path} has structs of {found} bytes, not {expected}: build it again", EXIT_FILE)
+        raise FileError(f"{path} has structs of {found} bytes, not {expected}: build it again")
 
 
 class KernelTable:
@@ -148,9 +148,9 @@ class KernelTable:
         generic: Generic = "never",
     ) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-            raise ArgumentTypeError(f"threads must be an int or None, not {threads!r}", EXIT_USAGE)
+            raise ArgumentTypeError(f"threads must be an int or None, not {threads!r}")
         if threads is not None and not 1 <= threads <= 1024:
-            raise ArgumentValueError(f"threads must be 1 to 1024, not {threads}", EXIT_USAGE)
+            raise ArgumentValueError(f"threads must be 1 to 1024, not {threads}")
         self.path = library
         self.bundle = bundle
         self._lib = _open(library)
@@ -259,7 +259,7 @@ class KernelTable:
         message = _text(lib.bitgen_error_message(code))
         if code == lib.BITGEN_ERROR_UNSUPPORTED_CPU:
             missing = _text(lib.bitgen_missing_features())
-            raise BitgenError(f"cannot use {self.path}: this CPU lacks {missing}", EXIT_UNSUPPORTED)
+            raise UnsupportedError(f"cannot use {self.path}: this CPU lacks {missing}")
         if code == lib.BITGEN_ERROR_NULL and not self.threads:
             raise BitgenError("the kernel table is closed")
         if code == lib.BITGEN_ERROR_NOT_FINITE:

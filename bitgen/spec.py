@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from math import gcd
 from typing import Any
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError, unknown
 
 # Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last
 # element.
@@ -48,13 +48,11 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.m < 1 or self.k < 1:
-            raise BitgenError(f"shape {self.m}x{self.k}: m and k must be at least 1", EXIT_USAGE)
+            raise UsageError(f"shape {self.m}x{self.k}: m and k must be at least 1")
         if self.k > K_MAX:
-            raise BitgenError(
-                f"shape {self.m}x{self.k}: k must be at most {K_MAX} (int32 accumulators)", EXIT_USAGE
-            )
+            raise UsageError(f"shape {self.m}x{self.k}: k must be at most {K_MAX} (int32 accumulators)")
         if self.m > 1 << 31:
-            raise BitgenError(f"shape {self.m}x{self.k}: m must be at most 2^31", EXIT_USAGE)
+            raise UsageError(f"shape {self.m}x{self.k}: m must be at most 2^31")
 
     @property
     def name(self) -> str:
@@ -65,7 +63,7 @@ class Shape:
         """Read ``"3200x8640"`` (m x k)."""
         m, sep, k = text.lower().partition("x")
         if not sep or not m.strip().isdecimal() or not k.strip().isdecimal():
-            raise BitgenError(f"shape {text!r}: write it as MxK, for example 3200x8640", EXIT_USAGE)
+            raise UsageError(f"shape {text!r}: write it as MxK, for example 3200x8640")
         return cls(int(m), int(k))
 
 
@@ -87,7 +85,7 @@ REGIMES = (N1, SMALL, LARGE)
 def regime_of(n: int) -> Regime:
     """The regime that ``n`` tokens fall into."""
     if n < 1:
-        raise BitgenError(f"n must be at least 1, not {n}", EXIT_USAGE)
+        raise UsageError(f"n must be at least 1, not {n}")
     return next(r for r in reversed(REGIMES) if n >= r.n_min)
 
 
@@ -95,7 +93,7 @@ def regime_named(name: str) -> Regime:
     for regime in REGIMES:
         if regime.name == name:
             return regime
-    raise BitgenError(f"unknown regime {name!r}; there are {', '.join(r.name for r in REGIMES)}", EXIT_USAGE)
+    raise unknown("regime", name, (regime.name for regime in REGIMES))
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2, T5, TL5)}
 def family_named(name: str) -> Family:
     key = name.lower().replace("_", "")
     if key not in FAMILIES:
-        raise BitgenError(f"unknown family {name!r}; there are {', '.join(FAMILIES)}", EXIT_USAGE)
+        raise unknown("family", name, FAMILIES)
     return FAMILIES[key]
 
 
@@ -183,7 +181,7 @@ class Layout:
         rows = family_named(self.family).rows
         if self.row_block < rows or self.row_block % rows:
             message = f"row_block {self.row_block}: it must be a positive multiple of {rows}"
-            raise BitgenError(message, EXIT_USAGE)
+            raise UsageError(message)
 
     @property
     def name(self) -> str:
@@ -239,9 +237,7 @@ class Schedule:
         unknown = set(values) - {name for name, _ in self.knobs}
         if unknown:
             known = ", ".join(name for name, _ in self.knobs)
-            raise BitgenError(
-                f"{self.algorithm} has no knob {', '.join(sorted(unknown))}; it has {known}", EXIT_USAGE
-            )
+            raise UsageError(f"{self.algorithm} has no knob {', '.join(sorted(unknown))}; it has {known}")
         return replace(self, knobs=tuple((name, values.get(name, value)) for name, value in self.knobs))
 
     @property
@@ -274,7 +270,7 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         if self.layout.family != self.family:
-            raise BitgenError(f"layout {self.layout.name} is not a layout of {self.family}", EXIT_USAGE)
+            raise UsageError(f"layout {self.layout.name} is not a layout of {self.family}")
         regime_named(self.regime)
 
     @property
@@ -341,7 +337,7 @@ class StepSizes:
     def __post_init__(self) -> None:
         for name, size in self.to_dict().items():
             if size < 1:
-                raise BitgenError(f"{name} must be at least 1, not {size}", EXIT_USAGE)
+                raise UsageError(f"{name} must be at least 1, not {size}")
 
     @property
     def name(self) -> str:

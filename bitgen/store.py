@@ -27,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.measure import Measurement, Race
 from bitgen.paths import ensure_dir
 from bitgen.spec import KernelSpec, Layout, Shape, regime_named
@@ -232,7 +232,7 @@ _KINDS: dict[str, type[Record]] = {c.kind: c for c in (TrialRecord, RaceRecord, 
 class RecordStore:
     """The records of one file, all in memory; `append` writes them through.
 
-    BitgenError (EXIT_FILE) when the file cannot be read. A missing file is an empty store.
+    FileError when the file cannot be read. A missing file is an empty store.
     ``skipped`` counts the lines that could not be used.
     """
 
@@ -339,10 +339,9 @@ class RecordStore:
         try:
             _append_line(self.path, line, sync=isinstance(record, TuningRecord))
         except OSError as error:
-            raise BitgenError(
+            raise FileError(
                 f"cannot write to {self.path}: {error.strerror or error}; the records before this one are "
                 "kept, so the same command continues from them",
-                EXIT_FILE,
             ) from error
         self._remember(record)
 
@@ -363,7 +362,7 @@ class RecordStore:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise BitgenError(f"cannot read {self.path}: {error.strerror or error}", EXIT_FILE) from error
+            raise FileError(f"cannot read {self.path}: {error.strerror or error}") from error
         for line in data.split(b"\n"):
             if not line.strip():
                 continue

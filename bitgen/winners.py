@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.paths import ensure_dir, winners_dir
 from bitgen.spec import KernelSpec, Shape
 from bitgen.store import Fingerprint, RecordStore
@@ -145,7 +145,7 @@ def export_winners(
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise BitgenError(f"cannot write {target}: {error.strerror or error}", EXIT_FILE) from error
+        raise FileError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
 
@@ -156,14 +156,14 @@ def _read(path: Path) -> FamilyWinners | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise BitgenError(f"cannot read {path}: {error}", EXIT_FILE) from error
+        raise FileError(f"cannot read {path}: {error}") from error
     try:
         if data["schema"] != SCHEMA:
             return None
         winners = tuple(FamilyWinner.from_dict(winner) for winner in data["winners"])
         return FamilyWinners(str(data["cpu_family"]), Traits.from_dict(data["traits"]), winners)
     except (LookupError, TypeError, ValueError, AttributeError, BitgenError) as error:
-        raise BitgenError(f"{path} does not hold winners: {error!r}", EXIT_FILE) from error
+        raise FileError(f"{path} does not hold winners: {error!r}") from error
 
 
 def _slot(winner: FamilyWinner) -> tuple[Shape, str, int]:

@@ -15,7 +15,7 @@ import pytest
 from step_levels import level_library
 
 from bitgen.api import build
-from bitgen.errors import EXIT_TOOLCHAIN, EXIT_UNSUPPORTED
+from bitgen.errors import ToolchainError, UnsupportedError
 from bitgen.model.llm import LLM
 from bitgen.paths import models_dir
 
@@ -151,14 +151,14 @@ def test_the_command_line_works_there(shipped: tuple[str, str], system: aarch64_
         assert (GREEDY["prompt"] + GREEDY["text"]).startswith(said(done).rstrip("\n"))
         assert len(said(done)) > len(GREEDY["prompt"]) + 16
     else:
-        assert done.returncode == EXIT_UNSUPPORTED
+        assert done.returncode == UnsupportedError.exit_code
         assert "lacks i8mm" in done.stderr
         assert done.stderr.count("\n") == 1
 
 
 def test_without_a_library_and_a_compiler_the_way_out_is_named(system: aarch64_root.Aarch64Root) -> None:
     done = system.run("-m", "bitgen", "run", "-m", "tiny", "-p", "x")
-    assert done.returncode == EXIT_TOOLCHAIN
+    assert done.returncode == ToolchainError.exit_code
     assert "no C compiler found: install gcc or clang, or pip install ziglang" in done.stderr
 
 

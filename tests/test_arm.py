@@ -18,7 +18,7 @@ import pytest
 
 from bitgen.api import build
 from bitgen.cli import main
-from bitgen.errors import EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, ToolchainError, UsageError
 from bitgen.host import feature_rows
 from bitgen.render import inherits, render_host
 from bitgen.space import Space, space_for
@@ -277,7 +277,7 @@ def test_levels_of_targets(target: str, level: str) -> None:
 
 
 def test_a_wrong_target_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", "--model", "0.7B", "--target", "neoverse-n7"]) == EXIT_USAGE
+    assert main(["build", "--model", "0.7B", "--target", "neoverse-n7"]) == UsageError.exit_code
     said = capsys.readouterr().err
     assert "unknown target 'neoverse-n7'; did you mean neoverse-n1" in said
     assert said.count("\n") == 1
@@ -296,7 +296,7 @@ def test_no_cross_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) ->
         BitgenError, match=r"install aarch64-linux-gnu-gcc .*, or pip install ziglang"
     ) as caught:
         find_cross_compiler("aarch64", "Linux")
-    assert caught.value.exit_code == EXIT_TOOLCHAIN
+    assert caught.value.exit_code == ToolchainError.exit_code
 
 
 @needs_emulator

@@ -25,15 +25,7 @@ from bitgen import cli, toolchain
 from bitgen.__main__ import main as bitgen_main
 from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
-from bitgen.errors import (
-    EXIT_FAILURE,
-    EXIT_FILE,
-    EXIT_INTERRUPTED,
-    EXIT_TOOLCHAIN,
-    EXIT_UNSUPPORTED,
-    EXIT_USAGE,
-    BitgenError,
-)
+from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UnsupportedError, UsageError
 from bitgen.measure import Limits, Race, local
 from bitgen.space import space_for
 from bitgen.spec import N1, KernelSpec, Shape
@@ -139,7 +131,7 @@ def test_detect_imports_no_search_and_no_renderer() -> None:
 def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([])
-    assert stop.value.code == EXIT_USAGE
+    assert stop.value.code == UsageError.exit_code
     assert "COMMAND" in capsys.readouterr().err
 
 
@@ -215,7 +207,7 @@ def test_render_prints_the_step_of_a_model(capsys: pytest.CaptureFixture[str]) -
     assert "models     any: all sizes are arguments" in capsys.readouterr().out
     assert main(["render", "step", "--isa", "avx2", "--model", "3B"]) == 0
     assert "models     hidden 3200, q_rows 3200, ffn 8640, head_dim 100" in capsys.readouterr().out
-    assert main(["render", "i2s", "--model", "3B"]) == EXIT_USAGE
+    assert main(["render", "i2s", "--model", "3B"]) == UsageError.exit_code
     assert "only the forward step is made for a model" in capsys.readouterr().err
 
 
@@ -444,18 +436,16 @@ def test_a_library_for_another_cpu_is_refused(built: Path, workplace: Path, tmp_
     manifest["isas"]["avx512_vnni_future"] = ["avx99", "warpdrive"]
     manifest["cpu_family"] = "zen9"
     (other / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BitgenError, match=r"avx99.*warpdrive") as caught:
+    with pytest.raises(UnsupportedError, match=r"avx99.*warpdrive"):
         bitgen.load(other)
-    assert caught.value.exit_code == EXIT_UNSUPPORTED
     (row,) = json.loads(bitgen_in(tmp_path, "show", "-o", "json").stdout)["libraries"]
     assert row["state"] == "rejected"
     assert "avx99" in row["reason"]
     manifest["isas"] = {}
     manifest["files"] = dict.fromkeys(manifest["files"], "0" * 64)
     (other / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BitgenError) as caught:
+    with pytest.raises(FileError):
         bitgen.load(other)
-    assert caught.value.exit_code == EXIT_FILE
     assert workplace.exists()
 
 
@@ -516,7 +506,7 @@ def test_ctrl_c_in_the_middle_of_tune(
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
             run.communicate()
-    assert run.returncode == EXIT_INTERRUPTED, err
+    assert run.returncode == InterruptError.exit_code, err
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("bitgen: interrupted")
     assert out == ""
@@ -555,7 +545,7 @@ def test_a_full_disk_costs_one_trial_at_most(
     filler = small_disk / "filler"
     filler.write_bytes(b"\0" * 180_000)
     argv = ("tune", "-m", "tiny.yaml", "--family", "i2s", "--trials", "30", "--logs", str(small_disk))
-    done = bitgen_in(workplace, *argv, code=EXIT_FILE)
+    done = bitgen_in(workplace, *argv, code=FileError.exit_code)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("bitgen: ")
     assert "disk is full" in last or "No space left" in last
@@ -572,7 +562,9 @@ def test_a_full_disk_costs_one_trial_at_most(
 
 def test_a_library_on_a_full_disk_appears_not_at_all(small_disk: Path, workplace: Path, built: Path) -> None:
     assert built.exists()
-    done = bitgen_in(workplace, "build", "-m", "tiny.yaml", "--out", str(small_disk), code=EXIT_FILE)
+    done = bitgen_in(
+        workplace, "build", "-m", "tiny.yaml", "--out", str(small_disk), code=FileError.exit_code
+    )
     assert done.stderr.count("\n") == 1
     assert "disk is full" in done.stderr
     assert list(small_disk.iterdir()) == []
@@ -583,8 +575,8 @@ def test_a_library_on_a_full_disk_appears_not_at_all(small_disk: Path, workplace
 
 def test_unknown_model(fails: Callable[..., str]) -> None:
     for name in ("tune", "build", "models"):
-        assert "unknown model '3C': did you mean 3B" in fails(name, "-m", "3C", code=EXIT_USAGE)
-    assert "cannot read" in fails("build", "-m", "nowhere.yaml", code=EXIT_FILE)
+        assert "unknown model '3C': did you mean 3B" in fails(name, "-m", "3C", code=UsageError.exit_code)
+    assert "cannot read" in fails("build", "-m", "nowhere.yaml", code=FileError.exit_code)
 
 
 @pytest.mark.parametrize(
@@ -605,7 +597,7 @@ def test_a_model_file_that_is_wrong(
 ) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text(text)
-    line = fails(name, "-m", str(file), code=EXIT_FILE)
+    line = fails(name, "-m", str(file), code=FileError.exit_code)
     assert told in line
     assert "wrong.yaml" in line
 
@@ -656,11 +648,11 @@ def test_a_model_file_that_is_wrong(
     ],
 )
 def test_wrong_arguments(argv: str, told: str, fails: Callable[..., str]) -> None:
-    assert told in fails(*argv.split(), code=EXIT_USAGE)
+    assert told in fails(*argv.split(), code=UsageError.exit_code)
 
 
 def test_nothing_to_export(fails: Callable[..., str]) -> None:
-    assert "run bitgen tune" in fails("export", code=EXIT_FAILURE)
+    assert "run bitgen tune" in fails("export", code=BitgenError.exit_code)
 
 
 def test_an_isa_this_cpu_lacks(
@@ -674,7 +666,7 @@ def test_an_isa_this_cpu_lacks(
         ["check", "--isa", "avx512_vnni"],
         ["bench", "--kernels", "-m", "3B", "--isa", "avx512_vnni"],
     ):
-        line = fails(*argv, code=EXIT_UNSUPPORTED)
+        line = fails(*argv, code=UnsupportedError.exit_code)
         assert "cannot run avx512_vnni here: this CPU lacks avx512_vnni, avx512bw" in line
         assert "this CPU runs avx2, scalar" in line
 
@@ -684,12 +676,16 @@ def test_no_compiler(fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(toolchain.compiler, "_zig_command", lambda: None)
     for argv in (["tune", "-m", "3B"], ["build", "-m", "3B"], ["check"]):
-        assert "no C compiler found: install gcc or clang" in fails(*argv, code=EXIT_TOOLCHAIN)
-    assert "there is no such program" in fails("build", "-m", "3B", "--cc", "tcc", code=EXIT_TOOLCHAIN)
+        assert "no C compiler found: install gcc or clang" in fails(*argv, code=ToolchainError.exit_code)
+    assert "there is no such program" in fails(
+        "build", "-m", "3B", "--cc", "tcc", code=ToolchainError.exit_code
+    )
 
 
 def test_a_program_that_is_no_compiler(fails: Callable[..., str]) -> None:
-    assert "neither gcc nor clang nor zig" in fails("build", "-m", "3B", "--cc", "true", code=EXIT_TOOLCHAIN)
+    assert "neither gcc nor clang nor zig" in fails(
+        "build", "-m", "3B", "--cc", "true", code=ToolchainError.exit_code
+    )
 
 
 def script(path: Path, text: str) -> str:
@@ -704,7 +700,7 @@ def test_a_compiler_that_hangs_when_asked_its_name(
     compiler = script(tmp_path / "cc", "exec sleep 60")
     monkeypatch.setattr(workshop, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
     for argv in (["tune", "-m", "3B"], ["build", "-m", "3B"]):
-        line = fails(*argv, "--cc", compiler, code=EXIT_TOOLCHAIN)
+        line = fails(*argv, "--cc", compiler, code=ToolchainError.exit_code)
         assert "the C compiler hangs" in line
         assert "choose another with --cc" in line
 
@@ -716,7 +712,7 @@ def test_a_compiler_that_hangs_while_it_compiles(
     hangs = f'case " $* " in *" -c "*) exec sleep 60;; esac\nexec {shutil.which(real)} "$@"'
     compiler = script(tmp_path / "cc", hangs)
     monkeypatch.setattr(workshop, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
-    assert main(["build", "-m", "3B", "--cc", compiler]) == EXIT_TOOLCHAIN
+    assert main(["build", "-m", "3B", "--cc", compiler]) == ToolchainError.exit_code
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"did not compile .* within 0.5 s and was stopped", line)
     assert not (bitgen_home / "generated").exists() or not list((bitgen_home / "generated").iterdir())
@@ -726,15 +722,17 @@ def test_a_folder_that_cannot_be_written(fails: Callable[..., str], tmp_path: Pa
     file = tmp_path / "file"
     file.write_text("")
     for folder in (f"{file}/below", "/proc/bitgen"):
-        assert "cannot write to the folder" in fails("build", "-m", "3B", "--out", folder, code=EXIT_FILE)
-        line = fails("tune", "-m", "3B", "--logs", folder, "--trials", "1", code=EXIT_FILE)
+        assert "cannot write to the folder" in fails(
+            "build", "-m", "3B", "--out", folder, code=FileError.exit_code
+        )
+        line = fails("tune", "-m", "3B", "--logs", folder, "--trials", "1", code=FileError.exit_code)
         assert "cannot write to the folder" in line
 
 
 def test_show_what_is_not_there(fails: Callable[..., str], tmp_path: Path) -> None:
-    assert "is not a bundle" in fails("show", str(tmp_path / "nothing"), code=EXIT_FILE)
+    assert "is not a bundle" in fails("show", str(tmp_path / "nothing"), code=FileError.exit_code)
     (tmp_path / "manifest.json").write_text("{")
-    assert "manifest.json" in fails("show", str(tmp_path), code=EXIT_FILE)
+    assert "manifest.json" in fails("show", str(tmp_path), code=FileError.exit_code)
 
 
 @pytest.mark.parametrize(
@@ -744,7 +742,7 @@ def test_windows_is_unsupported(
     argv: str, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Windows")
-    line = fails(*argv.split(), code=EXIT_UNSUPPORTED)
+    line = fails(*argv.split(), code=UnsupportedError.exit_code)
     assert (
         line == "bitgen: bitgen runs on Linux and macOS; this is Windows (its Linux subsystem WSL 2 works)\n"
     )
@@ -757,7 +755,7 @@ def test_an_interrupt_while_modules_are_read(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "main", interrupted)
-    assert bitgen_main() == EXIT_INTERRUPTED
+    assert bitgen_main() == InterruptError.exit_code
     assert capsys.readouterr().err == "bitgen: interrupted\n"
 
 
@@ -768,5 +766,5 @@ def test_an_interrupt_of_any_command(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.models, "run", interrupted)
-    assert main(["models"]) == EXIT_INTERRUPTED
+    assert main(["models"]) == InterruptError.exit_code
     assert capsys.readouterr().err == "bitgen: interrupted\n"

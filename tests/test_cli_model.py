@@ -14,7 +14,7 @@ from text_models import piece_data
 
 import bitgen
 from bitgen.cli import main
-from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_TOOLCHAIN, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UsageError
 from bitgen.model.answer import Answer
 from bitgen.model.config import ModelConfig
 
@@ -110,7 +110,7 @@ def test_run_reads_prompts_from_files_and_standard_input(
     escaped = out_of(capsys, "run", *arguments, "-e", "-p", r"a\n\\n\tb\q", "-n", "1")[0]
     assert escaped.startswith("a\n\\n\tb\\q")
     file.write_bytes(b"\xff")
-    assert "not UTF-8" in out_of(capsys, "run", *arguments, "-f", str(file), code=EXIT_FILE)[1]
+    assert "not UTF-8" in out_of(capsys, "run", *arguments, "-f", str(file), code=FileError.exit_code)[1]
 
 
 def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,14 +121,14 @@ def test_run_says_when_the_context_is_full(arguments: list[str], capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["-p", "a", "-c", "999"], EXIT_USAGE, "the context must be 1 to 128 positions"),
-        (["-p", "the end " * 99], EXIT_USAGE, "and the context holds 128: shorten it"),
-        (["-p", "a", "--temp", "-1"], EXIT_USAGE, "temperature must be 0 or more"),
-        (["-p", "a", "-n", "0"], EXIT_USAGE, "-n must be 1 or more, or -1 for no limit"),
-        (["-p", "a\udcff"], EXIT_USAGE, "the text is not UTF-8 at character 1"),
-        (["-p", "a", "-t", "0"], EXIT_USAGE, "threads must be 1 to 1024, not 0"),
-        (["-p", "a", "--library", "no-such.so"], EXIT_FILE, "no-such.so: there is no such file"),
-        (["-f", "no-such-file"], EXIT_FILE, "No such file"),
+        (["-p", "a", "-c", "999"], UsageError.exit_code, "the context must be 1 to 128 positions"),
+        (["-p", "the end " * 99], UsageError.exit_code, "and the context holds 128: shorten it"),
+        (["-p", "a", "--temp", "-1"], UsageError.exit_code, "temperature must be 0 or more"),
+        (["-p", "a", "-n", "0"], UsageError.exit_code, "-n must be 1 or more, or -1 for no limit"),
+        (["-p", "a\udcff"], UsageError.exit_code, "the text is not UTF-8 at character 1"),
+        (["-p", "a", "-t", "0"], UsageError.exit_code, "threads must be 1 to 1024, not 0"),
+        (["-p", "a", "--library", "no-such.so"], FileError.exit_code, "no-such.so: there is no such file"),
+        (["-f", "no-such-file"], FileError.exit_code, "No such file"),
     ],
 )
 def test_what_is_wrong_is_one_line(
@@ -148,7 +148,7 @@ def test_a_model_that_is_not_there_is_one_line(library: Path, capsys: pytest.Cap
         ("3b", "3b is a preset, which has shapes and no weights"),
     ):
         argv = ("run", "-m", name, "--library", str(library), "-p", "a")
-        _, err = out_of(capsys, *argv, code=EXIT_FILE)
+        _, err = out_of(capsys, *argv, code=FileError.exit_code)
         assert err.startswith(f"bitgen: {says}")
         assert err.count("\n") == 1
 
@@ -167,7 +167,9 @@ def test_ctrl_c_ends_a_run_with_its_timings(
         return original(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Engine, "forward", forward)
-    out, err = out_of(capsys, "run", *arguments, "-p", "a", "-n", "50", "--ignore-eos", code=EXIT_INTERRUPTED)
+    out, err = out_of(
+        capsys, "run", *arguments, "-p", "a", "-n", "50", "--ignore-eos", code=InterruptError.exit_code
+    )
     assert out.startswith("a")
     assert "eval time" in err
 
@@ -178,10 +180,10 @@ def test_an_error_amid_a_text_is_a_line_of_its_own(
     from bitgen.model.engine import Engine
 
     def forward(*_: object) -> object:
-        raise BitgenError("the model computes NaN or infinity", EXIT_FILE)
+        raise FileError("the model computes NaN or infinity")
 
     monkeypatch.setattr(Engine, "forward", forward)
-    out, err = out_of(capsys, "run", *arguments, "-p", "a", code=EXIT_FILE)
+    out, err = out_of(capsys, "run", *arguments, "-p", "a", code=FileError.exit_code)
     assert out == "a\n"
     assert err.splitlines()[-1] == "bitgen: the model computes NaN or infinity"
 
@@ -206,7 +208,9 @@ def test_chat_goes_on_after_a_message_that_does_not_fit(
 ) -> None:
     lines = "the end " * 99 + "\nan end\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    out, err = out_of(capsys, "chat", *arguments, "-n", "3", code=EXIT_USAGE)  # nobody sees it on a pipe
+    out, err = out_of(
+        capsys, "chat", *arguments, "-n", "3", code=UsageError.exit_code
+    )  # nobody sees it on a pipe
     assert "the message has" in err
     assert len(out) > 1
 
@@ -223,13 +227,13 @@ def test_a_question_whose_answer_fails_is_not_remembered(
 
     def broken(self: Answer, *rest: object) -> object:
         if len(calls) == 1:
-            raise BitgenError("the model is damaged", EXIT_FILE)
+            raise FileError("the model is damaged")
         return draw(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bitgen.LLM, "chat_prompt", chat_prompt)
     monkeypatch.setattr(Answer, "draw", broken)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the end\nan end\n")))
-    _, err = out_of(capsys, "chat", *arguments, "-n", "3", code=EXIT_FILE)
+    _, err = out_of(capsys, "chat", *arguments, "-n", "3", code=FileError.exit_code)
     assert "bitgen: the model is damaged\n" in err
     assert calls == [1, 1]
 
@@ -278,7 +282,7 @@ def test_chat_templates_come_by_name_or_from_a_file(
     file.write_text("{{ raise_exception('asked for') }}")
     for name, message in ((str(file), "asked for"), ("none", "no chat template 'none'")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n")))
-        code = EXIT_USAGE if name == "none" else EXIT_FILE
+        code = UsageError.exit_code if name == "none" else FileError.exit_code
         assert message in out_of(capsys, "chat", *arguments, "--chat-template", name, code=code)[1]
 
 
@@ -297,7 +301,7 @@ def test_perplexity_prints_its_windows_and_the_result(
     assert found["context"] == 32
     assert found["tokens"] == 15 * found["windows"]
     file.write_text("short")
-    assert "two windows of 32" in out_of(capsys, *argv, code=EXIT_USAGE)[1]
+    assert "two windows of 32" in out_of(capsys, *argv, code=UsageError.exit_code)[1]
 
 
 def test_bench_times_prompts_steps_and_batches(
@@ -311,7 +315,10 @@ def test_bench_times_prompts_steps_and_batches(
     ]
     assert all(row["avg_ts"] > 0 and row["stddev_ts"] >= 0 for row in rows)
     assert len({row["streamed_mib"] for row in rows}) == 1
-    assert "context must be 1 to 128" in out_of(capsys, "bench", *arguments, "-p", "999", code=EXIT_USAGE)[1]
+    assert (
+        "context must be 1 to 128"
+        in out_of(capsys, "bench", *arguments, "-p", "999", code=UsageError.exit_code)[1]
+    )
 
 
 def test_bench_takes_a_preset(tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,7 +352,7 @@ def test_bench_takes_a_preset(tmp_path: Path, library: Path, capsys: pytest.Capt
 def test_bench_refuses_what_is_no_list(
     arguments: list[str], options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", *arguments, *options]) == EXIT_USAGE
+    assert main(["bench", *arguments, *options]) == UsageError.exit_code
     assert capsys.readouterr().err.startswith("bitgen: ")
 
 
@@ -365,7 +372,7 @@ def test_packed_weights_are_listed_and_cleared(
     assert out_of(capsys, "cache", "check", "-o", "json")[0] == out_of(capsys, "cache", "-o", "json")[0]
     damaged = Path(entries[0]["path"])
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    _, err = out_of(capsys, "cache", "check", code=EXIT_FILE)
+    _, err = out_of(capsys, "cache", "check", code=FileError.exit_code)
     assert (
         f"damaged or of another version, and deleted: {damaged.name} (unreadable); the next start packs again"
         in err
@@ -416,5 +423,5 @@ def test_without_a_library_and_a_compiler_there_is_one_line(
     monkeypatch.setenv("CC", "/no/such/compiler")
     with pytest.raises(BitgenError, match="/no/such/compiler"):
         bitgen.LLM(model)
-    _, err = out_of(capsys, "run", "-m", str(model), "-p", "a", code=EXIT_TOOLCHAIN)
+    _, err = out_of(capsys, "run", "-m", str(model), "-p", "a", code=ToolchainError.exit_code)
     assert "/no/such/compiler" in err

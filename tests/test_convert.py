@@ -10,7 +10,7 @@ import pytest
 from model_files import Plain, plain_model, small_config, tokenizer_json, write_folder, write_model
 
 from bitgen.cli import main
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.model import open_model
 from bitgen.model.convert import convert, gguf_architecture
 from bitgen.model.model_file import ModelFile
@@ -132,9 +132,9 @@ def test_the_architecture_follows_the_forward_pass() -> None:
 @pytest.mark.parametrize(
     ("out", "kind", "message", "code"),
     [
-        ("no/such/m.gguf", "i2_s", "there is no folder", EXIT_FILE),
-        (".", "i2_s", "is a folder", EXIT_FILE),
-        ("m.gguf", "q4_0", "unknown type 'q4_0'; there are i2_s, tq1_0, tq2_0, f16", EXIT_USAGE),
+        ("no/such/m.gguf", "i2_s", "there is no folder", FileError.exit_code),
+        (".", "i2_s", "is a folder", FileError.exit_code),
+        ("m.gguf", "q4_0", "unknown type 'q4_0'; there are i2_s, tq1_0, tq2_0, f16", UsageError.exit_code),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, out: str, kind: str, message: str, code: int) -> None:
@@ -280,10 +280,10 @@ def test_convert_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_failures_are_one_line_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
-    assert main(["inspect", str(tmp_path / "x.gguf")]) == EXIT_FILE
+    assert main(["inspect", str(tmp_path / "x.gguf")]) == FileError.exit_code
     assert capsys.readouterr().err.count("\n") == 1
-    assert main(["inspect"]) == EXIT_USAGE
-    assert main(["convert", str(tmp_path), "-o", str(tmp_path / "y.gguf")]) == EXIT_FILE
+    assert main(["inspect"]) == UsageError.exit_code
+    assert main(["convert", str(tmp_path), "-o", str(tmp_path / "y.gguf")]) == FileError.exit_code
 
 
 def test_nothing_in_a_file_steers_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitgen import paths
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError, ToolchainError
 
 
 @pytest.fixture
@@ -54,9 +54,8 @@ def test_data_folders_of_a_wheel(installed: Path) -> None:
 
 
 def test_incomplete_installation_says_so(tmp_path: Path) -> None:
-    with pytest.raises(BitgenError, match=r"installation is incomplete: .*configs is missing") as error:
+    with pytest.raises(FileError, match=r"installation is incomplete: .*configs is missing"):
         paths.configs_dir(tmp_path / "bitgen")
-    assert error.value.exit_code == EXIT_FILE
 
 
 def test_this_repository_has_its_data() -> None:
@@ -115,9 +114,8 @@ def test_ensure_dir_creates_parents_and_is_idempotent(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_ensure_dir_reports_a_file_in_the_way(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BitgenError, match=r"cannot write to the folder .*--out, --logs") as error:
+    with pytest.raises(FileError, match=r"cannot write to the folder .*--out, --logs"):
         paths.ensure_dir(tmp_path / path)
-    assert error.value.exit_code == EXIT_FILE
 
 
 def test_ensure_dir_reports_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +126,7 @@ def test_ensure_dir_reports_a_read_only_folder(tmp_path: Path, monkeypatch: pyte
 
 
 def test_errors_are_one_line_and_survive_pickling() -> None:
-    error = BitgenError("gcc said:\n  no such\tfile\n", exit_code=4)
+    error = ToolchainError("gcc said:\n  no such\tfile\n")
     assert str(error) == error.message == "gcc said: no such file"
     copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    assert (copy.message, copy.exit_code) == (error.message, 4)
+    assert (type(copy), copy.message, copy.exit_code) == (ToolchainError, error.message, 4)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, UsageError
 from bitgen.render import SPLIT_RADIX, render_kernel
 from bitgen.space import Space, int16_sums, space_for
 from bitgen.spec import (
@@ -197,9 +197,8 @@ def test_a_broken_rule_is_quoted(
     assert not space.broken(legal)
     bad = changed(legal, **knobs)
     assert any(told in rule.text for rule in space.broken(bad)), [r.text for r in space.broken(bad)]
-    with pytest.raises(BitgenError, match=re.escape(told)) as caught:
+    with pytest.raises(UsageError, match=re.escape(told)) as caught:
         space.check(bad)
-    assert caught.value.exit_code == EXIT_USAGE
     assert bad.schedule.name in caught.value.message
     assert bad not in space.points
 
@@ -430,7 +429,7 @@ def test_int32_sums_fit_for_the_largest_k(family: str, isa: Isa, regime: Regime)
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(BitgenError, match="unknown family 'tl3'; there are i2s, tl1, tl2"):
+    with pytest.raises(BitgenError, match="unknown family 'tl3'; did you mean tl5 or tl2 or tl1"):
         space_of("tl3", "avx2", N1)
 
 

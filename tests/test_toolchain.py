@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bitgen import toolchain as tc
-from bitgen.errors import EXIT_FILE, EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import BitgenError, FileError, ToolchainError
 from bitgen.target import load_isas
 from bitgen.toolchain import (
     CcBuilder,
@@ -126,7 +126,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         BitgenError, match="no C compiler found: install gcc or clang, or pip install"
     ) as caught:
         find_compiler()
-    assert caught.value.exit_code == EXIT_TOOLCHAIN
+    assert caught.value.exit_code == ToolchainError.exit_code
 
 
 def test_the_ziglang_package_counts_as_zig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +168,8 @@ def test_a_wrong_name_is_refused(
 ) -> None:
     fake_compiler(tmp_path / "clang", "clang version 1.0", "__clang__")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(BitgenError, match=words) as caught:
+    with pytest.raises(ToolchainError, match=words):
         find_compiler(name)
-    assert caught.value.exit_code == EXIT_TOOLCHAIN
 
 
 def test_a_compiler_that_hangs_when_asked_is_named(tmp_path: Path) -> None:
@@ -342,7 +341,7 @@ def test_a_compile_error_shows_command_and_words(chain: Toolchain) -> None:
     with pytest.raises(CompileError) as caught:
         chain.compile_object(unit)
     error = caught.value
-    assert error.exit_code == EXIT_TOOLCHAIN
+    assert error.exit_code == ToolchainError.exit_code
     assert error.command[0] == chain.compiler.command[0]
     assert "wrong.c" in error.command
     assert "could not compile wrong" in error.message
@@ -454,7 +453,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
         BitgenError, match=r"cannot write to .*cache: Not a directory; .*BITGEN_HOME"
     ) as caught:
         chain.compile_objects([ADD_UNIT])
-    assert caught.value.exit_code == EXIT_FILE
+    assert caught.value.exit_code == FileError.exit_code
     assert not isinstance(caught.value, CompileError)
 
 
@@ -463,9 +462,8 @@ def test_a_full_disk_while_storing(chain: Toolchain, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(BitgenError, match="the disk is full; free some space") as caught:
+    with pytest.raises(FileError, match="the disk is full; free some space"):
         chain.compile_object(ADD_UNIT)
-    assert caught.value.exit_code == EXIT_FILE
     assert not list(chain.cache_dir.rglob("making-*"))
 
 
@@ -548,9 +546,8 @@ def test_an_undefined_symbol_is_a_link_error_and_leaves_the_old_library(
 
 def test_an_output_folder_that_cannot_be_written(chain: Toolchain, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BitgenError, match="cannot write to the folder") as caught:
+    with pytest.raises(FileError, match="cannot write to the folder"):
         chain.link_shared([chain.compile_object(ADD_UNIT)], tmp_path / "file" / "lib.so")
-    assert caught.value.exit_code == EXIT_FILE
 
 
 # --- builders ----------------------------------------------------------------------------------------

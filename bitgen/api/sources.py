@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bitgen.api.models import preset_of, step_sizes
 from bitgen.api.workshop import Workshop
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape, family_named
@@ -44,9 +44,7 @@ def render_source(
     for every model, or for the sizes of ``model``. BitgenError quotes the rules that a schedule breaks.
     """
     if model is not None and family != "step":
-        raise BitgenError(
-            "only the forward step is made for a model: bitgen render step --model NAME", EXIT_USAGE
-        )
+        raise UsageError("only the forward step is made for a model: bitgen render step --model NAME")
     level = isa or Workshop().isa(None).name
     if family == "step":
         return render_step(level, step_sizes(preset_of(model)) if model else None)
@@ -64,7 +62,7 @@ def render_source(
     )
     if start is None:
         space.knobs(algorithm or "")  # raises, naming the algorithms there are
-        raise BitgenError(f"no legal schedule uses {algorithm}", EXIT_USAGE)
+        raise UsageError(f"no legal schedule uses {algorithm}")
     layout = Layout(space.family, row_block) if row_block else start.layout
     spec = space.make(start.schedule.algorithm, layout, {**dict(start.schedule), **_parse_knobs(knobs)})
     space.check(spec, local=False)
@@ -77,6 +75,6 @@ def _parse_knobs(knobs: Sequence[str]) -> dict[str, int]:
     for knob in knobs:
         name, sep, value = knob.partition("=")
         if not sep or not re.fullmatch(r"-?[0-9]+", value.strip()):
-            raise BitgenError(f"knob {knob!r}: write it as name=integer, for example streams=4", EXIT_USAGE)
+            raise UsageError(f"knob {knob!r}: write it as name=integer, for example streams=4")
         values[name.strip()] = int(value)
     return values

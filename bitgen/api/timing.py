@@ -11,7 +11,7 @@ from bitgen.api.libraries import choices_for
 from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop, check_threads
 from bitgen.config import ModelPreset
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, UsageError
 from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Shape, family_named, regime_named, regime_of
 from bitgen.target import accepted_isas
 
@@ -36,7 +36,7 @@ def check(
     from bitgen.measure.sweep import exact_sweep
 
     if sample is not None and sample < 1:
-        raise BitgenError(f"--sample must be at least 1, not {sample}", EXIT_USAGE)
+        raise UsageError(f"--sample must be at least 1, not {sample}")
     workshop = Workshop(cc)
     levels = [workshop.isa(name) for name in isas] or list(accepted_isas(workshop.cpu, workshop.isas))
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
@@ -104,7 +104,7 @@ def bench_kernels(
     level, count = workshop.isa(isa), workshop.cpu.usable_threads if threads is None else threads
     check_threads([count], workshop.cpu)
     if rounds < 1 or min(tokens, default=0) < 1:
-        raise BitgenError("numbers of tokens and of rounds must be at least 1", EXIT_USAGE)
+        raise UsageError("numbers of tokens and of rounds must be at least 1")
     chosen = {
         (choice.shape, choice.spec.regime): choice.spec
         for choice in choices_for(preset, workshop, level)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bitgen import __version__
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 from bitgen.paths import tune_logs_dir
 from bitgen.render import template_digest
 from bitgen.space import Space, space_for
@@ -86,8 +86,8 @@ def _digest(value: object) -> str:
 
 
 def check_threads(counts: Iterable[int], cpu: Cpu) -> None:
-    """BitgenError (EXIT_USAGE) for a number of threads that this CPU cannot run at once."""
+    """UsageError for a number of threads that this CPU cannot run at once."""
     most = max(cpu.logical_cpus, cpu.usable_threads)
     for count in counts:
         if not 1 <= count <= most:
-            raise BitgenError(f"--threads {count}: this CPU runs 1 to {most} at once", EXIT_USAGE)
+            raise UsageError(f"--threads {count}: this CPU runs 1 to {most} at once")

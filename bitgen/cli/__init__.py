@@ -33,7 +33,7 @@ from bitgen.cli import (
     show,
     tune,
 )
-from bitgen.errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
 
 COMMANDS: tuple[ModuleType, ...] = (
     *(detect, models, render, tune, build, bench, show, check, export),
@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line; argparse would print the whole usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
+        self.exit(UsageError.exit_code, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = "; what was recorded is kept" if args.command == "tune" else ""
         print(f"bitgen: interrupted{kept}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return InterruptError.exit_code
     except BrokenPipeError:
         # The reader of a pipe (head, less) left: not an error; keep Python from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
         print(f"bitgen: {error.strerror or error}{name}", file=sys.stderr)
-        return EXIT_FILE
+        return FileError.exit_code

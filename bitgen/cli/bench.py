@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _run_model(args: argparse.Namespace) -> None:
     from bitgen.cli.progress import ProgressLine
-    from bitgen.errors import EXIT_USAGE, BitgenError
+    from bitgen.errors import UsageError
     from bitgen.llm import library_for
     from bitgen.model.bench import bench_engine
     from bitgen.model.llm import open_engine
@@ -68,7 +68,7 @@ def _run_model(args: argparse.Namespace) -> None:
     threads = numbers("-t", args.threads, 1) if args.threads else [None]
     repeats = 5 if args.repetitions is None else args.repetitions
     if not (prompts or steps) or repeats < 1:
-        raise BitgenError("nothing to time: -p or -n, and -r, must be at least 1", EXIT_USAGE)
+        raise UsageError("nothing to time: -p or -n, and -r, must be at least 1")
     context = max((*prompts, *steps))
     rows = []
     with ProgressLine() as line:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 
 SUMMARY = "write the kernel library of a model"
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from bitgen.cli.tables import render_tables
 
     if args.os and not args.target:
-        raise BitgenError("--os needs --target: the CPU that the system runs on", EXIT_USAGE)
+        raise UsageError("--os needs --target: the CPU that the system runs on")
     path = build(
         args.model,
         isa=args.isa,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 
 SUMMARY = "list, check or clear the packed weights that are kept on disk"
 
@@ -33,6 +33,4 @@ def run(args: argparse.Namespace) -> None:
     print(render_tables([Table("cache", columns, rows)], args.output))
     if damaged:
         names = ", ".join(f"{entry.path.name} ({entry.model or 'unreadable'})" for entry in damaged)
-        raise BitgenError(
-            f"damaged or of another version, and deleted: {names}; the next start packs again", EXIT_FILE
-        )
+        raise FileError(f"damaged or of another version, and deleted: {names}; the next start packs again")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.text import add_model, add_sampling, open_llm, print_timings, sampling_options
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:
     from bitgen.model.conversation import Conversation
@@ -144,8 +144,8 @@ def _template(name: str) -> str:
         return BUILT_IN[name]
     file = Path(name)
     if not file.is_file():
-        raise BitgenError(f"no chat template {name!r}: give {', '.join(BUILT_IN)} or a file", EXIT_USAGE)
+        raise UsageError(f"no chat template {name!r}: give {', '.join(BUILT_IN)} or a file")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BitgenError(f"{file} is not UTF-8 text: {error.reason}", EXIT_FILE) from error
+        raise FileError(f"{file} is not UTF-8 text: {error.reason}") from error

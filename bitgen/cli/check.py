@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitgen.errors import EXIT_FAILURE
+from bitgen.errors import BitgenError
 
 SUMMARY = "prove every schedule exact against numpy"
 
@@ -41,4 +41,4 @@ def run(args: argparse.Namespace) -> int:
     for proof in counts.failures:
         print(f"{proof.spec.name}: {proof.status.value}: {proof.detail}")
     print(counts)
-    return 0 if counts.exact else EXIT_FAILURE
+    return 0 if counts.exact else BitgenError.exit_code

@@ -23,13 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.errors import EXIT_USAGE, BitgenError
+    from bitgen.errors import UsageError
     from bitgen.model.files import open_model
     from bitgen.model.inspect import facts
 
     path = args.path or args.model
     if path is None:
-        raise BitgenError("name a model file: bitgen inspect model.gguf", EXIT_USAGE)
+        raise UsageError("name a model file: bitgen inspect model.gguf")
     model = open_model(path)
     known = facts(model)
     tables = [Table("model", (Column("key", "what"), Column("value", "value")), list(known.items()))]

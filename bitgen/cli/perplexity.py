@@ -20,16 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.errors import EXIT_FILE, BitgenError
+    from bitgen.errors import FileError
     from bitgen.model.perplexity import perplexity
 
     try:
         data = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BitgenError(
-            f"{args.file} is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_FILE
-        ) from None
+        raise FileError(f"{args.file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     with open_llm(args) as llm:
         for result in perplexity(llm, text, llm.context, args.chunks):
             print(f"[{result.windows}]{result.value:.4f}", end=",", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitgen.errors import EXIT_INTERRUPTED
+    from bitgen.errors import InterruptError
 
     if args.conversation:
         from bitgen.cli.chat import converse
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             for piece in generation:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            code = EXIT_INTERRUPTED
+            code = InterruptError.exit_code
         finally:  # an error's line starts on a line of its own
             print(flush=True)
         if generation.finish == "context":
@@ -59,21 +59,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     """-p, the file of -f, or standard input where neither is given and it is no terminal."""
-    from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+    from bitgen.errors import FileError, UsageError
 
     if args.prompt is not None:
         return _unescape(args.prompt) if args.escape else str(args.prompt)
     if args.file is None and sys.stdin.isatty():
-        raise BitgenError("give a prompt: -p TEXT, -f FILE, or standard input", EXIT_USAGE)
+        raise UsageError("give a prompt: -p TEXT, -f FILE, or standard input")
     try:
         if args.file is None or str(args.file) == "-":
             text = sys.stdin.buffer.read().decode("utf-8")
         else:
             text = args.file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BitgenError(
-            f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}", EXIT_FILE
-        ) from None
+        raise FileError(f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}") from None
     return text[:-1] if text.endswith("\n") else text  # the newline that ends a file is not meant
 
 

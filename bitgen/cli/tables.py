@@ -130,9 +130,9 @@ def tile_table(
 
 def numbers(option: str, text: str, least: int) -> list[int]:
     """The numbers of a list like 1,2,4."""
-    from bitgen.errors import EXIT_USAGE, BitgenError
+    from bitgen.errors import UsageError
 
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) >= least for word in words):
-        raise BitgenError(f"{option} {text}: give numbers from {least} on, separated by commas", EXIT_USAGE)
+        raise UsageError(f"{option} {text}: give numbers from {least} on, separated by commas")
     return [int(word) for word in words]

@@ -79,12 +79,12 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `LLM.generate`. BitgenError (EXIT_USAGE) for a value that is out of range."""
-    from bitgen.errors import EXIT_USAGE, BitgenError
+    """The options of `LLM.generate`. UsageError for a value that is out of range."""
+    from bitgen.errors import UsageError
     from bitgen.model.sampling import Sampling
 
     if args.n_predict == 0:
-        raise BitgenError("-n must be 1 or more, or -1 for no limit", EXIT_USAGE)
+        raise UsageError("-n must be 1 or more, or -1 for no limit")
     sampling = Sampling(
         temperature=args.temp,
         top_k=max(0, args.top_k),

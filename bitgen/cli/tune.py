@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
-from bitgen.errors import EXIT_FAILURE
+from bitgen.errors import BitgenError
 
 if TYPE_CHECKING:
     from bitgen.search import TuningResult
@@ -96,7 +96,7 @@ def _show_dry_run(result: TuningResult, output: str) -> int:
         print("Nothing was recorded, and nothing was timed that could be compared.")
     for text in (text for group in result.groups for text in group.failures):
         print(f"bitgen: {text}", file=sys.stderr)
-    return EXIT_FAILURE if failed else 0
+    return BitgenError.exit_code if failed else 0
 
 
 def _threads(text: str | None) -> list[int] | Literal["auto"]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bitgen import __version__
 from bitgen.bundle import ABI_VERSION, MANIFEST_NAME, Manifest, is_bundle, sha256_of
-from bitgen.errors import EXIT_FAILURE, EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.host import SYSTEMS, host_headers
 from bitgen.library.contents import Contents, KernelChoice, Target, choose_contents
 from bitgen.library.units import library_units_of
@@ -62,12 +62,12 @@ def write_library(
     """
     if not _NAME.fullmatch(name):
         message = f"{name!r} cannot name files; use letters, digits, dot, dash, underscore"
-        raise BitgenError(message, EXIT_USAGE)
+        raise UsageError(message)
     contents = replace(choose_contents(choices, target), threads=threads, sizes=sizes)
     parent = ensure_dir(out_dir).absolute()  # the self-test runs in another folder
     folder = parent / name
     if folder.exists() and not is_bundle(folder):
-        raise BitgenError(f"{folder} exists and is not a bundle; choose another name or folder", EXIT_FILE)
+        raise FileError(f"{folder} exists and is not a bundle; choose another name or folder")
     advice = f"choose another folder with --out or {HOME_VARIABLE}"
     with (
         writing(folder, advice),
@@ -201,7 +201,7 @@ def _execute(folder: Path) -> None:
         )
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BitgenError(f"the new library failed its self-test: {said}", EXIT_FAILURE)
+        raise BitgenError(f"the new library failed its self-test: {said}")
 
 
 def _move(made: Path, folder: Path, replaced: Path) -> None:

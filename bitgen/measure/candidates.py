@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import BitgenError, ToolchainError
 from bitgen.measure.harness import Functions, functions_of, unit_of
 from bitgen.render import Source, render_kernel, render_quantize, render_tables
 from bitgen.spec import FAMILIES, KernelSpec
@@ -73,9 +73,7 @@ class Candidates:
     def _link(self, specs: Sequence[KernelSpec], units: dict[KernelSpec, Unit]) -> None:
         try:
             library = self._builder.build([units[spec] for spec in specs]).path
-        except BitgenError as error:
-            if error.exit_code != EXIT_TOOLCHAIN:
-                raise  # a full disk is no kernel's fault
+        except ToolchainError as error:  # a full disk is no kernel's fault, and another error
             if len(specs) > 1:  # one of them has, say, an undefined function: the others must not pay for it
                 for spec in specs:
                     self._link([spec], units)

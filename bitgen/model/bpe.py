@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
@@ -83,7 +83,7 @@ def pre_tokenizer(name: str, vocabulary: Mapping[str, int]) -> tuple[PreTokenize
 
     An empty name or "default" is what converters wrote that did not know better: a vocabulary that is known
     by its special tokens gets the one it was trained with, every other one the default of llama.cpp.
-    BitgenError (EXIT_FILE) for a name that is not known: other words would give other tokens.
+    FileError for a name that is not known: other words would give other tokens.
     """
     if name in ("", "default"):
         for tokens, known in _TELLTALES:
@@ -94,7 +94,7 @@ def pre_tokenizer(name: str, vocabulary: Mapping[str, int]) -> tuple[PreTokenize
             return _DEFAULT, "the file does not name its pre-tokenizer; the default may split words wrongly"
     if name not in PRE_TOKENIZERS:
         known_names = ", ".join(PRE_TOKENIZERS)
-        raise BitgenError(f"unknown pre-tokenizer {name!r}; supported are {known_names}", EXIT_FILE)
+        raise FileError(f"unknown pre-tokenizer {name!r}; supported are {known_names}")
     return PRE_TOKENIZERS[name], None
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from types import FrameType
 from typing import Any, TypeAlias
 
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 
 Message: TypeAlias = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -58,16 +58,14 @@ def template_for(tokens: Mapping[str, int]) -> str:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """BitgenError (EXIT_USAGE) when a message has no known role or no text."""
+    """UsageError when a message has no known role or no text."""
     if not messages:
-        raise BitgenError("a chat needs at least one message", EXIT_USAGE)
+        raise UsageError("a chat needs at least one message")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise BitgenError("a message is a mapping with the texts role and content", EXIT_USAGE)
+            raise UsageError("a message is a mapping with the texts role and content")
         if message.get("role") not in _ROLES:
-            raise BitgenError(
-                f"a message has the role {message.get('role')!r}; known are {', '.join(_ROLES)}", EXIT_USAGE
-            )
+            raise UsageError(f"a message has the role {message.get('role')!r}; known are {', '.join(_ROLES)}")
 
 
 def render_chat(
@@ -75,7 +73,7 @@ def render_chat(
 ) -> str:
     """The prompt for ``messages``; ``answer`` ends it where the assistant is to speak.
 
-    BitgenError (EXIT_FILE) when the template is wrong, refuses the messages, or runs away.
+    FileError when the template is wrong, refuses the messages, or runs away.
     """
     import jinja2
 
@@ -105,7 +103,7 @@ def render_chat(
         ValueError,
         AttributeError,
     ) as error:
-        raise BitgenError(f"the chat template of the model fails: {error}", EXIT_FILE) from error
+        raise FileError(f"the chat template of the model fails: {error}") from error
     except (RecursionError, MemoryError) as error:
         raise _runs_away("runs away") from error
 
@@ -215,11 +213,11 @@ def _allow(length: int) -> None:
 
 
 def _runs_away(what: str) -> BitgenError:
-    return BitgenError(f"the chat template of the model {what}", EXIT_FILE)
+    return FileError(f"the chat template of the model {what}")
 
 
 def _refuse(message: object) -> None:
-    raise BitgenError(f"the chat template of the model refuses: {message}", EXIT_FILE)
+    raise FileError(f"the chat template of the model refuses: {message}")
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

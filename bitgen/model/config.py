@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 
 Floats: TypeAlias = NDArray[np.float32]
 Activation: TypeAlias = Literal["silu", "relu2"]
@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 def check_head_dim(head_dim: int, where: str) -> int:
     """``head_dim`` when it is one; tables of its size are made before a ModelConfig can check it."""
     if not 2 <= head_dim <= _HEAD_DIM_MAX:
-        raise BitgenError(f"{where}: heads of {head_dim} are not possible", EXIT_FILE)
+        raise FileError(f"{where}: heads of {head_dim} are not possible")
     return head_dim
 
 
@@ -38,7 +38,7 @@ class ModelConfig:
 
     Rows of q and k are always in the rotate-half convention, whatever the file holds: RoPE turns the pairs
     (i, i + head_dim / 2) by position * rope_theta^(-2 i / head_dim) / rope_factors[i].
-    BitgenError (EXIT_FILE) when the numbers make no model.
+    FileError when the numbers make no model.
     """
 
     architecture: str  # as the file names it: bitnet, bitnet-25, bitnet-b1.58, llama
@@ -81,7 +81,7 @@ class ModelConfig:
             raise self._wrong(f"the RoPE factors must be {self.head_dim // 2} positive numbers")
 
     def _wrong(self, what: str) -> BitgenError:
-        return BitgenError(f"this {self.architecture} model cannot be run: {what}", EXIT_FILE)
+        return FileError(f"this {self.architecture} model cannot be run: {what}")
 
     @property
     def q_rows(self) -> int:

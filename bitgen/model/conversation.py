@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 from bitgen.model.chat import Message
 from bitgen.model.llm import LLM, Generation
 
@@ -27,7 +27,7 @@ class Conversation:
     def say(self, text: str) -> Generation:
         """Add a message of the user; iterate over the answer, then call `heard` with it.
 
-        BitgenError (EXIT_USAGE) when the message alone does not fit; the conversation then is as before.
+        UsageError when the message alone does not fit; the conversation then is as before.
         """
         kept, ids, forgotten = self._fit([*self.messages, {"role": "user", "content": text}])
         answer = self.llm.answer(ids, **self.options)
@@ -63,9 +63,8 @@ class Conversation:
             forgotten += turns[0] - head
             messages = [*messages[:head], *messages[turns[0] :]]
         if len(ids) >= context:
-            raise BitgenError(
+            raise UsageError(
                 f"the message has {len(ids)} tokens and the context holds {context}: shorten it or ask for a "
                 "larger context (-c)",
-                EXIT_USAGE,
             )
         return messages, ids, forgotten

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import FileError, UsageError, unknown
 from bitgen.model.config import Floats, ModelConfig
 from bitgen.model.files import open_model
 from bitgen.model.gguf import U32, NewTensor, write_gguf
@@ -60,16 +60,16 @@ def convert(
     when it is not ternary, or when ``out`` cannot be written.
     """
     if kind not in TYPES:
-        raise BitgenError(f"unknown type {kind!r}; there are {', '.join(TYPES)}", EXIT_USAGE)
+        raise unknown("type", kind, TYPES)
     target = Path(out).expanduser()
     if target.is_dir() or not target.parent.is_dir():
         problem = (
             "is a folder" if target.is_dir() else f"cannot be written: there is no folder {target.parent}"
         )
-        raise BitgenError(f"{target} {problem}", EXIT_FILE)
+        raise FileError(f"{target} {problem}")
     model = open_model(source)
     if target.exists() and target.resolve() == model.path.resolve():
-        raise BitgenError(f"{target} is the source itself; write to another file", EXIT_USAGE)
+        raise UsageError(f"{target} is the source itself; write to another file")
     architecture = gguf_architecture(model.config)
     tokenizer, notes = _tokenizer(model)
     metadata = {**_metadata(model.config, architecture, kind), **tokenizer}
@@ -98,7 +98,7 @@ def gguf_architecture(config: ModelConfig) -> str:
         if (known.activation, known.sub_norms) == (config.activation, config.sub_norms):
             return arch
     norms = "with" if config.sub_norms else "without"
-    raise BitgenError(f"no GGUF architecture has {config.activation} {norms} sub-norms", EXIT_FILE)
+    raise FileError(f"no GGUF architecture has {config.activation} {norms} sub-norms")
 
 
 def _metadata(config: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:

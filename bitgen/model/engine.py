@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.model.config import ModelConfig
 from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
 from bitgen.model.weights import DenseMatrix, Weights
@@ -195,7 +195,7 @@ class Engine:
 
     def _check_step(self, code: int) -> None:
         if code == self._lib.BITGEN_ERROR_NOT_FINITE:
-            raise BitgenError("the model computes NaN or infinity: is its file damaged?", EXIT_FILE)
+            raise FileError("the model computes NaN or infinity: is its file damaged?")
         self.table.check(code)
 
     def _check_tokens(self, ids: list[int]) -> None:
@@ -345,7 +345,7 @@ def _checked_context(config: ModelConfig, context: int | None) -> int:
     if context is None:
         return config.context
     if not 1 <= context <= config.context:
-        raise BitgenError(f"context must be 1 to {config.context} positions, not {context}", EXIT_USAGE)
+        raise UsageError(f"context must be 1 to {config.context} positions, not {context}")
     return context
 
 

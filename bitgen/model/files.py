@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bitgen.config import load_models, nearest_names
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.config import load_models
+from bitgen.errors import BitgenError, FileError, nearest_names
 from bitgen.model.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.paths import models_dir
 
@@ -15,7 +15,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     """Open a .gguf file, a folder with config.json and safetensors, or a folder with one .gguf file.
 
     A .safetensors file stands for its folder; the name of a model that ships with bitgen (`shipped_model`)
-    for its file, unless there is a file or folder of that name. BitgenError (EXIT_FILE) when there is no
+    for its file, unless there is a file or folder of that name. FileError when there is no
     model, when it is damaged, or when it is of a kind that bitgen does not run.
     """
     file = Path(path).expanduser()
@@ -32,7 +32,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
                 if not found
                 else f"{len(found)} .gguf files: name one"
             )
-            raise BitgenError(f"the folder {file} holds {what}", EXIT_FILE)
+            raise FileError(f"the folder {file} holds {what}")
         file = found[0]
     if file.suffix == ".safetensors" and (file.parent / "config.json").is_file():
         return _open_folder(file.parent)
@@ -58,14 +58,13 @@ def _refuse_unknown_name(name: str, file: Path) -> None:
     wanted = f"give a .gguf file, a Hugging Face folder, or {' or '.join(shipped)}"
     presets = {known.casefold() for preset in load_models() for known in (preset.name, *preset.aliases)}
     if name.casefold() in presets:
-        raise BitgenError(
+        raise FileError(
             f"{name} is a preset, which has shapes and no weights: {wanted}; `bitgen bench -m {name}` times "
             "it with random weights",
-            EXIT_FILE,
         )
     near = nearest_names(name, shipped)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise BitgenError(f"{name!r} does not exist and is no model that ships: {hint}{wanted}", EXIT_FILE)
+    raise FileError(f"{name!r} does not exist and is no model that ships: {hint}{wanted}")
 
 
 def _open_gguf(path: Path) -> ModelFile:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 from bitgen.model.answer import ROWS, Answer, Request
 from bitgen.model.config import ModelConfig
 from bitgen.model.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ class Generator:
         """Yield each answer with its next piece of text; the last one of an answer has ``finish`` set.
 
         As many run at once as the engine has sequences; a request that ends makes room for the next.
-        BitgenError (EXIT_USAGE) when a prompt is empty or longer than the context.
+        UsageError when a prompt is empty or longer than the context.
         """
         for request in requests:
             self.check(request.prompt)
@@ -132,12 +132,11 @@ class Generator:
     def check(self, prompt: Sequence[int]) -> None:
         """BitgenError when a prompt cannot be computed."""
         if not prompt:
-            raise BitgenError("the prompt is empty", EXIT_USAGE)
+            raise UsageError("the prompt is empty")
         if len(prompt) > self.engine.context:
-            raise BitgenError(
+            raise UsageError(
                 f"the prompt has {len(prompt)} tokens and the context holds {self.engine.context}: "
                 "shorten it or ask for a larger context (-c)",
-                EXIT_USAGE,
             )
 
     def _take_turn(self) -> int:

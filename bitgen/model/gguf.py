@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.quants import BY_ID, FORKS, I2_S_ID, i2_s_bytes
 
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -51,7 +51,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def damaged(path: Path, what: str) -> BitgenError:
-    return BitgenError(f"{path} is damaged or no GGUF file: {what}", EXIT_FILE)
+    return FileError(f"{path} is damaged or no GGUF file: {what}")
 
 
 @dataclass(frozen=True)
@@ -145,41 +145,39 @@ class GgufFile:
     def bytes_of(self, tensor: TensorInfo) -> Bytes:
         """The bytes of a tensor: a read-only view of the mapped file."""
         if tensor.size is None:
-            raise BitgenError(
-                f"{self.path}: bitgen cannot read {tensor.name} of type {tensor.type}", EXIT_FILE
-            )
+            raise FileError(f"{self.path}: bitgen cannot read {tensor.name} of type {tensor.type}")
         return self.data[tensor.offset : tensor.offset + tensor.size]
 
 
 def map_file(path: Path) -> Bytes:
-    """The bytes of a file, mapped read-only. BitgenError (EXIT_FILE) when it cannot be."""
+    """The bytes of a file, mapped read-only. FileError when it cannot be."""
     try:
         if not path.is_file():
             found = (
                 "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is no file"
             )
-            raise BitgenError(f"{path} {found}", EXIT_FILE)
+            raise FileError(f"{path} {found}")
         with path.open("rb") as file:
             if path.stat().st_size == 0:
-                raise BitgenError(f"{path} is empty", EXIT_FILE)
+                raise FileError(f"{path} is empty")
             return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BitgenError(f"cannot read {path}: {reason}", EXIT_FILE) from error
+        raise FileError(f"cannot read {path}: {reason}") from error
 
 
 def read_gguf(path: Path | str) -> GgufFile:
-    """Open a GGUF file. BitgenError (EXIT_FILE) when it cannot be read or breaks a rule of the format."""
+    """Open a GGUF file. FileError when it cannot be read or breaks a rule of the format."""
     file = Path(path)
     data = map_file(file)
     if data[:4].tobytes() != MAGIC:
-        raise BitgenError(f"{file} is no GGUF file: it does not start with the letters GGUF", EXIT_FILE)
+        raise FileError(f"{file} is no GGUF file: it does not start with the letters GGUF")
     cursor = _Cursor(file, data, 4)
     version = cursor.number(4)
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         what = "big-endian GGUF" if swapped in (1, 2, 3) else f"GGUF version {version}"
-        raise BitgenError(f"{file} is {what}; bitgen reads little-endian versions 2 and 3", EXIT_FILE)
+        raise FileError(f"{file} is {what}; bitgen reads little-endian versions 2 and 3")
     tensor_count = cursor.count(cursor.number(8), 8 + 4 + 8 + 4 + 8, "tensors")
     value_count = cursor.count(cursor.number(8), 8 + 4 + 1, "metadata values")
     values: dict[str, _Value] = {}
@@ -360,7 +358,7 @@ def write_gguf(
     """Write a GGUF file, version 3, beside ``path`` and move it into place when it is whole.
 
     ``metadata``: bool, int (signed 64 bits), U32, float (32 bits), str, numpy arrays of numbers, lists of
-    str. ``progress(done, total)`` counts bytes of tensors. BitgenError (EXIT_FILE) when it cannot be written.
+    str. ``progress(done, total)`` counts bytes of tensors. FileError when it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -368,7 +366,7 @@ def write_gguf(
             _write(file, metadata, tensors, progress)
         partial.replace(path)
     except OSError as error:
-        raise BitgenError(f"cannot write {path}: {error.strerror or error}", EXIT_FILE) from error
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written: the first error says it
             partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
 from bitgen.model.gguf import GgufFile, TensorInfo
 from bitgen.model.quants import (
@@ -103,7 +103,7 @@ class _Keys:
         self._prefix = prefix
 
     def error(self, key: str, what: str) -> BitgenError:
-        return BitgenError(f"{self._file.path}: {self._prefix}{key} {what}", EXIT_FILE)
+        return FileError(f"{self._file.path}: {self._prefix}{key} {what}")
 
     def get(self, key: str) -> Any:
         """The value, None where there is none. An array of equal numbers (one a layer) counts as one."""
@@ -145,21 +145,20 @@ def _short(value: object) -> str:
 
 
 def architecture_of(file: GgufFile) -> Architecture:
-    """BitgenError (EXIT_FILE) that names the architecture found and those supported."""
+    """FileError that names the architecture found and those supported."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
-        raise BitgenError(f"{file.path}: general.architecture is missing; this is no model file", EXIT_FILE)
+        raise FileError(f"{file.path}: general.architecture is missing; this is no model file")
     if name not in ARCHITECTURES:
-        raise BitgenError(
+        raise FileError(
             f"{file.path}: the architecture {_short(name)} is not supported; bitgen runs "
             f"{', '.join(ARCHITECTURES)} with ternary matrices",
-            EXIT_FILE,
         )
     return ARCHITECTURES[name]
 
 
 def gguf_config(file: GgufFile) -> ModelConfig:
-    """The hyperparameters. BitgenError (EXIT_FILE) names what is missing or not supported."""
+    """The hyperparameters. FileError names what is missing or not supported."""
     arch = architecture_of(file)
     keys = _Keys(file, arch.name + ".")
     if keys.integer("expert_count", 0):
@@ -174,7 +173,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
             raise keys.error(key, f"is {keys.get(key)} with heads of {head_dim}, which is not supported")
     embedding = _tensor(file, "token_embd.weight")
     if len(embedding.shape) != 2:
-        raise BitgenError(f"{file.path}: token_embd.weight has the shape {embedding.shape}", EXIT_FILE)
+        raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
     return ModelConfig(
         architecture=arch.name,
         hidden=hidden,
@@ -216,16 +215,15 @@ def _rope_factors(file: GgufFile, keys: _Keys, head_dim: int) -> Floats | None:
 
 def _tensor(file: GgufFile, name: str) -> TensorInfo:
     if name not in file.tensors:
-        raise BitgenError(f"{file.path}: the tensor {name} is missing; the file is not whole", EXIT_FILE)
+        raise FileError(f"{file.path}: the tensor {name} is missing; the file is not whole")
     return file.tensors[name]
 
 
 def _check_shape(file: GgufFile, info: TensorInfo, shape: tuple[int, ...]) -> None:
     if info.shape != shape:
-        raise BitgenError(
+        raise FileError(
             f"{file.path}: the tensor {info.name} has the shape {_by(info.shape)}; "
             f"the metadata says {_by(shape)}",
-            EXIT_FILE,
         )
 
 
@@ -241,17 +239,16 @@ def _vector(file: GgufFile, name: str, size: int) -> Floats:
         raise _unsupported(file, info, _VECTOR_TYPES)
     values: Floats = dequantize(info.type, file.bytes_of(info).reshape(1, -1), size)[0]
     if not np.isfinite(values).all():
-        raise BitgenError(f"{file.path}: {name} holds NaN or infinity; the file is damaged", EXIT_FILE)
+        raise FileError(f"{file.path}: {name} holds NaN or infinity; the file is damaged")
     return values
 
 
 def _unsupported(file: GgufFile, info: TensorInfo, supported: tuple[str, ...]) -> BitgenError:
     found = type_name(file, info)
     why = _WHY.get(found, "")
-    return BitgenError(
+    return FileError(
         f"{file.path}: {info.name} is stored as {found.upper()}{why}; bitgen reads "
         f"{', '.join(t.upper() for t in supported)} there",
-        EXIT_FILE,
     )
 
 
@@ -309,10 +306,9 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, int]) -> TernaryMatrix
 def _i2_s(file: GgufFile, info: TensorInfo) -> TernaryMatrix:
     shape = Shape(info.shape[0], info.shape[1])
     if info.values % I2_S_BLOCK:
-        raise BitgenError(
+        raise FileError(
             f"{file.path}: {info.name} has {shape.name} weights, no whole blocks of {I2_S_BLOCK}: I2_S has "
             "lost the last ones; convert the model to F16 instead",
-            EXIT_FILE,
         )
     data = file.bytes_of(info)
     codes = data[: info.values // 4]
@@ -343,10 +339,9 @@ def _row_scales(file: GgufFile, info: TensorInfo, data: Bytes) -> Floats:
     scales = block_scales(info.type, data, info.shape[1])
     first = np.take_along_axis(scales, (scales != 0).argmax(axis=1)[:, None], axis=1)
     if not ((scales == 0) | (scales == first)).all():
-        raise BitgenError(
+        raise FileError(
             f"{file.path}: the scales of {info.name} ({info.type.upper()}) differ within a row: one scale "
             "for each group of 256 weights is not supported; bitgen needs one a tensor or one a row",
-            EXIT_FILE,
         )
     return first[:, 0]
 
@@ -379,7 +374,7 @@ def common_scale(scales: Floats) -> Floats:
 
 
 def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
-    """All tensors of the model. BitgenError (EXIT_FILE) names the first that is missing, extra or wrong."""
+    """All tensors of the model. FileError names the first that is missing, extra or wrong."""
     used = {"rope_freqs.weight"}
     embedding = _dense(file, "token_embd.weight", (config.vocab, config.hidden), EMBEDDING_TYPES)
     head = None
@@ -391,10 +386,9 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
     layers = tuple(_layer(file, config, i, used) for i in range(config.layers))
     extra = [name for name in file.tensors if name not in used and not name.endswith(_IGNORED)]
     if extra:
-        raise BitgenError(
+        raise FileError(
             f"{file.path}: the tensor {_short(extra[0])} ({len(extra)} such) belongs to no "
             f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
-            EXIT_FILE,
         )
     return Weights(config, embedding, head, _vector(file, "output_norm.weight", config.hidden), layers)
 
@@ -429,7 +423,7 @@ def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> L
 
 
 def gguf_tokenizer(file: GgufFile) -> TokenizerData:
-    """The tokenizer's metadata. BitgenError (EXIT_FILE) when a field is of the wrong type or length."""
+    """The tokenizer's metadata. FileError when a field is of the wrong type or length."""
     keys = _Keys(file, "tokenizer.")
     tokens = _array(keys, "ggml.tokens", tuple)
     types = _array(keys, "ggml.token_type", np.ndarray)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
 from bitgen.model.gguf_model import float_matrix
 from bitgen.model.hf_tokenizer import hf_tokenizer
@@ -54,7 +54,7 @@ class _Settings:
         self._data = data
 
     def error(self, key: str, what: str) -> BitgenError:
-        return BitgenError(f"{self.where}: {key} {what}", EXIT_FILE)
+        return FileError(f"{self.where}: {key} {what}")
 
     def get(self, key: str) -> Any:
         return self._data.get(key)
@@ -87,7 +87,7 @@ class _Settings:
 
 
 def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
-    """config.json as a ModelConfig. BitgenError (EXIT_FILE) names what is missing or not supported."""
+    """config.json as a ModelConfig. FileError names what is missing or not supported."""
     settings = _Settings(str(folder / "config.json"), data)
     architecture = _architecture(settings)
     hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
@@ -166,7 +166,7 @@ def llama3_factors(
     between them 1 / f falls linearly.
     """
     if min(theta, factor, low, high, old_context) <= 0 or head_dim < 2 or low == high:
-        raise BitgenError("the numbers of the llama3 RoPE scaling make no sense", EXIT_FILE)
+        raise FileError("the numbers of the llama3 RoPE scaling make no sense")
     wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((old_context / wavelength - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
@@ -214,7 +214,7 @@ class _Checkpoint:
     used: set[str]
 
     def error(self, what: str) -> BitgenError:
-        return BitgenError(f"{self.folder}: {what}", EXIT_FILE)
+        return FileError(f"{self.folder}: {what}")
 
     def tensor(self, name: str) -> StoredTensor:
         if name not in self.tensors:
@@ -284,9 +284,7 @@ def _packed(tensor: StoredTensor, m: int, scale: Floats) -> TernaryMatrix:
             if low < high:
                 out[low - begin : high - begin] = data[low - i * quarter : high - i * quarter] >> 2 * i & 3
         if (out == 3).any():
-            raise BitgenError(
-                f"{tensor.name} holds codes that are not ternary; the file is damaged", EXIT_FILE
-            )
+            raise FileError(f"{tensor.name} holds codes that are not ternary; the file is damaged")
         out -= 1
         return out.view(np.int8)
 
@@ -322,7 +320,7 @@ def _mean_of(name: str, kind: str, data: Bytes, k: int) -> float:
         total += float(np.abs(values).sum(dtype=np.float64))
     mean = total / (len(data) * k)
     if not math.isfinite(mean):
-        raise BitgenError(f"{name} holds NaN or infinity; the file is damaged", EXIT_FILE)
+        raise FileError(f"{name} holds NaN or infinity; the file is damaged")
     return max(mean, _ABSMEAN_FLOOR)
 
 
@@ -374,7 +372,7 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
 
 
 def open_folder(folder: Path) -> ModelFile:
-    """BitgenError (EXIT_FILE) when the folder holds no whole model of a supported kind."""
+    """FileError when the folder holds no whole model of a supported kind."""
     data = read_json(folder / "config.json")
     tensors = read_folder(folder)
     config = hf_config(folder, data, tensors)

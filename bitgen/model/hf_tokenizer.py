@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 from bitgen.model.config import TokenizerData
 from bitgen.model.safetensors import parse_json, read_json
 from bitgen.model.tokenizer_model import read_tokenizer_model
@@ -21,7 +21,7 @@ _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<end_of_turn>")
 
 
 def hf_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerData:
-    """``config`` is config.json. BitgenError (EXIT_FILE) when there is no tokenizer, or a damaged one."""
+    """``config`` is config.json. FileError when there is no tokenizer, or a damaged one."""
     settings = _optional_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
         content = _content(folder / "tokenizer.json")
@@ -124,9 +124,9 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def _content(path: Path) -> bytes:
     try:
         if not path.is_file():
-            raise BitgenError(f"{path} is missing; bitgen needs it to turn text into tokens", EXIT_FILE)
+            raise FileError(f"{path} is missing; bitgen needs it to turn text into tokens")
         if path.stat().st_size > _FILE_MAX:
-            raise BitgenError(f"{path} has more than {_FILE_MAX >> 20} MB", EXIT_FILE)
+            raise FileError(f"{path} has more than {_FILE_MAX >> 20} MB")
         return path.read_bytes()
     except OSError as error:
-        raise BitgenError(f"cannot read {path}: {error.strerror or error}", EXIT_FILE) from error
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import FileError, UsageError
 from bitgen.model.answer import Answer, Finish, Request
 from bitgen.model.chat import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
 from bitgen.model.config import ModelConfig, TokenizerData
@@ -167,9 +167,8 @@ class LLM:
         """The library to use when none was named."""
         bundle = find_library(config)
         if bundle is None:
-            raise BitgenError(
+            raise FileError(
                 "there is no kernel library for this CPU: make one with `bitgen build --model NAME`",
-                EXIT_FILE,
             )
         return bundle.path
 
@@ -236,8 +235,8 @@ class LLM:
         (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed).
         """
         if not hasattr(prompt, "__len__"):
-            raise BitgenError(
-                f"a prompt is a text, token ids, or a list of these, not {type(prompt).__name__}", EXIT_USAGE
+            raise UsageError(
+                f"a prompt is a text, token ids, or a list of these, not {type(prompt).__name__}"
             )
         if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
             return Generation(self, self.request(prompt, **options))
@@ -278,13 +277,13 @@ class LLM:
         ignore_end: bool = False,
         **sampling: Any,
     ) -> Request:
-        """What `generate` runs. BitgenError (EXIT_USAGE) names an option that is wrong."""
+        """What `generate` runs. UsageError names an option that is wrong."""
         if max_tokens is not None and max_tokens < 1:
-            raise BitgenError(f"max_tokens must be 1 or more, not {max_tokens}", EXIT_USAGE)
+            raise UsageError(f"max_tokens must be 1 or more, not {max_tokens}")
         unknown = set(sampling) - set(Sampling.__dataclass_fields__)
         if unknown:
             known = ", ".join(("max_tokens", "stop", "lookup", "ignore_end", *Sampling.__dataclass_fields__))
-            raise BitgenError(f"unknown option {', '.join(sorted(unknown))}; there are {known}", EXIT_USAGE)
+            raise UsageError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
         ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids and isinstance(prompt, str):
             start = next((i for i in (self.tokenizer.bos, self.tokenizer.eos) if i is not None), None)
@@ -323,14 +322,13 @@ class LLM:
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         """``tokens`` as a list of ids, all of which the model knows."""
         if not all(isinstance(i, (int, np.integer)) for i in tokens):
-            raise BitgenError("token ids must be integers", EXIT_USAGE)
+            raise UsageError("token ids must be integers")
         ids = [int(i) for i in tokens]
         wrong = next((i for i in ids if not 0 <= i < self.config.vocab), None)
         if wrong is not None:
-            raise BitgenError(
+            raise UsageError(
                 f"token {wrong} is outside the model's vocabulary of {self.config.vocab}: does the tokenizer "
                 "belong to the model?",
-                EXIT_USAGE,
             )
         return ids
 
@@ -347,9 +345,7 @@ def context_for(config: ModelConfig, asked: int | None) -> int:
     if asked is None:
         return min(CONTEXT_DEFAULT, config.context)
     if asked < 0 or asked > config.context:
-        raise BitgenError(
-            f"the context must be 1 to {config.context} positions (0: all of them), not {asked}", EXIT_USAGE
-        )
+        raise UsageError(f"the context must be 1 to {config.context} positions (0: all of them), not {asked}")
     return asked or config.context
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 from bitgen.model.config import ModelConfig, TokenizerData
 from bitgen.model.weights import Weights
 
@@ -53,7 +53,7 @@ class ModelFile:
 
     @cached_property
     def tokenizer_data(self) -> TokenizerData:
-        """BitgenError (EXIT_FILE) when the tokenizer's data is missing or damaged."""
+        """FileError when the tokenizer's data is missing or damaged."""
         data: TokenizerData = self.read_tokenizer()
         return data
 
@@ -63,7 +63,7 @@ def fingerprint_of(paths: list[Path], headers: list[Any]) -> Fingerprint:
     try:
         stats = [path.stat() for path in paths]
     except OSError as error:
-        raise BitgenError(f"cannot read {error.filename}: {error.strerror or error}", EXIT_FILE) from error
+        raise FileError(f"cannot read {error.filename}: {error.strerror or error}") from error
     digest = hashlib.sha256()
     for header in headers:
         digest.update(len(header).to_bytes(8, "little"))

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.runtime import KernelTable, aligned_bytes
@@ -270,7 +270,7 @@ def _quantize(
             ffi.from_buffer("float[]", scale[begin:end]),
         )
         if code == lib.BITGEN_ERROR_NOT_FINITE:
-            raise BitgenError(f"{head.name} holds NaN or infinity; the file is damaged", EXIT_FILE)
+            raise FileError(f"{head.name} holds NaN or infinity; the file is damaged")
         table.check(code)
         off = w - data[begin:end] * scale[begin:end, None]
         changed += float(np.square(off, dtype=np.float64).sum())
@@ -343,20 +343,20 @@ def _map(path: Path) -> _File:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:  # an empty file
-            raise BitgenError(f"{path} is no cache file", EXIT_FILE) from None
+            raise FileError(f"{path} is no cache file") from None
     data = np.frombuffer(mapped, np.uint8)
     tail = data[-_TAIL:].tobytes()
     start, size = (int.from_bytes(tail[i : i + 8], "little") for i in (0, 8))
     if tail[16:] != _MAGIC or start + size + _TAIL != data.size:
-        raise BitgenError(f"{path} is no cache file", EXIT_FILE)
+        raise FileError(f"{path} is no cache file")
     try:
         head = json.loads(data[start : start + size].tobytes())
         places = {str(name): (int(at), int(n), int(crc)) for name, (at, n, crc) in head["pieces"].items()}
         model, known = str(head["model"]), head["format"] == FORMAT
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BitgenError(f"{path} is no cache file", EXIT_FILE) from None
+        raise FileError(f"{path} is no cache file") from None
     if not known or any(at % _ALIGN or at < 0 or n < 0 or at + n > start for at, n, _ in places.values()):
-        raise BitgenError(f"{path} is no cache file", EXIT_FILE)
+        raise FileError(f"{path} is no cache file")
     pieces = {name: data[at : at + n] for name, (at, n, _) in places.items()}
     return _File(model, pieces, {name: crc for name, (_, _, crc) in places.items()})
 

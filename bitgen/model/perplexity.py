@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 from bitgen.model.llm import LLM
 from bitgen.model.sampling import log_softmax_at
 
@@ -33,23 +33,21 @@ class Perplexity:
 def perplexity(llm: LLM, text: str, context: int = 512, most: int | None = None) -> Iterator[Perplexity]:
     """Estimates, one after each window, of ``most`` windows at most; the last one is the result.
 
-    BitgenError (EXIT_USAGE) when the text is shorter than two windows, as in llama.cpp.
+    UsageError when the text is shorter than two windows, as in llama.cpp.
     """
     if not 4 <= context <= llm.context:
-        raise BitgenError(
+        raise UsageError(
             f"a window must be 4 tokens or more and fit into the context of {llm.context}, not {context}",
-            EXIT_USAGE,
         )
     if most is not None and most < 1:
-        raise BitgenError(f"the windows must be 1 or more, not {most}", EXIT_USAGE)
+        raise UsageError(f"the windows must be 1 or more, not {most}")
     tokenizer = llm.tokenizer
     ids = tokenizer.encode(text, parse=False)
     total = len(ids) // context
     if total < 2:
-        raise BitgenError(
+        raise UsageError(
             f"the text has {len(ids)} tokens; two windows of {context} are the least: give more text or a "
             "smaller -c",
-            EXIT_USAGE,
         )
     total = total if most is None else min(most, total)
     first = context // 2

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -31,9 +31,7 @@ class BlockType:
     def row_bytes(self, cols: int) -> int:
         """Bytes of a row of ``cols`` values. BitgenError when it does not fill whole blocks."""
         if cols % self.block:
-            raise BitgenError(
-                f"{self.name} holds blocks of {self.block}: {cols} columns do not fit", EXIT_FILE
-            )
+            raise FileError(f"{self.name} holds blocks of {self.block}: {cols} columns do not fit")
         return cols // self.block * self.block_bytes
 
 
@@ -265,7 +263,7 @@ def _tq2_0_bytes(codes: Bytes) -> Bytes:
 def _refuse_code_3(packed: Bytes, name: str) -> None:
     """Four 2-bit codes a byte: 0, 1, 2 are -1, 0, 1, and 3 is none."""
     if (packed & packed >> 1 & 0x55).any():
-        raise BitgenError(f"{name} holds codes that are not ternary; the file is damaged", EXIT_FILE)
+        raise FileError(f"{name} holds codes that are not ternary; the file is damaged")
 
 
 # ---- Ternary values in formats for floats --------------------------------------
@@ -288,10 +286,9 @@ def ternary_of_floats(kind: str, data: Bytes, cols: int, name: str) -> tuple[Ter
     largest = size.max(axis=1, keepdims=True)
     nonzero = size != 0
     if np.count_nonzero(size == largest) != np.count_nonzero(nonzero | (largest == 0)):
-        raise BitgenError(
+        raise FileError(
             f"{name} ({kind}) is not ternary: a row holds other values than -s, 0 and s; bitgen runs "
             "BitNet-style models (train one, or convert a checkpoint whose master weights are made for it)",
-            EXIT_FILE,
         )
     negative &= nonzero
     w: Ternary = nonzero.view(np.int8) - 2 * negative.view(np.int8)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.gguf import map_file
 from bitgen.model.quants import Bytes
 
@@ -42,29 +42,29 @@ class StoredTensor:
 
 
 def read_json(path: Path, limit: int = _JSON_MAX) -> dict[str, Any]:
-    """The object a JSON file holds. BitgenError (EXIT_FILE) when it is too large, damaged or no object."""
+    """The object a JSON file holds. FileError when it is too large, damaged or no object."""
     try:
         if not path.is_file():
-            raise BitgenError(f"{path} is missing", EXIT_FILE)
+            raise FileError(f"{path} is missing")
         if path.stat().st_size > limit:
-            raise BitgenError(f"{path} has more than {limit >> 20} MB", EXIT_FILE)
+            raise FileError(f"{path} has more than {limit >> 20} MB")
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
-        raise BitgenError(f"cannot read {path}: {error.strerror or error}", EXIT_FILE) from error
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         data = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise BitgenError(f"{where} holds no valid JSON: {error}", EXIT_FILE) from error
+        raise FileError(f"{where} holds no valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise BitgenError(f"{where} holds no JSON object", EXIT_FILE)
+        raise FileError(f"{where} holds no JSON object")
     return data
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file. BitgenError (EXIT_FILE) when it breaks a rule of the format."""
+    """The tensors of one file. FileError when it breaks a rule of the format."""
     data = map_file(path)
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or length > len(data) - 8:
@@ -86,26 +86,26 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if (folder / SINGLE).is_file():
         return read_safetensors(folder / SINGLE)
     if not (folder / INDEX).is_file():
-        raise BitgenError(f"the folder {folder} holds no weights: neither {SINGLE} nor {INDEX}", EXIT_FILE)
+        raise FileError(f"the folder {folder} holds no weights: neither {SINGLE} nor {INDEX}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise BitgenError(f"{folder / INDEX} has no weight_map from tensors to files", EXIT_FILE)
+        raise FileError(f"{folder / INDEX} has no weight_map from tensors to files")
     files: dict[str, dict[str, StoredTensor]] = {}
     tensors = {}
     for name, file in weight_map.items():
         if file not in files:
             # A name, never a path: an index must not reach outside its folder.
             if Path(file).name != file or not file.endswith(".safetensors") or len(files) >= _FILES_MAX:
-                raise BitgenError(f"{folder / INDEX} names the file {file[:60]!r}", EXIT_FILE)
+                raise FileError(f"{folder / INDEX} names the file {file[:60]!r}")
             files[file] = read_safetensors(folder / file)
         if name not in files[file]:
-            raise BitgenError(f"{folder / file} lacks the tensor {name[:100]!r} of the index", EXIT_FILE)
+            raise FileError(f"{folder / file} lacks the tensor {name[:100]!r} of the index")
         tensors[name] = files[file][name]
     return tensors
 
 
 def _damaged(path: Path, what: str) -> BitgenError:
-    return BitgenError(f"{path} is damaged or no safetensors file: {what}", EXIT_FILE)
+    return FileError(f"{path} is damaged or no safetensors file: {what}")
 
 
 def _tensor(path: Path, name: str, entry: object, body: Bytes) -> StoredTensor:

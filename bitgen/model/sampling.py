@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 
 Doubles: TypeAlias = NDArray[np.float64]
 Floats: TypeAlias = NDArray[np.float32]
@@ -96,7 +96,7 @@ class Sampling:
         )
         for name, wanted, holds in rules:
             if not holds:
-                raise BitgenError(f"{name} must be {wanted}, not {getattr(self, name)}", EXIT_USAGE)
+                raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}")
 
 
 GREEDY = Sampling(temperature=0, seed=0)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bitgen.errors import EXIT_FILE, EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.model.bpe import PreTokenizer, build_bpe, bytes_of, pre_tokenizer
 from bitgen.model.config import TokenizerData
 from bitgen.model.sentencepiece import SPACE, SentencePiece, byte_of
@@ -50,7 +50,7 @@ _END_TOKENS = (
 
 
 class Tokenizer:
-    """Encodes and decodes. BitgenError (EXIT_FILE) when the data make no tokenizer.
+    """Encodes and decodes. FileError when the data make no tokenizer.
 
     ``bos`` and ``eos`` are ids or None, ``end_ids`` every id that ends an answer, ``notes`` what a user
     should know about guesses that had to be made.
@@ -67,10 +67,9 @@ class Tokenizer:
             self._make_from_bpe()
         else:
             found = f"the tokenizer {data.model!r}" if data.model else "no tokenizer"
-            raise BitgenError(
+            raise FileError(
                 f"the model file holds {found}; supported are tokenizer.json, llama (SentencePiece) and "
                 "gpt2 (BPE)",
-                EXIT_FILE,
             )
         self.end_ids = frozenset(
             [*data.end_ids, *(i for i in (self.eos, data.eot) if i is not None)]
@@ -104,13 +103,13 @@ class Tokenizer:
         """The ids of ``text``.
 
         ``special`` adds BOS and EOS where the model was trained with them; ``parse`` reads special tokens
-        that are spelled out in the text as such. BitgenError (EXIT_USAGE) for a text with lone surrogates,
+        that are spelled out in the text as such. UsageError for a text with lone surrogates,
         which is how bytes of a command line that are no UTF-8 come.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise BitgenError(f"the text is not UTF-8 at character {error.start}", EXIT_USAGE) from None
+            raise UsageError(f"the text is not UTF-8 at character {error.start}") from None
         return self._encode_text(text, special, parse)
 
     def piece(self, i: int, *, special: bool = False) -> bytes:
@@ -164,9 +163,7 @@ class Tokenizer:
         self._strip = prefix
         scores = [0.0] * len(data.tokens) if data.scores is None else data.scores.tolist()
         if len(scores) < len(data.tokens):
-            raise BitgenError(
-                f"the tokenizer has {len(data.tokens)} tokens and {len(scores)} scores", EXIT_FILE
-            )
+            raise FileError(f"the tokenizer has {len(data.tokens)} tokens and {len(scores)} scores")
         unknown = self._known(data.unknown if data.unknown is not None else 0)
         pieces = SentencePiece(self.ids, scores, unknown)
 
@@ -203,9 +200,9 @@ class Tokenizer:
         data = self.data
         tokens, types = data.tokens, data.types
         if not tokens:
-            raise BitgenError("the model file names a tokenizer and holds no tokens for it", EXIT_FILE)
+            raise FileError("the model file names a tokenizer and holds no tokens for it")
         if types is not None and len(types) < len(tokens):
-            raise BitgenError(f"the tokenizer has {len(tokens)} tokens and {len(types)} types", EXIT_FILE)
+            raise FileError(f"the tokenizer has {len(tokens)} tokens and {len(types)} types")
         kinds: Mapping[int, int] = {}  # of the tokens that are not normal
         if types is not None:
             kinds = {i: int(types[i]) for i in np.flatnonzero(types[: len(tokens)] != _NORMAL).tolist()}
@@ -309,7 +306,7 @@ def _guarded(call: Callable[[], T]) -> T:
     except (KeyboardInterrupt, SystemExit, MemoryError, BitgenError):
         raise
     except BaseException as error:  # a PanicException is no Exception
-        raise BitgenError(f"the tokenizer cannot be used: {error}", EXIT_FILE) from error
+        raise FileError(f"the tokenizer cannot be used: {error}") from error
 
 
 def _read_json(text: str) -> tuple[Any, Mapping[str, Any]]:
@@ -317,9 +314,9 @@ def _read_json(text: str) -> tuple[Any, Mapping[str, Any]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BitgenError(f"tokenizer.json is not valid JSON: {error}", EXIT_FILE) from error
+        raise FileError(f"tokenizer.json is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise BitgenError("tokenizer.json holds no tokenizer model", EXIT_FILE)
+        raise FileError("tokenizer.json holds no tokenizer model")
     from tokenizers import Tokenizer as Encoder
 
     encoder = _guarded(lambda: Encoder.from_str(text))
@@ -342,10 +339,9 @@ def _decoder_of(decoder: Any) -> tuple[Callable[[str], bytes], bool]:
     known = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
     if not kinds <= known:
         names = ", ".join(sorted(kinds - known))
-        raise BitgenError(
+        raise FileError(
             f"tokenizer.json decodes with {names}; supported are ByteLevel, Metaspace, Replace, "
             "ByteFallback, Fuse and Strip",
-            EXIT_FILE,
         )
 
     def pieces(token: str) -> bytes:

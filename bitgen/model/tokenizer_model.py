@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.config import TokenizerData
 
 _PIECES_MAX = 1 << 22
@@ -29,7 +29,7 @@ _BPE = 2
 def read_tokenizer_model(path: Path, content: bytes, added: Mapping[int, tuple[str, bool]]) -> TokenizerData:
     """The vocabulary of ``content``. ``added``: id -> (text, special) of tokens that other files add.
 
-    BitgenError (EXIT_FILE) when the file is damaged, or of SentencePiece's other model, unigram.
+    FileError when the file is damaged, or of SentencePiece's other model, unigram.
     """
     tokens: list[str] = []
     scores: list[float] = []
@@ -51,9 +51,7 @@ def read_tokenizer_model(path: Path, content: bytes, added: Mapping[int, tuple[s
     if not tokens:
         raise _damaged(path, "it has no pieces")
     if settings.get(3, 1) != _BPE:
-        raise BitgenError(
-            f"{path} is a unigram model; bitgen reads those of type BPE, or tokenizer.json", EXIT_FILE
-        )
+        raise FileError(f"{path} is a unigram model; bitgen reads those of type BPE, or tokenizer.json")
     for i in sorted(added):
         if i > _PIECES_MAX:
             raise _damaged(path, f"an added token has the id {i}")
@@ -85,7 +83,7 @@ def read_tokenizer_model(path: Path, content: bytes, added: Mapping[int, tuple[s
 
 
 def _damaged(path: Path, what: str) -> BitgenError:
-    return BitgenError(f"{path} is damaged or no SentencePiece model: {what}", EXIT_FILE)
+    return FileError(f"{path} is damaged or no SentencePiece model: {what}")
 
 
 def _piece(path: Path, message: bytes) -> tuple[str, float, int]:

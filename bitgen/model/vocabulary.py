@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 from bitgen.model.bpe import PRE_TOKENIZERS
 from bitgen.model.config import TokenizerData
 from bitgen.model.gguf import U32
@@ -28,7 +28,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any], list[str]]:
     """Metadata for a GGUF file of ``vocab`` tokens, and notes for the user.
 
-    BitgenError (EXIT_FILE) when tokenizer.json is damaged or has tokens beyond ``vocab``.
+    FileError when tokenizer.json is damaged or has tokens beyond ``vocab``.
     """
     notes: list[str] = []
     if data.json is None:
@@ -77,12 +77,10 @@ def _from_json(
 def _pieces(data: TokenizerData, vocab: int) -> dict[str, Any]:
     """The pieces of a tokenizer.model, filled up to ``vocab`` tokens."""
     if data.model != "llama" or data.scores is None or data.types is None:
-        raise BitgenError("the model has no tokenizer to convert", EXIT_FILE)
+        raise FileError("the model has no tokenizer to convert")
     extra = vocab - len(data.tokens)
     if extra < 0:
-        raise BitgenError(
-            f"the tokenizer has {len(data.tokens)} tokens; the model has {vocab} rows", EXIT_FILE
-        )
+        raise FileError(f"the tokenizer has {len(data.tokens)} tokens; the model has {vocab} rows")
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
@@ -133,10 +131,9 @@ def _vocabulary(
 
 def _put(tokens: list[str], token: str, i: object) -> None:
     if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < len(tokens):
-        raise BitgenError(
+        raise FileError(
             f"tokenizer.json: the token {token[:40]!r} has the id {i!r:.40}; the model has "
             f"{len(tokens)} rows",
-            EXIT_FILE,
         )
     tokens[i] = token
 
@@ -147,7 +144,7 @@ def _merges(merges: object) -> list[str]:
     for merge in merges if isinstance(merges, list) else []:
         pair = merge if isinstance(merge, str) else " ".join(merge) if _is_pair(merge) else None
         if pair is None:
-            raise BitgenError("tokenizer.json: a merge is neither a text nor a pair of texts", EXIT_FILE)
+            raise FileError("tokenizer.json: a merge is neither a text nor a pair of texts")
         out.append(pair)
     return out
 

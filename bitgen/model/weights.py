@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.model.config import Floats, ModelConfig
 from bitgen.model.quants import DENSE, dequantize
 from bitgen.spec import Shape
@@ -45,7 +45,7 @@ class TernaryMatrix:
         if scale.size not in (1, self.shape.m):
             raise BitgenError(f"{self.name}: {scale.size} scales for {self.shape.m} rows")
         if not np.isfinite(scale).all():
-            raise BitgenError(f"{self.name}: a scale is NaN or infinite; the file is damaged", EXIT_FILE)
+            raise FileError(f"{self.name}: a scale is NaN or infinite; the file is damaged")
         scale.flags.writeable = False
         return scale
 

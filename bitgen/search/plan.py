@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bitgen.config import ModelPreset, load_strict, load_yaml
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import BitgenError, UsageError, unknown
 from bitgen.paths import configs_dir
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
@@ -95,7 +95,7 @@ class SearchConfig:
 
 
 def load_search_config(file: Path | None = None) -> SearchConfig:
-    """configs/search.yaml, or ``file``. BitgenError (EXIT_FILE) when it is wrong."""
+    """configs/search.yaml, or ``file``. FileError when it is wrong."""
     path = file if file is not None else configs_dir() / "search.yaml"
     return load_strict(SearchConfig, load_yaml(path), str(path))
 
@@ -136,11 +136,11 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("targets", "families", "isas", "regimes", "threads"):
             if not getattr(self, name):
-                raise BitgenError(f"nothing to tune: no {name} given", EXIT_USAGE)
+                raise UsageError(f"nothing to tune: no {name} given")
         if self.trials < 1 or (self.timeout_s is not None and not self.timeout_s > 0):
-            raise BitgenError("--trials must be at least 1 and --timeout above 0 seconds", EXIT_USAGE)
+            raise UsageError("--trials must be at least 1 and --timeout above 0 seconds")
         if min(self.threads) < 1:
-            raise BitgenError("--threads must be at least 1", EXIT_USAGE)
+            raise UsageError("--threads must be at least 1")
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -178,8 +178,7 @@ def plan_for(
     """
     budget = config.budgets["quick" if quick else "default"]
     if objective is not None and objective not in config.objectives:
-        known = ", ".join(config.objectives)
-        raise BitgenError(f"unknown objective {objective!r}; there are {known}", EXIT_USAGE)
+        raise unknown("objective", objective, config.objectives)
     return Plan(
         model=model.alias,
         targets=targets_of(model),
@@ -265,5 +264,5 @@ def groups_of(plan: Plan, spaces: SpaceFactory) -> tuple[list[Group], list[str]]
                         continue
                     groups.append(Group(family, isa, regime, threads, by_shape))
     if not groups:
-        raise BitgenError(f"nothing to tune: {'; '.join(rejected)}", EXIT_USAGE)
+        raise UsageError(f"nothing to tune: {'; '.join(rejected)}")
     return groups, list(dict.fromkeys(rejected))

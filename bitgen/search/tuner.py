@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
 
-from bitgen.errors import EXIT_INTERRUPTED, BitgenError
+from bitgen.errors import BitgenError, InterruptError
 from bitgen.measure import Limits, Race, Runner
 from bitgen.search.answers import Answers
 from bitgen.search.choose import (
@@ -86,7 +86,7 @@ def tune(
     which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
     ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
     numbers of threads to compare.
-    BitgenError: exit code EXIT_INTERRUPTED after Ctrl-C; EXIT_FILE when the store cannot be written.
+    InterruptError after Ctrl-C; FileError when the store cannot be written.
     """
     answers = Answers(runner, store, fingerprint, plan.seed, fresh)
     session = _Tune(
@@ -104,10 +104,9 @@ def tune(
     try:
         return session.run(spaces)
     except KeyboardInterrupt:
-        raise BitgenError(
+        raise InterruptError(
             f"interrupted; {answers.recorded} new measurements are in {store.path}, and the same command "
             "continues from them",
-            EXIT_INTERRUPTED,
         ) from None
 
 

@@ -31,7 +31,7 @@ by 8 k x 2 tokens, from panels of an order of its own, on ISA levels with i8mm; 
 
 from __future__ import annotations
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import unknown
 from bitgen.space.axes import axes_of
 from bitgen.space.headroom import headroom_lines, int16_sums
 from bitgen.space.presets import presets_of
@@ -46,7 +46,7 @@ __all__ = ["Rule", "Space", "headroom_lines", "int16_sums", "space_for"]
 def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Space:
     """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes."""
     if family not in FAMILIES:
-        raise BitgenError(f"unknown family {family!r}; there are {', '.join(FAMILIES)}", EXIT_USAGE)
+        raise unknown("family", family, FAMILIES)
     rows = FAMILIES[family].rows
     layouts = tuple(Layout(family, rows) for rows in ((16, 32) if rows == 16 else (rows,)))
     return Space(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.errors import UsageError
 from bitgen.space.axes import Axes
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Regime, Schedule, Shape
 from bitgen.target import Isa
@@ -47,10 +47,9 @@ class Space:
     def knobs(self, algorithm: str) -> Axes:
         """The values each knob of an algorithm may take."""
         if algorithm not in self.axes:
-            raise BitgenError(
+            raise UsageError(
                 f"{FAMILIES[self.family].title} for {self.regime.name} has no algorithm {algorithm!r}; "
                 f"it has {', '.join(self.axes)}",
-                EXIT_USAGE,
             )
         return self.axes[algorithm]
 
@@ -60,10 +59,10 @@ class Space:
         unknown = set(values) - set(knobs)
         if unknown:
             names = ", ".join(sorted(unknown))
-            raise BitgenError(f"{algorithm} has no knob {names}; it has {', '.join(knobs)}", EXIT_USAGE)
+            raise UsageError(f"{algorithm} has no knob {names}; it has {', '.join(knobs)}")
         missing = set(knobs) - set(values)
         if missing:
-            raise BitgenError(f"{algorithm} needs a value for {', '.join(sorted(missing))}", EXIT_USAGE)
+            raise UsageError(f"{algorithm} needs a value for {', '.join(sorted(missing))}")
         schedule = Schedule(algorithm, tuple((name, int(values[name])) for name in knobs))
         return KernelSpec(self.family, self.isa.name, self.regime.name, layout, schedule)
 
@@ -77,7 +76,7 @@ class Space:
         texts = [rule.text for rule in self.broken(spec) if local or not rule.local]
         if texts:
             message = f"schedule {spec.schedule.name} is not legal: {'; '.join(texts)}"
-            raise BitgenError(message, EXIT_USAGE)
+            raise UsageError(message)
 
     @cached_property
     def points(self) -> tuple[KernelSpec, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-from bitgen.errors import EXIT_UNSUPPORTED, BitgenError
+from bitgen.errors import UnsupportedError
 from bitgen.target.cpu import Cache, Cpu
 from bitgen.target.darwin import cpu_from_sysctl, run_sysctl
 from bitgen.target.family import normal_arch
@@ -49,17 +49,17 @@ __all__ = [
 
 
 def require_supported_os(system: str) -> None:
-    """BitgenError (EXIT_UNSUPPORTED) unless ``system`` (as platform.system() names it) is Linux or macOS."""
+    """UnsupportedError unless ``system`` (as platform.system() names it) is Linux or macOS."""
     if system not in ("Linux", "Darwin"):
         hint = " (its Linux subsystem WSL 2 works)" if system == "Windows" else ""
         message = f"bitgen runs on Linux and macOS; this is {system or 'an unknown system'}{hint}"
-        raise BitgenError(message, EXIT_UNSUPPORTED)
+        raise UnsupportedError(message)
 
 
 def detect_cpu(root: str | Path = "/", system: str | None = None) -> Cpu:
     """The CPU of this machine, or on Linux of the recorded file tree below ``root``.
 
-    BitgenError (EXIT_UNSUPPORTED) on systems other than Linux and macOS. What cannot be found out is left
+    UnsupportedError on systems other than Linux and macOS. What cannot be found out is left
     empty, never guessed: such a CPU runs the scalar level.
     """
     name = platform.system() if system is None else system

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bitgen.config import load_strict, load_yaml, nearest_names
-from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, EXIT_USAGE, BitgenError
+from bitgen.config import load_strict, load_yaml
+from bitgen.errors import FileError, UnsupportedError, unknown
 from bitgen.paths import configs_dir
 from bitgen.target.cpu import Cpu
 
@@ -82,7 +82,7 @@ class _IsaFile:
 def load_isas(file: Path | None = None) -> tuple[Isa, ...]:
     """The ISA levels of ``file`` (default: configs/isas.yaml), weakest first.
 
-    BitgenError (EXIT_FILE) when the file is wrong: also when a parent does not stand before its child, is of
+    FileError when the file is wrong: also when a parent does not stand before its child, is of
     another architecture, or requires something the child does not.
     """
     return _read_isas(file) if file is not None else _own_isas(configs_dir() / "isas.yaml")
@@ -103,10 +103,10 @@ def _read_isas(path: Path) -> tuple[Isa, ...]:
         if entry.parent is not None:
             parent = isas.get(entry.parent)
             if parent is None:
-                raise BitgenError(f"{where}: the parent {entry.parent!r} must stand before it", EXIT_FILE)
+                raise FileError(f"{where}: the parent {entry.parent!r} must stand before it")
             if parent.arch != entry.arch or not parent.requires <= entry.requires:
                 message = f"{where}: arch and requires must include those of the parent {parent.name}"
-                raise BitgenError(message, EXIT_FILE)
+                raise FileError(message)
             vocabulary = (*parent.vocabulary, words)
         isas[name] = Isa(
             name=name,
@@ -139,27 +139,25 @@ def accepted_isas(cpu: Cpu, isas: Iterable[Isa]) -> tuple[Isa, ...]:
 
 
 def find_isa(name: str, isas: Iterable[Isa]) -> Isa:
-    """The level called ``name`` ("AVX512-VNNI" finds avx512_vnni); BitgenError (EXIT_USAGE) when none is."""
+    """The level called ``name`` ("AVX512-VNNI" finds avx512_vnni); UsageError when none is."""
     known = {isa.name: isa for isa in isas}
     folded = name.lower().replace("-", "_")
     if folded in known:
         return known[folded]
-    near = nearest_names(folded, known)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-    raise BitgenError(f"unknown ISA level {name!r}; {hint}", EXIT_USAGE)
+    raise unknown("ISA level", name, known)
 
 
 def require_isa(name: str, cpu: Cpu, isas: Sequence[Isa]) -> Isa:
     """The level called ``name`` if ``cpu`` can run it.
 
-    BitgenError: EXIT_USAGE for an unknown name, EXIT_UNSUPPORTED (with the reason) for one it cannot run.
+    UsageError for an unknown name, UnsupportedError (with the reason) for one it cannot run.
     """
     decision = _judge(cpu, find_isa(name, isas))
     if isinstance(decision, Accepted):
         return decision.isa
     runnable = ", ".join(isa.name for isa in accepted_isas(cpu, isas))
     message = f"cannot run {decision.isa.name} here: {decision.reason}; this CPU runs {runnable}"
-    raise BitgenError(message, EXIT_UNSUPPORTED)
+    raise UnsupportedError(message)
 
 
 def _judge(cpu: Cpu, isa: Isa) -> Accepted | Rejected:

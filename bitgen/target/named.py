@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bitgen.config import load_strict, load_yaml, nearest_names
-from bitgen.errors import EXIT_USAGE, BitgenError
+from bitgen.config import load_strict, load_yaml
+from bitgen.errors import unknown
 from bitgen.paths import configs_dir
 from bitgen.target.cpu import Cache, Cpu
 
@@ -58,15 +58,13 @@ def target_names() -> tuple[str, ...]:
 def target_cpu(name: str, system: str = "Linux") -> Cpu:
     """The CPU called ``name`` ("neoverse-n1", "Neoverse_N1") under ``system`` (Linux or Darwin).
 
-    BitgenError (EXIT_USAGE) when there is none of this name.
+    UsageError when there is none of this name.
     """
     known = _targets(configs_dir() / "targets.yaml")
     folded = name.lower().replace("_", "-")
     if folded in known:
         return known[folded].cpu(system)
-    near = nearest_names(folded, known)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-    raise BitgenError(f"unknown target {name!r}; {hint}", EXIT_USAGE)
+    raise unknown("target", name, known)
 
 
 @cache

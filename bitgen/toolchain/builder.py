@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import BitgenError, ToolchainError
 from bitgen.toolchain.cache import key_of
 from bitgen.toolchain.compile import CompileError, Toolchain
 from bitgen.toolchain.unit import Unit
@@ -88,12 +88,12 @@ class CffiBuilder:
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         spec = importlib.util.spec_from_file_location(name, path, loader=loader)
         if spec is None:
-            raise BitgenError(f"cannot import {path}", EXIT_TOOLCHAIN)
+            raise ToolchainError(f"cannot import {path}")
         try:
             module = importlib.util.module_from_spec(spec)
             loader.exec_module(module)
         except ImportError as error:
-            raise BitgenError(f"cannot load compiled kernels: {error}", EXIT_TOOLCHAIN) from error
+            raise ToolchainError(f"cannot load compiled kernels: {error}") from error
         return Kernels(module.ffi, module.lib, path)
 
 
@@ -119,7 +119,7 @@ class CcBuilder:
             # Now, not lazily: an undefined function is better found here than in the middle of a call.
             lib = ffi.dlopen(str(path), os.RTLD_NOW)
         except OSError as error:
-            raise BitgenError(f"cannot load compiled kernels: {error}", EXIT_TOOLCHAIN) from error
+            raise ToolchainError(f"cannot load compiled kernels: {error}") from error
         kernels = Kernels(ffi, lib, path)
         for function in _functions(units):
             kernels.function(function)

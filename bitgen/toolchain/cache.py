@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitgen.errors import EXIT_FILE, BitgenError
+from bitgen.errors import FileError
 from bitgen.paths import HOME_VARIABLE
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def writing(place: Path, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         what = "the disk is full" if error.errno in _DISK_FULL else error.strerror or str(error)
-        raise BitgenError(f"cannot write to {place}: {what}; {advice}", EXIT_FILE) from error
+        raise FileError(f"cannot write to {place}: {what}; {advice}") from error
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitgen.errors import EXIT_FILE, EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import FileError, ToolchainError
 from bitgen.paths import HOME_VARIABLE, cache_dir, ensure_dir
 from bitgen.toolchain.cache import ContentCache, key_of, writing
 from bitgen.toolchain.compiler import Compiler, refuse_forbidden
@@ -45,7 +45,7 @@ _ECHO = re.compile(r"^collect2:|linker command failed")  # that the linker faile
 _SHOWN_LINES, _SHOWN_COLUMNS = 40, 300
 
 
-class CompileError(BitgenError):
+class CompileError(ToolchainError):
     """A compiler or linker that failed or hung on one unit.
 
     ``message`` is one line; ``str()`` adds the ``command`` and the compiler's words, the first 40 lines of
@@ -57,7 +57,7 @@ class CompileError(BitgenError):
         self.command = tuple(command)
         self.stderr = stderr
         cause = _first_cause(stderr)
-        super().__init__(f"{summary}: {cause}" if cause else summary, EXIT_TOOLCHAIN)
+        super().__init__(f"{summary}: {cause}" if cause else summary)
 
     def __str__(self) -> str:
         lines = self.stderr.strip().splitlines()
@@ -226,6 +226,6 @@ class Toolchain:
         if finished.status == 0:
             return finished
         if "No space left on device" in finished.stderr:  # no fault of the C text
-            raise BitgenError(f"{name} could not {task}: the disk is full ({folder})", EXIT_FILE)
+            raise FileError(f"{name} could not {task}: the disk is full ({folder})")
         ended = f"signal {-finished.status}" if finished.status < 0 else f"exit status {finished.status}"
         raise CompileError(f"{name} could not {task} ({ended})", command, finished.stderr)

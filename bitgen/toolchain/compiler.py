@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import ToolchainError
 from bitgen.toolchain.process import Finished, TimedOutError, run
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def refuse_forbidden(flags: Sequence[str]) -> None:
     """BitgenError when ``flags`` would change results or compile for whatever CPU is here."""
     for flag in flags:
         if flag in _FORBIDDEN:
-            raise BitgenError(f"the compiler flag {flag} is not allowed: {_FORBIDDEN_WHY}", EXIT_TOOLCHAIN)
+            raise ToolchainError(f"the compiler flag {flag} is not allowed: {_FORBIDDEN_WHY}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Compiler:
             return self._probe((*self.command, "-dumpmachine")).strip()
         match = re.search(r"^Target: (\S+)", self._version_text, re.MULTILINE)
         if match is None:
-            raise BitgenError(f"{self.name} --version does not tell its target", EXIT_TOOLCHAIN)
+            raise ToolchainError(f"{self.name} --version does not tell its target")
         # zig appends the running kernel's version; an update of it must not make records stale.
         return re.sub(r"(?<=-linux)[0-9.]+", "", match[1])
 
@@ -127,7 +127,7 @@ class Compiler:
         if finished.status != 0:
             said = (finished.stderr or finished.stdout).strip().partition("\n")[0]
             message = f"the C compiler is broken: {shlex.join(command)} failed ({finished.status}): {said}"
-            raise BitgenError(message, EXIT_TOOLCHAIN)
+            raise ToolchainError(message)
         return finished.stdout
 
 
@@ -149,7 +149,7 @@ def find_compiler(name: str | None = None, probe_timeout_s: float = PROBE_TIMEOU
             return _named(words, origin, probe_timeout_s)
     found = find_compilers(probe_timeout_s)
     if not found:
-        raise BitgenError(NO_COMPILER, EXIT_TOOLCHAIN)
+        raise ToolchainError(NO_COMPILER)
     return found[0]
 
 
@@ -187,19 +187,17 @@ def find_cross_compiler(
     found = find_cross_compilers(arch, system, probe_timeout_s)
     if name is None:
         if not found:
-            raise BitgenError(_no_cross_compiler(arch, system), EXIT_TOOLCHAIN)
+            raise ToolchainError(_no_cross_compiler(arch, system))
         return found[0]
     known = {compiler.kind: compiler for compiler in found}
     if name in known:
         return known[name]
     if name in ("gcc", "clang", "zig"):
-        raise BitgenError(
-            f"no {name} here for {arch} {system}: {_no_cross_compiler(arch, system)}", EXIT_TOOLCHAIN
-        )
+        raise ToolchainError(f"no {name} here for {arch} {system}: {_no_cross_compiler(arch, system)}")
     compiler = _named(name, "--cc", probe_timeout_s)
     if normal_machine(compiler.target) != arch:
         message = f"--cc {name!r} makes code for {compiler.target}, not for {arch}"
-        raise BitgenError(message, EXIT_TOOLCHAIN)
+        raise ToolchainError(message)
     return compiler
 
 
@@ -219,12 +217,12 @@ def _named(words: str, origin: str, probe_timeout_s: float) -> Compiler:
     try:
         command = tuple(shlex.split(words))
     except ValueError as error:
-        raise BitgenError(f"{origin} {words!r}: {error}", EXIT_TOOLCHAIN) from error
+        raise ToolchainError(f"{origin} {words!r}: {error}") from error
     if command == ("zig",):
         command = _zig_command() or command
     if shutil.which(command[0]) is None:
         message = f"{origin} {words!r}: there is no such program; name a gcc, clang or zig that is installed"
-        raise BitgenError(message, EXIT_TOOLCHAIN)
+        raise ToolchainError(message)
     if os.sep in command[0]:
         # Compilers run in a scratch folder, where a relative path would lead elsewhere.
         command = (str(Path(command[0]).absolute()), *command[1:])
@@ -232,7 +230,7 @@ def _named(words: str, origin: str, probe_timeout_s: float) -> Compiler:
         return Compiler("zig", command if command[-1] == "cc" else (*command, "cc"), probe_timeout_s)
     kind = _kind_of(command, probe_timeout_s)
     if kind is None:
-        raise BitgenError(f"{origin} {words!r} is neither gcc nor clang nor zig", EXIT_TOOLCHAIN)
+        raise ToolchainError(f"{origin} {words!r} is neither gcc nor clang nor zig")
     return Compiler(kind, command, probe_timeout_s)
 
 
@@ -256,4 +254,4 @@ def _probe(command: tuple[str, ...], timeout_s: float) -> Finished:
         return run(command, timeout_s=timeout_s)
     except TimedOutError as error:
         message = f"the C compiler hangs: {shlex.join(command)} did not answer within {timeout_s:g} s"
-        raise BitgenError(f"{message}; choose another with --cc", EXIT_TOOLCHAIN) from error
+        raise ToolchainError(f"{message}; choose another with --cc") from error

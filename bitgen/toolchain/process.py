@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitgen.errors import EXIT_TOOLCHAIN, BitgenError
+from bitgen.errors import ToolchainError
 
 _DRAIN_S = 5.0  # after SIGKILL: time to collect what was printed; an escaped grandchild may hold the pipe
 
@@ -107,7 +107,7 @@ def _start(command: Sequence[str], cwd: Path | None) -> subprocess.Popen[bytes]:
         if cwd is not None and not cwd.is_dir():
             raise  # the folder is missing, not the program
         message = f"cannot run {command[0]}: {error.strerror or error}; is it installed and executable?"
-        raise BitgenError(message, EXIT_TOOLCHAIN) from error
+        raise ToolchainError(message) from error
 
 
 def _kill_and_drain(process: subprocess.Popen[bytes]) -> str:
