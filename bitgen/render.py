@@ -38,7 +38,7 @@ from bitgen.spec import (
 from bitgen.target import Isa, find_isa, load_isas
 
 # Sums of TL5's split tables are two digits, low + SPLIT_RADIX * high with high = (11 sum + 128) >> 8.
-# So the digits of four groups add up within int8 (tests/test_space.py).
+# So the digits of four groups add up within int8 (tests/unit/test_space.py).
 SPLIT_RADIX = 23
 _WORD_MARK = "//: "
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")

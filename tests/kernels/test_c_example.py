@@ -13,8 +13,8 @@ import pytest
 from bitgen.library import Target, write_library
 from bitgen.target import detect_cpu
 
-ROOT = Path(__file__).parent.parent
-MISUSE = Path(__file__).parent / "data" / "library" / "misuse.c"
+ROOT = Path(__file__).parents[2]
+MISUSE = Path(__file__).parents[1] / "data" / "library" / "misuse.c"
 # -O0: instrumented, the step takes gcc 6 s of processor time, 30 s at -O1 and minutes at -O3.
 SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 CC = shutil.which("gcc") or shutil.which("clang") or "cc"

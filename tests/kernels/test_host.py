@@ -25,7 +25,7 @@ from bitgen.spec import FAMILIES, Family, Layout, Shape, x_stride
 from bitgen.target import detect_cpu
 from bitgen.toolchain import CcBuilder, Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
 
-DRIVER = Path(__file__).parent / "data" / "host" / "driver.c"
+DRIVER = Path(__file__).parents[1] / "data" / "host" / "driver.c"
 LAYOUT = Layout("i2s", 16)
 NOT_TERNARY, NOT_FINITE, BUSY, FORKED = 10, 11, 12, 13
 
@@ -339,7 +339,7 @@ def test_host_code_compiles_without_a_warning(compiler: Compiler, tmp_path: Path
     cpu = detect_cpu()
     units = library_units(
         cpu.arch, cpu.os, (), EMPTY_TABLE
-    )  # tests/test_library.py compiles a table with rows
+    )  # tests/kernels/test_library.py compiles a table with rows
     units = tuple(unit for unit in units if unit.name != "table")
     toolchain = Toolchain(compiler, cache_dir=tmp_path, werror=True, extra_flags=("-Wpedantic", "-Wshadow"))
     for result in toolchain.compile_objects(units):

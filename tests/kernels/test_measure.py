@@ -492,7 +492,7 @@ def test_nothing_stays_behind_when_the_runner_is_ended(
 ) -> None:
     pid_file = tmp_path / "pid"
     script = textwrap.dedent(_SCRIPT).format(
-        tests=str(Path(__file__).parent),
+        tests=str(Path(__file__).parents[1] / "support"),
         pid_file=json.dumps(str(pid_file)),
         cache=str(toolchain_of(tmp_path_factory).cache_dir),
         lock=str(tmp_path),

@@ -534,7 +534,7 @@ with load({library!r}, 2) as table:
 def test_a_process_grows_by_what_was_planned(tables: Any) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("there is no /proc to read the resident memory from")
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parents[1] / "support")
     library = str(tables().path)
     program = MEASURE.format(tests=tests, library=library)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

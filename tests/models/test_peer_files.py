@@ -35,12 +35,12 @@ from bitgen.paths import models_dir
 from bitgen.runtime import load
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 260, 261, 262, 270, 280, 286, 265, 299, 1, 2, 3, 4, 263]
 VOCAB = 300
 WINDOW, WINDOWS = 512, 4  # of held-out text
-HELD_OUT = (Path(__file__).parent / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
+HELD_OUT = (Path(__file__).parents[1] / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
 PEERS = {
     "ik": ("ik_llama_cpp", "ik-llama-cpp-python 0.1.5"),
     "llama": ("llama_cpp", "llama-cpp-python 0.3.36"),

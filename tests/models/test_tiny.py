@@ -28,7 +28,7 @@ from bitgen.target import accepted_isas, detect_cpu, load_isas
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 FIGURES: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())
 GREEDY: list[dict[str, Any]] = FIGURES["greedy"]
-HELD_OUT = (Path(__file__).parent / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
+HELD_OUT = (Path(__file__).parents[1] / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_what_the_tool_trains_is_what_bitgen_runs(
     """A run of a second: folder and GGUF file are the same model, and PyTorch's perplexity is bitgen's."""
     for needed in ("torch", "safetensors"):
         pytest.importorskip(needed, reason=f"tools/train_tiny.py needs {needed}")
-    path = Path(__file__).parents[1] / "tools" / "train_tiny.py"
+    path = Path(__file__).parents[2] / "tools" / "train_tiny.py"
     spec = importlib.util.spec_from_file_location("train_tiny", path)
     assert spec is not None
     assert spec.loader is not None

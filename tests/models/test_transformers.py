@@ -44,7 +44,7 @@ from bitgen.target import accepted_isas, detect_cpu, load_isas
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 17, 3, 80, 80, 5, 41, 0, 63, 22]
 TEXT = np.random.default_rng(5).integers(0, 97, 64).tolist()
-HELD_OUT = (Path(__file__).parent / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
+HELD_OUT = (Path(__file__).parents[1] / "data" / "tiny-heldout.txt").read_text(encoding="utf-8")
 FIGURES = json.loads((models_dir() / "tiny.json").read_text())
 # The most that was measured over the models below: 1.1e-5, and 1.1e-4 of TIE's int8 step.
 NOISE = 1e-4  # standard deviations of the logits that the same activations leave

@@ -89,20 +89,20 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
 
 
 # What runs on an emulated CPU: the words these levels add, the default kernels of all families and regimes, a
-# whole model. `python tests/emulated.py bitgen check --isa amx_int8` runs every schedule.
+# whole model. `python tests/support/emulated.py bitgen check --isa amx_int8` runs every schedule.
 SUITES = {
     "words": (
-        "test_vocabulary.py",
+        "kernels/test_vocabulary.py",
         "avx_vnni and (vw_dot4 or vw_widen or vw_rows) or amx_int8 and tiles_mean",
         5 * len(COMPILERS),
     ),
     "kernels": (
-        "test_exact.py",
+        "kernels/test_exact.py",
         "one_shape and (avx_vnni or amx_int8) or drawn_problems and amx_int8 and not n1",
         2 + 2 * len(FAMILIES),
     ),
-    "probes": ("test_measure.py", "peak_of_tiles", 3),
-    "models": ("test_engine.py", "exact_model and f32 and relu2 and (avx_vnni or amx_int8)", 2),
+    "probes": ("kernels/test_measure.py", "peak_of_tiles", 3),
+    "models": ("models/test_engine.py", "exact_model and f32 and relu2 and (avx_vnni or amx_int8)", 2),
 }
 
 
@@ -119,14 +119,14 @@ def test_suites_pass_on_an_emulated_cpu(suite: str, emulator: Path, request: pyt
         "pytest",
         "-p",
         "no:cacheprovider",
-        Path(__file__).with_name(file),
+        Path(__file__).parents[1] / file,
         "-k",
         expression,
     ]
     env = emulated.environment(emulator, emulated.lacking())
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+        command, env=env, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -158,7 +158,7 @@ def test_a_process_that_is_refused_tiles_gets_an_error_or_portable_kernels(
 ) -> None:
     """The system here knows no tiles; the emulator's grants them."""
     env = emulated.environment(emulator, emulated.lacking())
-    path = ":".join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    path = ":".join(map(str, (Path(__file__).parents[1] / "support", Path(__file__).parents[2])))
     subprocess.run([sys.executable, "-c", BUILD, tmp_path], env={**env, "PYTHONPATH": path}, check=True)
     create = [sys.executable, "-c", CREATE, tmp_path / "tiles" / "libbitgen-tiles.so"]
     refused = subprocess.run(create, capture_output=True, text=True, check=True)

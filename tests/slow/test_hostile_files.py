@@ -1,4 +1,4 @@
-"""Damaged model files end in a BitgenError or in a valid load; tests/mutations.py does the damage."""
+"""Damaged model files end in a BitgenError or in a valid load; tests/support/mutations.py does the damage."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ pytest.importorskip("tokenizers", reason="the tokenizer is read too")
 @pytest.fixture(scope="module")
 def counts() -> dict[str, dict[str, int]]:
     """The outcomes of a run in a process of its own, with limits of memory and time."""
-    script = Path(__file__).with_name("mutations.py")
-    root = script.parent.parent
+    script = Path(__file__).parents[1] / "support" / "mutations.py"
+    root = script.parents[2]
     done = subprocess.run(
         [sys.executable, str(script), "--count", str(COUNT), "--seed", "7"],
         capture_output=True,

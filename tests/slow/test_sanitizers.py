@@ -31,7 +31,7 @@ CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-DRIVER = Path(__file__).parent / "data" / "sanitizers" / "driver.c"
+DRIVER = Path(__file__).parents[1] / "data" / "sanitizers" / "driver.c"
 PROBLEMS = [
     (1, 1, 1),
     (5, 127, 1),

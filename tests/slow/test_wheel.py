@@ -15,7 +15,7 @@ import pytest
 from bitgen import __version__
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 
 

@@ -2,7 +2,7 @@
 
 ::
 
-    python tests/aarch64_root.py --core neoverse-n1 FOLDER detect     # `bitgen detect` there
+    python tests/support/aarch64_root.py --core neoverse-n1 FOLDER detect     # `bitgen detect` there
 
 The folder is made when it is new: Debian's Python and C library by apt (with a configuration of its own, so
 this machine's packages are not touched), the package and what it depends on by pip. There is no compiler in
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import foreign
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = ("python3", "libstdc++6")
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_28_aarch64")
 APT_CONFIG = """\

@@ -1,6 +1,6 @@
 """Every schedule of every space of the ARM levels against numpy, in an emulator: half an hour, so by hand.
 
-    python tests/arm_sweep.py [LEVEL ...]
+    python tests/support/arm_sweep.py [LEVEL ...]
 
 from the root of a checkout, with bitgen installed. For each level it prints what `bitgen check` prints on
 x86. Kernels that have the text of their level's parent are counted, not compiled again.

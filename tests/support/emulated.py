@@ -1,7 +1,7 @@
 """A CPU that is not here: AMX-INT8 and AVX-VNNI carried out in software (data/emulator), for a whole process.
 
-    python tests/emulated.py pytest tests/test_exact.py -k amx_int8
-    python tests/emulated.py bitgen check --isa avx_vnni
+    python tests/support/emulated.py pytest tests/kernels/test_exact.py -k amx_int8
+    python tests/support/emulated.py bitgen check --isa avx_vnni
 
 The process and its children run with the emulator preloaded and find the features in /proc/cpuinfo. A library
 they build asks cpuid, which cannot be emulated, so it asks for a feature that every CPU has instead.
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).parent / "data" / "emulator" / "emulator.c"
+SOURCE = Path(__file__).parents[1] / "data" / "emulator" / "emulator.c"
 VARIABLE = "BITGEN_TEST_EMULATED"  # the features that this process and its children are to have
 FEATURES = ("avx_vnni", "amx_tile", "amx_int8")
 FLAGS = ("-std=gnu11", "-O3", "-mavx2", "-fwrapv", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")

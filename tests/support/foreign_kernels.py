@@ -18,7 +18,7 @@ from bitgen.render import Source, isa_named, render_kernel, render_tables
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Layout, x_stride
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit
 
-DRIVER = Path(__file__).parent / "data" / "foreign" / "kernels.c"
+DRIVER = Path(__file__).parents[1] / "data" / "foreign" / "kernels.c"
 WHAT = ("", "a wrong value", "a value outside the output's columns", "a value outside the range of rows")
 
 

@@ -1,6 +1,6 @@
 """Damage model files in every way and read them: each must open, or be refused with a BitgenError.
 
-    python tests/mutations.py --count 100000 --seed 1
+    python tests/support/mutations.py --count 100000 --seed 1
 
 Runs under a limit of memory and of time a file, and prints how many files opened and how many were refused.
 """

@@ -35,8 +35,8 @@ from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Layout,
 from bitgen.target import ANY_ARCH, detect_cpu, load_isas
 from bitgen.toolchain import Compiler, find_compilers
 
-GOLDEN = Path(__file__).parent / "golden"
-ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
 CPU = detect_cpu()
 ISAS = {isa.name: isa for isa in load_isas()}
 HERE = [isa.name for isa in ISAS.values() if isa.arch in (ANY_ARCH, CPU.arch)]  # what compilers here make
@@ -119,9 +119,9 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
     if request.config.getoption("--update-golden"):
         GOLDEN.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    assert file.is_file(), "no golden file: pytest tests/test_render.py --update-golden, then review it"
+    assert file.is_file(), "no golden file: pytest tests/unit/test_render.py --update-golden, then review it"
     assert text == file.read_text(encoding="utf-8"), (
-        "the generated C changed: pytest tests/test_render.py --update-golden, then review the difference"
+        "the C changed: pytest tests/unit/test_render.py --update-golden, then review the difference"
     )
 
 
@@ -148,7 +148,7 @@ print(hashlib.sha256("".join(texts).encode()).hexdigest())
 
 def test_two_processes_render_the_same_bytes(tmp_path: Path) -> None:
     digests = set()
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")))
     for seed, zone, language in (("1", "UTC", "C"), ("4242", "Asia/Tokyo", "C.UTF-8")):
         env = {**os.environ, "PYTHONHASHSEED": seed, "TZ": zone, "LC_ALL": language, "PYTHONPATH": path}
         folder = tmp_path / seed

@@ -39,7 +39,7 @@ from bitgen.target.linux import (
 )
 
 Detect = Callable[[str], Cpu]
-RECORDED = Path(__file__).parent / "data" / "cpuinfo"
+RECORDED = Path(__file__).parents[1] / "data" / "cpuinfo"
 
 ARM = ("neon", "neon_dotprod", "sve128", "neon_i8mm", "sve256", "sve256_i8mm", "sve512")
 X86 = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_vbmi", "amx_int8")
