@@ -134,7 +134,7 @@ def test_the_architecture_follows_the_forward_pass() -> None:
     [
         ("no/such/m.gguf", "i2_s", "there is no folder", FileError.exit_code),
         (".", "i2_s", "is a folder", FileError.exit_code),
-        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean tq1_0 or tq2_0?", UsageError.exit_code),
+        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean tq1_0 or tq2_0", UsageError.exit_code),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, out: str, kind: str, message: str, code: int) -> None:
