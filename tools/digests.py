@@ -4,8 +4,8 @@
     python tools/digests.py --update           # write it anew
     python tools/digests.py --diff main        # the unified diff of every text that changed since a commit
 
-A line `text NAME SHA` is one file of C below its banner; `space NAME COUNT ORDER TEXTS` are all legal kernels of a
-family, ISA level and regime for 3200x8640: how many, their names in order, and the texts of all.
+A line `text NAME SHA` is one file of C below its banner; `space NAME COUNT ORDER TEXTS` are all legal kernels of
+a family, ISA level and regime for 3200x8640: how many, their names in order, and the texts of all.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitgen.space import Space
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "tests" / "golden" / "digests.txt"
@@ -58,7 +62,8 @@ def single_texts() -> Iterator[tuple[str, str]]:
                 )
 
 
-def spaces() -> Iterator[tuple[str, object]]:
+def spaces() -> Iterator[tuple[str, Space]]:
+    """(name, space) of every family, ISA level and regime."""
     from bitgen.space import space_for
     from bitgen.spec import FAMILIES, REGIMES, Shape
     from bitgen.target import load_isas, target_cpu
@@ -67,10 +72,8 @@ def spaces() -> Iterator[tuple[str, object]]:
         for isa in load_isas():
             cpu = target_cpu(CPUS.get(isa.arch, CPUS["x86_64"]))
             for regime in REGIMES:
-                yield (
-                    f"{family}/{isa.name}/{regime.name}",
-                    space_for(family, isa, regime, Shape(3200, 8640), cpu),
-                )
+                space = space_for(family, isa, regime, Shape(3200, 8640), cpu)
+                yield f"{family}/{isa.name}/{regime.name}", space
 
 
 def text_lines() -> Iterator[str]:
@@ -118,7 +121,7 @@ def _texts_of(root: Path) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), "--write", folder]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)}, cwd=folder)
-        files = [path for path in Path(folder).rglob("*.c")]
+        files = list(Path(folder).rglob("*.c"))
         return {
             path.relative_to(folder).with_suffix("").as_posix(): path.read_text("utf-8") for path in files
         }
