@@ -4,8 +4,8 @@
     python tools/digests.py --update           # write it anew
     python tools/digests.py --diff main        # the unified diff of every text that changed since a commit
 
-A line `text NAME SHA` is one file of C below its banner; `space NAME COUNT ORDER TEXTS` are all legal kernels of
-a family, ISA level and regime for 3200x8640: how many, their names in order, and the texts of all.
+A line `text NAME SHA` is one file of C below its banner. A line `space NAME COUNT ORDER TEXTS` is all legal
+kernels of a family, ISA level and regime for 3200x8640: how many, their names in order, the texts of all.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def space_lines() -> Iterator[str]:
     for name, space in spaces():
         points = list(space)
         names = digest(*(spec.name for spec in points))
-        yield f"space {name} {len(points)} {names} {digest(*(body(render_kernel(spec).text) for spec in points))}"
+        texts = digest(*(body(render_kernel(spec).text) for spec in points))
+        yield f"space {name} {len(points)} {names} {texts}"
 
 
 def recorded(kind: str) -> list[str]:
