@@ -33,6 +33,13 @@ def lacking() -> tuple[str, ...]:
     return tuple(feature for feature in FEATURES if feature not in own)
 
 
+def emulated_cpu() -> frozenset[str] | None:
+    """The features of this CPU with those of the emulator; None where it does not run."""
+    return (
+        frozenset(CPUINFO.read_text(encoding="utf-8").split()) | set(FEATURES) if why_not() is None else None
+    )
+
+
 def why_not() -> str | None:
     """What is missing to emulate them here; None when nothing is."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
