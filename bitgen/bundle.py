@@ -16,7 +16,7 @@ from typing import Any
 
 from bitgen.errors import EXIT_FILE, EXIT_UNSUPPORTED, BitgenError
 from bitgen.spec import KernelSpec, Shape, StepSizes
-from bitgen.target import Cpu
+from bitgen.target import Cpu, cap_note
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -250,7 +250,9 @@ def judge(bundle: Bundle, cpu: Cpu) -> Decision:
         return Decision(bundle, False, reason)
     missing = sorted(manifest.features - cpu.features)
     if missing:
-        reason = f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}"
+        reason = (
+            f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}{cap_note()}"
+        )
         return Decision(bundle, False, reason)
     tuned = "tuned" if manifest.is_tuned else "untuned"
     where = (

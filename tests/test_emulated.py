@@ -11,7 +11,6 @@ import emulated
 import pytest
 
 from bitgen.spec import FAMILIES
-from bitgen.target import find_isa, load_isas
 from bitgen.toolchain import Compiler, find_compilers
 
 PROGRAM = emulated.SOURCE.with_name("instructions.c")
@@ -110,11 +109,9 @@ SUITES = {
 
 
 def needs(level: str) -> pytest.MarkDecorator:
-    """Skip what runs on a level the emulator cannot complete on this CPU: it gives none the rest of the level."""
-    here = emulated.emulated_cpu()
-    rest = sorted(find_isa(level, load_isas()).requires - here) if here is not None else []
-    reason = f"{level} is emulated on CPUs that have what else it needs; this one lacks {', '.join(rest)}"
-    return pytest.mark.skipif(bool(rest), reason=reason)
+    """Skip what runs on a level of which this CPU lacks more than the emulator gives it."""
+    reason = emulated.missing_for(level)
+    return pytest.mark.skipif(reason is not None, reason=f"{reason}")
 
 
 @pytest.mark.skipif(

@@ -265,8 +265,8 @@ def cpu_with_l2(size_bytes: int) -> Cpu:
 def test_every_rule_can_be_broken(family: str, isa: Isa, regime: Regime, l2_kib: int) -> None:
     """A rule that nothing breaks is no rule.
 
-    A small L2 may leave an algorithm with rules but without a known good schedule (64 rows of k = 8640 do not fit
-    into three quarters of 512 KiB): then another legal one of that algorithm is spoiled.
+    A small L2 may leave an algorithm with rules but without a known good schedule (64 rows of k = 8640 do not
+    fit into three quarters of 512 KiB): then another legal one of that algorithm is spoiled.
     """
     space = space_of(family, isa, regime, cpu=cpu_with_l2(l2_kib << 10))
     legal = {spec.schedule.algorithm: spec for spec in space.known_good}
