@@ -16,7 +16,7 @@ from typing import Any
 
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.spec import KernelSpec, Shape, StepSizes
-from bitgen.target import Cpu
+from bitgen.target import Cpu, cap_note
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -244,7 +244,9 @@ def judge(bundle: Bundle, cpu: Cpu) -> Decision:
         return Decision(bundle, False, reason)
     missing = sorted(manifest.features - cpu.features)
     if missing:
-        reason = f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}"
+        reason = (
+            f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}{cap_note()}"
+        )
         return Decision(bundle, False, reason)
     tuned = "tuned" if manifest.is_tuned else "untuned"
     where = (

@@ -30,7 +30,7 @@ from bitgen.paths import templates_dir
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
 from bitgen.spec import REGIMES, Shape
-from bitgen.target import detect_cpu
+from bitgen.target import cap_note, detect_cpu
 
 Floats: TypeAlias = NDArray[np.float32]
 Generic: TypeAlias = Literal["never", "fallback", "only"]
@@ -259,7 +259,10 @@ class KernelTable:
         message = _text(lib.bitgen_error_message(code))
         if code == lib.BITGEN_ERROR_UNSUPPORTED_CPU:
             missing = _text(lib.bitgen_missing_features())
-            raise UnsupportedError(f"cannot use {self.path}: this CPU lacks {missing}")
+            reason = f"this CPU lacks {missing}{cap_note()}"
+            raise UnsupportedError(f"cannot use {self.path}: {reason}")
+        if code == lib.BITGEN_ERROR_ISA_CAP:
+            raise UsageError(f"cannot use {self.path}: {message}")
         if code == lib.BITGEN_ERROR_NULL and not self.threads:
             raise BitgenError("the kernel table is closed")
         if code == lib.BITGEN_ERROR_NOT_FINITE:

@@ -11,7 +11,8 @@ import emulated
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bitgen.target import Cpu, detect_cpu
+from bitgen.errors import BitgenError
+from bitgen.target import CAP_VARIABLE, Cpu, detect_cpu
 
 # The same examples in every run, and no limits of time: a loaded machine is slow, not wrong.
 # For new examples: pytest --hypothesis-profile=explore
@@ -23,14 +24,20 @@ if emulated.VARIABLE in os.environ:
     emulated.pretend()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Kernels that tests call in this process may use tiles: the system must be asked once.
 
     A shell starts background jobs with SIGINT ignored, and children inherit that: tests interrupt them.
     """
+    if config.option.isa_cap is not None:
+        os.environ[CAP_VARIABLE] = config.option.isa_cap
+    try:
+        cpu = detect_cpu()
+    except BitgenError as error:
+        raise pytest.UsageError(error.message) from error
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "amx_tile" in detect_cpu().features:
+    if "amx_tile" in cpu.features:
         arch_prctl, request_permission, tile_data = 158, 0x1023, 18
         assert ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
@@ -39,6 +46,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write tests/golden/*.c anew instead of comparing"
     )
+    parser.addoption(
+        "--isa-cap",
+        metavar="LEVEL",
+        help="let this CPU act as one of at most this ISA level (BITGEN_ISA_CAP)",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/slow is slow; elsewhere a test says so itself."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent / "slow"):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_report_header() -> str | None:
+    cap = os.environ.get(CAP_VARIABLE)
+    return f"{CAP_VARIABLE}: this CPU acts as one of at most {cap}" if cap else None
 
 
 RECORDED_CPUS = Path(__file__).parent / "data" / "cpuinfo"

@@ -11,7 +11,8 @@ import io
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn
 
@@ -48,6 +49,34 @@ class _Parser(argparse.ArgumentParser):
         self.exit(UsageError.exit_code, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
 
 
+def _add_isa_cap(parser: argparse.ArgumentParser) -> None:
+    """--isa-cap, which may stand before the command or after it."""
+    parser.add_argument(
+        "--isa-cap",
+        metavar="LEVEL",
+        default=argparse.SUPPRESS,
+        help="let this CPU act as one of at most this ISA level (the environment variable BITGEN_ISA_CAP)",
+    )
+
+
+@contextmanager
+def _isa_cap(name: str | None) -> Iterator[None]:
+    """Set the environment's cap for this command and what it starts; BitgenError for an unknown level."""
+    from bitgen.target import CAP_VARIABLE, isa_cap
+
+    before = os.environ.get(CAP_VARIABLE)
+    if name is not None:
+        os.environ[CAP_VARIABLE] = name
+    try:
+        isa_cap()
+        yield
+    finally:
+        if before is not None:
+            os.environ[CAP_VARIABLE] = before
+        elif name is not None:
+            del os.environ[CAP_VARIABLE]
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line; every command module adds its own part."""
     top = _Parser(
@@ -56,11 +85,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="Start with `bitgen detect`, then `bitgen tune --model 3B` and `bitgen build --model 3B`.",
     )
     top.add_argument("--version", action="version", version=f"bitgen {__version__}")
+    _add_isa_cap(top)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(sub)
+        _add_isa_cap(sub)
         sub.set_defaults(run=module.run)
     return top
 
@@ -74,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bitgen.target import require_supported_os
 
         require_supported_os(platform.system())
-        code = int(args.run(args) or 0)
+        with _isa_cap(getattr(args, "isa_cap", None)):
+            code = int(args.run(args) or 0)
         sys.stdout.flush()
         return code
     except BitgenError as error:

@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.target import Accepted, detect_cpu, load_isas, resolve_isas
+    from bitgen.target import CAP_VARIABLE, Accepted, detect_cpu, isa_cap, load_isas, resolve_isas
     from bitgen.toolchain import find_compilers
 
-    cpu = detect_cpu()
+    cpu, cap = detect_cpu(), isa_cap()
     facts = [
         ("model", cpu.model_name),
         ("family", f"{cpu.family} ({cpu.vendor}, {cpu.arch}, {cpu.os})"),
@@ -27,6 +27,10 @@ def run(args: argparse.Namespace) -> None:
         ),
         ("caches", ", ".join(f"L{c.level} {c.type} {c.size_bytes >> 10} KiB" for c in cpu.caches)),
     ]
+    if cap:
+        facts.append(
+            ("ISA cap", f"{cap.name} ({CAP_VARIABLE}): what levels beyond it need is not shown or used")
+        )
     decisions = [
         (d.isa.name, "accepted", "") if isinstance(d, Accepted) else (d.isa.name, "rejected", d.reason)
         for d in resolve_isas(cpu, load_isas())
@@ -45,4 +49,8 @@ def run(args: argparse.Namespace) -> None:
             compilers or [("none", "install gcc or clang, or pip install ziglang", "")],
         ),
     ]
-    print(render_tables(tables, args.output, {"cpu_record": cpu.to_dict()}))
+    print(
+        render_tables(
+            tables, args.output, {"cpu_record": cpu.to_dict(), "isa_cap": cap.name if cap else None}
+        )
+    )

@@ -10,6 +10,7 @@ from bitgen.host import library_units, row_grain
 from bitgen.library.contents import Contents
 from bitgen.render import render_step_header
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, regime_named
+from bitgen.target import cap_rows
 from bitgen.toolchain import Prototype, Unit
 
 
@@ -55,6 +56,14 @@ def table_values(contents: Contents) -> dict[str, Any]:
                 "sve_bytes": isa.vector_bytes if isa.exact_vector else 0,
             }
             for isa in contents.isas
+        ],
+        "isa_caps": [
+            {
+                "isa": row.isa.name,
+                "mask": sum(bit[f] for f in row.features & bit.keys()),
+                "sve_bytes": row.sve_bytes,
+            }
+            for row in cap_rows(contents.target.cpu.arch, contents.target.isas)
         ],
         "kernels": [_kernel_values(spec, isa_names) for spec in specs],
         "steps": [

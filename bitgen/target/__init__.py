@@ -10,16 +10,19 @@ import platform
 from pathlib import Path
 
 from bitgen.errors import UnsupportedError
+from bitgen.target.cap import CapRow, cap_rows, capped, isa_cap
 from bitgen.target.cpu import Cache, Cpu
 from bitgen.target.darwin import cpu_from_sysctl, run_sysctl
 from bitgen.target.family import normal_arch
 from bitgen.target.hwcap import ArmFeature
 from bitgen.target.isa import (
     ANY_ARCH,
+    CAP_VARIABLE,
     Accepted,
     Isa,
     Rejected,
     accepted_isas,
+    cap_note,
     find_isa,
     load_isas,
     require_isa,
@@ -30,15 +33,20 @@ from bitgen.target.named import target_cpu, target_names
 
 __all__ = [
     "ANY_ARCH",
+    "CAP_VARIABLE",
     "Accepted",
     "ArmFeature",
     "Cache",
+    "CapRow",
     "Cpu",
     "Isa",
     "Rejected",
     "accepted_isas",
+    "cap_note",
+    "cap_rows",
     "detect_cpu",
     "find_isa",
+    "isa_cap",
     "load_isas",
     "require_isa",
     "require_supported_os",
@@ -57,14 +65,15 @@ def require_supported_os(system: str) -> None:
 
 
 def detect_cpu(root: str | Path = "/", system: str | None = None) -> Cpu:
-    """The CPU of this machine, or on Linux of the recorded file tree below ``root``.
+    """The CPU of this machine within BITGEN_ISA_CAP, or on Linux of the recorded file tree below ``root``.
 
-    UnsupportedError on systems other than Linux and macOS. What cannot be found out is left
-    empty, never guessed: such a CPU runs the scalar level.
+    What cannot be found out is left empty, never guessed: such a CPU runs the scalar level.
+    UnsupportedError on systems other than Linux and macOS, UsageError for a wrong cap.
     """
     name = platform.system() if system is None else system
     require_supported_os(name)
     if name == "Darwin":
-        return cpu_from_sysctl(run_sysctl(), normal_arch(platform.machine()))
-    here = Path(root) == Path("/")
-    return detect_linux(Path(root), normal_arch(platform.machine()) if here else None)
+        return capped(cpu_from_sysctl(run_sysctl(), normal_arch(platform.machine())))
+    if Path(root) == Path("/"):
+        return capped(detect_linux(Path(root), normal_arch(platform.machine())))
+    return detect_linux(Path(root))

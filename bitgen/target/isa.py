@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from bitgen.paths import configs_dir
 from bitgen.target.cpu import Cpu
 
 ANY_ARCH = "any"
+CAP_VARIABLE = "BITGEN_ISA_CAP"  # see bitgen/target/cap.py
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,14 @@ def require_isa(name: str, cpu: Cpu, isas: Sequence[Isa]) -> Isa:
     if isinstance(decision, Accepted):
         return decision.isa
     runnable = ", ".join(isa.name for isa in accepted_isas(cpu, isas))
-    message = f"cannot run {decision.isa.name} here: {decision.reason}; this CPU runs {runnable}"
+    message = f"cannot run {decision.isa.name} here: {decision.reason}; this CPU runs {runnable}{cap_note()}"
     raise UnsupportedError(message)
+
+
+def cap_note() -> str:
+    """For messages about what this CPU lacks: that a cap is on, and which; empty without one."""
+    cap = os.environ.get(CAP_VARIABLE, "")
+    return f" ({CAP_VARIABLE} is {cap})" if cap else ""
 
 
 def _judge(cpu: Cpu, isa: Isa) -> Accepted | Rejected:

@@ -194,6 +194,7 @@ EMPTY_TABLE = {
     "prototypes": (),
     "layouts": (),
     "isas": (),
+    "isa_caps": (),
     "kernels": (),
     "entries": (),
     "steps": (),

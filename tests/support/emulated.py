@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from bitgen.target import cap_note, capped, detect_cpu, find_isa, load_isas
 
 SOURCE = Path(__file__).parents[1] / "data" / "emulator" / "emulator.c"
 VARIABLE = "BITGEN_TEST_EMULATED"  # the features that this process and its children are to have
@@ -33,12 +36,22 @@ def lacking() -> tuple[str, ...]:
     return tuple(feature for feature in FEATURES if feature not in own)
 
 
+def missing_for(level: str) -> str | None:
+    """Why ``level`` cannot be emulated here: this CPU must have the rest of what it needs. None if it can."""
+    if why_not() is not None:
+        return why_not()
+    cpu = detect_cpu()
+    completed = capped(replace(cpu, features=cpu.features | set(FEATURES)))
+    rest = ", ".join(sorted(find_isa(level, load_isas()).requires - completed.features))
+    return f"{level} cannot be emulated here: this CPU lacks {rest}{cap_note()}" if rest else None
+
+
 def why_not() -> str | None:
     """What is missing to emulate them here; None when nothing is."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "AMX and AVX-VNNI are emulated on x86-64 Linux"
-    if "avx2" not in CPUINFO.read_text(encoding="utf-8").split():
-        return "this CPU lacks avx2, in which the emulator is written"
+    if "avx2" not in detect_cpu().features:
+        return f"this CPU lacks avx2, in which the emulator is written{cap_note()}"
     return None
 
 

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitgen.target import Isa
+from bitgen.target import CAP_VARIABLE, Isa
 from bitgen.toolchain import Compiler, find_cross_compilers
 
 SYSROOT = Path("/usr/aarch64-linux-gnu")
@@ -48,4 +48,6 @@ def emulate(
     """Run a program on an emulated CPU; what it says comes back as bytes."""
     command = [*emulator(cpu), *program]
     env = {**os.environ, **(environment or {})}
+    env.pop(CAP_VARIABLE, None)  # the cap is a level of this machine's architecture, not of the emulated one
+    env.pop(CAP_VARIABLE, None)  # the cap is a level of this machine's architecture, not of the emulated one
     return subprocess.run(command, input=data, capture_output=True, timeout=timeout_s, check=False, env=env)

@@ -10,7 +10,7 @@ import pytest
 from libraries import session_folder, toolchain_of
 
 from bitgen.library import Target, write_library
-from bitgen.target import accepted_isas, detect_cpu, load_isas
+from bitgen.target import Rejected, cap_note, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import Toolchain
 
 LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
@@ -18,9 +18,9 @@ LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().ar
 
 def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
     """The bundle of a library whose kernels and step are those of ``level``; skips where it cannot run."""
-    cpu = detect_cpu()
-    if level not in {isa.name for isa in accepted_isas(cpu, load_isas())}:
-        pytest.skip(f"this CPU cannot run {level}")
+    for decision in resolve_isas(detect_cpu(), load_isas()):
+        if decision.isa.name == level and isinstance(decision, Rejected):
+            pytest.skip(f"cannot run {level} here: {decision.reason}{cap_note()}")
     return _library(session_folder(factory), toolchain_of(factory), level)
 
 

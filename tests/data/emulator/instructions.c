@@ -1,4 +1,5 @@
-/* Every instruction of AMX-INT8 and AVX-VNNI against plain loops: on a CPU that has them, or in the emulator.
+/* Every instruction of AMX-INT8 and AVX-VNNI against plain loops: on a CPU that has them, or in the emulator. Of its own
+ * it needs AVX2: where there is no AVX-512, registers are looked at up to their 32 bytes.
  * Usage: instructions amx|vnni (prints how many results were compared), or the name of a fault, which must kill it. */
 #define _GNU_SOURCE
 #include <immintrin.h>
@@ -213,47 +214,54 @@ static void expect_vector(int kind, int bytes, uint8_t *c, const uint8_t *a, con
 
 static _Alignas(64) uint8_t va[64], vb[128], vc[64], got[64], want[64];
 
-/* One instruction: registers x, y, z of one width; z may be a memory operand. The whole zmm register is compared. */
-#define ONE(kind, bytes, name, reg, x, y, z)                                                                          \
+/* One instruction: registers x, y, z of one width; z may be a memory operand. The whole register
+ * ("zmm" or "ymm", of `seen` bytes, loaded and stored by `move`) is compared: beyond the instruction's width are zeros. */
+#define ONE(move, whole, seen, kind, bytes, name, reg, x, y, z)                                                       \
     do {                                                                                                              \
         fill(va, 64), fill(vb, 128), fill(vc, 64);                                                                    \
-        __asm__ volatile("vmovdqu64 (%0), %%zmm" x "\n vmovdqu64 (%1), %%zmm" y "\n vmovdqu64 (%2), %%zmm14\n"        \
+        __asm__ volatile(move "(%0), %%" whole x "\n" move "(%1), %%" whole y "\n" move "(%2), %%" whole "14\n"        \
                          "mov %2, %%r12\n mov %2, %%r13\n mov $16, %%r9\n"                                            \
-                         "%{vex%} " name " " z ", %%" reg y ", %%" reg x "\n vmovdqu64 %%zmm" x ", (%3)"                \
+                         "%{vex%} " name " " z ", %%" reg y ", %%" reg x "\n" move "%%" whole x ", (%3)"                \
                          ::"r"(vc), "r"(va), "r"(vb), "r"(got)                                                        \
                          : "memory", "r9", "r12", "r13", "xmm0", "xmm1", "xmm2", "xmm3", "xmm7", "xmm8", "xmm9",      \
                            "xmm14", "xmm15");                                                                         \
         memcpy(want, vc, 64);                                                                                         \
         expect_vector(kind, bytes, want, va, vb + (strchr(z, '(') ? 32 : 0));                                         \
-        same(name " " z, got, want, 64);                                                                              \
+        same(name " " z, got, want, seen);                                                                             \
     } while (0)
 
 /* Registers of both halves; base, short and long displacement, index, and the bases whose encoding is special. */
-#define FORMS(kind, bytes, name, reg)                                                                                 \
+#define FORMS(move, whole, seen, kind, bytes, name, reg)                                                              \
     do {                                                                                                              \
-        ONE(kind, bytes, name, reg, "0", "1", "%%" reg "14");                                                         \
-        ONE(kind, bytes, name, reg, "15", "8", "%%" reg "14");                                                        \
-        ONE(kind, bytes, name, reg, "7", "9", "%%" reg "14");                                                         \
-        ONE(kind, bytes, name, reg, "3", "2", "32(%2)");                                                              \
-        ONE(kind, bytes, name, reg, "9", "15", "32(%%r12)");                                                          \
-        ONE(kind, bytes, name, reg, "3", "2", "32(%%r13)");                                                           \
-        ONE(kind, bytes, name, reg, "3", "2", "(%2,%%r9,2)");                                                         \
-        ONE(kind, bytes, name, reg, "3", "8", "-96(%%r13,%%r9,8)");                                                   \
-        ONE(kind, bytes, name, reg, "3", "2", "vb+32(%%rip)");                                                        \
+        ONE(move, whole, seen, kind, bytes, name, reg, "0", "1", "%%" reg "14");                                      \
+        ONE(move, whole, seen, kind, bytes, name, reg, "15", "8", "%%" reg "14");                                     \
+        ONE(move, whole, seen, kind, bytes, name, reg, "7", "9", "%%" reg "14");                                      \
+        ONE(move, whole, seen, kind, bytes, name, reg, "3", "2", "32(%2)");                                           \
+        ONE(move, whole, seen, kind, bytes, name, reg, "9", "15", "32(%%r12)");                                       \
+        ONE(move, whole, seen, kind, bytes, name, reg, "3", "2", "32(%%r13)");                                        \
+        ONE(move, whole, seen, kind, bytes, name, reg, "3", "2", "(%2,%%r9,2)");                                      \
+        ONE(move, whole, seen, kind, bytes, name, reg, "3", "8", "-96(%%r13,%%r9,8)");                                \
+        ONE(move, whole, seen, kind, bytes, name, reg, "3", "2", "vb+32(%%rip)");                                     \
+    } while (0)
+
+#define EVERY(move, whole, seen)                                                                                      \
+    do {                                                                                                              \
+        for (int i = 0; i < 50; ++i) {                                                                                \
+            FORMS(move, whole, seen, 0, 32, "vpdpbusd", "ymm");                                                       \
+            FORMS(move, whole, seen, 1, 32, "vpdpbusds", "ymm");                                                      \
+            FORMS(move, whole, seen, 2, 32, "vpdpwssd", "ymm");                                                       \
+            FORMS(move, whole, seen, 3, 32, "vpdpwssds", "ymm");                                                      \
+            FORMS(move, whole, seen, 0, 16, "vpdpbusd", "xmm");                                                       \
+            FORMS(move, whole, seen, 1, 16, "vpdpbusds", "xmm");                                                      \
+            FORMS(move, whole, seen, 2, 16, "vpdpwssd", "xmm");                                                       \
+            FORMS(move, whole, seen, 3, 16, "vpdpwssds", "xmm");                                                      \
+        }                                                                                                             \
     } while (0)
 
 static void vnni(void)
 {
-    for (int i = 0; i < 50; ++i) {
-        FORMS(0, 32, "vpdpbusd", "ymm");
-        FORMS(1, 32, "vpdpbusds", "ymm");
-        FORMS(2, 32, "vpdpwssd", "ymm");
-        FORMS(3, 32, "vpdpwssds", "ymm");
-        FORMS(0, 16, "vpdpbusd", "xmm");
-        FORMS(1, 16, "vpdpbusds", "xmm");
-        FORMS(2, 16, "vpdpwssd", "xmm");
-        FORMS(3, 16, "vpdpwssds", "xmm");
-    }
+    if (__builtin_cpu_supports("avx512f")) EVERY("vmovdqu64 ", "zmm", 64);
+    else EVERY("vmovdqu ", "ymm", 32);
 }
 
 /* ---- what must not be possible ---- */

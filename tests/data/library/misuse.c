@@ -143,12 +143,12 @@ static void check_table(void)
 
 static void check_messages(void)
 {
-    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_TILES; ++i) {
+    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_ISA_CAP; ++i) {
         CHECK(strlen(bitgen_error_message(i)) > 5);
         CHECK(strcmp(bitgen_error_message(i), "unknown error code"));
     }
     CHECK(!strcmp(bitgen_error_message(-1), "unknown error code"));
-    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_TILES + 1), "unknown error code"));
+    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_ISA_CAP + 1), "unknown error code"));
 }
 
 enum { M = 20, K = 100, N = 3 };
