@@ -11,7 +11,7 @@ import emulated
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bitgen.target import Cpu, detect_cpu
+from bitgen.cpu import Cpu, detect_cpu
 
 # The same examples in every run, and no limits of time: a loaded machine is slow, not wrong.
 # For new examples: pytest --hypothesis-profile=explore

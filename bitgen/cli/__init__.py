@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a model may print what a Latin-1 terminal cannot show
     try:
-        from bitgen.target import require_supported_os
+        from bitgen.cpu import require_supported_os
 
         require_supported_os(platform.system())
         code = int(args.run(args) or 0)

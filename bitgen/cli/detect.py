@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.target import Accepted, detect_cpu, load_isas, resolve_isas
+    from bitgen.cpu import Accepted, detect_cpu, load_isas, resolve_isas
     from bitgen.toolchain import find_compilers
 
     cpu = detect_cpu()

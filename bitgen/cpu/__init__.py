@@ -6,15 +6,9 @@ process, because hypervisors were seen that advertise what they do not run.
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
-from bitgen.errors import UnsupportedError
-from bitgen.target.cpu import Cache, Cpu
-from bitgen.target.darwin import cpu_from_sysctl, run_sysctl
-from bitgen.target.family import normal_arch
-from bitgen.target.hwcap import ArmFeature
-from bitgen.target.isa import (
+from bitgen.cpu.detect import detect_cpu, require_supported_os
+from bitgen.cpu.features import ArmFeature
+from bitgen.cpu.isa import (
     ANY_ARCH,
     Accepted,
     Isa,
@@ -25,8 +19,8 @@ from bitgen.target.isa import (
     require_isa,
     resolve_isas,
 )
-from bitgen.target.linux import detect_linux
-from bitgen.target.named import target_cpu, target_names
+from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.named import target_cpu, target_names
 
 __all__ = [
     "ANY_ARCH",
@@ -46,25 +40,3 @@ __all__ = [
     "target_cpu",
     "target_names",
 ]
-
-
-def require_supported_os(system: str) -> None:
-    """UnsupportedError unless ``system`` (as platform.system() names it) is Linux or macOS."""
-    if system not in ("Linux", "Darwin"):
-        hint = " (its Linux subsystem WSL 2 works)" if system == "Windows" else ""
-        message = f"bitgen runs on Linux and macOS; this is {system or 'an unknown system'}{hint}"
-        raise UnsupportedError(message)
-
-
-def detect_cpu(root: str | Path = "/", system: str | None = None) -> Cpu:
-    """The CPU of this machine, or on Linux of the recorded file tree below ``root``.
-
-    UnsupportedError on systems other than Linux and macOS. What cannot be found out is left
-    empty, never guessed: such a CPU runs the scalar level.
-    """
-    name = platform.system() if system is None else system
-    require_supported_os(name)
-    if name == "Darwin":
-        return cpu_from_sysctl(run_sysctl(), normal_arch(platform.machine()))
-    here = Path(root) == Path("/")
-    return detect_linux(Path(root), normal_arch(platform.machine()) if here else None)

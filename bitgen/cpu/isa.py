@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from bitgen.config import load_strict, load_yaml
+from bitgen.cpu.machine import Cpu
 from bitgen.errors import FileError, UnsupportedError, unknown
 from bitgen.paths import configs_dir
-from bitgen.target.cpu import Cpu
 
 ANY_ARCH = "any"
 

@@ -57,8 +57,8 @@ def environment(library: Path, features: Iterable[str]) -> dict[str, str]:
 def pretend() -> None:
     """In a process with the emulator: detect its features, build libraries that find them, be patient."""
     import bitgen.host
+    from bitgen.cpu import linux
     from bitgen.measure import local
-    from bitgen.target import linux
 
     features = os.environ[VARIABLE].split()
     read, rows = linux._read, bitgen.host.feature_rows

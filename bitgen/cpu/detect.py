@@ -1,0 +1,34 @@
+"""The CPU of the machine that this process runs on."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from bitgen.cpu.linux import detect_linux
+from bitgen.cpu.machine import Cpu
+from bitgen.cpu.macos import cpu_from_sysctl, run_sysctl
+from bitgen.cpu.microarch import normal_arch
+from bitgen.errors import UnsupportedError
+
+
+def require_supported_os(system: str) -> None:
+    """UnsupportedError unless ``system`` (as platform.system() names it) is Linux or macOS."""
+    if system not in ("Linux", "Darwin"):
+        hint = " (its Linux subsystem WSL 2 works)" if system == "Windows" else ""
+        message = f"bitgen runs on Linux and macOS; this is {system or 'an unknown system'}{hint}"
+        raise UnsupportedError(message)
+
+
+def detect_cpu(root: str | Path = "/", system: str | None = None) -> Cpu:
+    """The CPU of this machine, or on Linux of the recorded file tree below ``root``.
+
+    UnsupportedError on systems other than Linux and macOS. What cannot be found out is left
+    empty, never guessed: such a CPU runs the scalar level.
+    """
+    name = platform.system() if system is None else system
+    require_supported_os(name)
+    if name == "Darwin":
+        return cpu_from_sysctl(run_sysctl(), normal_arch(platform.machine()))
+    here = Path(root) == Path("/")
+    return detect_linux(Path(root), normal_arch(platform.machine()) if here else None)
