@@ -27,11 +27,11 @@ from functools import cache
 from pathlib import Path
 
 from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.cpu import Isa, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
 from bitgen.render import render_kernel
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Shape, regime_of, x_stride
-from bitgen.target import Isa, find_isa, load_isas, target_cpu
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit, find_cross_compiler
 
 SHAPE = Shape(64, 2880)

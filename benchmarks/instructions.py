@@ -19,11 +19,11 @@ from pathlib import Path
 
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.cpu import load_isas
 from bitgen.measure.harness import unit_of
 from bitgen.render import render_kernel
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, KernelSpec, Shape, regime_of
-from bitgen.target import load_isas
 
 SHAPE = Shape(3200, 8640)
 _FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")

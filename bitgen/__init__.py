@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from bitgen.config import ModelPreset as ModelPreset
     from bitgen.config import find_model as find_model
     from bitgen.config import load_models as load_models
+    from bitgen.cpu import Cpu as Cpu
+    from bitgen.cpu import Isa as Isa
+    from bitgen.cpu import detect_cpu as detect_cpu
+    from bitgen.cpu import load_isas as load_isas
+    from bitgen.cpu import resolve_isas as resolve_isas
     from bitgen.errors import BitgenError as BitgenError
     from bitgen.llm import LLM as LLM
-    from bitgen.target import Cpu as Cpu
-    from bitgen.target import Isa as Isa
-    from bitgen.target import detect_cpu as detect_cpu
-    from bitgen.target import load_isas as load_isas
-    from bitgen.target import resolve_isas as resolve_isas
 
 _HOME = {
     "LLM": "bitgen.llm",
@@ -31,14 +31,14 @@ _HOME = {
     "load": "bitgen.api",
     "tune": "bitgen.api",
     "BitgenError": "bitgen.errors",
-    "Cpu": "bitgen.target",
-    "Isa": "bitgen.target",
+    "Cpu": "bitgen.cpu",
+    "Isa": "bitgen.cpu",
     "ModelPreset": "bitgen.config",
-    "detect_cpu": "bitgen.target",
+    "detect_cpu": "bitgen.cpu",
     "find_model": "bitgen.config",
-    "load_isas": "bitgen.target",
+    "load_isas": "bitgen.cpu",
     "load_models": "bitgen.config",
-    "resolve_isas": "bitgen.target",
+    "resolve_isas": "bitgen.cpu",
 }
 
 

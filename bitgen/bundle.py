@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitgen.cpu import Cpu, cap_note
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.spec import KernelSpec, Shape, StepSizes
-from bitgen.target import Cpu, cap_note
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1

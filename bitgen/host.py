@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitgen.config import load_strict, load_yaml
+from bitgen.cpu import ArmFeature
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.packing import T5_CODES
 from bitgen.paths import configs_dir
 from bitgen.render import render_host, render_step_header
 from bitgen.spec import K_MAX, X_ALIGN, X_PAD, KernelSpec
-from bitgen.target import ArmFeature
 from bitgen.toolchain import Unit
 
 ARCHS = ("x86_64", "aarch64")

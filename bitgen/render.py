@@ -19,6 +19,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.packing import T5_TABLE, TL5_WEIGHTS
 from bitgen.paths import templates_dir
@@ -35,7 +36,6 @@ from bitgen.spec import (
     family_named,
     regime_named,
 )
-from bitgen.target import Isa, find_isa, load_isas
 
 # Sums of TL5's split tables are two digits, low + SPLIT_RADIX * high with high = (11 sum + 128) >> 8.
 # So the digits of four groups add up within int8 (tests/unit/test_space.py).

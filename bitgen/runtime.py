@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.bundle import ABI_VERSION, Bundle, is_bundle, read_bundle, require_runnable
+from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
 from bitgen.paths import templates_dir
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
 from bitgen.spec import REGIMES, Shape
-from bitgen.target import cap_note, detect_cpu
 
 Floats: TypeAlias = NDArray[np.float32]
 Generic: TypeAlias = Literal["never", "fallback", "only"]

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bitgen.cpu import Cpu, Isa, accepted_isas
 from bitgen.errors import BitgenError, FileError
 from bitgen.paths import ensure_dir, winners_dir
 from bitgen.spec import KernelSpec, Shape
 from bitgen.store import Fingerprint, RecordStore
-from bitgen.target import Cpu, Isa, accepted_isas
 
 SCHEMA = 2
 

@@ -11,8 +11,8 @@ import emulated
 import pytest
 from hypothesis import HealthCheck, settings
 
+from bitgen.cpu import CAP_VARIABLE, Cpu, detect_cpu
 from bitgen.errors import BitgenError
-from bitgen.target import CAP_VARIABLE, Cpu, detect_cpu
 
 # The same examples in every run, and no limits of time: a loaded machine is slow, not wrong.
 # For new examples: pytest --hypothesis-profile=explore

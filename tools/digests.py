@@ -45,9 +45,9 @@ def digest(*texts: str) -> str:
 
 def single_texts() -> Iterator[tuple[str, str]]:
     """(name, text) of the default kernel of every space, and of all that is rendered beside kernels."""
+    from bitgen.cpu import load_isas
     from bitgen.render import render_kernel, render_quantize, render_step, render_tables
     from bitgen.spec import FAMILIES
-    from bitgen.target import load_isas
 
     for name, space in spaces():
         yield f"default/{name}", render_kernel(space.default).text
@@ -64,9 +64,9 @@ def single_texts() -> Iterator[tuple[str, str]]:
 
 def spaces() -> Iterator[tuple[str, Space]]:
     """(name, space) of every family, ISA level and regime."""
+    from bitgen.cpu import load_isas, target_cpu
     from bitgen.space import space_for
     from bitgen.spec import FAMILIES, REGIMES, Shape
-    from bitgen.target import load_isas, target_cpu
 
     for family in FAMILIES:
         for isa in load_isas():

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from bitgen.api.models import preset_of, step_sizes
 from bitgen.api.workshop import Workshop
+from bitgen.cpu import find_isa
 from bitgen.errors import UsageError
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape, family_named
-from bitgen.target import find_isa
 
 # Schedules depend on the shape only through cache blocks; where no shape is given, this one stands for it.
 ANY_SHAPE = Shape(4096, 4096)

@@ -11,9 +11,9 @@ from bitgen.api.libraries import choices_for
 from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop, check_threads
 from bitgen.config import ModelPreset
+from bitgen.cpu import accepted_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Shape, family_named, regime_named, regime_of
-from bitgen.target import accepted_isas
 
 if TYPE_CHECKING:
     from bitgen.measure import Limits, Race, TileState

@@ -12,10 +12,10 @@ from bitgen.api.libraries import untuned_library
 from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop, check_threads
 from bitgen.config import ModelPreset
+from bitgen.cpu import Cpu
 from bitgen.errors import BitgenError
 from bitgen.paths import ensure_dir, tune_logs_dir
 from bitgen.store import RecordStore
-from bitgen.target import Cpu
 from bitgen.winners import export_winners, nearest_winners
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 
 from bitgen import __version__
+from bitgen.cpu import Cpu, Isa, accepted_isas, detect_cpu, load_isas, require_isa
 from bitgen.errors import UsageError
 from bitgen.paths import tune_logs_dir
 from bitgen.render import template_digest
 from bitgen.space import Space, space_for
 from bitgen.spec import Shape, regime_named
 from bitgen.store import Fingerprint, RecordStore
-from bitgen.target import Cpu, Isa, accepted_isas, detect_cpu, load_isas, require_isa
 from bitgen.toolchain import Toolchain, find_compiler, find_cross_compiler
 
 

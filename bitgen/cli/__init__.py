@@ -62,7 +62,7 @@ def _add_isa_cap(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def _isa_cap(name: str | None) -> Iterator[None]:
     """Set the environment's cap for this command and what it starts; BitgenError for an unknown level."""
-    from bitgen.target import CAP_VARIABLE, isa_cap
+    from bitgen.cpu import CAP_VARIABLE, isa_cap
 
     before = os.environ.get(CAP_VARIABLE)
     if name is not None:
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a model may print what a Latin-1 terminal cannot show
     try:
-        from bitgen.target import require_supported_os
+        from bitgen.cpu import require_supported_os
 
         require_supported_os(platform.system())
         with _isa_cap(getattr(args, "isa_cap", None)):

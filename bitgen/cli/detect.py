@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.target import CAP_VARIABLE, Accepted, detect_cpu, isa_cap, load_isas, resolve_isas
+    from bitgen.cpu import CAP_VARIABLE, Accepted, detect_cpu, isa_cap, load_isas, resolve_isas
     from bitgen.toolchain import find_compilers
 
     cpu, cap = detect_cpu(), isa_cap()

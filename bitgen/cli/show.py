@@ -113,8 +113,8 @@ def _why_stale(old: object, new: object) -> str:
 
 def _bundles_table() -> Table:
     from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.cpu import detect_cpu
     from bitgen.paths import generated_dir
-    from bitgen.target import detect_cpu
 
     bundles, errors = find_bundles(generated_dir())
     chosen, decisions = choose_bundle(bundles, detect_cpu())

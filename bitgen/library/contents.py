@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry
+from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
-from bitgen.target import Cpu, Isa, accepted_isas, find_isa, load_isas
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space

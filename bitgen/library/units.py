@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitgen import __version__
+from bitgen.cpu import cap_rows
 from bitgen.host import library_units, row_grain
 from bitgen.library.contents import Contents
 from bitgen.render import render_step_header
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, regime_named
-from bitgen.target import cap_rows
 from bitgen.toolchain import Prototype, Unit
 
 

@@ -11,12 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.host import host_headers, row_grain, run_units
 from bitgen.paths import templates_dir
 from bitgen.render import Source
 from bitgen.spec import MATMUL_STRUCT, KernelSpec, Layout, family_named, regime_named
-from bitgen.target import Isa, find_isa, load_isas
 from bitgen.toolchain import Prototype, Toolchain, Unit
 from bitgen.toolchain.cache import key_of
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from bitgen.cpu import Cpu
 from bitgen.errors import BitgenError
 from bitgen.measure.candidates import Candidates, Render
 from bitgen.measure.child import Task, Timing
@@ -34,7 +35,6 @@ from bitgen.measure.records import Job, Limits, Load, Measurement, Missing, Race
 from bitgen.measure.server import Deadlines
 from bitgen.render import Source, render_kernel
 from bitgen.spec import N1, KernelSpec, Shape
-from bitgen.target import Cpu
 from bitgen.toolchain import Toolchain
 
 _AHEAD = 64  # candidates compiled before the first of them is timed

@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from bitgen.cpu import Cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.measure.local import LocalRunner, Proof
 from bitgen.measure.records import Status
 from bitgen.render import inherits
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
-from bitgen.target import Cpu, find_isa, load_isas
 
 # The rules of a space depend on the shape. The points legal for one of these are all there are for real
 # shapes: a long k allows every kc, a short one every panel of whole columns.

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
+from bitgen.cpu import detect_cpu
 from bitgen.errors import FileError, UsageError
 from bitgen.model.answer import Answer, Finish, Request
 from bitgen.model.chat import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
@@ -34,7 +35,6 @@ from bitgen.model.sampling import Sampling
 from bitgen.model.tokenizer import Tokenizer
 from bitgen.paths import generated_dir
 from bitgen.spec import Shape
-from bitgen.target import detect_cpu
 
 if TYPE_CHECKING:
     from bitgen.model.engine import Engine as CompiledEngine

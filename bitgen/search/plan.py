@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 
 from bitgen.config import ModelPreset, load_strict, load_yaml
+from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
 from bitgen.paths import configs_dir
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
-from bitgen.target import Cpu, Isa
 
 SpaceFactory = Callable[[str, Isa, str, Shape], Space]  # family, ISA level, regime, shape
 

@@ -31,6 +31,7 @@ by 8 k x 2 tokens, from panels of an order of its own, on ISA levels with i8mm; 
 
 from __future__ import annotations
 
+from bitgen.cpu import Cpu, Isa
 from bitgen.errors import unknown
 from bitgen.space.axes import axes_of
 from bitgen.space.headroom import headroom_lines, int16_sums
@@ -38,7 +39,6 @@ from bitgen.space.presets import presets_of
 from bitgen.space.rules import bounds_of, rules_of
 from bitgen.space.space import Rule, Space
 from bitgen.spec import FAMILIES, Layout, Regime, Shape
-from bitgen.target import Cpu, Isa
 
 __all__ = ["Rule", "Space", "headroom_lines", "int16_sums", "space_for"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bitgen.cpu import Isa
 from bitgen.space.headroom import chunk_pairs
 from bitgen.spec import LARGE, N1, SMALL, Regime
-from bitgen.target import Isa
 
 Axes = Mapping[str, tuple[int, ...]]
 

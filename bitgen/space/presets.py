@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bitgen.cpu import Isa
 from bitgen.space.headroom import chunk_pairs
 from bitgen.spec import FAMILIES, LARGE, N1, SMALL, KernelSpec, Layout, Regime, Schedule
-from bitgen.target import Isa
 
 
 def presets_of(family: str, isa: Isa, regime: Regime) -> Iterator[KernelSpec]:

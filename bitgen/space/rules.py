@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bitgen.cpu import Cpu, Isa
 from bitgen.space.axes import axes_of
 from bitgen.space.headroom import INT16_MAX, INT16_MIN, field_scale, int16_sums
 from bitgen.space.space import Rule
 from bitgen.spec import FAMILIES, LARGE, N1, KernelSpec, Layout, Regime, Shape
-from bitgen.target import Cpu, Isa
 
 # Knobs that multiply the code of a kernel.
 _COUNTS, _COUNT_MAX = ("streams", "nr", "unroll"), 16

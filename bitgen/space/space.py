@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
+from bitgen.cpu import Isa
 from bitgen.errors import UsageError
 from bitgen.space.axes import Axes
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Regime, Schedule, Shape
-from bitgen.target import Isa
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from bitgen.toolchain.process import Finished, LiveProcesses, TimedOutError, run
 from bitgen.toolchain.unit import Unit
 
 if TYPE_CHECKING:
-    from bitgen.target import Isa
+    from bitgen.cpu import Isa
 
 DEFAULT_LIBS = ("-lm", "-lpthread")
 

@@ -18,7 +18,7 @@ from bitgen.errors import ToolchainError
 from bitgen.toolchain.process import Finished, TimedOutError, run
 
 if TYPE_CHECKING:
-    from bitgen.target import Isa
+    from bitgen.cpu import Isa
 
 NO_COMPILER = "no C compiler found: install gcc or clang, or pip install ziglang; or name one in CC"
 PROBE_TIMEOUT_S = 10.0

@@ -12,7 +12,7 @@ from bitgen.errors import BitgenError
 if TYPE_CHECKING:
     import cffi
 
-    from bitgen.target import Isa
+    from bitgen.cpu import Isa
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _MAX_STEM = 120  # schedules make long names, file names end at 255 bytes

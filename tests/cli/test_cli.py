@@ -25,11 +25,11 @@ from bitgen import cli, toolchain
 from bitgen.__main__ import main as bitgen_main
 from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
+from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UnsupportedError, UsageError
 from bitgen.measure import Limits, Race, local
 from bitgen.space import space_for
 from bitgen.spec import N1, KernelSpec, Shape
-from bitgen.target import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.toolchain import Toolchain, find_compiler
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ from pathlib import Path
 import libraries
 import pytest
 
+from bitgen.cpu import detect_cpu
 from bitgen.library import Target, write_library
-from bitgen.target import detect_cpu
 
 ROOT = Path(__file__).parents[2]
 MISUSE = Path(__file__).parents[1] / "data" / "library" / "misuse.c"

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from libraries import toolchain_of
 
+from bitgen.cpu import Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
 from bitgen.errors import BitgenError
 from bitgen.measure import Status
 from bitgen.measure.candidates import support_units
@@ -27,7 +28,6 @@ from bitgen.reference import linear, quantize_activations, scale_output, ternary
 from bitgen.render import render_kernel
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride
-from bitgen.target import Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import Prototype, Toolchain, best_builder
 
 CPU = detect_cpu()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError
 from bitgen.host import ARCHS, feature_rows, host_headers, host_unit, library_units, run_units
 from bitgen.packing import pack
@@ -22,7 +23,6 @@ from bitgen.paths import configs_dir
 from bitgen.reference import linear, ternary_matmul
 from bitgen.render import render_host
 from bitgen.spec import FAMILIES, Family, Layout, Shape, x_stride
-from bitgen.target import detect_cpu
 from bitgen.toolchain import CcBuilder, Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
 
 DRIVER = Path(__file__).parents[1] / "data" / "host" / "driver.c"

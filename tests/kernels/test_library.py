@@ -18,6 +18,7 @@ import pytest
 from libraries import TL1_LAYOUT, TL1_SHAPE, TL2_LAYOUT, TL2_SHAPE
 
 from bitgen.bundle import ABI_VERSION, DEFAULT, PORTABLE, TUNED, read_bundle, sha256_of
+from bitgen.cpu import Cpu, Isa, detect_cpu, load_isas
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.host import feature_rows
 from bitgen.library import (
@@ -34,7 +35,6 @@ from bitgen.reference import ternary_matmul
 from bitgen.render import render_host, render_kernel
 from bitgen.runtime import KernelTable, load
 from bitgen.spec import LARGE, N1, REGIMES, SMALL, KernelSpec, Shape
-from bitgen.target import Cpu, Isa, detect_cpu, load_isas
 from bitgen.toolchain import CompileError, Toolchain
 
 

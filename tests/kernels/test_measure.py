@@ -19,6 +19,7 @@ import pytest
 from broken_kernels import ALL, RIGHT, SLOW, Broken, spec_of
 from libraries import toolchain_of
 
+from bitgen.cpu import accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.measure import (
     DropRule,
@@ -44,7 +45,6 @@ from bitgen.measure.probes import Fma, Tiles, build_probes, peak_probe
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
-from bitgen.target import accepted_isas, detect_cpu, find_isa, load_isas
 
 SHAPE = Shape(700, 96)  # more rows than any check has, so that a kernel can tell the timing from the checks
 # Right kernels need 10 ms; the rest of the 3 s, which every hanging kernel costs, is for loaded machines.
@@ -469,7 +469,7 @@ _SCRIPT = """
     from bitgen.measure import Job, LocalRunner, TimingPolicy
     from bitgen.spec import KernelSpec, Shape
     from bitgen.render import Source
-    from bitgen.target import detect_cpu
+    from bitgen.cpu import detect_cpu
     from bitgen.toolchain import Toolchain, find_compiler
 
     def render(spec):

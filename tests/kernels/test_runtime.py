@@ -16,13 +16,13 @@ from libraries import TL1_SHAPE, TL2_SHAPE
 
 from bitgen import runtime
 from bitgen.bundle import ABI_VERSION
+from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError
 from bitgen.packing import pack
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
 from bitgen.runtime import ArgumentTypeError, ArgumentValueError, BusyError, KernelTable, load, self_test
 from bitgen.spec import Shape
-from bitgen.target import detect_cpu
 from bitgen.toolchain import Unit
 
 RAGGED = (Shape(1, 1), Shape(5, 127), Shape(33, 200), Shape(17, 961), TL1_SHAPE, TL2_SHAPE)

@@ -18,6 +18,7 @@ from reference_model import random_dense, small_config
 from step_levels import level_library
 
 from bitgen.bundle import read_bundle
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.library import Target, choose_contents, library_units_of, table_values, write, write_library
 from bitgen.model.config import ModelConfig
@@ -27,7 +28,6 @@ from bitgen.model.synthetic import random_weights
 from bitgen.render import render_quantize, render_step
 from bitgen.runtime import KernelTable, load
 from bitgen.spec import DENSE_TYPES, StepSizes
-from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 RAGGED = StepSizes(hidden=100, q_rows=500, ffn=150, head_dim=100)

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from float_words import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
 
+from bitgen.cpu import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
 from bitgen.paths import templates_dir
 from bitgen.render import parse_vocabulary, vocabulary
-from bitgen.target import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import CcBuilder, CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
 
 DATA = Path(__file__).parents[1] / "data" / "vocabulary_harness"

@@ -17,6 +17,7 @@ from reference_model import logits_of, random_dense, small_config
 from step_levels import LEVELS, level_library
 
 from bitgen.config import ModelPreset, load_models
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.model import packed
 from bitgen.model.config import ModelConfig
@@ -27,7 +28,6 @@ from bitgen.model.synthetic import config_of, random_weights
 from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.runtime import KernelTable, load
 from bitgen.spec import DENSE_TYPES
-from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from reference_model import logits_of
 from step_levels import level_library
 
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.model import open_model
 from bitgen.model.convert import convert
 from bitgen.model.engine import Engine
@@ -33,7 +34,6 @@ from bitgen.model.perplexity import perplexity
 from bitgen.model.tokenizer import Tokenizer
 from bitgen.paths import models_dir
 from bitgen.runtime import load
-from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name

@@ -17,13 +17,13 @@ import pytest
 from step_levels import LEVELS, level_library
 
 from bitgen.cli import main
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.model import open_model
 from bitgen.model.files import shipped_model
 from bitgen.model.llm import LLM
 from bitgen.model.perplexity import perplexity
 from bitgen.paths import models_dir
-from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 FIGURES: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())

@@ -29,6 +29,7 @@ pytest.importorskip("safetensors", reason="safetensors writes the files")
 import torch
 from torch_models import ARCHITECTURES, linears, model_of, random_model, run, save, scaled, step_name
 
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.model import open_model
 from bitgen.model.convert import convert
 from bitgen.model.engine import Engine
@@ -39,7 +40,6 @@ from bitgen.model.weights import Weights
 from bitgen.paths import models_dir
 from bitgen.reference import quantize_activations
 from bitgen.runtime import KernelTable, load
-from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 17, 3, 80, 80, 5, 41, 0, 63, 22]

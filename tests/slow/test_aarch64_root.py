@@ -37,7 +37,7 @@ PROGRAM = """\
 import hashlib, json, sys
 import numpy as np
 import bitgen
-from bitgen.target import accepted_isas, load_isas
+from bitgen.cpu import accepted_isas, load_isas
 
 library, ids, prompt, count = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 cpu = bitgen.detect_cpu()

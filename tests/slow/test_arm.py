@@ -18,12 +18,12 @@ import pytest
 
 from bitgen.api import build
 from bitgen.cli import main
+from bitgen.cpu import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.errors import BitgenError, ToolchainError, UsageError
 from bitgen.host import feature_rows
 from bitgen.render import inherits, render_host
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Shape
-from bitgen.target import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.toolchain import Toolchain, find_cross_compiler, find_cross_compilers
 
 ROOT = Path(__file__).parents[2]

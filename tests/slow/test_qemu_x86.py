@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from step_levels import level_library
 
+from bitgen.cpu import CAP_VARIABLE
 from bitgen.errors import UnsupportedError
 from bitgen.paths import models_dir
-from bitgen.target import CAP_VARIABLE
 
 QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
 EXAMPLE = json.loads((models_dir() / "tiny.json").read_text(encoding="utf-8"))["greedy"][0]

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitgen.cpu import Accepted, Isa, detect_cpu, load_isas, resolve_isas
 from bitgen.packing import pack
 from bitgen.render import Source, render_kernel, render_quantize, render_tables
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, Layout, Shape, regime_named, x_stride
-from bitgen.target import Accepted, Isa, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import Prototype
 
 CPU = detect_cpu()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bitgen import __version__
-from bitgen.target import accepted_isas, detect_cpu, load_isas
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 
 ROOT = Path(__file__).parents[2]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name

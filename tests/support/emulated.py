@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bitgen.target import cap_note, capped, detect_cpu, find_isa, load_isas
+from bitgen.cpu import cap_note, capped, detect_cpu, find_isa, load_isas
 
 SOURCE = Path(__file__).parents[1] / "data" / "emulator" / "emulator.c"
 VARIABLE = "BITGEN_TEST_EMULATED"  # the features that this process and its children are to have
@@ -70,8 +70,8 @@ def environment(library: Path, features: Iterable[str]) -> dict[str, str]:
 def pretend() -> None:
     """In a process with the emulator: detect its features, build libraries that find them, be patient."""
     import bitgen.host
+    from bitgen.cpu import linux
     from bitgen.measure import local
-    from bitgen.target import linux
 
     features = os.environ[VARIABLE].split()
     read, rows = linux._read, bitgen.host.feature_rows

@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from bitgen.cpu import Cpu, Isa
 from bitgen.render import inherits
 from bitgen.space import Space, int16_sums, space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
-from bitgen.target import Cpu, Isa
 
 SHAPE = Shape(3200, 8640)
 

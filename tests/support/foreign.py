@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitgen.target import CAP_VARIABLE, Isa
+from bitgen.cpu import CAP_VARIABLE, Isa
 from bitgen.toolchain import Compiler, find_cross_compilers
 
 SYSROOT = Path("/usr/aarch64-linux-gnu")

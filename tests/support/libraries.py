@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bitgen.cpu import Cpu, detect_cpu
 from bitgen.library import KernelChoice, Target, write_library
 from bitgen.space import space_for
 from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape
-from bitgen.target import Cpu, detect_cpu
 from bitgen.toolchain import Toolchain, find_compiler
 
 # Shapes the library is "tuned" for: a layout with two 16-row sub-blocks and signs, and one with tables.

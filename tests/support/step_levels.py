@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from libraries import session_folder, toolchain_of
 
+from bitgen.cpu import Rejected, cap_note, detect_cpu, load_isas, resolve_isas
 from bitgen.library import Target, write_library
-from bitgen.target import Rejected, cap_note, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import Toolchain
 
 LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]

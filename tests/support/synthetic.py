@@ -11,12 +11,12 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.measure import Job, Limits, Measurement, ReplayRunner, Status
 from bitgen.measure.records import Load
 from bitgen.search import Plan, SearchConfig, Target, load_search_config
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 from bitgen.store import Fingerprint
-from bitgen.target import Isa, find_isa, load_isas
 
 WIDE, TALL = Shape(640, 256), Shape(256, 512)
 FINGERPRINT = Fingerprint("zen5 26 68", "gcc 12", "abcd", "0.1.0")

@@ -25,9 +25,9 @@ from bitgen.bundle import (
     require_runnable,
     sha256_of,
 )
+from bitgen.cpu import Cache, Cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape, StepSizes
-from bitgen.target import Cache, Cpu
 
 AVX2 = ("avx2", "bmi2", "f16c", "fma")
 AVX512 = (*AVX2, "avx512bw", "avx512f")

@@ -19,10 +19,10 @@ from libraries import toolchain_of
 from bitgen.api import Workshop
 from bitgen.bundle import read_bundle
 from bitgen.cli import main
+from bitgen.cpu import CAP_VARIABLE, Cpu, accepted_isas, capped, detect_cpu, load_isas, target_cpu
 from bitgen.errors import BitgenError, UnsupportedError, UsageError
 from bitgen.library import Target, choose_contents, table_values, write_library
 from bitgen.runtime import KernelTable, load
-from bitgen.target import CAP_VARIABLE, Cpu, accepted_isas, capped, detect_cpu, load_isas, target_cpu
 
 LEVELS = [isa.name for isa in load_isas()]
 # Of the CPU the tests run on, itself capped or not, weakest first.
@@ -150,7 +150,7 @@ def test_detect_says_nothing_of_a_cap_that_is_not_on(
 
 
 def test_what_a_process_starts_inherits_the_cap(cap: Callable[[str], None]) -> None:
-    code = "from multiprocessing import get_context as c; from bitgen.target import *\n"
+    code = "from multiprocessing import get_context as c; from bitgen.cpu import *\n"
     code += "def f(_): return [i.name for i in accepted_isas(detect_cpu(), load_isas())]\n"
     code += "if __name__ == '__main__': print(f(0), *c('fork').Pool(1).map(f, [0]))"
     cap("scalar")

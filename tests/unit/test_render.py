@@ -16,6 +16,7 @@ import pytest
 from libraries import toolchain_of
 
 from bitgen.cli import main
+from bitgen.cpu import ANY_ARCH, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.measure.harness import unit_of
 from bitgen.paths import templates_dir
@@ -32,7 +33,6 @@ from bitgen.render import (
 )
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Layout, Regime, Shape
-from bitgen.target import ANY_ARCH, detect_cpu, load_isas
 from bitgen.toolchain import Compiler, find_compilers
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -33,6 +33,7 @@ from synthetic import (
 )
 
 from bitgen.config import find_model
+from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
 from bitgen.measure import Job, Limits, Measurement, Missing, Race, ReplayRunner, Status
 from bitgen.search import Plan, Step, TuningResult, load_search_config, plan_for, targets_of, tune
@@ -45,7 +46,6 @@ from bitgen.search.propose import Enumeration, TpeProposer, proposer_for
 from bitgen.search.race import run_race
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape
 from bitgen.store import RecordStore
-from bitgen.target import detect_cpu
 
 # Whole spaces, unless a test is about ending a search early.
 CONFIG = replace(load_search_config(), enumerate_up_to=100, patience=9.0)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitgen.cpu import Cache, Cpu, Isa, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.render import SPLIT_RADIX, render_kernel
 from bitgen.space import Space, int16_sums, space_for
@@ -27,7 +28,6 @@ from bitgen.spec import (
     Schedule,
     Shape,
 )
-from bitgen.target import Cache, Cpu, Isa, detect_cpu, load_isas
 
 ISAS = {isa.name: isa for isa in load_isas()}
 CPU = detect_cpu()

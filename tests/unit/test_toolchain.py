@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from bitgen import toolchain as tc
+from bitgen.cpu import load_isas
 from bitgen.errors import BitgenError, FileError, ToolchainError
-from bitgen.target import load_isas
 from bitgen.toolchain import (
     CcBuilder,
     CffiBuilder,

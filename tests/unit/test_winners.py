@@ -13,6 +13,7 @@ from bitgen import winners
 from bitgen.api import Workshop, choices_for
 from bitgen.bundle import read_bundle
 from bitgen.config import find_model
+from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
 from bitgen.library import KernelChoice
 from bitgen.llm import library_for
@@ -20,7 +21,6 @@ from bitgen.model.synthetic import config_of
 from bitgen.space import space_for
 from bitgen.spec import Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
-from bitgen.target import Cpu, find_isa, load_isas, target_cpu
 from bitgen.winners import FamilyWinner, Traits, export_winners, family_winners, nearest_winners
 
 ISAS = load_isas()

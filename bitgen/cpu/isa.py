@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 
 from bitgen.config import load_strict, load_yaml
+from bitgen.cpu.machine import Cpu
 from bitgen.errors import FileError, UnsupportedError, unknown
 from bitgen.paths import configs_dir
-from bitgen.target.cpu import Cpu
 
 ANY_ARCH = "any"
-CAP_VARIABLE = "BITGEN_ISA_CAP"  # see bitgen/target/cap.py
+CAP_VARIABLE = "BITGEN_ISA_CAP"  # see bitgen/cpu/cap.py
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 
-from bitgen.target.cpu import Cache, Cpu
-from bitgen.target.family import family_label, load_cpu_families
-from bitgen.target.hwcap import sysctl_features
+from bitgen.cpu.features import sysctl_features
+from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.microarch import family_label, load_cpu_families
 
 # macOS names -> the names of Linux; what is not listed differs in case only.
 _X86 = {"avx1.0": "avx", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx512vnni": "avx512_vnni"}

@@ -1,59 +1,16 @@
-"""What this CPU is, which ISA levels it can run, best first, and why not the others.
-
-Detection shows what the CPU *advertises*: tuning and building confirm a level by executing it in a child
-process, because hypervisors were seen that advertise what they do not run.
-"""
+"""The CPU of the machine that this process runs on."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
 
+from bitgen.cpu.cap import capped
+from bitgen.cpu.linux import detect_linux
+from bitgen.cpu.machine import Cpu
+from bitgen.cpu.macos import cpu_from_sysctl, run_sysctl
+from bitgen.cpu.microarch import normal_arch
 from bitgen.errors import UnsupportedError
-from bitgen.target.cap import CapRow, cap_rows, capped, isa_cap
-from bitgen.target.cpu import Cache, Cpu
-from bitgen.target.darwin import cpu_from_sysctl, run_sysctl
-from bitgen.target.family import normal_arch
-from bitgen.target.hwcap import ArmFeature
-from bitgen.target.isa import (
-    ANY_ARCH,
-    CAP_VARIABLE,
-    Accepted,
-    Isa,
-    Rejected,
-    accepted_isas,
-    cap_note,
-    find_isa,
-    load_isas,
-    require_isa,
-    resolve_isas,
-)
-from bitgen.target.linux import detect_linux
-from bitgen.target.named import target_cpu, target_names
-
-__all__ = [
-    "ANY_ARCH",
-    "CAP_VARIABLE",
-    "Accepted",
-    "ArmFeature",
-    "Cache",
-    "CapRow",
-    "Cpu",
-    "Isa",
-    "Rejected",
-    "accepted_isas",
-    "cap_note",
-    "cap_rows",
-    "detect_cpu",
-    "find_isa",
-    "isa_cap",
-    "load_isas",
-    "require_isa",
-    "require_supported_os",
-    "resolve_isas",
-    "target_cpu",
-    "target_names",
-]
 
 
 def require_supported_os(system: str) -> None:

@@ -12,9 +12,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from bitgen.cpu.isa import ANY_ARCH, CAP_VARIABLE, Isa, find_isa, load_isas
+from bitgen.cpu.machine import Cpu
 from bitgen.errors import BitgenError, UsageError
-from bitgen.target.cpu import Cpu
-from bitgen.target.isa import ANY_ARCH, CAP_VARIABLE, Isa, find_isa, load_isas
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bitgen.target.cpu import Cache, Cpu
-from bitgen.target.family import family_label, load_cpu_families, normal_arch
-from bitgen.target.hwcap import hwcap_features
+from bitgen.cpu.features import hwcap_features
+from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.microarch import family_label, load_cpu_families, normal_arch
 
 
 def detect_linux(root: Path, machine: str | None = None) -> Cpu:

@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from bitgen.config import load_strict, load_yaml
+from bitgen.cpu.machine import Cache, Cpu
 from bitgen.errors import unknown
 from bitgen.paths import configs_dir
-from bitgen.target.cpu import Cache, Cpu
 
 
 @dataclass(frozen=True)

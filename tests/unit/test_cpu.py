@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 import bitgen
-import bitgen.target.linux
-from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
-from bitgen.paths import configs_dir
-from bitgen.target import (
+import bitgen.cpu.linux
+from bitgen.cpu import (
     Accepted,
     Cache,
     Cpu,
@@ -25,10 +23,8 @@ from bitgen.target import (
     require_supported_os,
     resolve_isas,
 )
-from bitgen.target.darwin import cpu_from_sysctl
-from bitgen.target.family import CpuFamily, family_label, load_cpu_families
-from bitgen.target.hwcap import hwcap_features
-from bitgen.target.linux import (
+from bitgen.cpu.features import hwcap_features
+from bitgen.cpu.linux import (
     cgroup_cpu_quota,
     detect_linux,
     parse_cpu_list,
@@ -37,6 +33,10 @@ from bitgen.target.linux import (
     processor_features,
     read_caches,
 )
+from bitgen.cpu.macos import cpu_from_sysctl
+from bitgen.cpu.microarch import CpuFamily, family_label, load_cpu_families
+from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
+from bitgen.paths import configs_dir
 
 Detect = Callable[[str], Cpu]
 RECORDED = Path(__file__).parents[1] / "data" / "cpuinfo"
@@ -381,7 +381,7 @@ def test_py_cpuinfo_answers_where_proc_does_not(monkeypatch: pytest.MonkeyPatch)
 
     info = {"vendor_id_raw": "V", "brand_raw": "B", "flags": ["lm", "avx2"], "count": 2}
     monkeypatch.setattr(cpuinfo, "get_cpu_info", lambda: info)
-    processors = bitgen.target.linux._ask_py_cpuinfo()
+    processors = bitgen.cpu.linux._ask_py_cpuinfo()
     assert [p["processor"] for p in processors] == ["0", "1"]
     assert processor_features(processors) == {"lm", "avx2"}
 
@@ -389,7 +389,7 @@ def test_py_cpuinfo_answers_where_proc_does_not(monkeypatch: pytest.MonkeyPatch)
         raise Exception("py-cpuinfo currently only works on X86 and some ARM")
 
     monkeypatch.setattr(cpuinfo, "get_cpu_info", fail)
-    assert bitgen.target.linux._ask_py_cpuinfo() == []
+    assert bitgen.cpu.linux._ask_py_cpuinfo() == []
 
 
 # ---- macOS -----------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_isas_in_order_with_their_vocabularies() -> None:
 
 
 @pytest.mark.parametrize("isa", [i for i in load_isas() if i.name in X86], ids=lambda isa: isa.name)
-def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) -> None:
+def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.cpu.Isa) -> None:
     spelled = {feature.replace("_", ""): feature for feature in isa.requires}
     machine = [flag for flag in isa.cc_flags if not flag.startswith("-mprefer")]
     assert {flag.removeprefix("-m").replace("-", "") for flag in machine} == set(spelled)
@@ -468,7 +468,7 @@ def test_every_feature_a_compiler_may_use_is_required(isa: bitgen.target.Isa) ->
 
 
 @pytest.mark.parametrize("isa", [i for i in load_isas() if i.name in ARM], ids=lambda isa: isa.name)
-def test_every_feature_of_an_arm_level_is_required(isa: bitgen.target.Isa) -> None:
+def test_every_feature_of_an_arm_level_is_required(isa: bitgen.cpu.Isa) -> None:
     """-march names a level of the architecture and additions: 8.2 has what 8.1 made mandatory."""
     march, mcpu = isa.cc_flags[0], isa.zig_flags[0]
     length = [f"-msve-vector-bits={8 * isa.vector_bytes}"] if isa.exact_vector else []

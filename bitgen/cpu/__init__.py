@@ -1,0 +1,51 @@
+"""What this CPU is, which ISA levels it can run, best first, and why not the others.
+
+Detection shows what the CPU *advertises*: tuning and building confirm a level by executing it in a child
+process, because hypervisors were seen that advertise what they do not run.
+"""
+
+from __future__ import annotations
+
+from bitgen.cpu.cap import CapRow, cap_rows, capped, isa_cap
+from bitgen.cpu.detect import detect_cpu, require_supported_os
+from bitgen.cpu.features import ArmFeature
+from bitgen.cpu.isa import (
+    ANY_ARCH,
+    CAP_VARIABLE,
+    Accepted,
+    Isa,
+    Rejected,
+    accepted_isas,
+    cap_note,
+    find_isa,
+    load_isas,
+    require_isa,
+    resolve_isas,
+)
+from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.named import target_cpu, target_names
+
+__all__ = [
+    "ANY_ARCH",
+    "CAP_VARIABLE",
+    "Accepted",
+    "ArmFeature",
+    "Cache",
+    "CapRow",
+    "Cpu",
+    "Isa",
+    "Rejected",
+    "accepted_isas",
+    "cap_note",
+    "cap_rows",
+    "capped",
+    "detect_cpu",
+    "find_isa",
+    "isa_cap",
+    "load_isas",
+    "require_isa",
+    "require_supported_os",
+    "resolve_isas",
+    "target_cpu",
+    "target_names",
+]
