@@ -17,6 +17,7 @@ from libraries import session_folder, toolchain_of
 from reference_model import random_dense, small_config
 from step_levels import level_library
 
+from bitgen.abi import DENSE_TYPES
 from bitgen.bundle import read_bundle
 from bitgen.errors import BitgenError
 from bitgen.library import Target, choose_contents, library_units_of, table_values, write, write_library
@@ -26,7 +27,7 @@ from bitgen.model.quants import DENSE
 from bitgen.model.synthetic import random_weights
 from bitgen.render import render_quantize, render_step
 from bitgen.runtime import KernelTable, load
-from bitgen.spec import DENSE_TYPES, StepSizes
+from bitgen.spec import StepSizes
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
