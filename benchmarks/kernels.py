@@ -7,9 +7,9 @@
 Kernels are the winners in tune_logs/ (run `bitgen tune` first, for each ISA level that is asked for with
 --isa), the defaults where nothing is recorded. For each shape all kernels, and for cold runs the best
 memory-reading probe, take turns in interleaved, shuffled rounds; figures are medians. On levels with tile
-registers the probe of tiles takes part for n > 1, and figures are of its fast rounds (docs/kernels.md). The
-limit is the most that any probe or kernel of this run reached. A token's time is the sum over the model's
-matrices, each as often as a token uses it.
+registers the probe of tiles takes part for n > 1, and figures are of its fast rounds
+(docs/reference/kernels.md). The limit is the most that any probe or kernel of this run reached. A token's
+time is the sum over the model's matrices, each as often as a token uses it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much of exhaustive search does the tuner save, and what does that cost? Answered from recorded timings.
 
-python benchmarks/search_study.py                  # replay the committed log: the table of docs/tuning.md
+python benchmarks/search_study.py                  # replay the committed log: the table of docs/lab/search.md
 python benchmarks/search_study.py record --log F   # time every point of the spaces anew (about five minutes)
 """
 

@@ -3,8 +3,8 @@
     python tools/train_tiny.py --text kjv.txt --out build/tiny --minutes 30
 
 An optional tool: it needs PyTorch (CPU), tokenizers and safetensors; `pip install bitgen[oracle]` brings
-them. The text: one verse or paragraph a line, an empty line between chapters (docs/tiny-model.md says how to
-get it). A longer run gives a better model; what is written is a whole model at any time.
+them. The text: one verse or paragraph a line, an empty line between chapters (docs/guide/tiny-model.md
+says how to get it). A longer run gives a better model; what is written is a whole model at any time.
 Every --save-minutes and at the end it writes into --out
 
     config.json, model.safetensors, tokenizer.json     a Hugging Face folder as BitNetForCausalLM packs it
