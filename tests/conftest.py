@@ -35,12 +35,6 @@ def pytest_configure() -> None:
         assert ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="write tests/golden/*.c anew instead of comparing"
-    )
-
-
 RECORDED_CPUS = Path(__file__).parent / "data" / "cpuinfo"
 
 
