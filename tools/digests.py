@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import io
 import os
+import random
 import subprocess
 import sys
 import tarfile
@@ -26,7 +27,7 @@ from functools import cache
 from pathlib import Path
 
 from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Tiles
-from bitgen.render import render_kernel, render_quantize, render_step, render_tables
+from bitgen.render import render_kernel, render_quantize, render_step, render_step_header, render_tables
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, Layout, Shape, StepSizes
 from bitgen.target import load_isas, target_cpu
@@ -108,6 +109,16 @@ def single_texts() -> dict[str, str]:
             for algorithm, _ in family.tables:
                 texts[f"tables/{family.name}/{algorithm}/{isa}"] = render_tables(family.name, isa, algorithm)
     return {name: source.text for name, source in texts.items()}
+
+
+def samples(count: int) -> dict[str, str]:
+    """``count`` kernels of every space, the same ones as long as the space is the same."""
+    texts = {}
+    for name, space in spaces().items() if count else ():
+        points = list(space)
+        for spec in random.Random(name).sample(points, min(count, len(points))):  # noqa: S311 - no secret
+            texts[f"point/{name}/{spec.name}"] = render_kernel(spec).text
+    return texts
 
 
 def example(name: str) -> KernelSpec:
@@ -213,16 +224,20 @@ def main() -> int:
     action.add_argument("--update", action="store_true", help="write tests/golden anew")
     action.add_argument("--diff", metavar="REVISION", help="print how the texts changed since a commit")
     action.add_argument("--write", metavar="FOLDER", help="write every single text, without its banner")
+    parser.add_argument(
+        "--points", type=int, default=0, metavar="N", help="with --write: N kernels of every space besides"
+    )
     args = parser.parse_args()
     if args.update:
         update()
     elif args.diff:
         sys.stdout.writelines(diff(args.diff))
     elif args.write:
-        for name, text in single_texts().items():
+        for name, text in {**single_texts(), **samples(args.points)}.items():
             file = Path(args.write, f"{name}.c")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(body(text), encoding="utf-8")
+        Path(args.write, "step.h").write_text(render_step_header(), encoding="utf-8")
     else:
         found = [*changes("text"), *changes("space"), *(line.rstrip() for line in golden_changes())]
         print("\n".join(found) or "every text and every space is as recorded")
