@@ -289,7 +289,7 @@ def test_the_template_digest_covers_what_a_timing_depends_on(
     for file in ("isa/neon.h", "step/ops.c.j2", "host/library.c.j2"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         assert template_digest("x86_64") == before, file
-    for file in ("isa/avx2.h", "kernels/common.j2", "host/run.c.j2", "probes/read.c.j2"):
+    for file in ("isa/avx2.h", "kernels/common_macros.j2", "host/run.c.j2", "probes/read.c.j2"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         now = template_digest("x86_64")
         assert now != before, file
