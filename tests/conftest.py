@@ -44,9 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-golden", action="store_true", help="write tests/golden/*.c anew instead of comparing"
-    )
-    parser.addoption(
         "--isa-cap",
         metavar="LEVEL",
         help="let this CPU act as one of at most this ISA level (BITGEN_ISA_CAP)",

@@ -1,11 +1,12 @@
 """Digests of everything that bitgen renders: proof that a change of Python or templates changed no C.
 
-    python tools/digests.py --check            # compare with tests/golden/digests.txt
-    python tools/digests.py --update           # write it anew
+    python tools/digests.py --check            # compare with tests/golden
+    python tools/digests.py --update           # write tests/golden anew
     python tools/digests.py --diff main        # the unified diff of every text that changed since a commit
 
-A line `text NAME SHA` is one file of C below its banner. A line `space NAME COUNT ORDER TEXTS` is all legal
-kernels of a family, ISA level and regime for 3200x8640: how many, their names in order, the texts of all.
+A line `text NAME SHA` is one file of C below its banner; `space NAME COUNT ORDER TEXTS` are all legal kernels
+of a family, ISA level and regime for 3200x8640: how many, their names in order, and the texts of all. The few
+texts of GOLDENS are for reading: tests/golden/NAME.c is what a template makes, without ops and struct.
 """
 
 from __future__ import annotations
@@ -15,22 +16,61 @@ import difflib
 import hashlib
 import io
 import os
+import random
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bitgen.space import Space
+from bitgen.cpu import load_isas, target_cpu
+from bitgen.host import step_headers
+from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Tiles
+from bitgen.render import matmul_struct, render_kernel, render_quantize, render_step, render_tables
+from bitgen.space import Space, space_for
+from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, StepSizes
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "tests" / "golden" / "digests.txt"
+GOLDEN = ROOT / "tests" / "golden"
+FILE = GOLDEN / "digests.txt"
 WIDTH = 16  # hexadecimal digits of a sha256 that are kept: 64 bits
 # One CPU for each architecture, whatever machine this runs on: rules that know caches must not depend on it.
 CPUS = {"x86_64": "zen4", "aarch64": "neoverse-v2"}
+
+SIZES = StepSizes(hidden=2560, q_rows=2560, ffn=6912, head_dim=128)  # of step_sized/
+
+# Kernels by their knobs, one or more of each algorithm, so that they do not depend on what is the default:
+# family, ISA level, regime, algorithm, rows of a block, knobs. A name with 3200x8640 has that shape fixed.
+EXAMPLES = {
+    "i2s_direct_n1__avx2": "i2s avx2 n1 direct 16 "
+    "streams=2 nr=1 accs=2 widen=8 unroll=1 prefetch=1024 hint=1",
+    "i2s_direct_3200x8640__avx512_vnni": "i2s avx512_vnni n1 direct 16 "
+    "streams=2 nr=1 accs=4 widen=0 unroll=1 prefetch=0 hint=0",
+    "t5_direct_small__neon_dotprod": "t5 neon_dotprod small direct 16 "
+    "streams=1 nr=2 accs=3 widen=0 unroll=2 prefetch=0",
+    "tl1_lookup_blocked__avx2": "tl1 avx2 small direct 16 "
+    "streams=1 nr=2 mc=128 kc=960 widen=63 unroll=1 prefetch=0",
+    "tl2_lookup_n1__neon": "tl2 neon n1 direct 16 streams=1 nr=1 mc=0 kc=0 widen=21 unroll=1 prefetch=0",
+    "tl5_wide_small__avx512_vbmi": "tl5 avx512_vbmi small wide 64 streams=2 nr=1 widen=12 prefetch=4096",
+    "tl5_split_n1__neon": "tl5 neon n1 split 64 streams=2 nr=1 widen=12 prefetch=0 hint=0",
+    "i2s_panel_small__avx2": "i2s avx2 small panel 16 mr=16 nr=4 mc=64 kc=0 widen=64 unroll=1",
+    "tl2_panel_large__avx512_vnni": "tl2 avx512_vnni large panel 32 mr=32 nr=4 mc=64 kc=960 widen=0 unroll=2",
+    "i2s_tiles_small__amx_int8": "i2s amx_int8 small tiles 16 streams=4 ahead=1 prefetch=4096",
+    "t5_tiles_large__amx_int8": "t5 amx_int8 large tiles 32 mr=32 nr=32 mc=256 kc=960 pack=1",
+    "tl2_tiles_large__scalar": "tl2 scalar large tiles 16 mr=32 nr=16 mc=64 kc=0 pack=0",
+    "i2s_mmla_large__neon_i8mm": "i2s neon_i8mm large mmla 16 nr=6 mc=64 kc=960",
+    "tl2_mmla_small__sve256_i8mm": "tl2 sve256_i8mm small mmla 16 nr=8 mc=64 kc=0",
+    "t5_mmla_small__scalar": "t5 scalar small mmla 32 nr=4 mc=64 kc=0",
+}
+# The texts for reading: file under tests/golden -> name of the text.
+GOLDENS = {
+    name: f"example/{name}"
+    for name in EXAMPLES.keys()
+    - {"tl2_tiles_large__scalar", "tl2_mmla_small__sve256_i8mm", "t5_mmla_small__scalar"}
+} | {"quantize__neon": "quantize/neon", "tl5_split_tables__neon": "tables/tl5/split/neon"}
 
 
 def body(text: str) -> str:
@@ -38,55 +78,82 @@ def body(text: str) -> str:
     return text.partition(" */\n")[2]
 
 
+def core(text: str) -> str:
+    """What a template makes: C without its banner, the vector ops and the struct before it."""
+    before, mark, after = text.partition(matmul_struct())
+    if not mark:
+        raise ValueError(f"there is no struct bitgen_matmul in {before[:99]}")
+    return after.lstrip("\n")
+
+
 def digest(*texts: str) -> str:
     """The first WIDTH digits of the sha256 of the texts, each ended by a NUL."""
     return hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()[:WIDTH]
 
 
-def single_texts() -> Iterator[tuple[str, str]]:
-    """(name, text) of the default kernel of every space, and of all that is rendered beside kernels."""
-    from bitgen.cpu import load_isas
-    from bitgen.render import render_kernel, render_quantize, render_step, render_tables
-    from bitgen.spec import FAMILIES
-
-    for name, space in spaces():
-        yield f"default/{name}", render_kernel(space.default).text
-    for isa in (isa.name for isa in load_isas()):
-        yield f"quantize/{isa}", render_quantize(isa).text
-        yield f"step/{isa}", render_step(isa).text
+@cache
+def single_texts() -> dict[str, str]:
+    """By name: the default kernel of every space, the examples, and all that is no kernel."""
+    texts = {f"default/{name}": render_kernel(space.default) for name, space in spaces().items()}
+    texts |= {f"example/{name}": render_kernel(example(name)) for name in EXAMPLES}
+    for level in load_isas():
+        isa = level.name
+        texts[f"quantize/{isa}"] = render_quantize(isa)
+        texts[f"step/{isa}"] = render_step(isa)
+        texts[f"step_sized/{isa}"] = render_step(isa, SIZES)
+        probes = {"dot4": Dot4(isa), "fma": Fma(isa)} | (
+            {"tiles": Tiles(isa)} if level.tile_registers else {}
+        )
+        texts |= {f"probe/{name}/{isa}": probe.source() for name, probe in probes.items()}
+        texts[f"probe/read/{isa}"] = DEFAULT_PATTERN.source(isa)
         for family in FAMILIES.values():
             for algorithm, _ in family.tables:
-                yield (
-                    f"tables/{family.name}/{algorithm}/{isa}",
-                    render_tables(family.name, isa, algorithm).text,
-                )
+                texts[f"tables/{family.name}/{algorithm}/{isa}"] = render_tables(family.name, isa, algorithm)
+    return {name: source.text for name, source in texts.items()}
 
 
-def spaces() -> Iterator[tuple[str, Space]]:
-    """(name, space) of every family, ISA level and regime."""
-    from bitgen.cpu import load_isas, target_cpu
-    from bitgen.space import space_for
-    from bitgen.spec import FAMILIES, REGIMES, Shape
+def samples(count: int) -> dict[str, str]:
+    """``count`` kernels of every space, the same ones as long as the space is the same."""
+    texts = {}
+    for name, space in spaces().items() if count else ():
+        points = list(space)
+        for spec in random.Random(name).sample(points, min(count, len(points))):  # noqa: S311 - no secret
+            texts[f"point/{name}/{spec.name}"] = render_kernel(spec).text
+    return texts
 
-    for family in FAMILIES:
-        for isa in load_isas():
-            cpu = target_cpu(CPUS.get(isa.arch, CPUS["x86_64"]))
-            for regime in REGIMES:
-                space = space_for(family, isa, regime, Shape(3200, 8640), cpu)
-                yield f"{family}/{isa.name}/{regime.name}", space
+
+def example(name: str) -> KernelSpec:
+    """The spec of an example. UsageError when its space does not hold it."""
+    family, isa, regime, algorithm, row_block, *settings = EXAMPLES[name].split()
+    knobs = {knob: int(value) for knob, _, value in (setting.partition("=") for setting in settings)}
+    space = spaces()[f"{family}/{isa}/{regime}"]
+    spec = space.make(algorithm, Layout(family, int(row_block)), knobs)
+    space.check(spec, local=False)
+    return replace(spec, shape=space.shape) if space.shape.name in name else spec
+
+
+@cache
+def spaces() -> dict[str, Space]:
+    """Every space for 3200x8640, by family, ISA level and regime."""
+    return {
+        f"{family}/{isa.name}/{regime.name}": space_for(
+            *(family, isa, regime, Shape(3200, 8640)), target_cpu(CPUS.get(isa.arch, CPUS["x86_64"]))
+        )
+        for family in FAMILIES
+        for isa in load_isas()
+        for regime in REGIMES
+    }
 
 
 def text_lines() -> Iterator[str]:
     """The `text` lines: seconds."""
-    for name, text in single_texts():
+    for name, text in single_texts().items():
         yield f"text {name} {digest(body(text))}"
 
 
 def space_lines() -> Iterator[str]:
     """The `space` lines: about a minute."""
-    from bitgen.render import render_kernel
-
-    for name, space in spaces():
+    for name, space in spaces().items():
         points = list(space)
         names = digest(*(spec.name for spec in points))
         texts = digest(*(body(render_kernel(spec).text) for spec in points))
@@ -104,6 +171,27 @@ def changes(kind: str) -> list[str]:
     return [line for line in difflib.ndiff(recorded(kind), now) if line[0] in "-+"]
 
 
+def golden_changes() -> Iterator[str]:
+    """Unified diffs of the files for reading; a file without a text, too."""
+    files = {path.stem for path in GOLDEN.glob("*.c")}
+    for name in sorted(files | GOLDENS.keys()):
+        file = GOLDEN / f"{name}.c"
+        old = file.read_text(encoding="utf-8") if name in files else ""
+        new = core(single_texts()[GOLDENS[name]]) if name in GOLDENS else ""
+        yield from difflib.unified_diff(
+            old.splitlines(keepends=True), new.splitlines(keepends=True), file.name, "now"
+        )
+
+
+def update() -> None:
+    """Write tests/golden anew."""
+    FILE.write_text("\n".join([*text_lines(), *space_lines()]) + "\n", encoding="utf-8")
+    for file in GOLDEN.glob("*.c"):
+        file.unlink()
+    for name, text in GOLDENS.items():
+        (GOLDEN / f"{name}.c").write_text(core(single_texts()[text]), encoding="utf-8")
+
+
 def diff(revision: str) -> Iterator[str]:
     """Unified diffs of the single texts between ``revision`` and the files here."""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,9 +206,9 @@ def diff(revision: str) -> Iterator[str]:
 
 
 def _texts_of(root: Path) -> dict[str, str]:
-    """The single texts that the bitgen of another folder renders."""
+    """The single texts that the bitgen of another folder renders, by that folder's own copy of this tool."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).resolve()), "--write", folder]
+        command = [sys.executable, str(root / "tools" / "digests.py"), "--write", folder]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)}, cwd=folder)
         files = list(Path(folder).rglob("*.c"))
         return {
@@ -133,22 +221,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--check", action="store_true", help="compare with the recorded digests")
-    action.add_argument("--update", action="store_true", help="record the digests of now")
+    action.add_argument("--check", action="store_true", help="compare with tests/golden")
+    action.add_argument("--update", action="store_true", help="write tests/golden anew")
     action.add_argument("--diff", metavar="REVISION", help="print how the texts changed since a commit")
     action.add_argument("--write", metavar="FOLDER", help="write every single text, without its banner")
+    parser.add_argument(
+        "--points", type=int, default=0, metavar="N", help="with --write: N kernels of every space besides"
+    )
     args = parser.parse_args()
     if args.update:
-        FILE.write_text("\n".join([*text_lines(), *space_lines()]) + "\n", encoding="utf-8")
+        update()
     elif args.diff:
         sys.stdout.writelines(diff(args.diff))
     elif args.write:
-        for name, text in single_texts():
+        for name, text in {**single_texts(), **samples(args.points)}.items():
             file = Path(args.write, f"{name}.c")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(body(text), encoding="utf-8")
+        for name, text in step_headers():
+            Path(args.write, name).write_text(text, encoding="utf-8")
     else:
-        found = [*changes("text"), *changes("space")]
+        found = [*changes("text"), *changes("space"), *(line.rstrip() for line in golden_changes())]
         print("\n".join(found) or "every text and every space is as recorded")
         return 1 if found else 0
     return 0

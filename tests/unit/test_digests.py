@@ -1,8 +1,9 @@
-"""No change of Python or templates changes the generated C unseen: tests/golden/digests.txt."""
+"""No change of Python or templates changes the generated C unseen: tests/golden."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -21,11 +22,28 @@ def digests() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("kind", ["text", "space"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("space", marks=pytest.mark.slow)])
 def test_rendered_c_is_as_recorded(digests: ModuleType, kind: str) -> None:
     assert not digests.changes(kind), (
         "look at them with `python tools/digests.py --diff main`; then `python tools/digests.py --update`"
     )
+
+
+def test_texts_for_reading_are_as_recorded(digests: ModuleType) -> None:
+    changed = "".join(digests.golden_changes())
+    assert not changed, f"{changed}\nreview it, then `python tools/digests.py --update`"
+
+
+def test_goldens_can_be_read(digests: ModuleType) -> None:
+    """About 14, of each algorithm, on both architectures, without what other files define."""
+    assert len(digests.GOLDENS) <= 16
+    algorithms = {
+        digests.example(name).schedule.algorithm for name in digests.GOLDENS.keys() & digests.EXAMPLES
+    }
+    assert algorithms == {"direct", "wide", "split", "panel", "tiles", "mmla"}
+    texts = [path.read_text(encoding="utf-8") for path in digests.GOLDEN.glob("*.c")]
+    assert sum(text.count("\n") for text in texts) < 4000
+    assert not [text for text in texts if "struct bitgen_matmul {" in text or "WORD vb vb_load" in text]
 
 
 def test_a_changed_text_is_seen(digests: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +52,17 @@ def test_a_changed_text_is_seen(digests: ModuleType, tmp_path: Path, monkeypatch
     changed.write_text(lines.replace(digests.recorded("text")[0], "text default/i2s/scalar/n1 " + "0" * 16))
     monkeypatch.setattr(digests, "FILE", changed)
     assert [line[0] for line in digests.changes("text")] == ["-", "+"]
+
+
+def test_a_changed_golden_is_seen(
+    digests: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "golden"
+    shutil.copytree(digests.GOLDEN, folder)
+    monkeypatch.setattr(digests, "GOLDEN", folder)
+    assert not list(digests.golden_changes())
+    (folder / "quantize__neon.c").unlink()
+    (folder / "left_over.c").write_text("int x;\n", encoding="utf-8")
+    changes = list(digests.golden_changes())
+    assert "-int x;\n" in changes
+    assert any(line.startswith("--- quantize__neon.c") for line in changes)

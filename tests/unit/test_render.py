@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +35,6 @@ from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Layout, Regime, Shape
 from bitgen.toolchain import Compiler, find_compilers
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 ROOT = Path(__file__).parents[2]
 CPU = detect_cpu()
 ISAS = {isa.name: isa for isa in load_isas()}
@@ -56,7 +55,7 @@ def default(family: str, isa: str, regime: Regime) -> KernelSpec:
 def kernel(
     family: str, isa: str, regime: Regime, algorithm: str, row_block: int = 16, **knobs: int
 ) -> KernelSpec:
-    """A spec by its knobs, so that a golden file does not depend on what is the default."""
+    """A spec by its knobs, so that a test does not depend on what is the default."""
     space = space_for(family, ISAS[isa], regime, SHAPE, CPU)
     spec = space.make(algorithm, Layout(family, row_block), knobs)
     space.check(spec, local=False)
@@ -72,66 +71,6 @@ def sample(count: int) -> Iterator[KernelSpec]:
                 yield default(family, isa, regime)
                 for i, spec in enumerate(draw.sample(points(family, isa, regime), count)):
                     yield replace(spec, shape=Shape(530, 97)) if i % 2 else spec
-
-
-# ---- golden files
-
-
-def golden_cases() -> dict[str, Callable[[], Source]]:
-    cases: dict[str, Callable[[], Source]] = {}
-    # The text of an SVE level is the same for every length of registers.
-    for isa in (name for name in ISAS if name not in ("sve128", "sve256_i8mm", "sve512")):
-        for family in FAMILIES:
-            cases[f"{family}_n1__{isa}"] = lambda f=family, i=isa: render_kernel(default(f, i, N1))
-        cases[f"quantize__{isa}"] = lambda i=isa: render_quantize(i)
-        for family, kind in TABLED:
-            if kind == "wide" and ISAS[isa].lut_bytes < 128:
-                continue  # no kernel there reads them
-            name = f"{FAMILIES[family].builder(kind)}__{isa}"
-            cases[name] = lambda f=family, i=isa, k=kind: render_tables(f, i, k)
-    panel = kernel("tl2", "avx512_vnni", LARGE, "panel", 32, mr=32, nr=4, mc=64, kc=960, widen=0, unroll=2)
-    pairs = kernel("i2s", "avx2", SMALL, "panel", mr=16, nr=4, mc=64, kc=0, widen=64, unroll=1)
-    blocked = kernel(
-        "tl1", "avx2", SMALL, "direct", streams=1, nr=2, mc=128, kc=960, widen=63, unroll=1, prefetch=0
-    )
-    fixed = replace(default("i2s", "avx512_vnni", N1), shape=SHAPE)
-    named = {"tl2_panel__avx512_vnni": panel, "i2s_panel__avx2": pairs, "tl1_blocked__avx2": blocked}
-    named["i2s_n1_3200x8640__avx512_vnni"] = fixed
-    small = kernel("i2s", "amx_int8", SMALL, "tiles", streams=4, ahead=1, prefetch=4096)
-    large = kernel("t5", "amx_int8", LARGE, "tiles", 32, mr=32, nr=32, mc=256, kc=960, pack=1)
-    portable = kernel("tl2", "scalar", LARGE, "tiles", mr=32, nr=16, mc=64, kc=0, pack=0)
-    named |= {
-        "i2s_tiles__amx_int8": small,
-        "t5_tiles__amx_int8": large,
-        "tl2_tiles__scalar": portable,
-        "i2s_mmla__neon_i8mm": kernel("i2s", "neon_i8mm", LARGE, "mmla", nr=6, mc=64, kc=960),
-        "tl2_mmla__sve256_i8mm": kernel("tl2", "sve256_i8mm", SMALL, "mmla", nr=8, mc=64, kc=0),
-        "t5_mmla__scalar": kernel("t5", "scalar", SMALL, "mmla", 32, nr=4, mc=64, kc=0),
-    }
-    cases |= {name: (lambda s=spec: render_kernel(s)) for name, spec in named.items()}
-    return cases
-
-
-@pytest.mark.parametrize("name", golden_cases())
-def test_golden(name: str, request: pytest.FixtureRequest) -> None:
-    text = golden_cases()[name]().text
-    file = GOLDEN / f"{name}.c"
-    if request.config.getoption("--update-golden"):
-        GOLDEN.mkdir(exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    assert file.is_file(), "no golden file: pytest tests/unit/test_render.py --update-golden, then review it"
-    assert text == file.read_text(encoding="utf-8"), (
-        "the C changed: pytest tests/unit/test_render.py --update-golden, then review the difference"
-    )
-
-
-def test_every_golden_file_has_a_case(request: pytest.FixtureRequest) -> None:
-    extra = {path.stem for path in GOLDEN.glob("*.c")} - set(golden_cases())
-    if request.config.getoption("--update-golden"):
-        for name in extra:
-            (GOLDEN / f"{name}.c").unlink()
-    else:
-        assert not extra
 
 
 # ---- a pure function of the spec
@@ -352,7 +291,7 @@ def test_the_template_digest_covers_what_a_timing_depends_on(
     for file in ("isa/neon.h", "step/ops.c.j2", "csrc/library.c"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         assert template_digest("x86_64") == before, file
-    for file in ("isa/avx2.h", "kernels/common.j2", "csrc/run.c", "probes/read.c.j2"):
+    for file in ("isa/avx2.h", "kernels/common_macros.j2", "csrc/run.c", "probes/read.c.j2"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         now = template_digest("x86_64")
         assert now != before, file
