@@ -19,6 +19,8 @@ from bitgen.errors import EXIT_TOOLCHAIN, EXIT_UNSUPPORTED
 from bitgen.model.llm import LLM
 from bitgen.paths import models_dir
 
+pytestmark = pytest.mark.slow
+
 # Core of qemu's -> the target whose library runs there, and the ISA level of its kernels.
 CORES = {
     "cortex-a72": ("cortex-a72", "neon"),

@@ -26,6 +26,8 @@ from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Shape
 from bitgen.target import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.toolchain import Toolchain, find_cross_compiler, find_cross_compilers
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MISUSE = Path(__file__).parent / "data" / "library" / "misuse.c"
 LEVELS = [isa for isa in load_isas() if isa.arch == "aarch64"]

@@ -13,6 +13,8 @@ import pytest
 from bitgen.library import Target, write_library
 from bitgen.target import detect_cpu
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 MISUSE = Path(__file__).parent / "data" / "library" / "misuse.c"
 # -O0: instrumented, the step takes gcc 6 s of processor time, 30 s at -O1 and minutes at -O3.

@@ -40,6 +40,8 @@ from bitgen.spec import N1, KernelSpec, Shape
 from bitgen.target import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.toolchain import Toolchain, find_compiler
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 TINY = """\

@@ -29,6 +29,8 @@ from bitgen.runtime import KernelTable, load
 from bitgen.spec import DENSE_TYPES
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
+pytestmark = pytest.mark.slow
+
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 
 # Every architecture there is, with sizes that no block divides.

@@ -15,6 +15,8 @@ from mutations import hf_folder, read_everything
 from bitgen.errors import BitgenError
 from bitgen.model.gguf import ALIGNMENT, read_gguf
 
+pytestmark = pytest.mark.slow
+
 COUNT = 100  # mutations of each kind; the docs have the counts of a long run
 
 pytest.importorskip("tokenizers", reason="the tokenizer is read too")

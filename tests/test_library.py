@@ -37,6 +37,8 @@ from bitgen.spec import LARGE, N1, REGIMES, SMALL, KernelSpec, Shape
 from bitgen.target import Cpu, Isa, detect_cpu, load_isas
 from bitgen.toolchain import CompileError, Toolchain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cpu() -> Cpu:

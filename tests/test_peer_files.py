@@ -35,6 +35,8 @@ from bitgen.paths import models_dir
 from bitgen.runtime import load
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 260, 261, 262, 270, 280, 286, 265, 299, 1, 2, 3, 4, 263]

@@ -1,7 +1,7 @@
 """Smaller x86 CPUs than this one, as qemu's user emulation shows them to a program (not by the cap).
 
-Python, numpy and a prebuilt library run in it, so the check of the CPU is that of the library: cpuid is the emulated
-CPU's. /proc/cpuinfo is the host's, so what Python detects by itself is not looked at here (see test_target.py).
+Python, numpy and a prebuilt library run in it, so the check of the CPU is that of the library: cpuid is the
+emulated CPU's. /proc/cpuinfo is the host's: what Python detects is not looked at (see test_target.py).
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, Layout, Sh
 from bitgen.target import Accepted, Isa, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import Prototype
 
+pytestmark = pytest.mark.slow
+
 CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
 FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")

@@ -29,6 +29,8 @@ from bitgen.spec import (
 )
 from bitgen.target import Cache, Cpu, Isa, detect_cpu, load_isas
 
+pytestmark = pytest.mark.slow
+
 ISAS = {isa.name: isa for isa in load_isas()}
 CPU = detect_cpu()
 SHAPE = Shape(3200, 8640)

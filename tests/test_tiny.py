@@ -25,6 +25,8 @@ from bitgen.model.perplexity import perplexity
 from bitgen.paths import models_dir
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
+pytestmark = pytest.mark.slow
+
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 FIGURES: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())
 GREEDY: list[dict[str, Any]] = FIGURES["greedy"]

@@ -27,6 +27,8 @@ from bitgen.render import parse_vocabulary, vocabulary
 from bitgen.target import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
 from bitgen.toolchain import CcBuilder, CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data" / "vocabulary_harness"
 ISA_FILES = sorted((templates_dir() / "isa").rglob("*.h"))
 ISAS = load_isas()

@@ -15,6 +15,8 @@ import pytest
 from bitgen import __version__
 from bitgen.target import accepted_isas, detect_cpu, load_isas
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 
