@@ -93,9 +93,7 @@ def test_levels_the_fingerprint_and_refusals_are_those_of_the_small_cpu(cap: Cal
     by_hand = replace(large.cpu, features=small.cpu.features, sve_bytes=small.cpu.sve_bytes)
     assert Workshop(target=by_hand).fingerprint == small.fingerprint, "as if the CPU were like that"
     for level in ACCEPTED[1:]:
-        with pytest.raises(
-            BitgenError, match=rf"this CPU runs scalar \({CAP_VARIABLE} is scalar\)"
-        ) as caught:
+        with pytest.raises(BitgenError, match="this CPU runs scalar") as caught:
             small.isa(level)
         assert caught.value.exit_code == EXIT_UNSUPPORTED
 
