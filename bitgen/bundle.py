@@ -244,9 +244,7 @@ def judge(bundle: Bundle, cpu: Cpu) -> Decision:
         return Decision(bundle, False, reason)
     missing = sorted(manifest.features - cpu.features)
     if missing:
-        reason = (
-            f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}{cap_note()}"
-        )
+        reason = f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}"
         return Decision(bundle, False, reason)
     tuned = "tuned" if manifest.is_tuned else "untuned"
     where = (
@@ -261,7 +259,7 @@ def require_runnable(bundle: Bundle, cpu: Cpu) -> None:
     """UnsupportedError with the reason when ``cpu`` cannot run the bundle's library."""
     decision = judge(bundle, cpu)
     if not decision.accepted:
-        raise UnsupportedError(f"cannot use {bundle.path}: {decision.reason}")
+        raise UnsupportedError(f"cannot use {bundle.path}: {decision.reason}{cap_note()}")
 
 
 def describe(decisions: Sequence[Decision]) -> list[str]:

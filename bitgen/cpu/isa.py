@@ -158,7 +158,7 @@ def require_isa(name: str, cpu: Cpu, isas: Sequence[Isa]) -> Isa:
     if isinstance(decision, Accepted):
         return decision.isa
     runnable = ", ".join(isa.name for isa in accepted_isas(cpu, isas))
-    message = f"cannot run {decision.isa.name} here: {decision.reason}; this CPU runs {runnable}{cap_note()}"
+    message = f"cannot run {decision.isa.name} here: {decision.reason}; this CPU runs {runnable}"
     raise UnsupportedError(message)
 
 

@@ -32,6 +32,8 @@ from bitgen.space import space_for
 from bitgen.spec import N1, KernelSpec, Shape
 from bitgen.toolchain import Toolchain, find_compiler
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 TINY = """\

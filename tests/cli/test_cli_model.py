@@ -18,6 +18,8 @@ from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError
 from bitgen.model.answer import Answer
 from bitgen.model.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 
 def config() -> ModelConfig:
     return small_config(vocab=len(piece_data().tokens), context=128, tied_head=False)

@@ -13,6 +13,8 @@ import pytest
 from bitgen.cpu import detect_cpu
 from bitgen.library import Target, write_library
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MISUSE = Path(__file__).parents[1] / "data" / "library" / "misuse.c"
 # -O0: instrumented, the step takes gcc 6 s of processor time, 30 s at -O1 and minutes at -O3.

@@ -30,6 +30,8 @@ from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride
 from bitgen.toolchain import Prototype, Toolchain, best_builder
 
+pytestmark = pytest.mark.slow
+
 CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
 ISAS = {isa.name: isa for isa in accepted_isas(CPU, load_isas())}

@@ -38,6 +38,8 @@ from bitgen.runtime import KernelTable, load
 from bitgen.spec import LARGE, N1, REGIMES, SMALL, KernelSpec, Shape
 from bitgen.toolchain import CompileError, Toolchain
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cpu() -> Cpu:

@@ -46,6 +46,8 @@ from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(700, 96)  # more rows than any check has, so that a kernel can tell the timing from the checks
 # Right kernels need 10 ms; the rest of the 3 s, which every hanging kernel costs, is for loaded machines.
 # Turns of 0.1 ms are too noisy to drop anybody.

@@ -30,6 +30,8 @@ from bitgen.render import render_quantize, render_step
 from bitgen.runtime import KernelTable, load
 from bitgen.spec import StepSizes
 
+pytestmark = pytest.mark.slow
+
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 RAGGED = StepSizes(hidden=100, q_rows=500, ffn=150, head_dim=100)
 WHOLE = StepSizes(hidden=256, q_rows=128, ffn=192, head_dim=64)  # no block has a remainder

@@ -27,6 +27,8 @@ from bitgen.paths import templates_dir
 from bitgen.render import parse_vocabulary, vocabulary
 from bitgen.toolchain import CcBuilder, CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data" / "vocabulary_harness"
 ISA_FILES = sorted((templates_dir() / "isa").rglob("*.h"))
 ISAS = load_isas()

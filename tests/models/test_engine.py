@@ -29,6 +29,8 @@ from bitgen.model.synthetic import config_of, random_weights
 from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.runtime import KernelTable, load
 
+pytestmark = pytest.mark.slow
+
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 
 # Every architecture there is, with sizes that no block divides.

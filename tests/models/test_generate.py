@@ -21,6 +21,8 @@ from bitgen.model.llm import LLM
 from bitgen.model.perplexity import perplexity
 from bitgen.model.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("the end and the other", "a", "on a hand there the the the the the", "an end")
 TOKENIZER = Tokenizer(piece_data())
 

@@ -35,6 +35,8 @@ from bitgen.model.tokenizer import Tokenizer
 from bitgen.paths import models_dir
 from bitgen.runtime import load
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 260, 261, 262, 270, 280, 286, 265, 299, 1, 2, 3, 4, 263]

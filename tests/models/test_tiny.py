@@ -25,6 +25,8 @@ from bitgen.model.llm import LLM
 from bitgen.model.perplexity import perplexity
 from bitgen.paths import models_dir
 
+pytestmark = pytest.mark.slow
+
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 FIGURES: dict[str, Any] = json.loads((models_dir() / "tiny.json").read_text())
 GREEDY: list[dict[str, Any]] = FIGURES["greedy"]

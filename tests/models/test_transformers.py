@@ -41,6 +41,8 @@ from bitgen.paths import models_dir
 from bitgen.reference import quantize_activations
 from bitgen.runtime import KernelTable, load
 
+pytestmark = pytest.mark.slow
+
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 IDS = [1, 17, 3, 80, 80, 5, 41, 0, 63, 22]
 TEXT = np.random.default_rng(5).integers(0, 97, 64).tolist()

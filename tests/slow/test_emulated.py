@@ -36,7 +36,10 @@ FAULTS = {
     "twice": "two operands are one tile",
     "page": "",  # a page that is not there: SIGSEGV, as any load
 }
-pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=f"{emulated.why_not()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulated.why_not() is not None, reason=f"{emulated.why_not()}"),
+]
 
 
 @pytest.fixture(scope="module")

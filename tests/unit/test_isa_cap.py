@@ -93,9 +93,7 @@ def test_levels_the_fingerprint_and_refusals_are_those_of_the_small_cpu(cap: Cal
     by_hand = replace(large.cpu, features=small.cpu.features, sve_bytes=small.cpu.sve_bytes)
     assert Workshop(target=by_hand).fingerprint == small.fingerprint, "as if the CPU were like that"
     for level in ACCEPTED[1:]:
-        with pytest.raises(
-            BitgenError, match=rf"this CPU runs scalar \({CAP_VARIABLE} is scalar\)"
-        ) as caught:
+        with pytest.raises(BitgenError, match="this CPU runs scalar") as caught:
             small.isa(level)
         assert caught.value.exit_code == UnsupportedError.exit_code
 
@@ -163,10 +161,10 @@ def test_what_a_process_starts_inherits_the_cap(cap: Callable[[str], None]) -> N
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library without tuned kernels for the best level of this CPU."""
+    """A library without tuned kernels for the best level of this CPU; -O0, because nobody times it."""
     out = tmp_path_factory.mktemp("cap")
     target = Target.of(detect_cpu(), BEST)
-    return write_library((), toolchain_of(tmp_path_factory), out, "cap", target, check=False)
+    return write_library((), toolchain_of(tmp_path_factory, "-O0"), out, "cap", target, check=False)
 
 
 def created(library: Any, flags: int) -> int:

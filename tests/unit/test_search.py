@@ -47,6 +47,8 @@ from bitgen.search.race import run_race
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape
 from bitgen.store import RecordStore
 
+pytestmark = pytest.mark.slow
+
 # Whole spaces, unless a test is about ending a search early.
 CONFIG = replace(load_search_config(), enumerate_up_to=100, patience=9.0)
 

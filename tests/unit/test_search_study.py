@@ -15,6 +15,8 @@ from search_study import LOG, MODEL, read_logs, search, true_times
 from bitgen.config import find_model
 from bitgen.search import load_search_config, targets_of
 
+pytestmark = pytest.mark.slow
+
 LOGS = read_logs(LOG)
 
 

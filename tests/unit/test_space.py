@@ -29,6 +29,8 @@ from bitgen.spec import (
     Shape,
 )
 
+pytestmark = pytest.mark.slow
+
 ISAS = {isa.name: isa for isa in load_isas()}
 CPU = detect_cpu()
 SHAPE = Shape(3200, 8640)

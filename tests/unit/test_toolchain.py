@@ -34,6 +34,8 @@ from bitgen.toolchain import (
 )
 from bitgen.toolchain.linker import exports_text, shared_flags
 
+pytestmark = pytest.mark.slow
+
 COMPILERS = find_compilers()
 BUILDERS = [CcBuilder, CffiBuilder]
 REAL = COMPILERS[0].command  # the tests need one; without any, collection fails and says so
