@@ -29,9 +29,9 @@ from pathlib import Path
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.cpu import Isa, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
-from bitgen.render import render_kernel
+from bitgen.render import matmul_struct, render_kernel
 from bitgen.space import Space, space_for
-from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Shape, regime_of, x_stride
+from bitgen.spec import FAMILIES, KernelSpec, Shape, regime_of, x_stride
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit, find_cross_compiler
 
 SHAPE = Shape(64, 2880)
@@ -94,9 +94,9 @@ def build(spec: KernelSpec, tokens: int, toolchain: Toolchain, folder: Path) -> 
     """A static program that calls the kernel of ``spec`` once, with so many tokens."""
     source = render_kernel(spec)
     functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    unit = Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, MATMUL_STRUCT)
+    unit = Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, matmul_struct())
     text = DRIVER.format(
-        declarations="\n".join((MATMUL_STRUCT, *(f.declaration for f in functions))),
+        declarations="\n".join((matmul_struct(), *(f.declaration for f in functions))),
         name=source.name,
         w=spec.layout.packed_bytes(SHAPE),
         tables=max(1, spec.layout.chunks(SHAPE.k) * spec.table_bytes),

@@ -19,6 +19,7 @@ import sys
 
 import numpy as np
 
+from bitgen.abi import STAGES
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.config import find_model
@@ -26,7 +27,7 @@ from bitgen.errors import BitgenError
 from bitgen.llm import library_for
 from bitgen.measure import LocalRunner
 from bitgen.model.config import ModelConfig
-from bitgen.model.engine import STAGES, Engine
+from bitgen.model.engine import Engine
 from bitgen.model.llm import open_engine
 from bitgen.model.synthetic import config_of, random_weights
 from bitgen.runtime import load

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitgen.abi import ABI_VERSION
 from bitgen.cpu import Cpu, cap_note
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.spec import KernelSpec, Shape, StepSizes
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
-ABI_VERSION = 2  # BITGEN_ABI_VERSION of templates/host/bitgen.h.j2, which a test compares
 
 TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 

@@ -1,9 +1,9 @@
-"""Where things are: the only module that finds templates, configs, winners, models and output folders.
+"""Where things are: the only module that finds templates, csrc, configs, winners, models, output folders.
 
-In a checkout templates/, configs/ and models/ lie beside the package; an installed wheel carries them inside
-it (``bitgen/_data``). Output goes, first match wins, to the folder given by the caller, to ``$BITGEN_HOME``,
-to the checkout (``generated/``, ``tune_logs/``), to the user's cache folder. Nothing is created until it is
-written to: call `ensure_dir` then.
+In a checkout templates/, csrc/, configs/ and models/ lie beside the package; an installed wheel carries them
+inside it (``bitgen/_data``). Output goes, first match wins, to the folder given by the caller, to
+``$BITGEN_HOME``, to the checkout (``generated/``, ``tune_logs/``), to the user's cache folder. Nothing is
+created until it is written to: call `ensure_dir` then.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def checkout_dir(package: Path = _PACKAGE) -> Path | None:
 def templates_dir(package: Path = _PACKAGE) -> Path:
     """The folder with isa/ and kernels/. BitgenError when the installation is incomplete."""
     return _data_dir("templates", Path("templates"), package)
+
+
+def csrc_dir(package: Path = _PACKAGE) -> Path:
+    """The folder with the plain C of libraries. BitgenError when the installation is incomplete."""
+    return _data_dir("csrc", Path("csrc"), package)
 
 
 def configs_dir(package: Path = _PACKAGE) -> Path:

@@ -12,7 +12,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -22,12 +21,10 @@ from numpy.typing import NDArray
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.packing import T5_TABLE, TL5_WEIGHTS
-from bitgen.paths import templates_dir
+from bitgen.paths import csrc_dir, templates_dir
 from bitgen.space import headroom_lines
 from bitgen.spec import (
-    DENSE_TYPES,
     FAMILIES,
-    MATMUL_STRUCT,
     QUANTIZE_PROTOTYPE,
     TABLES_PROTOTYPE,
     TL5,
@@ -161,7 +158,7 @@ def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str,
     lines += ["#define WORD static inline __attribute__((always_inline, unused))", ""]
     lines += [f"/* The words of {isa.name} used here. */", words["types"]]
     lines += [words[name] for name in used if name not in ("types", "includes")]
-    return "\n".join(lines) + "\n" + MATMUL_STRUCT + "\n" + body.rstrip() + "\n"
+    return "\n".join(lines) + "\n" + matmul_struct() + "\n" + body.rstrip() + "\n"
 
 
 def render_kernel(spec: KernelSpec) -> Source:
@@ -321,11 +318,6 @@ def _picks(groups: Sequence[int]) -> list[list[int]]:
     return [[place for lane in pairs for place in lane[p] * 8] for p in range(3)]
 
 
-def render_step_header() -> str:
-    """What the forward step's host code and its parts for an ISA level agree on: the header step.h."""
-    return _template("step/step.h.j2").render(dense_types=DENSE_TYPES)
-
-
 def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
     """The parts of the forward step beside its matmuls, for an ISA level; they include step.h.
 
@@ -349,7 +341,6 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
     ]
     quantize = QUANTIZE_PROTOTYPE.format(isa=isa_name)
     values = {
-        "dense_types": DENSE_TYPES,
         "quantize_prototype": quantize,
         "ops": f"bitgen_step_ops{which}__{isa_name}",
         **known,
@@ -390,25 +381,32 @@ def render_probe(name: str, isa_name: str, **values: Any) -> Source:
     return Source(function, text, isa_name, prototypes)
 
 
-def render_host(name: str, **values: Any) -> str:
-    """A file of the library's host part, templates/host/NAME, with the matmul struct at hand."""
-    return _template(f"host/{name}").render(matmul_struct=MATMUL_STRUCT, **values)
+def render_table(**values: Any) -> str:
+    """The table of a library's kernels, table.c."""
+    return _template("table.c.j2").render(**values)
+
+
+@cache
+def matmul_struct() -> str:
+    """The C declaration of ``struct bitgen_matmul``, the argument of every kernel: csrc/matmul.h."""
+    return (csrc_dir() / "matmul.h").read_text(encoding="utf-8")
 
 
 # What a kernel's timing depends on: its own text, the words, the probes, and the host code that calls it.
-_TIMED = ("kernels/*", "probes/*", "host/run.*", "host/pool.*", "host/kernel.*", "host/arch_*")
+_TIMED = ("kernels/*", "probes/*")
+_TIMED_HOST = ("arch_*", "arith.h", "harness.*", "kernel.h", "matmul.h", "pool.*", "run.c")
 
 
 def template_digest(arch: str) -> str:
-    """sha256 over the templates and ISA files that a timing on ``arch`` depends on.
+    """sha256 over the templates, ISA files and C sources that a timing on ``arch`` depends on.
 
     A record made with other texts is stale. Files of other architectures, of the forward step and of the
     library's interface do not count: a change there must not throw hours of measuring away.
     """
-    root = templates_dir()
     files = {name for isa in load_isas() if isa.arch in ("any", arch) for name in isa.vocabulary}
     patterns = (*_TIMED, *(f"isa/{folder}{name}.h" for name in files for folder in ("", "tiles/", "mmla/")))
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in patterns for path in Path(root).glob(pattern) if path.is_file()):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for root, wanted in ((templates_dir(), patterns), (csrc_dir(), _TIMED_HOST)):
+        for path in sorted(path for pattern in wanted for path in root.glob(pattern) if path.is_file()):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

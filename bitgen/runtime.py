@@ -12,22 +12,19 @@ Nothing here compiles, renders or searches::
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
 
-import cffi
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.bundle import ABI_VERSION, Bundle, is_bundle, read_bundle, require_runnable
+from bitgen.abi import ABI_VERSION, ffi
+from bitgen.bundle import Bundle, is_bundle, read_bundle, require_runnable
 from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
-from bitgen.paths import templates_dir
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
 from bitgen.spec import REGIMES, Shape
@@ -92,23 +89,10 @@ def _bundle_of(path: Path) -> Bundle | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def _ffi() -> Any:
-    """The declarations of the public header, as cffi reads them."""
-    header = (templates_dir() / "host" / "bitgen.h.j2").read_text(encoding="utf-8")
-    abi = re.search(r"/\* ABI begins.*?\*/(.*)/\* ABI ends", header, re.DOTALL)
-    if abi is None:
-        raise FileError("bitgen's installation is damaged: no declarations in bitgen.h")
-    ffi: Any = cffi.FFI()
-    ffi.cdef(abi[1].replace("BITGEN_API ", ""))
-    return ffi
-
-
 def _open(path: Path) -> Any:
     """The library's functions, once its ABI is known to be ours."""
     if not path.is_file():
         raise FileError(f"cannot open the library {path}: there is no such file")
-    ffi = _ffi()
     try:
         lib = ffi.dlopen(str(path.absolute()))
     except OSError as error:
@@ -129,7 +113,7 @@ def _open(path: Path) -> Any:
 
 
 def _check_sizes(path: Path, found: list[int], *structs: str) -> None:
-    expected = [_ffi().sizeof(f"struct bitgen_{name}") for name in structs]
+    expected = [ffi.sizeof(f"struct bitgen_{name}") for name in structs]
     if found != expected:
         raise FileError(f"{path} has structs of {found} bytes, not {expected}: build it again")
 
@@ -160,9 +144,9 @@ class KernelTable:
         )
         if flags is None:
             raise ArgumentValueError(f"generic must be never, fallback or only, not {generic!r}")
-        out = _ffi().new("bitgen_context **")
+        out = ffi.new("bitgen_context **")
         self.check(self._lib.bitgen_context_create(out, threads or 0, flags))
-        self._context = _ffi().gc(out[0], self._lib.bitgen_context_destroy)
+        self._context = ffi.gc(out[0], self._lib.bitgen_context_destroy)
 
     def __repr__(self) -> str:
         return f"<KernelTable {self.path}, {self.threads} threads>"
@@ -177,9 +161,9 @@ class KernelTable:
 
     def close(self) -> None:
         """End the threads. The table and its layers cannot be called afterwards."""
-        if self._context != _ffi().NULL:
-            _ffi().release(self._context)
-            self._context = _ffi().NULL
+        if self._context != ffi.NULL:
+            ffi.release(self._context)
+            self._context = ffi.NULL
 
     @property
     def threads(self) -> int:
@@ -212,13 +196,13 @@ class KernelTable:
 
     def layout_name(self, shape: Shape) -> str:
         """The layout that weights of this shape are packed in, for example "i2s_r16"."""
-        header = _ffi().new("struct bitgen_packed_header *")
+        header = ffi.new("struct bitgen_packed_header *")
         self.check(self._lib.bitgen_packed_layout(self._context, shape.m, shape.k, header))
         return f"{_text(header.family)}_r{header.row_block}"
 
     def packed_bytes(self, shape: Shape) -> int:
         """Bytes of packed weights of this shape."""
-        size = _ffi().new("size_t *")
+        size = ffi.new("size_t *")
         self.check(self._lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size))
         return int(size[0])
 
@@ -227,7 +211,6 @@ class KernelTable:
 
         Call it with all rows in order, each ``begin`` a multiple of 256; ``packed`` is valid after the last.
         """
-        ffi = _ffi()
         code = self._lib.bitgen_pack_rows(
             self._context,
             ffi.from_buffer("int8_t[]", w),
@@ -242,14 +225,14 @@ class KernelTable:
 
     def is_packed(self, packed: NDArray[np.uint8], shape: Shape) -> bool:
         """Whether ``packed`` opens like weights of this shape that the library can multiply with."""
-        data = _ffi().from_buffer("uint8_t[]", packed)
+        data = ffi.from_buffer("uint8_t[]", packed)
         code = self._lib.bitgen_check_packed(self._context, data, packed.size, shape.m, shape.k)
         return bool(code == self._lib.BITGEN_OK)
 
     @property
     def native(self) -> tuple[Any, Any, Any]:
         """(ffi, functions, context) of the library: for what this class has no method for."""
-        return _ffi(), self._lib, self._context
+        return ffi, self._lib, self._context
 
     def check(self, code: int) -> None:
         """Raise what the code of a library call means; nothing for BITGEN_OK."""
@@ -272,7 +255,7 @@ class KernelTable:
         raise (BusyError if code == lib.BITGEN_ERROR_BUSY else BitgenError)(f"{self.path.name}: {message}")
 
     def _kernel(self, index: int) -> KernelInfo:
-        info = _ffi().new("struct bitgen_kernel_info *")
+        info = ffi.new("struct bitgen_kernel_info *")
         self.check(self._lib.bitgen_kernel_info(index, info))
         return KernelInfo(
             name=_text(info.name),
@@ -296,14 +279,14 @@ class Linear:
         self.packed = packed  # (packed bytes,), 64-byte aligned: header and blocks
         self.scales = scales  # (1,) or (m,)
         # Made once: a pointer into an array costs 0.4 us, and these two never move.
-        self._packed = _ffi().from_buffer("uint8_t[]", packed)
-        self._scales = _ffi().from_buffer("float[]", scales)
+        self._packed = ffi.from_buffer("uint8_t[]", packed)
+        self._scales = ffi.from_buffer("float[]", scales)
 
     def __call__(self, x: Floats) -> Floats:
         """Y of x: float32 (n, k) -> (n, m), or (k,) -> (m,). NaN and infinity raise ArgumentValueError."""
         n = self._tokens("x", x, np.float32)
         y = np.empty((n, self.shape.m), np.float32)
-        table, ffi = self.table, _ffi()
+        table = self.table
         code = table._lib.bitgen_matmul(
             table._context,
             self._packed,
@@ -322,7 +305,7 @@ class Linear:
         """The exact integers of xq: int8 (n, k) -> int32 (n, m), or (k,) -> (m,)."""
         n = self._tokens("xq", xq, np.int8)
         acc = np.empty((n, self.shape.m), np.int32)
-        table, ffi = self.table, _ffi()
+        table = self.table
         code = table._lib.bitgen_accumulate(
             table._context,
             self._packed,
@@ -337,7 +320,7 @@ class Linear:
 
     def kernel(self, n: int) -> KernelInfo:
         """The kernel that multiplies ``n`` tokens."""
-        index = _ffi().new("int32_t *")
+        index = ffi.new("int32_t *")
         table = self.table
         table.check(table._lib.bitgen_kernel_choice(table._context, self._packed, n, index))
         return table._kernel(index[0])
@@ -394,7 +377,7 @@ def aligned_bytes(size: int, *, zeros: bool = False) -> NDArray[np.uint8]:
 
 
 def _text(chars: Any) -> str:
-    return str(_ffi().string(chars).decode())
+    return str(ffi.string(chars).decode())
 
 
 def self_test(table: KernelTable, seed: int = 0) -> int:

@@ -356,25 +356,3 @@ QUANTIZE_PROTOTYPE = (
     "int32_t *x_sum)"
 )
 TABLES_PROTOTYPE = "void bitgen_{builder}__{isa}(const int8_t *xq, int64_t k, uint8_t *tables)"
-
-# Formats of embeddings and heads that a forward step reads, in the order of bitgen.h's
-# enum bitgen_dense_type. i8: int8 with a float scale a row, made from a head at load.
-DENSE_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1", "i8")
-
-# The argument of every kernel; the C text and the cdef are both made from this string.
-MATMUL_STRUCT = """\
-struct bitgen_matmul {
-    const uint8_t *w;        /* packed weights of the whole matrix, 64-byte aligned */
-    const int8_t *x;         /* (n, x_stride) int8 activations, zero padded, rows 64-byte aligned */
-    const int32_t *x_sum;    /* (n) sum of each row of x */
-    const uint8_t *tables;   /* (n, table_stride) lookup tables, NULL when the kernel reads none */
-    const float *x_scale;    /* (n) */
-    const float *w_scale;    /* (m), or (1) with w_scale_stride 0 */
-    int32_t *acc;            /* (n, out_stride) exact integers, or NULL */
-    float *y;                /* (n, out_stride) (float)acc * (x_scale * w_scale), or NULL */
-    void *scratch;           /* NAME_scratch(m, k, n) bytes for each thread, 64-byte aligned */
-    int64_t x_stride, table_stride, w_scale_stride, out_stride;
-    int64_t m, k, n;
-    int64_t row_begin, row_end;  /* row_begin a multiple of the row block; row_end too, or m */
-};
-"""

@@ -201,7 +201,8 @@ enum bitgen_dense_type {
     BITGEN_DENSE_Q6_K = 4,
     BITGEN_DENSE_Q4_0 = 5,
     BITGEN_DENSE_Q4_1 = 6,
-    BITGEN_DENSE_I8 = 7 /* int8 with a scale for each row; heads only */
+    BITGEN_DENSE_I8 = 7, /* int8 with a scale for each row; heads only */
+    BITGEN_DENSE_TYPES = 8
 };
 
 enum bitgen_activation { BITGEN_SILU = 0, BITGEN_RELU2 = 1 };

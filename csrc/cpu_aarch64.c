@@ -1,28 +1,17 @@
 /* Which features this AArch64 CPU has, as the Linux kernel advertises them.
  *
- * The rows are those of configs/cpu_features.yaml that the ISA levels of this library need.
+ * features.h, which is generated, has those rows of configs/cpu_features.yaml that the ISA levels of this library need.
  */
 #include "table.h"
 
 #include <sys/auxv.h>
 #include <sys/prctl.h>
 
-static const struct {
+struct feature {
     uint32_t hwcap, bit; /* AT_HWCAP or AT_HWCAP2 */
-} features[] = {
-//% for f in features
-    {${"AT_HWCAP" if f.hwcap == 1 else "AT_HWCAP2"}, ${f.bit}}, /* ${f.name} */
-//% endfor
-    {AT_HWCAP, 0},
 };
 
-const char *const bitgen_feature_names[] = {
-//% for f in features
-    "${f.name}",
-//% endfor
-    "",
-};
-const int32_t bitgen_feature_count = ${features|length};
+#include "features.h"
 
 uint64_t bitgen_cpu_features(void)
 {

@@ -1,6 +1,6 @@
 /* Which features this AArch64 CPU has, as macOS advertises them.
  *
- * The rows are those of configs/cpu_features.yaml that the ISA levels of this library need.
+ * features.h, which is generated, has those rows of configs/cpu_features.yaml that the ISA levels of this library need.
  */
 #include "table.h"
 
@@ -8,20 +8,11 @@
 
 #include <sys/sysctl.h>
 
-static const char *const settings[] = {
-//% for f in features
-    "hw.optional.arm.${f.setting}",
-//% endfor
-    "",
+struct feature {
+    const char *setting; /* of sysctl */
 };
 
-const char *const bitgen_feature_names[] = {
-//% for f in features
-    "${f.name}",
-//% endfor
-    "",
-};
-const int32_t bitgen_feature_count = ${features|length};
+#include "features.h"
 
 uint64_t bitgen_cpu_features(void)
 {
@@ -29,7 +20,7 @@ uint64_t bitgen_cpu_features(void)
     for (int32_t i = 0; i < bitgen_feature_count; ++i) {
         int value = 0;
         size_t bytes = sizeof value;
-        if (sysctlbyname(settings[i], &value, &bytes, NULL, 0) == 0 && value != 0) found |= (uint64_t)1 << i;
+        if (sysctlbyname(features[i].setting, &value, &bytes, NULL, 0) == 0 && value != 0) found |= (uint64_t)1 << i;
     }
     return found;
 }

@@ -9,23 +9,12 @@
 
 enum { EAX, EBX, ECX, EDX };
 
-static const struct {
+struct feature {
     uint32_t leaf, subleaf, reg, bit;
     uint32_t state; /* XCR0 bits: 0x6 AVX, 0xe6 AVX-512, 0x60000 AMX */
-} features[] = {
-//% for f in features
-    {${f.leaf}, ${f.subleaf}, ${f.register|upper}, ${f.bit}, ${"%#x" % f.state}}, /* ${f.name} */
-//% endfor
-    {0, 0, EAX, 0, 0},
 };
 
-const char *const bitgen_feature_names[] = {
-//% for f in features
-    "${f.name}",
-//% endfor
-    "",
-};
-const int32_t bitgen_feature_count = ${features|length};
+#include "features.h"
 
 /* XCR0, or 0 when the system does not use xsave. */
 static uint32_t saved_state(void)

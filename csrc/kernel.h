@@ -5,14 +5,14 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "arith.h"
 #include "bitgen.h"
+#include "bitgen_config.h"
 #include "pool.h"
 
-/* int8 activation rows are k + X_PAD bytes, rounded up to X_ALIGN; k is bounded by the int32 accumulators. */
-enum { BITGEN_X_ALIGN = ${x_align}, BITGEN_X_PAD = ${x_pad}, BITGEN_K_MAX = ${k_max} };
+/* The argument of every kernel: a file of its own, because generated kernels hold its text and include nothing. */
+#include "matmul.h"
 
-/* The argument of every kernel. */
-${matmul_struct}
 /* One kernel and what the host must know to feed it. */
 struct bitgen_kernel {
     const char *name, *isa, *family, *schedule;

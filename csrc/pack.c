@@ -60,15 +60,7 @@ static void pack_tl2(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int6
 }
 
 /* The byte of a fifth code and four codes as a base-3 number (bitgen/packing.py, T5_CODES). */
-static const uint8_t t5_codes[3][81] = {
-//% for row in t5_codes
-    {
-//% for at in range(0, 81, 16)
-        ${row[at:at + 16] | join(", ")},
-//% endfor
-    },
-//% endfor
-};
+static const uint8_t t5_codes[3][81] = BITGEN_T5_CODES;
 
 /* byte[4 r + j] holds code[r, 4 s + j], s = 0..4 */
 static void pack_t5(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int64_t sub)
@@ -112,8 +104,6 @@ struct packing {
     uint8_t *blocks;
     _Atomic int32_t not_ternary;
 };
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static int64_t block_bytes(const struct bitgen_layout *layout, int64_t k)
 {

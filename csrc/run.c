@@ -27,10 +27,6 @@ static const int64_t QUANTIZE_WORK = 1 << 14;
 /* Bytes of lookup tables in a piece: one is written in 1 us from the caches, in 7 us when they have been pushed out. */
 static const int64_t TABLE_WORK = 1 << 15;
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 int64_t bitgen_x_stride(int64_t k)
 {
     int64_t stride = ceil_div(k + BITGEN_X_PAD, BITGEN_X_ALIGN) * BITGEN_X_ALIGN;

@@ -1,6 +1,6 @@
 /* The forward step: the order of its stages and how each is spread over threads. What is computed is in ops.c (one file
- * for each ISA level) and in the kernels; see bitgen.h for the model and step.h for the parts. This file is made of
- * step_memory.j2 (cache, checks, work memory), step_attention.j2 and the rest, step.c.j2.
+ * for each ISA level) and in the kernels; see bitgen.h for the model and step.h for the parts. This file includes
+ * step_memory.h (cache, checks, work memory) and step_attention.h where they belong.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -28,10 +28,6 @@ static const int64_t SIZE_MAX_MODEL = 1 << 24; /* of every dimension, so that pr
 /* Multiplications of attention below which another thread costs more than it brings: about 4 us. */
 static const int64_t ATTENTION_WORK = 1 << 16;
 
-static int64_t ceil_to(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
 int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens)
 {
     if (!layer || !model || !tokens) return BITGEN_ERROR_NULL;
@@ -41,7 +37,7 @@ int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens)
     return BITGEN_OK;
 }
 
-/*% include "host/step_memory.j2" %*/
+#include "step_memory.h"
 
 /* --- stages --- */
 
@@ -117,7 +113,7 @@ static void gate_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         s->ops->gate[s->model->activation](s->wide + t * 2 * s->ffn, s->ffn, s->inner + t * s->ffn);
 }
 
-/*% include "host/step_attention.j2" %*/
+#include "step_attention.h"
 
 static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {

@@ -8,6 +8,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "bitgen.h"
+
 enum {
     BITGEN_KEY_BLOCK = 16,      /* keys that lie side by side in the cache */
     BITGEN_KEY_CHUNK = 128,     /* keys whose softmax is taken at once; partial results are merged in their order */
@@ -52,8 +54,8 @@ struct bitgen_step_ops {
     void (*store[3])(const float *key, const float *value, int64_t head_dim, int64_t position, uint8_t *chunk);
     void (*attend[3])(const struct bitgen_attention *a);
     void (*merge_parts)(const float *parts, int64_t chunks, int64_t head_dim, float *work, float *y);
-    void (*embed[${dense_types|length}])(const uint8_t *row, int64_t k, float *x);
-    void (*head[${dense_types|length}])(const struct bitgen_head *a);
+    void (*embed[BITGEN_DENSE_TYPES])(const uint8_t *row, int64_t k, float *x);
+    void (*head[BITGEN_DENSE_TYPES])(const struct bitgen_head *a);
 };
 
 /* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim) and, with elements of one byte,

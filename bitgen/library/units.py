@@ -7,10 +7,10 @@ from typing import Any
 
 from bitgen import __version__
 from bitgen.cpu import cap_rows
-from bitgen.host import library_units, row_grain
+from bitgen.host import library_units, row_grain, step_headers
 from bitgen.library.contents import Contents
-from bitgen.render import render_step_header
-from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, regime_named
+from bitgen.render import matmul_struct
+from bitgen.spec import FAMILIES, REGIMES, KernelSpec, regime_named
 from bitgen.toolchain import Prototype, Unit
 
 
@@ -23,11 +23,11 @@ def library_units_of(contents: Contents) -> tuple[Unit, ...]:
             source.text,
             isas[source.isa],
             tuple(Prototype.parse(text) for text in source.prototypes),
-            MATMUL_STRUCT,
+            matmul_struct(),
         )
         for source in contents.sources
     )
-    headers = (("step.h", render_step_header()),)
+    headers = step_headers()
     sized = (contents.sized_step,) if contents.sized_step else ()
     steps = tuple(
         Unit(source.name, source.text, isas[source.isa], headers=headers)
@@ -38,7 +38,7 @@ def library_units_of(contents: Contents) -> tuple[Unit, ...]:
 
 
 def table_values(contents: Contents) -> dict[str, Any]:
-    """The values of templates/host/table.c.j2."""
+    """The values of templates/table.c.j2."""
     specs, layouts = contents.specs, contents.layouts
     isa_names = [isa.name for isa in contents.isas]
     bit = {feature: 1 << i for i, feature in enumerate(contents.features)}

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bitgen import __version__
-from bitgen.bundle import ABI_VERSION, MANIFEST_NAME, Manifest, is_bundle, sha256_of
+from bitgen.abi import ABI_VERSION
+from bitgen.bundle import MANIFEST_NAME, Manifest, is_bundle, sha256_of
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.host import SYSTEMS, host_headers
 from bitgen.library.contents import Contents, KernelChoice, Target, choose_contents

@@ -1,6 +1,6 @@
 """The C side of measuring: the library's own host code, the checks and the clock, in one shared library.
 
-``templates/probes/harness.h`` says what it does; Python is never inside a timed region.
+``csrc/harness.h`` says what it does; Python is never inside a timed region.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError
-from bitgen.host import host_headers, row_grain, run_units
-from bitgen.paths import templates_dir
-from bitgen.render import Source
-from bitgen.spec import MATMUL_STRUCT, KernelSpec, Layout, family_named, regime_named
+from bitgen.host import csrc_text, host_headers, row_grain, run_units
+from bitgen.render import Source, matmul_struct
+from bitgen.spec import KernelSpec, Layout, family_named, regime_named
 from bitgen.toolchain import Prototype, Toolchain, Unit
 from bitgen.toolchain.cache import key_of
 
@@ -25,15 +24,10 @@ _MPROTECT = "int mprotect(void *, size_t, int);\n"
 _N_ANY = 2**31 - 1  # the host's "no bound"
 
 
-def harness_text(name: str) -> str:
-    """The text of ``templates/probes/NAME``: plain C, nothing is rendered."""
-    return (templates_dir() / "probes" / name).read_text(encoding="utf-8")
-
-
 def build_harness(toolchain: Toolchain, arch: str) -> Path:
     """The shared library of `harness.h` for this architecture, from the cache where it is there already."""
-    headers = (*host_headers(arch), ("harness.h", harness_text("harness.h")))
-    units = (*run_units(arch), Unit("harness", harness_text("harness.c"), headers=headers))
+    headers = (*host_headers(arch), ("harness.h", csrc_text("harness.h")))
+    units = (*run_units(arch), Unit("harness", csrc_text("harness.c"), headers=headers))
     objects = []
     for result in toolchain.compile_objects(units):
         if isinstance(result, BitgenError):
@@ -113,7 +107,7 @@ def unit_of(source: Source) -> Unit:
     """A rendered file as a translation unit whose prototypes the compiler checks."""
     isa = isas().get(source.isa) or find_isa(source.isa, isas().values())
     functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    return Unit(source.name, source.text, isa, functions, MATMUL_STRUCT)
+    return Unit(source.name, source.text, isa, functions, matmul_struct())
 
 
 class Harness:
@@ -123,7 +117,7 @@ class Harness:
         import cffi  # here, because records and replays need no compiler's helper
 
         self.ffi: Any = cffi.FFI()
-        self.ffi.cdef(MATMUL_STRUCT + harness_text("harness.h") + _DLFCN + _MPROTECT)
+        self.ffi.cdef(matmul_struct() + csrc_text("harness.h") + _DLFCN + _MPROTECT)
         self.lib: Any = self.ffi.dlopen(str(path))
         self.libc: Any = self.ffi.dlopen(None)
 

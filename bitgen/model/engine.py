@@ -19,12 +19,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.model.config import ModelConfig
 from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
 from bitgen.model.weights import DenseMatrix, Weights
 from bitgen.runtime import KernelTable, aligned_bytes
-from bitgen.spec import DENSE_TYPES
 
 Floats: TypeAlias = NDArray[np.float32]
 Kv: TypeAlias = Literal["f16", "f32", "q8"]
@@ -32,9 +32,6 @@ Head: TypeAlias = Literal["exact", "q8"]
 
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 FEW = 16  # tokens up to which a step is made for latency
-KV_TYPES = ("f16", "f32", "q8")
-ACTIVATIONS = ("silu", "relu2")
-STAGES = ("embed", "norm", "matmul", "rope", "attention", "gate", "head")
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
 
 
@@ -240,8 +237,8 @@ class Engine:
             setattr(model, name, getattr(config, name))
         model.context, model.sequences = self.context, self.max_batch
         model.norm_eps = config.norm_eps
-        model.activation = ACTIVATIONS.index(config.activation)
-        model.kv_type = KV_TYPES.index(kv)
+        model.activation = ACTIVATIONS[config.activation]
+        model.kv_type = KV_TYPES[kv]
 
     def _plan(self, head: Head) -> Memory:
         """Everything the engine will hold, before it holds anything."""
@@ -277,7 +274,7 @@ class Engine:
             model.head.data = self._pointer("uint8_t[]", small.data)
             model.head.scale = self._pointer("float[]", small.scale)
             model.head.row_bytes = self.config.hidden
-            model.head.type = DENSE_TYPES.index("i8")
+            model.head.type = DENSE_TYPES["i8"]
         else:
             if weights.output.type not in DENSE_TYPES:
                 raise BitgenError(
@@ -305,7 +302,7 @@ class Engine:
     def _set_dense(self, struct: Any, matrix: DenseMatrix) -> None:
         struct.data = self._pointer("uint8_t[]", matrix.data)
         struct.row_bytes = matrix.data.shape[1]
-        struct.type = DENSE_TYPES.index(matrix.type)
+        struct.type = DENSE_TYPES[matrix.type]
 
     def _set_cache(self) -> None:
         config = self.config

@@ -17,11 +17,19 @@ import yaml
 
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError
-from bitgen.host import ARCHS, feature_rows, host_headers, host_unit, library_units, run_units
+from bitgen.host import (
+    ARCHS,
+    csrc_text,
+    features_header,
+    host_headers,
+    host_unit,
+    library_headers,
+    library_units,
+    run_units,
+)
 from bitgen.packing import pack
 from bitgen.paths import configs_dir
 from bitgen.reference import linear, ternary_matmul
-from bitgen.render import render_host
 from bitgen.spec import FAMILIES, Family, Layout, Shape, x_stride
 from bitgen.toolchain import CcBuilder, Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
 
@@ -270,10 +278,8 @@ def test_the_check_of_the_cpu_agrees_with_the_system(tmp_path: Path) -> None:
     if cpu.arch not in ARCHS or not cpu.features:
         pytest.skip(f"nothing to compare with: {cpu.arch}, {len(cpu.features)} features")
     known = yaml.safe_load((configs_dir() / "cpu_features.yaml").read_text(encoding="utf-8"))[cpu.arch]
-    rows = feature_rows(cpu.arch, known)
-    table = Unit(
-        "cpu", render_host(f"cpu_{cpu.arch}.c.j2", features=rows) + CPU_PROGRAM, headers=all_headers()
-    )
+    headers = (*all_headers(), ("features.h", features_header(cpu.arch, "Linux", known)))
+    table = Unit("cpu", csrc_text(f"cpu_{cpu.arch}.c") + CPU_PROGRAM, headers=headers)
     assert set(run_program(tmp_path, [table]).split()) == set(known) & cpu.features
 
 
@@ -315,7 +321,7 @@ def test_the_pool_has_no_data_race(tmp_path: Path) -> None:
 
 
 def all_headers() -> tuple[tuple[str, str], ...]:
-    return (*host_headers(detect_cpu().arch), ("table.h", render_host("table.h.j2")))
+    return library_headers(detect_cpu().arch)
 
 
 def run_program(folder: Path, units: list[Unit], *flags: str) -> str:

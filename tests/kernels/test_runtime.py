@@ -15,7 +15,7 @@ import pytest
 from libraries import TL1_SHAPE, TL2_SHAPE
 
 from bitgen import runtime
-from bitgen.bundle import ABI_VERSION
+from bitgen.abi import ABI_VERSION
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError
 from bitgen.packing import pack

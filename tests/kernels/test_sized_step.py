@@ -17,6 +17,7 @@ from libraries import session_folder, toolchain_of
 from reference_model import random_dense, small_config
 from step_levels import level_library
 
+from bitgen.abi import DENSE_TYPES
 from bitgen.bundle import read_bundle
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
@@ -27,7 +28,7 @@ from bitgen.model.quants import DENSE
 from bitgen.model.synthetic import random_weights
 from bitgen.render import render_quantize, render_step
 from bitgen.runtime import KernelTable, load
-from bitgen.spec import DENSE_TYPES, StepSizes
+from bitgen.spec import StepSizes
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 RAGGED = StepSizes(hidden=100, q_rows=500, ffn=150, head_dim=100)

@@ -20,8 +20,8 @@ from bitgen.api import build
 from bitgen.cli import main
 from bitgen.cpu import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.errors import BitgenError, ToolchainError, UsageError
-from bitgen.host import feature_rows
-from bitgen.render import inherits, render_host
+from bitgen.host import features_header
+from bitgen.render import inherits
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Shape
 from bitgen.toolchain import Toolchain, find_cross_compiler, find_cross_compilers
@@ -315,7 +315,7 @@ def test_arm_levels_by_name() -> None:
 def test_the_check_on_macos_asks_sysctl() -> None:
     """AT_HWCAP is Linux's. Every feature that a level requires there has a name."""
     features = sorted({name for isa in LEVELS if "sve" not in isa.name for name in isa.requires})
-    text = render_host("cpu_aarch64_darwin.c.j2", features=feature_rows("aarch64", features, system="Darwin"))
+    text = features_header("aarch64", "Darwin", features)
     assert '"hw.optional.arm.FEAT_DotProd"' in text
     assert "auxv" not in text
 

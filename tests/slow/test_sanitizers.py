@@ -22,9 +22,9 @@ import pytest
 
 from bitgen.cpu import Accepted, Isa, detect_cpu, load_isas, resolve_isas
 from bitgen.packing import pack
-from bitgen.render import Source, render_kernel, render_quantize, render_tables
+from bitgen.render import Source, matmul_struct, render_kernel, render_quantize, render_tables
 from bitgen.space import space_for
-from bitgen.spec import FAMILIES, MATMUL_STRUCT, REGIMES, KernelSpec, Layout, Shape, regime_named, x_stride
+from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, regime_named, x_stride
 from bitgen.toolchain import Prototype
 
 CPU = detect_cpu()
@@ -82,7 +82,7 @@ def kernel_row(spec: KernelSpec) -> str:
 
 
 def kernels_header(specs: Sequence[KernelSpec], sources: Sequence[Source]) -> str:
-    lines = ["#include <stdint.h>", MATMUL_STRUCT]
+    lines = ["#include <stdint.h>", matmul_struct()]
     lines += [f"{prototype};" for source in sources for prototype in source.prototypes]
     lines += [
         "static const struct kernel {",

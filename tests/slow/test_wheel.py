@@ -57,7 +57,11 @@ def run(site: Path, empty: Path, *argv: str) -> str:
 
 def test_the_wheel_holds_what_the_tool_needs_and_no_more(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in [*(ROOT / "templates").rglob("*"), *(ROOT / "configs").rglob("*")]:
+    for path in [
+        *(ROOT / "templates").rglob("*"),
+        *(ROOT / "csrc").rglob("*"),
+        *(ROOT / "configs").rglob("*"),
+    ]:
         if path.is_file():
             assert f"bitgen/_data/{path.relative_to(ROOT).as_posix()}" in names
     assert "bitgen/_data/winners/README.md" in names

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from bitgen.errors import BitgenError
 from bitgen.measure import Status
-from bitgen.render import Source
-from bitgen.spec import MATMUL_STRUCT, KernelSpec, Layout, Schedule
+from bitgen.render import Source, matmul_struct
+from bitgen.spec import KernelSpec, Layout, Schedule
 
 _KERNEL = """\
 #define _GNU_SOURCE
@@ -159,7 +159,7 @@ def spec_of(kernel: Broken) -> KernelSpec:
 def render(spec: KernelSpec) -> Source:
     """The stand-in for `bitgen.render.render_kernel`."""
     kernel = ALL[spec.schedule["index"]]
-    text = _KERNEL.format(name=spec.name, struct=MATMUL_STRUCT)
+    text = _KERNEL.format(name=spec.name, struct=matmul_struct())
     for marker, replacement in kernel.edits.items():
         if marker == "RENDER":
             raise BitgenError(f"{kernel.name}: it has no text")

@@ -14,8 +14,8 @@ import numpy as np
 from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
 from bitgen.packing import pack
 from bitgen.reference import scale_output, ternary_matmul
-from bitgen.render import Source, isa_named, render_kernel, render_tables
-from bitgen.spec import FAMILIES, MATMUL_STRUCT, KernelSpec, Layout, x_stride
+from bitgen.render import Source, isa_named, matmul_struct, render_kernel, render_tables
+from bitgen.spec import FAMILIES, KernelSpec, Layout, x_stride
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit
 
 DRIVER = Path(__file__).parents[1] / "data" / "foreign" / "kernels.c"
@@ -31,7 +31,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
     rows = ", ".join(f"{{{s.name}, {s.name}_scratch, {_tables(s)}}}" for s in specs)
     header = "\n".join(
         (
-            MATMUL_STRUCT,
+            matmul_struct(),
             *prototypes,
             "struct kernel {",
             "    void (*run)(const struct bitgen_matmul *);",
@@ -55,7 +55,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
 
 def _unit(source: Source) -> Unit:
     functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    return Unit(source.name, source.text, isa_named(source.isa), functions, MATMUL_STRUCT)
+    return Unit(source.name, source.text, isa_named(source.isa), functions, matmul_struct())
 
 
 def _tables(spec: KernelSpec) -> str:

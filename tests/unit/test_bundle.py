@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from bitgen.abi import ABI_VERSION
 from bitgen.bundle import (
-    ABI_VERSION,
     DEFAULT,
     MANIFEST_NAME,
     TUNED,

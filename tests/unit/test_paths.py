@@ -13,7 +13,7 @@ from bitgen.errors import BitgenError, FileError, ToolchainError
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The package folder of a checkout."""
-    for folder in ("bitgen", "templates/isa", "configs/models", "tune_logs/winners", "models"):
+    for folder in ("bitgen", "templates/isa", "csrc", "configs/models", "tune_logs/winners", "models"):
         (tmp_path / "checkout" / folder).mkdir(parents=True)
     (tmp_path / "checkout" / "pyproject.toml").touch()
     return tmp_path / "checkout" / "bitgen"
@@ -22,7 +22,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """The package folder of an installed wheel."""
-    for folder in ("templates", "configs", "winners", "models"):
+    for folder in ("templates", "csrc", "configs", "winners", "models"):
         (tmp_path / "site-packages" / "bitgen" / "_data" / folder).mkdir(parents=True)
     return tmp_path / "site-packages" / "bitgen"
 
@@ -41,6 +41,7 @@ def test_half_a_checkout_is_none(checkout: Path, missing: str) -> None:
 def test_data_folders_of_a_checkout(checkout: Path) -> None:
     root = checkout.parent
     assert paths.templates_dir(checkout) == root / "templates"
+    assert paths.csrc_dir(checkout) == root / "csrc"
     assert paths.configs_dir(checkout) == root / "configs"
     assert paths.winners_dir(checkout) == root / "tune_logs" / "winners"
     assert paths.models_dir(checkout) == root / "models"
@@ -48,6 +49,7 @@ def test_data_folders_of_a_checkout(checkout: Path) -> None:
 
 def test_data_folders_of_a_wheel(installed: Path) -> None:
     assert paths.templates_dir(installed) == installed / "_data" / "templates"
+    assert paths.csrc_dir(installed) == installed / "_data" / "csrc"
     assert paths.configs_dir(installed) == installed / "_data" / "configs"
     assert paths.winners_dir(installed) == installed / "_data" / "winners"
     assert paths.models_dir(installed) == installed / "_data" / "models"
@@ -62,6 +64,7 @@ def test_this_repository_has_its_data() -> None:
     assert (paths.configs_dir() / "isas.yaml").is_file()
     assert (paths.configs_dir() / "models" / "3B.yaml").is_file()
     assert paths.templates_dir().is_dir()
+    assert (paths.csrc_dir() / "bitgen.h").is_file()
     assert paths.winners_dir().is_dir()
     assert (paths.models_dir() / "tiny.gguf").is_file()
 

@@ -19,7 +19,7 @@ from bitgen.cli import main
 from bitgen.cpu import ANY_ARCH, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.measure.harness import unit_of
-from bitgen.paths import templates_dir
+from bitgen.paths import csrc_dir, templates_dir
 from bitgen.render import (
     Source,
     inherits,
@@ -342,15 +342,17 @@ def test_names_of_isa_levels_are_read_as_people_write_them() -> None:
 def test_the_template_digest_covers_what_a_timing_depends_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "templates"
+    copy = tmp_path / "copy"
     shutil.copytree(templates_dir(), copy)
+    shutil.copytree(csrc_dir(), copy / "csrc")
     monkeypatch.setattr("bitgen.render.templates_dir", lambda: copy)
+    monkeypatch.setattr("bitgen.render.csrc_dir", lambda: copy / "csrc")
     before = template_digest("x86_64")
     assert re.fullmatch(r"[0-9a-f]{64}", before)
-    for file in ("isa/neon.h", "step/ops.c.j2", "host/library.c.j2"):
+    for file in ("isa/neon.h", "step/ops.c.j2", "csrc/library.c"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         assert template_digest("x86_64") == before, file
-    for file in ("isa/avx2.h", "kernels/common.j2", "host/run.c.j2", "probes/read.c.j2"):
+    for file in ("isa/avx2.h", "kernels/common.j2", "csrc/run.c", "probes/read.c.j2"):
         (copy / file).write_text((copy / file).read_text() + "\n")
         now = template_digest("x86_64")
         assert now != before, file
