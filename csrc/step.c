@@ -12,18 +12,18 @@
 
 enum {
     HEADER_BYTES = sizeof(struct bitgen_packed_header),
-    FLOATS = 16,         /* rows of floats are padded to a block */
+    FLOATS = 16, /* rows of floats are padded to a block */
     TOKENS_MAX = 1 << 16,
-    WIDE_BYTES = 8 << 20, /* outputs of qkv and of gate_up at a time: they stay in L3 for what reads them */
-    PART_MIN = 64,       /* tokens a part, so that kernels for many tokens and their panels pay off */
+    WIDE_BYTES = 8 << 20,  /* outputs of qkv and of gate_up at a time: they stay in L3 for what reads them */
+    PART_MIN = 64,         /* tokens a part, so that kernels for many tokens and their panels pay off */
     PARTS_BYTES = 8 << 20, /* of the results of attention to single chunks of keys, at most */
-    FUSED_TOKENS = 16,   /* up to which a thread rotates, stores and attends head by head */
-    HEADS_A_THREAD = 4,  /* items of attention that a thread should have, so that none waits long for the others */
+    FUSED_TOKENS = 16,     /* up to which a thread rotates, stores and attends head by head */
+    HEADS_A_THREAD = 4,    /* items of attention that a thread should have, so that none waits long for the others */
     PAGE = 4096,
-    HEAD_ROWS = 64,      /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
+    HEAD_ROWS = 64,       /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
     INLINE_WORK = 1 << 14 /* elements below which a loop over tokens is not worth waking threads */
 };
-static const uint32_t INFINITE = 0x7f800000; /* the bits of infinity */
+static const uint32_t INFINITE = 0x7f800000;   /* the bits of infinity */
 static const int64_t SIZE_MAX_MODEL = 1 << 24; /* of every dimension, so that products of three fit */
 /* Multiplications of attention below which another thread costs more than it brings: about 4 us. */
 static const int64_t ATTENTION_WORK = 1 << 16;
@@ -143,8 +143,15 @@ static void head_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     struct step *s = arg;
     const struct bitgen_dense *head = &s->model->head;
     struct bitgen_head a = {
-        .x = s->final, .w = head->data, .scale = head->scale, .out = s->logits, .n = s->outputs, .k = s->hidden,
-        .x_stride = ceil_to(s->hidden, FLOATS), .row_bytes = head->row_bytes, .out_stride = s->model->vocab,
+        .x = s->final,
+        .w = head->data,
+        .scale = head->scale,
+        .out = s->logits,
+        .n = s->outputs,
+        .k = s->hidden,
+        .x_stride = ceil_to(s->hidden, FLOATS),
+        .row_bytes = head->row_bytes,
+        .out_stride = s->model->vocab,
     };
     (void)worker;
     for (int64_t i = begin; i < end; ++i) {
@@ -176,42 +183,22 @@ static int32_t multiply(struct step *s, float *y)
 {
     const struct bitgen_matrix *matrix = s->matrix;
     struct bitgen_call call = {
-        .kernel = s->kernel, .w = (const uint8_t *)matrix->packed + HEADER_BYTES,
-        .w_scale = matrix->scale, .w_scale_stride = matrix->scale_count > 1,
-        .rows = s->xq, .x_sum = s->x_sum, .x_scale = s->x_scale, .y = y, .m = s->m, .k = s->k, .n = s->n,
+        .kernel = s->kernel,
+        .w = (const uint8_t *)matrix->packed + HEADER_BYTES,
+        .w_scale = matrix->scale,
+        .w_scale_stride = matrix->scale_count > 1,
+        .rows = s->xq,
+        .x_sum = s->x_sum,
+        .x_scale = s->x_scale,
+        .y = y,
+        .m = s->m,
+        .k = s->k,
+        .n = s->n,
     };
     if (atomic_load_explicit(&s->not_finite, memory_order_relaxed)) return BITGEN_ERROR_NOT_FINITE;
     int32_t code = bitgen_run_entered(s->ctx, &call);
     stage_done(s, BITGEN_STAGE_MATMUL);
     return code;
-}
-
-/* Norm and one of the two matrices that read the residual stream. */
-static int32_t from_stream(struct step *s, const float *weight, const struct bitgen_matrix *matrix, int64_t m,
-                           const float *add)
-{
-    int32_t code = prepare(s, matrix, m, s->hidden);
-    if (code) return code;
-    s->add = add;
-    s->weight = weight;
-    over_tokens(s, norm_body, s->hidden);
-    stage_done(s, BITGEN_STAGE_NORM);
-    return multiply(s, s->wide);
-}
-
-/* Sub-norm, behind the gate for the matrix of `ffn` columns, and one of the two matrices that write to it. */
-static int32_t to_stream(struct step *s, const float *weight, const struct bitgen_matrix *matrix, int64_t k, int gate)
-{
-    int32_t code = prepare(s, matrix, s->hidden, k);
-    if (code) return code;
-    s->weight = weight;
-    if (gate) {
-        over_tokens(s, gate_body, 4 * k);
-        stage_done(s, BITGEN_STAGE_GATE);
-    }
-    over_tokens(s, inner_body, k);
-    stage_done(s, BITGEN_STAGE_NORM);
-    return multiply(s, s->delta + s->row * s->hidden);
 }
 
 /* Behind the last layer's attention only tokens with logits matter: their rows of x and inner move together, x to
@@ -238,28 +225,64 @@ static void make_blocks(struct step *s)
     s->block_count = 0;
     for (int64_t t = 0; t < s->n; ++t) {
         int full = t == 0 || s->blocks[s->block_count - 1].count == most;
-        if (full || sequence[t] != sequence[t - 1])
-            s->blocks[s->block_count++] = (struct block){.first = (int32_t)t};
+        if (full || sequence[t] != sequence[t - 1]) s->blocks[s->block_count++] = (struct block){.first = (int32_t)t};
         ++s->blocks[s->block_count - 1].count;
     }
 }
 
-/* The layer on the current part; `row` is where the last layer puts its rows of x. */
-static int32_t run_part(struct step *s, int64_t row)
+/* x += add (where there is one); xq = norm(x). */
+static void norm(struct step *s, const float *weight, const float *add)
+{
+    s->add = add;
+    s->weight = weight;
+    over_tokens(s, norm_body, s->hidden);
+    stage_done(s, BITGEN_STAGE_NORM);
+}
+
+/* xq = norm(inner), or inner as it is where the model has no such norm. */
+static void sub_norm(struct step *s, const float *weight)
+{
+    s->weight = weight;
+    over_tokens(s, inner_body, s->k);
+    stage_done(s, BITGEN_STAGE_NORM);
+}
+
+/* inner = act(gate) * up */
+static void gate(struct step *s)
+{
+    over_tokens(s, gate_body, 4 * s->ffn);
+    stage_done(s, BITGEN_STAGE_GATE);
+}
+
+/* A layer on the current part of the tokens, n of them. `prepare` names each matrix before its input is made, so that
+ * waiting threads ask for its weights meanwhile. The last layer goes on with the tokens that want something alone, and
+ * puts their rows of x at `row`. */
+static int32_t forward_layer(struct step *s, int64_t row)
 {
     const struct bitgen_layer *layer = s->layer;
-    const float *add = s->index ? s->delta : NULL;
-    int32_t code = from_stream(s, layer->attn_norm, &layer->qkv, s->q_rows + 2 * s->kv_rows, add);
-    if (code) return code;
-    int last = s->index == s->model->layers - 1;
+    const int first = s->index == 0, last = s->index == s->model->layers - 1;
+    int32_t code;
+
+    /* x += o(sub_norm(attention(rope(q), cache of rope(k) and v))), where q, k, v = qkv(norm(x)) */
+    if ((code = prepare(s, &layer->qkv, s->q_rows + 2 * s->kv_rows, s->hidden))) return code;
+    norm(s, layer->attn_norm, first ? NULL : s->delta); /* xq (n, hidden) */
+    if ((code = multiply(s, s->wide))) return code;     /* wide (n, q_rows + 2 kv_rows): q, k, v */
     make_blocks(s);
-    attention(s, last && !s->outputs);
+    attention(s, last && !s->outputs); /* k, v -> cache; q, cache -> inner (n, q_rows) */
     if (last) keep_outputs(s, row);
     if (!s->n) return BITGEN_OK;
-    code = to_stream(s, layer->attn_sub_norm, &layer->o, s->q_rows, 0);
-    if (!code) code = from_stream(s, layer->ffn_norm, &layer->gate_up, 2 * s->ffn, s->delta);
-    if (code) return code;
-    return to_stream(s, layer->ffn_sub_norm, &layer->down, s->ffn, 1);
+    if ((code = prepare(s, &layer->o, s->hidden, s->q_rows))) return code;
+    sub_norm(s, layer->attn_sub_norm);                                    /* xq (n, q_rows) */
+    if ((code = multiply(s, s->delta + s->row * s->hidden))) return code; /* delta (n, hidden) */
+
+    /* x += down(sub_norm(act(gate) * up)), where gate, up = gate_up(norm(x)) */
+    if ((code = prepare(s, &layer->gate_up, 2 * s->ffn, s->hidden))) return code;
+    norm(s, layer->ffn_norm, s->delta);             /* xq (n, hidden) */
+    if ((code = multiply(s, s->wide))) return code; /* wide (n, 2 ffn): gate, up */
+    if ((code = prepare(s, &layer->down, s->hidden, s->ffn))) return code;
+    gate(s);                                           /* inner (n, ffn) */
+    sub_norm(s, layer->ffn_sub_norm);                  /* xq (n, ffn) */
+    return multiply(s, s->delta + s->row * s->hidden); /* delta (n, hidden), added by the next norm */
 }
 
 static int32_t run_layer(struct step *s)
@@ -269,7 +292,7 @@ static int32_t run_layer(struct step *s)
     for (int64_t token = 0; token < n; token += s->part) {
         s->token = s->row = token;
         s->n = min64(s->part, n - token);
-        int32_t code = run_part(s, kept);
+        int32_t code = forward_layer(s, kept);
         if (code) return code;
         if (last) kept += s->n;
     }
@@ -348,7 +371,8 @@ int32_t bitgen_cache_copy(bitgen_context *ctx, const struct bitgen_model *model,
     int32_t code = check_sizes(model);
     if (code) return code;
     if (!model->cache) return BITGEN_ERROR_NULL;
-    if (from < 0 || to < 0 || from >= model->sequences || to >= model->sequences || length < 0 || length > model->context)
+    if (from < 0 || to < 0 || from >= model->sequences || to >= model->sequences || length < 0 ||
+        length > model->context)
         return BITGEN_ERROR_TOKENS;
     code = bitgen_enter(ctx);
     if (code) return code;

@@ -11,34 +11,34 @@
 #include "bitgen.h"
 
 enum {
-    BITGEN_KEY_BLOCK = 16,      /* keys that lie side by side in the cache */
-    BITGEN_KEY_CHUNK = 128,     /* keys whose softmax is taken at once; partial results are merged in their order */
-    BITGEN_QUERY_ROWS = 64,     /* query rows of one call of `attend` */
-    BITGEN_QUERY_TILE = 8,      /* rows whose sums are in registers, at most */
-    BITGEN_HEAD_TOKENS = 32     /* tokens whose activations stay in cache while rows of the head pass */
+    BITGEN_KEY_BLOCK = 16,  /* keys that lie side by side in the cache */
+    BITGEN_KEY_CHUNK = 128, /* keys whose softmax is taken at once; partial results are merged in their order */
+    BITGEN_QUERY_ROWS = 64, /* query rows of one call of `attend` */
+    BITGEN_QUERY_TILE = 8,  /* rows whose sums are in registers, at most */
+    BITGEN_HEAD_TOKENS = 32 /* tokens whose activations stay in cache while rows of the head pass */
 };
 
 /* Some query rows against the cache of one key-value head of one sequence in one layer. */
 struct bitgen_attention {
-    const uint8_t *cache;  /* chunk 0 of the head, as `bitgen_chunk_bytes` says */
-    int64_t next_chunk;    /* bytes from a chunk to the next */
-    int64_t next_head;     /* from a head's chunk to that of the next head, which is only prefetched */
-    const float *const *q; /* (rows) pointers to (head_dim): rotated and multiplied by 1 / sqrt(head_dim) */
-    float *const *out;     /* (rows) pointers to (head_dim) */
-    const int32_t *last;   /* (rows): keys 0 .. last are visible */
+    const uint8_t *cache;   /* chunk 0 of the head, as `bitgen_chunk_bytes` says */
+    int64_t next_chunk;     /* bytes from a chunk to the next */
+    int64_t next_head;      /* from a head's chunk to that of the next head, which is only prefetched */
+    const float *const *q;  /* (rows) pointers to (head_dim): rotated and multiplied by 1 / sqrt(head_dim) */
+    float *const *out;      /* (rows) pointers to (head_dim) */
+    const int32_t *last;    /* (rows): keys 0 .. last are visible */
     int64_t rows, head_dim; /* rows <= BITGEN_QUERY_ROWS */
-    int64_t begin, end;    /* the keys to look at; begin a multiple of BITGEN_KEY_CHUNK, end too or behind `last` */
-    float *const *parts;   /* NULL: `out` is written. Else (rows) pointers to (chunks, bitgen_part_floats): each chunk's
+    int64_t begin, end;     /* the keys to look at; begin a multiple of BITGEN_KEY_CHUNK, end too or behind `last` */
+    float *const *parts; /* NULL: `out` is written. Else (rows) pointers to (chunks, bitgen_part_floats): each chunk's
                             * result, for merge_parts */
-    float *work;           /* bitgen_attention_floats(head_dim) */
+    float *work;         /* bitgen_attention_floats(head_dim) */
 };
 
 /* Rows [row_begin, row_end) of logits = x * w^T. */
 struct bitgen_head {
-    const float *x;        /* (n, x_stride), zero padded to a multiple of 16 columns */
-    const uint8_t *w;      /* (rows, row_bytes), in one of the dense types */
-    const float *scale;    /* (rows), of BITGEN_DENSE_I8 */
-    float *out;            /* (n, out_stride) */
+    const float *x;     /* (n, x_stride), zero padded to a multiple of 16 columns */
+    const uint8_t *w;   /* (rows, row_bytes), in one of the dense types */
+    const float *scale; /* (rows), of BITGEN_DENSE_I8 */
+    float *out;         /* (n, out_stride) */
     int64_t n, k, x_stride, row_bytes, out_stride, row_begin, row_end;
 };
 
@@ -61,9 +61,7 @@ struct bitgen_step_ops {
 /* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim) and, with elements of one byte,
  * the scales of the keys and of the values (float each). Read in this order they are one stream. */
 static inline int64_t bitgen_chunk_bytes(int64_t head_dim, int64_t element)
-{
-    return 2 * BITGEN_KEY_CHUNK * head_dim * element + (element == 1 ? 2 * BITGEN_KEY_CHUNK * 4 : 0);
-}
+{ return 2 * BITGEN_KEY_CHUNK * head_dim * element + (element == 1 ? 2 * BITGEN_KEY_CHUNK * 4 : 0); }
 
 /* Floats of the result of a chunk of keys for one query row: maximum, sum, padding, product with the values. */
 static inline int64_t bitgen_part_floats(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 16; }

@@ -47,8 +47,15 @@ static void attend_block(struct step *s, int32_t worker, int64_t head, const str
     int32_t last[BITGEN_QUERY_ROWS];
     struct bitgen_attention a = {
         .cache = chunk_of(model, &s->cache, s->tokens->sequence[s->token + block->first], 0, s->index, head),
-        .next_chunk = s->cache.chunk, .next_head = s->cache.head, .q = q, .out = out, .last = last, .head_dim = hd,
-        .begin = begin * BITGEN_KEY_CHUNK, .end = end * BITGEN_KEY_CHUNK, .parts = s->spans ? parts : NULL,
+        .next_chunk = s->cache.chunk,
+        .next_head = s->cache.head,
+        .q = q,
+        .out = out,
+        .last = last,
+        .head_dim = hd,
+        .begin = begin * BITGEN_KEY_CHUNK,
+        .end = end * BITGEN_KEY_CHUNK,
+        .parts = s->spans ? parts : NULL,
         .work = s->attention + worker * ceil_to(bitgen_attention_floats(hd), FLOATS),
     };
     for (int64_t done = 0; done < total; done += a.rows) {

@@ -25,7 +25,8 @@ static struct cache cache_of(const struct bitgen_model *model)
 static uint8_t *chunk_of(const struct bitgen_model *model, const struct cache *c, int64_t sequence, int64_t chunk,
                          int64_t layer, int64_t head)
 {
-    return (uint8_t *)model->cache + (sequence * c->chunks + chunk) * c->chunk + (layer * model->kv_heads + head) * c->head;
+    return (uint8_t *)model->cache + (sequence * c->chunks + chunk) * c->chunk +
+           (layer * model->kv_heads + head) * c->head;
 }
 
 /* --- checks --- */
@@ -37,8 +38,8 @@ static int32_t check_sizes(const struct bitgen_model *model)
 {
     if (!model) return BITGEN_ERROR_NULL;
     if (!in_size(model->hidden) || !in_size(model->ffn) || !in_size(model->layers) || !in_size(model->heads) ||
-        !in_size(model->kv_heads) || !in_size(model->head_dim) || !in_size(model->vocab) ||
-        !in_size(model->context) || !in_size(model->sequences))
+        !in_size(model->kv_heads) || !in_size(model->head_dim) || !in_size(model->vocab) || !in_size(model->context) ||
+        !in_size(model->sequences))
         return BITGEN_ERROR_MODEL;
     if (model->heads % model->kv_heads || model->head_dim % 2 || model->activation < 0 ||
         model->activation > BITGEN_RELU2 || model->kv_type < 0 || model->kv_type > BITGEN_KV_I8)
@@ -55,7 +56,7 @@ static int32_t check_sizes(const struct bitgen_model *model)
 static const struct {
     int32_t values, bytes;
 } dense_units[] = {
-    [BITGEN_DENSE_F32] = {1, 4},    [BITGEN_DENSE_F16] = {1, 2},    [BITGEN_DENSE_BF16] = {1, 2},
+    [BITGEN_DENSE_F32] = {1, 4},    [BITGEN_DENSE_F16] = {1, 2},      [BITGEN_DENSE_BF16] = {1, 2},
     [BITGEN_DENSE_Q8_0] = {32, 34}, [BITGEN_DENSE_Q6_K] = {256, 210}, [BITGEN_DENSE_Q4_0] = {32, 18},
     [BITGEN_DENSE_Q4_1] = {32, 20}, [BITGEN_DENSE_I8] = {1, 1},
 };
@@ -66,7 +67,8 @@ static int32_t check_dense(const struct bitgen_dense *dense, int64_t hidden)
     if (dense->type < 0 || dense->type > BITGEN_DENSE_I8) return BITGEN_ERROR_MODEL;
     if (dense->type == BITGEN_DENSE_I8 && !dense->scale) return BITGEN_ERROR_NULL;
     int64_t values = dense_units[dense->type].values;
-    if (hidden % values || dense->row_bytes < hidden / values * dense_units[dense->type].bytes) return BITGEN_ERROR_MODEL;
+    if (hidden % values || dense->row_bytes < hidden / values * dense_units[dense->type].bytes)
+        return BITGEN_ERROR_MODEL;
     /* So that bytes of all rows can be counted. */
     return dense->row_bytes <= 64 * SIZE_MAX_MODEL ? BITGEN_OK : BITGEN_ERROR_MODEL;
 }
@@ -100,28 +102,28 @@ struct step {
     const struct bitgen_layer *layer; /* the current one */
     const struct bitgen_tokens *tokens;
     struct cache cache;
-    int64_t index;         /* of the layer */
+    int64_t index; /* of the layer */
     /* A layer runs on parts of the tokens, so that what lies between its matrices stays in cache. The current part:
      * n tokens from `token` on, whose rows of x and delta start at `row`. The last layer drops tokens without
      * logits, so there row <= token. */
     int64_t n, token, row;
-    int64_t outputs, part;  /* tokens with logits; tokens of a part */
+    int64_t outputs, part; /* tokens with logits; tokens of a part */
     int64_t q_rows, kv_rows, hidden, ffn;
-    float *x;              /* (tokens, hidden) the residual stream */
-    float *delta;          /* (tokens, hidden) what the last matrix gave, not yet added to x */
-    float *wide;           /* (part, largest m) outputs of qkv and of gate_up */
-    float *inner;          /* (part, q_rows or ffn) outputs of attention and of the gate */
-    float *final;          /* (outputs, padded hidden) */
-    float *attention;      /* (threads, bitgen_attention_floats) */
-    int8_t *xq;            /* (part) activations as kernels read them */
+    float *x;         /* (tokens, hidden) the residual stream */
+    float *delta;     /* (tokens, hidden) what the last matrix gave, not yet added to x */
+    float *wide;      /* (part, largest m) outputs of qkv and of gate_up */
+    float *inner;     /* (part, q_rows or ffn) outputs of attention and of the gate */
+    float *final;     /* (outputs, padded hidden) */
+    float *attention; /* (threads, bitgen_attention_floats) */
+    int8_t *xq;       /* (part) activations as kernels read them */
     int32_t *x_sum;
     float *x_scale;
-    struct block *blocks;  /* of the part */
+    struct block *blocks; /* of the part */
     int64_t block_count;
-    float *parts;          /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
+    float *parts; /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
     int64_t chunks, spans; /* of the keys; spans 0: threads share no heads */
     float *logits;
-    const float *add;      /* of the current norm */
+    const float *add; /* of the current norm */
     const float *weight;
     const struct bitgen_matrix *matrix; /* the one that comes next, (m, k), and its kernel */
     const struct bitgen_kernel *kernel;
