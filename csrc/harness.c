@@ -12,16 +12,6 @@
 
 enum { CANARY = 0x5a, STALE = 0xa5, EDGE = 64 /* bytes watched in front of an area */ };
 
-enum harness_kind {
-    HARNESS_RIGHT = 0,
-    HARNESS_VALUE = 1,   /* a wrong number */
-    HARNESS_OUTSIDE = 2, /* a write between or in front of the rows of the output */
-    HARNESS_RANGE = 3,   /* a write to rows outside [row_begin, row_end) */
-    HARNESS_SCRATCH = 4, /* more scratch wanted than there is */
-    HARNESS_OVERRUN = 5, /* a write outside the scratch or in front of the tables */
-    HARNESS_TABLES = 6   /* the tables do not fit: a fault of the caller */
-};
-
 static struct bitgen_kernel host_kernel(const struct harness_kernel *k)
 {
     struct bitgen_kernel kernel = {

@@ -30,9 +30,20 @@ struct harness_arena {
     int64_t out_bytes, tables_bytes, scratch_bytes;
 };
 
+/* What can be wrong. */
+enum harness_kind {
+    HARNESS_RIGHT = 0,
+    HARNESS_VALUE = 1,   /* a wrong number */
+    HARNESS_OUTSIDE = 2, /* a write between or in front of the rows of the output */
+    HARNESS_RANGE = 3,   /* a write to rows outside [row_begin, row_end) */
+    HARNESS_SCRATCH = 4, /* more scratch wanted than there is */
+    HARNESS_OVERRUN = 5, /* a write outside the scratch or in front of the tables */
+    HARNESS_TABLES = 6   /* the tables do not fit: a fault of the caller */
+};
+
 /* The first thing that was wrong. */
 struct harness_mismatch {
-    int64_t kind; /* see enum harness_kind in harness.c; 0: nothing */
+    int64_t kind; /* of enum harness_kind */
     int64_t check, token, row;
     int64_t got, want; /* the 32 bits there, and what they should be; for HARNESS_SCRATCH bytes */
 };

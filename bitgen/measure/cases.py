@@ -154,14 +154,14 @@ def _rng(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
 
 
-# enum harness_kind of harness.c
+# The members of enum harness_kind (csrc/harness.h).
 _KINDS = {
-    1: "row {row} of token {token} is {got:#010x}, not {want:#010x}",
-    2: "it writes outside the rows of the output (token {token}, row {row})",
-    3: "it writes row {row} of token {token}, which is outside its row range",
-    4: "it wants {got} bytes of scratch, there are {want}",
-    5: "it writes outside its scratch, or the table builder in front of the tables",
-    6: "the harness has no room for the tables",
+    "HARNESS_VALUE": "row {row} of token {token} is {got:#010x}, not {want:#010x}",
+    "HARNESS_OUTSIDE": "it writes outside the rows of the output (token {token}, row {row})",
+    "HARNESS_RANGE": "it writes row {row} of token {token}, which is outside its row range",
+    "HARNESS_SCRATCH": "it wants {got} bytes of scratch, there are {want}",
+    "HARNESS_OVERRUN": "it writes outside its scratch, or the table builder in front of the tables",
+    "HARNESS_TABLES": "the harness has no room for the tables",
 }
 
 
@@ -207,7 +207,8 @@ class Checks:
         )
         if not kind:
             return None
-        what = _KINDS[kind].format(token=found.token, row=found.row, got=found.got, want=found.want)
+        name = self._harness.ffi.typeof("enum harness_kind").elements[kind]
+        what = _KINDS[name].format(token=found.token, row=found.row, got=found.got, want=found.want)
         return Mismatch(self.cases[found.check], what)
 
     def _fill(self, call: Any, case: Case) -> None:
