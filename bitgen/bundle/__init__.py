@@ -1,31 +1,49 @@
-"""Chosen kernels -> a library that works without Python: rendered, compiled, proven by running it, written.
+"""A library that works without Python, in a folder: its manifest, choosing one, and writing it.
 
-What is written is a bundle (see `bitgen.bundle`)::
+A bundle holds::
 
-    NAME/libbitgen-NAME.so      the library;  libbitgen-NAME.so.1 is a link to it, for programs that load it
+    NAME/libbitgen-NAME.so      the library;  libbitgen-NAME.so.3 is a link to it, for programs that load it
     NAME/bitgen.h               its public header
     NAME/bitgen.pc              for pkg-config; the folder may be moved
     NAME/manifest.json          what is inside, with digests
     NAME/src/                   the C text it was made from, and a Makefile
 
-Beside the chosen kernels a library always holds, for each layout that occurs and for I2_S, kernels of the
-target's ISA level with default schedules and portable ones: every shape is served, tuned or not. SVE leaves
-the length of registers to the system: a library with kernels for one length holds others for the rest.
+What reads and chooses is here, and imports no compiler. `bitgen.bundle.write` makes a bundle: the kernels of
+`bitgen.bundle.contents`, rendered, compiled and executed once before they are kept.
 """
 
 from __future__ import annotations
 
-from bitgen.library.contents import DEFAULT_LAYOUT, Contents, KernelChoice, Target, choose_contents
-from bitgen.library.units import library_units_of, table_values
-from bitgen.library.write import write_library
+from bitgen.bundle.manifest import (
+    DEFAULT,
+    MANIFEST_NAME,
+    PORTABLE,
+    TUNED,
+    Bundle,
+    KernelEntry,
+    Manifest,
+    find_bundles,
+    is_bundle,
+    read_bundle,
+    sha256_of,
+)
+from bitgen.bundle.select import Decision, choose_bundle, describe, judge, require_runnable
 
 __all__ = [
-    "DEFAULT_LAYOUT",
-    "Contents",
-    "KernelChoice",
-    "Target",
-    "choose_contents",
-    "library_units_of",
-    "table_values",
-    "write_library",
+    "DEFAULT",
+    "MANIFEST_NAME",
+    "PORTABLE",
+    "TUNED",
+    "Bundle",
+    "Decision",
+    "KernelEntry",
+    "Manifest",
+    "choose_bundle",
+    "describe",
+    "find_bundles",
+    "is_bundle",
+    "judge",
+    "read_bundle",
+    "require_runnable",
+    "sha256_of",
 ]

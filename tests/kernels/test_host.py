@@ -17,7 +17,7 @@ import yaml
 
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError
-from bitgen.host import (
+from bitgen.hostcode import (
     ARCHS,
     csrc_text,
     features_header,
