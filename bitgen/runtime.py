@@ -106,9 +106,9 @@ def _open(path: Path) -> Any:
     if version != ABI_VERSION:
         raise FileError(f"{path} has ABI version {version}, not {ABI_VERSION}: build it again")
     _check_sizes(path, list(sizes), "kernel_info", "packed_header")
-    sizes = ffi.new("int32_t[3]")
-    lib.bitgen_model_sizes(sizes, sizes + 1, sizes + 2)
-    _check_sizes(path, list(sizes), "layer", "model", "tokens")
+    sizes = ffi.new("int32_t[4]")
+    lib.bitgen_model_sizes(sizes, sizes + 1, sizes + 2, sizes + 3)
+    _check_sizes(path, list(sizes), "layer", "model", "tokens", "row")
     return lib
 
 

@@ -23,7 +23,7 @@
  * serves one call at a time; a second, concurrent call gets BITGEN_ERROR_BUSY. After fork() the child must not
  * use a context of its parent (BITGEN_ERROR_FORKED), only destroy it. Every function that returns int32_t
  * gives BITGEN_OK or one of the BITGEN_ERROR codes; nothing is written to outputs before the arguments are found
- * right.
+ * right. Structs that a caller fills begin with their size, so that a library and a program of another header notice.
  */
 #ifndef BITGEN_H
 #define BITGEN_H
@@ -40,7 +40,7 @@ extern "C" {
 /* ABI begins: what follows up to "ABI ends" is also what other languages read to call this library. */
 
 /* Grows with every incompatible change of this header. */
-#define BITGEN_ABI_VERSION 2
+#define BITGEN_ABI_VERSION 3
 
 /* The codes; bitgen_error_message() has a sentence for each. */
 enum bitgen_error {
@@ -64,7 +64,8 @@ enum bitgen_error {
     BITGEN_ERROR_MODEL = 17,          /* dimensions, types or pointers of a bitgen_model do not fit together */
     BITGEN_ERROR_TOKENS = 18,         /* a token, position or sequence is out of range */
     BITGEN_ERROR_TILES = 19,          /* the system refuses the tile registers (AMX) to this process */
-    BITGEN_ERROR_ISA_CAP = 20         /* the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU */
+    BITGEN_ERROR_ISA_CAP = 20,        /* the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU */
+    BITGEN_ERROR_STRUCT = 21          /* the size that a struct carries is not the library's */
 };
 
 /* Flags of bitgen_context_create: */
@@ -93,8 +94,12 @@ struct bitgen_packed_header {
     char family[16];         /* "i2s", "tl1", ... and zeros */
     int64_t m, k;
     uint64_t bytes;          /* of the packed weights, this header included */
-    uint64_t reserved;       /* zero */
+    uint32_t scale_type;     /* of scales among the weights: BITGEN_SCALE_F32 */
+    uint32_t group;          /* weights along k that share such a scale; 0: there are none */
 };
+
+/* The format of scales. */
+enum bitgen_scale_type { BITGEN_SCALE_F32 = 0 };
 
 #define BITGEN_PACKED_MAGIC 0x4b5041504e544942
 #define BITGEN_LAYOUT_VERSION 1
@@ -227,6 +232,8 @@ struct bitgen_matrix {
     const void *packed;
     const float *scale;
     int64_t scale_count; /* 1 or rows */
+    int32_t scale_type;  /* BITGEN_SCALE_F32 */
+    int32_t group;       /* weights along k that share a scale; 0: all of a row */
 };
 
 /* A dense matrix (vocab, hidden) with its rows row_bytes apart; BITGEN_DENSE_I8 has a scale for each row. */
@@ -249,6 +256,7 @@ struct bitgen_layer {
 };
 
 struct bitgen_model {
+    int64_t size, layer_size;     /* sizeof(struct bitgen_model), sizeof(struct bitgen_layer) */
     int64_t hidden, ffn, layers, heads, kv_heads, head_dim, vocab;
     int64_t context, sequences;   /* positions 0 .. context - 1 of each of the sequences are in the cache */
     float norm_eps;
@@ -261,36 +269,62 @@ struct bitgen_model {
     const struct bitgen_layer *layer; /* (layers) */
 };
 
+/* What a token's row of a forward pass gives. */
+enum bitgen_want {
+    BITGEN_WANT_NOTHING = 0, /* its keys and values fill the cache */
+    BITGEN_WANT_HIDDEN = 1,  /* the state that the head reads, behind the last norm */
+    BITGEN_WANT_LOGITS = 2,
+    BITGEN_WANT_BEST = 3 /* the best logits of the allowed tokens, and those of named tokens */
+};
+
+/* What a token's row wants and where that goes; zeros want nothing. All behind `ids` are of BITGEN_WANT_BEST: first the
+ * bias is added to the logits, then the tokens that are not allowed are left out, then the best are taken. */
+struct bitgen_row {
+    int32_t want;            /* of enum bitgen_want */
+    int32_t best;            /* how many, 0 .. vocab */
+    float *out;              /* hidden state (hidden), logits (vocab), or logits of the best (best), falling */
+    int32_t *ids;            /* (best) whose these are, the lower first among equals; where fewer are allowed -1, with
+                              * the logit -infinity */
+    const uint32_t *allowed; /* bit id % 32 of word id / 32 is 1 where a token is allowed; NULL: all are */
+    const int32_t *bias_id;  /* (bias_count) tokens, and what is added to their logits: finite */
+    const float *bias;
+    int64_t bias_count;
+    const int32_t *named;    /* (named_count) tokens whose logits are wanted, allowed or not, bias added */
+    float *named_out;        /* (named_count) */
+    int64_t named_count;
+};
+
 /* n tokens, of any sequences; those of one sequence in the order of their positions. A token sees the positions up
  * to its own, which this call or earlier ones must have filled. */
 struct bitgen_tokens {
+    int64_t size, row_size;       /* sizeof(struct bitgen_tokens), sizeof(struct bitgen_row) */
     int64_t n;
     const int32_t *token;         /* (n), or NULL when x is given */
     const float *x;               /* (n, hidden) in the place of embeddings, or NULL */
     const int32_t *position, *sequence; /* (n) */
-    const uint8_t *output;        /* (n): not 0 where logits are wanted */
+    const struct bitgen_row *row; /* (n): what each of them wants */
 };
 
-/* sizeof(struct bitgen_layer), bitgen_model and bitgen_tokens in the library, for loaders without this header. */
-BITGEN_API int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens);
+/* sizeof(struct bitgen_layer), bitgen_model, bitgen_tokens and bitgen_row in the library, for loaders without this
+ * header. */
+BITGEN_API int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens, int32_t *row);
 
 /* Bytes of the cache of a model: of its dimensions, context, sequences and kv_type. */
 BITGEN_API int32_t bitgen_cache_bytes(const struct bitgen_model *model, size_t *bytes);
 
-/* Bytes of work memory that ctx holds after a step of n tokens, `outputs` of them with logits; kernels may need a
- * few MiB of their own. */
+/* Bytes of work memory that ctx holds after a step of n tokens, of which `outputs` want something and `best` of those
+ * BITGEN_WANT_BEST; kernels may need a few MiB of their own. */
 BITGEN_API int32_t bitgen_work_bytes(const bitgen_context *ctx, const struct bitgen_model *model, int64_t n,
-                                     int64_t outputs, size_t *bytes);
+                                     int64_t outputs, int64_t best, size_t *bytes);
 
 /* Cosines and sines of the positions [begin, end): table row p holds cos(p * inverse_frequency[i]), i < half, then
  * the sines. The angle is rounded to float as PyTorch does; sine and cosine are computed in double by the library. */
 BITGEN_API int32_t bitgen_rope(const float *inverse_frequency, int64_t half, int64_t begin, int64_t end, float *table);
 
-/* One step: fills the cache at the tokens' positions and writes logits (outputs, vocab) of the tokens that want them, in
- * their order. times_ns (BITGEN_STAGES) gets the time of each stage added, or is NULL. After BITGEN_ERROR_NOT_FINITE
+/* One step: fills the cache at the tokens' positions and gives each row what it wants. times_ns (BITGEN_STAGES) gets the time of each stage added, or is NULL. After BITGEN_ERROR_NOT_FINITE
  * the cache at these positions is undefined. */
 BITGEN_API int32_t bitgen_step(bitgen_context *ctx, const struct bitgen_model *model, const struct bitgen_tokens *tokens,
-                               float *logits, int64_t *times_ns);
+                               int64_t *times_ns);
 
 /* Copies the first `length` positions of a sequence's cache to another's. */
 BITGEN_API int32_t bitgen_cache_copy(bitgen_context *ctx, const struct bitgen_model *model, int64_t from, int64_t to,

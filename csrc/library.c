@@ -46,6 +46,7 @@ const char *bitgen_error_message(int32_t code)
         [BITGEN_ERROR_THREADS] = "the system gave no more threads",
         [BITGEN_ERROR_MODEL] = "the dimensions, types or pointers of a model do not fit together",
         [BITGEN_ERROR_TOKENS] = "a token, position or sequence is out of range",
+        [BITGEN_ERROR_STRUCT] = "a struct has another size than in this library: set its size, or compile with its header",
         [BITGEN_ERROR_TILES] = "the system refuses this process the tile registers (AMX) of its CPU",
         [BITGEN_ERROR_ISA_CAP] = "the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU's architecture",
     };
@@ -289,6 +290,7 @@ static int32_t read_header(const void *packed, const struct bitgen_layout **layo
     if (header->magic != BITGEN_PACKED_MAGIC) return BITGEN_ERROR_NOT_PACKED;
     if (header->layout_version != BITGEN_LAYOUT_VERSION) return BITGEN_ERROR_LAYOUT_VERSION;
     if (check_shape(header->m, header->k)) return BITGEN_ERROR_NOT_PACKED;
+    if (header->scale_type != BITGEN_SCALE_F32 || header->group) return BITGEN_ERROR_LAYOUT;
     for (int32_t i = 0; i < bitgen_layout_count; ++i) {
         *layout = &bitgen_layouts[i];
         if (strncmp(header->family, (*layout)->family, sizeof header->family)) continue;

@@ -1,6 +1,6 @@
 /* The forward step: the order of its stages and how each is spread over threads. What is computed is in ops.c (one file
  * for each ISA level) and in the kernels; see bitgen.h for the model and step.h for the parts. This file includes
- * step_memory.h (cache, checks, work memory) and step_attention.h where they belong.
+ * step_memory.h (cache, checks, work memory), step_attention.h and step_rows.h (head, the best logits) where they belong.
  */
 #define _POSIX_C_SOURCE 200809L
 
@@ -28,12 +28,13 @@ static const int64_t SIZE_MAX_MODEL = 1 << 24; /* of every dimension, so that pr
 /* Multiplications of attention below which another thread costs more than it brings: about 4 us. */
 static const int64_t ATTENTION_WORK = 1 << 16;
 
-int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens)
+int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens, int32_t *row)
 {
-    if (!layer || !model || !tokens) return BITGEN_ERROR_NULL;
+    if (!layer || !model || !tokens || !row) return BITGEN_ERROR_NULL;
     *layer = sizeof(struct bitgen_layer);
     *model = sizeof(struct bitgen_model);
     *tokens = sizeof(struct bitgen_tokens);
+    *row = sizeof(struct bitgen_row);
     return BITGEN_OK;
 }
 
@@ -115,16 +116,6 @@ static void gate_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 
 #include "step_attention.h"
 
-static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
-{
-    struct step *s = arg;
-    const int64_t k = s->hidden, stride = ceil_to(k, FLOATS);
-    (void)worker;
-    for (int64_t t = begin; t < end; ++t)
-        found(s, s->ops->norm(s->x + t * k, s->delta + t * k, s->model->final_norm, s->model->norm_eps, k,
-                              s->final + t * stride));
-}
-
 /* The largest magnitude as the bits of a float, which are ordered as magnitudes are; NaN is above infinity. */
 static uint32_t largest_bits(const float *x, int64_t n)
 {
@@ -138,30 +129,7 @@ static uint32_t largest_bits(const float *x, int64_t n)
     return largest;
 }
 
-static void head_body(void *arg, int32_t worker, int64_t begin, int64_t end)
-{
-    struct step *s = arg;
-    const struct bitgen_dense *head = &s->model->head;
-    struct bitgen_head a = {
-        .x = s->final,
-        .w = head->data,
-        .scale = head->scale,
-        .out = s->logits,
-        .n = s->outputs,
-        .k = s->hidden,
-        .x_stride = ceil_to(s->hidden, FLOATS),
-        .row_bytes = head->row_bytes,
-        .out_stride = s->model->vocab,
-    };
-    (void)worker;
-    for (int64_t i = begin; i < end; ++i) {
-        a.row_begin = i * HEAD_ROWS;
-        a.row_end = min64(a.row_begin + HEAD_ROWS, s->model->vocab);
-        s->ops->head[head->type](&a);
-        for (int64_t t = 0; t < s->outputs; ++t)
-            found(s, largest_bits(s->logits + t * a.out_stride + a.row_begin, a.row_end - a.row_begin) >= INFINITE);
-    }
-}
+#include "step_rows.h"
 
 /* The matrix (m, k) comes next: checks it, chooses its kernel, and lets waiting threads ask for its weights. */
 static int32_t prepare(struct step *s, const struct bitgen_matrix *matrix, int64_t m, int64_t k)
@@ -170,6 +138,7 @@ static int32_t prepare(struct step *s, const struct bitgen_matrix *matrix, int64
     s->m = m;
     s->k = k;
     if (!matrix->scale) return BITGEN_ERROR_NULL;
+    if (matrix->scale_type != BITGEN_SCALE_F32 || matrix->group) return BITGEN_ERROR_MODEL;
     if (matrix->scale_count != 1 && matrix->scale_count != m) return BITGEN_ERROR_SCALE_COUNT;
     int32_t code = bitgen_choose_kernel(s->ctx, matrix->packed, m, k, s->n, &s->kernel);
     if (code) return code;
@@ -201,13 +170,13 @@ static int32_t multiply(struct step *s, float *y)
     return code;
 }
 
-/* Behind the last layer's attention only tokens with logits matter: their rows of x and inner move together, x to
+/* Behind the last layer's attention only tokens that want something matter: their rows of x and inner move together, x to
  * `row`, behind those of earlier parts. */
 static void keep_outputs(struct step *s, int64_t row)
 {
     int64_t kept = 0;
     for (int64_t t = 0; t < s->n; ++t) {
-        if (!s->tokens->output[s->token + t]) continue;
+        if (s->tokens->row[s->token + t].want == BITGEN_WANT_NOTHING) continue;
         if (row + kept != s->row + t)
             memcpy(s->x + (row + kept) * s->hidden, s->x + (s->row + t) * s->hidden, (size_t)s->hidden * 4);
         if (kept != t) memcpy(s->inner + kept * s->q_rows, s->inner + t * s->q_rows, (size_t)s->q_rows * 4);
@@ -311,53 +280,47 @@ static int32_t run_step(struct step *s)
         if (code) return code;
     }
     if (!s->outputs) return atomic_load(&s->not_finite) ? BITGEN_ERROR_NOT_FINITE : BITGEN_OK;
-    s->n = s->outputs;
-    bitgen_pool_ahead(s->ctx->pool, s->model->head.data, s->model->vocab * s->model->head.row_bytes);
-    over_tokens(s, final_body, s->hidden);
-    stage_done(s, BITGEN_STAGE_NORM);
-    if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
-    int64_t items = (s->model->vocab + HEAD_ROWS - 1) / HEAD_ROWS;
-    bitgen_pool_run(s->ctx->pool, head_body, s, items, max64(1, items / (16 * s->ctx->threads)));
-    stage_done(s, BITGEN_STAGE_HEAD);
-    return atomic_load(&s->not_finite) ? BITGEN_ERROR_NOT_FINITE : BITGEN_OK;
+    return answer_rows(s);
 }
 
 /* --- the public functions --- */
 
-static int32_t check_tokens(const struct bitgen_model *model, const struct bitgen_tokens *tokens, int64_t *outputs)
+static int32_t check_tokens(const struct bitgen_model *model, const struct bitgen_tokens *tokens)
 {
-    *outputs = 0;
-    if ((!tokens->token && !tokens->x) || !tokens->position || !tokens->sequence || !tokens->output)
+    if (tokens->row_size != sizeof(struct bitgen_row)) return BITGEN_ERROR_STRUCT;
+    if ((!tokens->token && !tokens->x) || !tokens->position || !tokens->sequence || !tokens->row)
         return BITGEN_ERROR_NULL;
     if (tokens->n < 1 || tokens->n > TOKENS_MAX) return BITGEN_ERROR_SHAPE;
     for (int64_t t = 0; t < tokens->n; ++t) {
-        if (!tokens->x && (tokens->token[t] < 0 || tokens->token[t] >= model->vocab)) return BITGEN_ERROR_TOKENS;
+        if (!tokens->x && !is_token(model, tokens->token[t])) return BITGEN_ERROR_TOKENS;
         if (tokens->position[t] < 0 || tokens->position[t] >= model->context) return BITGEN_ERROR_TOKENS;
         if (tokens->sequence[t] < 0 || tokens->sequence[t] >= model->sequences) return BITGEN_ERROR_TOKENS;
-        *outputs += tokens->output[t] != 0;
+        const int32_t code = check_row(model, &tokens->row[t]);
+        if (code) return code;
     }
     return BITGEN_OK;
 }
 
 int32_t bitgen_step(bitgen_context *ctx, const struct bitgen_model *model, const struct bitgen_tokens *tokens,
-                    float *logits, int64_t *times_ns)
+                    int64_t *times_ns)
 {
-    int64_t outputs;
     if (!ctx || !tokens) return BITGEN_ERROR_NULL;
+    if (tokens->size != sizeof *tokens) return BITGEN_ERROR_STRUCT;
     int32_t code = check_model(model, tokens);
-    if (!code) code = check_tokens(model, tokens, &outputs);
+    if (!code) code = check_tokens(model, tokens);
     if (code) return code;
-    if (outputs && !logits) return BITGEN_ERROR_NULL;
     code = bitgen_enter(ctx);
     if (code) return code;
     struct step s = step_of(ctx, model);
     s.tokens = tokens;
-    s.outputs = outputs;
-    s.logits = logits;
     s.times_ns = times_ns;
-    code = bitgen_reserve(&ctx->step, place(&s, NULL, tokens->n, outputs));
+    for (int64_t t = 0; t < tokens->n; ++t) {
+        s.outputs += tokens->row[t].want != BITGEN_WANT_NOTHING;
+        s.best += tokens->row[t].want == BITGEN_WANT_BEST;
+    }
+    code = bitgen_reserve(&ctx->step, place(&s, NULL, tokens->n));
     if (!code) {
-        place(&s, ctx->step.data, tokens->n, outputs);
+        place(&s, ctx->step.data, tokens->n);
         code = run_step(&s);
     }
     bitgen_leave(ctx);

@@ -37,6 +37,7 @@ static int in_size(int64_t value) { return value >= 1 && value <= SIZE_MAX_MODEL
 static int32_t check_sizes(const struct bitgen_model *model)
 {
     if (!model) return BITGEN_ERROR_NULL;
+    if (model->size != sizeof *model || model->layer_size != sizeof *model->layer) return BITGEN_ERROR_STRUCT;
     if (!in_size(model->hidden) || !in_size(model->ffn) || !in_size(model->layers) || !in_size(model->heads) ||
         !in_size(model->kv_heads) || !in_size(model->head_dim) || !in_size(model->vocab) || !in_size(model->context) ||
         !in_size(model->sequences))
@@ -95,6 +96,12 @@ struct block {
     int32_t first, count;
 };
 
+/* Rows that stand together in `final` and whose logits do so in memory: one call of the head. */
+struct run {
+    int64_t first, count;
+    float *out; /* (count, vocab) */
+};
+
 struct step {
     struct bitgen_context *ctx;
     const struct bitgen_step_ops *ops;
@@ -104,10 +111,10 @@ struct step {
     struct cache cache;
     int64_t index; /* of the layer */
     /* A layer runs on parts of the tokens, so that what lies between its matrices stays in cache. The current part:
-     * n tokens from `token` on, whose rows of x and delta start at `row`. The last layer drops tokens without
-     * logits, so there row <= token. */
+     * n tokens from `token` on, whose rows of x and delta start at `row`. The last layer drops tokens that
+     * want nothing, so there row <= token. */
     int64_t n, token, row;
-    int64_t outputs, part; /* tokens with logits; tokens of a part */
+    int64_t outputs, best, part; /* tokens that want something, that want the best; tokens of a part */
     int64_t q_rows, kv_rows, hidden, ffn;
     float *x;         /* (tokens, hidden) the residual stream */
     float *delta;     /* (tokens, hidden) what the last matrix gave, not yet added to x */
@@ -122,7 +129,10 @@ struct step {
     int64_t block_count;
     float *parts; /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
     int64_t chunks, spans; /* of the keys; spans 0: threads share no heads */
-    float *logits;
+    int32_t *output_of;    /* (outputs) the token of each row of `final` */
+    struct run *runs;      /* (outputs) of the head */
+    int64_t run_count;
+    float *scores;    /* (best, vocab) logits to choose from */
     const float *add; /* of the current norm */
     const float *weight;
     const struct bitgen_matrix *matrix; /* the one that comes next, (m, k), and its kernel */
@@ -152,7 +162,7 @@ static int64_t parts_bytes(const struct step *s, int64_t n)
 }
 
 /* Places everything of a step in the memory at `base`, or nothing when it is NULL, and returns its bytes. */
-static int64_t place(struct step *s, uint8_t *base, int64_t n, int64_t outputs)
+static int64_t place(struct step *s, uint8_t *base, int64_t n)
 {
     const struct bitgen_model *model = s->model;
     int64_t inner = max64(s->q_rows, s->ffn), widest = max64(s->q_rows + 2 * s->kv_rows, 2 * s->ffn);
@@ -162,7 +172,10 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n, int64_t outputs)
     s->delta = take(base, &used, n * model->hidden * 4);
     s->wide = take(base, &used, part * widest * 4);
     s->inner = take(base, &used, part * inner * 4);
-    s->final = take(base, &used, outputs * ceil_to(model->hidden, FLOATS) * 4);
+    s->final = take(base, &used, s->outputs * ceil_to(model->hidden, FLOATS) * 4);
+    s->output_of = take(base, &used, s->outputs * 4);
+    s->runs = take(base, &used, s->outputs * (int64_t)sizeof *s->runs);
+    s->scores = take(base, &used, s->best * model->vocab * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);
     s->xq = take(base, &used, part * stride);
     s->x_sum = take(base, &used, part * 4);
@@ -209,13 +222,15 @@ int32_t bitgen_cache_bytes(const struct bitgen_model *model, size_t *bytes)
 }
 
 int32_t bitgen_work_bytes(const bitgen_context *ctx, const struct bitgen_model *model, int64_t n, int64_t outputs,
-                          size_t *bytes)
+                          int64_t best, size_t *bytes)
 {
     if (!ctx || !bytes) return BITGEN_ERROR_NULL;
     int32_t code = check_sizes(model);
     if (code) return code;
-    if (n < 1 || n > TOKENS_MAX || outputs < 0 || outputs > n) return BITGEN_ERROR_SHAPE;
+    if (n < 1 || n > TOKENS_MAX || best < 0 || best > outputs || outputs > n) return BITGEN_ERROR_SHAPE;
     struct step s = step_of(ctx, model);
-    *bytes = (size_t)place(&s, NULL, n, outputs);
+    s.outputs = outputs;
+    s.best = best;
+    *bytes = (size_t)place(&s, NULL, n);
     return BITGEN_OK;
 }

@@ -15,20 +15,20 @@ from bitgen.spec import REGIMES, Shape
 from bitgen.winners import FamilyWinner, family_winners
 
 if TYPE_CHECKING:
-    from bitgen.library import KernelChoice
+    from bitgen.bundle import KernelEntry
     from bitgen.runtime import KernelTable
 
 
-def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[KernelChoice]:
+def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[KernelEntry]:
     """The kernels of a model's shapes: tuned here, else committed for this CPU family; else none.
 
     A shape without any runs on the default kernels that every library holds.
     """
-    from bitgen.library import KernelChoice
+    from bitgen.bundle import KernelEntry
 
     store = workshop.store
     committed = family_winners(workshop.cpu.family)
-    choices: list[KernelChoice] = []
+    choices: list[KernelEntry] = []
     for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in model.matmuls):
         tuned = {
             winner.threads
@@ -37,14 +37,14 @@ def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[Kernel
             for winner in record.winners
         }
         found = [
-            KernelChoice(shape, winner.spec, winner.threads)
+            KernelEntry(winner.spec, shape, winner.threads)
             for threads in sorted(tuned)
             for regime in REGIMES
             if (winner := store.best(shape, regime.name, threads, workshop.fingerprint))
             and winner.spec.isa == isa.name
         ]
         found = found or [
-            KernelChoice(shape, winner.spec, winner.threads)
+            KernelEntry(winner.spec, shape, winner.threads)
             for winner in committed
             if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, workshop, isa)
         ]
@@ -78,7 +78,8 @@ def build(
     ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
     there. A library that this machine cannot run is written without being tried.
     """
-    from bitgen.library import Target, write_library
+    from bitgen.bundle.contents import Target
+    from bitgen.bundle.write import write_library
 
     cpu = target_cpu(target, system or platform.system()) if target else None
     workshop = Workshop(cc, logs, cpu)
@@ -116,7 +117,8 @@ def load(path: str | Path | None = None, threads: int | None = None) -> KernelTa
 
 
 def untuned_library() -> Path:
-    from bitgen.library import Target, write_library
+    from bitgen.bundle.contents import Target
+    from bitgen.bundle.write import write_library
 
     workshop = Workshop()
     target = Target.of(workshop.cpu, None, workshop.isas)

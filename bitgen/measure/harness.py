@@ -13,7 +13,7 @@ from typing import Any
 
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError
-from bitgen.host import csrc_text, host_headers, row_grain, run_units
+from bitgen.hostcode import csrc_text, host_headers, row_grain, run_units
 from bitgen.render import Source, matmul_struct
 from bitgen.spec import KernelSpec, Layout, family_named, regime_named
 from bitgen.toolchain import Prototype, Toolchain, Unit

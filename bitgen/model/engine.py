@@ -3,7 +3,8 @@
 ::
 
     engine = Engine(weights, table, context=2048)
-    logits = engine.forward(tokens, positions, sequences, outputs)
+    logits = engine.forward(tokens, positions, sequences, outputs)  # bool: of those that are True
+    answers = engine.forward(tokens, positions, sequences, [Nothing(), Hidden(), Best(40, bias={13: -2.0})])
 
 The logits of a token are the same bits whatever the number of threads, the batch it is in, and the ISA level
 of the library: every float operation has one order (templates/step), every integer sum is exact.
@@ -11,15 +12,15 @@ of the library: every float operation has one order (templates/step), every inte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Context, Decimal
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES
+from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, constants, ffi
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.model.config import ModelConfig
 from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
@@ -27,12 +28,81 @@ from bitgen.model.weights import DenseMatrix, Weights
 from bitgen.runtime import KernelTable, aligned_bytes
 
 Floats: TypeAlias = NDArray[np.float32]
+Ints: TypeAlias = NDArray[np.int32]
 Kv: TypeAlias = Literal["f16", "f32", "q8"]
 Head: TypeAlias = Literal["exact", "q8"]
 
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 FEW = 16  # tokens up to which a step is made for latency
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
+
+
+_WANT_HIDDEN, _WANT_LOGITS, _WANT_BEST = (
+    getattr(constants, f"BITGEN_WANT_{name}") for name in ("HIDDEN", "LOGITS", "BEST")
+)
+_TOKENS_SIZE, _ROW_SIZE = (ffi.sizeof(f"struct bitgen_{name}") for name in ("tokens", "row"))
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A token whose keys and values only fill the cache."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The state that the head reads: after the last norm, float32 (hidden)."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """All logits, float32 (vocab)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The ``k`` best logits of the allowed tokens, and the logits of the ``named`` ones.
+
+    First ``bias`` (token -> what is added, finite) is added to the logits, then tokens that are not
+    ``allowed``, bool (vocab), are left out; None: all are. Named tokens need not be allowed.
+    """
+
+    k: int
+    allowed: NDArray[np.bool_] | None = None
+    bias: Mapping[int, float] = field(default_factory=dict)
+    named: Sequence[int] = ()
+
+
+Want: TypeAlias = Nothing | Hidden | Logits | Best
+_OUTPUTS = {Hidden: ("hidden", _WANT_HIDDEN), Logits: ("vocab", _WANT_LOGITS)}  # sizes in ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What `Best` gives: ids int32 (k), their logits float32 (k), falling, the lower id first among equals.
+
+    There are fewer than k where fewer tokens are allowed. ``named`` float32 has the logits of its ids.
+    """
+
+    ids: NDArray[np.int32]
+    logits: Floats
+    named: Floats
+
+    def trimmed(self) -> Chosen:
+        """Without the places that no allowed token was left for: C gives them the id -1."""
+        count = int((self.ids >= 0).sum())
+        return replace(self, ids=self.ids[:count], logits=self.logits[:count])
+
+
+Answer: TypeAlias = Floats | Chosen | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The ``struct bitgen_row`` of each token, what they point to, and how the answer is made of that."""
+
+    rows: Any
+    kept: list[Any]
+    result: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -94,41 +164,47 @@ class Engine:
 
     # ---- Running ----
 
-    def forward(
-        self,
-        tokens: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        outputs: NDArray[np.bool_],
-    ) -> Floats:
-        """Logits float32 (outputs.sum(), vocab) of the tokens chosen by ``outputs``, in their order.
+    @overload
+    def forward(self, tokens: Ints, positions: Ints, sequences: Ints, wants: NDArray[np.bool_]) -> Floats: ...
 
-        All four are (n,), for any n >= 1: token i stands at its position of its sequence, which must be the
-        next one that is not in the cache.
+    @overload
+    def forward(
+        self, tokens: Ints, positions: Ints, sequences: Ints, wants: Sequence[Want]
+    ) -> list[Answer]: ...
+
+    def forward(
+        self, tokens: Ints, positions: Ints, sequences: Ints, wants: NDArray[np.bool_] | Sequence[Want]
+    ) -> Floats | list[Answer]:
+        """What ``wants`` asks for each token: `Nothing`, `Hidden`, `Logits` or `Best`.
+
+        All four are of length n, for any n >= 1: token i stands at its position of its sequence, which must
+        be the next one that is not in the cache. The answers are a list of n: None, the hidden state float32
+        (hidden), logits float32 (vocab), or `Chosen`. Where ``wants`` is a bool array, True asks for logits
+        and the answer is float32 (wants.sum(), vocab).
 
         BitgenError when they do not fit together, the model or the context, and when NaN or infinity comes
         up. The cache then holds what it held, and the parts of `PREFILL` tokens that were done.
         """
-        flags = np.ascontiguousarray(outputs, np.bool_).view(np.uint8)
-        inputs: list[NDArray[Any]] = [*map(_int32, (tokens, positions, sequences)), flags.reshape(-1)]
+        inputs = [_int32(values) for values in (tokens, positions, sequences)]
         # Lists from here on: after a step the code of numpy is out of the caches, about 10 us a call.
-        ids, places, owners, wanted = (a.tolist() for a in inputs)
+        ids, places, owners = (values.tolist() for values in inputs)
         n = len(ids)
-        if not n or {len(places), len(owners), len(wanted)} != {n}:
-            raise BitgenError("tokens, positions, sequences and outputs must be as many, and not none")
+        if not n or {len(places), len(owners), len(wants)} != {n}:
+            raise BitgenError("tokens, positions, sequences and wants must be as many, and not none")
         self._check_tokens(ids)
         self._check_places(places, owners)
         self._fill_rope(max(places) + 1)
-        logits = np.empty((sum(wanted), self.config.vocab), np.float32)
-        done = 0
+        if isinstance(wants, np.ndarray) or isinstance(wants[0], (bool, np.bool_)):
+            answers = self._all_logits(np.asarray(wants, np.bool_).reshape(-1))
+        else:
+            answers = self._answers(wants)
         for begin in range(0, n, PREFILL):
             end = min(begin + PREFILL, n)
-            count = sum(wanted[begin:end])
-            self._step([a[begin:end] for a in inputs], logits[done : done + count])
+            self._step([a[begin:end] for a in inputs], answers.rows[begin:end])
             for owner, place in zip(owners[begin:end], places[begin:end], strict=True):
                 self.lengths[owner] = place + 1
-            done += count
-        return logits
+        made: Floats | list[Answer] = answers.result()
+        return made
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget what a sequence holds from position ``length`` on."""
@@ -171,22 +247,88 @@ class Engine:
 
     # ---- Inside ----
 
-    def _step(self, inputs: Sequence[NDArray[Any]], logits: Floats) -> None:
-        """Tokens, positions, sequences and outputs, at most `PREFILL`, to logits: one call of C."""
+    def _all_logits(self, wanted: NDArray[np.bool_]) -> _Rows:
+        """Rows that write the logits of the ``wanted`` tokens to one array."""
+        rows = np.flatnonzero(wanted).tolist()
+        logits = np.empty((len(rows), self.config.vocab), np.float32)
+        structs = self._ffi.new("struct bitgen_row[]", len(wanted))
+        if rows:
+            first = self._ffi.from_buffer("float[]", logits)
+            for at, row in enumerate(rows):
+                structs[row].want = _WANT_LOGITS
+                structs[row].out = first + at * self.config.vocab
+        return _Rows(structs, [logits], lambda: logits)
+
+    def _answers(self, wants: Sequence[Want]) -> _Rows:
+        """Rows that write each answer to arrays of its own."""
+        structs = self._ffi.new("struct bitgen_row[]", len(wants))
+        kept: list[Any] = []  # arrays and their addresses, until C has read and written them
+
+        def pointer(kind: str, values: NDArray[Any]) -> Any:
+            kept.append(self._ffi.from_buffer(kind, values))
+            return kept[-1]
+
+        answers: list[Answer] = []
+        for struct, want in zip(structs, wants, strict=True):
+            if isinstance(want, Nothing):
+                answers.append(None)
+            elif isinstance(want, Best):
+                answers.append(self._fill_best(struct, want, pointer))
+            else:
+                size, kind = _OUTPUTS[type(want)]
+                struct.want = kind
+                values = np.empty(getattr(self.config, size), np.float32)
+                struct.out = pointer("float[]", values)
+                answers.append(values)
+        return _Rows(structs, kept, lambda: [a.trimmed() if isinstance(a, Chosen) else a for a in answers])
+
+    def _fill_best(self, struct: Any, want: Best, pointer: Callable[[str, NDArray[Any]], Any]) -> Chosen:
+        vocab = self.config.vocab
+        if not 0 <= want.k <= vocab:
+            raise BitgenError(f"k must be 0 to {vocab}, the vocabulary, not {want.k}")
+        chosen = Chosen(
+            np.empty(want.k, np.int32), np.empty(want.k, np.float32), np.empty(len(want.named), np.float32)
+        )
+        struct.want, struct.best = _WANT_BEST, want.k
+        struct.ids, struct.out = pointer("int32_t[]", chosen.ids), pointer("float[]", chosen.logits)
+        if want.allowed is not None:
+            if want.allowed.shape != (vocab,) or want.allowed.dtype != np.bool_:
+                raise BitgenError(f"allowed must be bool ({vocab},), one for each token of the vocabulary")
+            bits = np.zeros(-(-vocab // 32) * 4, np.uint8)
+            packed = np.packbits(want.allowed, bitorder="little")
+            bits[: packed.size] = packed
+            struct.allowed = pointer("uint32_t[]", bits.view(np.uint32))
+        struct.bias_count, struct.named_count = len(want.bias), len(want.named)
+        if want.bias:
+            self._check_tokens(list(want.bias))
+            with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
+                bias = np.fromiter(want.bias.values(), np.float32, len(want.bias))
+            if not np.isfinite(bias).all():
+                raise BitgenError("a bias must be finite: leave a token out with `allowed`")
+            struct.bias_id = pointer("int32_t[]", np.fromiter(want.bias, np.int32, len(want.bias)))
+            struct.bias = pointer("float[]", bias)
+        if want.named:
+            self._check_tokens(list(want.named))
+            struct.named = pointer("int32_t[]", np.array(want.named, np.int32))
+            struct.named_out = pointer("float[]", chosen.named)
+        return chosen
+
+    def _step(self, inputs: Sequence[NDArray[Any]], rows: Any) -> None:
+        """Tokens, positions and sequences, at most `PREFILL`, and their rows: one call of C."""
         ffi, lib = self._ffi, self._lib
         _, _, context = self.table.native
-        tokens, positions, sequences, outputs = inputs
+        tokens, positions, sequences = inputs
         call = ffi.new("struct bitgen_tokens *")
         if not self._gathers:
             x = np.ascontiguousarray(self.weights.embedding.gather(tokens))
             call.x = ffi.from_buffer("float[]", x)
+        call.size, call.row_size = _TOKENS_SIZE, _ROW_SIZE
         call.token = ffi.from_buffer("int32_t[]", tokens)
         call.position = ffi.from_buffer("int32_t[]", positions)
         call.sequence = ffi.from_buffer("int32_t[]", sequences)
-        call.output = ffi.from_buffer("uint8_t[]", outputs)
+        call.row = rows
         call.n = len(tokens)
-        out = ffi.from_buffer("float[]", logits) if logits.size else ffi.NULL
-        code = lib.bitgen_step(context, self._model, call, out, self._times_pointer)
+        code = lib.bitgen_step(context, self._model, call, self._times_pointer)
         if code:
             self._check_step(code)
 
@@ -235,6 +377,7 @@ class Engine:
         model = self._model = self._ffi.new("struct bitgen_model *")
         for name in ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab"):
             setattr(model, name, getattr(config, name))
+        model.size, model.layer_size = (ffi.sizeof(f"struct bitgen_{name}") for name in ("model", "layer"))
         model.context, model.sequences = self.context, self.max_batch
         model.norm_eps = config.norm_eps
         model.activation = ACTIVATIONS[config.activation]
@@ -250,7 +393,7 @@ class Engine:
         work = 0
         for tokens in (FEW, PREFILL):  # few tokens may need more: threads then share heads of attention
             tokens = min(tokens, self.context * self.max_batch)
-            self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, size))
+            self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, 0, size))
             work = max(work, int(size[0]))
         work += self.context * config.head_dim * 4  # RoPE
         weights = packed_bytes(self.weights, self.table)

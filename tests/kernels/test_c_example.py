@@ -10,8 +10,9 @@ from pathlib import Path
 import libraries
 import pytest
 
+from bitgen.bundle.contents import Target
+from bitgen.bundle.write import write_library
 from bitgen.cpu import detect_cpu
-from bitgen.library import Target, write_library
 
 pytestmark = pytest.mark.slow
 

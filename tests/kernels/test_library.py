@@ -18,20 +18,13 @@ import pytest
 from libraries import TL1_LAYOUT, TL1_SHAPE, TL2_LAYOUT, TL2_SHAPE
 
 from bitgen.abi import ABI_VERSION
-from bitgen.bundle import DEFAULT, PORTABLE, TUNED, read_bundle, sha256_of
+from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry, read_bundle, sha256_of, write
+from bitgen.bundle.contents import DEFAULT_LAYOUT, Target, choose_contents
+from bitgen.bundle.units import library_units_of, table_values
+from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, Isa, detect_cpu, load_isas
 from bitgen.errors import BitgenError, FileError, UnsupportedError
-from bitgen.host import feature_rows, features_header
-from bitgen.library import (
-    DEFAULT_LAYOUT,
-    KernelChoice,
-    Target,
-    choose_contents,
-    library_units_of,
-    table_values,
-    write,
-    write_library,
-)
+from bitgen.hostcode import feature_rows, features_header
 from bitgen.reference import ternary_matmul
 from bitgen.render import render_kernel
 from bitgen.runtime import KernelTable, load
@@ -93,7 +86,7 @@ def test_a_scalar_library_holds_each_kernel_once(portable: Target) -> None:
 
 def test_a_generic_choice_takes_the_place_of_the_default(cpu: Cpu) -> None:
     spec = libraries.spec_for(TL1_LAYOUT, N1, TL1_SHAPE, cpu, 1)
-    contents = choose_contents([KernelChoice(None, spec, 0)], Target.of(cpu))
+    contents = choose_contents([KernelEntry(spec)], Target.of(cpu))
     assert contents.entries[0].spec == spec
     assert (contents.entries[0].role, contents.entries[0].shape) == (DEFAULT, None)
     # Shapes nobody tuned are packed in its layout, because it comes first.
@@ -102,8 +95,8 @@ def test_a_generic_choice_takes_the_place_of_the_default(cpu: Cpu) -> None:
 
 def test_one_shape_cannot_have_two_layouts(cpu: Cpu) -> None:
     choices = [
-        KernelChoice(TL2_SHAPE, libraries.spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu), 2),
-        KernelChoice(TL2_SHAPE, libraries.spec_for(TL1_LAYOUT, LARGE, TL2_SHAPE, cpu), 2),
+        KernelEntry(libraries.spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu), TL2_SHAPE, 2),
+        KernelEntry(libraries.spec_for(TL1_LAYOUT, LARGE, TL2_SHAPE, cpu), TL2_SHAPE, 2),
     ]
     with pytest.raises(BitgenError, match="kernels for 100x500 read two layouts, tl2_r32 and tl1_r16"):
         choose_contents(choices, Target.of(cpu))
@@ -115,9 +108,9 @@ def test_wrong_choices_cannot_be_made(cpu: Cpu) -> None:
     spec = libraries.spec_for(TL1_LAYOUT, N1, TL1_SHAPE, cpu)
     for shape, threads in ((TL1_SHAPE, 0), (None, 1), (TL1_SHAPE, -1)):
         with pytest.raises(BitgenError, match="threads >= 1"):
-            KernelChoice(shape, spec, threads)
+            KernelEntry(spec, shape, threads)
     with pytest.raises(BitgenError, match="was made for another shape"):
-        KernelChoice(TL1_SHAPE, replace(spec, shape=TL2_SHAPE), 1)
+        KernelEntry(replace(spec, shape=TL2_SHAPE), TL1_SHAPE, 1)
 
 
 def test_only_kernels_that_look_up_get_tables(cpu: Cpu) -> None:
@@ -391,7 +384,7 @@ def test_small_kernels_for_other_shapes_are_legal(cpu: Cpu) -> None:
     for isa in ("scalar", Target.of(cpu).isa.name):
         target = Target.of(cpu, isa)
         for layout in (TL1_LAYOUT, TL2_LAYOUT, DEFAULT_LAYOUT, replace(DEFAULT_LAYOUT, row_block=32)):
-            choice = KernelChoice(Shape(7, 7), _some_spec(layout, target), 1)
+            choice = KernelEntry(_some_spec(layout, target), Shape(7, 7), 1)
             contents = choose_contents([choice], target)
             assert {spec.regime for spec in contents.specs if spec.layout == layout} == {
                 "n1",

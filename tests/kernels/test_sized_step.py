@@ -18,10 +18,12 @@ from reference_model import random_dense, small_config
 from step_levels import level_library
 
 from bitgen.abi import DENSE_TYPES
-from bitgen.bundle import read_bundle
+from bitgen.bundle import read_bundle, write
+from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.units import library_units_of, table_values
+from bitgen.bundle.write import write_library
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.library import Target, choose_contents, library_units_of, table_values, write, write_library
 from bitgen.model.config import ModelConfig
 from bitgen.model.engine import Engine
 from bitgen.model.quants import DENSE

@@ -415,14 +415,14 @@ def test_the_step_checks_its_model(tables: Any) -> None:
         engine = Engine(weights, tables())
         engine._fill_rope(10)
         arrays = [np.zeros(1, np.int32) for _ in range(3)]
-        output, logits = np.ones(1, np.uint8), np.empty((1, 97), np.float32)
+        logits, row = np.empty(97, np.float32), ffi.new("struct bitgen_row *")
+        row.want, row.out = lib.BITGEN_WANT_LOGITS, ffi.from_buffer("float[]", logits)
         call = ffi.new("struct bitgen_tokens *")
-        call.n = 1
+        call.size, call.row_size, call.n = ffi.sizeof(call[0]), ffi.sizeof(row[0]), 1
         call.token, call.position, call.sequence = (ffi.from_buffer("int32_t[]", a) for a in arrays)
-        call.output = ffi.from_buffer("uint8_t[]", output)
+        call.row = row
         change(engine._model, call)
-        out = ffi.from_buffer("float[]", logits)
-        return int(lib.bitgen_step(context, engine._model, call, out, ffi.NULL))
+        return int(lib.bitgen_step(context, engine._model, call, ffi.NULL))
 
     def field(name: str, value: Any) -> Callable[[Any, Any], None]:
         return lambda model, call: setattr(call if hasattr(call, name) else model, name, value)
@@ -439,7 +439,7 @@ def test_the_step_checks_its_model(tables: Any) -> None:
         ("kv_type", -1),
     ):
         assert code(field(name, value)) == lib.BITGEN_ERROR_MODEL, name
-    for name in ("final_norm", "rope", "cache", "layer", "token", "position", "sequence", "output"):
+    for name in ("final_norm", "rope", "cache", "layer", "token", "position", "sequence", "row"):
         assert code(field(name, ffi.NULL)) == lib.BITGEN_ERROR_NULL, name
     assert code(field("cache", ffi.cast("void *", 8))) == lib.BITGEN_ERROR_ALIGNMENT
     assert code(field("n", 0)) == lib.BITGEN_ERROR_SHAPE

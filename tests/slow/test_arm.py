@@ -20,7 +20,7 @@ from bitgen.api import build
 from bitgen.cli import main
 from bitgen.cpu import Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.errors import BitgenError, ToolchainError, UsageError
-from bitgen.host import features_header
+from bitgen.hostcode import features_header
 from bitgen.render import inherits
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Shape

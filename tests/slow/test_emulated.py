@@ -154,7 +154,8 @@ def test_suites_pass_on_an_emulated_cpu(
 
 BUILD = """
 import sys; from pathlib import Path; import emulated; emulated.pretend()
-from bitgen.library import Target, write_library
+from bitgen.bundle.contents import Target
+from bitgen.bundle.write import write_library
 from bitgen.cpu import detect_cpu
 from bitgen.toolchain import Toolchain, find_compiler
 toolchain = Toolchain(find_compiler(), cache_dir=Path(sys.argv[1]) / "cache")

@@ -69,12 +69,12 @@ def environment(library: Path, features: Iterable[str]) -> dict[str, str]:
 
 def pretend() -> None:
     """In a process with the emulator: detect its features, build libraries that find them, be patient."""
-    import bitgen.host
+    import bitgen.hostcode
     from bitgen.cpu import linux
     from bitgen.measure import local
 
     features = os.environ[VARIABLE].split()
-    read, rows = linux._read, bitgen.host.feature_rows
+    read, rows = linux._read, bitgen.hostcode.feature_rows
 
     def cpuinfo_with_features(file: Path) -> str:
         text = read(file)
@@ -86,7 +86,7 @@ def pretend() -> None:
         return [{**always, "name": r["name"]} if r["name"] in features else r for r in found]
 
     linux._read = cpuinfo_with_features
-    bitgen.host.feature_rows = rows_that_hold
+    bitgen.hostcode.feature_rows = rows_that_hold
     local.TimingPolicy = partial(local.TimingPolicy, check_timeout_s=600.0)
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bitgen.bundle import KernelEntry
+from bitgen.bundle.contents import Target
+from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, detect_cpu
-from bitgen.library import KernelChoice, Target, write_library
 from bitgen.space import space_for
 from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape
 from bitgen.toolchain import Toolchain, find_compiler
@@ -34,13 +36,13 @@ def spec_for(layout: Layout, regime: Regime, shape: Shape, cpu: Cpu, nth: int = 
     return next(spec for i, spec in enumerate(legal) if i == nth)
 
 
-def choices(cpu: Cpu) -> list[KernelChoice]:
+def choices(cpu: Cpu) -> list[KernelEntry]:
     """Winners of an invented tune: for one and for two threads, and not for every regime."""
     return [
-        KernelChoice(TL2_SHAPE, spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu), 1),
-        KernelChoice(TL2_SHAPE, spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu, 1), 2),
-        KernelChoice(TL2_SHAPE, spec_for(TL2_LAYOUT, LARGE, TL2_SHAPE, cpu), 2),
-        KernelChoice(TL1_SHAPE, spec_for(TL1_LAYOUT, SMALL, TL1_SHAPE, cpu), 2),
+        KernelEntry(spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu), TL2_SHAPE, 1),
+        KernelEntry(spec_for(TL2_LAYOUT, N1, TL2_SHAPE, cpu, 1), TL2_SHAPE, 2),
+        KernelEntry(spec_for(TL2_LAYOUT, LARGE, TL2_SHAPE, cpu), TL2_SHAPE, 2),
+        KernelEntry(spec_for(TL1_LAYOUT, SMALL, TL1_SHAPE, cpu), TL1_SHAPE, 2),
     ]
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from libraries import session_folder, toolchain_of
 
+from bitgen.bundle.contents import Target
+from bitgen.bundle.write import write_library
 from bitgen.cpu import Rejected, cap_note, detect_cpu, load_isas, resolve_isas
-from bitgen.library import Target, write_library
 from bitgen.toolchain import Toolchain
 
 LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]

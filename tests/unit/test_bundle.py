@@ -12,7 +12,6 @@ import pytest
 
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle import (
-    DEFAULT,
     MANIFEST_NAME,
     TUNED,
     Bundle,
@@ -52,8 +51,8 @@ def cpu(family: str = "zen2", features: tuple[str, ...] = AVX2, **values: Any) -
 
 def manifest(**changes: Any) -> Manifest:
     kernels = (
-        KernelEntry(SPEC, TUNED, Shape(100, 500), 2, "a" * 64),
-        KernelEntry(SPEC, DEFAULT, None, 0, "b" * 64),
+        KernelEntry(SPEC, Shape(100, 500), 2, TUNED, "a" * 64),
+        KernelEntry(SPEC, digest="b" * 64),
     )
     base = Manifest(
         name="test",

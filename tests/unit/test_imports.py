@@ -91,7 +91,7 @@ def test_processes_are_started_in_few_places() -> None:
     allowed = {
         "bitgen.toolchain.process",
         "bitgen.measure.link",
-        "bitgen.library.write",
+        "bitgen.bundle.write",
         "bitgen.cpu.macos",
     }
     assert importers("subprocess") <= allowed, importers("subprocess") - allowed

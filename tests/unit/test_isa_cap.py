@@ -18,10 +18,12 @@ from libraries import toolchain_of
 
 from bitgen.api import Workshop
 from bitgen.bundle import read_bundle
+from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.units import table_values
+from bitgen.bundle.write import write_library
 from bitgen.cli import main
 from bitgen.cpu import CAP_VARIABLE, Cpu, accepted_isas, capped, detect_cpu, load_isas, target_cpu
 from bitgen.errors import BitgenError, UnsupportedError, UsageError
-from bitgen.library import Target, choose_contents, table_values, write_library
 from bitgen.runtime import KernelTable, load
 
 LEVELS = [isa.name for isa in load_isas()]

@@ -11,11 +11,10 @@ from test_store import LARGE, OTHER, R16, R32, WIDE, of_layout, tuning
 
 from bitgen import winners
 from bitgen.api import Workshop, choices_for
-from bitgen.bundle import read_bundle
+from bitgen.bundle import KernelEntry, read_bundle
 from bitgen.config import find_model
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
-from bitgen.library import KernelChoice
 from bitgen.llm import library_for
 from bitgen.model.synthetic import config_of
 from bitgen.space import space_for
@@ -99,7 +98,7 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
     export_winners(store, workshop.fingerprint, workshop.cpu, workshop.isas, tmp_path)
     assert len(family_winners(workshop.cpu.family, tmp_path)) == 2
-    assert choices_for(preset, workshop, isa) == [KernelChoice(shape, point, 2)]
+    assert choices_for(preset, workshop, isa) == [KernelEntry(point, shape, 2)]
     assert (near := nearest_winners(workshop.cpu, workshop.isas))
     assert near.why == "this CPU's family"
 

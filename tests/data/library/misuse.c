@@ -143,12 +143,12 @@ static void check_table(void)
 
 static void check_messages(void)
 {
-    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_ISA_CAP; ++i) {
+    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_STRUCT; ++i) {
         CHECK(strlen(bitgen_error_message(i)) > 5);
         CHECK(strcmp(bitgen_error_message(i), "unknown error code"));
     }
     CHECK(!strcmp(bitgen_error_message(-1), "unknown error code"));
-    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_ISA_CAP + 1), "unknown error code"));
+    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_STRUCT + 1), "unknown error code"));
 }
 
 enum { M = 20, K = 100, N = 3 };
@@ -220,6 +220,10 @@ static void check_headers(bitgen_context *ctx, const struct buffer *packed)
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     h = right, h.m = 0, h.bytes = sizeof h;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
+    h = right, h.scale_type = 1;
+    CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_LAYOUT);
+    h = right, h.group = 64;
+    CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_LAYOUT);
     h = right, h.bytes += 64;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     CHECK(with_header(ctx, packed, &right) == BITGEN_OK);

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitgen import __version__
+from bitgen.bundle.contents import Contents
 from bitgen.cpu import cap_rows
-from bitgen.host import library_units, row_grain, step_headers
-from bitgen.library.contents import Contents
+from bitgen.hostcode import library_units, row_grain, step_headers
 from bitgen.render import matmul_struct
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, regime_named
 from bitgen.toolchain import Prototype, Unit

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from bitgen import __version__
 from bitgen.abi import ABI_VERSION
-from bitgen.bundle import MANIFEST_NAME, Manifest, is_bundle, sha256_of
+from bitgen.bundle.contents import Contents, Target, choose_contents
+from bitgen.bundle.manifest import MANIFEST_NAME, KernelEntry, Manifest, is_bundle, sha256_of
+from bitgen.bundle.units import library_units_of
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.host import SYSTEMS, host_headers
-from bitgen.library.contents import Contents, KernelChoice, Target, choose_contents
-from bitgen.library.units import library_units_of
+from bitgen.hostcode import SYSTEMS, host_headers
 from bitgen.paths import HOME_VARIABLE, ensure_dir
 from bitgen.spec import StepSizes
 from bitgen.toolchain import (
@@ -39,7 +39,7 @@ _CHECK_TIMEOUT_S = 120.0
 
 
 def write_library(
-    choices: Sequence[KernelChoice],
+    choices: Sequence[KernelEntry],
     toolchain: Toolchain,
     out_dir: Path | str,
     name: str,

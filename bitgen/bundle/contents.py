@@ -1,4 +1,9 @@
-"""Which kernels a library holds: those chosen, and what serves every other shape."""
+"""Which kernels a library holds: those chosen, and what serves every other shape.
+
+Beside the chosen kernels a library always holds, for each layout that occurs and for I2_S, kernels of the
+target's ISA level with default schedules and portable ones: every shape is served, tuned or not. SVE leaves
+the length of registers to the system: a library with kernels for one length holds others for the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry
+from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
@@ -15,26 +20,6 @@ from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_na
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """A kernel that was chosen for a shape on a number of threads; its spec says for which regime.
-
-    ``shape`` None and ``threads`` 0: it serves every shape, in the place of the default of its layout.
-    """
-
-    shape: Shape | None
-    spec: KernelSpec
-    threads: int
-
-    def __post_init__(self) -> None:
-        if (self.shape is None) != (self.threads == 0) or self.threads < 0:
-            raise BitgenError(
-                f"{self.spec.name}: a kernel for a shape needs threads >= 1, one for all needs 0"
-            )
-        if self.spec.shape not in (None, self.shape):
-            raise BitgenError(f"{self.spec.name} was made for another shape than {self.shape}")
 
 
 @dataclass(frozen=True)
@@ -137,7 +122,7 @@ class Contents:
         )
 
 
-def choose_contents(choices: Sequence[KernelChoice], target: Target) -> Contents:
+def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     """The entries of a library with these ``choices``: tuned, then defaults, then portable ones.
 
     BitgenError when the choices for one shape and thread count read different layouts: its weights are packed
@@ -150,27 +135,24 @@ def choose_contents(choices: Sequence[KernelChoice], target: Target) -> Contents
             if layout != choice.spec.layout:
                 names = f"{layout.name} and {choice.spec.layout.name}"
                 raise BitgenError(f"kernels for {choice.shape.name} read two layouts, {names}")
-    generic = [choice.spec for choice in choices if choice.shape is None]
-    layouts = dict.fromkeys([*(spec.layout for spec in generic), DEFAULT_LAYOUT])
+    generic = [choice.spec.layout for choice in choices if choice.shape is None]
+    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT])
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
-    entries = [_entry(choice.spec, TUNED, choice.shape, choice.threads) for choice in choices if choice.shape]
-    entries += [_entry(spec, DEFAULT) for spec in generic]
+    entries = [choice for choice in choices if choice.shape]
+    entries += [choice for choice in choices if not choice.shape]
     levels = [(isa, DEFAULT) for isa in (target.isa, *target.other_lengths)]
     for isa, role in (*levels, (target.scalar, PORTABLE)):
         entries += [
-            _entry(_default_spec(layout, regime.name, isa, target, choices), role)
+            KernelEntry(_default_spec(layout, regime.name, isa, target, choices), role=role)
             for layout in layouts
             for regime in REGIMES
         ]
-    return Contents(target, tuple(dict.fromkeys(entries)))
-
-
-def _entry(spec: KernelSpec, role: str, shape: Shape | None = None, threads: int = 0) -> KernelEntry:
-    return KernelEntry(spec, role, shape, threads, render_kernel(spec).digest)
+    rendered = [replace(entry, digest=render_kernel(entry.spec).digest) for entry in entries]
+    return Contents(target, tuple(dict.fromkeys(rendered)))
 
 
 def _default_spec(
-    layout: Layout, regime: str, isa: Isa, target: Target, choices: Sequence[KernelChoice]
+    layout: Layout, regime: str, isa: Isa, target: Target, choices: Sequence[KernelEntry]
 ) -> KernelSpec:
     """A kernel for every shape of a layout: the space's default, else the first legal point that reads it."""
     space = space_for(layout.family, isa, regime_named(regime), _ANY_SHAPE, target.cpu)

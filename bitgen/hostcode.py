@@ -135,7 +135,7 @@ def library_units(
     if system not in SYSTEMS:
         raise UnsupportedError(f"there is no host code for {system}; there is for {', '.join(SYSTEMS)}")
     headers = library_headers(arch)
-    parts = tuple((name, csrc_text(name)) for name in ("step_memory.h", "step_attention.h"))
+    parts = tuple((name, csrc_text(name)) for name in ("step_memory.h", "step_attention.h", "step_rows.h"))
     found = (("features.h", features_header(arch, system, features)),)
     return (
         *run_units(arch),

@@ -1,22 +1,20 @@
-"""Read, verify and choose a directory of kernels for a CPU family.
+"""What a bundle says about itself, and whether that is true.
 
 A bundle is a folder: a library, its header, a manifest, a pkg-config file, and the C text it was made from.
-The manifest is believed only as far as it can be checked: the library's bytes against its digest, the CPU
-against the features it requires.
+The manifest is believed only as far as it can be checked: the library's bytes against its digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitgen.abi import ABI_VERSION
-from bitgen.cpu import Cpu, cap_note
-from bitgen.errors import BitgenError, FileError, UnsupportedError
+from bitgen.errors import BitgenError, FileError
 from bitgen.spec import KernelSpec, Shape, StepSizes
 
 MANIFEST_NAME = "manifest.json"
@@ -27,17 +25,28 @@ TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 
 @dataclass(frozen=True)
 class KernelEntry:
-    """One kernel of a library: ``role`` is tuned, default (serves every shape) or portable (scalar).
+    """One kernel of a library, chosen for a shape on a number of threads, or (None and 0) for every shape.
 
-    ``shape`` and ``threads`` say what it was tuned for (None and 0 where it was not), ``digest`` is the
-    sha256 of its C text.
+    ``role`` is tuned, default (serves every shape) or portable (scalar); empty: tuned for a shape, else
+    default. ``digest`` is the sha256 of its C text, empty where that was not rendered yet. BitgenError when
+    shape, threads and spec contradict each other.
     """
 
     spec: KernelSpec
-    role: str
-    shape: Shape | None
-    threads: int
-    digest: str
+    shape: Shape | None = None
+    threads: int = 0
+    role: str = ""
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.shape is None) != (self.threads == 0) or self.threads < 0:
+            raise BitgenError(
+                f"{self.spec.name}: a kernel for a shape needs threads >= 1, one for all needs 0"
+            )
+        if self.spec.shape not in (None, self.shape):
+            raise BitgenError(f"{self.spec.name} was made for another shape than {self.shape}")
+        if not self.role:
+            object.__setattr__(self, "role", TUNED if self.shape else DEFAULT)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -145,15 +154,6 @@ class Bundle:
         return self.path / self.manifest.library
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Whether a CPU can use a bundle, and why."""
-
-    bundle: Bundle
-    accepted: bool
-    reason: str = field(compare=False)
-
-
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -218,52 +218,3 @@ def find_bundles(folder: Path) -> tuple[list[Bundle], list[BitgenError]]:
         except BitgenError as error:
             errors.append(error)
     return bundles, errors
-
-
-def choose_bundle(bundles: Iterable[Bundle], cpu: Cpu) -> tuple[Bundle | None, list[Decision]]:
-    """The bundle to use on ``cpu``, None when it runs none of them, and a decision for each.
-
-    Among those it runs: made for this CPU family before others, tuned before untuned, more required features
-    before fewer (they use more of the CPU), the first given before later ones.
-    """
-    decisions = [judge(bundle, cpu) for bundle in bundles]
-    usable = [decision.bundle for decision in decisions if decision.accepted]
-    return max(usable, key=lambda bundle: _preference(bundle, cpu), default=None), decisions
-
-
-def _preference(bundle: Bundle, cpu: Cpu) -> tuple[bool, bool, int]:
-    manifest = bundle.manifest
-    return manifest.cpu_family == cpu.family, manifest.is_tuned, len(manifest.features)
-
-
-def judge(bundle: Bundle, cpu: Cpu) -> Decision:
-    """Whether ``cpu`` can run the bundle's library."""
-    manifest = bundle.manifest
-    if (manifest.system, manifest.arch) != (cpu.os, cpu.arch):
-        reason = f"it is for {manifest.system} on {manifest.arch}, this is {cpu.os} on {cpu.arch}"
-        return Decision(bundle, False, reason)
-    missing = sorted(manifest.features - cpu.features)
-    if missing:
-        reason = f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}"
-        return Decision(bundle, False, reason)
-    tuned = "tuned" if manifest.is_tuned else "untuned"
-    where = (
-        "this CPU family"
-        if manifest.cpu_family == cpu.family
-        else f"{manifest.cpu_family}, which also runs here"
-    )
-    return Decision(bundle, True, f"{tuned}, for {where}")
-
-
-def require_runnable(bundle: Bundle, cpu: Cpu) -> None:
-    """UnsupportedError with the reason when ``cpu`` cannot run the bundle's library."""
-    decision = judge(bundle, cpu)
-    if not decision.accepted:
-        raise UnsupportedError(f"cannot use {bundle.path}: {decision.reason}{cap_note()}")
-
-
-def describe(decisions: Sequence[Decision]) -> list[str]:
-    """One line for each decision."""
-    return [
-        f"{d.bundle.path.name}: {'accepted' if d.accepted else 'rejected'}, {d.reason}" for d in decisions
-    ]

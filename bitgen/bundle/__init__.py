@@ -1,0 +1,49 @@
+"""A library that works without Python, in a folder: its manifest, choosing one, and writing it.
+
+A bundle holds::
+
+    NAME/libbitgen-NAME.so      the library;  libbitgen-NAME.so.3 is a link to it, for programs that load it
+    NAME/bitgen.h               its public header
+    NAME/bitgen.pc              for pkg-config; the folder may be moved
+    NAME/manifest.json          what is inside, with digests
+    NAME/src/                   the C text it was made from, and a Makefile
+
+What reads and chooses is here, and imports no compiler. `bitgen.bundle.write` makes a bundle: the kernels of
+`bitgen.bundle.contents`, rendered, compiled and executed once before they are kept.
+"""
+
+from __future__ import annotations
+
+from bitgen.bundle.manifest import (
+    DEFAULT,
+    MANIFEST_NAME,
+    PORTABLE,
+    TUNED,
+    Bundle,
+    KernelEntry,
+    Manifest,
+    find_bundles,
+    is_bundle,
+    read_bundle,
+    sha256_of,
+)
+from bitgen.bundle.select import Decision, choose_bundle, describe, judge, require_runnable
+
+__all__ = [
+    "DEFAULT",
+    "MANIFEST_NAME",
+    "PORTABLE",
+    "TUNED",
+    "Bundle",
+    "Decision",
+    "KernelEntry",
+    "Manifest",
+    "choose_bundle",
+    "describe",
+    "find_bundles",
+    "is_bundle",
+    "judge",
+    "read_bundle",
+    "require_runnable",
+    "sha256_of",
+]

@@ -1,0 +1,188 @@
+/* --- what rows want --- */
+
+static int is_token(const struct bitgen_model *model, int32_t id) { return id >= 0 && id < model->vocab; }
+
+/* The ids of a row's bias and names, and that a bias is finite. */
+static int32_t check_ids(const struct bitgen_model *model, const struct bitgen_row *row)
+{
+    if (row->bias_count < 0 || row->named_count < 0) return BITGEN_ERROR_ARGUMENT;
+    if (row->bias_count && (!row->bias || !row->bias_id)) return BITGEN_ERROR_NULL;
+    if (row->named_count && (!row->named || !row->named_out)) return BITGEN_ERROR_NULL;
+    for (int64_t i = 0; i < row->bias_count; ++i) {
+        if (!is_token(model, row->bias_id[i])) return BITGEN_ERROR_TOKENS;
+        if (largest_bits(row->bias + i, 1) >= INFINITE) return BITGEN_ERROR_ARGUMENT;
+    }
+    for (int64_t i = 0; i < row->named_count; ++i)
+        if (!is_token(model, row->named[i])) return BITGEN_ERROR_TOKENS;
+    return BITGEN_OK;
+}
+
+static int32_t check_row(const struct bitgen_model *model, const struct bitgen_row *row)
+{
+    if (row->want < BITGEN_WANT_NOTHING || row->want > BITGEN_WANT_BEST) return BITGEN_ERROR_ARGUMENT;
+    if (row->want == BITGEN_WANT_NOTHING) return BITGEN_OK;
+    if (row->want != BITGEN_WANT_BEST) return row->out ? BITGEN_OK : BITGEN_ERROR_NULL;
+    if (row->best < 0 || row->best > model->vocab) return BITGEN_ERROR_ARGUMENT;
+    if (row->best && (!row->out || !row->ids)) return BITGEN_ERROR_NULL;
+    return check_ids(model, row);
+}
+
+/* Row i of `final` is that of token output_of[i]; logits of BITGEN_WANT_BEST go to `scores`, in their order. */
+static void plan_rows(struct step *s)
+{
+    const int64_t vocab = s->model->vocab;
+    int64_t output = 0, best = 0;
+    s->run_count = 0;
+    for (int64_t t = 0; t < s->tokens->n; ++t) {
+        const struct bitgen_row *row = &s->tokens->row[t];
+        if (row->want == BITGEN_WANT_NOTHING) continue;
+        s->output_of[output] = (int32_t)t;
+        if (row->want != BITGEN_WANT_HIDDEN) {
+            float *out = row->want == BITGEN_WANT_BEST ? s->scores + best++ * vocab : row->out;
+            struct run *last = s->runs + max64(s->run_count - 1, 0);
+            if (s->run_count && last->first + last->count == output && last->out + last->count * vocab == out)
+                ++last->count;
+            else s->runs[s->run_count++] = (struct run){output, 1, out};
+        }
+        ++output;
+    }
+}
+
+/* The norm before the head, and the hidden states that are wanted. */
+static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    const int64_t k = s->hidden, stride = ceil_to(k, FLOATS);
+    (void)worker;
+    for (int64_t i = begin; i < end; ++i) {
+        const struct bitgen_row *row = &s->tokens->row[s->output_of[i]];
+        float *x = s->final + i * stride;
+        found(s, s->ops->norm(s->x + i * k, s->delta + i * k, s->model->final_norm, s->model->norm_eps, k, x));
+        if (row->want == BITGEN_WANT_HIDDEN) memcpy(row->out, x, (size_t)k * 4);
+    }
+}
+
+static void head_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    const struct bitgen_dense *head = &s->model->head;
+    const int64_t stride = ceil_to(s->hidden, FLOATS);
+    (void)worker;
+    for (int64_t i = begin; i < end; ++i)
+        for (const struct run *run = s->runs; run < s->runs + s->run_count; ++run) {
+            const struct bitgen_head a = {
+                .x = s->final + run->first * stride,
+                .w = head->data,
+                .scale = head->scale,
+                .out = run->out,
+                .n = run->count,
+                .k = s->hidden,
+                .x_stride = stride,
+                .row_bytes = head->row_bytes,
+                .out_stride = s->model->vocab,
+                .row_begin = i * HEAD_ROWS,
+                .row_end = min64((i + 1) * HEAD_ROWS, s->model->vocab),
+            };
+            s->ops->head[head->type](&a);
+            for (int64_t t = 0; t < run->count; ++t)
+                found(s, largest_bits(run->out + t * a.out_stride + a.row_begin, a.row_end - a.row_begin) >= INFINITE);
+        }
+}
+
+/* A heap of the best so far, the worst of them at its root: order is by logit, among equals the lower id is better. */
+struct heap {
+    int32_t *ids;
+    float *logits;
+    int64_t count;
+};
+
+static int is_worse(const struct heap *h, int64_t i, int64_t j)
+{ return h->logits[i] < h->logits[j] || (h->logits[i] == h->logits[j] && h->ids[i] > h->ids[j]); }
+
+static void swap(const struct heap *h, int64_t i, int64_t j)
+{
+    const float logit = h->logits[i];
+    const int32_t id = h->ids[i];
+    h->logits[i] = h->logits[j];
+    h->ids[i] = h->ids[j];
+    h->logits[j] = logit;
+    h->ids[j] = id;
+}
+
+static void sift_down(const struct heap *h, int64_t i)
+{
+    for (int64_t child; (child = 2 * i + 1) < h->count; i = child) {
+        if (child + 1 < h->count && is_worse(h, child + 1, child)) ++child;
+        if (!is_worse(h, child, i)) return;
+        swap(h, i, child);
+    }
+}
+
+static void push(struct heap *h, int32_t id, float logit)
+{
+    int64_t i = h->count++;
+    h->ids[i] = id;
+    h->logits[i] = logit;
+    for (; i > 0 && is_worse(h, i, (i - 1) / 2); i = (i - 1) / 2) swap(h, i, (i - 1) / 2);
+}
+
+/* The best of the allowed logits, falling; the lower id first among equals. */
+static void choose_best(const struct bitgen_row *row, const float *logits, int64_t vocab)
+{
+    struct heap h = {row->ids, row->out, 0};
+    for (int64_t id = 0; id < vocab; ++id) {
+        if (row->allowed && !(row->allowed[id / 32] >> id % 32 & 1)) continue;
+        if (h.count < row->best) {
+            push(&h, (int32_t)id, logits[id]);
+        } else if (logits[id] > h.logits[0]) { /* ids rise: an equal one is worse */
+            h.ids[0] = (int32_t)id;
+            h.logits[0] = logits[id];
+            sift_down(&h, 0);
+        }
+    }
+    for (int64_t i = h.count; i < row->best; ++i) {
+        row->ids[i] = -1;
+        row->out[i] = -INFINITY;
+    }
+    while (h.count > 1) {
+        swap(&h, 0, --h.count);
+        sift_down(&h, 0);
+    }
+}
+
+/* Items are the rows of `scores`. */
+static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    const int64_t vocab = s->model->vocab;
+    int64_t item = 0;
+    (void)worker;
+    for (int64_t i = 0; i < s->outputs && item < end; ++i) {
+        const struct bitgen_row *row = &s->tokens->row[s->output_of[i]];
+        if (row->want != BITGEN_WANT_BEST || item++ < begin) continue;
+        float *logits = s->scores + (item - 1) * vocab;
+        for (int64_t j = 0; j < row->bias_count; ++j) logits[row->bias_id[j]] += row->bias[j];
+        for (int64_t j = 0; j < row->named_count; ++j) row->named_out[j] = logits[row->named[j]];
+        if (row->best) choose_best(row, logits, vocab);
+    }
+}
+
+/* x + delta of the tokens that want something -> what they want. */
+static int32_t answer_rows(struct step *s)
+{
+    struct bitgen_pool *pool = s->ctx->pool;
+    const struct bitgen_dense *head = &s->model->head;
+    plan_rows(s);
+    s->n = s->outputs;
+    if (s->run_count) bitgen_pool_ahead(pool, head->data, s->model->vocab * head->row_bytes);
+    over_tokens(s, final_body, s->hidden);
+    stage_done(s, BITGEN_STAGE_NORM);
+    if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
+    if (!s->run_count) return BITGEN_OK;
+    const int64_t items = ceil_div(s->model->vocab, HEAD_ROWS);
+    bitgen_pool_run(pool, head_body, s, items, max64(1, items / (16 * s->ctx->threads)));
+    if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
+    if (s->best) bitgen_pool_run(pool, best_body, s, s->best, 1);
+    stage_done(s, BITGEN_STAGE_HEAD);
+    return BITGEN_OK;
+}
