@@ -29,6 +29,7 @@ from bitgen.spec import (
     TABLES_PROTOTYPE,
     TL5,
     KernelSpec,
+    Layout,
     StepSizes,
     family_named,
     regime_named,
@@ -140,6 +141,47 @@ def _at_column(text: str, column: int) -> str:
     return textwrap.indent("\n".join(lines), " " * column)
 
 
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel template names what a tile holds: C text by row, token and field.
+
+    Row ``r`` is a sub-block of 16 rows; a tile has those of ``b0``, then those of ``b1``, ... when it walks several
+    row blocks (streams ``w0``, ``w1``, ...) at once.
+    """
+
+    layout: Layout
+
+    @staticmethod
+    def sums(name: str, r: int, t: int, f: int | None = None) -> str:
+        """A register of sums: ``acc_r0_t1``, or ``acc_r0_t1_f2`` of one field."""
+        return f"{name}_r{r}_t{t}" + (f"_f{f}" if f is not None else "")
+
+    @classmethod
+    def acc(cls, r: int, t: int, f: int | None = None) -> str:
+        """The int32 accumulator of a sub-block and a token."""
+        return cls.sums("acc", r, t, f)
+
+    def row(self, r: int) -> str:
+        """The first matrix row of a sub-block."""
+        stream, sub_block = divmod(r, self.layout.sub_blocks)
+        return _plus(_times(self.layout.row_block, f"b{stream}"), 16 * sub_block)
+
+    def weights(self, r: int, c: str, byte: int = 0, stream: str = "w{}") -> str:
+        """The address of byte ``byte`` of chunk ``c`` of a sub-block."""
+        which, sub_block = divmod(r, self.layout.sub_blocks)
+        size = FAMILIES[self.layout.family].chunk_bytes
+        return _plus(
+            stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte
+        )
+
+    def trailer(self, r: int) -> str:
+        """The address of a sub-block's trailer, behind all chunks of its row block."""
+        which, sub_block = divmod(r, self.layout.sub_blocks)
+        family = FAMILIES[self.layout.family]
+        chunks = _times(family.chunk_bytes * self.layout.sub_blocks, "chunks")
+        return _plus(f"w{which}", chunks, family.trailer_bytes * sub_block)
+
+
 @cache
 def _template(name: str) -> jinja2.Template:
     try:
@@ -151,6 +193,8 @@ def _template(name: str) -> jinja2.Template:
 def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str, Any]) -> str:
     """Banner, includes, the words the body uses, and the body."""
     body = _template(template).render(isa=isa, **values)
+    # What macros leave behind: no empty line within a function, one between two.
+    body = re.sub(r"\n\n+(?= )", "\n", re.sub(r"\n{3,}", "\n\n", body))
     words = vocabulary(isa.name)
     used = words_used(words, body)
     text = [f" * {line}".rstrip() for line in banner]
@@ -190,6 +234,7 @@ def render_kernel(spec: KernelSpec) -> Source:
         "regime": regime,
         "layout": spec.layout,
         "schedule": spec.schedule,
+        "tile": Tile(spec.layout),
         "tiles": _token_tiles(spec),
         "t5_table": T5_TABLE.tolist(),
         "split_radix": SPLIT_RADIX,
