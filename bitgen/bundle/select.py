@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bitgen.bundle.manifest import Bundle
-from bitgen.cpu import Cpu, cap_note
+from bitgen.cpu import Cpu
 from bitgen.errors import UnsupportedError
 
 
@@ -58,7 +58,7 @@ def require_runnable(bundle: Bundle, cpu: Cpu) -> None:
     """UnsupportedError with the reason when ``cpu`` cannot run the bundle's library."""
     decision = judge(bundle, cpu)
     if not decision.accepted:
-        raise UnsupportedError(f"cannot use {bundle.path}: {decision.reason}{cap_note()}")
+        raise UnsupportedError(f"cannot use {bundle.path}: {decision.reason}")
 
 
 def describe(decisions: Sequence[Decision]) -> list[str]:
