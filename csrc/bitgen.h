@@ -45,27 +45,27 @@ extern "C" {
 /* The codes; bitgen_error_message() has a sentence for each. */
 enum bitgen_error {
     BITGEN_OK = 0,
-    BITGEN_ERROR_NULL = 1,            /* a pointer is NULL */
-    BITGEN_ERROR_ARGUMENT = 2,        /* threads, flags or an index out of range */
-    BITGEN_ERROR_SHAPE = 3,           /* m, k or n out of range, or not the shape that was packed */
-    BITGEN_ERROR_SCALE_COUNT = 4,     /* w_scale_count is neither 1 nor m */
-    BITGEN_ERROR_ALIGNMENT = 5,       /* packed weights not at a multiple of 64 bytes */
-    BITGEN_ERROR_BUFFER_SIZE = 6,     /* fewer bytes than packed weights of this shape have */
-    BITGEN_ERROR_NOT_PACKED = 7,      /* not weights packed by a bitgen library, or damaged */
-    BITGEN_ERROR_LAYOUT_VERSION = 8,  /* packed by a library with other layouts */
-    BITGEN_ERROR_LAYOUT = 9,          /* a layout this library has no kernels for */
-    BITGEN_ERROR_NOT_TERNARY = 10,    /* a weight is not -1, 0 or 1 */
-    BITGEN_ERROR_NOT_FINITE = 11,     /* NaN or infinity in activations or logits; outputs are undefined */
-    BITGEN_ERROR_BUSY = 12,           /* the context serves another call */
-    BITGEN_ERROR_FORKED = 13,         /* the context belongs to the parent process */
+    BITGEN_ERROR_NULL = 1,             /* a pointer is NULL */
+    BITGEN_ERROR_ARGUMENT = 2,         /* threads, flags or an index out of range */
+    BITGEN_ERROR_SHAPE = 3,            /* m, k or n out of range, or not the shape that was packed */
+    BITGEN_ERROR_SCALE_COUNT = 4,      /* w_scale_count is neither 1 nor m */
+    BITGEN_ERROR_ALIGNMENT = 5,        /* packed weights not at a multiple of 64 bytes */
+    BITGEN_ERROR_BUFFER_SIZE = 6,      /* fewer bytes than packed weights of this shape have */
+    BITGEN_ERROR_NOT_PACKED = 7,       /* not weights packed by a bitgen library, or damaged */
+    BITGEN_ERROR_LAYOUT_VERSION = 8,   /* packed by a library with other layouts */
+    BITGEN_ERROR_LAYOUT = 9,           /* a layout this library has no kernels for */
+    BITGEN_ERROR_NOT_TERNARY = 10,     /* a weight is not -1, 0 or 1 */
+    BITGEN_ERROR_NOT_FINITE = 11,      /* NaN or infinity in activations or logits; outputs are undefined */
+    BITGEN_ERROR_BUSY = 12,            /* the context serves another call */
+    BITGEN_ERROR_FORKED = 13,          /* the context belongs to the parent process */
     BITGEN_ERROR_UNSUPPORTED_CPU = 14, /* this CPU lacks an ISA level of the library */
-    BITGEN_ERROR_MEMORY = 15,         /* out of memory */
-    BITGEN_ERROR_THREADS = 16,        /* the system gave no threads */
-    BITGEN_ERROR_MODEL = 17,          /* dimensions, types or pointers of a bitgen_model do not fit together */
-    BITGEN_ERROR_TOKENS = 18,         /* a token, position or sequence is out of range */
-    BITGEN_ERROR_TILES = 19,          /* the system refuses the tile registers (AMX) to this process */
-    BITGEN_ERROR_ISA_CAP = 20,        /* the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU */
-    BITGEN_ERROR_STRUCT = 21          /* the size that a struct carries is not the library's */
+    BITGEN_ERROR_MEMORY = 15,          /* out of memory */
+    BITGEN_ERROR_THREADS = 16,         /* the system gave no threads */
+    BITGEN_ERROR_MODEL = 17,           /* dimensions, types or pointers of a bitgen_model do not fit together */
+    BITGEN_ERROR_TOKENS = 18,          /* a token, position or sequence is out of range */
+    BITGEN_ERROR_TILES = 19,           /* the system refuses the tile registers (AMX) to this process */
+    BITGEN_ERROR_ISA_CAP = 20,         /* the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU */
+    BITGEN_ERROR_STRUCT = 21           /* the size that a struct carries is not the library's */
 };
 
 /* Flags of bitgen_context_create: */
@@ -76,7 +76,7 @@ typedef struct bitgen_context bitgen_context;
 
 /* One entry of the table of kernels. */
 struct bitgen_kernel_info {
-    const char *name;     /* of the C function; tells family, regime, layout, schedule and ISA level */
+    const char *name; /* of the C function; tells family, regime, layout, schedule and ISA level */
     const char *isa;
     const char *family;
     const char *schedule;
@@ -93,9 +93,9 @@ struct bitgen_packed_header {
     uint32_t row_block;      /* rows of a block */
     char family[16];         /* "i2s", "tl1", ... and zeros */
     int64_t m, k;
-    uint64_t bytes;          /* of the packed weights, this header included */
-    uint32_t scale_type;     /* of scales among the weights: BITGEN_SCALE_F32 */
-    uint32_t group;          /* weights along k that share such a scale; 0: there are none */
+    uint64_t bytes;      /* of the packed weights, this header included */
+    uint32_t scale_type; /* of scales among the weights: BITGEN_SCALE_F32 */
+    uint32_t group;      /* weights along k that share such a scale; 0: there are none */
 };
 
 /* The format of scales. */
@@ -158,13 +158,13 @@ BITGEN_API int32_t bitgen_pack(bitgen_context *ctx, const int8_t *w, int64_t m, 
 /* The same piece by piece, for matrices too large to decode at once: w holds the rows [row_begin, row_end) of
  * (m, k), both multiples of the layout's row block (256 is one of every layout), or row_end = m. Call it with the
  * rows in order; the weights are valid once those up to m are packed. */
-BITGEN_API int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin, int64_t row_end,
-                                    int64_t m, int64_t k, void *packed, size_t packed_bytes);
+BITGEN_API int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin, int64_t row_end, int64_t m,
+                                    int64_t k, void *packed, size_t packed_bytes);
 
 /* Whether `packed` holds whole packed weights of (m, k) that ctx can multiply with: for weights that come
  * from a file. It reads the header, so damaged weights behind a right header give wrong results, not errors. */
-BITGEN_API int32_t bitgen_check_packed(const bitgen_context *ctx, const void *packed, size_t packed_bytes,
-                                       int64_t m, int64_t k);
+BITGEN_API int32_t bitgen_check_packed(const bitgen_context *ctx, const void *packed, size_t packed_bytes, int64_t m,
+                                       int64_t k);
 
 /* --- multiplication --------------------------------------------------------------------------------------- */
 
@@ -176,12 +176,12 @@ BITGEN_API int32_t bitgen_quantize(bitgen_context *ctx, const float *x, int64_t 
                                    float *x_scale);
 
 /* y (n, m) = x (n, k) * w^T. w_scale has w_scale_count values: 1 for the tensor, or m, one a row. */
-BITGEN_API int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale,
-                                 int64_t w_scale_count, const float *x, int64_t n, int64_t m, int64_t k, float *y);
+BITGEN_API int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
+                                 const float *x, int64_t n, int64_t m, int64_t k, float *y);
 
 /* acc (n, m) = xq (n, k) * w^T, the exact integers; xq may hold any int8, -128 too. */
-BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n,
-                                     int64_t m, int64_t k, int32_t *acc);
+BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n, int64_t m,
+                                     int64_t k, int32_t *acc);
 
 /* --- the forward step of a language model ------------------------------------------------------------------
  *
@@ -218,9 +218,9 @@ enum bitgen_kv_type { BITGEN_KV_F16 = 0, BITGEN_KV_F32 = 1, BITGEN_KV_I8 = 2 };
 /* The stages that a step reports its time for. */
 enum bitgen_stage {
     BITGEN_STAGE_EMBED = 0,
-    BITGEN_STAGE_NORM = 1,      /* norms and quantisation */
-    BITGEN_STAGE_MATMUL = 2,    /* the ternary matrices */
-    BITGEN_STAGE_ROPE = 3,      /* rotation, and keys and values into the cache */
+    BITGEN_STAGE_NORM = 1,   /* norms and quantisation */
+    BITGEN_STAGE_MATMUL = 2, /* the ternary matrices */
+    BITGEN_STAGE_ROPE = 3,   /* rotation, and keys and values into the cache */
     BITGEN_STAGE_ATTENTION = 4,
     BITGEN_STAGE_GATE = 5,
     BITGEN_STAGE_HEAD = 6,
@@ -246,26 +246,26 @@ struct bitgen_dense {
 };
 
 struct bitgen_layer {
-    struct bitgen_matrix qkv;     /* (heads * head_dim + 2 kv_heads * head_dim, hidden): rows of q, of k, of v */
-    struct bitgen_matrix o;       /* (hidden, heads * head_dim) */
-    struct bitgen_matrix gate_up; /* (2 ffn, hidden): rows of gate, of up */
-    struct bitgen_matrix down;    /* (hidden, ffn) */
+    struct bitgen_matrix qkv;          /* (heads * head_dim + 2 kv_heads * head_dim, hidden): rows of q, of k, of v */
+    struct bitgen_matrix o;            /* (hidden, heads * head_dim) */
+    struct bitgen_matrix gate_up;      /* (2 ffn, hidden): rows of gate, of up */
+    struct bitgen_matrix down;         /* (hidden, ffn) */
     const float *attn_norm, *ffn_norm; /* (hidden) */
-    const float *attn_sub_norm;   /* (heads * head_dim), or NULL: none */
-    const float *ffn_sub_norm;    /* (ffn), or NULL */
+    const float *attn_sub_norm;        /* (heads * head_dim), or NULL: none */
+    const float *ffn_sub_norm;         /* (ffn), or NULL */
 };
 
 struct bitgen_model {
-    int64_t size, layer_size;     /* sizeof(struct bitgen_model), sizeof(struct bitgen_layer) */
+    int64_t size, layer_size; /* sizeof(struct bitgen_model), sizeof(struct bitgen_layer) */
     int64_t hidden, ffn, layers, heads, kv_heads, head_dim, vocab;
-    int64_t context, sequences;   /* positions 0 .. context - 1 of each of the sequences are in the cache */
+    int64_t context, sequences; /* positions 0 .. context - 1 of each of the sequences are in the cache */
     float norm_eps;
     int32_t activation, kv_type;
-    int32_t reserved;             /* zero */
+    int32_t reserved; /* zero */
     struct bitgen_dense embedding, head;
-    const float *final_norm;      /* (hidden) */
-    const float *rope;            /* (context, head_dim), by bitgen_rope */
-    void *cache;                  /* bitgen_cache_bytes bytes, 64-byte aligned, zeros at first */
+    const float *final_norm;          /* (hidden) */
+    const float *rope;                /* (context, head_dim), by bitgen_rope */
+    void *cache;                      /* bitgen_cache_bytes bytes, 64-byte aligned, zeros at first */
     const struct bitgen_layer *layer; /* (layers) */
 };
 
@@ -289,20 +289,20 @@ struct bitgen_row {
     const int32_t *bias_id;  /* (bias_count) tokens, and what is added to their logits: finite */
     const float *bias;
     int64_t bias_count;
-    const int32_t *named;    /* (named_count) tokens whose logits are wanted, allowed or not, bias added */
-    float *named_out;        /* (named_count) */
+    const int32_t *named; /* (named_count) tokens whose logits are wanted, allowed or not, bias added */
+    float *named_out;     /* (named_count) */
     int64_t named_count;
 };
 
 /* n tokens, of any sequences; those of one sequence in the order of their positions. A token sees the positions up
  * to its own, which this call or earlier ones must have filled. */
 struct bitgen_tokens {
-    int64_t size, row_size;       /* sizeof(struct bitgen_tokens), sizeof(struct bitgen_row) */
+    int64_t size, row_size; /* sizeof(struct bitgen_tokens), sizeof(struct bitgen_row) */
     int64_t n;
-    const int32_t *token;         /* (n), or NULL when x is given */
-    const float *x;               /* (n, hidden) in the place of embeddings, or NULL */
+    const int32_t *token;               /* (n), or NULL when x is given */
+    const float *x;                     /* (n, hidden) in the place of embeddings, or NULL */
     const int32_t *position, *sequence; /* (n) */
-    const struct bitgen_row *row; /* (n): what each of them wants */
+    const struct bitgen_row *row;       /* (n): what each of them wants */
 };
 
 /* sizeof(struct bitgen_layer), bitgen_model, bitgen_tokens and bitgen_row in the library, for loaders without this
@@ -323,8 +323,8 @@ BITGEN_API int32_t bitgen_rope(const float *inverse_frequency, int64_t half, int
 
 /* One step: fills the cache at the tokens' positions and gives each row what it wants. times_ns (BITGEN_STAGES) gets the time of each stage added, or is NULL. After BITGEN_ERROR_NOT_FINITE
  * the cache at these positions is undefined. */
-BITGEN_API int32_t bitgen_step(bitgen_context *ctx, const struct bitgen_model *model, const struct bitgen_tokens *tokens,
-                               int64_t *times_ns);
+BITGEN_API int32_t bitgen_step(bitgen_context *ctx, const struct bitgen_model *model,
+                               const struct bitgen_tokens *tokens, int64_t *times_ns);
 
 /* Copies the first `length` positions of a sequence's cache to another's. */
 BITGEN_API int32_t bitgen_cache_copy(bitgen_context *ctx, const struct bitgen_model *model, int64_t from, int64_t to,

@@ -91,7 +91,8 @@ static int64_t prepare(const struct bitgen_kernel *kernel, const struct harness_
     a->y = check->floats ? (float *)out : NULL;
 
     const int64_t bytes = kernel->scratch(a->m, a->k, a->n);
-    if (bytes < 0 || round64(bytes) + EDGE > arena->scratch_bytes) return fail(found, HARNESS_SCRATCH, 0, 0, bytes, arena->scratch_bytes);
+    if (bytes < 0 || round64(bytes) + EDGE > arena->scratch_bytes)
+        return fail(found, HARNESS_SCRATCH, 0, 0, bytes, arena->scratch_bytes);
     uint8_t *scratch = arena->scratch_end - round64(bytes);
     memset(scratch - EDGE, CANARY, EDGE);
     memset(scratch, STALE, (size_t)bytes);

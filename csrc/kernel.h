@@ -16,12 +16,12 @@
 /* One kernel and what the host must know to feed it. */
 struct bitgen_kernel {
     const char *name, *isa, *family, *schedule;
-    int32_t family_id, isa_id;    /* compared when a kernel is chosen */
-    int32_t regime, n_min, n_max; /* the tokens of one call it is for; n_max INT32_MAX: no bound */
-    int32_t row_block, k_chunk;   /* of its layout */
+    int32_t family_id, isa_id;          /* compared when a kernel is chosen */
+    int32_t regime, n_min, n_max;       /* the tokens of one call it is for; n_max INT32_MAX: no bound */
+    int32_t row_block, k_chunk;         /* of its layout */
     int32_t chunk_bytes, trailer_bytes; /* of 16 rows */
-    int32_t table_bytes;          /* of the lookup tables of one token and one chunk; 0: it reads none */
-    int32_t row_grain;            /* rows a claim of work should have a multiple of; a multiple of row_block */
+    int32_t table_bytes;                /* of the lookup tables of one token and one chunk; 0: it reads none */
+    int32_t row_grain;                  /* rows a claim of work should have a multiple of; a multiple of row_block */
     void (*run)(const struct bitgen_matmul *a);
     int64_t (*scratch)(int64_t m, int64_t k, int64_t n); /* bytes a thread */
     int32_t (*quantize)(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum);
@@ -43,8 +43,8 @@ struct bitgen_context {
     pid_t owner; /* threads do not survive fork(): a child sees another pid */
     struct bitgen_pool *pool;
     struct bitgen_buffer x, x_sum, x_scale, tables, scratch;
-    struct bitgen_buffer step; /* work memory of a forward step */
-    const struct bitgen_step_ops *ops; /* of the best ISA level it may use (library.c) */
+    struct bitgen_buffer step;           /* work memory of a forward step */
+    const struct bitgen_step_ops *ops;   /* of the best ISA level it may use (library.c) */
     const struct bitgen_entry **entries; /* those this context may choose, best first (library.c) */
     int32_t entry_count;
 };
@@ -55,12 +55,12 @@ struct bitgen_call {
     const uint8_t *w; /* packed weights without the header, 64-byte aligned */
     const float *w_scale;
     int64_t w_scale_stride; /* 0: one scale; 1: one a row */
-    const float *x;   /* (n, k) */
-    const int8_t *xq; /* (n, k) */
-    float *y;         /* (n, m) */
-    int32_t *acc;     /* (n, m) */
+    const float *x;         /* (n, k) */
+    const int8_t *xq;       /* (n, k) */
+    float *y;               /* (n, m) */
+    int32_t *acc;           /* (n, m) */
     int64_t m, k, n;
-    const int8_t *rows;     /* (n, bitgen_x_stride(k)) as kernels read them, with x_sum and x_scale (n) */
+    const int8_t *rows; /* (n, bitgen_x_stride(k)) as kernels read them, with x_sum and x_scale (n) */
     const int32_t *x_sum;
     const float *x_scale;
 };

@@ -46,9 +46,11 @@ const char *bitgen_error_message(int32_t code)
         [BITGEN_ERROR_THREADS] = "the system gave no more threads",
         [BITGEN_ERROR_MODEL] = "the dimensions, types or pointers of a model do not fit together",
         [BITGEN_ERROR_TOKENS] = "a token, position or sequence is out of range",
-        [BITGEN_ERROR_STRUCT] = "a struct has another size than in this library: set its size, or compile with its header",
+        [BITGEN_ERROR_STRUCT] =
+            "a struct has another size than in this library: set its size, or compile with its header",
         [BITGEN_ERROR_TILES] = "the system refuses this process the tile registers (AMX) of its CPU",
-        [BITGEN_ERROR_ISA_CAP] = "the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU's architecture",
+        [BITGEN_ERROR_ISA_CAP] =
+            "the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU's architecture",
     };
     int32_t count = sizeof messages / sizeof *messages;
     return code >= 0 && code < count ? messages[code] : "unknown error code";
@@ -182,9 +184,7 @@ static int32_t select_entries(struct bitgen_context *ctx, uint64_t features)
 }
 
 static int serves_shape(const struct bitgen_entry *entry, int64_t m, int64_t k)
-{
-    return entry->m == 0 || (entry->m == m && entry->k == k);
-}
+{ return entry->m == 0 || (entry->m == m && entry->k == k); }
 
 /* The layout weights of (m, k) are packed in: that of the first kernel for this shape. */
 static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, int64_t m, int64_t k)
@@ -259,9 +259,7 @@ int32_t bitgen_context_threads(const bitgen_context *ctx) { return ctx ? ctx->th
 /* --- checks --- */
 
 static int32_t check_shape(int64_t m, int64_t k)
-{
-    return m >= 1 && m <= (int64_t)1 << 31 && k >= 1 && k <= BITGEN_K_MAX ? BITGEN_OK : BITGEN_ERROR_SHAPE;
-}
+{ return m >= 1 && m <= (int64_t)1 << 31 && k >= 1 && k <= BITGEN_K_MAX ? BITGEN_OK : BITGEN_ERROR_SHAPE; }
 
 /* n, and that (n, m) and (n, k) matrices can be addressed. */
 static int32_t check_tokens(int64_t n, int64_t m, int64_t k)
@@ -343,8 +341,8 @@ int32_t bitgen_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, st
     return code;
 }
 
-int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin, int64_t row_end, int64_t m,
-                         int64_t k, void *packed, size_t bytes)
+int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin, int64_t row_end, int64_t m, int64_t k,
+                         void *packed, size_t bytes)
 {
     if (!ctx || !w) return BITGEN_ERROR_NULL;
     int32_t code = check_address(packed);
@@ -373,9 +371,7 @@ int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin
 }
 
 int32_t bitgen_pack(bitgen_context *ctx, const int8_t *w, int64_t m, int64_t k, void *packed, size_t bytes)
-{
-    return bitgen_pack_rows(ctx, w, 0, m, m, k, packed, bytes);
-}
+{ return bitgen_pack_rows(ctx, w, 0, m, m, k, packed, bytes); }
 
 int32_t bitgen_check_packed(const bitgen_context *ctx, const void *packed, size_t bytes, int64_t m, int64_t k)
 {

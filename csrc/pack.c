@@ -106,14 +106,10 @@ struct packing {
 };
 
 static int64_t block_bytes(const struct bitgen_layout *layout, int64_t k)
-{
-    return layout->row_block / ROWS * (ceil_div(k, layout->k_chunk) * layout->chunk_bytes + layout->trailer_bytes);
-}
+{ return layout->row_block / ROWS * (ceil_div(k, layout->k_chunk) * layout->chunk_bytes + layout->trailer_bytes); }
 
 int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t m, int64_t k)
-{
-    return ceil_div(m, layout->row_block) * block_bytes(layout, k);
-}
+{ return ceil_div(m, layout->row_block) * block_bytes(layout, k); }
 
 /* Four weights to codes, byte by byte in one word. Where one is not -1, 0 or 1: zero weights, and *bad. */
 static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
@@ -121,7 +117,7 @@ static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
     const uint32_t ones = 0x01010101, tops = ones << 7;
     uint32_t x;
     memcpy(&x, w, 4);
-    x = ((x & ~tops) + ones) ^ (x & tops);                        /* + 1 in each byte, without carries */
+    x = ((x & ~tops) + ones) ^ (x & tops);                          /* + 1 in each byte, without carries */
     const uint32_t wrong = (x & ~(3 * ones)) | (x & x >> 1 & ones); /* above 3, or 3 */
     if (wrong) x = ones;
     *bad |= wrong;

@@ -23,11 +23,11 @@
 #include "bitgen.h"
 
 enum {
-    SPIN_NS = 50000,     /* longer than the pauses between the matmuls of a token, shorter than a scheduler slice */
-    PAUSES = 64,         /* between two looks at the clock */
-    AHEAD = 128 << 10,   /* bytes that a waiting thread asks for at most: an eighth of Zen 4's L2, more than 5 us bring */
-    AHEAD_STEP = 512,    /* between two looks at the state */
-    LINE = 128           /* two cache lines: the adjacent-line prefetcher pairs them */
+    SPIN_NS = 50000,   /* longer than the pauses between the matmuls of a token, shorter than a scheduler slice */
+    PAUSES = 64,       /* between two looks at the clock */
+    AHEAD = 128 << 10, /* bytes that a waiting thread asks for at most: an eighth of Zen 4's L2, more than 5 us bring */
+    AHEAD_STEP = 512,  /* between two looks at the state */
+    LINE = 128         /* two cache lines: the adjacent-line prefetcher pairs them */
 };
 
 /* state = generation << 32 | number of pool threads inside; the loop is open while the generation is odd. */

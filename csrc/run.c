@@ -109,8 +109,7 @@ static void activations_body(void *arg, int32_t worker, int64_t begin, int64_t e
     for (int64_t t = begin; t < end; ++t) {
         int8_t *xq = (int8_t *)a->x + t * a->x_stride;
         int32_t *x_sum = (int32_t *)a->x_sum + t;
-        if (batch->xq)
-            copy_token(batch->xq + t * a->k, a->k, a->x_stride, xq, x_sum);
+        if (batch->xq) copy_token(batch->xq + t * a->k, a->k, a->x_stride, xq, x_sum);
         else if (batch->kernel->quantize(batch->x + t * a->k, a->k, a->x_stride, xq, (float *)a->x_scale + t, x_sum))
             atomic_store_explicit(&batch->not_finite, 1, memory_order_relaxed);
     }
@@ -125,7 +124,8 @@ static void tables_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     (void)worker;
     for (int64_t i = begin; i < end; ++i) {
         int64_t t = i / batch->table_items, piece = i % batch->table_items;
-        uint8_t *tables = (uint8_t *)a->tables + t * a->table_stride + piece * batch->table_item * batch->kernel->table_bytes;
+        uint8_t *tables =
+            (uint8_t *)a->tables + t * a->table_stride + piece * batch->table_item * batch->kernel->table_bytes;
         batch->kernel->tables(a->x + t * a->x_stride + piece * k_item, min64(k_item, a->k - piece * k_item), tables);
     }
 }
@@ -156,12 +156,11 @@ static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 
 /* Bytes of the lookup tables of one token. */
 static int64_t table_stride(const struct bitgen_kernel *kernel, int64_t k)
-{
-    return ceil_div(k, kernel->k_chunk) * kernel->table_bytes;
-}
+{ return ceil_div(k, kernel->k_chunk) * kernel->table_bytes; }
 
 /* Activations, tables and scratch for `n` tokens at a time. */
-static int32_t reserve_work(struct bitgen_context *ctx, const struct bitgen_call *call, int64_t n, int64_t scratch_stride)
+static int32_t reserve_work(struct bitgen_context *ctx, const struct bitgen_call *call, int64_t n,
+                            int64_t scratch_stride)
 {
     int64_t k = call->k, own = call->rows ? 0 : n;
     if (bitgen_reserve(&ctx->x, own * bitgen_x_stride(k)) || bitgen_reserve(&ctx->x_sum, own * 4) ||
@@ -193,7 +192,8 @@ static void run_rows(struct bitgen_context *ctx, struct batch *batch)
     /* Threads share row blocks, so that their ranges are even; a claim has as many as the kernel walks at once. */
     int64_t item = batch->kernel->row_block, grain = batch->kernel->row_grain / item;
     int64_t rows = ceil_div(a->m, batch->kernel->row_grain), groups = 1;
-    if (rows < 2 * ctx->threads && ctx->threads > 1) groups = max64(1, min64(a->n / TOKENS_MIN, ceil_div(2 * ctx->threads, rows)));
+    if (rows < 2 * ctx->threads && ctx->threads > 1)
+        groups = max64(1, min64(a->n / TOKENS_MIN, ceil_div(2 * ctx->threads, rows)));
     batch->row_item = item;
     batch->row_items = rows = ceil_div(a->m, item);
     batch->token_item = ceil_div(a->n, groups);
@@ -213,23 +213,24 @@ static int32_t run_batch(struct bitgen_context *ctx, const struct bitgen_call *c
         .xq = call->xq ? call->xq + begin * call->k : NULL,
         .scratch = ctx->scratch.data,
         .scratch_stride = scratch_stride,
-        .a = {
-            .w = call->w,
-            .x = call->rows ? call->rows + begin * stride : ctx->x.data,
-            .x_sum = call->rows ? call->x_sum + begin : ctx->x_sum.data,
-            .tables = kernel->table_bytes ? ctx->tables.data : NULL,
-            .x_scale = call->rows ? call->x_scale + begin : ctx->x_scale.data,
-            .w_scale = call->w_scale,
-            .acc = call->acc ? call->acc + begin * call->m : NULL,
-            .y = call->y ? call->y + begin * call->m : NULL,
-            .x_stride = stride,
-            .table_stride = table_stride(kernel, call->k),
-            .w_scale_stride = call->w_scale_stride,
-            .out_stride = call->m,
-            .m = call->m,
-            .k = call->k,
-            .n = end - begin,
-        },
+        .a =
+            {
+                .w = call->w,
+                .x = call->rows ? call->rows + begin * stride : ctx->x.data,
+                .x_sum = call->rows ? call->x_sum + begin : ctx->x_sum.data,
+                .tables = kernel->table_bytes ? ctx->tables.data : NULL,
+                .x_scale = call->rows ? call->x_scale + begin : ctx->x_scale.data,
+                .w_scale = call->w_scale,
+                .acc = call->acc ? call->acc + begin * call->m : NULL,
+                .y = call->y ? call->y + begin * call->m : NULL,
+                .x_stride = stride,
+                .table_stride = table_stride(kernel, call->k),
+                .w_scale_stride = call->w_scale_stride,
+                .out_stride = call->m,
+                .m = call->m,
+                .k = call->k,
+                .n = end - begin,
+            },
     };
     if (!call->rows) run_activations(ctx, &batch);
     if (atomic_load_explicit(&batch.not_finite, memory_order_relaxed)) return BITGEN_ERROR_NOT_FINITE;

@@ -195,7 +195,7 @@ class Engine:
         self._check_places(places, owners)
         self._fill_rope(max(places) + 1)
         if isinstance(wants, np.ndarray) or isinstance(wants[0], (bool, np.bool_)):
-            answers = self._all_logits(np.asarray(wants, np.bool_).reshape(-1))
+            answers = self._all_logits(np.asarray(wants).tolist())
         else:
             answers = self._answers(wants)
         for begin in range(0, n, PREFILL):
@@ -247,9 +247,9 @@ class Engine:
 
     # ---- Inside ----
 
-    def _all_logits(self, wanted: NDArray[np.bool_]) -> _Rows:
+    def _all_logits(self, wanted: list[bool]) -> _Rows:
         """Rows that write the logits of the ``wanted`` tokens to one array."""
-        rows = np.flatnonzero(wanted).tolist()
+        rows = [row for row, flag in enumerate(wanted) if flag]
         logits = np.empty((len(rows), self.config.vocab), np.float32)
         structs = self._ffi.new("struct bitgen_row[]", len(wanted))
         if rows:
