@@ -1,4 +1,4 @@
-"""What one touches to add a weight family or an ISA level: a file and a template, or an entry and a header."""
+"""What one touches to add a weight family or an ISA level: file and template, or entry and header."""
 
 from __future__ import annotations
 
