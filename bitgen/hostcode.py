@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from bitgen.config import load_strict, load_yaml
-from bitgen.cpu import ArmFeature
+from bitgen.cpu import ArmFeature, X86Feature, feature_table
 from bitgen.errors import BitgenError, FileError, UnsupportedError
-from bitgen.packing import T5_CODES
+from bitgen.families.t5 import CODES as T5_CODES
 from bitgen.paths import configs_dir, csrc_dir
 from bitgen.render import render_table
 from bitgen.spec import K_MAX, X_ALIGN, X_PAD, KernelSpec
@@ -147,24 +145,6 @@ def library_units(
     )
 
 
-@dataclass(frozen=True)
-class X86Feature:
-    """A bit of cpuid, and the bits of XCR0 (``state``) that the system must save; see cpu_features.yaml."""
-
-    leaf: int
-    subleaf: int
-    register: Literal["eax", "ebx", "ecx", "edx"]
-    bit: int
-    state: int = 0
-
-
-@dataclass(frozen=True)
-class _FeatureFile:
-    x86_64: dict[str, X86Feature]
-    aarch64: dict[str, ArmFeature]
-    aarch64_darwin: dict[str, str]
-
-
 def feature_rows(
     arch: str, names: Iterable[str], file: Path | None = None, *, system: str = "Linux"
 ) -> list[dict[str, Any]]:
@@ -176,7 +156,7 @@ def feature_rows(
     """
     _require_arch(arch)
     path = file if file is not None else configs_dir() / "cpu_features.yaml"
-    table = load_strict(_FeatureFile, load_yaml(path), str(path))
+    table = feature_table(path)
     rows: Mapping[str, X86Feature | ArmFeature] = table.x86_64 if arch == "x86_64" else table.aarch64
     known: Mapping[str, dict[str, Any]] = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if (arch, system) == ("aarch64", "Darwin"):

@@ -1,4 +1,9 @@
-"""The oracle, in plain numpy: what every kernel must equal.
+"""The oracle, in plain numpy: what every kernel must equal, and what the bytes of every layout mean.
+
+``pack(layout, w)`` takes w int8 (m, k) in {-1, 0, 1} and gives uint8 (layout.packed_bytes,). The matrix is
+padded with zero weights to whole row blocks and chunks. In all layouts a sub-block is 16 rows, a lane is 16
+bytes, and a chunk is followed by the same chunk of the next sub-block of its row block (tl5: of the next
+four). What a chunk's bytes are says the file of its family in bitgen/families.
 
 ``y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])`` with ``acc[n, m] = sum_k w[m, k] * xq[n, k]``.
 """
@@ -9,7 +14,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
-from bitgen.packing import check_ternary
+from bitgen.families.base import Bytes, Ternary
+from bitgen.spec import FAMILIES, Layout, Shape, ceil_to
+
+
+def check_ternary(w: Ternary) -> Shape:
+    """The shape of ``w``, which must be int8 (m, k) with values in {-1, 0, 1}."""
+    if w.dtype != np.int8 or w.ndim != 2:
+        raise BitgenError(f"weights must be int8 with two dimensions (m, k), not {w.dtype} {w.shape}")
+    shape = Shape(*w.shape)
+    if w.min() < -1 or w.max() > 1:
+        raise BitgenError("weights must be -1, 0 or 1")
+    return shape
+
+
+def pack(layout: Layout, w: Ternary) -> Bytes:
+    """Pack w int8 (m, k) -> uint8 (layout.packed_bytes,)."""
+    shape = check_ternary(w)
+    family, chunks = FAMILIES[layout.family], layout.chunks(shape.k)
+    padded = np.zeros((ceil_to(shape.m, layout.row_block), chunks * family.k_chunk), np.int8)
+    padded[: shape.m, : shape.k] = w
+    # (blocks, chunks, sub-blocks, 16 rows, k_chunk)
+    tiles = padded.reshape(-1, layout.sub_blocks, 16, chunks, family.k_chunk).transpose(0, 3, 1, 2, 4)
+    blocks = family.encode(tiles).reshape(len(tiles), -1)
+    if family.values:
+        negative = np.less(family.values(tiles), 0).sum(axis=(1, 4, 5), dtype=np.int32)
+        blocks = np.concatenate([blocks, negative.reshape(len(tiles), -1).view(np.uint8)], axis=1)
+    return np.ascontiguousarray(blocks).reshape(-1)
+
+
+def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
+    """The inverse of ``pack``: uint8 (layout.packed_bytes,) -> int8 (m, k)."""
+    if packed.dtype != np.uint8 or packed.size != layout.packed_bytes(shape):
+        raise BitgenError(
+            f"packed weights of {shape.name} in {layout.name} take {layout.packed_bytes(shape)} bytes, "
+            f"not {packed.size}"
+        )
+    family = FAMILIES[layout.family]
+    chunks = layout.chunks(shape.k)
+    blocks = packed.reshape(-1, layout.block_bytes(shape.k))
+    body = blocks[:, : layout.sub_blocks * chunks * family.chunk_bytes]
+    cells = body.reshape(-1, chunks, layout.sub_blocks, family.chunk_bytes)
+    tiles = family.decode(cells)
+    rows = tiles.transpose(0, 2, 3, 1, 4).reshape(len(blocks) * layout.row_block, -1)
+    return np.ascontiguousarray(rows[: shape.m, : shape.k])
 
 
 def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -15,19 +15,15 @@ from functools import cache
 from typing import Any
 
 import jinja2
-import numpy as np
-from numpy.typing import NDArray
 
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError, UsageError
-from bitgen.packing import T5_TABLE, TL5_WEIGHTS
 from bitgen.paths import csrc_dir, templates_dir
 from bitgen.space import headroom_lines
 from bitgen.spec import (
     FAMILIES,
     QUANTIZE_PROTOTYPE,
     TABLES_PROTOTYPE,
-    TL5,
     KernelSpec,
     Layout,
     StepSizes,
@@ -35,10 +31,7 @@ from bitgen.spec import (
     regime_named,
 )
 
-# Sums of TL5's split tables are two digits, low + SPLIT_RADIX * high with high = (11 sum + 128) >> 8.
-# So the digits of four groups add up within int8 (tests/unit/test_space.py).
-SPLIT_RADIX = 23
-_WORD_MARK = "//: "
+_WORD_MARK, _PART_MARK = "//: ", "//== "
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -58,10 +51,15 @@ class Source:
 
 
 def parse_vocabulary(text: str) -> dict[str, str]:
-    """Split an ISA file into its words: name -> C text, in file order. Text before the first is dropped."""
+    """Split an ISA file into its words: name -> C text, in file order.
+
+    Text before the first is dropped, and so is what a line ``//== TITLE`` opens.
+    """
     words: dict[str, str] = {}
-    for part in re.split(rf"^{re.escape(_WORD_MARK)}", text, flags=re.MULTILINE)[1:]:
-        name, _, body = part.partition("\n")
+    for part in re.split(rf"^(?={_WORD_MARK}|{_PART_MARK})", text, flags=re.MULTILINE)[1:]:
+        if part.startswith(_PART_MARK):
+            continue
+        name, _, body = part.removeprefix(_WORD_MARK).partition("\n")
         words[name.strip()] = body.strip("\n") + "\n"
     return words
 
@@ -71,10 +69,8 @@ def vocabulary(isa_name: str) -> Mapping[str, str]:
     """All words of an ISA level: its parents' first, each replaced by the level's own of the same name."""
     words: dict[str, str] = {}
     for level in isa_named(isa_name).vocabulary:
-        for folder in ("isa", "isa/floats", "isa/tiles", "isa/mmla"):
-            path = templates_dir() / folder / f"{level}.h"
-            if path.exists():
-                words.update(parse_vocabulary(path.read_text(encoding="utf-8")))
+        path = templates_dir() / "isa" / f"{level}.h"
+        words.update(parse_vocabulary(path.read_text(encoding="utf-8")))
     return words
 
 
@@ -170,9 +166,7 @@ class Tile:
         """The address of byte ``byte`` of chunk ``c`` of a sub-block."""
         which, sub_block = divmod(r, self.layout.sub_blocks)
         size = FAMILIES[self.layout.family].chunk_bytes
-        return _plus(
-            stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte
-        )
+        return _plus(stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte)
 
     def trailer(self, r: int) -> str:
         """The address of a sub-block's trailer, behind all chunks of its row block."""
@@ -236,8 +230,7 @@ def render_kernel(spec: KernelSpec) -> Source:
         "schedule": spec.schedule,
         "tile": Tile(spec.layout),
         "tiles": _token_tiles(spec),
-        "t5_table": T5_TABLE.tolist(),
-        "split_radix": SPLIT_RADIX,
+        **family.constants,
         **dict(spec.schedule),
     }
     text = _expand(f"kernels/{spec.family}.c.j2", isa, banner, values)
@@ -325,42 +318,9 @@ def render_tables(family_name: str, isa_name: str, algorithm: str | None = None)
         f"and templates/isa/{isa.vocabulary[-1]}.h:",
         f"    bitgen render {builder} --isa {isa.name}",
     ]
-    values = {"prototype": prototype, "family": family}
-    if family is TL5:
-        values |= _wide_tables() if algorithm == "wide" else _split_tables()
+    values = {"prototype": prototype, "family": family, **family.algorithm(algorithm or "").constants}
     text = _expand(f"kernels/{builder}.c.j2", isa, banner, values)
     return Source(name, text, isa.name, (prototype,))
-
-
-def _wide_tables() -> dict[str, Any]:
-    """For tl5_wide_tables: ``codes`` of registers whose lane l holds entries 16 l .., 8 in each of two."""
-    entries = TL5_WEIGHTS.reshape(2, 4, 2, 8, 5).swapaxes(1, 2).reshape(4, 32, 5)
-    return {"codes": _pair_codes(entries), "picks": _picks((0, 0, 0, 0))}
-
-
-def _split_tables() -> dict[str, Any]:
-    """For tl5_split_tables: ``codes`` of registers with sums of three in lanes 0 and 2, of two in 1 and 3.
-
-    A lookup of two has a bit of the other half above its three: its 8 sums stand there twice.
-    """
-    lanes = np.zeros((4, 16, 5), np.int8)
-    lanes[[0, 2]] = TL5_WEIGHTS[112:]
-    lanes[[1, 3]] = np.tile(TL5_WEIGHTS[:8], (2, 1))
-    entries = lanes.reshape(4, 2, 8, 5).swapaxes(0, 1).reshape(2, 32, 5)
-    return {"codes": _pair_codes(entries), "picks": _picks((0, 0, 1, 1)), "radix": SPLIT_RADIX}
-
-
-def _pair_codes(entries: NDArray[np.int8]) -> list[list[list[int]]]:
-    """Weights (registers, 32, 5) as bytes w + 1 (3, registers, 64): (w0, w1), (w2, -), (w3, w4) an int16."""
-    codes = np.insert(entries + 1, 3, 1, axis=2)
-    pairs: list[list[list[int]]] = np.moveaxis(codes.reshape(-1, 32, 3, 2), 2, 0).reshape(3, -1, 64).tolist()
-    return pairs
-
-
-def _picks(groups: Sequence[int]) -> list[list[int]]:
-    """For lanes of groups j: where x[4 s + j] is, two bytes an int16; 128: zero. The last two in x[4..]."""
-    pairs = [[(j, 4 + j), (8 + j, 128), (8 + j, 12 + j)] for j in groups]
-    return [[place for lane in pairs for place in lane[p] * 8] for p in range(3)]
 
 
 def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
@@ -376,7 +336,7 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
     banner = [
         name,
         "",
-        f"Generated by bitgen from templates/step/ops.c.j2 and templates/isa/floats/{isa.vocabulary[-1]}.h:",
+        f"Generated by bitgen from templates/step/ops.c.j2 and templates/isa/{isa.vocabulary[-1]}.h:",
         f"    bitgen render step --isa {isa.name}{' --model NAME  (any of these sizes)' if sizes else ''}",
         "",
         f"models     {models}",
@@ -449,7 +409,7 @@ def template_digest(arch: str) -> str:
     library's interface do not count: a change there must not throw hours of measuring away.
     """
     files = {name for isa in load_isas() if isa.arch in ("any", arch) for name in isa.vocabulary}
-    patterns = (*_TIMED, *(f"isa/{folder}{name}.h" for name in files for folder in ("", "tiles/", "mmla/")))
+    patterns = (*_TIMED, *(f"isa/{name}.h" for name in files))
     digest = hashlib.sha256()
     for root, wanted in ((templates_dir(), patterns), (csrc_dir(), _TIMED_HOST)):
         for path in sorted(path for pattern in wanted for path in root.glob(pattern) if path.is_file()):

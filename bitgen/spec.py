@@ -1,168 +1,33 @@
 """Name one kernel completely: family, shape, regime, layout, schedule, and the spec that holds them.
 
-Everything here is a frozen record that validates itself; nothing here knows C, templates or a CPU.
-Sizes: ``m`` output rows, ``k`` reduction, ``n`` tokens.
+Everything here is a frozen record that validates itself; nothing here knows templates or a CPU. What the
+records are made of, sizes and families, is at hand here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from math import gcd
 from typing import Any
 
-from bitgen.errors import UsageError, unknown
-
-# Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last
-# element.
-X_PAD = 47
-# Rows begin on cache lines.
-X_ALIGN = 64
-
-# Bound of the scaled in-place accumulators: field 64 * code 2 * |x| 128 = 16384 a weight. One accumulator of
-# I2_S sees a quarter of k, one of T5 two fifths: 2^31 / (16384 * 2 / 5) = 327680. The plain sum alone would
-# allow 2^24.
-K_MAX = 1 << 18
-
-
-def ceil_to(value: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is >= ``value``."""
-    return -(-value // multiple) * multiple
-
-
-def x_stride(k: int) -> int:
-    """Bytes between two rows of int8 activations of length ``k``: ``k + X_PAD`` rounded up to ``X_ALIGN``.
-
-    One ``X_ALIGN`` more where that is a multiple of 2048: rows 4 KiB apart would compete for one L1 set.
-    """
-    stride = ceil_to(k + X_PAD, X_ALIGN)
-    return stride + X_ALIGN if stride % 2048 == 0 else stride
-
-
-@dataclass(frozen=True, order=True)
-class Shape:
-    """A weight matrix: ``m`` output rows by ``k`` inputs."""
-
-    m: int
-    k: int
-
-    def __post_init__(self) -> None:
-        if self.m < 1 or self.k < 1:
-            raise UsageError(f"shape {self.m}x{self.k}: m and k must be at least 1")
-        if self.k > K_MAX:
-            raise UsageError(f"shape {self.m}x{self.k}: k must be at most {K_MAX} (int32 accumulators)")
-        if self.m > 1 << 31:
-            raise UsageError(f"shape {self.m}x{self.k}: m must be at most 2^31")
-
-    @property
-    def name(self) -> str:
-        return f"{self.m}x{self.k}"
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """Read ``"3200x8640"`` (m x k)."""
-        m, sep, k = text.lower().partition("x")
-        if not sep or not m.strip().isdecimal() or not k.strip().isdecimal():
-            raise UsageError(f"shape {text!r}: write it as MxK, for example 3200x8640")
-        return cls(int(m), int(k))
-
-
-@dataclass(frozen=True)
-class Regime:
-    """A range of n that has kernels of its own."""
-
-    name: str
-    n_min: int
-    n_max: int | None
-
-
-N1 = Regime("n1", 1, 1)
-SMALL = Regime("small", 2, 16)
-LARGE = Regime("large", 17, None)
-REGIMES = (N1, SMALL, LARGE)
-
-
-def regime_of(n: int) -> Regime:
-    """The regime that ``n`` tokens fall into."""
-    if n < 1:
-        raise UsageError(f"n must be at least 1, not {n}")
-    return next(r for r in reversed(REGIMES) if n >= r.n_min)
-
-
-def regime_named(name: str) -> Regime:
-    for regime in REGIMES:
-        if regime.name == name:
-            return regime
-    raise unknown("regime", name, (regime.name for regime in REGIMES))
-
-
-@dataclass(frozen=True)
-class Family:
-    """A way to store ternary weights and to multiply with them.
-
-    ``g`` weights share one code; a chunk of 16 rows x ``k_chunk`` weights takes ``chunk_bytes``; a row block
-    has a multiple of ``rows`` rows and ends with ``trailer_bytes`` for each 16. ``tables`` gives the
-    algorithms that look sums up, and the bytes of the tables that each reads for one token and one chunk
-    (none: the kernels multiply).
-    """
-
-    name: str
-    title: str
-    g: int
-    k_chunk: int
-    chunk_bytes: int
-    trailer_bytes: int
-    tables: tuple[tuple[str, int], ...] = ()
-    rows: int = 16
-
-    @property
-    def looks_up(self) -> bool:
-        """Whether its own algorithms look sums up in tables; they multiply codes otherwise."""
-        return bool(self.tables)
-
-    def table_bytes(self, algorithm: str) -> int:
-        """Bytes of the lookup tables of one token and one chunk; 0 for an algorithm that reads none."""
-        return dict(self.tables).get(algorithm, 0)
-
-    def builder(self, algorithm: str) -> str | None:
-        """What builds the tables of an algorithm: the template kernels/NAME.c.j2; None when it reads none."""
-        if not self.table_bytes(algorithm):
-            return None
-        kind = f"_{algorithm}" if len(self.tables) > 1 else ""
-        return f"{self.name}{kind}_tables"
-
-    @property
-    def tile_chunks(self) -> int:
-        """The fewest chunks that fill whole tiles of 64 k: 4, or T5's 16 (five tiles)."""
-        return 64 // gcd(64, self.k_chunk)
-
-    @property
-    def bits_a_weight(self) -> float:
-        """Storage without padding, in bits a weight."""
-        return 8 * self.chunk_bytes / (16 * self.k_chunk)
-
-
-I2S = Family("i2s", "I2_S", g=1, k_chunk=16, chunk_bytes=64, trailer_bytes=0)
-TL1 = Family("tl1", "TL1", g=2, k_chunk=16, chunk_bytes=64, trailer_bytes=0, tables=(("direct", 256),))
-TL2 = Family("tl2", "TL2", g=3, k_chunk=48, chunk_bytes=160, trailer_bytes=64, tables=(("direct", 512),))
-T5 = Family("t5", "T5", g=5, k_chunk=20, chunk_bytes=64, trailer_bytes=0)
-TL5 = Family(
-    *("tl5", "TL5"),
-    g=5,
-    k_chunk=20,
-    chunk_bytes=64,
-    trailer_bytes=64,
-    tables=(("wide", 1024), ("split", 256)),
-    rows=64,
-)
-FAMILIES: Mapping[str, Family] = {f.name: f for f in (I2S, TL1, TL2, T5, TL5)}
-
-
-def family_named(name: str) -> Family:
-    key = name.lower().replace("_", "")
-    if key not in FAMILIES:
-        raise unknown("family", name, FAMILIES)
-    return FAMILIES[key]
+from bitgen.errors import UsageError
+from bitgen.families import FAMILIES as FAMILIES
+from bitgen.families import Family as Family
+from bitgen.families import family_named as family_named
+from bitgen.families.algorithms import UNPACKING
+from bitgen.shapes import K_MAX as K_MAX
+from bitgen.shapes import LARGE as LARGE
+from bitgen.shapes import N1 as N1
+from bitgen.shapes import REGIMES as REGIMES
+from bitgen.shapes import SMALL as SMALL
+from bitgen.shapes import X_ALIGN as X_ALIGN
+from bitgen.shapes import X_PAD as X_PAD
+from bitgen.shapes import Regime as Regime
+from bitgen.shapes import Shape as Shape
+from bitgen.shapes import ceil_to as ceil_to
+from bitgen.shapes import regime_named as regime_named
+from bitgen.shapes import regime_of as regime_of
+from bitgen.shapes import x_stride as x_stride
 
 
 @dataclass(frozen=True)
@@ -227,7 +92,7 @@ class Schedule:
 
     def get(self, knob: str, default: int) -> int:
         """The value of a knob that not every schedule has."""
-        return dict(self.knobs).get(knob, default)
+        return next((value for name, value in self.knobs if name == knob), default)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self.knobs)
@@ -243,7 +108,7 @@ class Schedule:
     @property
     def unpacks(self) -> bool:
         """Whether weights become bytes first, whatever the family: nothing is looked up in tables."""
-        return self.algorithm in ("panel", "tiles", "mmla")
+        return self.algorithm in UNPACKING
 
     @property
     def name(self) -> str:

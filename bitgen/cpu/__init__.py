@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bitgen.cpu.cap import CapRow, cap_rows, capped, isa_cap
 from bitgen.cpu.detect import detect_cpu, require_supported_os
-from bitgen.cpu.features import ArmFeature
+from bitgen.cpu.features import ANY_ARCH, ArmFeature, FeatureTable, X86Feature, feature_table
 from bitgen.cpu.isa import (
-    ANY_ARCH,
     CAP_VARIABLE,
     Accepted,
+    Dot,
     Isa,
+    Registers,
     Rejected,
     accepted_isas,
     cap_note,
@@ -33,13 +34,18 @@ __all__ = [
     "Cache",
     "CapRow",
     "Cpu",
+    "Dot",
+    "FeatureTable",
     "Isa",
+    "Registers",
     "Rejected",
+    "X86Feature",
     "accepted_isas",
     "cap_note",
     "cap_rows",
     "capped",
     "detect_cpu",
+    "feature_table",
     "find_isa",
     "isa_cap",
     "load_isas",

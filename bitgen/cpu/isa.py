@@ -7,14 +7,37 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from bitgen.config import load_strict, load_yaml
+from bitgen.cpu.features import ANY_ARCH as ANY_ARCH
+from bitgen.cpu.features import compiler_flags
 from bitgen.cpu.machine import Cpu
-from bitgen.errors import FileError, UnsupportedError, unknown
+from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError, unknown
 from bitgen.paths import configs_dir
 
-ANY_ARCH = "any"
 CAP_VARIABLE = "BITGEN_ISA_CAP"  # see bitgen/cpu/cap.py
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Vector registers: how many, 0 where blocks are arrays in memory, and the bytes of one."""
+
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Dot:
+    """How four products of bytes are added to an int32.
+
+    ``native``: by one instruction. ``codes``: the largest unsigned byte that is multiplied exactly.
+    ``sums_bytes``: of the registers of a block of int16 sums of products.
+    """
+
+    native: bool = False
+    codes: int = 128
+    sums_bytes: int = 64
 
 
 @dataclass(frozen=True)
@@ -23,19 +46,57 @@ class Isa:
 
     name: str
     arch: str
-    parent: str | None
+    parent: str | None  # whose header has the ops that this level's lacks
     requires: frozenset[str]
     cc_flags: tuple[str, ...]
     zig_flags: tuple[str, ...]
     vocabulary: tuple[str, ...]  # names of the headers below templates/isa/, base first, own last
-    native_dot4: bool
-    vector_bytes: int
-    code_max: int = 128
+    registers: Registers
+    dot: Dot = Dot()
+    lookups: tuple[int, ...] = (16,)
     tiles: bool = False
     mmla: bool = False
     exact_vector: bool = False
-    lut_bytes: int = 16
-    sums_bytes: int = 64
+
+    @property
+    def generic(self) -> bool:
+        """Whether it is plain C: a fallback and an oracle, whose registers are the compiler's matter."""
+        return self.registers.count == 0
+
+    @property
+    def register_count(self) -> int:
+        return self.registers.count
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.registers.bytes
+
+    @property
+    def block_registers(self) -> int:
+        """Registers that hold one block of 64 bytes."""
+        return max(1, 64 // self.registers.bytes)
+
+    @property
+    def native_dot4(self) -> bool:
+        return self.dot.native
+
+    @property
+    def adds_dots(self) -> bool:
+        """Whether products go to int32 at once at no cost: by an instruction, or in plain C."""
+        return self.dot.native or self.generic
+
+    @property
+    def code_max(self) -> int:
+        return self.dot.codes
+
+    @property
+    def sums_bytes(self) -> int:
+        return self.dot.sums_bytes
+
+    @property
+    def lookup_max(self) -> int:
+        """The largest table of bytes that one instruction looks up."""
+        return max(self.lookups)
 
     @property
     def tile_registers(self) -> frozenset[str]:
@@ -59,75 +120,97 @@ class Rejected:
 
 
 @dataclass(frozen=True)
-class _IsaEntry:
-    arch: str
-    requires: frozenset[str]
-    cc_flags: tuple[str, ...]
-    zig_flags: tuple[str, ...]
-    native_dot4: bool
-    vector_bytes: int
-    parent: str | None = None
+class _Entry:
+    """A level as isas.yaml writes it: what is None is the base's, or the default of `Isa`."""
+
+    arch: str | None = None
+    extends: str | None = None
+    complete_header: bool = False
+    features: tuple[str, ...] = ()
+    march: str | None = None
+    flags: tuple[str, ...] = ()
     words: str | None = None
-    code_max: int = 128
-    tiles: bool = False
-    mmla: bool = False
-    exact_vector: bool = False
-    lut_bytes: int = 16
-    sums_bytes: int = 64
+    registers: Registers | None = None
+    dot: Dot | None = None
+    lookups: tuple[int, ...] | None = None
+    tiles: bool | None = None
+    mmla: bool | None = None
+    exact_vector: bool | None = None
 
 
 @dataclass(frozen=True)
 class _IsaFile:
-    isas: dict[str, _IsaEntry]
+    isas: dict[str, _Entry]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """An ISA level with what its children inherit besides: features in order, architecture, options."""
+
+    isa: Isa
+    features: tuple[str, ...]
+    march: str | None
+    options: tuple[str, ...]
 
 
 def load_isas(file: Path | None = None) -> tuple[Isa, ...]:
     """The ISA levels of ``file`` (default: configs/isas.yaml), weakest first.
 
-    FileError when the file is wrong: also when a parent does not stand before its child, is of
-    another architecture, or requires something the child does not.
+    FileError when the file is wrong: also when a level does not stand behind what it extends, or a feature
+    has no row in configs/cpu_features.yaml.
     """
     return _read_isas(file) if file is not None else _own_isas(configs_dir() / "isas.yaml")
 
 
 @cache
 def _own_isas(path: Path) -> tuple[Isa, ...]:
-    """The levels of the installation, read once: 70 ms."""
+    """An installation's own file is read once: 70 ms."""
     return _read_isas(path)
 
 
 def _read_isas(path: Path) -> tuple[Isa, ...]:
-    isas: dict[str, Isa] = {}
+    levels: dict[str, _Level] = {}
     for name, entry in load_strict(_IsaFile, load_yaml(path), str(path)).isas.items():
         where = f"{path}: isas.{name}"
-        words = entry.words or name
-        vocabulary: tuple[str, ...] = (words,)
-        if entry.parent is not None:
-            parent = isas.get(entry.parent)
-            if parent is None:
-                raise FileError(f"{where}: the parent {entry.parent!r} must stand before it")
-            if parent.arch != entry.arch or not parent.requires <= entry.requires:
-                message = f"{where}: arch and requires must include those of the parent {parent.name}"
-                raise FileError(message)
-            vocabulary = (*parent.vocabulary, words)
-        isas[name] = Isa(
-            name=name,
-            arch=entry.arch,
-            parent=entry.parent,
-            requires=entry.requires,
-            cc_flags=entry.cc_flags,
-            zig_flags=entry.zig_flags,
-            vocabulary=vocabulary,
-            native_dot4=entry.native_dot4,
-            vector_bytes=entry.vector_bytes,
-            code_max=entry.code_max,
-            tiles=entry.tiles,
-            mmla=entry.mmla,
-            exact_vector=entry.exact_vector,
-            lut_bytes=entry.lut_bytes,
-            sums_bytes=entry.sums_bytes,
-        )
-    return tuple(isas.values())
+        if entry.extends is not None and entry.extends not in levels:
+            raise FileError(f"{where}: what it extends, {entry.extends!r}, must stand before it")
+        try:
+            levels[name] = _level(name, entry, levels[entry.extends] if entry.extends else None)
+        except BitgenError as error:
+            raise FileError(f"{where}: {error.message}") from error
+    return tuple(level.isa for level in levels.values())
+
+
+def _level(name: str, entry: _Entry, above: _Level | None) -> _Level:
+    """The level of an entry; ``above``: what it extends."""
+    arch = entry.arch or (above.isa.arch if above else None)
+    registers = entry.registers or (above.isa.registers if above else None)
+    if arch is None or registers is None:
+        raise UsageError("arch and registers must be given, or a level that it extends")
+    if above and arch != above.isa.arch:
+        raise UsageError(f"arch must be that of {above.isa.name}, which it extends")
+    given = {"dot": entry.dot, "lookups": entry.lookups, "tiles": entry.tiles, "mmla": entry.mmla}
+    given["exact_vector"] = entry.exact_vector
+    capabilities: dict[str, Any] = {key: getattr(above.isa, key) for key in given} if above else {}
+    capabilities |= {key: value for key, value in given.items() if value is not None}
+    features = (*(above.features if above else ()), *entry.features)
+    march = entry.march or (above.march if above else None)
+    options = (*(above.options if above else ()), *entry.flags)
+    length = (f"-msve-vector-bits={8 * registers.bytes}",) if capabilities.get("exact_vector") else ()
+    cc_flags, zig_flags = compiler_flags(arch, march, features)
+    parent = above.isa if above and not entry.complete_header else None
+    isa = Isa(
+        name=name,
+        arch=arch,
+        parent=parent.name if parent else None,
+        requires=frozenset(features),
+        cc_flags=(*cc_flags, *options, *length),
+        zig_flags=(*zig_flags, *options, *length),
+        vocabulary=(*(parent.vocabulary if parent else ()), entry.words or name),
+        registers=registers,
+        **capabilities,
+    )
+    return _Level(isa, features, march, options)
 
 
 def resolve_isas(cpu: Cpu, isas: Iterable[Isa]) -> list[Accepted | Rejected]:

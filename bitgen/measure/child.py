@@ -20,8 +20,7 @@ from bitgen.measure.cases import Checks, Mismatch, cases_of, longest_cases, shap
 from bitgen.measure.drop import DropRule
 from bitgen.measure.harness import Functions, Harness
 from bitgen.measure.memory import Guarded, Pool, Pools
-from bitgen.packing import pack
-from bitgen.reference import quantize_activations, scale_output, ternary_matmul
+from bitgen.reference import pack, quantize_activations, scale_output, ternary_matmul
 from bitgen.spec import Layout, Shape, ceil_to, regime_of
 
 # Row blocks of random weights that a pool repeats: enough that no cache line of weights comes twice in a row.

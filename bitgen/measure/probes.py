@@ -13,10 +13,10 @@ from pathlib import Path
 from bitgen.measure.candidates import support_units
 from bitgen.measure.harness import Functions, isas, unit_of
 from bitgen.render import Source, render_probe
-from bitgen.spec import I2S, Layout, Shape
+from bitgen.spec import Layout, Shape
 from bitgen.toolchain import Toolchain, best_builder
 
-LAYOUT = Layout(I2S.name, 16)  # whose bytes the reading probe reads
+LAYOUT = Layout("i2s", 16)  # whose bytes the reading probe reads
 
 # 32 MiB a call: what a thread waits for at the end of a call is below 1 %.
 READ_SHAPE = Shape(8192, 16384)
@@ -57,7 +57,7 @@ class _Sums:
     @property
     def turns(self) -> int:
         """For each 16 rows; a call of `DOT_SHAPE` takes about a millisecond on every level."""
-        return 40 if isas()[self.isa].vector_bytes < 16 else 2000
+        return 40 if isas()[self.isa].generic else 2000
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Dot4(_Sums):
     @property
     def products(self) -> int:
         """Multiply-adds of one word: of vw_mmla where an instruction does it, else of vw_dot4."""
-        return 128 if isas()[self.isa].mmla and self.isa != "scalar" else 64
+        level = isas()[self.isa]
+        return 128 if level.mmla and not level.generic else 64
 
     def source(self) -> Source:
         knobs = {"chains": self.chains, "turns": self.turns, "products": self.products}

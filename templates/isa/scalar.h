@@ -504,3 +504,272 @@ WORD vw vw_round(vf v) {
     for (int i = 0; i < 16; ++i) r.w[i] = (int32_t)lrintf(v.f[i]);
     return r;
 }
+
+//== Floats
+// The float words of the scalar ISA, which define what each of them means: arithmetic of a forward step.
+//
+// Every operation is one IEEE operation a lane with one rounding, or it is a fixed sequence of them, so a step
+// gives the same bits on every ISA. NaN comes out where the operation makes one; its payload is not defined.
+
+//: vf_store
+// 16 floats to p, any alignment.
+WORD void vf_store(float *p, vf v) { memcpy(p, v.f, 64); }
+
+//: vf_add
+WORD vf vf_add(vf a, vf b) {
+    for (int i = 0; i < 16; ++i) a.f[i] += b.f[i];
+    return a;
+}
+
+//: vf_sub
+WORD vf vf_sub(vf a, vf b) {
+    for (int i = 0; i < 16; ++i) a.f[i] -= b.f[i];
+    return a;
+}
+
+//: vf_div
+// f[i] = a[i] / b[i], correctly rounded: no estimate of a reciprocal
+WORD vf vf_div(vf a, vf b) {
+    for (int i = 0; i < 16; ++i) a.f[i] /= b.f[i];
+    return a;
+}
+
+//: vf_fma
+// f[i] = a[i] * b[i] + c[i] with one rounding
+WORD vf vf_fma(vf a, vf b, vf c) {
+    for (int i = 0; i < 16; ++i) c.f[i] = fmaf(a.f[i], b.f[i], c.f[i]);
+    return c;
+}
+
+//: vf_max
+// f[i] = a[i] > b[i] ? a[i] : b[i]; so b where one is NaN
+WORD vf vf_max(vf a, vf b) {
+    for (int i = 0; i < 16; ++i) a.f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i];
+    return a;
+}
+
+//: vf_zero_below
+// f[i] = x[i] < limit[i] ? 0 : v[i]; so v where x is NaN
+WORD vf vf_zero_below(vf v, vf x, vf limit) {
+    for (int i = 0; i < 16; ++i) v.f[i] = x.f[i] < limit.f[i] ? 0.0f : v.f[i];
+    return v;
+}
+
+//: vf_blend_n
+// The first n (0..16) elements of v, then those of rest: f[i] = i < n ? v[i] : rest[i]
+WORD vf vf_blend_n(vf v, vf rest, int n) {
+    for (int i = n; i < 16; ++i) v.f[i] = rest.f[i];
+    return v;
+}
+
+//: vf_pow2
+// f[i] = 2^n[i] for n in -126..127; any value otherwise
+WORD vf vf_pow2(vw n) {
+    vf r;
+    for (int i = 0; i < 16; ++i) n.w[i] = (int32_t)(((uint32_t)n.w[i] + 127) << 23);
+    memcpy(r.f, n.w, 64);
+    return r;
+}
+
+//: vf_hsum
+// The sum in a fixed tree: s[i] = v[i] + v[i + 8] for i < 8, then s[i] + s[i + 4], s[i] + s[i + 2], s[0] + s[1].
+WORD float vf_hsum(vf v) {
+    for (int half = 8; half; half >>= 1)
+        for (int i = 0; i < half; ++i) v.f[i] += v.f[i + half];
+    return v.f[0];
+}
+
+//: vf_hmax
+// The largest, in the tree of the sum, a > b ? a : b.
+WORD float vf_hmax(vf v) {
+    for (int half = 8; half; half >>= 1)
+        for (int i = 0; i < half; ++i) v.f[i] = v.f[i] > v.f[i + half] ? v.f[i] : v.f[i + half];
+    return v.f[0];
+}
+
+//: vf_from_f16
+// 16 half floats of p, exactly.
+WORD vf vf_from_f16(const uint16_t *p) {
+    vf r;
+    for (int i = 0; i < 16; ++i) {
+        uint16_t h;
+        memcpy(&h, p + i, 2);
+        uint32_t sign = (uint32_t)(h & 0x8000) << 16, mag = h & 0x7fff, bits;
+        float subnormal = (float)mag * 0x1p-24f;
+        if (mag < 0x400) memcpy(&bits, &subnormal, 4);
+        else bits = mag < 0x7c00 ? (mag << 13) + 0x38000000 : mag << 13 | 0x7f800000;
+        bits |= sign;
+        memcpy(&r.f[i], &bits, 4);
+    }
+    return r;
+}
+
+//: vf_to_f16
+// 16 half floats to p, rounded to nearest even; beyond 65504 infinity, from 65520 on.
+WORD void vf_to_f16(uint16_t *p, vf v) {
+    for (int i = 0; i < 16; ++i) {
+        uint32_t bits, h;
+        memcpy(&bits, &v.f[i], 4);
+        uint32_t sign = bits >> 16 & 0x8000, mag = bits & 0x7fffffff;
+        if (mag > 0x7f800000) h = 0x7e00 | (mag >> 13 & 0x3ff);
+        else if (mag >= 0x477ff000) h = 0x7c00;
+        else if (mag >= 0x38800000) h = (mag + 0xfff + (mag >> 13 & 1) - 0x38000000) >> 13;
+        else h = (uint32_t)lrintf(fabsf(v.f[i]) * 0x1p24f);
+        h |= sign;
+        memcpy(p + i, &h, 2);
+    }
+}
+
+//: vf_from_bf16
+// 16 brain floats of p, exactly: the high halves of floats.
+WORD vf vf_from_bf16(const uint16_t *p) {
+    vf r;
+    for (int i = 0; i < 16; ++i) {
+        uint16_t h;
+        memcpy(&h, p + i, 2);
+        uint32_t bits = (uint32_t)h << 16;
+        memcpy(&r.f[i], &bits, 4);
+    }
+    return r;
+}
+
+//: vw_load_s8
+// 16 int8 of p, as int32.
+WORD vw vw_load_s8(const int8_t *p) {
+    vw r;
+    for (int i = 0; i < 16; ++i) r.w[i] = p[i];
+    return r;
+}
+
+//: vw_load_u8
+// 16 uint8 of p, as int32.
+WORD vw vw_load_u8(const uint8_t *p) {
+    vw r;
+    for (int i = 0; i < 16; ++i) r.w[i] = p[i];
+    return r;
+}
+
+//: vw_and
+WORD vw vw_and(vw a, vw b) {
+    for (int i = 0; i < 16; ++i) a.w[i] &= b.w[i];
+    return a;
+}
+
+//: vw_shl
+// w[i] = v[i] << bits, mod 2^32
+WORD vw vw_shl(vw v, int bits) {
+    for (int i = 0; i < 16; ++i) v.w[i] = (int32_t)((uint32_t)v.w[i] << bits);
+    return v;
+}
+
+//: vf_splat_f16
+// The half float at p in all elements.
+WORD vf vf_splat_f16(const uint16_t *p) {
+    uint16_t h[16];
+    for (int i = 0; i < 16; ++i) memcpy(h + i, p, 2);
+    return vf_from_f16(h);
+}
+
+//== Tiles
+// Words for tiles: products of matrices of bytes. Levels without them have no kernels of the algorithm "tiles".
+
+//: vt
+// Eight tiles of 16 rows x 64 bytes. 0 .. 3 hold sums, 16 int32 a row; 4 and 5 activations, a token a row; 6 and 7
+// weights: row i has, for 16 output rows, the four bytes of k = 4 i .. 4 i + 3.
+typedef struct { int rows[8]; uint8_t b[8][16][64]; } vt;
+
+//: vt_begin
+// All become zero. 0, 1 and 4 have rows0 rows from here on, 2, 3 and 5 rows1 (1 .. 16 each), 6 and 7 have 16.
+WORD void vt_begin(vt *t, int rows0, int rows1) {
+    memset(t, 0, sizeof *t);
+    for (int i = 0; i < 8; ++i) t->rows[i] = i > 5 ? 16 : i < 2 || i == 4 ? rows0 : rows1;
+}
+
+//: vt_end
+// Their contents are gone; nothing but a new beginning may follow.
+WORD void vt_end(vt *t) { memset(t, 0, sizeof *t); }
+
+//: vt_zero
+WORD void vt_zero(vt *t, int tile) { memset(t->b[tile], 0, sizeof t->b[tile]); }
+
+//: vt_load
+// The rows that the tile has, 64 bytes each, `stride` bytes apart; nothing else is read.
+WORD void vt_load(vt *t, int tile, const void *p, int64_t stride) {
+    for (int r = 0; r < t->rows[tile]; ++r) memcpy(t->b[tile][r], (const uint8_t *)p + r * stride, 64);
+}
+
+//: vt_store
+// The rows of sums that the tile has, one behind the other.
+WORD void vt_store(vt *t, int tile, int32_t *p) { memcpy(p, t->b[tile], 64 * (size_t)t->rows[tile]); }
+
+//: vt_dot4
+// sum[r][i] of c += sum over k of a[r][k] (int8) * byte 4 i + k % 4 of row k / 4 of b (uint8), mod 2^32.
+// c is 0 .. 3, a is 4 (with c 0, 1, or all of them when rows0 = rows1) or 5, b is 6 or 7.
+WORD void vt_dot4(vt *t, int c, int a, int b) {
+    for (int r = 0; r < t->rows[c]; ++r) {
+        uint32_t sums[16];
+        memcpy(sums, t->b[c][r], 64);
+        for (int k = 0; k < 64; ++k)
+            for (int i = 0; i < 16; ++i)
+                sums[i] += (uint32_t)((int8_t)t->b[a][r][k] * t->b[b][k / 4][4 * i + k % 4]);
+        memcpy(t->b[c][r], sums, 64);
+    }
+}
+
+//== Products of 2 x 8 by 8 x 2 bytes
+// Words for products of 2 x 8 by 8 x 2 bytes. Levels without them have no kernels of the algorithm "mmla".
+
+//: vw_mmla
+// In each lane of 16 bytes: two rows of u and two of s, 8 bytes each. acc[2 r + t] += sum over i of row r of u (uint8)
+// * row t of s (int8), mod 2^32.
+WORD vw vw_mmla(vw acc, vb u, vb s) {
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 8; ++j)
+            acc.w[i] = (int32_t)((uint32_t)acc.w[i] + (uint32_t)(u.b[i / 4 * 16 + i % 4 / 2 * 8 + j] *
+                                                                 (int8_t)s.b[i / 4 * 16 + i % 2 * 8 + j]));
+    return acc;
+}
+
+//: hold_loads
+// What is loaded behind it in the text is not loaded before it.
+WORD void hold_loads(void) {}
+
+//: vw_even
+// Elements 0, 2, 4, ... of a, then those of b.
+WORD vw vw_even(vw a, vw b) {
+    vw r;
+    for (int i = 0; i < 8; ++i) {
+        r.w[i] = a.w[2 * i];
+        r.w[8 + i] = b.w[2 * i];
+    }
+    return r;
+}
+
+//: vw_odd
+// Elements 1, 3, 5, ... of a, then those of b.
+WORD vw vw_odd(vw a, vw b) {
+    vw r;
+    for (int i = 0; i < 8; ++i) {
+        r.w[i] = a.w[2 * i + 1];
+        r.w[8 + i] = b.w[2 * i + 1];
+    }
+    return r;
+}
+
+//: vb_store_zip4
+// 128 bytes: four of a, four of b, and so on.
+WORD void vb_store_zip4(void *p, vb a, vb b) {
+    for (int i = 0; i < 16; ++i) {
+        memcpy((uint8_t *)p + 8 * i, a.b + 4 * i, 4);
+        memcpy((uint8_t *)p + 8 * i + 4, b.b + 4 * i, 4);
+    }
+}
+
+//: vb_store_zip8
+// 128 bytes: eight of a, eight of b, and so on.
+WORD void vb_store_zip8(void *p, vb a, vb b) {
+    for (int i = 0; i < 8; ++i) {
+        memcpy((uint8_t *)p + 16 * i, a.b + 8 * i, 8);
+        memcpy((uint8_t *)p + 16 * i + 8, b.b + 8 * i, 8);
+    }
+}

@@ -6,3 +6,53 @@ WORD vw vw_dot4(vw acc, vb u, vb s) {
     for (int i = 0; i < SVE_PARTS; ++i) acc.z[i] = svusdot_s32(acc.z[i], u.z[i], svreinterpret_s8_u8(s.z[i]));
     return acc;
 }
+
+//== Products of 2 x 8 by 8 x 2 bytes
+// The words for products of 2 x 8 by 8 x 2 bytes with SVE and FEAT_I8MM: usmmla, in each 16 bytes of a register.
+
+//: vw_mmla
+WORD vw vw_mmla(vw acc, vb u, vb s) {
+    for (int i = 0; i < SVE_PARTS; ++i) acc.z[i] = svusmmla_s32(acc.z[i], u.z[i], svreinterpret_s8_u8(s.z[i]));
+    return acc;
+}
+
+//: hold_loads
+// As on NEON: compilers would load more weights first than registers are left for.
+WORD void hold_loads(void) { __asm__ volatile("" : : : "memory"); }
+
+//: vw_even
+WORD vw vw_even(vw a, vw b) {
+    vw r;
+    if (SVE_PARTS == 1) r.z[0] = svuzp1_s32(a.z[0], b.z[0]);
+    for (int i = 0; i < SVE_PARTS / 2; ++i) {
+        r.z[i] = svuzp1_s32(a.z[2 * i], a.z[2 * i + 1]);
+        r.z[SVE_PARTS / 2 + i] = svuzp1_s32(b.z[2 * i], b.z[2 * i + 1]);
+    }
+    return r;
+}
+
+//: vw_odd
+WORD vw vw_odd(vw a, vw b) {
+    vw r;
+    if (SVE_PARTS == 1) r.z[0] = svuzp2_s32(a.z[0], b.z[0]);
+    for (int i = 0; i < SVE_PARTS / 2; ++i) {
+        r.z[i] = svuzp2_s32(a.z[2 * i], a.z[2 * i + 1]);
+        r.z[SVE_PARTS / 2 + i] = svuzp2_s32(b.z[2 * i], b.z[2 * i + 1]);
+    }
+    return r;
+}
+
+//: vb_store_zip4
+// st2w zips while it stores.
+WORD void vb_store_zip4(void *p, vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i)
+        svst2_u32(svptrue_b32(), (uint32_t *)p + 2 * SVE_WORDS * i,
+                  svcreate2_u32(svreinterpret_u32_u8(a.z[i]), svreinterpret_u32_u8(b.z[i])));
+}
+
+//: vb_store_zip8
+WORD void vb_store_zip8(void *p, vb a, vb b) {
+    for (int i = 0; i < SVE_PARTS; ++i)
+        svst2_u64(svptrue_b64(), (uint64_t *)p + SVE_WORDS * i,
+                  svcreate2_u64(svreinterpret_u64_u8(a.z[i]), svreinterpret_u64_u8(b.z[i])));
+}

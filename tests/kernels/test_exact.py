@@ -23,8 +23,7 @@ from bitgen.measure.cases import EDGES, TOKENS, cases_of
 from bitgen.measure.harness import unit_of
 from bitgen.measure.local import LocalRunner, Proof, TimingPolicy
 from bitgen.measure.sweep import SweepCounts, exact_sweep, own_points, sweep
-from bitgen.packing import pack
-from bitgen.reference import linear, quantize_activations, scale_output, ternary_matmul
+from bitgen.reference import linear, pack, quantize_activations, scale_output, ternary_matmul
 from bitgen.render import render_kernel
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride

@@ -27,9 +27,8 @@ from bitgen.hostcode import (
     library_units,
     run_units,
 )
-from bitgen.packing import pack
 from bitgen.paths import configs_dir
-from bitgen.reference import linear, ternary_matmul
+from bitgen.reference import linear, pack, ternary_matmul
 from bitgen.spec import FAMILIES, Family, Layout, Shape, x_stride
 from bitgen.toolchain import CcBuilder, Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
 

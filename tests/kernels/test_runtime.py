@@ -18,9 +18,8 @@ from bitgen import runtime
 from bitgen.abi import ABI_VERSION
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError
-from bitgen.packing import pack
 from bitgen.reference import linear as reference_linear
-from bitgen.reference import ternary_matmul
+from bitgen.reference import pack, ternary_matmul
 from bitgen.runtime import ArgumentTypeError, ArgumentValueError, BusyError, KernelTable, load, self_test
 from bitgen.spec import Shape
 from bitgen.toolchain import Unit

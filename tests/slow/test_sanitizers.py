@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from bitgen.cpu import Accepted, Isa, detect_cpu, load_isas, resolve_isas
-from bitgen.packing import pack
+from bitgen.reference import pack
 from bitgen.render import Source, matmul_struct, render_kernel, render_quantize, render_tables
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, regime_named, x_stride

@@ -1,4 +1,4 @@
-"""The meaning of the float words (templates/isa/floats) in numpy; test_vocabulary.py tries them."""
+"""The meaning of the float words (templates/isa/*.h) in numpy; test_vocabulary.py tries them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ import foreign
 import numpy as np
 
 from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
-from bitgen.packing import pack
-from bitgen.reference import scale_output, ternary_matmul
+from bitgen.reference import pack, scale_output, ternary_matmul
 from bitgen.render import Source, isa_named, matmul_struct, render_kernel, render_tables
 from bitgen.spec import FAMILIES, KernelSpec, Layout, x_stride
 from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit

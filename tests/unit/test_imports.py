@@ -106,7 +106,7 @@ def test_no_drawer_for_odds_and_ends() -> None:
     ("module", "absent"),
     [
         ("bitgen", {"numpy", "cffi", "jinja2", "optuna", "yaml"}),
-        ("bitgen.spec", {"numpy", "cffi", "jinja2", "optuna"}),
+        ("bitgen.spec", {"cffi", "jinja2", "optuna"}),
         ("bitgen.bundle", {"optuna", "jinja2", "bitgen.render", "bitgen.toolchain", "bitgen.search"}),
         ("bitgen.runtime", {"optuna", "jinja2", "bitgen.render", "bitgen.toolchain", "bitgen.search"}),
         ("bitgen.search", {"optuna"}),

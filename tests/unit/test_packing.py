@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bitgen.errors import BitgenError
-from bitgen.packing import T5_TABLE, TL5_CODES, TL5_WEIGHTS, check_ternary, pack, unpack
+from bitgen.families.t5 import TABLE as T5_TABLE
+from bitgen.families.tl5 import CODES as TL5_CODES
+from bitgen.families.tl5 import WEIGHTS as TL5_WEIGHTS
+from bitgen.reference import check_ternary, pack, unpack
 from bitgen.spec import FAMILIES, Layout, Shape
 
 LAYOUTS = [Layout(family.name, rows * family.rows) for family in FAMILIES.values() for rows in (1, 2, 3)]
@@ -78,7 +81,7 @@ def test_sub_blocks_alternate_chunk_by_chunk(family: str) -> None:
     np.testing.assert_array_equal(pack(Layout(family, 2 * f.rows), w), np.concatenate(expected))
 
 
-# ---- known bytes, worked out by hand from the table at the top of bitgen/packing.py
+# ---- known bytes, worked out by hand from the table at the top of bitgen/families
 
 
 def test_i2s_bytes() -> None:

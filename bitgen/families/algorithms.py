@@ -1,0 +1,401 @@
+"""The algorithms: their knobs, the registers they need, what their sums reach.
+
+====== ========== ============================================================================================
+knob   algorithm  meaning
+====== ========== ============================================================================================
+streams not panel row blocks walked at once, each a stream of its own in memory; rows in registers = streams x
+                  row_block
+nr      both      tokens whose accumulators live in registers
+accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every field masked in place (scales
+                  1, 4, 16, 64), 3 = the fourth shifted, 2 = one shift (scales 1, 4), 1 = three shifts
+widen   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums, added
+                  to int32 every W chunks (direct) or every W steps of 4 k (panel)
+unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
+prefetch not panel bytes ahead of each stream that are asked for; 0: leave it to the hardware
+hint    not panel n = 1 only: where a prefetched line goes. 0: into every cache (T0), 1: past them (NTA),
+                  because a token reads its weights once, 2: into L2 (T1), because L1 holds the lookup tables
+mr      panel     rows whose accumulators live in registers
+mc      both      rows of a cache block;  kc  columns of a cache block, 0: all of k
+====== ========== ============================================================================================
+
+`Multiply` (direct) and `Lookup` (direct, and TL5's wide and split) read packed weights and multiply or look
+up at once. `Panel` unpacks ``mc`` x ``kc`` weights to bytes that serve every token of the batch. `Tiles`
+multiplies tiles of 16 tokens x 64 k with tiles of 64 k x 16 rows: on the way for 2..16 tokens (``streams``,
+``ahead``, ``prefetch``), from panels for more (``mr`` and ``nr`` are multiples of 16). `Mmla` multiplies 2
+rows x 8 k by 8 k x 2 tokens, from panels of an order of its own; 16 rows are in registers.
+
+Values were measured to matter; what lies between them was never outside the noise. kc is a multiple of 48 and
+16, so every family's chunks divide it. The generic level is a fallback and an oracle: it needs one point of
+each kind, not a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from bitgen.cpu import Isa
+from bitgen.families.base import (
+    INT16_MAX,
+    INT16_MIN,
+    Algorithm,
+    Axes,
+    Check,
+    Family,
+    Int16Sums,
+    Knobs,
+    Preset,
+    first_fit,
+)
+from bitgen.shapes import LARGE, N1, SMALL, Regime
+
+_TILE_SUMS = 4  # tiles of sums; two of activations and two of weights are the others of eight
+# Registers twice those of AVX2, for blocks of two: SVE of 256 bits.
+_ROOMY: Mapping[str, object] = {"vector_bytes": 32, "register_count": 32}
+_WIDE: Mapping[str, object] = {"vector_bytes": 64}
+
+SmallTable = tuple[tuple[Mapping[str, object], Knobs], ...]
+
+
+@dataclass(frozen=True)
+class Multiply(Algorithm):
+    """Packed codes are masked and multiplied with activations in one pass.
+
+    ``first``: by capabilities the default's knobs for one token; ``ahead``: its prefetch distance.
+    """
+
+    first: SmallTable = field(default=(), compare=False)
+    ahead: int = 0
+
+    # Few tokens, by capabilities.
+    _FEW: ClassVar[SmallTable] = (
+        (_WIDE, {"streams": 2, "nr": 8}),
+        (_ROOMY, {"streams": 1, "nr": 8}),
+        ({"vector_bytes": 16, "native_dot4": True}, {"streams": 1, "nr": 4}),
+        ({}, {"streams": 1, "nr": 2}),
+    )
+
+    def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
+        if regime is LARGE:
+            return {}
+        wide = not isa.generic
+        return {
+            "streams": (1, 2, 4, 8) if wide else (1, 2),
+            "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2,),
+            "accs": (1, 2, 4 if isa.code_max >= 128 else 3) if regime is N1 or not wide else (1, 2),
+            "widen": _widths(isa, (8, self._pair_chunks(family))),
+            "unroll": (1, 2) if regime is N1 else (1,),
+            "prefetch": ((0, 4096, 6144) if regime is N1 else (0, 2048)) if wide else (0,),
+            **({"hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
+        }
+
+    def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
+        widen = 0 if isa.adds_dots else self._pair_chunks(family)
+        if regime is N1:
+            plain = {"streams": 1, "nr": 1, "accs": 1, "widen": widen, "unroll": 1, "prefetch": 0, "hint": 0}
+            best = plain | dict(first_fit(isa, self.first))
+            yield Preset("direct", best | {"widen": widen // best["accs"], "prefetch": self.ahead})
+            yield Preset("direct", plain)
+        elif regime is SMALL:
+            rest = {"accs": 1, "widen": widen, "unroll": 1}
+            yield Preset("direct", {**first_fit(isa, self._FEW), **rest, "prefetch": 2048})
+            nr = 4 if isa.vector_bytes == 64 else 2
+            yield Preset("direct", {"streams": 1, "nr": nr, **rest, "prefetch": 0})
+
+    def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
+        # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.
+        block, accs = isa.block_registers, knobs["accs"]
+        sums = knobs["streams"] * (row_block // 16) * knobs["nr"] * accs
+        return _sum_registers(isa, knobs) * sums + block + 1 + accs
+
+    def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
+        most = isa.code_max
+        if family.top_code * _scale(4) > most:
+            yield (
+                f"codes in place, {family.top_code} x 4^(accs - 1), must not exceed {most}, the largest byte "
+                f"that {isa.name} multiplies: a smaller accs",
+                lambda knobs, _: family.top_code * _scale(knobs["accs"]) <= most,
+            )
+
+    def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
+        if not knobs["widen"]:
+            return None
+        accs = knobs["accs"]
+        low, high = (_scale(accs) * value for value in family.pair_range)
+        return Int16Sums(knobs["widen"] * self._last_fields(family, accs), low, high)
+
+    def int32_share(self, family: Family, knobs: Knobs) -> tuple[str, int]:
+        accs = knobs["accs"]
+        # of a chunk's fields, those of the last accumulator
+        share = f"{self._last_fields(family, accs)}/{family.fields}" if accs > 1 else "1"
+        return share, family.top_code * 128 * _scale(accs)
+
+    @staticmethod
+    def _last_fields(family: Family, accs: int) -> int:
+        """How many fields of a chunk go to the last accumulator, which has the largest scale."""
+        # Of three the fourth field and T5's fifth are shifted to the first.
+        return 1 if accs == 3 else 4 // accs + family.fields - 4
+
+    @staticmethod
+    def _pair_chunks(family: Family) -> int:
+        """Chunks that one int16 accumulator takes: 64 additions of 512 fit, 4 a chunk or T5's 5."""
+        return -INT16_MIN // -family.pair_range[0] // family.fields
+
+
+@dataclass(frozen=True)
+class Lookup(Algorithm):
+    """Weights are indices of sums of ``g`` activations, looked up in tables of 16 entries of int16."""
+
+    # Row blocks at once for one token: by capabilities.
+    _STREAMS: ClassVar[SmallTable] = ((_WIDE, {"streams": 4}), (_ROOMY, {"streams": 2}), ({}, {"streams": 1}))
+    # bitnet.cpp's presets for the 3B shapes: BM x BK blocks, bm rows in registers.
+    _BITNET: ClassVar = ((2, 160, 96), (4, 320, 96), (2, 320, 192), (1, 160, 96))
+
+    def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
+        wide = not isa.generic
+        return {
+            "streams": (1, 2, 4) if wide else (1, 2),
+            "nr": (1,) if regime is N1 else (2, 4, 8) if wide else (2,),
+            "mc": (0, 128) if wide else (0, 64),
+            "kc": (0, 960, 1920) if wide else (0, 960),
+            "widen": (self._widest(family),),
+            "unroll": (1, 2) if regime is N1 and wide else (1,),
+            "prefetch": (0, 4096) if regime is N1 and wide else (0,),
+        }
+
+    def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
+        sums = {"widen": self._widest(family), "unroll": 1}
+        if regime is N1:
+            whole = {"nr": 1, "mc": 0, "kc": 0, **sums}
+            yield Preset("direct", {**first_fit(isa, self._STREAMS), **whole, "prefetch": 4096})
+            yield Preset("direct", {"streams": 1, **whole, "prefetch": 0})
+        for bm, block, kc in self._BITNET if regime is N1 else (self._BITNET[0], self._BITNET[3]):
+            nr = 1 if regime is N1 else 2
+            yield Preset("direct", {"streams": bm, "nr": nr, "mc": block, "kc": kc, **sums, "prefetch": 0})
+
+    def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
+        # Two int16 accumulators for each 16 rows (TL5: 64), two nibbles; a wide table is four blocks.
+        rows = knobs["streams"] * row_block // family.rows
+        return isa.block_registers * (2 * rows * knobs["nr"] + self._table_blocks()) + 1
+
+    def _table_blocks(self) -> int:
+        return 2
+
+    def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
+        yield (
+            "entries of lookup tables are int16 sums: widen must be at least 1",
+            lambda knobs, _: knobs["widen"] >= 1,
+        )
+        if "mc" in axes:
+            yield (
+                "mc and kc block the cache together: give both, or neither",
+                lambda knobs, _: (knobs["mc"] > 0) == (knobs["kc"] > 0),
+            )
+            yield (
+                "mc must be a multiple of the rows walked at once",
+                lambda knobs, row_block: knobs["mc"] % (knobs["streams"] * row_block) == 0,
+            )
+
+    def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
+        if not knobs["widen"]:
+            return None
+        return Int16Sums(knobs["widen"] * family.lookups, -family.entry_max, family.entry_max)
+
+    def int32_share(self, family: Family, knobs: Knobs) -> tuple[str, int]:
+        return "1", 128
+
+    @staticmethod
+    def _widest(family: Family) -> int:
+        """Chunks that one int16 accumulator takes."""
+        return INT16_MAX // (family.lookups * family.entry_max)
+
+
+@dataclass(frozen=True)
+class Panel(Algorithm):
+    """Rows are unpacked to bytes that serve every token."""
+
+    def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
+        if regime is N1:
+            return {}
+        wide, large = not isa.generic, regime is LARGE
+        tokens = (4, 6, 8, 12) if large else (4, 8)
+        if isa.sums_bytes > 64:  # NEON: eight registers for 16 rows of a token
+            tokens = (2, 3)
+        return {
+            "mr": ((32, 64) if isa.vector_bytes == 64 else (16, 32)),
+            "nr": tokens if wide else (2, 4),
+            "mc": (64, 256) if large and wide else (64,),
+            "kc": (0, 960),
+            "widen": _widths(isa, (64,)),
+            "unroll": (1, 2) if large and wide else (1,),
+        }
+
+    def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
+        return knobs["mr"] // 16 * (_sum_registers(isa, knobs) * knobs["nr"] + isa.block_registers) + 1
+
+    def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
+        return Int16Sums(knobs["widen"], *family.pair_range) if knobs["widen"] else None
+
+
+@dataclass(frozen=True)
+class Tiles(Algorithm):
+    """Tiles of bytes are multiplied by one instruction, on levels that have it."""
+
+    def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
+        wide = not isa.generic
+        if regime is N1 or not isa.tiles:
+            return {}
+        if regime is SMALL:
+            return {
+                "streams": (1, 2, 4) if wide else (1, 2),
+                "ahead": (0, 1),
+                "prefetch": (0, 4096) if wide else (0,),
+            }
+        return {
+            "mr": (32, 64) if wide else (32,),
+            "nr": (16, 32),
+            "mc": (64, 256, 512) if wide else (64,),
+            "kc": (0, 960, 1920) if wide else (0, 960),
+            "pack": (0, 1),
+        }
+
+    def domain(self, knob: str) -> range | tuple[int, ...]:
+        return {"mr": (16, 32, 64), "nr": (16, 32)}.get(knob) or super().domain(knob)
+
+    def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
+        return 0  # sums and operands are in tiles
+
+    def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
+        yield (
+            f"there are {_TILE_SUMS} tiles of sums: rows walked at once x tokens must not exceed "
+            f"{_TILE_SUMS} x 16 x 16",
+            lambda knobs, row_block: self._sums(knobs, row_block) <= _TILE_SUMS,
+        )
+        columns = family.k_chunk * family.tile_chunks
+        if "kc" in axes:
+            yield (
+                f"kc of tiles must be a multiple of {columns}: whole chunks and whole tiles",
+                lambda knobs, _: knobs["kc"] % columns == 0,
+            )
+
+    @staticmethod
+    def _sums(knobs: Knobs, row_block: int) -> int:
+        """Tiles of sums that are held at once."""
+        rows = knobs["mr"] if "mr" in knobs else knobs["streams"] * row_block
+        return rows // 16 * (knobs.get("nr", 16) // 16)
+
+
+@dataclass(frozen=True)
+class Mmla(Algorithm):
+    """2 x 8 bytes are multiplied with 8 x 2 by one instruction, on levels that have it."""
+
+    def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
+        wide = not isa.generic
+        if regime is N1 or not isa.mmla:
+            return {}
+        return {
+            "nr": (4,) if not wide else (4, 6) if isa.vector_bytes == 16 else (6, 8, 12),
+            "mc": (64, 256) if regime is LARGE and wide else (64,),
+            "kc": (0, 960),
+        }
+
+    def domain(self, knob: str) -> range | tuple[int, ...]:
+        return range(4, 17, 2) if knob == "nr" else super().domain(knob)  # tokens go by twos
+
+    def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
+        # half a block of rows, and a register for two tokens
+        return isa.block_registers * (knobs["nr"] + 1) + knobs["nr"] // 2
+
+    def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
+        columns = family.k_chunk * family.tile_chunks
+        yield (
+            f"kc of mmla must be a multiple of {columns}: whole chunks, and blocks of 64 activations",
+            lambda knobs, _: knobs["kc"] % columns == 0,
+        )
+
+
+PANEL, TILES, MMLA = Panel("panel"), Tiles("tiles"), Mmla("mmla")
+UNPACKED = (PANEL, TILES, MMLA)  # weights become bytes first, whatever the family
+UNPACKING = frozenset(one.name for one in UNPACKED)
+
+
+def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
+    """What is worth trying first, for every family: the default, and what other projects ship.
+
+    A family's own algorithms stand behind instructions for matrices; for more than a token lookups come last.
+    """
+    own = [
+        preset
+        for one in family.algorithms
+        if one.axes(family, isa, regime)
+        for preset in one.presets(family, isa, regime)
+    ]
+    if regime is N1:
+        yield from own
+        return
+    matrices = [*_tile_presets(family, isa, regime), *_mmla_presets(family, isa)]
+    steps = 0 if isa.adds_dots else 64
+    if not isa.generic:
+        yield from matrices
+    if regime is SMALL and isa.sums_bytes > 64:  # a loop of 52 instructions; direct's has 88
+        yield Preset("panel", {"mr": 16, "nr": 2, "mc": 64, "kc": 960, "widen": steps, "unroll": 1})
+    if not family.looks_up:
+        yield from own
+    yield from _panel_presets(family, isa, steps)
+    if isa.generic:
+        yield from matrices
+    if family.looks_up:
+        yield from own
+
+
+def _panel_presets(family: Family, isa: Isa, steps: int) -> Iterator[Preset]:
+    some = 3 if isa.sums_bytes > 64 else 4  # three tokens of NEON take 24 of its 32 registers
+    sums = {"widen": steps, "unroll": 1}
+    rows: SmallTable = ((_WIDE, {"mr": 64}), (_ROOMY, {"mr": 32}), ({}, {}))
+    large = first_fit(isa, rows)
+    if large:
+        yield Preset("panel", {**large, "nr": 6, "mc": 64, "kc": 960, **sums})
+    yield Preset("panel", {"mr": 16, "nr": some, "mc": 64, "kc": 960, **sums})
+    yield Preset("panel", {"mr": 16, "nr": some, "mc": family.rows, "kc": 0, **sums})
+
+
+def _tile_presets(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
+    if not isa.tiles:
+        return
+    if isa.generic and regime is SMALL:
+        yield Preset("tiles", {"streams": 1, "ahead": 1, "prefetch": 0})
+    elif isa.generic:
+        yield Preset("tiles", {"mr": 32, "nr": 32, "mc": 64, "kc": 0, "pack": 1})
+    elif regime is SMALL:
+        for streams, rows, ahead in ((4, 0, 1), (2, 32, 1), (2, 0, 0), (1, 0, 1)):
+            yield Preset("tiles", {"streams": streams, "ahead": ahead, "prefetch": 4096 * ahead}, rows)
+    else:
+        for mr, mc, kc in ((32, 256, 960), (32, 64, 0), (16, family.rows, 0)):
+            yield Preset("tiles", {"mr": mr, "nr": 32, "mc": mc, "kc": kc, "pack": 1})
+
+
+def _mmla_presets(family: Family, isa: Isa) -> Iterator[Preset]:
+    if isa.mmla and isa.generic:
+        yield Preset("mmla", {"nr": 4, "mc": 64, "kc": 960})
+    elif isa.mmla:
+        few = 8 if isa.vector_bytes == 32 else 6
+        yield Preset("mmla", {"nr": few, "mc": 64, "kc": 960})
+        yield Preset("mmla", {"nr": few, "mc": family.rows, "kc": 0})
+
+
+def _widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """A dot instruction widens by itself; without one int16 sums are three instructions cheaper a step."""
+    if isa.generic:
+        return (0, *widths)
+    return (0,) if isa.native_dot4 else widths
+
+
+def _scale(accs: int) -> int:
+    """The largest scale of codes in place that ``accs`` accumulators add: field f stays at 4^(f mod accs)."""
+    return int(4 ** (accs - 1))
+
+
+def _sum_registers(isa: Isa, knobs: Knobs) -> int:
+    """Registers of the sums of 16 rows and a token."""
+    return isa.block_registers * isa.sums_bytes // 64 if knobs["widen"] else isa.block_registers

@@ -1,0 +1,229 @@
+"""What a weight family and an algorithm are: facts in numbers, from which bounds and sizes follow."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.cpu import Isa
+from bitgen.shapes import Regime
+
+Bytes = NDArray[np.uint8]
+Ternary = NDArray[np.int8]
+Knobs = Mapping[str, int]
+Axes = Mapping[str, tuple[int, ...]]  # knob -> the values that a space offers, in the order of a schedule
+Check = tuple[str, Callable[[Knobs, int], bool]]  # what is told when a schedule (knobs, row block) breaks it
+
+X_MIN, X_MAX = -128, 127  # int8 activations
+INT16_MIN, INT16_MAX = -32768, 32767
+GROUPS = (16, 32, 64, 128, 256)  # lengths along k that may share a scale
+
+# Values a knob may have at all; an algorithm narrows some. Counts multiply the code of a kernel; sizes
+# (bytes, rows, columns, steps) end far above every useful value.
+COUNT, SIZE = range(1, 17), range((1 << 20) + 1)
+DOMAINS: Mapping[str, range] = {
+    "streams": COUNT,
+    "nr": COUNT,
+    "unroll": COUNT,
+    "accs": range(1, 5),
+    "hint": range(3),
+    "mr": range(16, 257, 16),
+    "ahead": range(2),
+    "pack": range(2),
+}
+
+
+@dataclass(frozen=True)
+class Int16Sums:
+    """Additions into one int16 lane between two widenings, each of a value in [low, high]."""
+
+    additions: int
+    low: int
+    high: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether no sum can leave int16."""
+        return self.additions * self.low >= INT16_MIN and self.additions * self.high <= INT16_MAX
+
+    def __str__(self) -> str:
+        low, high = self.additions * self.low, self.additions * self.high
+        return f"{self.additions} additions of {self.low} .. {self.high} give {low} .. {high}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A schedule worth trying first; ``row_block`` 0: the family's smallest."""
+
+    algorithm: str
+    knobs: Knobs
+    row_block: int = 0
+
+
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """A way to multiply: its knobs on an ISA level, and what a schedule of it needs.
+
+    ``table_bytes``: of the lookup tables it reads for one token and one chunk; 0: it multiplies.
+    ``constants``: names for the template that builds those tables.
+    """
+
+    name: str
+    table_bytes: int = 0
+    constants: Mapping[str, object] = field(default_factory=dict, compare=False)
+
+    @abstractmethod
+    def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
+        """The values worth searching of each knob; empty where the algorithm is not offered."""
+
+    @abstractmethod
+    def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
+        """Vector registers that live across the inner loop, plus the operands of one step."""
+
+    def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
+        """What to try first, best first, of an algorithm that only this family has."""
+        del family, isa, regime
+        return iter(())
+
+    def domain(self, knob: str) -> range | tuple[int, ...]:
+        """Every value that a knob may have."""
+        return DOMAINS.get(knob, SIZE)
+
+    def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
+        """What the values of a schedule must be together, beside what holds for every algorithm."""
+        del family, isa, axes
+        return iter(())
+
+    def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
+        """The int16 partial sums of a schedule; None when every product goes to int32 at once."""
+        del family, knobs
+        return None
+
+    def int32_share(self, family: Family, knobs: Knobs) -> tuple[str, int]:
+        """Of k the share that one int32 lane adds up, and the most that one weight adds to it."""
+        del knobs
+        return "1", family.top_code * -X_MIN
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to store ternary weights and to multiply with them.
+
+    ``g`` weights share one code; a chunk of 16 rows x ``k_chunk`` weights takes ``chunk_bytes``; a row block
+    has a multiple of ``rows`` rows. Kernels multiply ``codes`` codes 0, 1, ..: weight + ``bias``.
+    ``encode`` makes int8 weights (blocks, chunks, sub-blocks, 16 rows, k_chunk) uint8 (blocks, chunks,
+    sub-blocks, chunk_bytes), in whatever shape of these bytes; ``decode`` undoes it. ``values``: of the same
+    weights the numbers (blocks, chunks, sub-blocks, 16 rows, ...) whose negative ones a trailer of 64 bytes
+    counts for each row, behind the chunks of its block. ``constants``: names for its template.
+    """
+
+    name: str
+    title: str
+    g: int
+    k_chunk: int
+    chunk_bytes: int
+    algorithms: tuple[Algorithm, ...]
+    encode: Callable[[Ternary], Bytes]
+    decode: Callable[[Bytes], Ternary]
+    values: Callable[[Ternary], NDArray[np.signedinteger]] | None = None
+    rows: int = 16
+    codes: int = 3
+    bias: int = 1
+    constants: Mapping[str, object] = field(default_factory=dict, compare=False)
+
+    @property
+    def trailer_bytes(self) -> int:
+        """Of each 16 rows at the end of a row block: int32[16], or nothing."""
+        return 64 if self.values else 0
+
+    @property
+    def tables(self) -> tuple[tuple[str, int], ...]:
+        """The algorithms that look sums up, and the bytes of each one's tables of one token and one chunk."""
+        return tuple((one.name, one.table_bytes) for one in self.algorithms if one.table_bytes)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether its own algorithms look sums up in tables; they multiply codes otherwise."""
+        return bool(self.tables)
+
+    def table_bytes(self, algorithm: str) -> int:
+        """Bytes of the lookup tables of one token and one chunk; 0 for an algorithm that reads none."""
+        return dict(self.tables).get(algorithm, 0)
+
+    def builder(self, algorithm: str) -> str | None:
+        """What builds the tables of an algorithm: the template kernels/NAME.c.j2; None when it reads none."""
+        if not self.table_bytes(algorithm):
+            return None
+        kind = f"_{algorithm}" if len(self.tables) > 1 else ""
+        return f"{self.name}{kind}_tables"
+
+    def algorithm(self, name: str) -> Algorithm:
+        """KeyError for an algorithm that it does not have."""
+        return {one.name: one for one in self.algorithms}[name]
+
+    def axes(self, isa: Isa, regime: Regime) -> dict[str, Axes]:
+        """The knobs of each algorithm that a level offers for a regime."""
+        offered = {one.name: one.axes(self, isa, regime) for one in self.algorithms}
+        return {name: axes for name, axes in offered.items() if axes}
+
+    @property
+    def top_code(self) -> int:
+        """The largest code that is multiplied."""
+        return self.codes - 1
+
+    @property
+    def pair_range(self) -> tuple[int, int]:
+        """The least and the largest sum of two products of a code and an activation."""
+        return 2 * self.top_code * X_MIN, 2 * self.top_code * X_MAX
+
+    @property
+    def entry_max(self) -> int:
+        """The largest magnitude of a sum of ``g`` activations, each times a weight."""
+        return self.g * max(self.bias, self.top_code - self.bias) * -X_MIN
+
+    @property
+    def fields(self) -> int:
+        """Products that a lane of int32 takes from a chunk are by fours: how many fours."""
+        return self.k_chunk // 4
+
+    @property
+    def lookups(self) -> int:
+        """Table entries of a chunk that one int16 lane adds up."""
+        return self.k_chunk // self.g * self.rows // 64
+
+    @property
+    def tile_chunks(self) -> int:
+        """The fewest chunks that fill whole tiles of 64 k: 4, or T5's 16 (five tiles)."""
+        return 64 // gcd(64, self.k_chunk)
+
+    @property
+    def bits_a_weight(self) -> float:
+        """Storage without padding, in bits a weight."""
+        return 8 * self.chunk_bytes / (16 * self.k_chunk)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Of `GROUPS` the lengths that are whole chunks: where scales of groups can lie behind them."""
+        return tuple(length for length in GROUPS if length % self.k_chunk == 0)
+
+
+def told(values: Sequence[int]) -> str:
+    """The values of a knob as a person says them: "0, 1 or 2", "1 .. 16", "4, 6, ... 16"."""
+    first, last = values[0], values[-1]
+    if len(values) == 1:
+        return str(first)
+    if len(values) <= 3:
+        return " or ".join([", ".join(map(str, values[:-1])), str(last)])
+    return f"{first} .. {last}" if values[1] == first + 1 else f"{first}, {values[1]}, ... {last}"
+
+
+def first_fit(isa: Isa, table: Iterable[tuple[Mapping[str, object], Knobs]]) -> Knobs:
+    """Of a table (capabilities, knobs) the first row whose capabilities the level has; the last has none."""
+    return next(
+        knobs for needs, knobs in table if all(getattr(isa, name) == want for name, want in needs.items())
+    )

@@ -1,0 +1,254 @@
+"""The legal schedules of a family for a shape on an ISA level.
+
+A `Space` is a grid of knob values per algorithm plus a few presets, thinned by named rules. What a rule
+forbids cannot be built: `Space` never yields it, and `Space.check` says in words which rule it breaks. What
+the knobs mean, and the rules of each algorithm: bitgen/families/algorithms.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+
+from bitgen.cpu import Cpu, Isa
+from bitgen.errors import UsageError, unknown
+from bitgen.families import FAMILIES, Family
+from bitgen.families.algorithms import UNPACKING, presets_of
+from bitgen.families.base import INT16_MAX, INT16_MIN, Axes, Check, Int16Sums, told
+from bitgen.spec import K_MAX, KernelSpec, Layout, Regime, Schedule, Shape
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named constraint; ``text`` is what a user is told when a schedule breaks it.
+
+    ``local``: it is about the shape and the caches of this CPU. A kernel that breaks it is right, and may be
+    useful elsewhere.
+    """
+
+    text: str
+    holds: Callable[[KernelSpec], bool] = field(repr=False, compare=False)
+    local: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """All legal kernels of one family, ISA level and regime for one shape. Iterating yields `KernelSpec`."""
+
+    family: str
+    isa: Isa
+    regime: Regime
+    shape: Shape
+    layouts: tuple[Layout, ...]
+    axes: Mapping[str, Axes]
+    presets: tuple[KernelSpec, ...]
+    bounds: tuple[Rule, ...] = field(repr=False)  # what each value may be at all
+    rules: tuple[Rule, ...] = field(repr=False)  # what values may be together; asked only within the bounds
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        return tuple(self.axes)
+
+    def knobs(self, algorithm: str) -> Axes:
+        """The values each knob of an algorithm may take."""
+        if algorithm not in self.axes:
+            raise UsageError(
+                f"{FAMILIES[self.family].title} for {self.regime.name} has no algorithm {algorithm!r}; "
+                f"it has {', '.join(self.axes)}",
+            )
+        return self.axes[algorithm]
+
+    def make(self, algorithm: str, layout: Layout, values: Mapping[str, int]) -> KernelSpec:
+        """The spec of one point; it may still break rules (see `broken`)."""
+        knobs = self.knobs(algorithm)
+        unknown = set(values) - set(knobs)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise UsageError(f"{algorithm} has no knob {names}; it has {', '.join(knobs)}")
+        missing = set(knobs) - set(values)
+        if missing:
+            raise UsageError(f"{algorithm} needs a value for {', '.join(sorted(missing))}")
+        schedule = Schedule(algorithm, tuple((name, int(values[name])) for name in knobs))
+        return KernelSpec(self.family, self.isa.name, self.regime.name, layout, schedule)
+
+    def broken(self, spec: KernelSpec) -> list[Rule]:
+        """The rules that ``spec`` breaks; empty for a legal one."""
+        outside = [rule for rule in self.bounds if not rule.holds(spec)]
+        return outside or [rule for rule in self.rules if not rule.holds(spec)]
+
+    def check(self, spec: KernelSpec, local: bool = True) -> None:
+        """BitgenError that quotes every broken rule; ``local`` False: only those that make a kernel wrong."""
+        texts = [rule.text for rule in self.broken(spec) if local or not rule.local]
+        if texts:
+            message = f"schedule {spec.schedule.name} is not legal: {'; '.join(texts)}"
+            raise UsageError(message)
+
+    @cached_property
+    def points(self) -> tuple[KernelSpec, ...]:
+        grid = (
+            self.make(algorithm, layout, dict(zip(axes, values, strict=True)))
+            for algorithm, axes in self.axes.items()
+            for layout in self.layouts
+            for values in product(*axes.values())
+        )
+        legal = [spec for spec in grid if not self.broken(spec)]
+        return tuple(dict.fromkeys([*legal, *self.known_good]))
+
+    def __iter__(self) -> Iterator[KernelSpec]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @cached_property
+    def known_good(self) -> tuple[KernelSpec, ...]:
+        """Points worth trying first: the default, and what other projects ship for such a shape."""
+        return tuple(dict.fromkeys(spec for spec in self.presets if not self.broken(spec)))
+
+    @property
+    def default(self) -> KernelSpec:
+        """The schedule used where nothing was tuned. Every space has one."""
+        return self.known_good[0]
+
+
+def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Space:
+    """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes."""
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    facts = FAMILIES[family]
+    axes = facts.axes(isa, regime)
+    layouts = tuple(Layout(family, rows) for rows in ((16, 32) if facts.rows == 16 else (facts.rows,)))
+    presets = (
+        KernelSpec(
+            family,
+            isa.name,
+            regime.name,
+            Layout(family, max(preset.row_block, facts.rows)),
+            Schedule(preset.algorithm, tuple(preset.knobs.items())),
+        )
+        for preset in presets_of(facts, isa, regime)
+    )
+    return Space(
+        family=family,
+        isa=isa,
+        regime=regime,
+        shape=shape,
+        layouts=layouts,
+        axes=axes,
+        presets=tuple(presets),
+        bounds=tuple(_bounds(facts, isa, regime, layouts, axes)),
+        rules=tuple(_rules(facts, isa, axes, shape, cpu)),
+    )
+
+
+# ---- What makes a schedule legal
+
+
+def _bounds(
+    family: Family, isa: Isa, regime: Regime, layouts: tuple[Layout, ...], axes: Mapping[str, Axes]
+) -> Iterator[Rule]:
+    yield Rule(
+        f"it must be a kernel of {family.name} on {isa.name} for {regime.name}",
+        lambda s: (s.family, s.isa, s.regime) == (family.name, isa.name, regime.name),
+    )
+    yield Rule(
+        f"it must have all knobs of one of {', '.join(axes)}",
+        lambda s: tuple(name for name, _ in s.schedule) == tuple(axes.get(s.schedule.algorithm, ("",))),
+    )
+    yield Rule(
+        f"row_block must be one of {', '.join(str(layout.row_block) for layout in layouts)}",
+        lambda s: s.layout in layouts,
+    )
+    for algorithm, knobs in axes.items():
+        for knob in knobs:
+            values = family.algorithm(algorithm).domain(knob)
+            text = f"{knob} of {algorithm} must be {told(values)}"
+            yield Rule(text, _of(algorithm, _within(knob, values)))
+
+
+def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu: Cpu) -> Iterator[Rule]:
+    yield Rule(
+        f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
+        lambda s: (sums := int16_sums(s)) is None or sums.exact,
+    )
+    if not isa.generic:  # its blocks are arrays: the compiler decides
+        yield Rule(
+            f"accumulators and operands must fit the registers of {isa.name}",
+            lambda s: _registers(family, isa, s) <= isa.register_count,
+        )
+    for algorithm, own in axes.items():
+        for check in family.algorithm(algorithm).checks(family, isa, own):
+            yield _checked(algorithm, check)
+    knobs = {name for one in axes.values() for name in one}
+    if "hint" in knobs:
+        yield Rule(
+            "hint says where prefetched lines go: 1 and 2 need a prefetch distance",
+            lambda s: s.schedule.get("hint", 0) == 0 or s.schedule["prefetch"] > 0,
+        )
+    if "kc" in knobs:
+        yield Rule(
+            f"kc must be 0 (all of k) or a multiple of the family's chunk, {family.k_chunk}",
+            lambda s: s.schedule.get("kc", 0) % family.k_chunk == 0,
+        )
+        yield Rule(f"kc must be below k = {shape.k}", lambda s: s.schedule.get("kc", 0) < shape.k, local=True)
+    if UNPACKING & axes.keys():
+        yield Rule("mc of a panel must be a multiple of mr and of the row block, not 0", _panel_rows_divide)
+        yield Rule(
+            f"a panel of mc x kc bytes must leave a quarter of the L2 cache free ({cpu.l2_bytes} bytes)",
+            lambda s: _panel_bytes(s, shape.k) <= cpu.l2_bytes * 3 // 4,
+            local=True,
+        )
+
+
+def _of(algorithm: str, holds: Callable[[KernelSpec], bool]) -> Callable[[KernelSpec], bool]:
+    """What holds for the schedules of one algorithm; others are no matter of it."""
+    return lambda s: s.schedule.algorithm != algorithm or holds(s)
+
+
+def _within(knob: str, values: Sequence[int]) -> Callable[[KernelSpec], bool]:
+    return lambda s: s.schedule.get(knob, values[0]) in values
+
+
+def _checked(algorithm: str, check: Check) -> Rule:
+    text, holds = check
+    return Rule(text, _of(algorithm, lambda s: holds(dict(s.schedule), s.layout.row_block)))
+
+
+def _registers(family: Family, isa: Isa, spec: KernelSpec) -> int:
+    algorithm = family.algorithm(spec.schedule.algorithm)
+    return algorithm.registers(family, isa, dict(spec.schedule), spec.layout.row_block)
+
+
+def _panel_rows_divide(spec: KernelSpec) -> bool:
+    s = dict(spec.schedule)
+    if not spec.schedule.unpacks or "mc" not in s:
+        return True
+    return s["mc"] > 0 and s["mc"] % s.get("mr", 16) == 0 and s["mc"] % spec.layout.row_block == 0
+
+
+def _panel_bytes(spec: KernelSpec, k: int) -> int:
+    s = dict(spec.schedule)
+    if not spec.schedule.unpacks or "mc" not in s:
+        return 0
+    if s["kc"] == 0 and s["mc"] == spec.layout.row_block and s.get("mr", 16) <= 32:
+        return 0  # the smallest panel is always legal, so that every shape has a kernel
+    return s["mc"] * (s["kc"] or k)
+
+
+# ---- What a kernel adds up at most
+
+
+def int16_sums(spec: KernelSpec) -> Int16Sums | None:
+    """The int16 partial sums of a kernel; None when every product goes to int32 at once."""
+    family = FAMILIES[spec.family]
+    return family.algorithm(spec.schedule.algorithm).int16_sums(family, dict(spec.schedule))
+
+
+def headroom_lines(spec: KernelSpec) -> list[str]:
+    """The bounds of a kernel's accumulators as arithmetic."""
+    sums, family = int16_sums(spec), FAMILIES[spec.family]
+    lines = [f"int16: {sums}, within {INT16_MIN} .. {INT16_MAX}"] if sums else []
+    share, most = family.algorithm(spec.schedule.algorithm).int32_share(family, dict(spec.schedule))
+    return [*lines, f"int32: {share} of k x {most} is below 2^31 for k <= {K_MAX}"]
