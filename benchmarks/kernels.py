@@ -24,7 +24,7 @@ from bitgen.cli.tables import Column, Table, render_tables, tile_table
 from bitgen.config import ModelPreset, find_model
 from bitgen.cpu import Isa
 from bitgen.measure import Race, TileState
-from bitgen.measure.local import LocalRunner
+from bitgen.measure.runner import LocalRunner
 from bitgen.spec import FAMILIES, LARGE, KernelSpec, Shape, regime_of
 
 

@@ -47,7 +47,7 @@ from bitgen.cli.progress import ProgressLine
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
 from bitgen.measure import LocalRunner
-from bitgen.measure.records import Load
+from bitgen.measure.jobs import Load
 from bitgen.model.config import ModelConfig
 
 HERE = Path(__file__).resolve().parent

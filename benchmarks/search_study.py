@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from replay import RoundReplay
+
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.config import find_model
 from bitgen.cpu import Isa, find_isa, load_isas
-from bitgen.measure import DropRule, Job, Limits, Load, Measurement, RoundReplay, Status
-from bitgen.measure.local import LocalRunner, TimingPolicy
+from bitgen.measure import DropRule, Job, Limits, Load, Measurement, Status
+from bitgen.measure.runner import LocalRunner, TimingPolicy
 from bitgen.search import Plan, SearchConfig, load_search_config, targets_of, tune
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 from bitgen.store import Fingerprint, RecordStore

@@ -26,8 +26,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from bitgen.cpu import load_isas, target_cpu
 from bitgen.host import step_headers
+
+from bitgen.cpu import load_isas, target_cpu
 from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Tiles
 from bitgen.render import matmul_struct, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space, space_for

@@ -17,7 +17,7 @@ from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Shape, family_name
 
 if TYPE_CHECKING:
     from bitgen.measure import Limits, Race, TileState
-    from bitgen.measure.sweep import SweepCounts
+    from bitgen.measure.verify import SweepCounts
 
 
 def check(
@@ -32,8 +32,8 @@ def check(
     progress: Callable[[SweepCounts], None] | None = None,
 ) -> SweepCounts:
     """Hold every schedule of the spaces (or ``sample`` of each) against numpy, on all levels of this CPU."""
-    from bitgen.measure.local import LocalRunner
-    from bitgen.measure.sweep import exact_sweep
+    from bitgen.measure.runner import LocalRunner
+    from bitgen.measure.verify import exact_sweep
 
     if sample is not None and sample < 1:
         raise UsageError(f"--sample must be at least 1, not {sample}")
@@ -97,7 +97,7 @@ def bench_kernels(
     progress: Callable[[str], None] | None = None,
 ) -> list[KernelTiming]:
     """Time what the model would run, tuned or not, against the default of each space; small n cold."""
-    from bitgen.measure.local import LocalRunner
+    from bitgen.measure.runner import LocalRunner
 
     workshop = Workshop(cc, logs)
     preset = preset_of(model)

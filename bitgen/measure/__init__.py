@@ -1,7 +1,7 @@
 """One kernel in a child process: is it right, and then how fast is it.
 
-`LocalRunner` compiles candidates, proves each one exact in a forked child and times it there; `ReplayRunner`
-answers the same questions from records; `exact_sweep` proves whole spaces.
+`LocalRunner` compiles candidates, proves each one exact in a forked child and times it there; `exact_sweep`
+proves whole spaces.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitgen.measure.drop import DropRule
-from bitgen.measure.records import (
+from bitgen.measure.jobs import (
     Job,
     Limits,
     Load,
@@ -21,11 +20,11 @@ from bitgen.measure.records import (
     Status,
     TileState,
 )
-from bitgen.measure.replay import ReplayRunner, RoundReplay
+from bitgen.measure.stats import DropRule
 
 if TYPE_CHECKING:
-    from bitgen.measure.local import LocalRunner, Proof, TimingPolicy, measure_limits
-    from bitgen.measure.sweep import SweepCounts, exact_sweep, sweep
+    from bitgen.measure.runner import LocalRunner, Proof, TimingPolicy, measure_limits
+    from bitgen.measure.verify import SweepCounts, exact_sweep, sweep
 
 __all__ = [
     "DropRule",
@@ -37,8 +36,6 @@ __all__ = [
     "Missing",
     "Proof",
     "Race",
-    "ReplayRunner",
-    "RoundReplay",
     "Runner",
     "Status",
     "SweepCounts",
@@ -51,13 +48,13 @@ __all__ = [
 
 # numpy, the renderer and the toolchain: who reads records or replays them does not pay for these.
 _LAZY = {
-    "LocalRunner": "local",
-    "Proof": "local",
-    "TimingPolicy": "local",
-    "measure_limits": "local",
-    "SweepCounts": "sweep",
-    "exact_sweep": "sweep",
-    "sweep": "sweep",
+    "LocalRunner": "runner",
+    "Proof": "runner",
+    "TimingPolicy": "runner",
+    "measure_limits": "runner",
+    "SweepCounts": "verify",
+    "exact_sweep": "verify",
+    "sweep": "verify",
 }
 
 

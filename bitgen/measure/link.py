@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from bitgen.measure.child import Task
 from bitgen.measure.server import Deadlines
+from bitgen.measure.worker import Task
 
 # The same import path as here, whatever the working folder and environment of the child.
 _BOOT = (

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitgen.errors import BitgenError
-from bitgen.measure.child import CHECKING, OPENING, Task, Workbench
 from bitgen.measure.harness import Harness
+from bitgen.measure.worker import CHECKING, OPENING, Task, Workbench
 
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05  # how often a silent child's phase is looked at

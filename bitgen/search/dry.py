@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitgen.measure.local import TimingPolicy
+from bitgen.measure.runner import TimingPolicy
 from bitgen.search.plan import Plan, SearchConfig
 from bitgen.spec import regime_named
 

@@ -27,7 +27,8 @@ from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UnsupportedError, UsageError
-from bitgen.measure import Limits, Race, local
+from bitgen.measure import Limits, Race
+from bitgen.measure import runner as measure_runner
 from bitgen.space import space_for
 from bitgen.spec import N1, KernelSpec, Shape
 from bitgen.toolchain import Toolchain, find_compiler
@@ -379,7 +380,7 @@ class TwoStates:
 def test_bench_tells_the_states_of_the_tile_unit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bitgen_home: Path
 ) -> None:
-    monkeypatch.setattr(local, "LocalRunner", TwoStates)
+    monkeypatch.setattr(measure_runner, "LocalRunner", TwoStates)
     argv = ["bench", "--kernels", "-m", "3B", "-t", "1", "--logs", str(bitgen_home), "-o", "json", "-n"]
     assert main([*argv, "1,2,17,32"]) == 0
     tables = json.loads(capsys.readouterr().out)

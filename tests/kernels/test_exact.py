@@ -21,8 +21,8 @@ from bitgen.measure import Status
 from bitgen.measure.candidates import support_units
 from bitgen.measure.cases import EDGES, TOKENS, cases_of
 from bitgen.measure.harness import unit_of
-from bitgen.measure.local import LocalRunner, Proof, TimingPolicy
-from bitgen.measure.sweep import SweepCounts, exact_sweep, own_points, sweep
+from bitgen.measure.runner import LocalRunner, Proof, TimingPolicy
+from bitgen.measure.verify import SweepCounts, exact_sweep, own_points, sweep
 from bitgen.packing import pack
 from bitgen.reference import linear, quantize_activations, scale_output, ternary_matmul
 from bitgen.render import render_kernel

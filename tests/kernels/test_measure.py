@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from broken_kernels import ALL, RIGHT, SLOW, Broken, spec_of
 from libraries import toolchain_of
+from replay import ReplayRunner, RoundReplay
 
 from bitgen.cpu import accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
@@ -30,18 +31,16 @@ from bitgen.measure import (
     Missing,
     Proof,
     Race,
-    ReplayRunner,
-    RoundReplay,
     Status,
     TileState,
     TimingPolicy,
     exact_sweep,
-    local,
 )
+from bitgen.measure import runner as measure_runner
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
-from bitgen.measure.drop import heats
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import Fma, Tiles, build_probes, peak_probe
+from bitgen.measure.stats import heats
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
@@ -374,7 +373,7 @@ def test_the_peak_of_tiles_takes_part_in_a_race(
     isa = find_isa("amx_int8", load_isas())
     if not isa.requires <= detect_cpu().features:
         pytest.skip("this CPU lacks amx_int8")
-    monkeypatch.setattr(local, "DOT_SHAPE", Shape(16, 64))  # emulated tiles are slow
+    monkeypatch.setattr(measure_runner, "DOT_SHAPE", Shape(16, 64))  # emulated tiles are slow
     spec = space_for("i2s", isa, SMALL, Shape(40, 100), detect_cpu()).default
     assert spec.schedule.name.startswith("tiles")
     with LocalRunner(toolchain_of(tmp_path_factory), detect_cpu(), policy=QUICK, lock_folder=tmp_path) as one:
@@ -394,8 +393,8 @@ def test_the_peak_of_float_multiply_adds_is_probed(runner: LocalRunner) -> None:
 
 def test_only_kernels_that_may_multiply_tiles_race_with_their_probe() -> None:
     small = replace(invented(regime="small"), isa="amx_int8")
-    assert local._tile_probe([invented(), small]) == Tiles("amx_int8")
-    assert local._tile_probe([replace(invented(), isa="amx_int8"), invented(regime="large")]) is None
+    assert measure_runner._tile_probe([invented(), small]) == Tiles("amx_int8")
+    assert measure_runner._tile_probe([replace(invented(), isa="amx_int8"), invented(regime="large")]) is None
 
 
 def test_rounds_are_fast_or_slow_by_their_own_probe() -> None:

@@ -11,9 +11,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from replay import ReplayRunner
+
 from bitgen.cpu import Isa, find_isa, load_isas
-from bitgen.measure import Job, Limits, Measurement, ReplayRunner, Status
-from bitgen.measure.records import Load
+from bitgen.measure import Job, Limits, Measurement, Status
+from bitgen.measure.jobs import Load
 from bitgen.search import Plan, SearchConfig, Target, load_search_config
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 from bitgen.store import Fingerprint

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replay import ReplayRunner
 from synthetic import (
     FINGERPRINT,
     LARGE_AXES,
@@ -35,7 +36,7 @@ from synthetic import (
 from bitgen.config import find_model
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
-from bitgen.measure import Job, Limits, Measurement, Missing, Race, ReplayRunner, Status
+from bitgen.measure import Job, Limits, Measurement, Missing, Race, Status
 from bitgen.search import Plan, Step, TuningResult, load_search_config, plan_for, targets_of, tune
 from bitgen.search.answers import Answers
 from bitgen.search.choose import Champion, Option, Slot, choose

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from bitgen.errors import BitgenError
-from bitgen.measure.drop import DropRule, heats
-from bitgen.measure.records import Job, Limits, Measurement, Missing, Race
+from bitgen.measure.jobs import Job, Limits, Measurement, Missing, Race
+from bitgen.measure.stats import DropRule, heats
 from bitgen.spec import KernelSpec, Shape
 
 

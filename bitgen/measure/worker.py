@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
 from bitgen.measure.cases import Checks, Mismatch, cases_of, longest_cases, shape_cases
-from bitgen.measure.drop import DropRule
+from bitgen.measure.guarded import Guarded, Pool, Pools
 from bitgen.measure.harness import Functions, Harness
-from bitgen.measure.memory import Guarded, Pool, Pools
+from bitgen.measure.stats import DropRule
 from bitgen.packing import pack
 from bitgen.reference import quantize_activations, scale_output, ternary_matmul
 from bitgen.spec import Layout, Shape, ceil_to, regime_of

@@ -14,9 +14,8 @@ from typing import Any
 from bitgen.cpu import Cpu
 from bitgen.errors import BitgenError
 from bitgen.measure.candidates import Candidates, Render
-from bitgen.measure.child import Task, Timing
-from bitgen.measure.drop import DropRule, heats
 from bitgen.measure.harness import Functions, build_harness, isas
+from bitgen.measure.jobs import Job, Limits, Load, Measurement, Missing, Race, Status
 from bitgen.measure.link import ServerDiedError, ServerLink
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import (
@@ -31,8 +30,9 @@ from bitgen.measure.probes import (
     build_probes,
     peak_probe,
 )
-from bitgen.measure.records import Job, Limits, Load, Measurement, Missing, Race, Status
 from bitgen.measure.server import Deadlines
+from bitgen.measure.stats import DropRule, heats
+from bitgen.measure.worker import Task, Timing
 from bitgen.render import Source, render_kernel
 from bitgen.spec import N1, KernelSpec, Shape
 from bitgen.toolchain import Toolchain

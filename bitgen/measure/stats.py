@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitgen.errors import BitgenError
-from bitgen.measure.records import Job
+from bitgen.measure.jobs import Job
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from bitgen.cpu import Cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
-from bitgen.measure.local import LocalRunner, Proof
-from bitgen.measure.records import Status
+from bitgen.measure.jobs import Status
+from bitgen.measure.runner import LocalRunner, Proof
 from bitgen.render import inherits
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
