@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from bitgen.host import step_headers
+from bitgen.hostcode import step_headers
 
 from bitgen.cpu import load_isas, target_cpu
 from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Tiles
@@ -102,9 +102,9 @@ def single_texts() -> dict[str, str]:
         texts[f"quantize/{isa}"] = render_quantize(isa)
         texts[f"step/{isa}"] = render_step(isa)
         texts[f"step_sized/{isa}"] = render_step(isa, SIZES)
-        probes = {"dot4": Dot4(isa), "fma": Fma(isa)} | (
-            {"tiles": Tiles(isa)} if level.tile_registers else {}
-        )
+        probes: dict[str, Dot4 | Fma | Tiles] = {"dot4": Dot4(isa), "fma": Fma(isa)}
+        if level.tile_registers:
+            probes["tiles"] = Tiles(isa)
         texts |= {f"probe/{name}/{isa}": probe.source() for name, probe in probes.items()}
         texts[f"probe/read/{isa}"] = DEFAULT_PATTERN.source(isa)
         for family in FAMILIES.values():

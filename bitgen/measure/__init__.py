@@ -1,7 +1,7 @@
-"""One kernel in a child process: is it right, and then how fast is it.
+"""One kernel in a process of its own: is it right, and then how fast is it.
 
-`LocalRunner` compiles candidates, proves each one exact in a forked child and times it there; `exact_sweep`
-proves whole spaces.
+`LocalRunner` compiles candidates and asks its worker to verify and time them; `exact_sweep` verifies whole
+spaces.
 """
 
 from __future__ import annotations
@@ -11,50 +11,44 @@ from typing import TYPE_CHECKING, Any
 
 from bitgen.measure.jobs import (
     Job,
-    Limits,
-    Load,
+    MachinePeak,
     Measurement,
     Missing,
     Race,
+    RaceJob,
+    Rates,
     Runner,
     Status,
-    TileState,
 )
-from bitgen.measure.stats import DropRule
+from bitgen.measure.stats import EarlyStopping
 
 if TYPE_CHECKING:
-    from bitgen.measure.runner import LocalRunner, Proof, TimingPolicy, measure_limits
+    from bitgen.measure.runner import LocalRunner, TimingPolicy, Verification
     from bitgen.measure.verify import SweepCounts, exact_sweep, sweep
 
 __all__ = [
-    "DropRule",
+    "EarlyStopping",
     "Job",
-    "Limits",
-    "Load",
     "LocalRunner",
+    "MachinePeak",
     "Measurement",
     "Missing",
-    "Proof",
     "Race",
+    "RaceJob",
+    "Rates",
     "Runner",
     "Status",
     "SweepCounts",
-    "TileState",
     "TimingPolicy",
+    "Verification",
     "exact_sweep",
-    "measure_limits",
     "sweep",
 ]
 
 # numpy, the renderer and the toolchain: who reads records or replays them does not pay for these.
 _LAZY = {
-    "LocalRunner": "runner",
-    "Proof": "runner",
-    "TimingPolicy": "runner",
-    "measure_limits": "runner",
-    "SweepCounts": "verify",
-    "exact_sweep": "verify",
-    "sweep": "verify",
+    **dict.fromkeys(("LocalRunner", "TimingPolicy", "Verification"), "runner"),
+    **dict.fromkeys(("SweepCounts", "exact_sweep", "sweep"), "verify"),
 }
 
 

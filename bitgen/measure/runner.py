@@ -1,22 +1,32 @@
-"""Measure on this machine: compile, prove and time kernels in processes that may die."""
+"""This process: compile candidates, ask the worker to verify and time them, and tell what came of it.
+
+Nothing that was generated is loaded here: what a candidate does, it does to the worker.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import pickle
 import random
+import select
+import signal
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from bitgen.cpu import Cpu
 from bitgen.errors import BitgenError
 from bitgen.measure.candidates import Candidates, Render
-from bitgen.measure.harness import Functions, build_harness, isas
-from bitgen.measure.jobs import Job, Limits, Load, Measurement, Missing, Race, Status
-from bitgen.measure.link import ServerDiedError, ServerLink
+from bitgen.measure.harness import Functions, build_harness
+from bitgen.measure.jobs import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status, batches
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import (
     DEFAULT_PATTERN,
@@ -26,15 +36,13 @@ from bitgen.measure.probes import (
     READ_SHAPE,
     Fma,
     ReadPattern,
-    Tiles,
     build_probes,
     peak_probe,
 )
-from bitgen.measure.server import Deadlines
-from bitgen.measure.stats import DropRule, heats
-from bitgen.measure.worker import Task, Timing
+from bitgen.measure.stats import EarlyStopping
+from bitgen.measure.worker import Outcome, Task, Timing
 from bitgen.render import Source, render_kernel
-from bitgen.spec import N1, KernelSpec, Shape
+from bitgen.spec import KernelSpec, Shape
 from bitgen.toolchain import Toolchain
 
 _AHEAD = 64  # candidates compiled before the first of them is timed
@@ -42,8 +50,14 @@ _AHEAD = 64  # candidates compiled before the first of them is timed
 # read 75-94 GB/s where DRAM gives 58. Caches above 64 MiB get 256 MiB, above 128 MiB twice their size.
 _POOL_CACHES, _POOL_BYTES, _LLC_BYTES_MAX = 4, 256 << 20, 128 << 20
 _NO_BUDGET_NS = 1e18
+_TOGETHER = 16  # kernels that are verified in one process
 
-DROP = DropRule()
+# The same import path as here, whatever the working folder and environment of the worker.
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from bitgen.measure.worker import main; main()"
+)
+_SLACK_S = 10.0  # beyond a task's own limit: preparing weights and cases, starting up
+_CLOSE_S = 2.0
 
 _STATUS = {"crashed": Status.CRASHED, "timeout": Status.TIMEOUT, "failed": Status.CRASHED}
 
@@ -52,25 +66,25 @@ _STATUS = {"crashed": Status.CRASHED, "timeout": Status.TIMEOUT, "failed": Statu
 class TimingPolicy:
     """How long to look at a kernel.
 
-    A candidate gets up to ``repeats`` repeats of at least ``min_repeat_ms``, fewer when ``drop`` says that it
-    lost to its incumbent, or when they take more than ``budget_ms`` together; a finalist of a race gets
-    every round. ``heat`` candidates are timed in the same rounds. ``limit_rounds`` interleaved rounds
-    measure the machine's limits. ``check_timeout_s`` and ``timeout_s`` end a kernel that hangs.
+    A candidate gets up to ``repeats`` repeats of at least ``min_repeat_ms``, fewer when ``stopping`` says
+    that it lost to its incumbent, or when they take more than ``budget_ms`` together; a contender of a race
+    gets every round. ``batch`` candidates are timed in the same rounds. ``peak_rounds`` interleaved rounds
+    measure the machine's peak. ``check_timeout_s`` and ``timeout_s`` end a kernel that hangs.
     """
 
     repeats: int = 3
     min_repeat_ms: float = 3.0
     budget_ms: float = 100.0
-    heat: int = 8
-    drop: DropRule = DROP
+    batch: int = 8
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
     race_min_ms: float = 4.0
-    limit_rounds: int = 7
+    peak_rounds: int = 7
     check_timeout_s: float = 10.0
     timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """Whether a kernel is exact: OK after ``cases`` cases, or what is wrong with it."""
 
     spec: KernelSpec
@@ -92,8 +106,6 @@ class LocalRunner:
         *,
         policy: TimingPolicy | None = None,
         render: Render = render_kernel,
-        huge_pages: bool = True,
-        pool_budget_bytes: int = 1024 << 20,
         lock_folder: Path | None = None,
         report: Callable[[str], None] | None = None,
     ) -> None:
@@ -102,11 +114,9 @@ class LocalRunner:
         self._policy = policy or TimingPolicy()
         self._candidates = Candidates(toolchain, render=render)
         self._lock = MachineLock(lock_folder, report) if report else MachineLock(lock_folder)
-        self._huge_pages = huge_pages
-        self._pool_budget_bytes = pool_budget_bytes
-        self._proven: set[KernelSpec] = set()
-        self._limits: dict[int, Limits] = {}
-        self._race_probes: dict[Source, Functions] = {}
+        self._verified: set[KernelSpec] = set()
+        self._peaks: dict[int, MachinePeak] = {}
+        self._probes: dict[Source, Functions] = {}
 
     def __enter__(self) -> LocalRunner:
         return self
@@ -114,15 +124,13 @@ class LocalRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._server.kill()
-            self.close()
+        if kind is not None:
+            self._worker.kill()
+        self.close()
 
     def close(self) -> None:
-        """End the measuring process and free the machine's lock. The runner may be used again."""
-        self._server.close()
+        """End the worker and free the machine's lock. The runner may be used again."""
+        self._worker.close()
         self._lock.release()
 
     # ---- the questions
@@ -136,276 +144,263 @@ class LocalRunner:
         self._lock.acquire()
         compiled: set[KernelSpec] = set()
         at = 0
-        for heat in heats(jobs, self._policy.heat):
-            if not set().union(*map(_specs, heat)) <= compiled:
+        for batch in batches(jobs, self._policy.batch):
+            if not set().union(*map(_specs, batch)) <= compiled:
                 ahead = _first_specs(jobs[at:])
                 self._candidates.compile(ahead)
                 compiled |= set(ahead)
-            yield from self._measure_heat(heat)
-            at += len(heat)
+            yield from self._measure_batch(batch)
+            at += len(batch)
 
-    def race(
-        self,
-        specs: Sequence[KernelSpec],
-        shape: Shape,
-        n: int,
-        threads: int,
-        rounds: int,
-        cold: bool = False,
-        seed: int = 0,
-    ) -> Race:
-        """Time kernels in interleaved rounds; one that fails on the way is dropped and the race starts anew.
+    def race(self, job: RaceJob) -> Race:
+        """Time kernels in interleaved rounds; one that fails on the way is dropped and the race restarts.
 
-        A cold race has the reading probe as a participant, one of 2 tokens and more on a level with tile
-        registers the probe of tiles.
+        A cold race has the reading probe as a contender.
         """
         self._lock.acquire()
-        self._candidates.compile(specs)
-        functions = {spec: self._candidates.functions(spec) for spec in specs}
-        dropped = {spec: reason for spec, reason in functions.items() if isinstance(reason, str)}
-        lanes = {spec: found for spec, found in functions.items() if isinstance(found, Functions)}
-        while lanes:
-            answer = self._race_once(lanes, shape, n, threads, rounds, cold, seed)
-            failed = _failures(answer, tuple(lanes))
-            self._proven |= set(lanes) - set(failed) if answer["status"] == "done" else set()
+        self._candidates.compile(job.specs)
+        dropped: dict[KernelSpec, str] = {}
+        while True:
+            functions = {spec: self._candidates.functions(spec) for spec in job.specs if spec not in dropped}
+            dropped |= {spec: reason for spec, reason in functions.items() if isinstance(reason, str)}
+            contenders = {spec: found for spec, found in functions.items() if isinstance(found, Functions)}
+            if not contenders:
+                return Race({}, dropped)
+            outcome = self._race_once(contenders, job)
+            failed = _failures(outcome, tuple(contenders))
+            if outcome.done:
+                self._verified |= set(contenders) - set(failed)
             if not failed:
-                return _race_of(answer, tuple(lanes), dropped, shape, cold)
-            self._proven -= set(failed)
-            dropped |= failed
-            lanes = {spec: found for spec, found in lanes.items() if spec not in failed}
-        return Race({}, dropped)
+                times = dict(zip(contenders, outcome.times_ns, strict=False))
+                read = outcome.times_ns[-1] if job.cold else ()
+                return Race(times, dropped, tuple(t / LAYOUT.packed_bytes(job.shape) for t in read))
+            self._verified -= set(failed)
+            if not self._isolated(outcome, tuple(contenders)):
+                dropped |= failed
 
-    def limits(self, threads: int, isas: Sequence[str]) -> Limits:
+    def machine_peak(self, threads: int, isas: Sequence[str]) -> MachinePeak:
         """What the machine can do at most; measured once for each number of threads and kept."""
         self._lock.acquire()
-        known = self._limits.get(threads)
+        known = self._peaks.get(threads)
         if known is None or not set(isas) <= set(known.peak_gops):
-            self._limits[threads] = self._measure_limits(threads, isas)
-        return self._limits[threads]
+            self._peaks[threads] = self._measure_peak(threads, isas)
+        return self._peaks[threads]
 
     def dram_gbs(self, threads: int, isa: str) -> float:
-        """What the best pattern of `limits` reads from memory, 10^9 bytes a second; measured now."""
-        self.limits(threads, [isa])
-        functions = self._race_probe(self._best_pattern(threads).source(isa))
-        return LAYOUT.packed_bytes(READ_SHAPE) / self._probe([functions], READ_SHAPE, threads, True)[0]
+        """What the best pattern of `machine_peak` reads from memory, 10^9 bytes a second; measured now."""
+        self.machine_peak(threads, [isa])
+        functions = self._probe(self._best_pattern(threads).source(isa))
+        return LAYOUT.packed_bytes(READ_SHAPE) / self._probe_ns([functions], READ_SHAPE, threads, True)[0]
 
     def fma_gflops(self, threads: int, isa: str) -> float:
         """What float32 multiply-adds in registers reach, 10^9 operations a second; measured now."""
         self._lock.acquire()
         probe = Fma(isa)
-        functions = self._race_probe(probe.source())
-        return probe.operations / self._probe([functions], DOT_SHAPE, threads, False)[0]
+        functions = self._probe(probe.source())
+        return probe.operations / self._probe_ns([functions], DOT_SHAPE, threads, False)[0]
 
-    def prove(self, specs: Sequence[KernelSpec], deep: bool = True, together: int = 16) -> Iterator[Proof]:
-        """Whether each kernel is exact, without timing it; ``together`` kernels share a process."""
+    def verify(self, specs: Sequence[KernelSpec], deep: bool = True) -> Iterator[Verification]:
+        """Whether each kernel is exact, without timing it; several share a process."""
         self._lock.acquire()
         for start in range(0, len(specs), _AHEAD):
-            self._candidates.compile(specs[start : start + _AHEAD])
-            for first in range(start, min(start + _AHEAD, len(specs)), together):
-                batch = specs[first : min(first + together, start + _AHEAD)]
-                for shape in dict.fromkeys(spec.shape for spec in batch):
-                    yield from self._prove([spec for spec in batch if spec.shape == shape], shape, deep)
+            ahead = specs[start : start + _AHEAD]
+            self._candidates.compile(ahead)
+            for first in range(0, len(ahead), _TOGETHER):
+                together = ahead[first : first + _TOGETHER]
+                for shape in dict.fromkeys(spec.shape for spec in together):
+                    yield from self._verify([spec for spec in together if spec.shape == shape], shape, deep)
 
     @property
-    def server_pid(self) -> int | None:
-        """The process id of the measuring process, None when it does not run."""
-        return self._server.pid
+    def worker_pid(self) -> int | None:
+        """The process id of the worker, None when it does not run."""
+        return self._worker.pid
 
-    # ---- one job
+    # ---- jobs
 
-    def _measure_heat(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
+    def _measure_batch(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
         """Jobs that differ in their kernels alone; when one of them fails, each is measured by itself."""
         compiled = [job for job in jobs if isinstance(self._candidates.functions(job.spec), Functions)]
         if len(compiled) > 1:
-            load = Load.now()
-            lanes = self._lanes(compiled)
-            answer = self._time(compiled, lanes)
-            if not _failures(answer, tuple(lanes)):
-                found = dict(zip(compiled, self._measurements(compiled, lanes, answer, load), strict=True))
+            contenders = self._contenders(compiled)
+            outcome = self._time(compiled, contenders)
+            if not _failures(outcome, tuple(contenders)):
+                found = dict(zip(compiled, self._measurements(compiled, contenders, outcome), strict=True))
                 yield from (found.get(job) or self._measure(job) for job in jobs)
                 return
         for job in jobs:
             yield self._measure(job)
 
     def _measure(self, job: Job) -> Measurement:
-        load = Load.now()
         functions = self._candidates.functions(job.spec)
         if isinstance(functions, str):
-            return Measurement.of(job, Status.COMPILE_ERROR, functions, load=load)
-        lanes = self._lanes([job])
-        answer = self._time([job], lanes)
-        if answer.get("culprit") == 1 or any(answer.get("wrong", ())[1:]):
+            return Measurement(job, Status.COMPILE_ERROR, functions)
+        contenders = self._contenders([job])
+        outcome = self._time([job], contenders)
+        if not outcome.done and self._isolated(outcome, tuple(contenders)):
+            return self._measure(job)
+        if outcome.culprit == 1 or any(outcome.wrong[1:]):
             # The incumbent failed, not the candidate: measure that alone.
-            return self._measure(replace(job, against=None))
-        if answer["status"] != "done":
-            self._proven.discard(job.spec)
-            return Measurement.of(job, _STATUS[answer["status"]], answer["detail"], load=load)
-        if answer["wrong"][0]:
-            self._proven.discard(job.spec)
-            return Measurement.of(job, Status.INCORRECT, answer["wrong"][0], load=load)
-        (measurement,) = self._measurements([job], lanes, answer, load)
+            return self._measure(Job(*job.key))
+        if not outcome.done:
+            self._verified.discard(job.spec)
+            return Measurement(job, _STATUS[outcome.status], outcome.detail)
+        if outcome.wrong[0]:
+            self._verified.discard(job.spec)
+            return Measurement(job, Status.INCORRECT, outcome.wrong[0])
+        (measurement,) = self._measurements([job], contenders, outcome)
         return measurement
 
-    def _lanes(self, jobs: Sequence[Job]) -> dict[KernelSpec, Functions]:
+    def _contenders(self, jobs: Sequence[Job]) -> dict[KernelSpec, Functions]:
         """The candidates, then their incumbents."""
         specs = [*(job.spec for job in jobs), *(job.against for job in jobs if job.against)]
         found = {spec: self._candidates.functions(spec) for spec in specs}
         return {spec: functions for spec, functions in found.items() if isinstance(functions, Functions)}
 
-    def _time(self, jobs: Sequence[Job], lanes: Mapping[KernelSpec, Functions]) -> dict[str, Any]:
-        """Prove the candidates, then time them beside their incumbents."""
+    def _time(self, jobs: Sequence[Job], contenders: Mapping[KernelSpec, Functions]) -> Outcome:
+        """Verify the candidates, then time them beside their incumbents."""
         policy, (job, *_) = self._policy, jobs
-        at = {spec: lane for lane, spec in enumerate(lanes)}
-        against: dict[KernelSpec, int | None] = {}  # in the order of the first lanes
+        at = {spec: index for index, spec in enumerate(contenders)}
+        against: dict[KernelSpec, int | None] = {}  # in the order of the first contenders
         for one in jobs:
             against[one.spec] = at.get(one.against) if one.against and one.against != one.spec else None
-        order = _shuffled_rounds(len(lanes), policy.repeats, seed=0)
-        budget_ms = policy.budget_ms * len(jobs)
-        timing = self._timing(job.shape, job.n, job.threads, job.cold, order, policy.min_repeat_ms, budget_ms)
-        timing = replace(timing, against=tuple(against.values()), rule=policy.drop)
-        checks = tuple(self._level(spec) if spec in against else None for spec in lanes)
-        return self._ask(Task(tuple(lanes.values()), checks, frozenset(), timing, job.spec.shape))
+        timing = Timing(
+            *(job.shape, job.n, job.threads, job.cold),
+            min_ns=1e6 * policy.min_repeat_ms,
+            budget_ns=1e6 * policy.budget_ms * len(jobs),
+            order=_shuffled_rounds(len(contenders), policy.repeats, seed=0),
+            against=tuple(against.values()),
+            stopping=policy.stopping,
+        )
+        checks = tuple(self._level(spec) if spec in against else None for spec in contenders)
+        return self._ask(tuple(contenders.values()), checks, timing=timing, fixed_shape=job.spec.shape)
 
     def _measurements(
-        self, jobs: Sequence[Job], lanes: Mapping[KernelSpec, Functions], answer: dict[str, Any], load: Load
+        self, jobs: Sequence[Job], contenders: Mapping[KernelSpec, Functions], outcome: Outcome
     ) -> Iterator[Measurement]:
-        times = dict(zip(lanes, answer["times"], strict=True))
+        times = dict(zip(contenders, outcome.times_ns, strict=True))
         for job in jobs:
-            self._proven.add(job.spec)
+            self._verified.add(job.spec)
             own = times[job.spec]
-            rival = times.get(job.against, ()) if job.against and job.against != job.spec else ()
-            yield Measurement.of(job, Status.OK, "", own, rival[: len(own)], load)
+            against = times.get(job.against, ()) if job.against and job.against != job.spec else ()
+            yield Measurement(job, Status.OK, "", tuple(own), tuple(against[: len(own)]))
 
-    def _prove(self, specs: Sequence[KernelSpec], shape: Shape | None, deep: bool) -> Iterator[Proof]:
+    def _verify(self, specs: Sequence[KernelSpec], shape: Shape | None, deep: bool) -> Iterator[Verification]:
         """Kernels for one ``shape``, or for any, in one process."""
         level = "deep" if deep else "quick"
         left = list(specs)
         while left:
-            functions = [self._candidates.functions(spec) for spec in left]
-            for spec, found in zip(left, functions, strict=True):
+            functions = {spec: self._candidates.functions(spec) for spec in left}
+            for spec, found in functions.items():
                 if isinstance(found, str):
-                    yield Proof(spec, Status.COMPILE_ERROR, 0, found)
-            good = [(s, f) for s, f in zip(left, functions, strict=True) if isinstance(f, Functions)]
+                    yield Verification(spec, Status.COMPILE_ERROR, 0, found)
+            good = {spec: found for spec, found in functions.items() if isinstance(found, Functions)}
             if not good:
                 return
-            left = [spec for spec, _ in good]
-            answer = self._ask(Task(tuple(f for _, f in good), (level,) * len(good), fixed_shape=shape))
-            if answer["status"] == "done":
-                for spec, wrong, cases in zip(left, answer["wrong"], answer["cases"], strict=True):
-                    yield Proof(spec, Status.INCORRECT if wrong else Status.OK, cases, wrong or "")
+            left = list(good)
+            outcome = self._ask(tuple(good.values()), (level,) * len(good), fixed_shape=shape)
+            if outcome.done:
+                for spec, wrong, cases in zip(left, outcome.wrong, outcome.cases, strict=True):
+                    yield Verification(spec, Status.INCORRECT if wrong else Status.OK, cases, wrong or "")
                 return
-            culprit = left.pop(answer["culprit"])
-            yield Proof(culprit, _STATUS[answer["status"]], 0, answer["detail"])
+            if not self._isolated(outcome, left):
+                culprit = left.pop(outcome.culprit)
+                yield Verification(culprit, _STATUS[outcome.status], 0, outcome.detail)
 
-    def _race_once(
-        self,
-        runners: Mapping[KernelSpec, Functions],
-        shape: Shape,
-        n: int,
-        threads: int,
-        rounds: int,
-        cold: bool,
-        seed: int,
-    ) -> dict[str, Any]:
-        lanes, checks = list(runners.values()), [self._level(spec) for spec in runners]
-        tiles = _tile_probe(runners)
-        if cold:
-            isa = next(iter(runners)).isa
-            lanes.append(self._race_probe(self._best_pattern(threads).source(isa)))
-        if tiles:
-            lanes.append(self._race_probe(tiles.source()))
-        probes = frozenset(range(len(runners), len(lanes)))
-        checks += [None] * len(probes)
-        order = _shuffled_rounds(len(lanes), rounds, seed)
-        timing = self._timing(shape, n, threads, cold, order, self._policy.race_min_ms, None)
-        timing = replace(timing, last_shape=DOT_SHAPE if tiles else None)
-        return self._ask(Task(tuple(lanes), tuple(checks), probes, timing))
+    def _race_once(self, contenders: Mapping[KernelSpec, Functions], job: RaceJob) -> Outcome:
+        kernels, checks = list(contenders.values()), [self._level(spec) for spec in contenders]
+        if job.cold:
+            isa = next(iter(contenders)).isa
+            kernels.append(self._probe(self._best_pattern(job.threads).source(isa)))
+            checks.append(None)
+        timing = Timing(
+            *(job.shape, job.n, job.threads, job.cold),
+            min_ns=1e6 * self._policy.race_min_ms,
+            budget_ns=_NO_BUDGET_NS,
+            order=_shuffled_rounds(len(kernels), job.rounds, job.seed),
+        )
+        return self._ask(kernels, checks, probes=range(len(contenders), len(kernels)), timing=timing)
 
     def _level(self, spec: KernelSpec) -> str | None:
         """The cases a kernel must pass before it is timed: none when it did so before in this run."""
-        return None if spec in self._proven else "quick"
+        return None if spec in self._verified else "quick"
 
-    def _timing(
+    def _isolated(self, outcome: Outcome, specs: Sequence[KernelSpec]) -> bool:
+        """Whether a task died of loading a library of several candidates, each of which has its own now."""
+        at = outcome.culprit
+        return outcome.loading and at < len(specs) and self._candidates.isolate(specs[at])
+
+    def _ask(
         self,
-        shape: Shape,
-        n: int,
-        threads: int,
-        cold: bool,
-        order: tuple[tuple[int, ...], ...],
-        min_ms: float,
-        budget_ms: float | None,
-    ) -> Timing:
-        budget_ns = _NO_BUDGET_NS if budget_ms is None else 1e6 * budget_ms
-        return Timing(shape, n, threads, cold, 1e6 * min_ms, budget_ns, order)
-
-    def _ask(self, task: Task) -> dict[str, Any]:
-        """The answer of the measuring process, which is started anew, once, when it is killed meanwhile."""
-        policy, kernels = self._policy, len(task.kernels)
-        rounds = len(task.timing.order) * kernels if task.timing else 0
-        total_s = policy.check_timeout_s * kernels + policy.timeout_s + rounds * policy.race_min_ms / 250
-        deadlines = Deadlines(policy.check_timeout_s, total_s)
+        kernels: Sequence[Functions],
+        checks: Sequence[str | None],
+        probes: Sequence[int] = (),
+        timing: Timing | None = None,
+        fixed_shape: Shape | None = None,
+    ) -> Outcome:
+        """The answer of the worker, which is started again, once, when it is killed meanwhile."""
+        policy = self._policy
+        rounds = len(timing.order) * len(kernels) if timing else 0
+        total_s = policy.check_timeout_s * len(kernels) + policy.timeout_s + rounds * policy.race_min_ms / 250
+        task = Task(
+            *(tuple(kernels), tuple(checks), policy.check_timeout_s, total_s),
+            probes=frozenset(probes),
+            timing=timing,
+            fixed_shape=fixed_shape,
+        )
         try:
-            return self._server.ask(task, deadlines)
-        except ServerDiedError:
+            return self._worker.ask(task)
+        except WorkerDiedError:
             pass
         try:
-            return self._server.ask(task, deadlines)
-        except ServerDiedError as error:
-            return {"status": "crashed", "detail": str(error), "culprit": 0}
+            return self._worker.ask(task)
+        except WorkerDiedError as error:
+            return Outcome("crashed", str(error))
 
     @cached_property
-    def _server(self) -> ServerLink:
-        options = {
-            "harness": str(build_harness(self._toolchain, self._cpu.arch)),
-            "cold_bytes": _cold_bytes(self._cpu),
-            "pool_budget_bytes": self._pool_budget_bytes,
-            "huge_pages": self._huge_pages,
-        }
-        return ServerLink(options)
+    def _worker(self) -> WorkerClient:
+        return WorkerClient(build_harness(self._toolchain, self._cpu.arch), _cold_bytes(self._cpu))
 
     # ---- the machine
 
     def _best_pattern(self, threads: int) -> ReadPattern:
-        known = self._limits.get(threads)
+        known = self._peaks.get(threads)
         return next((p for p in PATTERNS if known and p.name == known.best_pattern), DEFAULT_PATTERN)
 
-    def _race_probe(self, source: Source) -> Functions:
-        if source not in self._race_probes:
-            self._race_probes[source] = build_probes(self._toolchain, [source])[0]
-        return self._race_probes[source]
+    def _probe(self, source: Source) -> Functions:
+        if source not in self._probes:
+            self._probes[source] = build_probes(self._toolchain, [source])[0]
+        return self._probes[source]
 
-    def _measure_limits(self, threads: int, isas: Sequence[str]) -> Limits:
+    def _measure_peak(self, threads: int, isas: Sequence[str]) -> MachinePeak:
         if not isas:
-            raise BitgenError("name at least one ISA level whose limits are to be measured")
+            raise BitgenError("name at least one ISA level whose peak is to be measured")
         dots = [peak_probe(isa) for isa in isas]
         # Every level reads as fast as memory gives; the first one named is the strongest.
         sources = [*(p.source(isas[0]) for p in PATTERNS), *(dot.source() for dot in dots)]
         probes = build_probes(self._toolchain, sources)
         reads, peaks = probes[: len(PATTERNS)], probes[len(PATTERNS) :]
-        read_ns = self._probe(reads, READ_SHAPE, threads, True)
-        peak_ns = self._probe(peaks, DOT_SHAPE, threads, False)
+        read_ns = self._probe_ns(reads, READ_SHAPE, threads, True)
+        peak_ns = self._probe_ns(peaks, DOT_SHAPE, threads, False)
         read_bytes = LAYOUT.packed_bytes(READ_SHAPE)
-        return Limits(
+        return MachinePeak(
             threads,
             {p.name: read_bytes / t for p, t in zip(PATTERNS, read_ns, strict=True)},
             {dot.isa: dot.operations / t for dot, t in zip(dots, peak_ns, strict=True)},
         )
 
-    def _probe(self, probes: Sequence[Functions], shape: Shape, threads: int, cold: bool) -> list[float]:
+    def _probe_ns(self, probes: Sequence[Functions], shape: Shape, threads: int, cold: bool) -> list[float]:
         """Nanoseconds a call of each probe: the median of interleaved rounds."""
-        lanes = tuple(range(len(probes)))
-        rounds = self._policy.limit_rounds
-        timing = self._timing(shape, 1, threads, cold, (lanes,) * rounds, self._policy.min_repeat_ms, None)
-        answer = self._ask(Task(tuple(probes), (None,) * len(probes), frozenset(lanes), timing))
-        if answer["status"] != "done":
-            raise BitgenError(f"the machine's limits cannot be measured: {answer['detail']}")
-        return [statistics.median(times) for times in answer["times"]]
-
-
-def measure_limits(toolchain: Toolchain, cpu: Cpu, threads: int, isas: Sequence[str]) -> Limits:
-    """What this machine can do at most on ``threads`` threads with ``isas``, in two to three seconds."""
-    with LocalRunner(toolchain, cpu) as runner:
-        return runner.limits(threads, isas)
+        every = tuple(range(len(probes)))
+        timing = Timing(
+            *(shape, 1, threads, cold),
+            min_ns=1e6 * self._policy.min_repeat_ms,
+            budget_ns=_NO_BUDGET_NS,
+            order=(every,) * self._policy.peak_rounds,
+        )
+        outcome = self._ask(probes, (None,) * len(probes), probes=every, timing=timing)
+        if not outcome.done:
+            raise BitgenError(f"the machine's peak cannot be measured: {outcome.detail}")
+        return [statistics.median(times) for times in outcome.times_ns]
 
 
 def _cold_bytes(cpu: Cpu) -> int:
@@ -428,34 +423,117 @@ def _first_specs(jobs: Sequence[Job]) -> list[KernelSpec]:
     return list(found)
 
 
-def _shuffled_rounds(lanes: int, rounds: int, seed: int) -> tuple[tuple[int, ...], ...]:
+def _shuffled_rounds(contenders: int, rounds: int, seed: int) -> tuple[tuple[int, ...], ...]:
     draw = random.Random(seed)  # noqa: S311 - an order, no secret
-    return tuple(tuple(draw.sample(range(lanes), lanes)) for _ in range(rounds))
+    return tuple(tuple(draw.sample(range(contenders), contenders)) for _ in range(rounds))
 
 
-def _failures(answer: dict[str, Any], runners: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
-    """The finalists that failed in a race, with the reasons."""
-    if answer["status"] != "done":
-        at = min(int(answer["culprit"]), len(runners) - 1)
-        return {runners[at]: str(answer["detail"])}
-    return {spec: wrong for spec, wrong in zip(runners, answer["wrong"], strict=False) if wrong}
+def _failures(outcome: Outcome, specs: Sequence[KernelSpec]) -> dict[KernelSpec, str]:
+    """The contenders that failed, with the reasons."""
+    if not outcome.done:
+        return {specs[min(outcome.culprit, len(specs) - 1)]: outcome.detail}
+    return {spec: wrong for spec, wrong in zip(specs, outcome.wrong, strict=False) if wrong}
 
 
-def _tile_probe(runners: Iterable[KernelSpec]) -> Tiles | None:
-    """The probe that takes part in a race of these kernels: those for one token multiply no tiles."""
-    levels = [s.isa for s in runners if s.regime != N1.name and isas()[s.isa].tile_registers]
-    return Tiles(levels[0]) if levels else None
+# ---- the worker's other end
 
 
-def _race_of(
-    answer: dict[str, Any],
-    runners: Sequence[KernelSpec],
-    dropped: dict[KernelSpec, str],
-    shape: Shape,
-    cold: bool,
-) -> Race:
-    times = dict(zip(runners, answer["times"], strict=False))
-    probes, tiles = answer["times"][len(runners) :], _tile_probe(runners)
-    read = [t / LAYOUT.packed_bytes(shape) for t in probes[0]] if cold else []
-    gops = [tiles.operations / t for t in probes[-1]] if tiles else []
-    return Race(times, dropped, tuple(read), tuple(gops))
+class WorkerDiedError(Exception):
+    """The worker ended or hung in the middle of a task."""
+
+
+class WorkerClient:
+    """A worker in a session of its own: Ctrl-C in a terminal reaches it only through `close`.
+
+    It ends when its standard input does, so nothing stays behind when this process is killed.
+    """
+
+    def __init__(self, harness: Path, cold_bytes: int) -> None:
+        self._arguments = (str(harness), str(cold_bytes))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, task: Task) -> Outcome:
+        """What became of ``task``. WorkerDiedError when the worker gives no answer.
+
+        It is started when it is not running; after an error the next task starts a new one.
+        """
+        process = self._running()
+        try:
+            return Outcome.from_json(_exchange(process, pickle.dumps(task), task.total_s + _SLACK_S))
+        except BaseException:
+            self.kill()
+            raise
+
+    def close(self) -> None:
+        """End the worker; a process it waits for ends with it."""
+        process = self._process
+        if process is None:
+            return
+        if process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+        try:
+            process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return
+        self._forget()
+
+    def kill(self) -> None:
+        """End the worker and its process at once."""
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self._forget()
+
+    @property
+    def pid(self) -> int | None:
+        """The process id of the worker, None when there is none."""
+        return self._process.pid if self._process else None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:
+            self._forget()
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+                # The reference multiplies with BLAS, whose threads would neither survive a fork nor sleep.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            )
+        return self._process
+
+    def _forget(self) -> None:
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
+            self._process = None
+
+
+def _exchange(process: subprocess.Popen[bytes], request: bytes, timeout_s: float) -> bytes:
+    """The line that the worker answers to ``request``."""
+    if process.stdin is None or process.stdout is None:
+        raise WorkerDiedError("the worker has no pipes")
+    try:
+        while request:
+            request = request[os.write(process.stdin.fileno(), request) :]
+    except BrokenPipeError:
+        raise WorkerDiedError("the worker is gone") from None
+    deadline, said = time.monotonic() + timeout_s, b""
+    while not said.endswith(b"\n"):
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise WorkerDiedError(f"the worker gave no answer within {timeout_s:g} s")
+        part = os.read(process.stdout.fileno(), 1 << 16)
+        if not part:
+            raise WorkerDiedError("the worker was killed")
+        said += part
+    return said

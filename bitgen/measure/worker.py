@@ -1,25 +1,39 @@
-"""What a measuring process does: open kernels, prove them exact, time them; at any point it may die or hang.
+"""The other process: opens kernels, verifies them, times them; no kernel ever runs, or is loaded, elsewhere.
 
-`Workbench` lives in the server and holds what is expensive and the same for many kernels (weight pools, test
-cases, expected outputs); `Workbench.work` runs in a child forked from it.
+`Worker` reads a `Task` at a time from its standard input, prepares what is expensive and the same for many
+kernels (`Workbench`: weight pools, test cases, expected outputs) and forks a process for each task, which may
+die or hang at any point. It starts no threads, so forking is safe.
+
+Its standard input is the lifeline: when the other end is gone, whatever the reason, the process of the task
+is killed and the worker ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
+import mmap
+import os
+import pickle
+import resource
+import select
+import signal
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
-from bitgen.measure.cases import Checks, Mismatch, cases_of, longest_cases, shape_cases
+from bitgen.measure.cases import Case, Checks, cases_of, longest_cases, shape_cases
 from bitgen.measure.guarded import Guarded, Pool, Pools
 from bitgen.measure.harness import Functions, Harness
-from bitgen.measure.stats import DropRule
+from bitgen.measure.stats import EarlyStopping
 from bitgen.packing import pack
 from bitgen.reference import quantize_activations, scale_output, ternary_matmul
 from bitgen.spec import Layout, Shape, ceil_to, regime_of
@@ -27,18 +41,23 @@ from bitgen.spec import Layout, Shape, ceil_to, regime_of
 # Row blocks of random weights that a pool repeats: enough that no cache line of weights comes twice in a row.
 _UNIT_BLOCKS = 4
 _KEPT_OUTPUTS = 4
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 0.05  # how often the phase of a silent task is looked at
+_GRACE_S = 5  # a task whose worker was killed outlives its time limit by this at most
 
 T = TypeVar("T")
 
 
+# ---- what is asked, and what is answered
+
+
 @dataclass(frozen=True)
 class Timing:
-    """How a matmul is timed: in rounds, at least ``min_ns`` a lane, unless ``budget_ns`` is spent before.
+    """How a matmul is timed: in rounds, at least ``min_ns`` each, unless ``budget_ns`` is spent before.
 
-    ``order`` has for each round the lanes in the order they run. With a ``rule`` the first lanes are
-    candidates, and ``against`` has the lane that each is compared with, if any: a candidate leaves when it
-    lost to that one, and the lanes behind the candidates when nobody is compared with them any more.
-    With a ``last_shape`` the last lane multiplies one token by that, whatever the others do.
+    ``order`` has for each round the contenders in the order they run. With ``stopping`` the first contenders
+    are candidates, and ``against`` has the one that each is compared with, if any: a candidate leaves when it
+    lost to that one, and the contenders behind the candidates when nobody is compared with them any more.
     """
 
     shape: Shape
@@ -49,162 +68,163 @@ class Timing:
     budget_ns: float
     order: tuple[tuple[int, ...], ...]
     against: tuple[int | None, ...] = ()
-    rule: DropRule | None = None
-    last_shape: Shape | None = None
-
-    def of_lane(self, lane: int, lanes: int) -> tuple[Shape, int]:
-        """The shape and the tokens of one lane of ``lanes``."""
-        own = self.last_shape if lane == lanes - 1 else None
-        return (own, 1) if own else (self.shape, self.n)
-
-    def to_dict(self) -> dict[str, Any]:
-        last = self.last_shape
-        shapes = {"shape": [self.shape.m, self.shape.k], "last_shape": [last.m, last.k] if last else None}
-        return {**asdict(self), **shapes}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Timing:
-        order = tuple(tuple(int(lane) for lane in lanes) for lanes in data["order"])
-        rule = DropRule.from_dict(data["rule"]) if data["rule"] else None
-        made = {
-            "shape": Shape(*data["shape"]),
-            "order": order,
-            "against": tuple(data["against"]),
-            "rule": rule,
-            "last_shape": Shape(*data["last_shape"]) if data["last_shape"] else None,
-        }
-        return cls(**{**data, **made})
+    stopping: EarlyStopping | None = None
 
     def staying(self, running: Sequence[int], times: Sequence[Sequence[float]]) -> list[int]:
-        """The lanes that go on after a round."""
-        if self.rule is None:
+        """The contenders that go on after a round."""
+        if self.stopping is None:
             return list(running)
-        candidates = [(lane, self.against[lane]) for lane in running if lane < len(self.against)]
+        candidates = [(one, self.against[one]) for one in running if one < len(self.against)]
         good = [
-            (lane, rival)
-            for lane, rival in candidates
-            if rival is None or not self.rule.lost(times[lane], times[rival])
+            (one, baseline)
+            for one, baseline in candidates
+            if baseline is None or not self.stopping.should_prune(times[one], times[baseline])
         ]
-        wanted = {lane for pair in good for lane in pair}
-        return [lane for lane in running if lane in wanted]
+        wanted = {one for pair in good for one in pair}
+        return [one for one in running if one in wanted]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work for a measuring process.
+    """One piece of work, which ends with its process after ``check_s`` seconds a check or ``total_s`` in all.
 
     ``checks``: for each kernel the name of the cases it must pass first ("quick", "deep"), or None when it
-    was proven before. ``timing`` None: only check. ``probes`` are lanes whose output means nothing.
+    was verified before. ``timing`` None: only check. ``probes`` are contenders whose output means nothing.
     ``fixed_shape``: the only shape of the (first) kernel.
     """
 
     kernels: tuple[Functions, ...]
     checks: tuple[str | None, ...]
+    check_s: float
+    total_s: float
     probes: frozenset[int] = frozenset()
     timing: Timing | None = None
     fixed_shape: Shape | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "kernels": [kernel.to_dict() for kernel in self.kernels],
-            "checks": list(self.checks),
-            "probes": sorted(self.probes),
-            "timing": self.timing.to_dict() if self.timing else None,
-            "fixed_shape": [self.fixed_shape.m, self.fixed_shape.k] if self.fixed_shape else None,
-        }
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: ``status`` is done, or crashed, timeout or failed.
+
+    Done: for each kernel what is ``wrong`` with it (None: nothing), how many ``cases`` it passed, and its
+    nanoseconds a call of each round. Otherwise ``detail`` and the index of the ``culprit``; ``loading``: the
+    process ended while that kernel's library was loaded, by whatever is in it.
+    """
+
+    status: str
+    detail: str = ""
+    culprit: int = 0
+    loading: bool = False
+    wrong: Sequence[str | None] = ()
+    cases: Sequence[int] = ()
+    times_ns: Sequence[Sequence[float]] = ()
+
+    @property
+    def done(self) -> bool:
+        return self.status == "done"
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Task:
-        fixed = data["fixed_shape"]
-        return cls(
-            kernels=tuple(Functions.from_dict(kernel) for kernel in data["kernels"]),
-            checks=tuple(data["checks"]),
-            probes=frozenset(data["probes"]),
-            timing=Timing.from_dict(data["timing"]) if data["timing"] else None,
-            fixed_shape=Shape(*fixed) if fixed else None,
-        )
+    def from_json(cls, text: bytes) -> Outcome:
+        """ValueError for what is no outcome."""
+        return cls(**json.loads(text))
+
+
+# ---- the work
 
 
 # The phases of struct harness_progress.
-OPENING, CHECKING, TIMING, DONE = range(4)
+LOADING, CHECKING, TIMING, DONE = range(4)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """x (n, k), w_scale (m) and what the whole matmul must give, y (n, m)."""
+
+    x: NDArray[np.float32]
+    w_scale: NDArray[np.float32]
+    expected: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Contender:
+    pool: Pool
+    step: int
+    copies: int
+    inputs: _Inputs
 
 
 class Workbench:
-    """What measuring processes share: prepared by the server before it forks, read by its children."""
+    """What tasks share: prepared in the worker before it forks, read by the process of the task."""
 
-    def __init__(
-        self, harness: Harness, cold_bytes: int, pool_budget_bytes: int, huge_pages: bool = True
-    ) -> None:
+    def __init__(self, harness: Harness, cold_bytes: int) -> None:
         self.harness = harness
         self._cold_bytes = cold_bytes
-        self._pools = Pools(harness, pool_budget_bytes, huge_pages)
+        self._pools = Pools(harness)
         self._checks: dict[Hashable, Checks] = {}
-        self._units: dict[Layout, dict[int, tuple[NDArray[np.int8], NDArray[np.uint8]]]] = {}
-        self._inputs: OrderedDict[Hashable, Any] = OrderedDict()
-        self._lanes: list[_Lane] = []
+        self._units: dict[tuple[Layout, int], tuple[NDArray[np.int8], NDArray[np.uint8]]] = {}
+        self._inputs: OrderedDict[Hashable, _Inputs] = OrderedDict()
+        self._contenders: list[_Contender] = []
         self._to_check: list[tuple[Checks, ...]] = []
 
     def prepare(self, task: Task) -> None:
-        """Everything that children may share, made before the fork. Raises BitgenError, runs no kernel."""
+        """Everything that tasks may share, made before the fork. Raises BitgenError, loads no kernel."""
         self._to_check = [
             self._checks_of(functions, level, task.fixed_shape) if level else ()
             for functions, level in zip(task.kernels, task.checks, strict=True)
         ]
         timing = task.timing
-        self._lanes = []
-        if timing:
-            works = [timing.of_lane(lane, len(task.kernels)) for lane in range(len(task.kernels))]
-            for functions, (shape, n) in zip(task.kernels, works, strict=True):
-                self._lanes.append(self._lane(functions, shape, n, timing.cold))
+        self._contenders = [self._contender(f, timing) for f in task.kernels] if timing else []
 
-    def work(self, task: Task, progress: Any) -> dict[str, Any]:
-        """In the child: what is wrong with each kernel, and how long it took.
+    def work(self, task: Task, progress: Any) -> Outcome:
+        """In the process of the task: what is wrong with each kernel, and how long it took.
 
-        {"wrong": [text or None], "cases": [how many], "times": [[nanoseconds a round]]}, one entry a kernel.
-        ``progress`` (struct harness_progress *) is what the parent knows of a child that dies here.
+        ``progress`` (struct harness_progress *) is what the worker knows of a process that dies here.
         """
-        kernels = [self.harness.kernel(functions) for functions in task.kernels]
+        kernels = []
+        for index, functions in enumerate(task.kernels):
+            progress.item = index
+            kernels.append(self.harness.kernel(functions))
         if any(functions.tile_registers for functions in task.kernels):
             self.harness.ask_for_tiles()
         progress.phase = CHECKING
-        wrong: list[str | None] = []
-        for lane, (kernel, checks) in enumerate(zip(kernels, self._to_check, strict=True)):
-            mismatch = self._check(kernel, lane, checks, progress)
-            wrong.append(str(mismatch) if mismatch else None)
+        every = enumerate(zip(kernels, self._to_check, strict=True))
+        wrong = [self._check(kernel, index, checks, progress) for index, (kernel, checks) in every]
         times: list[list[float]] = []
         if task.timing is not None and not any(wrong):
             progress.phase = TIMING
-            outputs, times = self._bench(kernels, task.timing, progress)
+            outputs, times = self._time(kernels, task.timing, progress)
             wrong = [
-                None if lane in task.probes else self._compare(lane, outputs[lane])
-                for lane in range(len(kernels))
+                None if index in task.probes else self._compare(index, output)
+                for index, output in enumerate(outputs)
             ]
         progress.phase = DONE
         cases = [sum(len(c.cases) for c in checks) for checks in self._to_check]
-        return {"wrong": wrong, "cases": cases, "times": times}
+        return Outcome("done", wrong=wrong, cases=cases, times_ns=times)
 
     def where(self, task: Task, phase: int, item: int) -> str:
-        """In the server: what a child was at, by its progress."""
+        """In the worker: what a process was at, by its progress."""
         if phase == CHECKING:
-            lane, index = divmod(item, 1 << 32)
-            cases = [case for checks in self._to_check[lane] for case in checks.cases]
+            kernel, index = divmod(item, 1 << 32)
+            cases = [case for checks in self._to_check[kernel] for case in checks.cases]
             return f"in {cases[index].title}" if index < len(cases) else "in a check"
         if phase == TIMING and task.timing:
             return f"in the timing of {task.timing.shape.name}, n = {task.timing.n}"
-        return "while it was loaded" if phase == OPENING else "after its work"
+        return "while it was loaded" if phase == LOADING else "after its work"
 
-    def culprit(self, phase: int, item: int) -> int:
-        """The kernel a child was at, by its progress."""
-        return item >> 32 if phase == CHECKING else item if phase == TIMING else 0
+    @staticmethod
+    def culprit(phase: int, item: int) -> int:
+        """The kernel a process was at, by its progress."""
+        return item >> 32 if phase == CHECKING else item if phase in (LOADING, TIMING) else 0
 
-    # ---- checks
-
-    def _check(self, kernel: Any, lane: int, checks: Sequence[Checks], progress: Any) -> Mismatch | None:
-        first = lane << 32
+    def _check(self, kernel: Any, index: int, checks: Sequence[Checks], progress: Any) -> str | None:
+        first = index << 32
         for group in checks:
             found = group.run(kernel, progress, first)
             if found:
-                return found
+                return str(found)
             first += len(group.cases)
         return None
 
@@ -218,38 +238,31 @@ class Workbench:
             groups.append(self._kept_checks((layout, regime, "longest"), lambda: longest_cases(regime)))
         return tuple(groups)
 
-    def _kept_checks(self, key: tuple[Any, ...], cases: Callable[[], Sequence[Any]]) -> Checks:
+    def _kept_checks(self, key: tuple[Any, ...], cases: Callable[[], Sequence[Case]]) -> Checks:
         if key not in self._checks:
             self._checks[key] = Checks(self.harness, key[0], cases())
         return self._checks[key]
 
-    # ---- timing
-
-    def _bench(
+    def _time(
         self, kernels: Sequence[Any], timing: Timing, progress: Any
     ) -> tuple[list[NDArray[np.float32]], list[list[float]]]:
-        ffi = self.harness.ffi
+        """The last output y (n, m) of each contender, and its times."""
+        ffi, shape, n = self.harness.ffi, timing.shape, timing.n
         lanes = ffi.new("struct harness_lane[]", len(kernels))
-        works = [timing.of_lane(lane, len(kernels)) for lane in range(len(kernels))]
-        outputs = [Guarded(self.harness, 4 * n * shape.m, 4) for shape, n in works]
-        every = zip(lanes, self._lanes, kernels, outputs, works, strict=True)
-        for c_lane, lane, kernel, output, (shape, n) in every:
-            c_lane.kernel = kernel[0]
-            c_lane.w = ffi.cast("const uint8_t *", lane.pool.address)
-            c_lane.w_step, c_lane.w_copies, c_lane.w_next = lane.step, lane.copies, 0
-            c_lane.w_scale = ffi.cast("const float *", lane.inputs.w_scale.ctypes.data)
-            c_lane.x = ffi.cast("const float *", lane.inputs.x.ctypes.data)
-            c_lane.y = output.pointer("float *")
-            c_lane.m, c_lane.k, c_lane.n = shape.m, shape.k, n
+        outputs = [Guarded(self.harness, 4 * n * shape.m, 4) for _ in kernels]
+        for lane, contender, kernel, output in zip(lanes, self._contenders, kernels, outputs, strict=True):
+            lane.kernel = kernel[0]
+            lane.w = ffi.cast("const uint8_t *", contender.pool.address)
+            lane.w_step, lane.w_copies, lane.w_next = contender.step, contender.copies, 0
+            lane.w_scale = ffi.cast("const float *", contender.inputs.w_scale.ctypes.data)
+            lane.x = ffi.cast("const float *", contender.inputs.x.ctypes.data)
+            lane.y = output.pointer("float *")
+            lane.m, lane.k, lane.n = shape.m, shape.k, n
         times = self._rounds(lanes, timing, progress)
-        y = [
-            output.bytes.view(np.float32).reshape(n, shape.m)
-            for output, (shape, n) in zip(outputs, works, strict=True)
-        ]
-        return y, times
+        return [output.bytes.view(np.float32).reshape(n, shape.m) for output in outputs], times
 
     def _rounds(self, lanes: Any, timing: Timing, progress: Any) -> list[list[float]]:
-        """The times of each lane, as many as the rounds it took part in."""
+        """The times of each contender, as many as the rounds it took part in."""
         ffi, lib, count = self.harness.ffi, self.harness.lib, len(lanes)
         timer = ffi.new("struct harness_timer **")
         try:
@@ -257,10 +270,10 @@ class Workbench:
             times: list[list[float]] = [[] for _ in range(count)]
             taken, running, start = ffi.new("double[]", count), list(range(count)), time.monotonic_ns()
             for done, order in enumerate(timing.order):
-                now = [lane for lane in order if lane in running]
+                now = [one for one in order if one in running]
                 self._require(lib.harness_round(timer[0], ffi.new("int32_t[]", now), len(now), taken))
-                for lane in now:
-                    times[lane].append(taken[lane])
+                for one in now:
+                    times[one].append(taken[one])
                 running = timing.staying(running, times)
                 # A second round, unless the first was far beyond the budget: one time alone shows no noise.
                 spent = time.monotonic_ns() - start
@@ -275,9 +288,9 @@ class Workbench:
         if code:
             raise BitgenError(f"the host code answers with error {code}")
 
-    def _compare(self, lane: int, y: NDArray[np.float32]) -> str | None:
+    def _compare(self, index: int, y: NDArray[np.float32]) -> str | None:
         """The output of a timed matmul against the reference, bit for bit."""
-        expected = self._lanes[lane].inputs.expected
+        expected = self._contenders[index].inputs.expected
         different = np.argwhere(y.view(np.int32) != expected.view(np.int32))
         if not len(different):
             return None
@@ -285,51 +298,32 @@ class Workbench:
         got, want = y[token, row], expected[token, row]
         return f"the timed matmul, n = {len(y)}: row {row} of token {token} is {got}, not {want}"
 
-    def _lane(self, functions: Functions, shape: Shape, n: int, cold: bool) -> _Lane:
-        """The weights and activations of one participant."""
-        layout = functions.layout
+    def _contender(self, functions: Functions, timing: Timing) -> _Contender:
+        """The weights and activations of one kernel."""
+        layout, shape, n = functions.layout, timing.shape, timing.n
         w, packed = self._unit(layout, shape.k)
         # Each copy starts with the unit's first row block, so that every copy has the same product.
         step = ceil_to(layout.packed_bytes(shape), packed.size)
-        copies = -(-self._cold_bytes // step) + 1 if cold else 1
+        copies = -(-self._cold_bytes // step) + 1 if timing.cold else 1
         pool = self._pools.get((layout, shape.k), copies * step, lambda: packed)
         key = (layout.row_block, shape, n)  # of a row block's weights, not of how they are packed
-        return _Lane(pool, step, copies, self._kept(key, lambda: _inputs(w, shape, n)))
+        return _Contender(pool, step, copies, self._kept(key, lambda: _inputs(w, shape, n)))
 
     def _unit(self, layout: Layout, k: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
         """Random weights (rows of a few row blocks, k), as they are and packed."""
-        units = self._units.setdefault(layout, {})
-        if k not in units:
+        if (layout, k) not in self._units:
             rows = _UNIT_BLOCKS * layout.row_block
             w = np.random.default_rng((rows, k)).integers(-1, 2, (rows, k), dtype=np.int8)
-            units[k] = (w, pack(layout, w))
-        return units[k]
+            self._units[layout, k] = (w, pack(layout, w))
+        return self._units[layout, k]
 
-    def _kept(self, key: Hashable, make: Callable[[], T]) -> T:
+    def _kept(self, key: Hashable, make: Callable[[], _Inputs]) -> _Inputs:
         if key not in self._inputs:
             while len(self._inputs) >= _KEPT_OUTPUTS:
                 self._inputs.popitem(last=False)
             self._inputs[key] = make()
         self._inputs.move_to_end(key)
-        found: T = self._inputs[key]
-        return found
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """x (n, k), w_scale (m) and what the whole matmul must give, y (n, m)."""
-
-    x: NDArray[np.float32]
-    w_scale: NDArray[np.float32]
-    expected: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _Lane:
-    pool: Pool
-    step: int
-    copies: int
-    inputs: _Inputs
+        return self._inputs[key]
 
 
 def _inputs(w: NDArray[np.int8], shape: Shape, n: int) -> _Inputs:
@@ -341,3 +335,141 @@ def _inputs(w: NDArray[np.int8], shape: Shape, n: int) -> _Inputs:
     acc = ternary_matmul(xq, w)
     repeated = np.tile(acc, (1, -(-shape.m // len(w))))[:, : shape.m]
     return _Inputs(x, w_scale, scale_output(repeated, x_scale, w_scale))
+
+
+# ---- the process
+
+
+class _Orphaned(Exception):  # noqa: N818 - not an error: nobody is left to answer to
+    """The other end of the lifeline is closed."""
+
+
+class Worker:
+    """Forks a process for each task and tells what became of it."""
+
+    def __init__(self, bench: Workbench, lifeline: BinaryIO) -> None:
+        self._bench = bench
+        self._lifeline = lifeline
+        ffi = bench.harness.ffi
+        self._shared = mmap.mmap(-1, mmap.PAGESIZE)  # what a process that dies was at
+        self._progress = ffi.cast("struct harness_progress *", ffi.from_buffer(self._shared))
+
+    def serve(self, answers: int = 1) -> None:
+        """Answer one line of JSON (`Outcome`) to each pickled `Task` until the lifeline ends."""
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is a recorded value, no file
+        gc.collect()
+        gc.freeze()  # or each task's collector would touch, and so copy, every page of the heap
+        with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError, _Orphaned):
+            while True:
+                task: Task = pickle.load(self._lifeline)  # noqa: S301 - from the process that started this one
+                os.write(answers, self.run(task).to_json() + b"\n")
+
+    def run(self, task: Task) -> Outcome:
+        """What became of ``task``, in a process of its own."""
+        try:
+            self._bench.prepare(task)
+        except BitgenError as error:
+            return Outcome("failed", error.message)
+        self._progress.phase = self._progress.item = 0
+        receive, send = os.pipe()
+        worker = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os.close(receive)
+            self._work(task, send, worker)
+        os.close(send)
+        try:
+            said, timed_out = self._listen(receive, task)
+        except BaseException:
+            _kill(pid)
+            raise
+        finally:
+            os.close(receive)
+        if timed_out:
+            _kill(pid)
+        _, status = os.waitpid(pid, 0)
+        return self._verdict(task, said, status, timed_out)
+
+    def _work(self, task: Task, send: int, worker: int) -> None:
+        """In the process of the task; never returns."""
+        code = 1
+        try:
+            _live_no_longer_than(worker, task.total_s)
+            # A kernel's complaints (an abort's message) are no output of ours.
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(null, stream)
+            try:
+                outcome = self._bench.work(task, self._progress)
+            except BitgenError as error:
+                outcome = Outcome("failed", error.message, self._culprit)
+            os.write(send, outcome.to_json())
+            code = 0
+        finally:
+            os._exit(code)  # no exit handlers: they belong to the worker
+
+    @property
+    def _culprit(self) -> int:
+        return self._bench.culprit(int(self._progress.phase), int(self._progress.item))
+
+    def _listen(self, receive: int, task: Task) -> tuple[bytes, bool]:
+        """What the process writes until it closes its end, and whether its time was up first."""
+        start = step = time.monotonic()
+        said, seen = b"", (LOADING, 0)
+        poller = select.poll()
+        poller.register(receive, select.POLLIN)
+        poller.register(self._lifeline, select.POLLIN)
+        while True:
+            ready = dict(poller.poll(_POLL_S * 1000))
+            if ready.get(self._lifeline.fileno()):
+                raise _Orphaned  # nobody sends while a task runs: this is the end of the stream
+            if ready.get(receive):
+                part = os.read(receive, 1 << 16)
+                if not part:
+                    return said, False
+                said += part
+            phase, now = int(self._progress.phase), time.monotonic()
+            if seen != (phase, self._culprit):
+                seen, step = (phase, self._culprit), now
+            stuck = phase in (LOADING, CHECKING) and now - step > task.check_s
+            if stuck or now - start > task.total_s:
+                return said, True
+
+    def _verdict(self, task: Task, said: bytes, status: int, timed_out: bool) -> Outcome:
+        phase, item = int(self._progress.phase), int(self._progress.item)
+        where = self._bench.where(task, phase, item)
+        ended = Outcome("crashed", culprit=self._culprit, loading=phase == LOADING)
+        if timed_out:
+            limit = task.check_s if phase in (LOADING, CHECKING) else task.total_s
+            return replace(ended, status="timeout", detail=f"not done after {limit:g} s, {where}")
+        if os.WIFSIGNALED(status):
+            return replace(ended, detail=f"{signal.Signals(os.WTERMSIG(status)).name} {where}")
+        try:
+            return Outcome.from_json(said)
+        except ValueError:
+            code = os.WEXITSTATUS(status)
+            return replace(ended, detail=f"it ended the process (exit status {code}) {where}")
+
+
+def _live_no_longer_than(worker: int, seconds: float) -> None:
+    """The process of a task dies with its worker, also when that is killed with SIGKILL."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(int(seconds) + _GRACE_S)  # where the next line has no effect
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != worker:
+        os._exit(1)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """The process that `LocalRunner` starts; its last arguments: the harness, and the bytes of cold pools."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's: it closes the lifeline
+    harness, cold_bytes = sys.argv[-2:]
+    Worker(Workbench(Harness(harness), int(cold_bytes)), sys.stdin.buffer).serve()

@@ -69,8 +69,7 @@ def environment(library: Path, features: Iterable[str]) -> dict[str, str]:
 
 def pretend() -> None:
     """In a process with the emulator: detect its features, build libraries that find them, be patient."""
-    import bitgen.host
-
+    import bitgen.hostcode
     from bitgen.cpu import linux
     from bitgen.measure import runner
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 import pytest
 from search_study import LOG, MODEL, read_logs, search, true_times
