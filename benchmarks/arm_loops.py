@@ -29,10 +29,11 @@ from pathlib import Path
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.cpu import Isa, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
-from bitgen.render import matmul_struct, render_kernel
+from bitgen.hostcode import kernel_unit
+from bitgen.render import render_kernel
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, KernelSpec, Shape, regime_of, x_stride
-from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit, find_cross_compiler
+from bitgen.toolchain import Toolchain, Unit, declarations_of, find_cross_compiler
 
 SHAPE = Shape(64, 2880)
 UNIT = 256  # weights that both figures are for
@@ -93,10 +94,9 @@ class Cost:
 def build(spec: KernelSpec, tokens: int, toolchain: Toolchain, folder: Path) -> Path:
     """A static program that calls the kernel of ``spec`` once, with so many tokens."""
     source = render_kernel(spec)
-    functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    unit = Unit(source.name, source.text, find_isa(source.isa, load_isas()), functions, matmul_struct())
+    unit = kernel_unit(source, find_isa(source.isa, load_isas()))
     text = DRIVER.format(
-        declarations="\n".join((matmul_struct(), *(f.declaration for f in functions))),
+        declarations=declarations_of([unit]),
         name=source.name,
         w=spec.layout.packed_bytes(SHAPE),
         tables=max(1, spec.layout.chunks(SHAPE.k) * spec.table_bytes),
@@ -105,10 +105,7 @@ def build(spec: KernelSpec, tokens: int, toolchain: Toolchain, folder: Path) -> 
         k=SHAPE.k,
         n=tokens,
     )
-    objects = toolchain.compile_objects([unit, Unit("driver", text)])
-    for made in objects:
-        if isinstance(made, CompileError):
-            raise made
+    objects = toolchain.objects([unit, Unit("driver", text)])
     program = folder / source.name
     command = [*toolchain.compiler.command, "-static", "-o", str(program), *map(str, objects)]
     subprocess.run(command, check=True)

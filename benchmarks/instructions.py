@@ -80,9 +80,10 @@ def counted(space: Space) -> KernelSpec:
 
     An instruction of the tile kernels is no vector instruction: theirs are not comparable.
     """
-    points = (*space.known_good, space.default, *space)
+    points: tuple[KernelSpec, ...] = (*space.known_good, space.default, *space)
     straight = (p for p in points if not p.schedule.unpacks)
-    return next(straight, None) or next(p for p in points if p.schedule.algorithm == "panel")
+    panel = (p for p in points if p.schedule.algorithm == "panel")
+    return next(straight, None) or next(panel)
 
 
 def products(spec: KernelSpec) -> int:

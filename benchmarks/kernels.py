@@ -6,25 +6,24 @@
 
 Kernels are the winners in tune_logs/ (run `bitgen tune` first, for each ISA level that is asked for with
 --isa), the defaults where nothing is recorded. For each shape all kernels, and for cold runs the best
-memory-reading probe, take turns in interleaved, shuffled rounds; figures are medians. On levels with tile
-registers the probe of tiles takes part for n > 1, and figures are of its fast rounds
-(docs/reference/kernels.md). The limit is the most that any probe or kernel of this run reached. A token's
-time is the sum over the model's matrices, each as often as a token uses it.
+memory-reading probe, take turns in interleaved, shuffled rounds; figures are medians. The limit is the most
+that any probe or kernel of this run reached. A token's time is the sum over the model's matrices, each as
+often as a token uses it.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bitgen.api import Workshop
-from bitgen.cli.tables import Column, Table, render_tables, tile_table
+from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.config import ModelPreset, find_model
 from bitgen.cpu import Isa
-from bitgen.measure import Race, TileState
-from bitgen.measure.local import LocalRunner
+from bitgen.measure import LocalRunner, Race, RaceJob
 from bitgen.spec import FAMILIES, LARGE, KernelSpec, Shape, regime_of
 
 
@@ -39,7 +38,6 @@ class Cell:
     threads: int
     time_ns: float
     limit_gbs: float | None
-    tile_states: tuple[TileState, TileState] | None
 
     @property
     def packed_bytes(self) -> int:
@@ -73,19 +71,16 @@ def time_shape(
     rounds: int,
 ) -> Race:
     cold = regime_of(n) is not LARGE
-    race = runner.race(list(specs), shape, n, threads, rounds, cold)
+    race = runner.race(RaceJob(tuple(specs), shape, n, threads, rounds, cold))
     for spec, reason in race.dropped.items():
         print(f"dropped {spec.name}: {reason}", file=sys.stderr)
     return race
 
 
-def cells_of(race: Race, shape: Shape, count: int, n: int, threads: int, tile_gops: float) -> list[Cell]:
+def cells_of(race: Race, shape: Shape, count: int, n: int, threads: int) -> list[Cell]:
     return [
-        Cell(
-            *(shape, count, spec, n, threads, race.median_ns(spec, tile_gops), race.read_gbs),
-            race.tile_states(spec, tile_gops),
-        )
-        for spec in race
+        Cell(shape, count, spec, n, threads, statistics.median(times), race.read_gbs)
+        for spec, times in race.items()
     ]
 
 
@@ -99,7 +94,7 @@ def shapes_of(model: ModelPreset) -> dict[Shape, int]:
 
 def measure(args: argparse.Namespace, workshop: Workshop, ns: list[int], threads: int) -> list[Cell]:
     isas = [workshop.isa(name) for name in args.isa] or [workshop.isa(None)]
-    raced: list[tuple[Race, Shape, int, int]] = []
+    cells: list[Cell] = []
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
         for n in ns:
             for shape, count in shapes_of(find_model(args.model)).items():
@@ -109,15 +104,9 @@ def measure(args: argparse.Namespace, workshop: Workshop, ns: list[int], threads
                     for family in args.family or FAMILIES
                 )
                 race = time_shape(runner, specs, shape, n, threads, args.rounds)
-                raced.append((race, shape, count, n))
-        peak = {isa.name: runner.limits(threads, [isa.name]).peak_gops[isa.name] for isa in isas}
-        # Only the whole run tells how fast its tiles can be.
-        rounds = [gops for race, *_ in raced for gops in race.tile_gops]
-        tiled = [isa.name for isa in isas if isa.tile_registers]
-        tile_gops = max([*rounds, *(peak[name] for name in tiled)], default=0.0)
-        peak |= dict.fromkeys(tiled, tile_gops)
-        dram = runner.limits(threads, [isas[0].name]).best_dram_gbs
-    cells = [cell for race in raced for cell in cells_of(*race, threads, tile_gops)]
+                cells += cells_of(race, shape, count, n, threads)
+        peak = {isa.name: runner.machine_peak(threads, [isa.name]).peak_gops[isa.name] for isa in isas}
+        dram = runner.machine_peak(threads, [isas[0].name]).best_dram_gbs
     report(args, cells, ns, threads, dram, peak)
     return cells
 
@@ -130,7 +119,7 @@ def report(
     dram: float,
     peak: dict[str, float],
 ) -> None:
-    """Tables: every shape, the whole model for each family and ISA level, and the states of the tile unit."""
+    """Tables: every shape, and the whole model for each family and ISA level."""
     roof = dram
     for cell in cells:
         if regime_of(cell.n) is not LARGE:
@@ -141,7 +130,6 @@ def report(
         Table(
             f"{title}: model", MODEL_COLUMNS, [row for n in ns for row in model_rows(cells, n, roof, peak)]
         ),
-        *tile_table((cell.spec, cell.shape, cell.n, cell.tile_states) for cell in cells),
     ]
     print(render_tables(tables, args.output))
 

@@ -205,7 +205,7 @@ def _matrix(name: str, matrix: TernaryMatrix, kind: str, scale: Floats | None) -
     def chunks() -> Iterator[NDArray[np.uint8]]:
         for begin in range(0, m, _ROWS):
             w = matrix.rows(begin, min(begin + _ROWS, m))
-            if kind == "F16":
+            if kind == "F16" or scale is None:
                 values = w if scale is None else w * scale
                 yield values.astype("<f2").view(np.uint8)
             elif kind == "Q4_0":

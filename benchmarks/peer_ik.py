@@ -11,11 +11,14 @@ import argparse
 import ctypes
 import sys
 
-from ik_llama_cpp import _ctypes_api as ik
 from peer_side import Peer, enabled, serve
 
 
 def load(args: argparse.Namespace) -> tuple[Peer, str]:
+    try:
+        from ik_llama_cpp import _ctypes_api as ik
+    except ImportError:
+        sys.exit("error: this Python has no ik-llama-cpp-python: benchmarks/README.md says how to install it")
     ik.llama_backend_init()
     params = ik.llama_model_default_params()
     params.use_mmap = not args.no_mmap

@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llama_cpp import llama_cpp as api
 from peer_side import Peer, enabled, serve
 
 _FLASH, _NO_FLASH = 1, 0
 
 
 def load(args: argparse.Namespace) -> tuple[Peer, str]:
+    try:
+        from llama_cpp import llama_cpp as api
+    except ImportError:
+        sys.exit("error: this Python has no llama-cpp-python: benchmarks/README.md says how to install it")
     api.llama_backend_init()
     params = api.llama_model_default_params()
     params.use_mmap = not args.no_mmap

@@ -47,7 +47,6 @@ from bitgen.cli.progress import ProgressLine
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
 from bitgen.measure import LocalRunner
-from bitgen.measure.records import Load
 from bitgen.model.config import ModelConfig
 
 HERE = Path(__file__).resolve().parent
@@ -263,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
     isa = workshop.isa(None).name
     rows: list[tuple[object, ...]] = []
     logits: list[tuple[object, ...]] = []
-    facts = [f"load before: {Load.now().average:.2f}"]
+    facts = [f"load before: {os.getloadavg()[0]:.2f}"]
     for threads in map(int, args.threads.split(",")):
         with (
             opened(args, config, files, threads, context) as sides,

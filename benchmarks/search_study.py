@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from replay import RoundReplay
+
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.config import find_model
 from bitgen.cpu import Isa, find_isa, load_isas
-from bitgen.measure import DropRule, Job, Limits, Load, Measurement, RoundReplay, Status
-from bitgen.measure.local import LocalRunner, TimingPolicy
+from bitgen.measure import Job, MachinePeak, Measurement, RaceJob, Status
+from bitgen.measure.runner import LocalRunner, TimingPolicy
 from bitgen.search import Plan, SearchConfig, load_search_config, targets_of, tune
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 from bitgen.store import Fingerprint, RecordStore
@@ -31,7 +33,7 @@ LOG = Path(__file__).parent / "data" / "spaces-zen4.jsonl.gz"
 MODEL = "3B"
 ROUNDS = 16
 _MIN_NS = 3e6  # a turn of a kernel lasts at least this long
-_LANES = 60  # kernels of one interleaved run; a space is taken in several
+_CONTENDERS = 60  # kernels of one interleaved run; a space is taken in several
 _TURN = 2  # rounds of a run before the next one's turn
 
 # family, ISA level, regime, threads
@@ -115,9 +117,9 @@ def _record_space(
 ) -> Log:
     times: dict[KernelSpec, list[float]] = {spec: [] for spec in points}
     for turn in range(ROUNDS // _TURN):
-        for start in range(0, len(points), _LANES):
-            part = points[start : start + _LANES]
-            race = runner.race(part, shape, n, threads, _TURN, cold, seed=turn)
+        for start in range(0, len(points), _CONTENDERS):
+            part = points[start : start + _CONTENDERS]
+            race = runner.race(RaceJob(part, shape, n, threads, _TURN, cold, seed=turn))
             for spec in part:
                 times[spec] += race[spec]  # a kernel that fails ends the recording: KeyError
     rounds = tuple(tuple(times[spec][r] for spec in points) for r in range(ROUNDS))
@@ -169,7 +171,7 @@ def exhaustive_ns(logs: Sequence[Log]) -> float:
     return sum(max(t, _MIN_NS) for log in logs for row in log.rounds_ns for t in row)
 
 
-def search(logs: Sequence[Log], seed: int, config: SearchConfig, rule: DropRule | None = None) -> Outcome:
+def search(logs: Sequence[Log], seed: int, config: SearchConfig) -> Outcome:
     """Search a group (``logs``: one a shape) as `bitgen tune` does, on the recorded times."""
     (group,) = {log.group for log in logs}
     family, isa_name, regime, threads = group
@@ -192,10 +194,10 @@ def search(logs: Sequence[Log], seed: int, config: SearchConfig, rule: DropRule 
     policy = TimingPolicy()
     runner = RoundReplay(
         _measurements(logs, config.regimes[regime].cold),
-        [Limits(threads, {"none": 1e9}, {isa_name: 1e9})],  # no roofline ends a search
-        rule=rule or policy.drop,
+        [MachinePeak(threads, {"none": 1e9}, {isa_name: 1e9})],  # no roofline ends a search
+        stopping=policy.stopping,
         repeats=policy.repeats,
-        heat=policy.heat,
+        batch=policy.batch,
         min_ns=_MIN_NS,
         seed=seed,
     )
@@ -224,8 +226,7 @@ def _measurements(logs: Sequence[Log], cold: bool) -> Iterator[Measurement]:
     for log in logs:
         for i, spec in enumerate(log.points):
             job = Job(spec, log.shape, log.n, log.threads, cold)
-            times = [row[i] for row in log.rounds_ns]
-            yield Measurement.of(job, Status.OK, "", times, load=Load(0.0, None))
+            yield Measurement(job, Status.OK, "", tuple(row[i] for row in log.rounds_ns))
 
 
 def table(logs: Sequence[Log], seeds: int) -> Table:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitgen.cpu import ArmFeature, X86Feature, feature_table
+from bitgen.cpu import ArmFeature, Isa, X86Feature, feature_table
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.families.t5 import CODES as T5_CODES
 from bitgen.paths import configs_dir, csrc_dir
-from bitgen.render import render_table
+from bitgen.render import Source, matmul_struct, render_table
 from bitgen.spec import K_MAX, X_ALIGN, X_PAD, KernelSpec
-from bitgen.toolchain import Unit
+from bitgen.toolchain import Prototype, Unit
 
 ARCHS = ("x86_64", "aarch64")
 SYSTEMS = {"Linux": "linux", "Darwin": "darwin"}
@@ -109,6 +110,44 @@ def _check_of(arch: str, system: str) -> str:
 def library_headers(arch: str) -> Headers:
     """`host_headers`, and what the host code of a library reads of its table of kernels."""
     return (*host_headers(arch), ("table.h", csrc_text("table.h")))
+
+
+@cache
+def kernel_headers() -> Headers:
+    """(file name, text) of kernel.h, and of the headers that it includes."""
+    plain = ("bitgen.h", "arith.h", "kernel.h", "matmul.h", "pool.h")
+    return (*((name, csrc_text(name)) for name in plain), ("bitgen_config.h", config_header()))
+
+
+def kernel_unit(source: Source, isa: Isa) -> Unit:
+    """A generated file as a unit that the compiler checks against kernel.h.
+
+    A rendered text stands alone: it prints struct bitgen_matmul. Here the struct is that of the header, and
+    behind the definitions their addresses are put into a struct bitgen_kernel: a kernel with a struct or a
+    signature of its own does not compile.
+    """
+    functions = tuple(Prototype.parse(text) for text in source.prototypes)
+    members = ", ".join(f".{_member(function.name)} = {function.name}" for function in functions)
+    text = source.text.replace(matmul_struct(), '#include "kernel.h"\n')
+    text += _HOST_VIEW.format(members=members)
+    return Unit(source.name, text, isa, functions, matmul_struct(), kernel_headers())
+
+
+# Never read, so that no object file holds it.
+_HOST_VIEW = """
+/* What the host calls: it must be what kernel.h says. */
+#include "kernel.h"
+static const struct bitgen_kernel bitgen_host_view __attribute__((unused)) = {{{members}}};
+"""
+
+
+def _member(function: str) -> str:
+    """The member of struct bitgen_kernel that a generated function is for."""
+    if function.endswith("_scratch"):
+        return "scratch"
+    if function.startswith("bitgen_quantize__"):
+        return "quantize"
+    return "tables" if "_tables__" in function else "run"
 
 
 def host_unit(name: str, text: str, headers: Headers) -> Unit:

@@ -64,7 +64,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One measurement as it came: all repeats, the machine's load, and the seed of the search that asked."""
+    """One measurement as it came: all repeats, and the seed of the search that asked."""
 
     kind: ClassVar[str] = "trial"
     fingerprint: Fingerprint
@@ -113,7 +113,6 @@ class RaceRecord:
             "times_ns": [list(self.race.get(spec, ())) for spec in self.specs],
             "dropped": [self.race.dropped.get(spec, "") for spec in self.specs],
             "read_ns_a_byte": list(self.race.read_ns_a_byte),
-            **({"tile_gops": list(self.race.tile_gops)} if self.race.tile_gops else {}),
         }
 
     @classmethod
@@ -134,7 +133,6 @@ class RaceRecord:
                 times_ns={spec: tuple(float(t) for t in row) for spec, row in times if row},
                 dropped={spec: str(reason) for spec, reason in dropped if reason},
                 read_ns_a_byte=tuple(float(t) for t in data["read_ns_a_byte"]),
-                tile_gops=tuple(float(t) for t in data.get("tile_gops", ())),
             ),
             time=float(data["time"]),
         )
@@ -348,7 +346,7 @@ class RecordStore:
     def _remember(self, record: Record) -> None:
         digest = record.fingerprint.digest
         if isinstance(record, TrialRecord):
-            self._trials[digest, record.measurement.key] = record
+            self._trials[digest, record.measurement.job.key] = record
         elif isinstance(record, RaceRecord):
             self._races[digest, record.key] = record
         else:

@@ -101,9 +101,9 @@ def single_texts() -> dict[str, str]:
         texts[f"quantize/{isa}"] = render_quantize(isa)
         texts[f"step/{isa}"] = render_step(isa)
         texts[f"step_sized/{isa}"] = render_step(isa, SIZES)
-        probes = {"dot4": Dot4(isa), "fma": Fma(isa)} | (
-            {"tiles": Tiles(isa)} if level.tile_registers else {}
-        )
+        probes: dict[str, Dot4 | Fma | Tiles] = {"dot4": Dot4(isa), "fma": Fma(isa)}
+        if level.tile_registers:
+            probes["tiles"] = Tiles(isa)
         texts |= {f"probe/{name}/{isa}": probe.source() for name, probe in probes.items()}
         texts[f"probe/read/{isa}"] = DEFAULT_PATTERN.source(isa)
         for family in FAMILIES.values():

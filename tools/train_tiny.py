@@ -26,6 +26,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +103,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
+def bit_matmul(x: Tensor, compute: torch.dtype, *weights: Tensor) -> Tensor:
+    """`BitMatmul` of ``x`` and ``weights``, whose products stand beside each other."""
+    apply: Callable[..., Tensor] = BitMatmul.apply
+    return apply(x, compute, *weights)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on (batch, heads, T, head_dim): pairs (i, i + head_dim / 2)."""
     a, b = x.chunk(2, -1)
@@ -133,22 +140,25 @@ class Block(nn.Module):
         z = self.sizes
         batch, length = x.shape[:2]
         normed = rms_norm(x, self.attn_norm, z.eps)
-        qkv = BitMatmul.apply(normed, self.compute, self.q, self.k, self.v)
+        qkv = bit_matmul(normed, self.compute, self.q, self.k, self.v)
         heads = qkv.view(batch, length, -1, z.head_dim).transpose(1, 2)
-        q, k, v = heads.split((z.heads, z.kv_heads, z.kv_heads), 1)
+        q, k, v = torch.split(heads, [z.heads, z.kv_heads, z.kv_heads], 1)
         repeat = z.heads // z.kv_heads
         k, v = rotate(k, cos, sin).repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
         attended = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
         attended = attended.transpose(1, 2).reshape(batch, length, -1)
-        x = x + BitMatmul.apply(rms_norm(attended, self.attn_sub_norm, z.eps), self.compute, self.o)
+        x = x + bit_matmul(rms_norm(attended, self.attn_sub_norm, z.eps), self.compute, self.o)
         normed = rms_norm(x, self.ffn_norm, z.eps)
-        gate, up = BitMatmul.apply(normed, self.compute, self.gate, self.up).chunk(2, -1)
+        gate, up = bit_matmul(normed, self.compute, self.gate, self.up).chunk(2, -1)
         inner = rms_norm(gate.relu().square() * up, self.ffn_sub_norm, z.eps)
-        return x + BitMatmul.apply(inner, self.compute, self.down)
+        return x + bit_matmul(inner, self.compute, self.down)
 
 
 class Tiny(nn.Module):
     """Token ids (batch, T) -> logits float32 (batch, T, vocab). The embedding is the head too."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -161,13 +171,17 @@ class Tiny(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
+    @property
+    def blocks(self) -> list[Block]:
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
         x = F.embedding(ids, self.embedding)
         for layer in self.layers:
             x = layer(x, self.cos[:length], self.sin[:length])
         x = rms_norm(x, self.norm, self.sizes.eps)
-        compute = self.layers[0].compute
+        compute = self.blocks[0].compute
         return (x.to(compute) @ self.embedding.to(compute).T).float()
 
 
@@ -328,8 +342,8 @@ def perplexity(model: Tiny, ids: list[int]) -> dict[str, float | int]:
 
 
 def set_compute(model: Tiny, dtype: torch.dtype) -> None:
-    for layer in model.layers:
-        layer.compute = dtype
+    for block in model.blocks:
+        block.compute = dtype
 
 
 @torch.no_grad()
@@ -467,7 +481,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(trained_on)} chapters, {len(stream)} tokens; {millions:.2f} M parameters", flush=True)
 
     def save(run: Run) -> None:
-        figures = {
+        figures: dict[str, Any] = {
             "sizes": asdict(sizes),
             "parameters": parameters,
             "text_tokens": len(stream),

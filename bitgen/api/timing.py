@@ -1,7 +1,8 @@
-"""Hold kernels against numpy, and time those a model runs."""
+"""Compare kernels with numpy, and time those a model runs."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,11 @@ from bitgen.api.workshop import Workshop, check_threads
 from bitgen.config import ModelPreset
 from bitgen.cpu import accepted_isas
 from bitgen.errors import BitgenError, UsageError
+from bitgen.measure import MachinePeak, Race, RaceJob, Rates
 from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Shape, family_named, regime_named, regime_of
 
 if TYPE_CHECKING:
-    from bitgen.measure import Limits, Race, TileState
-    from bitgen.measure.sweep import SweepCounts
+    from bitgen.measure.verify import SweepCounts
 
 
 def check(
@@ -32,8 +33,8 @@ def check(
     progress: Callable[[SweepCounts], None] | None = None,
 ) -> SweepCounts:
     """Hold every schedule of the spaces (or ``sample`` of each) against numpy, on all levels of this CPU."""
-    from bitgen.measure.local import LocalRunner
-    from bitgen.measure.sweep import exact_sweep
+    from bitgen.measure.runner import LocalRunner
+    from bitgen.measure.verify import exact_sweep
 
     if sample is not None and sample < 1:
         raise UsageError(f"--sample must be at least 1, not {sample}")
@@ -54,12 +55,11 @@ def check(
 
 
 @dataclass(frozen=True)
-class KernelTiming:
+class KernelTiming(Rates):
     """A kernel timed in interleaved rounds with the untuned default; times are medians for one call.
 
     ``limit_ns`` is the roofline of this run: reading the packed weights once, or the int8 operations at the
-    peak of the ISA level, whichever takes longer. Where a probe of tiles took part, ``tile_states`` are the
-    kernel's fast and slow rounds (`Race.tile_states`), and all times are of the fast ones if there are any.
+    peak of the ISA level, whichever takes longer.
     """
 
     shape: Shape
@@ -70,19 +70,6 @@ class KernelTiming:
     time_ns: float
     default_ns: float
     limit_ns: float
-    tile_states: tuple[TileState, TileState] | None = None
-
-    @property
-    def weight_gbs(self) -> float:
-        return self.spec.layout.packed_bytes(self.shape) / self.time_ns
-
-    @property
-    def gops(self) -> float:
-        return 2 * self.shape.m * self.shape.k * self.n / self.time_ns
-
-    @property
-    def limit_share(self) -> float:
-        return self.limit_ns / self.time_ns
 
 
 def bench_kernels(
@@ -97,7 +84,7 @@ def bench_kernels(
     progress: Callable[[str], None] | None = None,
 ) -> list[KernelTiming]:
     """Time what the model would run, tuned or not, against the default of each space; small n cold."""
-    from bitgen.measure.local import LocalRunner
+    from bitgen.measure.runner import LocalRunner
 
     workshop = Workshop(cc, logs)
     preset = preset_of(model)
@@ -112,7 +99,7 @@ def bench_kernels(
     }
     raced = []
     with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
-        limits = runner.limits(count, [level.name])
+        peak = runner.machine_peak(count, [level.name])
         for shape in dict.fromkeys(Shape(matmul.m, matmul.k) for matmul in preset.matmuls):
             for n in tokens:
                 if progress:
@@ -121,32 +108,21 @@ def bench_kernels(
                 default = workshop.space("i2s", level, regime.name, shape).default
                 tuned = chosen.get((shape, regime.name))
                 spec = tuned or default
-                race = runner.race([spec, default], shape, n, count, rounds, regime is not LARGE)
+                job = RaceJob((spec, default), shape, n, count, rounds, regime is not LARGE)
+                race = runner.race(job)
                 if spec not in race or default not in race:
                     raise BitgenError(f"{shape.name}, n = {n}: {'; '.join(race.dropped.values())}")
-                raced.append((shape, n, spec, tuned is not None, default, race))
-    # Only the whole run tells how fast its tiles can be.
-    peak = max([limits.peak_gops[level.name], *(gops for *_, race in raced for gops in race.tile_gops)])
-    return [_timing_of(limits, peak, count, *row) for row in raced]
+                raced.append(_timing_of(peak, job, race, tuned is not None))
+    return raced
 
 
-def _timing_of(
-    limits: Limits,
-    peak_gops: float,
-    threads: int,
-    shape: Shape,
-    n: int,
-    spec: KernelSpec,
-    tuned: bool,
-    default: KernelSpec,
-    race: Race,
-) -> KernelTiming:
+def _timing_of(peak: MachinePeak, job: RaceJob, race: Race, tuned: bool) -> KernelTiming:
     from bitgen.search import roofline_ns
 
-    cold = regime_of(n) is not LARGE
-    time_ns, default_ns = (race.median_ns(s, peak_gops) for s in (spec, default))
-    packed = spec.layout.packed_bytes(shape)
-    fastest_read = max(limits.best_dram_gbs, race.read_gbs or 0.0, packed / time_ns if cold else 0.0)
-    limit = roofline_ns(spec.layout, shape, n, cold, fastest_read, peak_gops)
-    states = race.tile_states(spec, peak_gops)
-    return KernelTiming(shape, n, threads, spec, tuned, time_ns, default_ns, limit, states)
+    spec = job.specs[0]
+    time_ns, default_ns = (statistics.median(race[one]) for one in job.specs)
+    packed = spec.layout.packed_bytes(job.shape)
+    fastest_read = max(peak.best_dram_gbs, race.read_gbs or 0.0, packed / time_ns if job.cold else 0.0)
+    gops = peak.peak_gops[spec.isa]
+    limit = roofline_ns(spec.layout, job.shape, job.n, job.cold, fastest_read, gops)
+    return KernelTiming(job.shape, job.n, job.threads, spec, tuned, time_ns, default_ns, limit)

@@ -56,7 +56,7 @@ def tune(
     ``dry_run`` goes the whole way with two kernels of each family and regime, each proven and timed once, and
     records nothing: its times mean nothing, it shows that a machine (or an emulator) can be tuned on.
     """
-    from bitgen.measure.local import LocalRunner
+    from bitgen.measure.runner import LocalRunner
     from bitgen.search import DRY_POLICY, dry, load_search_config, plan_for
     from bitgen.search import tune as search
 

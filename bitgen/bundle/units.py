@@ -8,8 +8,7 @@ from typing import Any
 from bitgen import __version__
 from bitgen.bundle.contents import Contents
 from bitgen.cpu import cap_rows
-from bitgen.hostcode import library_units, row_grain, step_headers
-from bitgen.render import matmul_struct
+from bitgen.hostcode import kernel_unit, library_units, row_grain, step_headers
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, regime_named
 from bitgen.toolchain import Prototype, Unit
 
@@ -17,16 +16,7 @@ from bitgen.toolchain import Prototype, Unit
 def library_units_of(contents: Contents) -> tuple[Unit, ...]:
     """All translation units of the library: kernels each with the flags of their ISA level, and host code."""
     isas = {isa.name: isa for isa in contents.isas}
-    kernels = tuple(
-        Unit(
-            source.name,
-            source.text,
-            isas[source.isa],
-            tuple(Prototype.parse(text) for text in source.prototypes),
-            matmul_struct(),
-        )
-        for source in contents.sources
-    )
+    kernels = tuple(kernel_unit(source, isas[source.isa]) for source in contents.sources)
     headers = step_headers()
     sized = (contents.sized_step,) if contents.sized_step else ()
     steps = tuple(

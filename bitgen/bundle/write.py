@@ -26,7 +26,6 @@ from bitgen.spec import StepSizes
 from bitgen.toolchain import (
     DEFAULT_LIBS,
     EXPORTS_FILE,
-    CompileError,
     Toolchain,
     Unit,
     exports_text,
@@ -97,7 +96,7 @@ def _write(
     soname = f"{library}.{ABI_VERSION}"
     public = dict(host_headers(target.cpu.arch))["bitgen.h"]
     exports = tuple(re.findall(r"^BITGEN_API [^(]*?\b(bitgen_\w+)\(", public, flags=re.MULTILINE))
-    toolchain.link_shared(_objects(toolchain, units), folder / library, soname=soname, exports=exports)
+    toolchain.link_shared(toolchain.objects(units), folder / library, soname=soname, exports=exports)
     (folder / soname).symlink_to(library)
     (folder / "bitgen.h").write_text(public, encoding="utf-8")
     (folder / "bitgen.pc").write_text(pkg_config(name), encoding="utf-8")
@@ -147,15 +146,6 @@ def pkg_config(name: str) -> str:
             "",
         )
     )
-
-
-def _objects(toolchain: Toolchain, units: Sequence[Unit]) -> list[Path]:
-    objects = []
-    for result in toolchain.compile_objects(units):
-        if isinstance(result, CompileError):
-            raise result
-        objects.append(result)
-    return objects
 
 
 def _write_sources(

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables, tile_table
+from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
     from bitgen.model.bench import Run
@@ -176,14 +176,13 @@ def _run_kernels(args: argparse.Namespace) -> None:
             t.time_ns / 1e3,
             t.weight_gbs,
             t.gops,
-            t.limit_share,
+            t.roofline_share,
             t.time_ns / t.default_ns,
             "tuned" if t.tuned else "untuned",
         )
         for t in timings
     ]
-    states = tile_table((t.spec, t.shape, t.n, t.tile_states) for t in timings)
-    print(render_tables([Table("kernels", _KERNEL_COLUMNS, rows), *states], args.output))
+    print(render_tables([Table("kernels", _KERNEL_COLUMNS, rows)], args.output))
 
 
 _KERNEL_COLUMNS = (

@@ -6,13 +6,9 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from bitgen.measure import TileState
-    from bitgen.spec import KernelSpec, Shape
+from typing import Any
 
 FORMATS = ("text", "md", "csv", "json")
 
@@ -93,39 +89,6 @@ def _csv(table: Table) -> str:
     writer.writerow([c.key for c in table.columns])
     writer.writerows(table.rows)
     return text.getvalue().rstrip("\n")
-
-
-TILE_COLUMNS = (
-    Column("shape", "m x k"),
-    Column("n", "n", "d"),
-    Column("isa", "ISA"),
-    Column("layout", "layout"),
-    Column("schedule", "schedule"),
-    Column("fast", "fast", "d"),
-    Column("slow", "slow", "d"),
-    Column("gops_fast", "GOP/s fast", ",.0f"),
-    Column("gops_slow", "GOP/s slow", ",.0f"),
-    Column("probe_fast", "probe fast", ",.0f"),
-    Column("probe_slow", "probe slow", ",.0f"),
-    Column("counted", "counted"),
-)
-
-
-def tile_table(
-    rows: Iterable[tuple[KernelSpec, Shape, int, tuple[TileState, TileState] | None]],
-) -> list[Table]:
-    """Kernels (spec, shape, tokens) in either state of the tile unit; no table when nothing told them."""
-    told = []
-    for spec, shape, n, states in rows:
-        if states is None:
-            continue
-        gops = [2 * shape.m * shape.k * n / s.time_ns if s.time_ns else None for s in states]
-        fast, slow = states
-        counted = "no round was fast" if not fast.rounds else "fast" if slow.rounds else "all were fast"
-        probes = (fast.probe_gops, slow.probe_gops)
-        name = (shape.name, n, spec.isa, spec.layout.name, spec.schedule.name)
-        told.append((*name, fast.rounds, slow.rounds, *gops, *probes, counted))
-    return [Table("rounds by the state of the tile unit", TILE_COLUMNS, told)] if told else []
 
 
 def numbers(option: str, text: str, least: int) -> list[int]:

@@ -138,7 +138,7 @@ def winner_tables(result: TuningResult) -> list[Table]:
             row.time_ns / 1e3,
             row.weight_gbs,
             row.gops,
-            row.limit_share,
+            row.roofline_share,
             row.over_default,
             row.over_median,
             row.candidates,

@@ -1,7 +1,7 @@
-"""One kernel in a child process: is it right, and then how fast is it.
+"""One kernel in a process of its own: is it right, and then how fast is it.
 
-`LocalRunner` compiles candidates, proves each one exact in a forked child and times it there; `ReplayRunner`
-answers the same questions from records; `exact_sweep` proves whole spaces.
+`LocalRunner` compiles candidates and asks its worker to verify and time them; `exact_sweep` verifies whole
+spaces.
 """
 
 from __future__ import annotations
@@ -9,55 +9,46 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitgen.measure.drop import DropRule
-from bitgen.measure.records import (
+from bitgen.measure.jobs import (
     Job,
-    Limits,
-    Load,
+    MachinePeak,
     Measurement,
     Missing,
     Race,
+    RaceJob,
+    Rates,
     Runner,
     Status,
-    TileState,
 )
-from bitgen.measure.replay import ReplayRunner, RoundReplay
+from bitgen.measure.stats import EarlyStopping
 
 if TYPE_CHECKING:
-    from bitgen.measure.local import LocalRunner, Proof, TimingPolicy, measure_limits
-    from bitgen.measure.sweep import SweepCounts, exact_sweep, sweep
+    from bitgen.measure.runner import LocalRunner, TimingPolicy, Verification
+    from bitgen.measure.verify import SweepCounts, exact_sweep, sweep
 
 __all__ = [
-    "DropRule",
+    "EarlyStopping",
     "Job",
-    "Limits",
-    "Load",
     "LocalRunner",
+    "MachinePeak",
     "Measurement",
     "Missing",
-    "Proof",
     "Race",
-    "ReplayRunner",
-    "RoundReplay",
+    "RaceJob",
+    "Rates",
     "Runner",
     "Status",
     "SweepCounts",
-    "TileState",
     "TimingPolicy",
+    "Verification",
     "exact_sweep",
-    "measure_limits",
     "sweep",
 ]
 
 # numpy, the renderer and the toolchain: who reads records or replays them does not pay for these.
 _LAZY = {
-    "LocalRunner": "local",
-    "Proof": "local",
-    "TimingPolicy": "local",
-    "measure_limits": "local",
-    "SweepCounts": "sweep",
-    "exact_sweep": "sweep",
-    "sweep": "sweep",
+    **dict.fromkeys(("LocalRunner", "TimingPolicy", "Verification"), "runner"),
+    **dict.fromkeys(("SweepCounts", "exact_sweep", "sweep"), "verify"),
 }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.measure.guarded import Guarded, guarded_copy
 from bitgen.measure.harness import Harness
-from bitgen.measure.memory import Guarded, guarded_copy
 from bitgen.reference import pack, scale_output, ternary_matmul
 from bitgen.spec import K_MAX, LARGE, N1, SMALL, Layout, Shape, ceil_to, family_named, x_stride
 

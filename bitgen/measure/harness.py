@@ -13,7 +13,7 @@ from typing import Any
 
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.errors import BitgenError
-from bitgen.hostcode import csrc_text, host_headers, row_grain, run_units
+from bitgen.hostcode import csrc_text, host_headers, kernel_unit, row_grain, run_units
 from bitgen.render import Source, matmul_struct
 from bitgen.spec import KernelSpec, Layout, family_named, regime_named
 from bitgen.toolchain import Prototype, Toolchain, Unit
@@ -28,11 +28,7 @@ def build_harness(toolchain: Toolchain, arch: str) -> Path:
     """The shared library of `harness.h` for this architecture, from the cache where it is there already."""
     headers = (*host_headers(arch), ("harness.h", csrc_text("harness.h")))
     units = (*run_units(arch), Unit("harness", csrc_text("harness.c"), headers=headers))
-    objects = []
-    for result in toolchain.compile_objects(units):
-        if isinstance(result, BitgenError):
-            raise result  # no candidate's fault: nothing can be measured
-        objects.append(result)
+    objects = toolchain.objects(units)
     # An object's name is the hash of its content.
     key = key_of({**toolchain.fingerprint(), "objects": [path.name for path in objects]})
     return toolchain.cache.make(
@@ -68,13 +64,6 @@ class Functions:
     def layout(self) -> Layout:
         return Layout(self.family, self.row_block)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Functions:
-        return cls(**data)
-
 
 def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
     """The names that `bitgen.render` gives the functions of ``spec``."""
@@ -104,14 +93,12 @@ def isas() -> Mapping[str, Isa]:
 
 
 def unit_of(source: Source) -> Unit:
-    """A rendered file as a translation unit whose prototypes the compiler checks."""
-    isa = isas().get(source.isa) or find_isa(source.isa, isas().values())
-    functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    return Unit(source.name, source.text, isa, functions, matmul_struct())
+    """A rendered file as a translation unit, see `kernel_unit`."""
+    return kernel_unit(source, isas().get(source.isa) or find_isa(source.isa, isas().values()))
 
 
 class Harness:
-    """The harness opened in this process. Only measuring children open kernels with it."""
+    """The harness opened in this process: only the worker does, and only its tasks open kernels."""
 
     def __init__(self, path: Path | str) -> None:
         import cffi  # here, because records and replays need no compiler's helper

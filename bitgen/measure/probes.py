@@ -14,7 +14,7 @@ from bitgen.measure.candidates import support_units
 from bitgen.measure.harness import Functions, isas, unit_of
 from bitgen.render import Source, render_probe
 from bitgen.spec import Layout, Shape
-from bitgen.toolchain import Toolchain, best_builder
+from bitgen.toolchain import Toolchain, build_module
 
 LAYOUT = Layout("i2s", 16)  # whose bytes the reading probe reads
 
@@ -62,7 +62,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Dot4(_Sums):
-    """Multiply-adds of int8: the peak that matmuls are held against."""
+    """Multiply-adds of int8: the peak that matmuls are compared with."""
 
     @property
     def operations(self) -> int:
@@ -98,7 +98,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Fma(_Sums):
-    """Multiply-adds of float32, 16 in a word: the peak that attention is held against."""
+    """Multiply-adds of float32, 16 in a word: the peak that attention is compared with."""
 
     @property
     def operations(self) -> int:
@@ -119,11 +119,10 @@ def build_probes(toolchain: Toolchain, sources: Sequence[Source]) -> list[Functi
     units = {source: unit_of(source) for source in sources}
     levels = list(dict.fromkeys(source.isa for source in sources))
     support = {isa: support_units(isa) for isa in levels}
-    # All at once, so that every core has work; the builders below find the objects in the cache.
+    # All at once, so that every core has work; the modules below are linked from the cache.
     toolchain.compile_objects([*units.values(), *(unit for isa in levels for unit in support[isa])])
-    builder = best_builder(toolchain)
     libraries = {
-        isa: builder.build([*(units[s] for s in sources if s.isa == isa), *support[isa]]).path
+        isa: build_module(toolchain, [*(units[s] for s in sources if s.isa == isa), *support[isa]])
         for isa in levels
     }
     return [_functions(source, libraries[source.isa]) for source in sources]

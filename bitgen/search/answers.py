@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from bitgen.measure import Job, Measurement, Missing, Race, Runner
-from bitgen.spec import KernelSpec, Shape
+from bitgen.measure import Job, Measurement, Missing, Race, RaceJob, Runner
 from bitgen.store import Fingerprint, RaceKey, RaceRecord, RecordStore, TrialRecord
 
 
@@ -45,26 +44,17 @@ class Answers:
                 self.recorded += 1
             yield answer
 
-    def race(
-        self,
-        specs: Sequence[KernelSpec],
-        shape: Shape,
-        n: int,
-        threads: int,
-        rounds: int,
-        cold: bool,
-        seed: int,
-    ) -> Race:
+    def race(self, job: RaceJob) -> Race:
         """One block of a race."""
-        key = (shape, n, threads, cold, rounds, seed, tuple(specs))
+        key = job.key
         may_know = not self._fresh or key in self._raced
         known = self._store.known_race(key, self._fingerprint) if may_know else None
         self._raced.add(key)
         if known is not None:
             self.recalled += 1
             return known
-        race = self.runner.race(specs, shape, n, threads, rounds, cold=cold, seed=seed)
-        record = RaceRecord(self._fingerprint, shape, n, threads, cold, rounds, seed, tuple(specs), race)
+        race = self.runner.race(job)
+        record = RaceRecord(self._fingerprint, *key, race)
         self._store.append(record)
         self.recorded += 1
         return race

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bitgen.measure.local import TimingPolicy
+from bitgen.measure.runner import TimingPolicy
 from bitgen.search.plan import Plan, SearchConfig
 from bitgen.spec import regime_named
 
 DRY_TRIALS = 2
 # One repeat each, and patience: an emulator takes far longer than the CPU it plays.
 DRY_POLICY = TimingPolicy(
-    repeats=1, min_repeat_ms=0.0, race_min_ms=0.0, limit_rounds=1, check_timeout_s=300.0, timeout_s=600.0
+    repeats=1, min_repeat_ms=0.0, race_min_ms=0.0, peak_rounds=1, check_timeout_s=300.0, timeout_s=600.0
 )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from bitgen.measure import Job, Limits, Measurement, Missing, Status
+from bitgen.measure import Job, MachinePeak, Measurement, Status
 from bitgen.search.answers import Answers
 from bitgen.search.plan import Group, Plan, RegimeConfig, SearchConfig, seed_of
 from bitgen.search.propose import Proposer, proposer_for
@@ -78,7 +78,7 @@ class GroupOutcome:
     def failures(self) -> list[str]:
         """What went wrong, one text a candidate that failed."""
         failures = [c.failure for c in self.candidates if c.failure]
-        return [f"{f.spec.name} on {f.shape.name}: {f.status.value}: {f.detail}" for f in failures]
+        return [f"{f.job.spec.name} on {f.job.shape.name}: {f.status.value}: {f.detail}" for f in failures]
 
 
 class GroupSearch:
@@ -94,7 +94,7 @@ class GroupSearch:
         starters: Iterable[KernelSpec],
         config: SearchConfig,
         answers: Answers,
-        limits: Limits,
+        limits: MachinePeak,
         clock: Callable[[], float],
     ) -> None:
         self.group = group
@@ -192,7 +192,7 @@ class GroupSearch:
         answers = self._answers.measure(jobs)
         with closing(answers):
             for done, answer in enumerate(answers, start=1):
-                job = answer.job if isinstance(answer, Missing) else answer
+                job = answer.job
                 candidate = self._candidates.setdefault(job.spec, Candidate(job.spec))
                 self._answered.add((job.spec, job.shape))
                 if isinstance(answer, Measurement):
@@ -210,11 +210,12 @@ class GroupSearch:
             candidate.failure = candidate.failure or answer
             return
         time_ns = answer.median_ns
-        rival = self._candidates.get(answer.against) if answer.against else None
-        if rival and answer.ratio is not None and answer.shape in rival.times_ns:
+        against, shape = answer.job.against, answer.job.shape
+        rival = self._candidates.get(against) if against else None
+        if rival and answer.ratio is not None and shape in rival.times_ns:
             # In units of the incumbent's time at that very moment: a slow moment of the machine cancels.
-            time_ns = answer.ratio * rival.times_ns[answer.shape]
-        candidate.times_ns[answer.shape] = time_ns
+            time_ns = answer.ratio * rival.times_ns[shape]
+        candidate.times_ns[shape] = time_ns
 
     def _judge(self, seen: Callable[[int], None]) -> None:
         """A batch is measured: crown the best, tell the proposer, see whether the search is over."""

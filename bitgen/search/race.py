@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitgen.measure import Race
+from bitgen.measure.stats import beats, ratio, select
 from bitgen.search.group import GroupOutcome
-from bitgen.search.noise import beats, crown, ratio
 from bitgen.search.plan import SearchConfig
 from bitgen.spec import KernelSpec, Layout, Shape
 
@@ -47,7 +47,7 @@ class Raced:
         part (another layout, or it failed) there is nothing to defend, and the fastest wins.
         """
         own = {spec: self.rounds_ns[spec] for spec in self.finishers if spec.layout == layout}
-        return crown(own, incumbent, config.alpha, config.min_gain) if own else None
+        return select(own, incumbent, config.alpha, config.min_gain) if own else None
 
 
 def finalists_of(

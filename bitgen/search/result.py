@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bitgen.measure import Limits
+from bitgen.measure import MachinePeak, Rates
 from bitgen.spec import KernelSpec, Layout, Shape
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Rates):
     """The winner of one family for a shape, a regime and a thread count, in the family's best layout.
 
     ``default_ns`` is the family's default in the same race, ``space_median_ns`` the median over the
@@ -36,21 +36,6 @@ class Row:
     @property
     def family(self) -> str:
         return self.spec.family
-
-    @property
-    def weight_gbs(self) -> float:
-        """Packed bytes read, in 10^9 bytes a second."""
-        return self.spec.layout.packed_bytes(self.shape) / self.time_ns
-
-    @property
-    def gops(self) -> float:
-        """10^9 operations a second; a multiply and an add count as two."""
-        return 2 * self.shape.m * self.shape.k * self.n / self.time_ns
-
-    @property
-    def limit_share(self) -> float:
-        """Share of the machine's limit: 1.0 is the roofline."""
-        return self.limit_ns / self.time_ns
 
     @property
     def over_default(self) -> float | None:
@@ -124,7 +109,7 @@ class TuningResult:
     threads: int
     thread_costs: tuple[ThreadCost, ...]
     layouts: Mapping[Shape, Layout]
-    limits: Mapping[int, Limits]
+    limits: Mapping[int, MachinePeak]
     dram_gbs: Mapping[int, float]
     peak_gops: Mapping[int, Mapping[str, float]]
     groups: tuple[GroupReport, ...]

@@ -11,7 +11,7 @@ from itertools import product
 from typing import Protocol
 
 from bitgen.errors import BitgenError, InterruptError
-from bitgen.measure import Limits, Race, Runner
+from bitgen.measure import MachinePeak, Race, RaceJob, Runner
 from bitgen.search.answers import Answers
 from bitgen.search.choose import (
     Choice,
@@ -139,7 +139,7 @@ class _Tune:
         self._clock = clock
         self._begin = clock()
         self._end = self._begin + (plan.timeout_s or math.inf)
-        self._limits: dict[int, Limits] = {}
+        self._limits: dict[int, MachinePeak] = {}
         self._read_gbs: dict[int, float] = {}
         self._peak_gops: dict[int, dict[str, float]] = {}
 
@@ -148,7 +148,9 @@ class _Tune:
         groups, rejected = groups_of(plan, spaces)
         for done, threads in enumerate(plan.threads):
             self._report("limits", f"the machine's limits, {threads} threads", done, len(plan.threads))
-            self._limits[threads] = self._answers.runner.limits(threads, [isa.name for isa in plan.isas])
+            self._limits[threads] = self._answers.runner.machine_peak(
+                threads, [isa.name for isa in plan.isas]
+            )
             self._read_gbs[threads] = self._limits[threads].best_dram_gbs
             self._peak_gops[threads] = dict(self._limits[threads].peak_gops)
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
@@ -254,7 +256,8 @@ class _Tune:
         def ask(running: Sequence[KernelSpec], block: int) -> Race:
             seed = seed_of(self._plan.seed, shape.name, slot.regime, slot.threads, block)
             rounds = self._config.race_block
-            return self._answers.race(running, shape, regime.n, slot.threads, rounds, regime.cold, seed)
+            job = RaceJob(tuple(running), shape, regime.n, slot.threads, rounds, regime.cold, seed)
+            return self._answers.race(job)
 
         raced = run_race(
             finalists,

@@ -1,18 +1,16 @@
 """C text to machine code, cached by content: the only package that runs a compiler.
 
-Text becomes a `Unit` (with flags of its own), a `Toolchain` compiles units to cached objects, a `Builder`
-makes functions of them that Python can call::
+Text becomes a `Unit` (with flags of its own), a `Toolchain` compiles units to cached objects, and a module
+(of cffi) or a shared library is linked of them, which is loaded by whoever may die of it::
 
     unit = Unit("add", text, isa, (Prototype.parse("int add(int a, int b)"),))
-    kernels = best_builder(Toolchain(find_compiler())).build([unit])
-    kernels.lib.add(1, 2)
+    path = build_module(Toolchain(find_compiler()), [unit])
 
 No other module starts a compiler or knows a flag of one.
 """
 
 from __future__ import annotations
 
-from bitgen.toolchain.builder import Builder, CcBuilder, CffiBuilder, Kernels, best_builder, python_headers
 from bitgen.toolchain.compile import DEFAULT_LIBS, CompileError, Toolchain
 from bitgen.toolchain.compiler import (
     Compiler,
@@ -22,21 +20,20 @@ from bitgen.toolchain.compiler import (
     find_cross_compilers,
 )
 from bitgen.toolchain.linker import EXPORTS_FILE, exports_text, shared_flags
+from bitgen.toolchain.module import build_library, build_module, declarations_of, python_headers
 from bitgen.toolchain.unit import Prototype, Unit
 
 __all__ = [
     "DEFAULT_LIBS",
     "EXPORTS_FILE",
-    "Builder",
-    "CcBuilder",
-    "CffiBuilder",
     "CompileError",
     "Compiler",
-    "Kernels",
     "Prototype",
     "Toolchain",
     "Unit",
-    "best_builder",
+    "build_library",
+    "build_module",
+    "declarations_of",
     "exports_text",
     "find_compiler",
     "find_compilers",

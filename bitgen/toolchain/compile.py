@@ -136,6 +136,15 @@ class Toolchain:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def objects(self, units: Sequence[Unit]) -> list[Path]:
+        """The object files of ``units``, in order. CompileError of the first one that does not compile."""
+        made = []
+        for result in self.compile_objects(units):
+            if isinstance(result, CompileError):
+                raise result
+            made.append(result)
+        return made
+
     def link_shared(
         self,
         objects: Sequence[Path],
@@ -193,7 +202,6 @@ class Toolchain:
     def _object(self, unit: Unit, live: LiveProcesses) -> Path:
         refuse_forbidden(unit.flags)
         flags = (*self.flags(unit.isa), *unit.flags)
-        text = unit.checked_text
         source = f"{unit.stem}.c"
         parts = {
             **self.fingerprint(unit.isa),
@@ -201,12 +209,12 @@ class Toolchain:
             "flags": flags,
             "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             "source": source,
-            "text": text,
+            "text": unit.text,
             "headers": unit.headers,
         }
 
         def produce(folder: Path) -> Path:
-            for name, content in (*unit.headers, (source, text)):
+            for name, content in (*unit.headers, (source, unit.text)):
                 (folder / name).write_text(content, encoding="utf-8")
             # Names without a folder: neither messages nor the object's symbols tell where it was made.
             made = f"{unit.stem}.o"

@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -27,9 +27,8 @@ from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UnsupportedError, UsageError
-from bitgen.measure import Limits, Race, local
 from bitgen.space import space_for
-from bitgen.spec import N1, KernelSpec, Shape
+from bitgen.spec import N1, Shape
 from bitgen.toolchain import Toolchain, find_compiler
 
 pytestmark = pytest.mark.slow
@@ -352,49 +351,6 @@ def test_bench_compares_the_winners_with_the_defaults(built: Path, workplace: Pa
     for row in rows:
         assert float(row["time_us"]) > 0
         assert float(row["limit_share"]) > 0
-
-
-class TwoStates:
-    """A `LocalRunner` whose tiles were seen fast and slow; its kernels reach half of what the probe does."""
-
-    probes: ClassVar = {1: (), 2: (4400.0, 1000.0, 4400.0), 17: (1000.0, 1100.0, 900.0), 32: (4000.0,) * 3}
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __enter__(self) -> TwoStates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def limits(self, threads: int, isas: Sequence[str]) -> Limits:
-        return Limits(threads, {"streams1_prefetch0": 1e6}, dict.fromkeys(isas, 1000.0))
-
-    def race(self, specs: Sequence[KernelSpec], shape: Shape, n: int, *_: object) -> Race:
-        gops, operations = self.probes[n], 2 * shape.m * shape.k * n
-        return Race({s: [operations / (g / 2) for g in gops or (100.0,)] for s in specs}, {}, (), gops)
-
-
-def test_bench_tells_the_states_of_the_tile_unit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bitgen_home: Path
-) -> None:
-    monkeypatch.setattr(local, "LocalRunner", TwoStates)
-    argv = ["bench", "--kernels", "-m", "3B", "-t", "1", "--logs", str(bitgen_home), "-o", "json", "-n"]
-    assert main([*argv, "1,2,17,32"]) == 0
-    tables = json.loads(capsys.readouterr().out)
-    share = {row["n"]: row["limit_share"] for row in tables["kernels"]}
-    # Fast rounds where there are any, of the best round of the run.
-    assert [share[n] for n in (2, 17, 32)] == pytest.approx([2200 / 4400, 500 / 4400, 2000 / 4400])
-    told = {row["n"]: list(row.values())[5:] for row in tables["rounds by the state of the tile unit"]}
-    assert {n: row[:2] + row[4:] for n, row in told.items()} == {
-        2: [2, 1, 4400.0, 1000.0, "fast"],
-        17: [0, 3, None, 1000.0, "no round was fast"],
-        32: [3, 0, 4000.0, None, "all were fast"],
-    }
-    assert told[2][2:4] == [pytest.approx(2200), pytest.approx(500)]
-    assert main([*argv, "1"]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["kernels"]
 
 
 def test_check_prints_how_many_cases_were_exact(workplace: Path) -> None:

@@ -14,6 +14,7 @@ from exact_specs import chosen, edges, for_one_shape
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from libraries import toolchain_of
+from loaded import load_units
 
 from bitgen.cpu import Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
 from bitgen.errors import BitgenError
@@ -21,13 +22,13 @@ from bitgen.measure import Status
 from bitgen.measure.candidates import support_units
 from bitgen.measure.cases import EDGES, TOKENS, cases_of
 from bitgen.measure.harness import unit_of
-from bitgen.measure.local import LocalRunner, Proof, TimingPolicy
-from bitgen.measure.sweep import SweepCounts, exact_sweep, own_points, sweep
+from bitgen.measure.runner import LocalRunner, TimingPolicy, Verification
+from bitgen.measure.verify import SweepCounts, exact_sweep, own_points, sweep
 from bitgen.reference import linear, pack, quantize_activations, scale_output, ternary_matmul
 from bitgen.render import render_kernel
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride
-from bitgen.toolchain import Prototype, Toolchain, best_builder
+from bitgen.toolchain import Prototype, Toolchain
 
 pytestmark = pytest.mark.slow
 
@@ -132,11 +133,11 @@ def test_the_cases_reach_the_edges() -> None:
 
 
 def test_a_sweep_of_nothing_fails(runner: LocalRunner) -> None:
-    with pytest.raises(BitgenError, match="no kernel to prove"):
+    with pytest.raises(BitgenError, match="no kernel to verify"):
         sweep(runner, [])
-    with pytest.raises(BitgenError, match="no kernel to prove"):
+    with pytest.raises(BitgenError, match="no kernel to verify"):
         exact_sweep(runner, CPU, [], list(FAMILIES))
-    with pytest.raises(BitgenError, match="no kernel to prove"):
+    with pytest.raises(BitgenError, match="no kernel to verify"):
         exact_sweep(runner, CPU, ["scalar"], [], sample=3)
 
 
@@ -165,8 +166,8 @@ def test_a_wrong_kernel_is_found(
 
     plain = Toolchain(toolchain.compiler, cache_dir=tmp_path)
     with LocalRunner(plain, CPU, policy=PATIENT, render=broken, lock_folder=tmp_path) as runner:
-        (proof,) = runner.prove([spec])
-    assert proof.status is Status.INCORRECT, proof
+        (found,) = runner.verify([spec])
+    assert found.status is Status.INCORRECT, found
 
 
 def test_an_overflow_beyond_the_rule_is_found(toolchain: Toolchain, tmp_path: Path) -> None:
@@ -180,9 +181,9 @@ def test_an_overflow_beyond_the_rule_is_found(toolchain: Toolchain, tmp_path: Pa
         )
         assert space.broken(beyond)
         with LocalRunner(toolchain, CPU, policy=PATIENT, lock_folder=tmp_path) as runner:
-            proofs: list[Proof] = list(runner.prove([spec, beyond]))
-        assert [proof.status for proof in proofs] == [Status.OK, Status.INCORRECT]
-        assert "all w" in proofs[1].detail or "no product cancels" in proofs[1].detail
+            found: list[Verification] = list(runner.verify([spec, beyond]))
+        assert [one.status for one in found] == [Status.OK, Status.INCORRECT]
+        assert "all w" in found[1].detail or "no product cancels" in found[1].detail
 
 
 def test_inherited_kernels_are_counted_and_not_compiled_again() -> None:
@@ -192,7 +193,7 @@ def test_inherited_kernels_are_counted_and_not_compiled_again() -> None:
     points = [spec for isa in names for spec in space_for("tl2", ISAS[isa], N1, Shape(64, 640), CPU)]
     assert {spec.isa for spec in own_points(points)} == {"avx512_vnni"}
     alone = [spec for spec in points if spec.isa == "avx512_vbmi"]
-    assert own_points(alone) == alone, "a parent that is not proven proves nothing"
+    assert own_points(alone) == alone, "a parent that is not verified verifies nothing"
 
 
 # ---- drawn shapes and values, called in this process
@@ -300,8 +301,8 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
 def called(toolchain: Toolchain, family: str, isa: str, regime: str) -> Called:
     space = space_for(family, ISAS[isa], next(r for r in REGIMES if r.name == regime), Shape(4096, 4096), CPU)
     units = [unit_of(render_kernel(space.default))]
-    builder = best_builder(toolchain)
-    return Called(space.default, builder.build(units), builder.build(support_units(isa)))
+    support = load_units(toolchain, support_units(isa))
+    return Called(space.default, load_units(toolchain, units), support)
 
 
 @st.composite

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from loaded import load_units
 
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError
@@ -30,7 +31,7 @@ from bitgen.hostcode import (
 from bitgen.paths import configs_dir
 from bitgen.reference import linear, pack, ternary_matmul
 from bitgen.spec import FAMILIES, Family, Layout, Shape, x_stride
-from bitgen.toolchain import CcBuilder, Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
+from bitgen.toolchain import Compiler, Prototype, Toolchain, Unit, find_compiler, find_compilers
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
     functions = tuple(Prototype.parse(" ".join(d.split())) for d in declared)
     unit = replace(unit, functions=functions)
     toolchain = Toolchain(find_compiler(), cache_dir=tmp_path_factory.mktemp("cache"), werror=True)
-    return CcBuilder(toolchain).build([*run_units(arch), unit])
+    return load_units(toolchain, [*run_units(arch), unit])
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -194,7 +195,7 @@ def packer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     text = f"{units['pack'].text}\n{prototype};\n{PACK_TEST}"
     tested = replace(units["pack"], text=text, functions=(Prototype.parse(prototype),), flags=())
     toolchain = Toolchain(find_compiler(), cache_dir=tmp_path_factory.mktemp("cache"), werror=True)
-    return CcBuilder(toolchain).build([units["pool"], tested])
+    return load_units(toolchain, [units["pool"], tested])
 
 
 EMPTY_TABLE = {

@@ -18,30 +18,28 @@ import numpy as np
 import pytest
 from broken_kernels import ALL, RIGHT, SLOW, Broken, spec_of
 from libraries import toolchain_of
+from replay import ReplayRunner, RoundReplay
 
 from bitgen.cpu import accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.measure import (
-    DropRule,
+    EarlyStopping,
     Job,
-    Limits,
     LocalRunner,
+    MachinePeak,
     Measurement,
     Missing,
-    Proof,
     Race,
-    ReplayRunner,
-    RoundReplay,
+    RaceJob,
     Status,
-    TileState,
     TimingPolicy,
+    Verification,
     exact_sweep,
-    local,
 )
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
-from bitgen.measure.drop import heats
+from bitgen.measure.jobs import batches
 from bitgen.measure.lock import MachineLock
-from bitgen.measure.probes import Fma, Tiles, build_probes, peak_probe
+from bitgen.measure.probes import Fma, build_probes, peak_probe
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
@@ -50,9 +48,14 @@ pytestmark = pytest.mark.slow
 
 SHAPE = Shape(700, 96)  # more rows than any check has, so that a kernel can tell the timing from the checks
 # Right kernels need 10 ms; the rest of the 3 s, which every hanging kernel costs, is for loaded machines.
-# Turns of 0.1 ms are too noisy to drop anybody.
+# Turns of 0.1 ms are too noisy to prune anybody.
 QUICK = TimingPolicy(
-    repeats=3, min_repeat_ms=0.1, race_min_ms=0.1, check_timeout_s=3, timeout_s=3, drop=DropRule(least=9)
+    repeats=3,
+    min_repeat_ms=0.1,
+    race_min_ms=0.1,
+    check_timeout_s=3,
+    timeout_s=3,
+    stopping=EarlyStopping(min_pairs=9),
 )
 
 
@@ -82,12 +85,11 @@ def runner(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator
 
 def test_a_measurement_survives_json() -> None:
     asked = Job(invented(), SHAPE, 1, 2, cold=True, against=invented(1))
-    answer = Measurement.of(asked, Status.OK, "", [3.0, 1.0, 2.0], [2.0, 2.0, 2.0])
+    answer = Measurement(asked, Status.OK, "", (3.0, 1.0, 2.0), (2.0, 2.0, 2.0))
     assert Measurement.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
     assert answer.median_ns == 2
     assert answer.ratio == 1
-    assert answer.key == asked.key
-    failed = Measurement.of(asked, Status.CRASHED, "SIGSEGV")
+    failed = Measurement(asked, Status.CRASHED, "SIGSEGV")
     assert Measurement.from_dict(failed.to_dict()) == failed
     assert failed.median_ns == math.inf
     assert failed.ratio is None
@@ -100,13 +102,13 @@ def test_a_measurement_survives_json() -> None:
         ({"times_ns": (1.0, -1.0), "against_ns": (1.0, 1.0)}, "positive"),
         ({"times_ns": (math.nan,), "against_ns": (1.0,)}, "finite"),
         ({"against_ns": (1.0, 1.0)}, "as many"),
-        ({"against": None}, "not named"),
+        ({"job": Job(invented(), SHAPE, 1)}, "not named"),
         ({"status": Status.CRASHED, "detail": "x"}, "no times"),
         ({"status": Status.TIMEOUT, "times_ns": (), "against_ns": ()}, "says why"),
     ],
 )
 def test_a_measurement_that_contradicts_itself_cannot_be_built(changes: dict[str, object], says: str) -> None:
-    right = Measurement.of(job(invented(), against=invented(1)), Status.OK, "", [1.0], [1.0])
+    right = Measurement(job(invented(), against=invented(1)), Status.OK, "", (1.0,), (1.0,))
     with pytest.raises(BitgenError, match=says):
         replace(right, **changes)
 
@@ -122,13 +124,12 @@ def test_a_job_must_fit_its_kernel() -> None:
         Job(invented(), SHAPE, 1, 0)
 
 
-def test_limits_name_the_best_pattern_and_survive_json() -> None:
-    limits = Limits(2, {"streams1": 10.0, "streams4": 15.0}, {"avx2": 200.0})
-    assert limits.best_dram_gbs == 15
-    assert limits.best_pattern == "streams4"
-    assert Limits.from_dict(json.loads(json.dumps(limits.to_dict()))) == limits
+def test_a_peak_names_the_best_pattern() -> None:
+    peak = MachinePeak(2, {"streams1": 10.0, "streams4": 15.0}, {"avx2": 200.0})
+    assert peak.best_dram_gbs == 15
+    assert peak.best_pattern == "streams4"
     with pytest.raises(BitgenError, match="at least one"):
-        Limits(1, {}, {"avx2": 1.0})
+        MachinePeak(1, {}, {"avx2": 1.0})
 
 
 # ---- replay
@@ -136,40 +137,41 @@ def test_limits_name_the_best_pattern_and_survive_json() -> None:
 
 def test_a_replay_answers_what_was_recorded_and_says_what_was_not() -> None:
     known, unknown = job(invented(0)), job(invented(1))
-    record = Measurement.of(known, Status.OK, "", [5.0, 6.0])
-    newer = Measurement.of(known, Status.OK, "", [7.0, 8.0])
-    replay = ReplayRunner([record, newer], [Limits(1, {"p": 1.0}, {"scalar": 2.0})])
+    record = Measurement(known, Status.OK, "", (5.0, 6.0))
+    newer = Measurement(known, Status.OK, "", (7.0, 8.0))
+    replay = ReplayRunner([record, newer], [MachinePeak(1, {"p": 1.0}, {"scalar": 2.0})])
     assert list(replay.measure([unknown, known, replace(known, against=invented(2))])) == [
         Missing(unknown),
         newer,
         newer,
     ]
     assert "never measured on 700x96" in Missing(unknown).detail
-    assert replay.limits(1, ["scalar"]).peak_gops == {"scalar": 2.0}
+    assert replay.machine_peak(1, ["scalar"]).peak_gops == {"scalar": 2.0}
     with pytest.raises(BitgenError, match="2 threads"):
-        replay.limits(2, ["scalar"])
+        replay.machine_peak(2, ["scalar"])
     with pytest.raises(BitgenError, match="avx2"):
-        replay.limits(1, ["avx2"])
+        replay.machine_peak(1, ["avx2"])
 
 
 def test_a_replayed_race_draws_the_same_rounds_for_the_same_seed() -> None:
     jobs = [job(invented(i)) for i in range(3)]
     replay = ReplayRunner(
         [
-            Measurement.of(jobs[0], Status.OK, "", [1.0, 2.0, 3.0]),
-            Measurement.of(jobs[1], Status.CRASHED, "SIGILL"),
+            Measurement(jobs[0], Status.OK, "", (1.0, 2.0, 3.0)),
+            Measurement(jobs[1], Status.CRASHED, "SIGILL"),
         ]
     )
-    specs = [j.spec for j in jobs]
-    race = replay.race(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=7)
+    specs = tuple(j.spec for j in jobs)
+    asked = RaceJob(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=7)
+    race = replay.race(asked)
     assert list(race) == [specs[0]]
     assert len(race[specs[0]]) == 20
     assert set(race[specs[0]]) == {1.0, 2.0, 3.0}
     assert race.dropped[specs[1]] == "SIGILL"
     assert "never measured" in race.dropped[specs[2]]
-    assert replay.race(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=7) == race
-    assert replay.race(specs[:1], SHAPE, 1, 1, rounds=20, cold=True, seed=7)[specs[0]] == race[specs[0]]
-    assert replay.race(specs, SHAPE, 1, 1, rounds=20, cold=True, seed=8) != race
+    assert replay.race(asked) == race
+    assert replay.race(replace(asked, specs=specs[:1]))[specs[0]] == race[specs[0]]
+    assert replay.race(replace(asked, seed=8)) != race
 
 
 def test_reading_records_imports_no_machinery() -> None:
@@ -178,42 +180,42 @@ def test_reading_records_imports_no_machinery() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout == b"[]\n"
 
 
-# ---- dropping
+# ---- early stopping
 
 
-def test_a_candidate_is_dropped_when_its_pairs_agree() -> None:
-    rule, one = DropRule(), [1.0] * 8
-    assert rule.lost([1.15], one)  # three times the usual noise
-    assert not rule.lost([1.12], one)
-    assert not DropRule(least=2).lost([9.0], one)
-    assert not rule.lost([1.07] * 2, one)
-    assert rule.lost([1.07] * 3, one)
-    assert not rule.lost([1.0, 2.0], one)
-    assert not rule.lost([0.99] * 8, one)
-    assert not rule.lost([1.3, 0.9, 1.4, 0.8], one)
-    assert rule.lost([2.3, 1.15], [2.0, 1.0])  # a slow moment of both cancels
+def test_a_candidate_is_pruned_when_its_pairs_agree() -> None:
+    rule, one = EarlyStopping(), [1.0] * 8
+    assert rule.should_prune([1.15], one)  # three times the usual noise
+    assert not rule.should_prune([1.12], one)
+    assert not EarlyStopping(min_pairs=2).should_prune([9.0], one)
+    assert not rule.should_prune([1.07] * 2, one)
+    assert rule.should_prune([1.07] * 3, one)
+    assert not rule.should_prune([1.0, 2.0], one)
+    assert not rule.should_prune([0.99] * 8, one)
+    assert not rule.should_prune([1.3, 0.9, 1.4, 0.8], one)
+    assert rule.should_prune([2.3, 1.15], [2.0, 1.0])  # a slow moment of both cancels
     assert [rule.pairs([x] * 4, one[:4]) for x in (1.5, 1.07, 0.9)] == [1, 3, 4]
     assert rule.pairs([1.2], [1.0]) == 1
-    with pytest.raises(BitgenError, match="drop rule"):
-        DropRule(least=0)
+    with pytest.raises(BitgenError, match="at least 1 pair"):
+        EarlyStopping(min_pairs=0)
 
 
-def test_heats_hold_jobs_of_one_occasion() -> None:
+def test_batches_hold_jobs_of_one_shape_and_threads() -> None:
     jobs = [job(invented(i)) for i in range(5)] + [job(invented(0), threads=2), job(invented(1), threads=2)]
-    assert [len(heat) for heat in heats(jobs, 4)] == [4, 1, 2]
-    assert [j for heat in heats(jobs, 4) for j in heat] == jobs
-    assert list(heats([], 4)) == []
+    assert [len(batch) for batch in batches(jobs, 4)] == [4, 1, 2]
+    assert [j for batch in batches(jobs, 4) for j in batch] == jobs
+    assert list(batches([], 4)) == []
 
 
-def test_a_replay_of_rounds_drops_losers_keeps_pairs_together_and_adds_up_the_time() -> None:
+def test_a_replay_of_rounds_prunes_losers_keeps_pairs_together_and_adds_up_the_time() -> None:
     # Round i took i times as long for both: only pairs of the same round tell that one is 20 % slower.
     incumbent, loser, rest = (job(invented(i)) for i in range(3))
     records = [
-        Measurement.of(j, Status.OK, "", [factor * 10 ** (i % 3) for i in range(8)])
+        Measurement(j, Status.OK, "", tuple(factor * 10 ** (i % 3) for i in range(8)))
         for j, factor in ((incumbent, 1.0), (loser, 1.2), (rest, 1.001))
     ]
     jobs = [replace(j, against=incumbent.spec) for j in (loser, rest)]
-    replay = RoundReplay(records, rule=DropRule(), repeats=4, heat=8, min_ns=2000.0)
+    replay = RoundReplay(records, stopping=EarlyStopping(), repeats=4, batch=8, min_ns=2000.0)
     lost, stayed = replay.measure(jobs)
     assert isinstance(lost, Measurement)
     assert isinstance(stayed, Measurement)
@@ -221,10 +223,10 @@ def test_a_replay_of_rounds_drops_losers_keeps_pairs_together_and_adds_up_the_ti
     assert lost.ratio == pytest.approx(1.2)
     assert stayed.ratio == pytest.approx(1.001)
     assert replay.spent_ns == (1 + 4 + 4) * 2000.0  # the incumbent's turns serve both
-    race = replay.race([loser.spec, rest.spec], SHAPE, 1, 1, rounds=9, cold=True, seed=1)
+    race = replay.race(RaceJob((loser.spec, rest.spec), SHAPE, 1, 1, rounds=9, cold=True, seed=1))
     assert [a / b for a, b in zip(*race.values(), strict=True)] == pytest.approx([1.2 / 1.001] * 9)
     assert replay.spent_ns == (9 + 18) * 2000.0
-    other = RoundReplay(records, rule=DropRule(), repeats=4, heat=8, min_ns=1.0, seed=1)
+    other = RoundReplay(records, stopping=EarlyStopping(), repeats=4, batch=8, min_ns=1.0, seed=1)
     assert [a.times_ns for a in other.measure(jobs)] != [lost.times_ns, stayed.times_ns]
 
 
@@ -259,14 +261,73 @@ def test_cases_cover_every_ragged_shape_and_n_as_integers_and_floats(regime: str
 def test_every_way_to_fail_is_a_recorded_value_and_ends_nothing(runner: LocalRunner) -> None:
     jobs = [job(spec_of(kernel)) for kernel in ALL]
     answers = list(runner.measure(jobs))
-    assert [a.spec for a in answers] == [j.spec for j in jobs]
+    assert [a.job.spec for a in answers] == [j.spec for j in jobs]
     seen = [(kernel.name, a.status, a.detail) for kernel, a in zip(ALL, answers, strict=True)]
     wanted = [(kernel.name, kernel.status, kernel.says) for kernel in ALL]
-    assert [(name, status) for name, status, _ in seen] == [(name, status) for name, status, _ in wanted]
+    assert [row[:2] for row in seen] == [row[:2] for row in wanted], seen
     for (name, _, detail), (_, _, says) in zip(seen, wanted, strict=True):
         assert says in detail, name
     # After all that: another answer of the same process.
     assert next(runner.measure([job(spec_of(RIGHT), shape=Shape(100, 50))])).status is Status.OK
+
+
+def test_the_neighbours_of_a_kernel_that_crashes_when_loaded_are_measured(runner: LocalRunner) -> None:
+    names = ["right", "crashes when loaded", "int16 sums overflow"]
+    specs = tuple(_spec(name) for name in names)
+    race = runner.race(RaceJob(specs, SHAPE, 1, 1, rounds=2))
+    assert list(race) == [specs[0]]
+    assert "while it was loaded" in race.dropped[specs[1]]
+    found = {v.spec: v.status for v in runner.verify(specs, deep=False)}
+    assert [found[spec] for spec in specs] == [Status.OK, Status.CRASHED, Status.INCORRECT]
+
+
+_MAPS = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import broken_kernels as b
+    from bitgen.api import tune
+    from bitgen.measure import Job, LocalRunner
+    from bitgen.spec import Shape
+    from bitgen.cpu import detect_cpu
+    from bitgen.toolchain import Toolchain, find_compiler
+
+    tune({model!r}, isas=["scalar"], families=["i2s"], regimes=["n1"], dry_run=True, logs=Path({logs!r}))
+    kernels = [b.RIGHT, next(k for k in b.ALL if k.name == "crashes when loaded")]
+    toolchain = Toolchain(find_compiler())
+    with LocalRunner(toolchain, detect_cpu(), render=b.render) as runner:
+        jobs = [Job(b.spec_of(kernel), Shape(50, 50), 1) for kernel in kernels]
+        print(*(answer.status.value for answer in runner.measure(jobs)))
+    made = [str(path) for path in Path({home!r}).rglob("*.so")]
+    print(len([path for path in made if "/modules/" in path or "/libraries/" in path]) >= 3)
+    maps = Path("/proc/self/maps").read_text()
+    print([path for path in made if path in maps])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system has no /proc/self/maps")
+def test_the_process_that_tunes_maps_no_candidate(tmp_path: Path) -> None:
+    """Neither one of a tune nor one whose constructor would end it: only the worker loads them."""
+    model = tmp_path / "tiny.yaml"
+    model.write_text(
+        "name: tests/tiny\nhidden: 64\nffn: 96\nlayers: 1\nheads: 2\nkv_heads: 1\nhead_dim: 32\nvocab: 32\n"
+        "rope_theta: 10000.0\nactivation: silu\nsub_norms: true\ntied_head: true\nnorm_eps: 1.0e-5\n"
+        "architecture: bitnet\n"
+    )
+    script = textwrap.dedent(_MAPS).format(
+        tests=str(Path(__file__).parents[1] / "support"),
+        model=str(model),
+        logs=str(tmp_path / "logs"),
+        home=str(tmp_path / "home"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "BITGEN_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines() == ["ok crashed", "True", "[]"], done.stdout + done.stderr
 
 
 def test_a_right_kernel_has_times_and_so_has_its_incumbent(runner: LocalRunner) -> None:
@@ -274,35 +335,39 @@ def test_a_right_kernel_has_times_and_so_has_its_incumbent(runner: LocalRunner) 
     small = Shape(300, 96)
     (alone, both) = runner.measure([job(right), job(right, against=rival, shape=small)])
     assert len(alone.times_ns) == QUICK.repeats
-    assert alone.against is None
-    assert (both.against, len(both.times_ns), len(both.against_ns)) == (rival, QUICK.repeats, QUICK.repeats)
+    assert alone.job.against is None
+    assert (both.job.against, len(both.times_ns), len(both.against_ns)) == (
+        rival,
+        QUICK.repeats,
+        QUICK.repeats,
+    )
     ratios = sorted(t / a for t, a in zip(both.times_ns, both.against_ns, strict=True))
     assert both.ratio == ratios[1]
     # An incumbent that fails is no fault of the candidate.
     (answer,) = runner.measure([job(right, against=_spec("crashes when timed"))])
-    assert (answer.status, answer.against, answer.against_ns) == (Status.OK, None, ())
+    assert (answer.status, answer.ratio, answer.against_ns) == (Status.OK, None, ())
     (answer,) = runner.measure([job(right, against=_spec("no C"))])
-    assert (answer.status, answer.against) == (Status.OK, None)
+    assert (answer.status, answer.ratio) == (Status.OK, None)
 
 
-def test_a_candidate_that_lost_leaves_its_heat_and_the_others_stay(runner: LocalRunner) -> None:
+def test_a_candidate_that_lost_leaves_its_batch_and_the_others_stay(runner: LocalRunner) -> None:
     fast, slow = spec_of(RIGHT), spec_of(SLOW)
-    runner._policy = replace(QUICK, repeats=6, drop=DropRule(least=2))
+    runner._policy = replace(QUICK, repeats=6, stopping=EarlyStopping(min_pairs=2))
     (alone,) = runner.measure([job(fast)])
     same, loser = runner.measure([job(fast), job(slow, against=fast)])
     assert len(alone.times_ns) == len(same.times_ns) == 6
-    assert (loser.status, loser.against) == (Status.OK, fast)
+    assert (loser.status, loser.job.against) == (Status.OK, fast)
     assert 2 <= len(loser.times_ns) == len(loser.against_ns) < 6
     assert loser.against_ns == same.times_ns[: len(loser.times_ns)]  # of the same rounds
     assert loser.ratio is not None
     assert loser.ratio > 1.2
 
 
-def test_one_that_fails_does_not_spoil_the_heat_of_the_others(runner: LocalRunner) -> None:
+def test_one_that_fails_does_not_spoil_the_batch_of_the_others(runner: LocalRunner) -> None:
     names = ["right", "crashes when timed", "int16 sums overflow", "no C", "slow"]
     specs = [_spec(name) for name in names]
     answers = list(runner.measure([job(spec, against=specs[0]) for spec in specs]))
-    assert [a.spec for a in answers] == specs
+    assert [a.job.spec for a in answers] == specs
     assert [a.status.value for a in answers] == ["ok", "crashed", "incorrect", "compile error", "ok"]
 
 
@@ -315,10 +380,10 @@ def test_several_threads_and_a_matrix_smaller_than_a_row_block(runner: LocalRunn
     assert [a.status for a in runner.measure(jobs)] == [Status.OK] * 3
 
 
-def test_proofs_name_the_kernel_that_ended_the_process_of_several(runner: LocalRunner) -> None:
+def test_a_verification_names_the_kernel_that_ended_the_process_of_several(runner: LocalRunner) -> None:
     names = ["right", "aborts", "int16 sums overflow", "no C", "hangs", "only wrong for many rows"]
-    proofs = {p.spec: p for p in runner.prove([_spec(name) for name in names], deep=False)}
-    assert [proofs[_spec(name)].status for name in names] == [
+    found = {v.spec: v for v in runner.verify([_spec(name) for name in names], deep=False)}
+    assert [found[_spec(name)].status for name in names] == [
         Status.OK,
         Status.CRASHED,
         Status.INCORRECT,
@@ -326,33 +391,33 @@ def test_proofs_name_the_kernel_that_ended_the_process_of_several(runner: LocalR
         Status.TIMEOUT,
         Status.OK,
     ]
-    assert proofs[_spec("right")].cases == len(cases_of("n1"))
+    assert found[_spec("right")].cases == len(cases_of("n1"))
 
 
 def test_a_race_interleaves_drops_who_fails_and_times_the_memory(runner: LocalRunner) -> None:
     good = spec_of(RIGHT)
-    specs = [good, _spec("crashes when timed"), _spec("no C"), _spec("hangs"), _spec("rows it was not given")]
-    race = runner.race(specs, SHAPE, 1, 1, rounds=4, cold=True, seed=1)
+    specs = (good, _spec("crashes when timed"), _spec("no C"), _spec("hangs"), _spec("rows it was not given"))
+    race = runner.race(RaceJob(specs, SHAPE, 1, 1, rounds=4, cold=True, seed=1))
     assert list(race) == [good]
     assert len(race[good]) == 4
     assert set(race.dropped) == set(specs[1:])
     assert len(race.read_ns_a_byte) == 4
     assert race.read_gbs is not None
-    warm = runner.race([good], SHAPE, 1, 1, rounds=2)
+    warm = runner.race(RaceJob((good,), SHAPE, 1, 1, rounds=2))
     assert warm.read_gbs is None
-    assert runner.race(specs[1:3], SHAPE, 1, 1, rounds=2) == Race(
+    assert runner.race(RaceJob(specs[1:3], SHAPE, 1, 1, rounds=2)) == Race(
         {}, {s: race.dropped[s] for s in specs[1:3]}
     )
 
 
-def test_a_killed_measuring_process_is_started_again(runner: LocalRunner) -> None:
+def test_a_killed_worker_is_started_again(runner: LocalRunner) -> None:
     answers = runner.measure([job(spec_of(RIGHT)), job(spec_of(RIGHT), shape=Shape(100, 50))])
     assert next(answers).status is Status.OK
-    pid = runner.server_pid
+    pid = runner.worker_pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     assert next(answers).status is Status.OK
-    assert runner.server_pid not in (None, pid)
+    assert runner.worker_pid not in (None, pid)
 
 
 def test_the_peak_of_tiles_is_probed(runner: LocalRunner, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -362,27 +427,8 @@ def test_the_peak_of_tiles_is_probed(runner: LocalRunner, tmp_path_factory: pyte
     probe = peak_probe("amx_int8")
     assert probe.source().text.count("vt_dot4(&t") == 4
     built = build_probes(toolchain_of(tmp_path_factory), [probe.source()])
-    (nanoseconds,) = runner._probe(built, Shape(16, 64), 1, False)
+    (nanoseconds,) = runner._probe_ns(built, Shape(16, 64), 1, False)
     assert 0 < nanoseconds < 1e9
-
-
-@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
-def test_the_peak_of_tiles_takes_part_in_a_race(
-    cold: bool, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With work of its own, whatever the shape and the tokens of the race are."""
-    isa = find_isa("amx_int8", load_isas())
-    if not isa.requires <= detect_cpu().features:
-        pytest.skip("this CPU lacks amx_int8")
-    monkeypatch.setattr(local, "DOT_SHAPE", Shape(16, 64))  # emulated tiles are slow
-    spec = space_for("i2s", isa, SMALL, Shape(40, 100), detect_cpu()).default
-    assert spec.schedule.name.startswith("tiles")
-    with LocalRunner(toolchain_of(tmp_path_factory), detect_cpu(), policy=QUICK, lock_folder=tmp_path) as one:
-        one._proven.add(spec)  # by other tests; here the output of the timed calls is compared
-        race = one.race([spec], Shape(40, 100), 3, 2, rounds=2, cold=cold)
-    assert not race.dropped
-    assert (len(race[spec]), len(race.tile_gops), len(race.read_ns_a_byte)) == (2, 2, 2 * cold)
-    assert all(0 < gops < 1e6 for gops in race.tile_gops)
 
 
 def test_the_peak_of_float_multiply_adds_is_probed(runner: LocalRunner) -> None:
@@ -392,37 +438,17 @@ def test_the_peak_of_float_multiply_adds_is_probed(runner: LocalRunner) -> None:
         assert runner.fma_gflops(1, isa.name) > 0
 
 
-def test_only_kernels_that_may_multiply_tiles_race_with_their_probe() -> None:
-    small = replace(invented(regime="small"), isa="amx_int8")
-    assert local._tile_probe([invented(), small]) == Tiles("amx_int8")
-    assert local._tile_probe([replace(invented(), isa="amx_int8"), invented(regime="large")]) is None
-
-
-def test_rounds_are_fast_or_slow_by_their_own_probe() -> None:
-    spec = invented(regime="large")
-    race = Race({spec: (10.0, 40.0, 12.0, 44.0, 11.0)}, tile_gops=(4300.0, 1100.0, 4200.0, 1000.0, 2150.0))
-    fast, slow = TileState(3, 11.0, 4200.0), TileState(2, 42.0, 1050.0)
-    assert race.tile_states(spec, 4300.0) == (fast, slow), "half of the best is fast"
-    assert race.median_ns(spec, 4300.0) == 11.0
-    assert race.tile_states(spec, 2000.0) == (TileState(5, 12.0, 2150.0), TileState(0, None, None))
-    assert race.tile_states(spec, 9000.0) == (TileState(0, None, None), TileState(5, 12.0, 2150.0))
-    assert race.median_ns(spec, 9000.0) == 12.0, "no round is fast: of all"
-    untold = Race({spec: (3.0, 1.0, 2.0)})
-    assert untold.tile_states(spec, 4300.0) is None
-    assert untold.median_ns(spec, 4300.0) == 2.0
-
-
-def test_limits_have_every_pattern_and_level(runner: LocalRunner) -> None:
+def test_the_peak_has_every_pattern_and_level(runner: LocalRunner) -> None:
     levels = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
     runnable = [name for name in levels if find_isa(name, load_isas()).requires <= detect_cpu().features]
     strongest = [*runnable[::-1][:1], "scalar"]
-    limits = runner.limits(1, strongest)
-    assert set(limits.peak_gops) == set(strongest)
-    assert {"streams1_prefetch0", "streams8_prefetch1024"} <= set(limits.dram_gbs)
-    assert all(0.01 < value < 1e6 for value in (*limits.dram_gbs.values(), *limits.peak_gops.values()))
-    assert runner.limits(1, strongest) is limits  # once a run
+    peak = runner.machine_peak(1, strongest)
+    assert set(peak.peak_gops) == set(strongest)
+    assert {"streams1_prefetch0", "streams8_prefetch1024"} <= set(peak.dram_gbs)
+    assert all(0.01 < value < 1e6 for value in (*peak.dram_gbs.values(), *peak.peak_gops.values()))
+    assert runner.machine_peak(1, strongest) is peak  # once a run
     with pytest.raises(BitgenError, match="at least one ISA"):
-        runner.limits(2, [])
+        runner.machine_peak(2, [])
 
 
 def test_a_sweep_counts_schedules_and_cases(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
@@ -444,12 +470,12 @@ def test_a_sweep_counts_schedules_and_cases(tmp_path_factory: pytest.TempPathFac
     assert (counts.schedules, seen) == (2, [1, 2])
     assert counts.cases >= 2 * len(cases_of("n1", deep=True))
     assert str(counts) == f"2 schedules, {counts.cases} (schedule, shape, n) cases: all exact"
-    counts.add(Proof(spec_of(RIGHT), Status.INCORRECT, 1, "wrong"))
+    counts.add(Verification(spec_of(RIGHT), Status.INCORRECT, 1, "wrong"))
     assert not counts.exact
     assert "1 NOT exact" in str(counts)
 
 
-def test_a_kernel_for_one_shape_is_proven_on_that_shape(
+def test_a_kernel_for_one_shape_is_verified_on_that_shape(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     cpu, shape = detect_cpu(), Shape(45, 130)
@@ -504,15 +530,15 @@ def test_nothing_stays_behind_when_the_runner_is_ended(
     )
     try:
         wait_for(lambda: pid_file.exists() and pid_file.read_text() != "", "the kernel runs")
-        child = int(pid_file.read_text())
-        server = parent_of(child)
-        assert parent_of(server) == runner.pid
+        task = int(pid_file.read_text())
+        worker = parent_of(task)
+        assert parent_of(worker) == runner.pid
         runner.send_signal(ending)
         assert runner.wait(300) != 0
     finally:
         runner.kill()
         runner.wait()
-    wait_for(lambda: not alive(child) and not alive(server), "both processes are gone")
+    wait_for(lambda: not alive(task) and not alive(worker), "both processes are gone")
 
 
 def test_two_runs_wait_for_each_other_and_say_so(tmp_path: Path) -> None:

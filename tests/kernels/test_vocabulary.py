@@ -21,11 +21,12 @@ import foreign
 import numpy as np
 import pytest
 from float_words import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
+from loaded import load_units
 
 from bitgen.cpu import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
 from bitgen.paths import templates_dir
 from bitgen.render import parse_vocabulary, vocabulary
-from bitgen.toolchain import CcBuilder, CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
+from bitgen.toolchain import CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
 
 pytestmark = pytest.mark.slow
 
@@ -586,7 +587,7 @@ class Harness:
         isas = [decision.isa for decision in DECISIONS.values() if not isinstance(decision, Rejected)]
         units = [GUARDED, *(unit_of(isa) for isa in isas)]
         toolchain.compile_objects(units)  # in parallel; what fails is raised by the next line
-        self.kernels = CcBuilder(toolchain).build(units)
+        self.kernels = load_units(toolchain, units)
         self.page_bytes = int(self.kernels.lib.page_bytes())
         self.page = self.kernels.lib.guarded_page()
         assert self.page, "no memory for a guarded page"

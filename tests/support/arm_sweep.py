@@ -18,7 +18,7 @@ from pathlib import Path
 import foreign_kernels
 
 from bitgen.cpu import load_isas, target_cpu
-from bitgen.measure.sweep import all_points, own_points
+from bitgen.measure.verify import all_points, own_points
 from bitgen.spec import FAMILIES, KernelSpec
 from bitgen.toolchain import Toolchain, find_cross_compiler
 

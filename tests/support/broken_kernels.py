@@ -20,11 +20,11 @@ _KERNEL = """\
 #include <unistd.h>
 /*PRELUDE*/
 {struct}
-int64_t {name}_scratch(int64_t m, int64_t k, int64_t n) {{
+/*SCRATCH TYPE*/int64_t/**/ {name}_scratch(int64_t m, int64_t k, int64_t n) {{
     (void)m; (void)k; (void)n;
     return /*SCRATCH*/0/**/;
 }}
-void {name}(const struct bitgen_matmul *a) {{
+void {name}(/*ARGUMENT*/const struct bitgen_matmul *a/**/) {{
     const int64_t chunks = (a->k + 15) / 16;
     const int64_t row_begin = /*BEGIN*/a->row_begin/**/, row_end = /*END*/a->row_end/**/;
     const int64_t tokens = a->n, columns = /*COLUMNS*/a->k/**/;
@@ -139,6 +139,22 @@ ALL = (
     Broken("hangs", {"START": "for (;;) sleep(1);"}, Status.TIMEOUT, "in acc of 1x1"),
     Broken("hangs when timed", {"START": "while (a->m > 600) sleep(1);"}, Status.TIMEOUT, "in the timing of"),
     Broken("kills its parent", {"START": "kill(getppid(), SIGKILL);"}, Status.CRASHED, "was killed"),
+    # Does it to whoever loads it.
+    Broken(
+        "crashes when loaded",
+        {"PRELUDE": "__attribute__((constructor)) static void early(void) { raise(SIGSEGV); }"},
+        Status.CRASHED,
+        "SIGSEGV while it was loaded",
+    ),
+    # Is not what kernel.h says.
+    Broken(
+        "another struct",
+        {"STRUCT": matmul_struct().replace("int64_t m, k, n;", "int64_t k, m, n;")},
+        Status.COMPILE_ERROR,
+        "bitgen_matmul",
+    ),
+    Broken("another argument", {"ARGUMENT": "struct bitgen_matmul *a"}, Status.COMPILE_ERROR, "incompatible"),
+    Broken("another result", {"SCRATCH TYPE": "int32_t"}, Status.COMPILE_ERROR, "incompatible"),
     # Does not compile.
     Broken("no C", {"START": "this is no C;"}, Status.COMPILE_ERROR, "error"),
     Broken(
@@ -159,8 +175,10 @@ def spec_of(kernel: Broken) -> KernelSpec:
 def render(spec: KernelSpec) -> Source:
     """The stand-in for `bitgen.render.render_kernel`."""
     kernel = ALL[spec.schedule["index"]]
-    text = _KERNEL.format(name=spec.name, struct=matmul_struct())
+    text = _KERNEL.format(name=spec.name, struct=kernel.edits.get("STRUCT", matmul_struct()))
     for marker, replacement in kernel.edits.items():
+        if marker == "STRUCT":
+            continue
         if marker == "RENDER":
             raise BitgenError(f"{kernel.name}: it has no text")
         head, _, tail = text.partition(f"/*{marker}*/")

@@ -71,7 +71,7 @@ def pretend() -> None:
     """In a process with the emulator: detect its features, build libraries that find them, be patient."""
     import bitgen.hostcode
     from bitgen.cpu import linux
-    from bitgen.measure import local
+    from bitgen.measure import runner
 
     features = os.environ[VARIABLE].split()
     read, rows = linux._read, bitgen.hostcode.feature_rows
@@ -87,7 +87,7 @@ def pretend() -> None:
 
     linux._read = cpuinfo_with_features
     bitgen.hostcode.feature_rows = rows_that_hold
-    local.TimingPolicy = partial(local.TimingPolicy, check_timeout_s=600.0)
+    runner.TimingPolicy = partial(runner.TimingPolicy, check_timeout_s=600.0)
 
 
 def main(words: list[str]) -> int:

@@ -11,11 +11,12 @@ from pathlib import Path
 import foreign
 import numpy as np
 
+from bitgen.hostcode import kernel_unit
 from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
 from bitgen.reference import pack, scale_output, ternary_matmul
 from bitgen.render import Source, isa_named, matmul_struct, render_kernel, render_tables
 from bitgen.spec import FAMILIES, KernelSpec, Layout, x_stride
-from bitgen.toolchain import CompileError, Prototype, Toolchain, Unit
+from bitgen.toolchain import Prototype, Toolchain, Unit
 
 DRIVER = Path(__file__).parents[1] / "data" / "foreign" / "kernels.c"
 WHAT = ("", "a wrong value", "a value outside the output's columns", "a value outside the range of rows")
@@ -42,10 +43,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
         )
     )
     driver = Unit("driver", DRIVER.read_text(), headers=(("kernels.h", header),))
-    objects = toolchain.compile_objects([*units, driver])
-    for made in objects:
-        if isinstance(made, CompileError):
-            raise made
+    objects = toolchain.objects([*units, driver])
     subprocess.run(
         [*toolchain.compiler.command, *flags, "-o", program, *map(str, objects), "-lm"], check=True
     )
@@ -53,8 +51,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
 
 
 def _unit(source: Source) -> Unit:
-    functions = tuple(Prototype.parse(text) for text in source.prototypes)
-    return Unit(source.name, source.text, isa_named(source.isa), functions, matmul_struct())
+    return kernel_unit(source, isa_named(source.isa))
 
 
 def _tables(spec: KernelSpec) -> str:

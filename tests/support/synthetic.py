@@ -11,9 +11,10 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from replay import ReplayRunner
+
 from bitgen.cpu import Isa, find_isa, load_isas
-from bitgen.measure import Job, Limits, Measurement, ReplayRunner, Status
-from bitgen.measure.records import Load
+from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Status
 from bitgen.search import Plan, SearchConfig, Target, load_search_config
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 from bitgen.store import Fingerprint
@@ -98,14 +99,14 @@ def true_ns(spec: KernelSpec, shape: Shape, n: int) -> float:
 def measured(job: Job, noise: float, seed: int = 0, status: Status = Status.OK) -> Measurement:
     """What the machine answers: nine repeats with log-normal noise and, if any, an occasional hiccup."""
     if status is not Status.OK:
-        return Measurement.of(job, status, "made to fail", load=Load(0.0, 1))
+        return Measurement(job, status, "made to fail")
     draw = random.Random(f"{seed} {job.spec.name} {job.shape.name} {job.n} {job.threads}")
     time_ns = true_ns(job.spec, job.shape, job.n)
     hiccups = 0.05 if noise else 0.0
     times = [
         time_ns * math.exp(draw.gauss(0, noise)) * (1.5 if draw.random() < hiccups else 1) for _ in range(9)
     ]
-    return Measurement.of(job, status, times_ns=times, load=Load(0.0, 1))
+    return Measurement(job, status, times_ns=tuple(times))
 
 
 def config(**changes: Any) -> SearchConfig:
@@ -143,11 +144,11 @@ def runner(
         for spec, shape in product(Grid(family, isa, regime, axes), plan.shapes):
             job = Job(spec, shape, regimes[regime].n, threads, regimes[regime].cold)
             records.append(measured(job, noise, seed, fails(spec, shape)))
-    limits = [
-        Limits(threads, {"4 streams": 1000.0}, {isa.name: 1e6 for isa in plan.isas})
+    peaks = [
+        MachinePeak(threads, {"4 streams": 1000.0}, {isa.name: 1e6 for isa in plan.isas})
         for threads in plan.threads
     ]
-    return ReplayRunner(records, limits)
+    return ReplayRunner(records, peaks)
 
 
 class CountingRunner:
@@ -163,9 +164,9 @@ class CountingRunner:
             self.jobs.append(job)
             yield from self.inner.measure([job])
 
-    def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Any:
-        self.races.append(tuple(specs))
-        return self.inner.race(specs, *args, **keywords)
+    def race(self, job: RaceJob) -> Race:
+        self.races.append(job.specs)
+        return self.inner.race(job)
 
-    def limits(self, threads: int, isas: Sequence[str]) -> Limits:
-        return self.inner.limits(threads, isas)
+    def machine_peak(self, threads: int, isas: Sequence[str]) -> MachinePeak:
+        return self.inner.machine_peak(threads, isas)

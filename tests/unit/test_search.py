@@ -1,4 +1,4 @@
-# ruff: noqa: ARG001, ARG002, ARG005 - a fake takes the arguments of what it stands for
+# ruff: noqa: ARG001, ARG005 - a fake takes the arguments of what it stands for
 from __future__ import annotations
 
 import math
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replay import ReplayRunner
 from synthetic import (
     FINGERPRINT,
     LARGE_AXES,
@@ -35,12 +36,12 @@ from synthetic import (
 from bitgen.config import find_model
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
-from bitgen.measure import Job, Limits, Measurement, Missing, Race, ReplayRunner, Status
+from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status
+from bitgen.measure.stats import beats, p_faster, select
 from bitgen.search import Plan, Step, TuningResult, load_search_config, plan_for, targets_of, tune
 from bitgen.search.answers import Answers
 from bitgen.search.choose import Champion, Option, Slot, choose
 from bitgen.search.group import GroupSearch, roofline_ns
-from bitgen.search.noise import beats, crown, p_faster
 from bitgen.search.plan import groups_of
 from bitgen.search.propose import Enumeration, TpeProposer, proposer_for
 from bitgen.search.race import run_race
@@ -115,10 +116,10 @@ def test_a_common_disturbance_does_not_hide_a_difference() -> None:
 def test_nothing_inside_the_noise_dethrones_the_incumbent() -> None:
     old, luck, fast = [10.0, 11, 12, 13, 14, 15, 16], [9.0, 12, 11, 14, 13, 14, 15], [5.0, 6, 5, 6, 5, 6, 5]
     assert statistics.median(luck) <= statistics.median(old)
-    assert crown({"luck": luck, "old": old}, "old", 0.01, 0.005) == "old"
-    assert crown({"luck": luck, "old": old, "fast": fast}, "old", 0.01, 0.005) == "fast"
-    assert crown({"luck": luck, "old": old}, None, 0.01, 0.005) == "luck"
-    assert crown({"luck": luck, "old": old}, "absent", 0.01, 0.005) == "luck"
+    assert select({"luck": luck, "old": old}, "old", 0.01, 0.005) == "old"
+    assert select({"luck": luck, "old": old, "fast": fast}, "old", 0.01, 0.005) == "fast"
+    assert select({"luck": luck, "old": old}, None, 0.01, 0.005) == "luck"
+    assert select({"luck": luck, "old": old}, "absent", 0.01, 0.005) == "luck"
 
 
 # ---- proposing ----
@@ -224,13 +225,13 @@ def test_the_rows_hold_what_a_table_needs(tmp_path: Path) -> None:
     assert row.gops == pytest.approx(2 * 640 * 256 / row.time_ns)
     # The limit quoted is what the fastest kernel or probe read: nothing exceeds it.
     assert result.dram_gbs[1] >= max(1000.0, row.weight_gbs)
-    assert 0 < row.limit_share <= 1
+    assert 0 < row.roofline_share <= 1
 
 
 def test_a_slow_moment_during_the_races_does_not_flatter_the_space(tmp_path: Path) -> None:
     class SlowLater(CountingRunner):
-        def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
-            race = self.inner.race(specs, *args, **keywords)
+        def race(self, job: RaceJob) -> Race:
+            race = self.inner.race(job)
             return Race({spec: [3 * t for t in race[spec]] for spec in race})
 
     calm = go(tmp_path / "calm", plan(), runner(plan(), noise=0.0))
@@ -248,11 +249,11 @@ def test_the_default_is_kept_when_everything_is_equal(tmp_path: Path) -> None:
         def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
             for job in jobs:
                 draw = random.Random(job.spec.name)
-                yield Measurement.of(job, Status.OK, times_ns=[draw.gauss(100, 5) for _ in range(5)])
+                yield Measurement(job, Status.OK, times_ns=tuple(draw.gauss(100, 5) for _ in range(5)))
 
-        def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
-            draw = random.Random(keywords["seed"])
-            return Race({spec: [draw.gauss(100, 5) for _ in range(7)] for spec in specs})
+        def race(self, job: RaceJob) -> Race:
+            draw = random.Random(job.seed)
+            return Race({spec: [draw.gauss(100, 5) for _ in range(7)] for spec in job.specs})
 
     result = go(tmp_path / "r", flat, Flat(runner(flat)))
     default = Grid("i2s", SCALAR, "n1", SMALL_AXES).default
@@ -299,7 +300,7 @@ def test_answers_that_were_never_recorded_are_no_failures(tmp_path: Path) -> Non
     full = runner(plan(), noise=0.0)
     known = [m for m in full._records.values() if m.spec.schedule["streams"] != 2]
     result = go(
-        tmp_path / "r", plan(), ReplayRunner(known, [Limits(1, {"4 streams": 1000.0}, {"scalar": 1e6})])
+        tmp_path / "r", plan(), ReplayRunner(known, [MachinePeak(1, {"4 streams": 1000.0}, {"scalar": 1e6})])
     )
     assert result.outcomes == {"ok": 4 * 36, "not measured": 4 * 18}
     assert all(row.spec.schedule["streams"] != 2 for row in result.rows)
@@ -309,9 +310,9 @@ def test_a_spec_that_crashes_in_the_race_does_not_win(tmp_path: Path) -> None:
     winner = crowned(go(tmp_path / "1", plan(), runner(plan())))[WIDE, "n1", 1, "i2s"]
 
     class Fragile(CountingRunner):
-        def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
-            race = self.inner.race([s for s in specs if s != winner], *args, **keywords)
-            return Race(race.times_ns, {winner: "crashed: SIGSEGV"} if winner in specs else {})
+        def race(self, job: RaceJob) -> Race:
+            race = self.inner.race(replace(job, specs=tuple(s for s in job.specs if s != winner)))
+            return Race(race.times_ns, {winner: "crashed: SIGSEGV"} if winner in job.specs else {})
 
     assert crowned(go(tmp_path / "2", plan(), Fragile(runner(plan()))))[WIDE, "n1", 1, "i2s"] != winner
 
@@ -369,9 +370,9 @@ class Clocked(CountingRunner):
             self.now += self._measure_s(job)
             yield answer
 
-    def race(self, *args: Any, **keywords: Any) -> Any:
+    def race(self, job: RaceJob) -> Race:
         self.now += self._block_s
-        return super().race(*args, **keywords)
+        return super().race(job)
 
 
 def test_time_that_one_search_leaves_goes_to_those_that_were_cut_short(tmp_path: Path) -> None:
@@ -403,8 +404,8 @@ def test_a_search_goes_on_in_the_midst_of_a_batch(tmp_path: Path) -> None:
     slow = Clocked(runner(only), lambda job: 1.0)
     answers = Answers(slow, RecordStore(tmp_path / "r"), FINGERPRINT, 0, False)
     (group,), _ = groups_of(only, spaces())
-    limits = slow.limits(1, ["scalar"])
-    search = GroupSearch(group, only, [], CONFIG, answers, limits, lambda: slow.now)
+    peak = slow.machine_peak(1, ["scalar"])
+    search = GroupSearch(group, only, [], CONFIG, answers, peak, lambda: slow.now)
     search.run(16.5, lambda candidates: None)
     assert not search.complete
     assert len(slow.jobs) == 17 + 1  # grace
@@ -447,21 +448,23 @@ def test_a_shape_at_its_roofline_is_not_searched_further(tmp_path: Path) -> None
     records = runner(only, noise=0.0)._records.values()
     # The best kernel for one token just reaches this bandwidth; large batches are not bound by memory.
     roof = Layout("i2s", 16).packed_bytes(WIDE) / best_ns(WIDE, "i2s", "n1") * 1.01
-    result = go(tmp_path / "r", only, ReplayRunner(records, [Limits(1, {"1 stream": roof}, {"scalar": 1e6})]))
+    result = go(
+        tmp_path / "r", only, ReplayRunner(records, [MachinePeak(1, {"1 stream": roof}, {"scalar": 1e6})])
+    )
     n1, large = (sum(group.outcomes.values()) for group in result.groups)
     assert CONFIG.least_trials <= n1 < large == 54
     row = next(row for row in result.winners if row.regime == "n1")
-    assert 0.95 <= row.limit_share <= 1
+    assert 0.95 <= row.roofline_share <= 1
 
 
 def test_a_disturbed_probe_of_the_limits_does_not_end_the_search(tmp_path: Path) -> None:
     # Every kernel exceeds this bandwidth, which no machine allows.
     disturbed = ReplayRunner(
-        runner(plan())._records.values(), [Limits(1, {"1 stream": 1e-3}, {"scalar": 1e6})]
+        runner(plan())._records.values(), [MachinePeak(1, {"1 stream": 1e-3}, {"scalar": 1e6})]
     )
     result = go(tmp_path / "r", plan(families=("i2s",)), disturbed)
     assert result.outcomes == {"ok": 2 * 54}
-    assert all(row.limit_share <= 1 for row in result.rows)
+    assert all(row.roofline_share <= 1 for row in result.rows)
     assert result.dram_gbs[1] > 1e-3
 
 
@@ -514,7 +517,7 @@ def test_interleaving_cancels_a_slow_moment(tmp_path: Path) -> None:
                 slow = 3.0 if job.spec == best else 1.0  # just then the machine is busy with something else
                 own = [true_ns(job.spec, job.shape, 1) * slow] * 5
                 against = [true_ns(job.against, job.shape, 1) * slow] * 5 if job.against else []
-                yield Measurement.of(job, Status.OK, "", own, against)
+                yield Measurement(job, Status.OK, "", tuple(own), tuple(against))
 
     unlucky = Unlucky(runner(only, noise=0.0))
     go(tmp_path / "r", only, unlucky)
@@ -638,13 +641,11 @@ def test_the_objective_decides_between_layouts(tmp_path: Path) -> None:
                     100 * job.n * 0.1 ** (job.n > 1) * self.factor(job.spec) * (1 + 0.001 * i)
                     for i in range(5)
                 ]
-                yield Measurement.of(job, Status.OK, times_ns=times)
+                yield Measurement(job, Status.OK, times_ns=tuple(times))
 
-        def race(
-            self, specs: Sequence[KernelSpec], shape: Shape, n: int, *args: Any, **keywords: Any
-        ) -> Race:
-            base = 100 * n * 0.1 ** (n > 1)
-            return Race({s: [base * self.factor(s) * (1 + 0.001 * i) for i in range(7)] for s in specs})
+        def race(self, job: RaceJob) -> Race:
+            base = 100 * job.n * 0.1 ** (job.n > 1)
+            return Race({s: [base * self.factor(s) * (1 + 0.001 * i) for i in range(7)] for s in job.specs})
 
     for objective, rows in (("decode", 16), ("prefill", 32)):
         asked_for = plan(families=("i2s",), objective=objective)
@@ -661,14 +662,12 @@ class Parallel(CountingRunner):
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
         for answer in super().measure(jobs):
-            gain = self.gain if answer.threads == 2 else 1.0
+            gain = self.gain if answer.job.threads == 2 else 1.0
             yield replace(answer, times_ns=tuple(t / gain for t in answer.times_ns))
 
-    def race(
-        self, specs: Sequence[KernelSpec], shape: Shape, n: int, threads: int, *a: Any, **k: Any
-    ) -> Race:
-        race = self.inner.race(specs, shape, n, threads, *a, **k)
-        return Race({s: [t / (self.gain if threads == 2 else 1.0) for t in race[s]] for s in race})
+    def race(self, job: RaceJob) -> Race:
+        race = self.inner.race(job)
+        return Race({s: [t / (self.gain if job.threads == 2 else 1.0) for t in race[s]] for s in race})
 
 
 @pytest.mark.parametrize(
@@ -709,11 +708,9 @@ def test_the_number_of_threads_is_chosen_for_the_whole_step(
 def test_layouts_are_chosen_for_the_best_number_of_threads(tmp_path: Path) -> None:
     # On two threads the wide shape likes the other layout, by far.
     class Fickle(Parallel):
-        def race(
-            self, specs: Sequence[KernelSpec], shape: Shape, n: int, threads: int, *a: Any, **k: Any
-        ) -> Race:
-            race = super().race(specs, shape, n, threads, *a, **k)
-            slow = lambda s: 2.0 if threads == 2 and s.layout.row_block == 16 else 1.0  # noqa: E731
+        def race(self, job: RaceJob) -> Race:
+            race = super().race(job)
+            slow = lambda s: 2.0 if job.threads == 2 and s.layout.row_block == 16 else 1.0  # noqa: E731
             return Race({s: [t * slow(s) for t in race[s]] for s in race})
 
     both = plan(threads=(1, 2), families=("i2s",), regimes=("n1",))
@@ -743,9 +740,9 @@ def test_a_second_tune_asks_the_machine_nothing_and_agrees(tmp_path: Path) -> No
 
 def test_a_tune_that_waited_for_another_uses_what_that_one_recorded(tmp_path: Path) -> None:
     class Waiting(CountingRunner):
-        def limits(self, threads: int, isas: Sequence[str]) -> Limits:
+        def machine_peak(self, threads: int, isas: Sequence[str]) -> MachinePeak:
             go(tmp_path / "r", plan(), runner(plan()))  # meanwhile the other one finishes
-            return super().limits(threads, isas)
+            return super().machine_peak(threads, isas)
 
     waiting = Waiting(runner(plan()))
     result = go(RecordStore(tmp_path / "r"), plan(), waiting)
@@ -840,9 +837,9 @@ class Sleepy(CountingRunner):
             time.sleep(0.001)
             yield answer
 
-    def race(self, specs: Sequence[KernelSpec], *args: Any, **keywords: Any) -> Race:
+    def race(self, job: RaceJob) -> Race:
         time.sleep(0.01)
-        return super().race(specs, *args, **keywords)
+        return super().race(job)
 
 
 def lines(path: Path) -> int:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 from search_study import LOG, MODEL, read_logs, search, true_times
 
 from bitgen.config import find_model

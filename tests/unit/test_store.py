@@ -53,17 +53,12 @@ def of_layout(layout: Layout, points: tuple[KernelSpec, ...] = POINTS, i: int = 
     return [spec for spec in points if spec.layout == layout][i]
 
 
-def tiled() -> RaceRecord:
-    race = Race({LARGE[0]: (3.0, 4.0)}, tile_gops=(4300.0, 1100.0))
-    return RaceRecord(FINGERPRINT, WIDE, 128, 1, False, 2, 11, LARGE[:1], race)
-
-
 # ---- what was written comes back ----
 
 
 @pytest.mark.parametrize(
     "record",
-    [trial(), trial(status=Status.CRASHED), race(), tiled(), tuning([(POINTS[0], 1)])],
+    [trial(), trial(status=Status.CRASHED), race(), tuning([(POINTS[0], 1)])],
     ids=lambda r: r.kind,
 )
 def test_a_record_reads_back_as_it_was(
@@ -81,8 +76,8 @@ def test_an_answer_is_known_only_for_the_same_job_and_fingerprint(tmp_path: Path
     RecordStore(tmp_path / "r.jsonl").append(trial())
     store = RecordStore(tmp_path / "r.jsonl")
     known = trial().measurement
-    assert store.known(known.key, FINGERPRINT) == known
-    assert store.known(known.key, OTHER) is None
+    assert store.known(known.job.key, FINGERPRINT) == known
+    assert store.known(known.job.key, OTHER) is None
     for different in (
         Job(POINTS[1], WIDE, 1, 1, True),
         Job(POINTS[0], TALL, 1, 1, True),
@@ -125,7 +120,7 @@ def test_a_line_torn_anywhere_costs_that_record_and_no_other(tmp_path: Path) -> 
         again = RecordStore(path)
         # Cut just before its newline the record is whole, and the next append completes the line.
         lost = whole < cut < len(data) - 1
-        specs = {record.measurement.spec for record in again.trials()}
+        specs = {record.measurement.job.spec for record in again.trials()}
         survivors = {POINTS[0], POINTS[2]} | ({POINTS[1]} if cut == len(data) - 1 else set())
         assert specs == survivors, cut
         assert again.skipped == lost, cut

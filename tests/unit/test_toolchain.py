@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import pickle
@@ -12,32 +13,36 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from typing import Any
 
+import cffi
 import pytest
 
 from bitgen import toolchain as tc
 from bitgen.cpu import load_isas
 from bitgen.errors import BitgenError, FileError, ToolchainError
 from bitgen.toolchain import (
-    CcBuilder,
-    CffiBuilder,
     CompileError,
     Compiler,
     Prototype,
     Toolchain,
     Unit,
-    best_builder,
+    build_library,
+    build_module,
+    declarations_of,
     find_compiler,
     find_compilers,
+    python_headers,
 )
 from bitgen.toolchain.linker import exports_text, shared_flags
 
 pytestmark = pytest.mark.slow
 
 COMPILERS = find_compilers()
-BUILDERS = [CcBuilder, CffiBuilder]
 REAL = COMPILERS[0].command  # the tests need one; without any, collection fails and says so
 
 
@@ -228,7 +233,6 @@ def test_the_second_time_no_compiler_runs(tmp_path: Path) -> None:
         {"text": ADD_TEXT + "/* */"},
         {"flags": ("-O1",)},
         {"isa": ISA},
-        {"functions": ()},
         {"headers": (("other.h", "int other;"),)},
     ],
     ids=lambda change: next(iter(change)),
@@ -255,7 +259,7 @@ def test_headers_are_found(chain: Toolchain) -> None:
         '#include "api.h"\nint f(void)\n{\n    return VALUE;\n}\n',
         headers=(("api.h", "#define VALUE 5"),),
     )
-    assert chain.compile_object(replace(unit, functions=(Prototype.parse("int f(void)"),))).is_file()
+    assert chain.compile_object(unit).is_file()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
@@ -497,7 +501,6 @@ def test_a_filled_cache_needs_no_permission_to_write(
 
 
 def test_only_exports_are_visible(chain: Toolchain, tmp_path: Path) -> None:
-    cffi = pytest.importorskip("cffi")
     two = Unit(
         "two", "int f(void);\nint g(void);\nint f(void) { return 3; }\nint g(void) { return f() + 1; }\n"
     )
@@ -552,98 +555,84 @@ def test_an_output_folder_that_cannot_be_written(chain: Toolchain, tmp_path: Pat
         chain.link_shared([chain.compile_object(ADD_UNIT)], tmp_path / "file" / "lib.so")
 
 
-# --- builders ----------------------------------------------------------------------------------------
+# --- modules -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.fixture(params=[build_library, build_module], ids=["library", "module"])
+def build(request: pytest.FixtureRequest) -> Callable[[Toolchain, Sequence[Unit]], Path]:
+    if request.param is build_module and not python_headers():
+        pytest.skip("this Python came without its headers")
+    return request.param
+
+
+Build = Callable[[Toolchain, Sequence[Unit]], Path]
+
+
+def opened(path: Path) -> tuple[Any, Any]:
+    ffi = cffi.FFI()
+    ffi.cdef(declarations_of([ADD_UNIT, SUM_UNIT]))
+    return ffi, ffi.dlopen(str(path), os.RTLD_NOW)
+
+
 @pytest.mark.parametrize("compiler", COMPILERS, ids=lambda c: c.kind)
-def test_both_builders_call_the_same_kernels(
-    builder: type[CcBuilder | CffiBuilder], compiler: Compiler, tmp_path: Path
+def test_a_library_and_a_module_have_the_same_functions(
+    build: Build, compiler: Compiler, tmp_path: Path
 ) -> None:
     chain = Toolchain(compiler, tmp_path / "cache", werror=True)
-    kernels = builder(chain).build([ADD_UNIT, SUM_UNIT])
-    assert kernels.lib.add(2**40, 2) == 2**40 + 2
-    assert kernels.function("add")(1, 2) == 3
-    x = kernels.ffi.new("float[3]", [1, 2, 4])
-    point = kernels.ffi.new("struct point *", {"x": x, "n": 3, "tag": 3})
-    assert kernels.function("point_sum")(point) == 70  # 7 * (tag 3 + LEVEL 7): its unit's own flags
-    again = kernels.ffi.cast("float (*)(const struct point *)", kernels.address("point_sum"))
-    assert again(point) == 70
-    with pytest.raises(BitgenError, match="no function nothing"):
-        kernels.function("nothing")
+    ffi, lib = opened(build(chain, [ADD_UNIT, SUM_UNIT]))
+    assert lib.add(2**40, 2) == 2**40 + 2
+    x = ffi.new("float[3]", [1, 2, 4])
+    point = ffi.new("struct point *", {"x": x, "n": 3, "tag": 3})
+    assert lib.point_sum(point) == 70  # 7 * (tag 3 + LEVEL 7): its unit's own flags
 
 
-def test_the_builders_link_the_same_objects_and_modules_are_cached(tmp_path: Path) -> None:
+@pytest.mark.skipif(not python_headers(), reason="this Python came without its headers")
+def test_a_module_of_cffi_can_be_imported(chain: Toolchain) -> None:
+    path = build_module(chain, [ADD_UNIT, SUM_UNIT])
+    name = f"_bitgen_{path.parent.name}"
+    spec = importlib.util.spec_from_file_location(name, path, loader=ExtensionFileLoader(name, str(path)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.lib.add(2, 2) == 4
+
+
+def test_building_loads_nothing(build: Build, chain: Toolchain) -> None:
+    """Not even a unit whose constructor ends the process that loads it."""
+    early = "#include <stdlib.h>\n__attribute__((constructor)) static void early(void) { abort(); }\n"
+    path = build(chain, [replace(ADD_UNIT, text=early + ADD_TEXT)])
+    assert path.is_file()
+    code = f"import ctypes; ctypes.CDLL({str(path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGABRT
+
+
+@pytest.mark.skipif(not python_headers(), reason="this Python came without its headers")
+def test_both_are_linked_of_the_same_objects_and_cached(tmp_path: Path) -> None:
     chain, log = counting(tmp_path)
     units = [ADD_UNIT, SUM_UNIT]
-    CffiBuilder(chain).build(units)
-    assert runs(log) == 4  # two units, the glue, the link
-    CcBuilder(chain).build(units)
-    assert runs(log) == 5  # only the link
-    for builder in (CffiBuilder(chain), CcBuilder(chain)):
-        assert builder.build(units).lib.add(1, 1) == 2
-    assert runs(log) == 5
+    module = build_module(chain, units)
+    assert runs(log) == 5  # two units, their link, the glue, the link
+    library = build_library(chain, units)
+    assert runs(log) == 6  # only the link
+    assert (build_module(chain, units), build_library(chain, units)) == (module, library)
+    assert runs(log) == 6
 
 
-def test_a_corrupted_module_is_made_again(chain: Toolchain) -> None:
-    path = CffiBuilder(chain).build([ADD_UNIT]).path
+def test_a_corrupted_module_is_made_again(build: Build, chain: Toolchain) -> None:
+    path = build(chain, [ADD_UNIT])
     content = path.read_bytes()
-    path.unlink()  # it is mapped: a new file under its name, as a restored backup would be
     path.write_bytes(content[: len(content) // 2])
-    assert CffiBuilder(chain).build([ADD_UNIT]).lib.add(2, 2) == 4
+    assert build(chain, [ADD_UNIT]).stat().st_size >= len(content) - 64
 
 
-def test_building_prints_nothing(chain: Toolchain, capfd: pytest.CaptureFixture[str]) -> None:
-    CffiBuilder(chain).build([ADD_UNIT])
+def test_building_prints_nothing(build: Build, chain: Toolchain, capfd: pytest.CaptureFixture[str]) -> None:
+    build(chain, [ADD_UNIT])
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize("compiler", COMPILERS, ids=lambda c: c.kind)
-@pytest.mark.parametrize(
-    "prototype",
-    [
-        "int32_t add(int64_t a, int64_t b)",
-        "int64_t add(int64_t a, int32_t b)",
-        "int64_t add(int64_t a)",
-        "void add(int64_t a, int64_t b)",
-    ],
-)
-def test_a_wrong_prototype_is_a_compile_error(
-    prototype: str, compiler: Compiler, builder: type[CcBuilder | CffiBuilder], tmp_path: Path
-) -> None:
-    unit = replace(ADD_UNIT, functions=(Prototype("add", prototype),))
-    with pytest.raises(CompileError, match="conflicting types"):
-        builder(Toolchain(compiler, tmp_path / "cache")).build([unit])
-
-
-@pytest.mark.parametrize("compiler", COMPILERS, ids=lambda c: c.kind)
-@pytest.mark.parametrize(
-    ("declarations", "words"),
-    [
-        (POINT.replace("int64_t n;", "int32_t n;"), "struct point.n is not what Python expects"),
-        (POINT.replace("int64_t n; int32_t tag;", "int64_t tag; int32_t n;"), "struct point.n is not"),
-        (POINT.replace(" }", " int64_t more[2]; }"), "struct point is not what Python expects"),
-        (POINT.replace("tag", "label"), "label"),
-    ],
-)
-def test_a_struct_that_differs_is_a_compile_error(
-    declarations: str, words: str, compiler: Compiler, tmp_path: Path
-) -> None:
-    unit = replace(SUM_UNIT, declarations=declarations)
-    with pytest.raises(CompileError) as caught:
-        Toolchain(compiler, tmp_path / "cache").compile_object(unit)
-    assert words in caught.value.stderr
-
-
-@pytest.mark.parametrize("builder", BUILDERS)
-def test_a_function_that_no_unit_defines(builder: type[CcBuilder | CffiBuilder], chain: Toolchain) -> None:
-    with pytest.raises(BitgenError) as caught:
-        builder(chain).build([replace(ADD_UNIT, text="#include <stdint.h>\n")])
-    assert "add" in caught.value.message
-
-
-@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.skipif(not python_headers(), reason="this Python came without its headers")
 @pytest.mark.parametrize(
     ("units", "words"),
     [
@@ -653,29 +642,35 @@ def test_a_function_that_no_unit_defines(builder: type[CcBuilder | CffiBuilder],
         ([replace(SUM_UNIT, declarations="struct {{{")], "cffi cannot read"),
     ],
 )
-def test_units_that_make_no_module(
-    builder: type[CcBuilder | CffiBuilder], units: list[Unit], words: str, chain: Toolchain
-) -> None:
+def test_units_that_make_no_module(units: list[Unit], words: str, chain: Toolchain) -> None:
     with pytest.raises(BitgenError, match=words):
-        builder(chain).build(units)
+        build_module(chain, units)
 
 
-def test_the_first_failing_unit_fails_the_build(chain: Toolchain) -> None:
+def test_an_undefined_function_is_a_link_error_of_either(build: Build, chain: Toolchain) -> None:
+    with pytest.raises(CompileError, match="nowhere"):
+        build(
+            chain, [replace(ADD_UNIT, text=f"void nowhere(void);\n{ADD_TEXT}void f(void) {{ nowhere(); }}\n")]
+        )
+
+
+def test_the_first_failing_unit_fails_the_build(build: Build, chain: Toolchain) -> None:
     with pytest.raises(CompileError, match="could not compile wrong"):
-        CcBuilder(chain).build([ADD_UNIT, Unit("wrong", "not C")])
+        build(chain, [ADD_UNIT, Unit("wrong", "not C")])
 
 
-def test_the_best_builder_depends_on_pythons_headers(
+def test_without_pythons_headers_a_module_is_a_library(
     chain: Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     include = tmp_path / "include"
     include.mkdir()
     monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(include))
-    assert isinstance(best_builder(chain), CcBuilder)
+    assert python_headers() == ()
+    assert build_module(chain, [ADD_UNIT]) == build_library(chain, [ADD_UNIT])
     (include / "Python.h").touch()
-    assert isinstance(best_builder(chain), CcBuilder)  # pyconfig.h lies elsewhere on some systems
+    assert python_headers() == ()  # pyconfig.h lies elsewhere on some systems
     (include / "pyconfig.h").touch()
-    assert isinstance(best_builder(chain), CffiBuilder)
+    assert python_headers() == (include,)
 
 
 def test_a_prototype_names_its_function() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from bitgen.errors import BitgenError
-from bitgen.measure.drop import DropRule, heats
-from bitgen.measure.records import Job, Limits, Measurement, Missing, Race
-from bitgen.spec import KernelSpec, Shape
+from bitgen.measure import EarlyStopping, Job, MachinePeak, Measurement, Missing, Race, RaceJob
+from bitgen.measure.jobs import batches
+from bitgen.spec import KernelSpec
 
 
 class ReplayRunner:
@@ -18,9 +18,9 @@ class ReplayRunner:
     Of several records of one job the last counts. A job that was never recorded is answered by `Missing`.
     """
 
-    def __init__(self, records: Iterable[Measurement], limits: Iterable[Limits] = ()) -> None:
-        self._records = {record.key: record for record in records}
-        self._limits = {limit.threads: limit for limit in limits}
+    def __init__(self, records: Iterable[Measurement], peaks: Iterable[MachinePeak] = ()) -> None:
+        self._records = {record.job.key: record for record in records}
+        self._peaks = {peak.threads: peak for peak in peaks}
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
         """One recorded answer for each job, in the order of the jobs."""
@@ -30,37 +30,29 @@ class ReplayRunner:
     def _recorded(self, job: Job) -> Measurement | Missing:
         return self._records.get(job.key) or Missing(job)
 
-    def race(
-        self,
-        specs: Sequence[KernelSpec],
-        shape: Shape,
-        n: int,
-        threads: int,
-        rounds: int,
-        cold: bool = False,
-        seed: int = 0,
-    ) -> Race:
-        """Rounds drawn from the recorded repeats by ``seed``; a kernel without recorded times is dropped."""
+    def race(self, job: RaceJob) -> Race:
+        """Rounds drawn from the recorded repeats by its seed; a kernel without recorded times is dropped."""
         times: dict[KernelSpec, list[float]] = {}
         dropped: dict[KernelSpec, str] = {}
-        for spec in dict.fromkeys(specs):
-            record = self._recorded(Job(spec, shape, n, threads, cold))
+        for spec in dict.fromkeys(job.specs):
+            record = self._recorded(Job(spec, job.shape, job.n, job.threads, job.cold))
             if isinstance(record, Missing) or not record.ok:
                 dropped[spec] = record.detail
             else:
-                times[spec] = self._rounds(record, rounds, seed)
+                times[spec] = self._rounds(record, job.rounds, job.seed)
         return Race(times, dropped)
 
     def _rounds(self, record: Measurement, rounds: int, seed: int) -> list[float]:
         """``rounds`` of the recorded times; seeded by the kernel too: the same whoever else takes part."""
-        draw = random.Random(f"{seed} {record.spec.name} {record.shape.name} {record.n} {record.threads}")  # noqa: S311 - no secret
+        job = record.job
+        draw = random.Random(f"{seed} {job.spec.name} {job.shape.name} {job.n} {job.threads}")  # noqa: S311 - no secret
         return [draw.choice(record.times_ns) for _ in range(rounds)]
 
-    def limits(self, threads: int, isas: Sequence[str]) -> Limits:
-        """The recorded limits; BitgenError when those of ``threads`` or of an ISA level are not recorded."""
-        found = self._limits.get(threads)
+    def machine_peak(self, threads: int, isas: Sequence[str]) -> MachinePeak:
+        """The recorded peak; BitgenError when that of ``threads`` or of an ISA level are not recorded."""
+        found = self._peaks.get(threads)
         if found is None:
-            raise BitgenError(f"the machine's limits with {threads} threads were never recorded")
+            raise BitgenError(f"the machine's peak with {threads} threads were never recorded")
         missing = [isa for isa in isas if isa not in found.peak_gops]
         if missing:
             raise BitgenError(f"the peak of {', '.join(missing)} was never recorded")
@@ -70,54 +62,46 @@ class ReplayRunner:
 class RoundReplay(ReplayRunner):
     """A replay of records whose repeat i was taken in the same round for every kernel of a shape.
 
-    Times of a round stay together, so that candidates are dropped as on a machine: after up to ``repeats``
-    pairs, by ``rule``. ``seed`` draws the order of the rounds. ``spent_ns`` adds up how long the machine
+    Times of a round stay together, so that candidates are pruned as on a machine: after up to ``repeats``
+    pairs, by ``stopping``. ``seed`` draws the order of the rounds. ``spent_ns`` adds up how long the machine
     would have measured: a turn of a kernel lasts at least ``min_ns``, and an incumbent's turns serve all
-    candidates of a heat of ``heat``.
+    candidates of a batch of ``batch``.
     """
 
     def __init__(
         self,
         records: Iterable[Measurement],
-        limits: Iterable[Limits] = (),
+        peaks: Iterable[MachinePeak] = (),
         *,
-        rule: DropRule,
+        stopping: EarlyStopping,
         repeats: int,
-        heat: int,
+        batch: int,
         min_ns: float,
         seed: int = 0,
     ) -> None:
-        super().__init__(records, limits)
+        super().__init__(records, peaks)
         self.spent_ns = 0.0
-        self._rule, self._repeats, self._heat = rule, repeats, heat
+        self._stopping, self._repeats, self._batch = stopping, repeats, batch
         self._min_ns, self._seed = min_ns, seed
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
         """One answer for each job, with the pairs that were timed until it lost."""
-        for heat in heats(jobs, self._heat):
-            answers = [self._paired(job) for job in heat]
+        for batch in batches(jobs, self._batch):
+            answers = [self._paired(job) for job in batch]
             turns: dict[KernelSpec, Sequence[float]] = {}  # an incumbent's, as long as anybody needs them
             for answer in answers:
                 if isinstance(answer, Measurement):
                     self._spend(answer.times_ns)
-                    if answer.against:
-                        turns[answer.against] = max(turns.get(answer.against, ()), answer.against_ns, key=len)
+                    against = answer.job.against
+                    if against and answer.against_ns:
+                        turns[against] = max(turns.get(against, ()), answer.against_ns, key=len)
             for times in turns.values():
                 self._spend(times)
             yield from answers
 
-    def race(
-        self,
-        specs: Sequence[KernelSpec],
-        shape: Shape,
-        n: int,
-        threads: int,
-        rounds: int,
-        cold: bool = False,
-        seed: int = 0,
-    ) -> Race:
-        """Recorded rounds in an order drawn by ``seed``."""
-        race = super().race(specs, shape, n, threads, rounds, cold, seed)
+    def race(self, job: RaceJob) -> Race:
+        """Recorded rounds in an order drawn by the race's seed."""
+        race = super().race(job)
         for times in race.values():
             self._spend(times)
         return race
@@ -136,16 +120,15 @@ class RoundReplay(ReplayRunner):
             else None
         )
         if not isinstance(rival, Measurement) or not rival.ok:
-            return replace(record, times_ns=tuple(times), against=None, against_ns=())
+            return replace(record, times_ns=tuple(times), against_ns=())
         against = self._rounds(rival, self._repeats, self._seed)
-        pairs = self._rule.pairs(times, against)
-        return replace(
-            record, times_ns=tuple(times[:pairs]), against=job.against, against_ns=tuple(against[:pairs])
-        )
+        pairs = self._stopping.pairs(times, against)
+        return Measurement(job, record.status, "", tuple(times[:pairs]), tuple(against[:pairs]))
 
     def _rounds(self, record: Measurement, rounds: int, seed: int) -> list[float]:
         """Recorded rounds in a drawn order, the same for every kernel; after the last from the start."""
         order = list(range(len(record.times_ns)))
-        draw = random.Random(f"{self._seed} {seed} {record.shape.name} {record.n} {record.threads}")  # noqa: S311
+        job = record.job
+        draw = random.Random(f"{self._seed} {seed} {job.shape.name} {job.n} {job.threads}")  # noqa: S311
         draw.shuffle(order)
         return [record.times_ns[order[i % len(order)]] for i in range(rounds)]

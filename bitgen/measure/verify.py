@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from bitgen.cpu import Cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
-from bitgen.measure.local import LocalRunner, Proof
-from bitgen.measure.records import Status
+from bitgen.measure.jobs import Status
+from bitgen.measure.runner import LocalRunner, Verification
 from bitgen.render import inherits
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
@@ -23,24 +23,24 @@ SHAPES = (Shape(3200, 8640), Shape(8640, 3200), Shape(530, 97))
 class SweepCounts:
     """What a sweep did. ``cases`` counts (schedule, shape, n, data): each compared every integer or float.
 
-    ``inherited`` kernels are word for word those of their ISA level's parent, which was proven.
+    ``inherited`` kernels are word for word those of their ISA level's parent, which was verified.
     """
 
     schedules: int = 0
     cases: int = 0
     inherited: int = 0
-    failures: list[Proof] = field(default_factory=list)
+    failures: list[Verification] = field(default_factory=list)
 
     @property
     def exact(self) -> bool:
         return not self.failures
 
-    def add(self, proof: Proof) -> None:
+    def add(self, verification: Verification) -> None:
         """Count one kernel."""
         self.schedules += 1
-        self.cases += proof.cases
-        if proof.status is not Status.OK:
-            self.failures.append(proof)
+        self.cases += verification.cases
+        if verification.status is not Status.OK:
+            self.failures.append(verification)
 
     def __str__(self) -> str:
         verdict = "all exact" if self.exact else f"{len(self.failures)} NOT exact"
@@ -54,12 +54,12 @@ def sweep(
     deep: bool = True,
     progress: Callable[[SweepCounts], None] | None = None,
 ) -> SweepCounts:
-    """Prove each of ``specs``, at least one; ``progress`` sees the counts after each kernel."""
+    """Verify each of ``specs``, at least one; ``progress`` sees the counts after each kernel."""
     if not specs:
-        raise BitgenError("there is no kernel to prove: name ISA levels, families and regimes that have some")
+        raise BitgenError("no kernel to verify: name ISA levels, families and regimes that have some")
     counts = SweepCounts()
-    for proof in runner.prove(specs, deep=deep):
-        counts.add(proof)
+    for verification in runner.verify(specs, deep=deep):
+        counts.add(verification)
         if progress is not None:
             progress(counts)
     return counts
@@ -109,10 +109,10 @@ def exact_sweep(
     progress: Callable[[SweepCounts], None] | None = None,
     inherit: bool = True,
 ) -> SweepCounts:
-    """Prove every schedule of the spaces of ``isas`` x ``families`` x ``regimes``, or ``sample`` of each.
+    """Verify every schedule of the spaces of ``isas`` x ``families`` x ``regimes``, or ``sample`` of each.
 
-    In a whole sweep a kernel that has the text of its ISA level's parent, which is proven too, is counted and
-    not compiled again; ``inherit`` False compiles it all the same, with the flags of its own level.
+    In a whole sweep a kernel that has the text of its ISA level's parent, which is verified too, is counted
+    and not compiled again; ``inherit`` False compiles it all the same, with the flags of its own level.
     """
     if sample is None:
         points = all_points(cpu, isas, families, regimes)

@@ -17,6 +17,7 @@ from bitgen.measure.harness import Harness
 _PAGE = mmap.PAGESIZE
 _NONE, _READ, _READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 _HUGE = 2 << 20
+_POOLS_BYTES = 1 << 30
 FILL = 0x5A  # what surrounds a buffer on its own pages
 
 
@@ -78,16 +79,14 @@ class Pool:
 
 
 class Pools:
-    """Large buffers of repeated packed rows, kept while they fit ``budget_bytes``; the least used one goes.
+    """Large buffers of repeated packed rows, kept while they fit 1 GiB together; the least used one goes.
 
-    Anonymous private memory: a forked child reads the parent's pages and copies none. ``huge_pages`` asks for
-    2 MiB pages, as numpy does for its large arrays.
+    Anonymous private memory in 2 MiB pages, as numpy has for its large arrays: a forked process reads the
+    worker's pages and copies none.
     """
 
-    def __init__(self, harness: Harness, budget_bytes: int, huge_pages: bool = True) -> None:
+    def __init__(self, harness: Harness) -> None:
         self._harness = harness
-        self._budget = budget_bytes
-        self._huge = huge_pages
         self._pools: OrderedDict[tuple[Any, ...], Pool] = OrderedDict()
 
     def get(self, key: tuple[Any, ...], nbytes: int, content: Callable[[], NDArray[np.uint8]]) -> Pool:
@@ -104,12 +103,12 @@ class Pools:
         return pool
 
     def _make_room(self, nbytes: int) -> None:
-        while self._pools and sum(p.nbytes for p in self._pools.values()) + nbytes > self._budget:
+        while self._pools and sum(p.nbytes for p in self._pools.values()) + nbytes > _POOLS_BYTES:
             self._pools.popitem(last=False)
 
     def _filled(self, nbytes: int, unit: NDArray[np.uint8]) -> Pool:
         memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self._huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         base = int(self._harness.ffi.cast("uintptr_t", self._harness.ffi.from_buffer(memory)))
         address = -(-base // _HUGE) * _HUGE  # whole huge pages only
