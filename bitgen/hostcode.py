@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.cpu import ArmFeature, Isa
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.packing import T5_CODES
 from bitgen.paths import configs_dir, csrc_dir
+from bitgen.records import load, load_yaml
 from bitgen.render import Source, matmul_struct, render_table
 from bitgen.spec import K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.toolchain import Prototype, Unit
@@ -215,7 +215,7 @@ def feature_rows(
     """
     _require_arch(arch)
     path = file if file is not None else configs_dir() / "cpu_features.yaml"
-    table = load_strict(_FeatureFile, load_yaml(path), str(path))
+    table = load(_FeatureFile, load_yaml(path), str(path))
     rows: Mapping[str, X86Feature | ArmFeature] = table.x86_64 if arch == "x86_64" else table.aarch64
     known: Mapping[str, dict[str, Any]] = {name: dataclasses.asdict(row) for name, row in rows.items()}
     if (arch, system) == ("aarch64", "Darwin"):

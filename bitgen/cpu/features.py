@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 
 _END, _HWCAP = 0, {16: 1, 26: 2}  # types of entries: AT_NULL, AT_HWCAP, AT_HWCAP2
 
@@ -30,7 +30,7 @@ class _ArmRows:
 def _rows() -> _ArmRows:
     path = configs_dir() / "cpu_features.yaml"
     table = load_yaml(path)
-    return load_strict(_ArmRows, {key: table[key] for key in ("aarch64", "aarch64_darwin")}, str(path))
+    return load(_ArmRows, {key: table[key] for key in ("aarch64", "aarch64_darwin")}, str(path))
 
 
 def sysctl_features(values: Mapping[str, str]) -> frozenset[str]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.cpu.machine import Cpu
 from bitgen.errors import FileError, UnsupportedError, unknown
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 
 ANY_ARCH = "any"
 CAP_VARIABLE = "BITGEN_ISA_CAP"  # see bitgen/cpu/cap.py
@@ -98,7 +98,7 @@ def _own_isas(path: Path) -> tuple[Isa, ...]:
 
 def _read_isas(path: Path) -> tuple[Isa, ...]:
     isas: dict[str, Isa] = {}
-    for name, entry in load_strict(_IsaFile, load_yaml(path), str(path)).isas.items():
+    for name, entry in load(_IsaFile, load_yaml(path), str(path)).isas.items():
         where = f"{path}: isas.{name}"
         words = entry.words or name
         vocabulary: tuple[str, ...] = (words,)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bitgen.config import ModelPreset, load_strict, load_yaml
+from bitgen.config import ModelPreset
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
 
@@ -97,7 +98,7 @@ class SearchConfig:
 def load_search_config(file: Path | None = None) -> SearchConfig:
     """configs/search.yaml, or ``file``. FileError when it is wrong."""
     path = file if file is not None else configs_dir() / "search.yaml"
-    return load_strict(SearchConfig, load_yaml(path), str(path))
+    return load(SearchConfig, load_yaml(path), str(path))
 
 
 # ---- the plan ----
