@@ -12,6 +12,7 @@ from math import gcd
 from typing import Any
 
 from bitgen.errors import UsageError, unknown
+from bitgen.records import load
 
 # Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last
 # element.
@@ -65,6 +66,14 @@ class Shape:
         if not sep or not m.strip().isdecimal() or not k.strip().isdecimal():
             raise UsageError(f"shape {text!r}: write it as MxK, for example 3200x8640")
         return cls(int(m), int(k))
+
+    def to_plain(self) -> str:
+        return self.name
+
+    @classmethod
+    def from_plain(cls, data: object) -> Shape:
+        """Read "MxK", or the [m, k] of older records."""
+        return cls.parse(data) if isinstance(data, str) else cls(*load(tuple[int, int], data, "it"))
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,11 @@ class Layout:
         return cls(str(data["family"]), int(data["row_block"]))
 
 
+# Knobs of recorded schedules that have another name today: old -> new. Records, committed winners, manifests
+# and the logs of benchmarks all hold schedules, and all are read by `Schedule.from_plain`.
+RENAMED_KNOBS: dict[str, str] = {}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How a kernel walks: an algorithm and the values of its knobs, in the order the space declares them."""
@@ -249,12 +263,23 @@ class Schedule:
     def name(self) -> str:
         return "_".join((self.algorithm, *(f"{name}{value}" for name, value in self.knobs)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, str | int]:
         return {"algorithm": self.algorithm, **dict(self.knobs)}
 
     @classmethod
+    def from_plain(cls, data: object) -> Schedule:
+        """Read {"algorithm": ..., knob: value, ...}, also with knobs that were renamed since."""
+        entries = load(dict[str, str | int], data, "it")
+        algorithm = load(str, entries.pop("algorithm", None), "algorithm")
+        knobs = load(dict[str, int], entries, algorithm)
+        return cls(algorithm, tuple((RENAMED_KNOBS.get(knob, knob), value) for knob, value in knobs.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.to_plain()
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
-        return cls(str(data["algorithm"]), tuple((k, int(v)) for k, v in data.items() if k != "algorithm"))
+        return cls.from_plain(data)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import pytest
 
+from bitgen import spec
 from bitgen.errors import BitgenError, FileError
 from bitgen.records import dump, load, load_json, load_yaml
+from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,3 +234,40 @@ def test_load_json_rejects(tmp_path: Path, content: bytes, message: str) -> None
     assert message in error.value.message
     file.write_text('{"a": [1, 2.5, null]}', encoding="utf-8")
     assert load_json(file) == {"a": [1, 2.5, None]}
+
+
+SPEC = KernelSpec(
+    "i2s", "avx2", "n1", Layout("i2s", 16), Schedule("direct", (("streams", 2), ("hint", 1))), Shape(32, 64)
+)
+
+
+def test_a_spec_is_written_for_people_and_reads_back() -> None:
+    data = dump(SPEC)
+    assert data["schedule"] == {"algorithm": "direct", "streams": 2, "hint": 1}
+    assert data["shape"] == "32x64"
+    assert load(KernelSpec, data, "") == SPEC
+    assert load(KernelSpec, data | {"shape": [32, 64]}, "") == SPEC  # as older records have it
+
+
+def test_a_renamed_knob_is_read_under_its_new_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(spec.RENAMED_KNOBS, "hint", "prefetch_hint")
+    read = load(KernelSpec, dump(SPEC), "")
+    assert read.schedule.knobs == (("streams", 2), ("prefetch_hint", 1))
+    assert dump(read)["schedule"] == {"algorithm": "direct", "streams": 2, "prefetch_hint": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": {"streams": 2}}, "schedule: algorithm must be a text, found nothing"),
+        ({"schedule": {"algorithm": "direct", "streams": "2"}}, "schedule: direct.streams must be a whole"),
+        ({"schedule": []}, "schedule: it must be `name: value` lines, found a list"),
+        ({"shape": "32"}, "shape: shape '32': write it as MxK"),
+        ({"shape": [1]}, "shape: it must be a list"),
+        ({"layout": {"family": "i2s", "row_block": 17}}, "layout: row_block 17: it must be"),
+    ],
+)
+def test_a_wrong_spec_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FileError) as error:
+        load(KernelSpec, dump(SPEC) | change, "f.json")
+    assert f"f.json: {message}" in error.value.message
