@@ -170,9 +170,7 @@ class Tile:
         """The address of byte ``byte`` of chunk ``c`` of a sub-block."""
         which, sub_block = divmod(r, self.layout.sub_blocks)
         size = FAMILIES[self.layout.family].chunk_bytes
-        return _plus(
-            stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte
-        )
+        return _plus(stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte)
 
     def trailer(self, r: int) -> str:
         """The address of a sub-block's trailer, behind all chunks of its row block."""
@@ -192,7 +190,10 @@ def _template(name: str) -> jinja2.Template:
 
 def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str, Any]) -> str:
     """Banner, includes, the words the body uses, and the body."""
-    body = _template(template).render(isa=isa, **values)
+    try:
+        body = _template(template).render(isa=isa, **values)
+    except jinja2.UndefinedError as error:  # a schedule lacks a knob
+        raise BitgenError(f"{template}: {error}") from error
     # What macros leave behind: no empty line within a function, one between two.
     body = re.sub(r"\n\n+(?= )", "\n", re.sub(r"\n{3,}", "\n\n", body))
     words = vocabulary(isa.name)
@@ -435,23 +436,3 @@ def render_table(**values: Any) -> str:
 def matmul_struct() -> str:
     """The C declaration of ``struct bitgen_matmul``, the argument of every kernel: csrc/matmul.h."""
     return (csrc_dir() / "matmul.h").read_text(encoding="utf-8")
-
-
-# What a kernel's timing depends on: its own text, the words, the probes, and the host code that calls it.
-_TIMED = ("kernels/*", "probes/*")
-_TIMED_HOST = ("arch_*", "arith.h", "harness.*", "kernel.h", "matmul.h", "pool.*", "run.c")
-
-
-def template_digest(arch: str) -> str:
-    """sha256 over the templates, ISA files and C sources that a timing on ``arch`` depends on.
-
-    A record made with other texts is stale. Files of other architectures, of the forward step and of the
-    library's interface do not count: a change there must not throw hours of measuring away.
-    """
-    files = {name for isa in load_isas() if isa.arch in ("any", arch) for name in isa.vocabulary}
-    patterns = (*_TIMED, *(f"isa/{folder}{name}.h" for name in files for folder in ("", "tiles/", "mmla/")))
-    digest = hashlib.sha256()
-    for root, wanted in ((templates_dir(), patterns), (csrc_dir(), _TIMED_HOST)):
-        for path in sorted(path for pattern in wanted for path in root.glob(pattern) if path.is_file()):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

@@ -66,17 +66,17 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
     from bitgen.api import Workshop
 
     workshop = Workshop(cc, logs)
-    newest = {(r.shape, r.fingerprint.digest): r for r in workshop.store.tunings}
+    newest = {(r.shape, *(w.fingerprint for w in r.winners)): r for r in workshop.store.tunings}
     rows = []
     for record in newest.values():
-        current = record.fingerprint.digest == workshop.fingerprint.digest
         for winner in record.winners:
             if winner.spec.layout == record.layout:
+                changed = winner.fingerprint.differences(workshop.fingerprints(winner.spec))
                 ratio = winner.time_ns / winner.default_ns if winner.default_ns else None
                 rows.append(
                     (
                         record.shape.name,
-                        winner.n,
+                        winner.measurement.job.n,
                         winner.threads,
                         winner.spec.isa,
                         winner.spec.layout.name,
@@ -84,7 +84,7 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
                         winner.time_ns / 1e3,
                         ratio,
                         record.objective,
-                        "current" if current else _why_stale(record.fingerprint, workshop.fingerprint),
+                        f"stale: other {', '.join(changed)}" if changed else "current",
                     )
                 )
     columns = (
@@ -100,15 +100,6 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
         Column("state", "state"),
     )
     return Table("tuned", columns, rows)
-
-
-def _why_stale(old: object, new: object) -> str:
-    changed = [
-        name
-        for name in ("cpu", "compiler", "templates", "version")
-        if getattr(old, name) != getattr(new, name)
-    ]
-    return f"stale: other {', '.join(changed)}"
 
 
 def _bundles_table() -> Table:
