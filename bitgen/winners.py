@@ -161,7 +161,9 @@ def _read(path: Path) -> _File | None:
 
 def _winners(path: Path) -> FamilyWinners | None:
     file = _read(path)
-    return file and FamilyWinners(file.cpu_family, file.traits, tuple(entry.job for entry in file.winners))
+    if file is None:
+        return None
+    return FamilyWinners(file.cpu_family, file.traits, tuple(entry.job for entry in file.winners))
 
 
 def _slot(winner: _Entry) -> tuple[Shape, str, int]:
