@@ -296,7 +296,7 @@ def test_a_dry_run_proves_kernels_and_records_nothing(workplace: Path) -> None:
     assert {(row["exact"], row["failed"]) for row in rows} == {(2, 0)}
     assert not (workplace / "dry").exists()
     text = bitgen_in(workplace, "tune", "-m", "tiny.yaml", "--dry-run", *options).stdout
-    assert "4 kernels compiled, proven exact and run.\nNothing was recorded" in text
+    assert "4 kernels compiled, verified exact and run.\nNothing was recorded" in text
 
 
 def test_a_second_tune_measures_nothing_again(
