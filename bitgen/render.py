@@ -10,7 +10,7 @@ import hashlib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -370,7 +370,7 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
     ``sizes``: of the models that it serves, constants in its text; None: it serves every model.
     """
     isa = isa_named(isa_name)
-    known = sizes.to_dict() if sizes else {field.name: 0 for field in fields(StepSizes)}
+    known = asdict(sizes) if sizes else {field.name: 0 for field in fields(StepSizes)}
     which = f"_{sizes.name}" if sizes else ""
     name = f"bitgen_step{which}__{isa_name}"
     models = ", ".join(f"{size} {known[size]}" for size in known) if sizes else "any: all sizes are arguments"

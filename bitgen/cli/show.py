@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
 def library_table(path: Path) -> Table:
     """The kernels of a bundle, in the order in which the library prefers them."""
     from bitgen.bundle import read_bundle
+    from bitgen.records import dump
 
     bundle = read_bundle(path.parent if path.is_file() else path)
     columns = (
@@ -56,7 +57,7 @@ def library_table(path: Path) -> Table:
     if manifest.threads:
         title += f", by default threads = {manifest.threads} on {manifest.cores} cores"
     if manifest.step:
-        sizes = ", ".join(f"{name} {size}" for name, size in manifest.step.to_dict().items())
+        sizes = ", ".join(f"{name} {size}" for name, size in dump(manifest.step).items())
         title += f"; a step for {sizes}, and one for every model"
     return Table(title, columns, rows)
 
