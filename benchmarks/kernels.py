@@ -51,8 +51,8 @@ def recorded(
     found = [
         winner
         for record in workshop.store.tunings
-        if record.shape == shape and record.fingerprint.digest == workshop.fingerprint.digest
-        for winner in record.winners
+        if record.shape == shape
+        for winner in record.current(workshop.fingerprints)
         if (winner.spec.family, winner.spec.isa, winner.regime) == (family, isa.name, regime)
         and winner.threads <= threads
     ]

@@ -23,11 +23,13 @@ from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.config import find_model
 from bitgen.cpu import Isa, find_isa, load_isas
+from bitgen.fingerprints import Fingerprint
 from bitgen.measure import Job, MachinePeak, Measurement, RaceJob, Status
 from bitgen.measure.runner import LocalRunner, TimingPolicy
-from bitgen.search import Plan, SearchConfig, load_search_config, targets_of, tune
+from bitgen.records import dump, load
+from bitgen.search import Plan, SearchConfig, Session, load_search_config, targets_of, tune
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
-from bitgen.store import Fingerprint, RecordStore
+from bitgen.store import RecordStore
 
 LOG = Path(__file__).parent / "data" / "spaces-zen4.jsonl.gz"
 MODEL = "3B"
@@ -72,7 +74,7 @@ class Log:
             "threads": threads,
             "n": self.n,
             "shape": self.shape.name,
-            "points": [[p.layout.row_block, p.schedule.to_dict()] for p in self.points],
+            "points": [[p.layout.row_block, dump(p.schedule)] for p in self.points],
             "rounds_ns": [[round(t) for t in row] for row in self.rounds_ns],
         }
 
@@ -81,7 +83,11 @@ class Log:
         family = data["family"]
         points = tuple(
             KernelSpec(
-                family, data["isa"], data["regime"], Layout(family, rows), Schedule.from_dict(schedule)
+                family,
+                data["isa"],
+                data["regime"],
+                Layout(family, rows),
+                load(Schedule, schedule, "schedule"),
             )
             for rows, schedule in data["points"]
         )
@@ -210,9 +216,9 @@ def search(logs: Sequence[Log], seed: int, config: SearchConfig) -> Outcome:
             plan,
             runner,
             RecordStore(Path(folder) / "records.jsonl"),
-            Fingerprint("replay", "replay", "replay", "replay"),
+            lambda spec: Fingerprint("replay", "replay", spec.name, "replay"),
             spaces,  # type: ignore[arg-type]
-            config=config,
+            Session(config=config),
         )
     true = {log.shape: true_times(log) for log in logs}
     return Outcome(

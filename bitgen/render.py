@@ -10,7 +10,7 @@ import hashlib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -186,7 +186,10 @@ def _template(name: str) -> jinja2.Template:
 
 def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str, Any]) -> str:
     """Banner, includes, the words the body uses, and the body."""
-    body = _template(template).render(isa=isa, **values)
+    try:
+        body = _template(template).render(isa=isa, **values)
+    except jinja2.UndefinedError as error:  # a schedule lacks a knob
+        raise BitgenError(f"{template}: {error}") from error
     # What macros leave behind: no empty line within a function, one between two.
     body = re.sub(r"\n\n+(?= )", "\n", re.sub(r"\n{3,}", "\n\n", body))
     words = vocabulary(isa.name)
@@ -329,7 +332,7 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
     ``sizes``: of the models that it serves, constants in its text; None: it serves every model.
     """
     isa = isa_named(isa_name)
-    known = sizes.to_dict() if sizes else {field.name: 0 for field in fields(StepSizes)}
+    known = asdict(sizes) if sizes else {field.name: 0 for field in fields(StepSizes)}
     which = f"_{sizes.name}" if sizes else ""
     name = f"bitgen_step{which}__{isa_name}"
     models = ", ".join(f"{size} {known[size]}" for size in known) if sizes else "any: all sizes are arguments"
@@ -395,23 +398,3 @@ def render_table(**values: Any) -> str:
 def matmul_struct() -> str:
     """The C declaration of ``struct bitgen_matmul``, the argument of every kernel: csrc/matmul.h."""
     return (csrc_dir() / "matmul.h").read_text(encoding="utf-8")
-
-
-# What a kernel's timing depends on: its own text, the words, the probes, and the host code that calls it.
-_TIMED = ("kernels/*", "probes/*")
-_TIMED_HOST = ("arch_*", "arith.h", "harness.*", "kernel.h", "matmul.h", "pool.*", "run.c")
-
-
-def template_digest(arch: str) -> str:
-    """sha256 over the templates, ISA files and C sources that a timing on ``arch`` depends on.
-
-    A record made with other texts is stale. Files of other architectures, of the forward step and of the
-    library's interface do not count: a change there must not throw hours of measuring away.
-    """
-    files = {name for isa in load_isas() if isa.arch in ("any", arch) for name in isa.vocabulary}
-    patterns = (*_TIMED, *(f"isa/{name}.h" for name in files))
-    digest = hashlib.sha256()
-    for root, wanted in ((templates_dir(), patterns), (csrc_dir(), _TIMED_HOST)):
-        for path in sorted(path for pattern in wanted for path in root.glob(pattern) if path.is_file()):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitgen.errors import UsageError, unknown
+from bitgen.records import load
 
 # Kernels read whole chunks of activations: a row has room for the longest chunk (48) to begin at its last
 # element.
@@ -61,6 +62,14 @@ class Shape:
         if not sep or not m.strip().isdecimal() or not k.strip().isdecimal():
             raise UsageError(f"shape {text!r}: write it as MxK, for example 3200x8640")
         return cls(int(m), int(k))
+
+    def to_plain(self) -> str:
+        return self.name
+
+    @classmethod
+    def from_plain(cls, data: object) -> Shape:
+        """Read "MxK", or the [m, k] of older records."""
+        return cls.parse(data) if isinstance(data, str) else cls(*load(tuple[int, int], data, "it"))
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ records are made of, sizes and families, is at hand here too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from bitgen.errors import UsageError
 from bitgen.families import FAMILIES as FAMILIES
 from bitgen.families import Family as Family
 from bitgen.families import family_named as family_named
 from bitgen.families.algorithms import UNPACKING
+from bitgen.records import load
 from bitgen.shapes import K_MAX as K_MAX
 from bitgen.shapes import LARGE as LARGE
 from bitgen.shapes import N1 as N1
@@ -69,12 +69,10 @@ class Layout:
         """Bytes of the whole packed matrix."""
         return -(-shape.m // self.row_block) * self.block_bytes(shape.k)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"family": self.family, "row_block": self.row_block}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
-        return cls(str(data["family"]), int(data["row_block"]))
+# Knobs of recorded schedules that have another name today: old -> new. Records, committed winners, manifests
+# and the logs of benchmarks all hold schedules, and all are read by `Schedule.from_plain`.
+RENAMED_KNOBS: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -114,12 +112,16 @@ class Schedule:
     def name(self) -> str:
         return "_".join((self.algorithm, *(f"{name}{value}" for name, value in self.knobs)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_plain(self) -> dict[str, str | int]:
         return {"algorithm": self.algorithm, **dict(self.knobs)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Schedule:
-        return cls(str(data["algorithm"]), tuple((k, int(v)) for k, v in data.items() if k != "algorithm"))
+    def from_plain(cls, data: object) -> Schedule:
+        """Read {"algorithm": ..., knob: value, ...}, also with knobs that were renamed since."""
+        entries = load(dict[str, str | int], data, "it")
+        algorithm = load(str, entries.pop("algorithm", None), "algorithm")
+        knobs = load(dict[str, int], entries, algorithm)
+        return cls(algorithm, tuple((RENAMED_KNOBS.get(knob, knob), value) for knob, value in knobs.items()))
 
 
 @dataclass(frozen=True)
@@ -164,28 +166,6 @@ class KernelSpec:
     def scratch_prototype(self) -> str:
         return f"int64_t {self.name}_scratch(int64_t m, int64_t k, int64_t n)"
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "family": self.family,
-            "isa": self.isa,
-            "regime": self.regime,
-            "layout": self.layout.to_dict(),
-            "schedule": self.schedule.to_dict(),
-            "shape": [self.shape.m, self.shape.k] if self.shape else None,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> KernelSpec:
-        shape = data.get("shape")
-        return cls(
-            family=str(data["family"]),
-            isa=str(data["isa"]),
-            regime=str(data["regime"]),
-            layout=Layout.from_dict(data["layout"]),
-            schedule=Schedule.from_dict(data["schedule"]),
-            shape=Shape(int(shape[0]), int(shape[1])) if shape else None,
-        )
-
 
 @dataclass(frozen=True)
 class StepSizes:
@@ -200,20 +180,13 @@ class StepSizes:
     head_dim: int
 
     def __post_init__(self) -> None:
-        for name, size in self.to_dict().items():
+        for name, size in vars(self).items():
             if size < 1:
                 raise UsageError(f"{name} must be at least 1, not {size}")
 
     @property
     def name(self) -> str:
-        return "_".join(f"{name}{size}" for name, size in self.to_dict().items())
-
-    def to_dict(self) -> dict[str, int]:
-        return dict(self.__dict__)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> StepSizes:
-        return cls(**{field.name: int(data[field.name]) for field in fields(cls)})
+        return "_".join(f"{name}{size}" for name, size in vars(self).items())
 
 
 QUANTIZE_PROTOTYPE = (

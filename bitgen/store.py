@@ -7,54 +7,35 @@ so the file survives what can happen to a long run:
   are not fsynced; winners are, because a power cut would take hours with it instead of one trial.
 - A torn last line is skipped on reading, and the next append starts on a fresh line.
 - A full disk cuts the file back to the last whole record and is a BitgenError.
-- Lines of another schema, or that do not read back as a record, are skipped and counted, never an error.
+- Lines that do not read back as a record are skipped and counted, never an error and never deleted.
 
-Every record carries the `Fingerprint` of what it depends on. Under another fingerprint its timing is never
-used, and its schedule is only a starting point.
+Every time carries the `Fingerprint` of what it depends on. Under another fingerprint it is never used, and
+its schedule is only a starting point. Fingerprints are of single kernels: what still holds of a record counts
+on, whatever became of the other kernels in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
+
 from bitgen.errors import BitgenError, FileError
-from bitgen.measure import Measurement, Race
+from bitgen.fingerprints import Fingerprint, Fingerprints
+from bitgen.measure import Job, Measurement, Race, RaceJob, Status
 from bitgen.paths import ensure_dir
-from bitgen.spec import KernelSpec, Layout, Shape, regime_named
+from bitgen.records import dump, load
+from bitgen.spec import LARGE, KernelSpec, Layout, Shape, regime_named
 
-SCHEMA = 1
-
-JobKey = tuple[KernelSpec, Shape, int, int, bool]  # Job.key: spec, shape, n, threads, cold
-RaceKey = tuple[Shape, int, int, bool, int, int, tuple[KernelSpec, ...]]  # RaceRecord.key
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Everything a timing depends on besides the kernel's spec; each part is a short text or a digest."""
-
-    cpu: str  # family, model and features
-    compiler: str  # its version and the flags of every ISA level
-    templates: str  # kernels, host code and ISA vocabularies
-    version: str  # of this package
-
-    @cached_property
-    def digest(self) -> str:
-        """16 hex digits that stand for all parts."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
-        return cls(**{f.name: str(data[f.name]) for f in fields(cls)})
+SCHEMA = 2
 
 
 def now() -> float:
@@ -72,69 +53,45 @@ class TrialRecord:
     seed: int
     time: float = field(default_factory=now)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"measurement": self.measurement.to_dict(), "seed": self.seed}
-
-    @classmethod
-    def from_dict(cls, fingerprint: Fingerprint, data: Mapping[str, Any]) -> TrialRecord:
-        measurement = Measurement.from_dict(data["measurement"])
-        return cls(fingerprint, measurement, int(data["seed"]), float(data["time"]))
-
 
 @dataclass(frozen=True)
 class RaceRecord:
-    """One block of a race between ``specs``, as the runner answered it."""
+    """One block of a race, as the runner answered it.
+
+    For each kernel of ``job`` the digest of its fingerprint, its times (none where it was dropped) and why it
+    was dropped (empty where it was not).
+    """
 
     kind: ClassVar[str] = "race"
-    fingerprint: Fingerprint
-    shape: Shape
-    n: int
-    threads: int
-    cold: bool
-    rounds: int
-    seed: int
-    specs: tuple[KernelSpec, ...]
-    race: Race
+    fingerprints: tuple[str, ...]
+    job: RaceJob
+    times_ns: tuple[tuple[float, ...], ...]
+    dropped: tuple[str, ...]
+    read_ns_a_byte: tuple[float, ...]
     time: float = field(default_factory=now)
 
-    @property
-    def key(self) -> RaceKey:
-        return (self.shape, self.n, self.threads, self.cold, self.rounds, self.seed, self.specs)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape.name,
-            "n": self.n,
-            "threads": self.threads,
-            "cold": self.cold,
-            "rounds": self.rounds,
-            "seed": self.seed,
-            "specs": [spec.to_dict() for spec in self.specs],
-            "times_ns": [list(self.race.get(spec, ())) for spec in self.specs],
-            "dropped": [self.race.dropped.get(spec, "") for spec in self.specs],
-            "read_ns_a_byte": list(self.race.read_ns_a_byte),
-        }
+    def __post_init__(self) -> None:
+        if {len(self.fingerprints), len(self.times_ns), len(self.dropped)} != {len(self.job.specs)}:
+            raise BitgenError("a race has a fingerprint, times and a reason for each of its kernels")
 
     @classmethod
-    def from_dict(cls, fingerprint: Fingerprint, data: Mapping[str, Any]) -> RaceRecord:
-        specs = tuple(KernelSpec.from_dict(spec) for spec in data["specs"])
-        times = zip(specs, data["times_ns"], strict=True)
-        dropped = zip(specs, data["dropped"], strict=True)
+    def of(cls, fingerprints: Iterable[Fingerprint], job: RaceJob, race: Race) -> RaceRecord:
         return cls(
-            fingerprint=fingerprint,
-            shape=Shape.parse(data["shape"]),
-            n=int(data["n"]),
-            threads=int(data["threads"]),
-            cold=bool(data["cold"]),
-            rounds=int(data["rounds"]),
-            seed=int(data["seed"]),
-            specs=specs,
-            race=Race(
-                times_ns={spec: tuple(float(t) for t in row) for spec, row in times if row},
-                dropped={spec: str(reason) for spec, reason in dropped if reason},
-                read_ns_a_byte=tuple(float(t) for t in data["read_ns_a_byte"]),
-            ),
-            time=float(data["time"]),
+            fingerprints=tuple(fingerprint.digest for fingerprint in fingerprints),
+            job=job,
+            times_ns=tuple(tuple(race.get(spec, ())) for spec in job.specs),
+            dropped=tuple(race.dropped.get(spec, "") for spec in job.specs),
+            read_ns_a_byte=tuple(race.read_ns_a_byte),
+        )
+
+    @property
+    def race(self) -> Race:
+        times = zip(self.job.specs, self.times_ns, strict=True)
+        dropped = zip(self.job.specs, self.dropped, strict=True)
+        return Race(
+            {spec: row for spec, row in times if row},
+            {spec: reason for spec, reason in dropped if reason},
+            self.read_ns_a_byte,
         )
 
 
@@ -142,39 +99,33 @@ class RaceRecord:
 class Winner:
     """The fastest kernel of one layout for a shape, a regime and a thread count.
 
-    ``time_ns`` and ``default_ns`` are medians of one interleaved race at ``n`` tokens; ``default_ns`` is that
-    of the family's untuned default, None where the default failed.
+    ``measurement`` are its times in a race, ``baseline`` those of the family's untuned default in the same
+    rounds: None where the default failed.
     """
 
-    spec: KernelSpec
-    n: int
-    threads: int
-    time_ns: float
-    default_ns: float | None
+    measurement: Measurement
+    baseline: Measurement | None
+    fingerprint: Fingerprint
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.measurement.job.spec
 
     @property
     def regime(self) -> str:
         return self.spec.regime
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "spec": self.spec.to_dict(),
-            "n": self.n,
-            "threads": self.threads,
-            "time_ns": self.time_ns,
-            "default_ns": self.default_ns,
-        }
+    @property
+    def threads(self) -> int:
+        return self.measurement.job.threads
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Winner:
-        default_ns = data["default_ns"]
-        return cls(
-            spec=KernelSpec.from_dict(data["spec"]),
-            n=int(data["n"]),
-            threads=int(data["threads"]),
-            time_ns=float(data["time_ns"]),
-            default_ns=None if default_ns is None else float(default_ns),
-        )
+    @property
+    def time_ns(self) -> float:
+        return self.measurement.median_ns
+
+    @property
+    def default_ns(self) -> float | None:
+        return self.baseline.median_ns if self.baseline else None
 
 
 @dataclass(frozen=True)
@@ -186,7 +137,6 @@ class TuningRecord:
     """
 
     kind: ClassVar[str] = "tuning"
-    fingerprint: Fingerprint
     shape: Shape
     objective: str
     layout: Layout
@@ -199,28 +149,9 @@ class TuningRecord:
         if not any(winner.spec.layout == self.layout for winner in self.winners):
             raise BitgenError(f"no winner for {self.shape.name} reads the layout {self.layout.name}")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape.name,
-            "objective": self.objective,
-            "layout": self.layout.to_dict(),
-            "winners": [winner.to_dict() for winner in self.winners],
-            "seed": self.seed,
-            "best_threads": self.best_threads,
-        }
-
-    @classmethod
-    def from_dict(cls, fingerprint: Fingerprint, data: Mapping[str, Any]) -> TuningRecord:
-        return cls(
-            fingerprint=fingerprint,
-            shape=Shape.parse(data["shape"]),
-            objective=str(data["objective"]),
-            layout=Layout.from_dict(data["layout"]),
-            winners=tuple(Winner.from_dict(winner) for winner in data["winners"]),
-            seed=int(data["seed"]),
-            best_threads=int(data.get("best_threads", 0)),
-            time=float(data["time"]),
-        )
+    def current(self, fingerprints: Fingerprints) -> list[Winner]:
+        """The winners whose times still hold."""
+        return [winner for winner in self.winners if winner.fingerprint == fingerprints(winner.spec)]
 
 
 Record = TrialRecord | RaceRecord | TuningRecord
@@ -230,8 +161,8 @@ _KINDS: dict[str, type[Record]] = {c.kind: c for c in (TrialRecord, RaceRecord, 
 class RecordStore:
     """The records of one file, all in memory; `append` writes them through.
 
-    FileError when the file cannot be read. A missing file is an empty store.
-    ``skipped`` counts the lines that could not be used.
+    FileError when the file cannot be read. A missing file is an empty store. ``skipped`` counts the lines
+    that could not be used, ``outdated`` the timings of versions whose fingerprints say too little.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -240,98 +171,94 @@ class RecordStore:
 
     def reload(self) -> None:
         """Read the file again: another process may have appended to it."""
-        self.skipped = 0
+        self.skipped = self.outdated = 0
         self.tunings: list[TuningRecord] = []
-        self._trials: dict[tuple[str, JobKey], TrialRecord] = {}
-        self._races: dict[tuple[str, RaceKey], RaceRecord] = {}
-        self._fingerprints: dict[tuple[Any, ...], Fingerprint] = {}
+        self._trials: dict[tuple[Fingerprint, tuple[Any, ...]], TrialRecord] = {}
+        self._races: dict[tuple[tuple[str, ...], tuple[Any, ...]], RaceRecord] = {}
         for record in self._read():
             self._remember(record)
 
     # ---- questions ----
 
-    def known(self, job: JobKey, fingerprint: Fingerprint) -> Measurement | None:
-        """The newest measurement of exactly this job under exactly this fingerprint."""
-        record = self._trials.get((fingerprint.digest, job))
+    def known(self, job: Job, fingerprints: Fingerprints) -> Measurement | None:
+        """The newest measurement of exactly this job that still holds."""
+        record = self._trials.get((fingerprints(job.spec), job.key))
         return record.measurement if record else None
 
-    def known_race(self, race: RaceKey, fingerprint: Fingerprint) -> Race | None:
+    def known_race(self, job: RaceJob, fingerprints: Fingerprints) -> Race | None:
         """The newest block of a race between exactly these kernels with this seed."""
-        record = self._races.get((fingerprint.digest, race))
+        own = tuple(fingerprints(spec).digest for spec in job.specs)
+        record = self._races.get((own, job.key))
         return record.race if record else None
 
-    def trials(self, fingerprint: Fingerprint | None = None) -> Iterator[TrialRecord]:
-        """The newest trial of every job, of one fingerprint or of all."""
-        for key, record in self._trials.items():
-            if fingerprint is None or key[0] == fingerprint.digest:
-                yield record
+    def trials(self) -> Iterator[TrialRecord]:
+        """The newest trial of every job under every fingerprint."""
+        yield from self._trials.values()
 
-    def layout(self, shape: Shape, fingerprint: Fingerprint) -> Layout | None:
+    def layout(self, shape: Shape, fingerprints: Fingerprints) -> Layout | None:
         """The layout the newest tune chose for ``shape``; one that saw less overrules none that saw more.
 
         A tune of n = 1 alone, or of one family, knows nothing of what its layout costs a prompt, or of what
-        another family would have cost.
+        another family would have cost. Of a tune that holds in part the part counts.
         """
-        records = list(self._newest(shape, fingerprint))
-        seen = [frozenset((w.regime, w.spec.family) for w in record.winners) for record in records]
-        newest = (r for r, mine in zip(records, seen, strict=True) if not any(mine < other for other in seen))
+        records = [(r, winners) for r, winners in self._newest(shape, fingerprints) if _serves(r, winners)]
+        seen = [frozenset((w.regime, w.spec.family) for w in winners) for _, winners in records]
+        newest = (r for (r, _), own in zip(records, seen, strict=True) if not any(own < o for o in seen))
         return next((record.layout for record in newest), None)
 
-    def best(self, shape: Shape, regime: str, threads: int, fingerprint: Fingerprint) -> Winner | None:
+    def best(self, shape: Shape, regime: str, threads: int, fingerprints: Fingerprints) -> Winner | None:
         """The winner for ``shape`` in the layout chosen last, or None where nothing valid is recorded.
 
         Keyed by thread count: the nearest one that is not higher than ``threads`` serves, the newest first.
         An older tune fills in for a regime that the newest one left out, as long as it reads that layout.
         """
         regime_named(regime)
-        layout = self.layout(shape, fingerprint)
+        layout = self.layout(shape, fingerprints)
         found: Winner | None = None
-        for record in self._newest(shape, fingerprint):
-            for winner in record.winners:
+        for _, winners in self._newest(shape, fingerprints):
+            for winner in winners:
                 fits = winner.spec.layout == layout and winner.regime == regime and winner.threads <= threads
                 if fits and (found is None or winner.threads > found.threads):
                     found = winner
         return found
 
-    def best_threads(self, shapes: Iterable[Shape], fingerprint: Fingerprint) -> int:
+    def best_threads(self, shapes: Iterable[Shape], fingerprints: Fingerprints) -> int:
         """The number of threads on which a model of these shapes was fastest; 0 where that is not known.
 
         Known when the newest tune that compared some says the same for all shapes, and a later one did not
         choose other layouts.
         """
-        found = {self._best_threads(shape, fingerprint) for shape in shapes}
+        found = {self._best_threads(shape, fingerprints) for shape in shapes}
         return found.pop() if len(found) == 1 else 0
 
-    def _best_threads(self, shape: Shape, fingerprint: Fingerprint) -> int:
-        compared = next((r for r in self._newest(shape, fingerprint) if r.best_threads), None)
-        valid = compared is not None and compared.layout == self.layout(shape, fingerprint)
+    def _best_threads(self, shape: Shape, fingerprints: Fingerprints) -> int:
+        compared = next((r for r, _ in self._newest(shape, fingerprints) if r.best_threads), None)
+        valid = compared is not None and compared.layout == self.layout(shape, fingerprints)
         return compared.best_threads if compared and valid else 0
 
-    def current(self, shape: Shape, fingerprint: Fingerprint) -> list[KernelSpec]:
-        """The kernels the newest tune of ``shape`` crowned, whatever their layout."""
-        newest = next(self._newest(shape, fingerprint), None)
-        return [winner.spec for winner in newest.winners] if newest else []
+    def current(self, shape: Shape, fingerprints: Fingerprints) -> list[KernelSpec]:
+        """The kernels the newest tune of ``shape`` selected, whatever their layout."""
+        newest = next((winners for _, winners in self._newest(shape, fingerprints)), [])
+        return [winner.spec for winner in newest]
 
-    def stale(self, fingerprint: Fingerprint) -> list[KernelSpec]:
+    def stale(self, fingerprints: Fingerprints) -> list[KernelSpec]:
         """Winners under other fingerprints, newest first: their schedules are worth a try, no more."""
-        old = [r for r in self.tunings if r.fingerprint.digest != fingerprint.digest]
-        return list(dict.fromkeys(w.spec for record in reversed(old) for w in record.winners))
+        winners = (winner for record in reversed(self.tunings) for winner in record.winners)
+        return list(dict.fromkeys(w.spec for w in winners if w.fingerprint != fingerprints(w.spec)))
 
-    def _newest(self, shape: Shape, fingerprint: Fingerprint) -> Iterator[TuningRecord]:
-        digest = fingerprint.digest
-        return (r for r in reversed(self.tunings) if r.shape == shape and r.fingerprint.digest == digest)
+    def _newest(
+        self, shape: Shape, fingerprints: Fingerprints
+    ) -> Iterator[tuple[TuningRecord, list[Winner]]]:
+        """The tunes of ``shape`` of which something still holds, and what, the newest first."""
+        for record in reversed(self.tunings):
+            if record.shape == shape and (winners := record.current(fingerprints)):
+                yield record, winners
 
     # ---- writing ----
 
     def append(self, record: Record) -> None:
         """Write ``record`` at the end of the file and remember it. BitgenError when it cannot be written."""
-        data = {
-            "schema": SCHEMA,
-            "kind": record.kind,
-            "time": record.time,
-            "fingerprint": asdict(record.fingerprint),
-            **record.to_dict(),
-        }
+        data = {"schema": SCHEMA, "kind": record.kind, **dump(record)}
         line = json.dumps(data, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         ensure_dir(self.path.parent)
         try:
@@ -344,11 +271,10 @@ class RecordStore:
         self._remember(record)
 
     def _remember(self, record: Record) -> None:
-        digest = record.fingerprint.digest
         if isinstance(record, TrialRecord):
-            self._trials[digest, record.measurement.job.key] = record
+            self._trials[record.fingerprint, record.measurement.job.key] = record
         elif isinstance(record, RaceRecord):
-            self._races[digest, record.key] = record
+            self._races[record.fingerprints, record.job.key] = record
         else:
             self.tunings.append(record)
 
@@ -361,32 +287,48 @@ class RecordStore:
             return
         except OSError as error:
             raise FileError(f"cannot read {self.path}: {error.strerror or error}") from error
-        for line in data.split(b"\n"):
-            if not line.strip():
+        for line in filter(bytes.strip, data.split(b"\n")):
+            try:
+                record = self._parse(msgspec.json.decode(line))
+            except (ValueError, LookupError, TypeError, AttributeError, BitgenError, RecursionError):
+                self.skipped += 1  # a torn line, a newer version's, or anything else that is no record
                 continue
-            record = self._parse(line)
-            if record is None:
-                self.skipped += 1
-            else:
+            if record is not None:
                 yield record
 
-    def _parse(self, line: bytes) -> Record | None:
-        """The record a line holds; None for a torn line, another schema, or anything else that is not one."""
-        try:
-            data = json.loads(line)
-            if data["schema"] != SCHEMA:
+    def _parse(self, data: dict[str, Any]) -> Record | None:
+        """The record a line holds; None for timings that nothing can be said about any more."""
+        schema, cls = data.pop("schema"), _KINDS[data.pop("kind")]
+        if schema == 1:
+            if cls is not TuningRecord:
+                self.outdated += 1
                 return None
-            cls = _KINDS[data["kind"]]
-            return cls.from_dict(self._fingerprint(data["fingerprint"]), data)
-        except (ValueError, LookupError, TypeError, AttributeError, BitgenError, RecursionError):
-            return None
+            data = migrated(data)
+        elif schema != SCHEMA:
+            raise BitgenError(f"schema {schema}")
+        record: Record = load(cls, data, "record")
+        return record
 
-    def _fingerprint(self, data: Mapping[str, Any]) -> Fingerprint:
-        """One object for equal fingerprints: thousands of records share a few."""
-        key = tuple(data.values())
-        if key not in self._fingerprints:
-            self._fingerprints[key] = Fingerprint.from_dict(data)
-        return self._fingerprints[key]
+
+def migrated(tuning: dict[str, Any]) -> dict[str, Any]:
+    """A tuning record of schema 1 in today's form.
+
+    Its fingerprint was of all templates together, so none of its times holds; its winners are tried first.
+    """
+    old = tuning.pop("fingerprint")
+    fingerprint = {"cpu": old["cpu"], "compiler": old["compiler"], "kernel": "", "harness": old["templates"]}
+    winners = []
+    for winner in tuning["winners"]:
+        n = winner["n"]
+        job = {"spec": winner["spec"], "shape": tuning["shape"], "n": n, "threads": winner["threads"]}
+        job["cold"] = n < LARGE.n_min
+        measurement = {"job": job, "status": Status.OK.value, "times_ns": [winner["time_ns"]]}
+        winners.append({"measurement": measurement, "baseline": None, "fingerprint": fingerprint})
+    return tuning | {"winners": winners}
+
+
+def _serves(record: TuningRecord, winners: Sequence[Winner]) -> bool:
+    return any(winner.spec.layout == record.layout for winner in winners)
 
 
 def _append_line(path: Path, line: bytes, sync: bool) -> None:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bitgen import __version__
 from bitgen.cpu import Cpu, Isa, accepted_isas
-from bitgen.errors import BitgenError, FileError
+from bitgen.errors import FileError
+from bitgen.fingerprints import Fingerprints
+from bitgen.measure import Job
 from bitgen.paths import ensure_dir, winners_dir
-from bitgen.spec import KernelSpec, Shape
-from bitgen.store import Fingerprint, RecordStore
+from bitgen.records import dump, load, load_json
+from bitgen.spec import KernelSpec, Shape, regime_named
+from bitgen.store import RecordStore
 
 SCHEMA = 2
 
@@ -40,11 +43,6 @@ class Traits:
         levels = tuple(isa.name for isa in accepted_isas(cpu, isas))
         return cls(cpu.arch, cpu.vendor, levels, cpu.l1d_bytes, cpu.l2_bytes, cpu.llc_bytes)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Traits:
-        sizes = (int(data[name]) for name in ("l1d_bytes", "l2_bytes", "llc_bytes"))
-        return cls(str(data["arch"]), str(data["vendor"]), tuple(map(str, data["isas"])), *sizes)
-
     def distance(self, other: Traits) -> tuple[int, float, int]:
         """The less the nearer: ISA levels only one has, powers of two between the caches, another vendor."""
         mine = (self.l1d_bytes, self.l2_bytes, self.llc_bytes)
@@ -54,45 +52,51 @@ class Traits:
 
 
 @dataclass(frozen=True)
-class FamilyWinner:
-    """A schedule that won on a CPU family; committed without its timing, which belongs to one machine."""
+class FamilyWinners:
+    """The winners of one CPU family, without timings, which belong to one machine; and ``why`` these."""
+
+    cpu_family: str
+    traits: Traits
+    winners: tuple[Job, ...]
+    why: str = "this CPU's family"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A winner as a file has it."""
 
     shape: Shape
     threads: int
     spec: KernelSpec
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"shape": self.shape.name, "threads": self.threads, "spec": self.spec.to_dict()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FamilyWinner:
-        return cls(Shape.parse(data["shape"]), int(data["threads"]), KernelSpec.from_dict(data["spec"]))
+    @property
+    def job(self) -> Job:
+        return Job(self.spec, self.shape, regime_named(self.spec.regime).n_min, self.threads)
 
 
 @dataclass(frozen=True)
-class FamilyWinners:
-    """The winners of one CPU family, and ``why`` these."""
-
+class _File:
+    schema: int
     cpu_family: str
     traits: Traits
-    winners: tuple[FamilyWinner, ...]
-    why: str = "this CPU's family"
+    tuned_on: dict[str, str]
+    winners: tuple[_Entry, ...]
 
 
-def family_winners(cpu_family: str, folder: Path | None = None) -> tuple[FamilyWinner, ...]:
+def family_winners(cpu_family: str, folder: Path | None = None) -> tuple[Job, ...]:
     """The committed winners of a CPU family, if any. BitgenError when their file is wrong."""
-    found = _read(_family_path(cpu_family, winners_dir() if folder is None else folder))
+    found = _winners(_family_path(cpu_family, winners_dir() if folder is None else folder))
     return found.winners if found else ()
 
 
 def nearest_winners(cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None) -> FamilyWinners | None:
     """The winners of this CPU's family, else of the nearest family of its architecture; None without any."""
     own = winners_dir() if folder is None else folder
-    found = _read(_family_path(cpu.family, own))
+    found = _winners(_family_path(cpu.family, own))
     if found:
         return found
     here = Traits.of(cpu, isas)
-    others = [known for path in sorted(own.glob("*.json")) if (known := _read(path))]
+    others = [known for path in sorted(own.glob("*.json")) if (known := _winners(path))]
     alike = [known for known in others if known.traits.arch == here.arch and known.winners]
     if not alike:
         return None
@@ -106,42 +110,40 @@ def nearest_winners(cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None) -
 
 
 def export_winners(
-    store: RecordStore, fingerprint: Fingerprint, cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None
+    store: RecordStore, fingerprints: Fingerprints, cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None
 ) -> Path:
     """Write the schedules (no timings) of the layouts chosen last to ``<folder>/<cpu family>.json``.
 
     Winners of shapes, regimes and thread counts that this store does not know stay as they are, except those
     that read another layout than the new ones of their shape: its weights are packed once. ``tuned_on`` names
-    the CPU, the compiler and the templates of the newest. The text is a pure function of what it holds, so a
-    diff shows what changed. Returns the path of the file.
+    the CPU, the compiler, the harness and the version of the newest. The text is a pure function of what it
+    holds, so a diff shows what changed. Returns the path of the file.
     """
     target = _family_path(cpu.family, ensure_dir(winners_dir() if folder is None else folder))
-    merged = {_slot(winner): winner for winner in family_winners(cpu.family, target.parent)}
+    before = _read(target)
+    merged = {_slot(winner): winner for winner in (before.winners if before else ())}
+    tuned_on = dict(before.tuned_on) if before else {}
     for record in store.tunings:
-        if record.fingerprint.digest == fingerprint.digest:
-            layout = store.layout(record.shape, fingerprint)
-            new = [
-                FamilyWinner(record.shape, w.threads, w.spec)
-                for w in record.winners
-                if w.spec.layout == layout
-            ]
-            at = {(winner.shape, winner.threads) for winner in new}
-            merged = {
-                slot: old
-                for slot, old in merged.items()
-                if old.spec.layout == layout or (old.shape, old.threads) not in at
-            }
-            merged |= {_slot(winner): winner for winner in new}
-    content = {
-        "schema": SCHEMA,
-        "cpu_family": cpu.family,
-        "traits": asdict(Traits.of(cpu, isas)),
-        "tuned_on": asdict(fingerprint),
-        "winners": [merged[slot].to_dict() for slot in sorted(merged)],
-    }
+        current = record.current(fingerprints)
+        layout = store.layout(record.shape, fingerprints)
+        new = [winner for winner in current if winner.spec.layout == layout]
+        at = {(record.shape, winner.threads) for winner in new}
+        merged = {
+            slot: old
+            for slot, old in merged.items()
+            if old.spec.layout == layout or (old.shape, old.threads) not in at
+        }
+        for winner in new:
+            entry = _Entry(record.shape, winner.threads, winner.spec)
+            merged[_slot(entry)] = entry
+            tuned_on = dump(winner.fingerprint) | {"version": __version__}
+            del tuned_on["kernel"]
+    content = _File(
+        SCHEMA, cpu.family, Traits.of(cpu, isas), tuned_on, tuple(merged[slot] for slot in sorted(merged))
+    )
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(dump(content), indent=1) + "\n", encoding="utf-8")
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -149,24 +151,22 @@ def export_winners(
     return target
 
 
-def _read(path: Path) -> FamilyWinners | None:
+def _read(path: Path) -> _File | None:
     """What a file holds; None where there is none, or one of another schema."""
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot read {path}: {error}") from error
-    try:
-        if data["schema"] != SCHEMA:
-            return None
-        winners = tuple(FamilyWinner.from_dict(winner) for winner in data["winners"])
-        return FamilyWinners(str(data["cpu_family"]), Traits.from_dict(data["traits"]), winners)
-    except (LookupError, TypeError, ValueError, AttributeError, BitgenError) as error:
-        raise FileError(f"{path} does not hold winners: {error!r}") from error
+    data = load_json(path)
+    return load(_File, data, str(path)) if data.get("schema") in (SCHEMA, None) else None
 
 
-def _slot(winner: FamilyWinner) -> tuple[Shape, str, int]:
+def _winners(path: Path) -> FamilyWinners | None:
+    file = _read(path)
+    if file is None:
+        return None
+    return FamilyWinners(file.cpu_family, file.traits, tuple(entry.job for entry in file.winners))
+
+
+def _slot(winner: _Entry) -> tuple[Shape, str, int]:
     return winner.shape, winner.spec.regime, winner.threads
 
 

@@ -17,7 +17,7 @@ from bitgen.api.libraries import build, choices_for, load
 from bitgen.api.models import preset_of
 from bitgen.api.sources import ANY_SHAPE, legal_space, render_source
 from bitgen.api.timing import KernelTiming, bench_kernels, check
-from bitgen.api.tuning import export, likely_threads, tune
+from bitgen.api.tuning import export, tune, tune_with
 from bitgen.api.workshop import Workshop, check_threads
 
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
     "choices_for",
     "export",
     "legal_space",
-    "likely_threads",
     "load",
     "preset_of",
     "render_source",
     "tune",
+    "tune_with",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,10 @@ from bitgen.api.models import preset_of, step_sizes
 from bitgen.api.workshop import Workshop
 from bitgen.config import ModelPreset
 from bitgen.cpu import Isa, detect_cpu, target_cpu
+from bitgen.measure import Job
 from bitgen.paths import generated_dir
 from bitgen.spec import REGIMES, Shape
-from bitgen.winners import FamilyWinner, family_winners
+from bitgen.winners import family_winners
 
 if TYPE_CHECKING:
     from bitgen.bundle import KernelEntry
@@ -33,14 +36,14 @@ def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[Kernel
         tuned = {
             winner.threads
             for record in store.tunings
-            if record.shape == shape and record.fingerprint.digest == workshop.fingerprint.digest
-            for winner in record.winners
+            if record.shape == shape
+            for winner in record.current(workshop.fingerprints)
         }
         found = [
             KernelEntry(winner.spec, shape, winner.threads)
             for threads in sorted(tuned)
             for regime in REGIMES
-            if (winner := store.best(shape, regime.name, threads, workshop.fingerprint))
+            if (winner := store.best(shape, regime.name, threads, workshop.fingerprints))
             and winner.spec.isa == isa.name
         ]
         found = found or [
@@ -52,7 +55,7 @@ def choices_for(model: ModelPreset, workshop: Workshop, isa: Isa) -> list[Kernel
     return choices
 
 
-def _is_legal(winner: FamilyWinner, workshop: Workshop, isa: Isa) -> bool:
+def _is_legal(winner: Job, workshop: Workshop, isa: Isa) -> bool:
     """Whether a committed schedule is one of today's: the knobs of a family change with its templates."""
     space = workshop.space(winner.spec.family, isa, winner.spec.regime, winner.shape)
     return not space.broken(winner.spec)
@@ -95,10 +98,16 @@ def build(
         Target.of(workshop.cpu, level.name, workshop.isas),
         model=preset.alias,
         sizes=step_sizes(preset),
-        fingerprint=workshop.fingerprint.digest if choices else None,
-        threads=workshop.store.best_threads(targets, workshop.fingerprint) if choices else 0,
+        fingerprint=_fingerprint(choices, workshop),
+        threads=workshop.store.best_threads(targets, workshop.fingerprints) if choices else 0,
         check=workshop.runs(level),
     )
+
+
+def _fingerprint(choices: Sequence[KernelEntry], workshop: Workshop) -> str | None:
+    """Stands for the fingerprints of all chosen kernels; None without any."""
+    digests = [workshop.fingerprints(choice.spec).digest for choice in choices]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if digests else None
 
 
 def load(path: str | Path | None = None, threads: int | None = None) -> KernelTable:

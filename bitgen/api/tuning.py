@@ -12,20 +12,13 @@ from bitgen.api.libraries import untuned_library
 from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop, check_threads
 from bitgen.config import ModelPreset
-from bitgen.cpu import Cpu
 from bitgen.errors import BitgenError
 from bitgen.paths import ensure_dir, tune_logs_dir
 from bitgen.store import RecordStore
 from bitgen.winners import export_winners, nearest_winners
 
 if TYPE_CHECKING:
-    from bitgen.search import Progress, TuningResult
-
-
-def likely_threads(cpu: Cpu) -> tuple[int, ...]:
-    """Numbers of threads that may be the best: all usable cores, three quarters and half of them."""
-    cores = cpu.usable_threads
-    return tuple(dict.fromkeys(max(1, n) for n in (cores, cores * 3 // 4, cores // 2)))
+    from bitgen.search import Progress, TuneOptions, TuningResult
 
 
 def tune(
@@ -53,55 +46,61 @@ def tune(
     the whole step becomes the default of the library that is built. A second call continues: what the
     records know is not measured again, unless ``fresh``.
 
-    ``dry_run`` goes the whole way with two kernels of each family and regime, each proven and timed once, and
-    records nothing: its times mean nothing, it shows that a machine (or an emulator) can be tuned on.
+    ``dry_run`` is a smoke test: two kernels of each family and regime, each verified and timed once, and
+    nothing is recorded. Its times mean nothing; it shows that a machine (or an emulator) can be tuned on.
     """
-    from bitgen.measure.runner import LocalRunner
-    from bitgen.search import DRY_POLICY, dry, load_search_config, plan_for
-    from bitgen.search import tune as search
+    from bitgen.search import TuneOptions
 
-    workshop = Workshop(cc, logs)
-    preset = preset_of(model)
-    counts = likely_threads(workshop.cpu) if threads == "auto" else tuple(threads)
-    check_threads(counts, workshop.cpu)
-    config = load_search_config()
-    plan = plan_for(
-        preset,
-        workshop.cpu,
-        [workshop.isa(name) for name in isas] or [workshop.isa(None)],
-        config,
-        quick=quick,
-        families=families,
-        regimes=regimes,
-        threads=counts,
+    options = TuneOptions(
+        isas=tuple(isas),
+        families=tuple(families),
+        regimes=tuple(regimes),
+        threads="auto" if threads == "auto" else tuple(threads),
         objective=objective,
         seed=seed,
         trials=trials,
         timeout_s=timeout_s,
+        quick=quick,
+        fresh=fresh,
+        smoke=dry_run,
+        cc=cc,
+        logs=logs,
     )
-    near = nearest_winners(workshop.cpu, workshop.isas)
+    return tune_with(model, options, progress)
+
+
+def tune_with(
+    model: str | ModelPreset, options: TuneOptions, progress: Progress | None = None
+) -> TuningResult:
+    """`tune` with its options as a record, which the command line makes."""
+    from bitgen.measure.runner import LocalRunner, TimingPolicy
+    from bitgen.search import Session, load_search_config, plan_for
+    from bitgen.search import tune as search
+
+    workshop = Workshop(options.cc, options.logs)
+    cpu, preset, config = workshop.cpu, preset_of(model), load_search_config()
+    levels = [workshop.isa(name) for name in options.isas] or [workshop.isa(None)]
+    plan = plan_for(preset, cpu, levels, config, options)
+    check_threads(plan.threads, cpu)
+    near = nearest_winners(cpu, workshop.isas)
+    policy = None
     with contextlib.ExitStack() as stack:
-        if dry_run:
-            plan, config = dry(plan, config)
-            store = RecordStore(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "dry-run.jsonl")
+        if options.smoke:
+            plan, config, policy = plan.smoke(), config.smoke(), TimingPolicy.smoke()
+            store = RecordStore(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "smoke.jsonl")
         else:
-            ensure_dir(tune_logs_dir(logs))  # found out now, not after the first measurement
+            ensure_dir(tune_logs_dir(options.logs))  # found out now, not after the first measurement
             store = workshop.store
-        policy = DRY_POLICY if dry_run else None
-        runner = stack.enter_context(LocalRunner(workshop.toolchain, workshop.cpu, policy=policy))
-        return search(
-            plan,
-            runner,
-            store,
-            workshop.fingerprint,
-            workshop.space,
+        runner = stack.enter_context(LocalRunner(workshop.toolchain, cpu, policy=policy))
+        session = Session(
             config=config,
-            family_winners=[winner.spec for winner in near.winners] if near else (),
-            rest_ns=_RestOfStep(preset, {name: regime.n for name, regime in config.regimes.items()}),
+            family_winners=tuple(winner.spec for winner in near.winners) if near else (),
             started_from=f"winners of {near.cpu_family} ({near.why})" if near else "",
-            fresh=fresh,
+            rest_ns=_RestOfStep(preset, {name: regime.n for name, regime in config.regimes.items()}),
+            fresh=options.fresh,
             progress=progress,
         )
+        return search(plan, runner, store, workshop.fingerprints, workshop.space, session)
 
 
 class _RestOfStep:
@@ -129,8 +128,7 @@ def export(*, cc: str | None = None, logs: Path | None = None, out: Path | None 
     BitgenError when nothing was tuned here with this compiler and version.
     """
     workshop = Workshop(cc, logs)
-    digest = workshop.fingerprint.digest
-    if not any(record.fingerprint.digest == digest for record in workshop.store.tunings):
+    if not any(record.current(workshop.fingerprints) for record in workshop.store.tunings):
         raise BitgenError("there are no current winners to export: run bitgen tune --model NAME first")
     folder = out if out is not None else tune_logs_dir(logs) / "winners"
-    return export_winners(workshop.store, workshop.fingerprint, workshop.cpu, workshop.isas, folder)
+    return export_winners(workshop.store, workshop.fingerprints, workshop.cpu, workshop.isas, folder)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from bitgen import __version__
 from bitgen.cpu import Cpu, Isa, accepted_isas, detect_cpu, load_isas, require_isa
 from bitgen.errors import UsageError
+from bitgen.fingerprints import Fingerprints, fingerprints
 from bitgen.paths import tune_logs_dir
-from bitgen.render import template_digest
 from bitgen.space import Space, space_for
 from bitgen.spec import Shape, regime_named
-from bitgen.store import Fingerprint, RecordStore
+from bitgen.store import RecordStore
 from bitgen.toolchain import Toolchain, find_compiler, find_cross_compiler
 
 
@@ -63,15 +60,9 @@ class Workshop:
         return RecordStore(tune_logs_dir(self.logs) / f"{self.cpu.family}.jsonl")
 
     @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """Everything a timing depends on besides the spec; a record with another fingerprint is stale."""
-        cpu, flags = self.cpu, {isa.name: self.toolchain.fingerprint(isa) for isa in self.isas}
-        return Fingerprint(
-            cpu=f"{cpu.family} {cpu.model_name} {_digest(sorted(cpu.features))}",
-            compiler=f"{self.toolchain.compiler.version.splitlines()[0]} {_digest(flags)}",
-            templates=template_digest(cpu.arch)[:16],
-            version=__version__,
-        )
+    def fingerprints(self) -> Fingerprints:
+        """What the timing of a kernel depends on besides its spec; under another fingerprint it is stale."""
+        return fingerprints(self.cpu, self.isas, self.toolchain)
 
     def isa(self, name: str | None) -> Isa:
         """The named ISA level, which this CPU must run; None: the best one it runs."""
@@ -79,10 +70,6 @@ class Workshop:
 
     def space(self, family: str, isa: Isa, regime: str, shape: Shape) -> Space:
         return space_for(family, isa, regime_named(regime), shape, self.cpu)
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def check_threads(counts: Iterable[int], cpu: Cpu) -> None:

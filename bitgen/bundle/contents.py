@@ -147,7 +147,7 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
             for layout in layouts
             for regime in REGIMES
         ]
-    rendered = [replace(entry, digest=render_kernel(entry.spec).digest) for entry in entries]
+    rendered = [replace(entry, sha256=render_kernel(entry.spec).digest) for entry in entries]
     return Contents(target, tuple(dict.fromkeys(rendered)))
 
 

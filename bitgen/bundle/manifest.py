@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitgen.abi import ABI_VERSION
 from bitgen.errors import BitgenError, FileError
+from bitgen.records import load
 from bitgen.spec import KernelSpec, Shape, StepSizes
 
 MANIFEST_NAME = "manifest.json"
@@ -28,17 +29,21 @@ class KernelEntry:
     """One kernel of a library, chosen for a shape on a number of threads, or (None and 0) for every shape.
 
     ``role`` is tuned, default (serves every shape) or portable (scalar); empty: tuned for a shape, else
-    default. ``digest`` is the sha256 of its C text, empty where that was not rendered yet. BitgenError when
+    default. ``sha256`` is that of its C text, empty where that was not rendered yet. BitgenError when
     shape, threads and spec contradict each other.
     """
 
+    name: str = field(init=False, repr=False, compare=False)  # for people, and so is the regime
+    regime: str = field(init=False, repr=False, compare=False)
     spec: KernelSpec
     shape: Shape | None = None
     threads: int = 0
     role: str = ""
-    digest: str = ""
+    sha256: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.spec.name)
+        object.__setattr__(self, "regime", self.spec.regime)
         if (self.shape is None) != (self.threads == 0) or self.threads < 0:
             raise BitgenError(
                 f"{self.spec.name}: a kernel for a shape needs threads >= 1, one for all needs 0"
@@ -47,27 +52,6 @@ class KernelEntry:
             raise BitgenError(f"{self.spec.name} was made for another shape than {self.shape}")
         if not self.role:
             object.__setattr__(self, "role", TUNED if self.shape else DEFAULT)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.spec.name,  # for people; the spec below is what counts
-            "role": self.role,
-            "shape": self.shape.name if self.shape else None,
-            "regime": self.spec.regime,
-            "threads": self.threads,
-            "spec": self.spec.to_dict(),
-            "sha256": self.digest,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> KernelEntry:
-        return cls(
-            spec=KernelSpec.from_dict(data["spec"]),
-            role=str(data["role"]),
-            shape=Shape.parse(data["shape"]) if data["shape"] else None,
-            threads=int(data["threads"]),
-            digest=str(data["sha256"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -107,38 +91,6 @@ class Manifest:
     @property
     def is_tuned(self) -> bool:
         return any(kernel.role == TUNED for kernel in self.kernels)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "isas": {name: list(features) for name, features in self.isas.items()},
-            "kernels": [kernel.to_dict() for kernel in self.kernels],
-            "files": dict(self.files),
-            "compiler": dict(self.compiler),
-            "step": self.step.to_dict() if self.step else None,
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
-        return cls(
-            name=str(data["name"]),
-            library=str(data["library"]),
-            arch=str(data["arch"]),
-            system=str(data["system"]),
-            cpu_family=str(data["cpu_family"]),
-            model=None if data["model"] is None else str(data["model"]),
-            isas={str(name): tuple(map(str, features)) for name, features in data["isas"].items()},
-            kernels=tuple(KernelEntry.from_dict(kernel) for kernel in data["kernels"]),
-            files={str(name): str(digest) for name, digest in data["files"].items()},
-            compiler=dict(data["compiler"]),
-            fingerprint=None if data["fingerprint"] is None else str(data["fingerprint"]),
-            bitgen_version=str(data["bitgen_version"]),
-            threads=int(data.get("threads", 0)),
-            cores=int(data.get("cores", 0)),
-            step=StepSizes.from_dict(data["step"]) if data.get("step") else None,
-            abi_version=int(data["abi_version"]),
-            format=int(data["format"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -200,12 +152,9 @@ def _parse(data: Any, file: Path) -> Manifest:
         if found != wanted:
             raise FileError(f"{file}: {key} is {found!r}, this bitgen reads {wanted}: build the bundle again")
     try:
-        return Manifest.from_dict(data)
-    except BitgenError as error:
-        raise FileError(f"{file}: {error.message}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {error}"
-        raise FileError(f"{file} is damaged ({detail}): build the bundle again") from error
+        return load(Manifest, data, str(file))
+    except FileError as error:
+        raise FileError(f"{error.message}; the manifest is damaged: build the bundle again") from error
 
 
 def find_bundles(folder: Path) -> tuple[list[Bundle], list[BitgenError]]:

@@ -22,6 +22,7 @@ from bitgen.bundle.units import library_units_of
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.hostcode import SYSTEMS, host_headers
 from bitgen.paths import HOME_VARIABLE, ensure_dir
+from bitgen.records import dump
 from bitgen.spec import StepSizes
 from bitgen.toolchain import (
     DEFAULT_LIBS,
@@ -119,7 +120,7 @@ def _write(
         cores=contents.cores,
         bitgen_version=__version__,
     )
-    text = json.dumps(manifest.to_dict(), indent=1) + "\n"
+    text = json.dumps(dump(manifest), indent=1) + "\n"
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from bitgen.cpu import CAP_VARIABLE, Accepted, detect_cpu, isa_cap, load_isas, resolve_isas
+    from bitgen.records import dump
     from bitgen.toolchain import find_compilers
 
     cpu, cap = detect_cpu(), isa_cap()
@@ -49,8 +50,4 @@ def run(args: argparse.Namespace) -> None:
             compilers or [("none", "install gcc or clang, or pip install ziglang", "")],
         ),
     ]
-    print(
-        render_tables(
-            tables, args.output, {"cpu_record": cpu.to_dict(), "isa_cap": cap.name if cap else None}
-        )
-    )
+    print(render_tables(tables, args.output, {"cpu_record": dump(cpu), "isa_cap": cap.name if cap else None}))

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
 def library_table(path: Path) -> Table:
     """The kernels of a bundle, in the order in which the library prefers them."""
     from bitgen.bundle import read_bundle
+    from bitgen.records import dump
 
     bundle = read_bundle(path.parent if path.is_file() else path)
     columns = (
@@ -56,7 +57,7 @@ def library_table(path: Path) -> Table:
     if manifest.threads:
         title += f", by default threads = {manifest.threads} on {manifest.cores} cores"
     if manifest.step:
-        sizes = ", ".join(f"{name} {size}" for name, size in manifest.step.to_dict().items())
+        sizes = ", ".join(f"{name} {size}" for name, size in dump(manifest.step).items())
         title += f"; a step for {sizes}, and one for every model"
     return Table(title, columns, rows)
 
@@ -66,17 +67,17 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
     from bitgen.api import Workshop
 
     workshop = Workshop(cc, logs)
-    newest = {(r.shape, r.fingerprint.digest): r for r in workshop.store.tunings}
+    newest = {(r.shape, *(w.fingerprint for w in r.winners)): r for r in workshop.store.tunings}
     rows = []
     for record in newest.values():
-        current = record.fingerprint.digest == workshop.fingerprint.digest
         for winner in record.winners:
             if winner.spec.layout == record.layout:
+                changed = winner.fingerprint.differences(workshop.fingerprints(winner.spec))
                 ratio = winner.time_ns / winner.default_ns if winner.default_ns else None
                 rows.append(
                     (
                         record.shape.name,
-                        winner.n,
+                        winner.measurement.job.n,
                         winner.threads,
                         winner.spec.isa,
                         winner.spec.layout.name,
@@ -84,7 +85,7 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
                         winner.time_ns / 1e3,
                         ratio,
                         record.objective,
-                        "current" if current else _why_stale(record.fingerprint, workshop.fingerprint),
+                        f"stale: other {', '.join(changed)}" if changed else "current",
                     )
                 )
     columns = (
@@ -100,15 +101,6 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
         Column("state", "state"),
     )
     return Table("tuned", columns, rows)
-
-
-def _why_stale(old: object, new: object) -> str:
-    changed = [
-        name
-        for name in ("cpu", "compiler", "templates", "version")
-        if getattr(old, name) != getattr(new, name)
-    ]
-    return f"stale: other {', '.join(changed)}"
 
 
 def _bundles_table() -> Table:

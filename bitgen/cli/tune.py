@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 from bitgen.errors import BitgenError
 
 if TYPE_CHECKING:
-    from bitgen.search import TuningResult
+    from bitgen.search import TuneOptions, TuningResult
 
 SUMMARY = "find this machine's fastest kernels for a model"
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="try the way: prove and time two kernels of each family once, record nothing",
+        help="smoke test: verify and time two kernels of each family once, record nothing",
     )
     parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
     parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
@@ -54,25 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitgen.api import tune
+    from bitgen.api import tune_with
     from bitgen.cli.progress import ProgressLine
 
     with ProgressLine() as line:
-        result = tune(
+        result = tune_with(
             args.model,
-            isas=args.isa,
-            families=args.family,
-            regimes=args.regime,
-            threads=_threads(args.threads),
-            objective=args.objective,
-            seed=args.seed,
-            trials=args.trials,
-            timeout_s=args.timeout,
-            quick=args.quick,
-            fresh=args.fresh,
-            dry_run=args.dry_run,
-            cc=args.cc,
-            logs=args.logs,
+            options_of(args),
             progress=lambda step: line.show(f"{step.seconds:4.0f} s  {step.stage}  {step.title}"),
         )
     if args.dry_run:
@@ -84,25 +72,41 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_dry_run(result: TuningResult, output: str) -> int:
-    """What was proven, without times; the exit code tells whether every kernel was."""
-    columns = (Column("group", "group"), Column("points", "points", "d"), Column("exact", "proven", "d"))
+    """What was verified, without times; the exit code tells whether every kernel was."""
+    columns = (Column("group", "group"), Column("points", "points", "d"), Column("exact", "verified", "d"))
     rows = [
         (g.name, g.points, g.outcomes["ok"], g.outcomes.total() - g.outcomes["ok"]) for g in result.groups
     ]
-    proven, failed = sum(row[2] for row in rows), sum(row[3] for row in rows)
+    verified, failed = sum(row[2] for row in rows), sum(row[3] for row in rows)
     print(render_tables([Table("groups", (*columns, Column("failed", "failed", "d")), rows)], output))
     if output == "text":
-        print(f"\nDry run, {result.seconds:.0f} s: {proven} kernels compiled, proven exact and run.")
+        print(f"\nDry run, {result.seconds:.0f} s: {verified} kernels compiled, verified exact and run.")
         print("Nothing was recorded, and nothing was timed that could be compared.")
     for text in (text for group in result.groups for text in group.failures):
         print(f"bitgen: {text}", file=sys.stderr)
     return BitgenError.exit_code if failed else 0
 
 
-def _threads(text: str | None) -> list[int] | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    return numbers("--threads", text, 0) if text else []
+def options_of(args: argparse.Namespace) -> TuneOptions:
+    """The flags of `add_arguments` as a record."""
+    from bitgen.search import TuneOptions
+
+    counts = numbers("--threads", args.threads, 0) if args.threads not in (None, "", "auto") else []
+    return TuneOptions(
+        isas=tuple(args.isa),
+        families=tuple(args.family),
+        regimes=tuple(args.regime),
+        threads="auto" if args.threads == "auto" else tuple(counts),
+        objective=args.objective,
+        seed=args.seed,
+        trials=args.trials,
+        timeout_s=args.timeout,
+        quick=args.quick,
+        fresh=args.fresh,
+        smoke=args.dry_run,
+        cc=args.cc,
+        logs=args.logs,
+    )
 
 
 def winner_tables(result: TuningResult) -> list[Table]:
@@ -204,10 +208,12 @@ def _limit_table(result: TuningResult) -> Table:
 
 def summary(result: TuningResult) -> str:
     """How the tune went, in a few lines."""
-    outcomes = ", ".join(f"{count} {name}" for name, count in sorted(result.outcomes.items()))
+    outcomes = ", ".join(
+        f"{count:,} {'verified' if name == 'ok' else name}" for name, count in sorted(result.outcomes.items())
+    )
     lines = [
-        f"{result.seconds:.0f} s, seed {result.seed}: {outcomes}; {result.recorded} measured, "
-        f"{result.recalled} known from the records."
+        f"{result.seconds:.0f} s, seed {result.seed}: {outcomes}; {result.recorded:,} timed, "
+        f"{result.recalled:,} from cache."
     ]
     lines += [f"tried first: {text}" for text in result.started_from]
     lines += [f"left out: {text}" for text in result.rejected]

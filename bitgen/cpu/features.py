@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.errors import UsageError
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 
 ANY_ARCH = "any"
 _END, _HWCAP = 0, {16: 1, 26: 2}  # types of entries: AT_NULL, AT_HWCAP, AT_HWCAP2
@@ -54,7 +54,7 @@ def feature_table(file: Path | None = None) -> FeatureTable:
 
 @cache
 def _table(path: Path) -> FeatureTable:
-    return load_strict(FeatureTable, load_yaml(path), str(path))
+    return load(FeatureTable, load_yaml(path), str(path))
 
 
 def compiler_flags(

@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.cpu.features import ANY_ARCH as ANY_ARCH
 from bitgen.cpu.features import compiler_flags
 from bitgen.cpu.machine import Cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError, unknown
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 
 CAP_VARIABLE = "BITGEN_ISA_CAP"  # see bitgen/cpu/cap.py
 
@@ -170,7 +170,7 @@ def _own_isas(path: Path) -> tuple[Isa, ...]:
 
 def _read_isas(path: Path) -> tuple[Isa, ...]:
     levels: dict[str, _Level] = {}
-    for name, entry in load_strict(_IsaFile, load_yaml(path), str(path)).isas.items():
+    for name, entry in load(_IsaFile, load_yaml(path), str(path)).isas.items():
         where = f"{path}: isas.{name}"
         if entry.extends is not None and entry.extends not in levels:
             raise FileError(f"{where}: what it extends, {entry.extends!r}, must stand before it")

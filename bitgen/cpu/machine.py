@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 # What to assume when the system does not tell. Small L1 and L2 keep blocks in cache everywhere; a large last
 # level keeps "cold" timings cold.
@@ -65,10 +63,6 @@ class Cpu:
         """All instances of the last-level cache together (chiplets, sockets)."""
         llc = self._llc
         return llc.size_bytes * math.ceil(self.logical_cpus / llc.shared_by) if llc else _LLC_BYTES
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able picture of all fields, features sorted."""
-        return {**dataclasses.asdict(self), "features": sorted(self.features)}
 
     @property
     def _data_caches(self) -> tuple[Cache, ...]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.errors import BitgenError
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 
 _ARCHS = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
@@ -51,7 +51,7 @@ class _File:
 def load_cpu_families(file: Path | None = None) -> tuple[CpuFamily, ...]:
     """The families of ``file`` (default: configs/cpu_families.yaml); BitgenError when it is wrong."""
     path = file if file is not None else configs_dir() / "cpu_families.yaml"
-    return load_strict(_File, load_yaml(path), str(path)).cpu_families
+    return load(_File, load_yaml(path), str(path)).cpu_families
 
 
 def family_label(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bitgen.config import load_strict, load_yaml
 from bitgen.cpu.machine import Cache, Cpu
 from bitgen.errors import unknown
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
 
 
 @dataclass(frozen=True)
@@ -69,4 +69,4 @@ def target_cpu(name: str, system: str = "Linux") -> Cpu:
 
 @cache
 def _targets(path: Path) -> dict[str, _Entry]:
-    return load_strict(_File, load_yaml(path), str(path)).targets
+    return load(_File, load_yaml(path), str(path)).targets

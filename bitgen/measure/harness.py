@@ -24,11 +24,15 @@ _MPROTECT = "int mprotect(void *, size_t, int);\n"
 _N_ANY = 2**31 - 1  # the host's "no bound"
 
 
+def harness_units(arch: str) -> tuple[Unit, ...]:
+    """What a kernel is called and timed by, with its headers."""
+    headers = (*host_headers(arch), ("harness.h", csrc_text("harness.h")))
+    return (*run_units(arch), Unit("harness", csrc_text("harness.c"), headers=headers))
+
+
 def build_harness(toolchain: Toolchain, arch: str) -> Path:
     """The shared library of `harness.h` for this architecture, from the cache where it is there already."""
-    headers = (*host_headers(arch), ("harness.h", csrc_text("harness.h")))
-    units = (*run_units(arch), Unit("harness", csrc_text("harness.c"), headers=headers))
-    objects = toolchain.objects(units)
+    objects = toolchain.objects(harness_units(arch))
     # An object's name is the hash of its content.
     key = key_of({**toolchain.fingerprint(), "objects": [path.name for path in objects]})
     return toolchain.cache.make(

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bitgen.errors import BitgenError
 from bitgen.spec import KernelSpec, Shape, regime_of
@@ -140,40 +140,6 @@ class Measurement:
         if not self.against_ns:
             return None
         return statistics.median(t / a for t, a in zip(self.times_ns, self.against_ns, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        job = self.job
-        return {
-            "spec": job.spec.to_dict(),
-            "shape": [job.shape.m, job.shape.k],
-            "n": job.n,
-            "threads": job.threads,
-            "cold": job.cold,
-            "status": self.status.value,
-            "detail": self.detail,
-            "times_ns": list(self.times_ns),
-            "against": job.against.to_dict() if job.against else None,
-            "against_ns": list(self.against_ns),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
-        against = data.get("against")
-        m, k = data["shape"]
-        return cls(
-            job=Job(
-                spec=KernelSpec.from_dict(data["spec"]),
-                shape=Shape(int(m), int(k)),
-                n=int(data["n"]),
-                threads=int(data["threads"]),
-                cold=bool(data["cold"]),
-                against=KernelSpec.from_dict(against) if against else None,
-            ),
-            status=Status(data["status"]),
-            detail=str(data.get("detail", "")),
-            times_ns=tuple(float(t) for t in data["times_ns"]),
-            against_ns=tuple(float(t) for t in data.get("against_ns", ())),
-        )
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,11 @@ class TimingPolicy:
     check_timeout_s: float = 10.0
     timeout_s: float = 30.0
 
+    @classmethod
+    def smoke(cls) -> TimingPolicy:
+        """One repeat each, and patience: an emulator takes far longer than the CPU it plays."""
+        return cls(1, 0.0, race_min_ms=0.0, peak_rounds=1, check_timeout_s=300.0, timeout_s=600.0)
+
 
 @dataclass(frozen=True)
 class Verification:

@@ -6,36 +6,38 @@ plan of a model. The only package that imports optuna, and only when a space is 
 
 from __future__ import annotations
 
-from bitgen.search.dry import DRY_POLICY, dry
 from bitgen.search.group import roofline_ns
 from bitgen.search.plan import (
     Plan,
     SearchConfig,
     SpaceFactory,
     Target,
+    TuneOptions,
     load_search_config,
     plan_for,
     targets_of,
+    thread_candidates,
 )
 from bitgen.search.result import FormatCost, GroupReport, Row, TuningResult
-from bitgen.search.tuner import Progress, Step, tune
+from bitgen.search.tuner import Progress, Session, Step, tune
 
 __all__ = [
-    "DRY_POLICY",
     "FormatCost",
     "GroupReport",
     "Plan",
     "Progress",
     "Row",
     "SearchConfig",
+    "Session",
     "SpaceFactory",
     "Step",
     "Target",
+    "TuneOptions",
     "TuningResult",
-    "dry",
     "load_search_config",
     "plan_for",
     "roofline_ns",
     "targets_of",
+    "thread_candidates",
     "tune",
 ]

@@ -3,7 +3,7 @@
 One packed copy of a matrix serves every regime and thread count, so a layout is judged by the best kernels
 that read it, over the whole objective:
 
-    cost(shape, layout) = sum over regimes of tokens[regime] / n * time of the layout's champion
+    cost(shape, layout) = sum over regimes of tokens[regime] / n * time of the layout's winner
 
 on one number of threads. Where several were searched each has a choice of its own, and the model takes the
 number whose session is shortest, the rest of the step included.
@@ -15,14 +15,16 @@ noise.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bitgen.fingerprints import Fingerprints
+from bitgen.measure import Job, Measurement, RaceJob, Status
 from bitgen.measure.stats import select
 from bitgen.search.plan import Group, SearchConfig, Target
 from bitgen.search.race import Raced
 from bitgen.spec import KernelSpec, Layout, Shape
+from bitgen.store import Winner
 
 
 @dataclass(frozen=True, order=True)
@@ -38,34 +40,12 @@ def slot_of(group: Group) -> Slot:
 
 
 @dataclass(frozen=True)
-class Champion:
-    """The kernel that won a slot among those that read one layout, and the default of its family there.
-
-    ``rounds_ns`` and ``default_rounds_ns`` are times of one call in the same rounds; the latter is empty
-    where the default failed.
-    """
-
-    spec: KernelSpec
-    rounds_ns: tuple[float, ...]
-    default: KernelSpec
-    default_rounds_ns: tuple[float, ...]
-
-    @property
-    def time_ns(self) -> float:
-        return statistics.median(self.rounds_ns)
-
-    @property
-    def default_ns(self) -> float | None:
-        return statistics.median(self.default_rounds_ns) if self.default_rounds_ns else None
-
-
-@dataclass(frozen=True)
 class Option:
-    """One shape in one layout: a champion for every slot, and what a session costs, round by round (ns)."""
+    """One shape in one layout: a winner for every slot, and what a session costs, round by round (ns)."""
 
     shape: Shape
     layout: Layout
-    champions: Mapping[Slot, Champion]
+    winners: Mapping[Slot, Winner]
     cost_ns: tuple[float, ...]
 
 
@@ -84,6 +64,22 @@ class SlotRace:
 
     raced: Raced
     defaults: Mapping[str, KernelSpec]
+    job: RaceJob  # of its first block
+    fingerprints: Fingerprints
+
+    def winner(self, layout: Layout, config: SearchConfig) -> Winner | None:
+        """The kernel that won among those that read ``layout``; None where nothing ran."""
+        default = self.defaults.get(layout.family)
+        spec = self.raced.best(layout, default, config)
+        measured = spec and self._measured(spec)
+        if spec is None or default is None or not measured:
+            return None
+        return Winner(measured, self._measured(default), self.fingerprints(spec))
+
+    def _measured(self, spec: KernelSpec) -> Measurement | None:
+        rounds = self.raced.rounds_ns.get(spec, ())
+        job = Job(spec, self.job.shape, self.job.n, self.job.threads, self.job.cold)
+        return Measurement(job, Status.OK, times_ns=rounds) if rounds else None
 
 
 def options_of(
@@ -98,25 +94,19 @@ def options_of(
     weights = token_weights(config, objective, [slot.regime for slot in races])
     options = []
     for layout in layouts:
-        champions = {slot: _champion(race, layout, config) for slot, race in races.items()}
-        found = {slot: champion for slot, champion in champions.items() if champion is not None}
+        winners = {slot: race.winner(layout, config) for slot, race in races.items()}
+        found = {slot: winner for slot, winner in winners.items() if winner is not None}
         if len(found) == len(races):
             parts = [
-                [weights[slot.regime] / config.regimes[slot.regime].n * t for t in champion.rounds_ns]
-                for slot, champion in found.items()
+                [
+                    weights[slot.regime] / config.regimes[slot.regime].n * t
+                    for t in winner.measurement.times_ns
+                ]
+                for slot, winner in found.items()
                 if slot.threads == threads
             ]
             options.append(Option(shape, layout, found, _sum(parts)))
     return tuple(options)
-
-
-def _champion(race: SlotRace, layout: Layout, config: SearchConfig) -> Champion | None:
-    default = race.defaults.get(layout.family)
-    spec = race.raced.champion(layout, default, config)
-    if spec is None or default is None:
-        return None
-    rounds = race.raced.rounds_ns
-    return Champion(spec, rounds[spec], default, rounds.get(default, ()))
 
 
 def token_weights(config: SearchConfig, objective: str, regimes: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from bitgen.measure import Job, MachinePeak, Measurement, Status
-from bitgen.search.answers import Answers
+from bitgen.search.cache import MeasurementCache
 from bitgen.search.plan import Group, Plan, RegimeConfig, SearchConfig, seed_of
 from bitgen.search.propose import Proposer, proposer_for
 from bitgen.spec import KernelSpec, Layout, Shape
@@ -93,7 +93,7 @@ class GroupSearch:
         plan: Plan,
         starters: Iterable[KernelSpec],
         config: SearchConfig,
-        answers: Answers,
+        cache: MeasurementCache,
         limits: MachinePeak,
         clock: Callable[[], float],
     ) -> None:
@@ -103,7 +103,7 @@ class GroupSearch:
         self._trials = min(plan.trials, len(group.points))
         self._config = config
         self._regime: RegimeConfig = config.regimes[group.regime]
-        self._answers = answers
+        self._cache = cache
         self._limits = limits
         self._clock = clock
         self._seconds = 0.0
@@ -112,9 +112,8 @@ class GroupSearch:
         self._batch: list[KernelSpec] = []  # under way
         self._answered: set[tuple[KernelSpec, Shape]] = set()
         self._reference: dict[Shape, float] = {}  # times of the first candidate that ran on every shape
-        self._incumbents: dict[
-            tuple[Shape, Layout], KernelSpec
-        ] = {}  # the best so far, whom others are timed beside
+        # The best so far, beside which others are timed.
+        self._incumbents: dict[tuple[Shape, Layout], KernelSpec] = {}
         self._best_total = math.inf  # of the best kernels on every shape, when a batch last improved it
         self._idle = 0  # candidates since then
         self._patience = max(_LEAST_IDLE * config.batch, config.patience * len(group.points))
@@ -122,6 +121,7 @@ class GroupSearch:
             group.points,
             [*group.defaults.values(), *starters, *group.known_good],
             seed_of(plan.seed, group.name),
+            config.strategy,
             config.enumerate_up_to,
         )
 
@@ -144,7 +144,7 @@ class GroupSearch:
                 size = min(self._config.batch, self._trials - self._asked, pace * (deadline - now))
                 self._ask(max(1, int(size)))
             if not self._measure_batch(self._batch, self._open_shapes(), late):
-                break  # in the midst of a batch
+                break  # in the middle of a batch
             self._judge(seen)
         self._seconds += self._clock() - begin
 
@@ -153,7 +153,7 @@ class GroupSearch:
         return GroupOutcome(self.group, tuple(self._candidates.values()), self._seconds, self.complete)
 
     def recall(self, specs: Iterable[KernelSpec]) -> None:
-        """Measure kernels that earlier tunes crowned, so that they take part in the race."""
+        """Measure kernels that earlier tunes selected, so that they take part in the race."""
         known = set(self.group.points)
         new = [s for s in dict.fromkeys(specs) if s in known and s not in self._candidates]
         self._measure(new, list(self._count), math.inf)
@@ -189,7 +189,7 @@ class GroupSearch:
         if jobs and self._clock() >= deadline:
             return False
         # A generator closed early tells the runner to stop what it prepared.
-        answers = self._answers.measure(jobs)
+        answers = self._cache.measure(jobs)
         with closing(answers):
             for done, answer in enumerate(answers, start=1):
                 job = answer.job
@@ -211,22 +211,22 @@ class GroupSearch:
             return
         time_ns = answer.median_ns
         against, shape = answer.job.against, answer.job.shape
-        rival = self._candidates.get(against) if against else None
-        if rival and answer.ratio is not None and shape in rival.times_ns:
+        baseline = self._candidates.get(against) if against else None
+        if baseline and answer.ratio is not None and shape in baseline.times_ns:
             # In units of the incumbent's time at that very moment: a slow moment of the machine cancels.
-            time_ns = answer.ratio * rival.times_ns[shape]
+            time_ns = answer.ratio * baseline.times_ns[shape]
         candidate.times_ns[shape] = time_ns
 
     def _judge(self, seen: Callable[[int], None]) -> None:
-        """A batch is measured: crown the best, tell the proposer, see whether the search is over."""
-        self._crown(len(self._batch))
+        """A batch is measured: select the best, tell the proposer, see whether the search is over."""
+        self._select(len(self._batch))
         self._tell(self._batch)
         self._batch = []
         over = self._asked >= self._trials or self._idle >= self._patience
         self.complete = over or not self._open_shapes()
         seen(len(self._candidates))
 
-    def _crown(self, tried: int) -> None:
+    def _select(self, tried: int) -> None:
         """The best so far of each layout is the incumbent: layouts are compared later, on the whole model."""
         for shape in self._count:
             known = {key: self._candidates[spec].time_ns(shape) for key, spec in self._incumbents.items()}

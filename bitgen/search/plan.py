@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-from bitgen.config import ModelPreset, load_strict, load_yaml
+from bitgen.config import ModelPreset
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
 from bitgen.paths import configs_dir
+from bitgen.records import load, load_yaml
+from bitgen.search.propose import STRATEGIES
 from bitgen.space import Space
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
 
@@ -63,6 +66,7 @@ class SearchConfig:
     objectives: dict[str, dict[str, float]]
     objective: str
     budgets: dict[str, Budget]
+    strategy: str
     enumerate_up_to: int
     batch: int
     patience: float
@@ -88,19 +92,52 @@ class SearchConfig:
                 raise BitgenError(f"objectives: {name} needs the tokens of each regime, not all of them 0")
         if self.objective not in self.objectives or set(self.budgets) != {"default", "quick"}:
             raise BitgenError("objective must be one of objectives; budgets are default and quick")
+        if self.strategy not in ("auto", *STRATEGIES):
+            raise unknown("strategy", self.strategy, ("auto", *STRATEGIES))
         if min(self.batch, self.race_block) < 1 or self.finalist_ratio < 1:
             raise BitgenError("batch, race_block and finalist_ratio must be at least 1")
         if self.patience <= 0 or not 0 <= self.race_share < 1:
             raise BitgenError("patience must be above 0, race_share in [0, 1)")
 
+    def smoke(self) -> SearchConfig:
+        """For `Plan.smoke`: the least tokens of each regime, one round, beyond which nothing is compared."""
+        regimes = {
+            name: replace(regime, n=regime_named(name).n_min, finalists=1, drop_ratio=None)
+            for name, regime in self.regimes.items()
+        }
+        return replace(self, regimes=regimes, race_block=1)
+
 
 def load_search_config(file: Path | None = None) -> SearchConfig:
     """configs/search.yaml, or ``file``. FileError when it is wrong."""
     path = file if file is not None else configs_dir() / "search.yaml"
-    return load_strict(SearchConfig, load_yaml(path), str(path))
+    return load(SearchConfig, load_yaml(path), str(path))
 
 
 # ---- the plan ----
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a tune may be asked for; what is left out comes from the budget, the CPU and the model.
+
+    ``threads`` "auto": all usable cores, three quarters and half of them. ``fresh``: measure again what the
+    records know. ``smoke``: `Plan.smoke`, and nothing is recorded. ``cc`` and ``logs`` as in `bitgen.tune`.
+    """
+
+    isas: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
+    regimes: tuple[str, ...] = ()
+    threads: tuple[int, ...] | Literal["auto"] = ()
+    objective: str | None = None
+    seed: int = 0
+    trials: int | None = None
+    timeout_s: float | None = None
+    quick: bool = False
+    fresh: bool = False
+    smoke: bool = False
+    cc: str | None = None
+    logs: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +183,14 @@ class Plan:
     def shapes(self) -> tuple[Shape, ...]:
         return tuple(target.shape for target in self.targets)
 
+    def smoke(self) -> Plan:
+        """The same steps with as little work as they allow: for emulators, and to see that tuning works.
+
+        Two kernels of each family and regime, no time limit, one block of the race, after which every default
+        keeps its place: one round is beyond no noise.
+        """
+        return replace(self, trials=min(self.trials, 2), timeout_s=None, race_blocks=1)
+
 
 def targets_of(model: ModelPreset) -> tuple[Target, ...]:
     """The distinct weight shapes of a model, the one with most weights a token first."""
@@ -162,36 +207,32 @@ def plan_for(
     cpu: Cpu,
     isas: Sequence[Isa],
     config: SearchConfig,
-    *,
-    quick: bool = False,
-    families: Iterable[str] = (),
-    regimes: Iterable[str] = (),
-    threads: Iterable[int] = (),
-    objective: str | None = None,
-    seed: int = 0,
-    trials: int | None = None,
-    timeout_s: float | None = None,
+    options: TuneOptions = TuneOptions(),
 ) -> Plan:
-    """The plan of `bitgen tune`: what the caller leaves out comes from the budget, the CPU and the model.
-
-    ``isas``: the levels to search, best first; usually only the best one the CPU accepts.
-    """
-    budget = config.budgets["quick" if quick else "default"]
-    if objective is not None and objective not in config.objectives:
-        raise unknown("objective", objective, config.objectives)
+    """The plan of `bitgen tune`; ``isas``: the levels to search, best first, usually only the best one."""
+    budget = config.budgets["quick" if options.quick else "default"]
+    if options.objective is not None and options.objective not in config.objectives:
+        raise unknown("objective", options.objective, config.objectives)
+    threads = thread_candidates(cpu) if options.threads == "auto" else options.threads
     return Plan(
         model=model.alias,
         targets=targets_of(model),
-        families=tuple(dict.fromkeys(family_named(f).name for f in families)) or tuple(FAMILIES),
+        families=tuple(dict.fromkeys(family_named(f).name for f in options.families)) or tuple(FAMILIES),
         isas=tuple(isas),
-        regimes=tuple(dict.fromkeys(regime_named(r).name for r in regimes)) or budget.regimes,
+        regimes=tuple(dict.fromkeys(regime_named(r).name for r in options.regimes)) or budget.regimes,
         threads=tuple(dict.fromkeys(threads)) or (cpu.usable_threads,),
-        objective=objective or config.objective,
-        seed=seed,
-        trials=budget.trials if trials is None else trials,
-        timeout_s=budget.timeout_s if timeout_s is None else timeout_s,
+        objective=options.objective or config.objective,
+        seed=options.seed,
+        trials=budget.trials if options.trials is None else options.trials,
+        timeout_s=budget.timeout_s if options.timeout_s is None else options.timeout_s,
         race_blocks=budget.race_blocks,
     )
+
+
+def thread_candidates(cpu: Cpu) -> tuple[int, ...]:
+    """Numbers of threads that may be the best: all usable cores, three quarters and half of them."""
+    cores = cpu.usable_threads
+    return tuple(dict.fromkeys(max(1, n) for n in (cores, cores * 3 // 4, cores // 2)))
 
 
 def seed_of(seed: int, *parts: object) -> int:

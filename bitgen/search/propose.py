@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bitgen.spec import KernelSpec
@@ -28,17 +28,6 @@ class Proposer(Protocol):
     def tell(self, spec: KernelSpec, cost: float | None) -> None:
         """The cost of a candidate, lower is better; None when it has none because it failed."""
         ...
-
-
-def proposer_for(
-    points: Sequence[KernelSpec], starters: Iterable[KernelSpec], seed: int, enumerate_up_to: int
-) -> Proposer:
-    """The proposer for a space; ``starters`` (those that are legal points) are proposed first."""
-    legal = set(points)
-    first = [spec for spec in dict.fromkeys(starters) if spec in legal]
-    if len(points) <= enumerate_up_to:
-        return Enumeration(points, first, seed)
-    return TpeProposer(points, first, seed)
 
 
 class Enumeration:
@@ -62,7 +51,7 @@ class TpeProposer:
     """Points near what TPE asks for.
 
     TPE knows neither the rules of a space nor what was tried: it repeats points (125 distinct in 200) and
-    mixes illegal ones. Each of its wishes becomes the nearest legal point that was not asked before, and the
+    mixes illegal ones. Each of its trials becomes the nearest legal point that was not asked before, and the
     cost is told for the point that was really measured.
     """
 
@@ -78,7 +67,7 @@ class TpeProposer:
         self._coordinates = _Coordinates(points)
         self._open = dict.fromkeys(points)  # not asked yet, in a fixed order
         self._starters = list(first)
-        self._wishes: dict[KernelSpec, Any] = {}  # candidate -> the optuna trial that asked for it
+        self._pending: dict[KernelSpec, Any] = {}  # candidate -> the optuna trial that asked for it
 
     def ask(self, count: int) -> list[KernelSpec]:
         batch: list[KernelSpec] = []
@@ -88,16 +77,16 @@ class TpeProposer:
             else:
                 trial = self._study.ask()
                 spec = self._coordinates.nearest(self._coordinates.suggest(trial), self._open)
-                self._wishes[spec] = trial
+                self._pending[spec] = trial
             del self._open[spec]
             batch.append(spec)
         return batch
 
     def tell(self, spec: KernelSpec, cost: float | None) -> None:
         states = self._optuna.trial.TrialState
-        if spec in self._wishes:
-            # Until now the open wish kept the sampler away from itself (constant liar).
-            self._study.tell(self._wishes.pop(spec), state=states.FAIL)
+        if spec in self._pending:
+            # Until now the pending trial kept the sampler away from itself (constant liar).
+            self._study.tell(self._pending.pop(spec), state=states.FAIL)
         params = self._coordinates.params(spec)
         answer = self._optuna.trial.create_trial(
             state=states.PRUNED if cost is None else states.COMPLETE,
@@ -162,20 +151,45 @@ class _Coordinates:
             params[f"{algorithm}.{knob}"] = trial.suggest_int(f"{algorithm}.{knob}", 0, len(values) - 1)
         return params
 
-    def nearest(self, wish: Mapping[str, str | int], candidates: Iterable[KernelSpec]) -> KernelSpec:
-        """The candidate with the fewest steps along its axes away from ``wish``; the first of equals."""
-        return min(candidates, key=lambda spec: self._distance(wish, self._params[spec]))
+    def nearest(self, wanted: Mapping[str, str | int], candidates: Iterable[KernelSpec]) -> KernelSpec:
+        """The candidate with the fewest steps along its axes away from ``wanted``; the first of equals."""
+        return min(candidates, key=lambda spec: self._distance(wanted, self._params[spec]))
 
     @staticmethod
-    def _distance(wish: Mapping[str, str | int], point: Mapping[str, str | int]) -> int:
-        if wish["algorithm"] != point["algorithm"]:
+    def _distance(wanted: Mapping[str, str | int], point: Mapping[str, str | int]) -> int:
+        if wanted["algorithm"] != point["algorithm"]:
             return 1000  # another algorithm is another place altogether
-        steps = 0 if wish["layout"] == point["layout"] else 3
+        steps = 0 if wanted["layout"] == point["layout"] else 3
         for name, value in point.items():
-            wanted = wish[name]
-            if isinstance(value, int) and isinstance(wanted, int):
-                steps += abs(value - wanted)
+            near = wanted[name]
+            if isinstance(value, int) and isinstance(near, int):
+                steps += abs(value - near)
         return steps
+
+
+# What `strategy` in configs/search.yaml may name: points, those to try first, seed -> Proposer.
+STRATEGIES: dict[str, Callable[[Sequence[KernelSpec], Sequence[KernelSpec], int], Proposer]] = {
+    "enumerate": Enumeration,
+    "tpe": TpeProposer,
+}
+
+
+def proposer_for(
+    points: Sequence[KernelSpec],
+    starters: Iterable[KernelSpec],
+    seed: int,
+    strategy: str,
+    enumerate_up_to: int,
+) -> Proposer:
+    """The proposer for a space; ``starters`` (those that are legal points) are proposed first.
+
+    ``strategy`` is one of `STRATEGIES`, or "auto": enumerate spaces of up to ``enumerate_up_to`` points.
+    """
+    legal = set(points)
+    first = [spec for spec in dict.fromkeys(starters) if spec in legal]
+    if strategy == "auto":
+        strategy = "enumerate" if len(points) <= enumerate_up_to else "tpe"
+    return STRATEGIES[strategy](points, first, seed)
 
 
 def _import_optuna() -> Any:

@@ -38,10 +38,8 @@ class Raced:
     def median_ns(self, spec: KernelSpec) -> float:
         return statistics.median(self.rounds_ns[spec])
 
-    def champion(
-        self, layout: Layout, incumbent: KernelSpec | None, config: SearchConfig
-    ) -> KernelSpec | None:
-        """The winner among the kernels that read ``layout``; None when none of them ran.
+    def best(self, layout: Layout, incumbent: KernelSpec | None, config: SearchConfig) -> KernelSpec | None:
+        """The fastest among the kernels that read ``layout``; None when none of them ran.
 
         ``incumbent`` keeps its place unless a challenger beats it beyond the noise. Where it does not take
         part (another layout, or it failed) there is nothing to defend, and the fastest wins.
@@ -56,11 +54,11 @@ def finalists_of(
     count: int,
     ratio: float,
     defaults: Mapping[str, KernelSpec],
-    crowned: set[KernelSpec],
+    previous: set[KernelSpec],
 ) -> list[KernelSpec]:
     """Who races on ``shape``.
 
-    Of each family the default, the fastest of each layout, whom an earlier tune crowned, and the ``count``
+    Of each family the default, the fastest of each layout, the previous winners, and the ``count``
     fastest of those at most ``ratio`` times slower than the best.
     """
     finalists: dict[KernelSpec, None] = {}
@@ -69,7 +67,7 @@ def finalists_of(
         time_ns = {candidate.spec: candidate.time_ns(shape) for candidate in outcome.candidates}
         fastest_of_layout = {spec.layout: spec for spec in reversed(ranked)}
         near = [spec for spec in ranked[:count] if time_ns[spec] <= ratio * time_ns[ranked[0]]]
-        wanted = {defaults[outcome.group.family], *near, *fastest_of_layout.values(), *crowned}
+        wanted = {defaults[outcome.group.family], *near, *fastest_of_layout.values(), *previous}
         finalists.update(dict.fromkeys(spec for spec in ranked if spec in wanted))
     return list(finalists)
 

@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bitgen.measure import MachinePeak, Rates
+from bitgen.search.choose import Choice, Option, Slot, slot_of, total_ns
+from bitgen.search.group import GroupOutcome
+from bitgen.search.plan import Plan, Target
 from bitgen.spec import KernelSpec, Layout, Shape
+from bitgen.store import Winner
 
 
 @dataclass(frozen=True)
 class Row(Rates):
     """The winner of one family for a shape, a regime and a thread count, in the family's best layout.
 
-    ``default_ns`` is the family's default in the same race, ``space_median_ns`` the median over the
-    ``candidates`` timed on this shape, in units of the default's time in the race; each is None where nothing
-    ran. ``limit_ns`` is the roofline.
+    ``space_median_ns`` is the median over the ``candidates`` timed on this shape, in units of the default's
+    time in the race, None where nothing ran. ``limit_ns`` is the roofline.
     """
 
-    shape: Shape
-    roles: tuple[str, ...]
-    count: int
-    regime: str
-    n: int
-    threads: int
-    spec: KernelSpec
-    time_ns: float
-    default_ns: float | None
+    target: Target
+    winner: Winner
     space_median_ns: float | None
     candidates: int
     limit_ns: float
     chosen: bool
+
+    @property
+    def shape(self) -> Shape:
+        return self.target.shape
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return self.target.roles
+
+    @property
+    def count(self) -> int:
+        return self.target.count
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.winner.spec
+
+    @property
+    def regime(self) -> str:
+        return self.winner.regime
+
+    @property
+    def n(self) -> int:
+        return self.winner.measurement.job.n
+
+    @property
+    def threads(self) -> int:
+        return self.winner.threads
+
+    @property
+    def time_ns(self) -> float:
+        return self.winner.time_ns
+
+    @property
+    def default_ns(self) -> float | None:
+        """Of the family's default in the same race; None where it failed."""
+        return self.winner.default_ns
 
     @property
     def family(self) -> str:
@@ -133,3 +168,73 @@ class TuningResult:
     def outcomes(self) -> Counter[str]:
         """Candidates of all groups by how they ended."""
         return sum((group.outcomes for group in self.groups), Counter())
+
+
+def rows_of(
+    plan: Plan,
+    choice: Choice,
+    outcomes: Sequence[GroupOutcome],
+    limit_ns: Callable[[KernelSpec, Shape, Slot], float],
+) -> tuple[Row, ...]:
+    """The best layout of every family on every shape; ``limit_ns`` is the roofline of a kernel."""
+    rows = []
+    for target in plan.targets:
+        for family, option in choice.by_family[target.shape].items():
+            for slot, winner in option.winners.items():
+                mine = [o for o in outcomes if o.group.family == family and slot_of(o.group) == slot]
+                rows.append(
+                    Row(
+                        target=target,
+                        winner=winner,
+                        space_median_ns=_space_median_ns(winner, mine),
+                        candidates=sum(len(o.times_ns(target.shape)) for o in mine),
+                        limit_ns=limit_ns(winner.spec, target.shape, slot),
+                        chosen=option is choice.options[target.shape],
+                    )
+                )
+    return tuple(rows)
+
+
+def _space_median_ns(winner: Winner, outcomes: Sequence[GroupOutcome]) -> float | None:
+    """The median time of all candidates on the winner's shape, as if taken in the moments of the race.
+
+    The search and the race see the machine in different moments; the default was timed in both, and stands
+    for the difference.
+    """
+    shape, default = winner.measurement.job.shape, winner.baseline
+    times = [time for outcome in outcomes for time in outcome.times_ns(shape)]
+    if not times:
+        return None
+    moment = 1.0
+    if default:
+        then = next(
+            (c.time_ns(shape) for o in outcomes for c in o.candidates if c.spec == default.job.spec), math.inf
+        )
+        moment = default.median_ns / then if math.isfinite(then) else 1.0
+    return statistics.median(times) * moment
+
+
+def formats_of(plan: Plan, choice: Choice) -> tuple[FormatCost, ...]:
+    """Every family that could serve the whole model, then the format chosen."""
+    whole: list[tuple[str | None, Mapping[Shape, Option]]] = []
+    for family in plan.families:
+        options = {s: found[family] for s, found in choice.by_family.items() if family in found}
+        if len(options) == len(plan.targets):
+            whole.append((family, options))
+    whole.append((None, choice.options))
+    return tuple(_format(plan, family, options) for family, options in whole)
+
+
+def _format(plan: Plan, family: str | None, options: Mapping[Shape, Option]) -> FormatCost:
+    token_ns: dict[tuple[str, int], float] = {}
+    for target in plan.targets:
+        for slot, winner in options[target.shape].winners.items():
+            key = (slot.regime, slot.threads)
+            each = target.count * winner.time_ns / winner.measurement.job.n
+            token_ns[key] = token_ns.get(key, 0.0) + each
+    return FormatCost(
+        family=family,
+        token_ns=token_ns,
+        session_ns=statistics.median(total_ns(plan.targets, options)),
+        packed_bytes=sum(t.count * options[t.shape].layout.packed_bytes(t.shape) for t in plan.targets),
+    )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Protocol
 
 from bitgen.errors import BitgenError, InterruptError
+from bitgen.fingerprints import Fingerprints
 from bitgen.measure import MachinePeak, Race, RaceJob, Runner
-from bitgen.search.answers import Answers
+from bitgen.search.cache import MeasurementCache
 from bitgen.search.choose import (
     Choice,
     Option,
@@ -36,10 +37,9 @@ from bitgen.search.plan import (
     seed_of,
 )
 from bitgen.search.race import finalists_of, run_race
-from bitgen.search.report import formats_of, rows_of
-from bitgen.search.result import GroupReport, ThreadCost, TuningResult
+from bitgen.search.result import GroupReport, ThreadCost, TuningResult, formats_of, rows_of
 from bitgen.spec import KernelSpec, Layout, Shape
-from bitgen.store import Fingerprint, RecordStore, TuningRecord, Winner
+from bitgen.store import RecordStore, TuningRecord
 
 _LEAST_REPEAT_NS = 5e6  # a runner repeats a short call at least this long
 _LEAST_TURN_S = 5.0  # left for another turn: in less, compiling would take the most of it
@@ -62,50 +62,47 @@ class Progress(Protocol):
     def __call__(self, step: Step) -> None: ...
 
 
+@dataclass(frozen=True)
+class Session:
+    """What a tune is given besides its plan.
+
+    ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
+    which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
+    ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
+    numbers of threads to compare. ``fresh``: measure again what the store knows.
+    """
+
+    config: SearchConfig = field(default_factory=load_search_config)
+    family_winners: tuple[KernelSpec, ...] = ()
+    started_from: str = ""
+    rest_ns: Callable[[str, int], float] | None = None
+    fresh: bool = False
+    progress: Progress | None = None
+    clock: Callable[[], float] = time.monotonic
+
+
 def tune(
     plan: Plan,
     runner: Runner,
     store: RecordStore,
-    fingerprint: Fingerprint,
+    fingerprints: Fingerprints,
     spaces: SpaceFactory,
-    *,
-    config: SearchConfig | None = None,
-    family_winners: Iterable[KernelSpec] = (),
-    started_from: str = "",
-    rest_ns: Callable[[str, int], float] | None = None,
-    fresh: bool = False,
-    progress: Progress | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    session: Session | None = None,
 ) -> TuningResult:
     """Find the fastest kernels of ``plan`` and record them in ``store``.
 
-    Everything that is measured is recorded at once, and what the store knows under ``fingerprint`` is not
-    measured again (unless ``fresh``): after a kill the same call walks the same way and continues. With a
-    trial budget and no timeout the outcome depends on the answers and ``plan.seed`` alone.
-    ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
-    which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
-    ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
-    numbers of threads to compare.
+    Everything that is measured is recorded at once, and what still holds by its fingerprint is not measured
+    again: after a kill the same call walks the same way and continues. With a trial budget and no timeout the
+    outcome depends on the answers and ``plan.seed`` alone.
     InterruptError after Ctrl-C; FileError when the store cannot be written.
     """
-    answers = Answers(runner, store, fingerprint, plan.seed, fresh)
-    session = _Tune(
-        plan,
-        config or load_search_config(),
-        answers,
-        store,
-        fingerprint,
-        family_winners,
-        started_from,
-        rest_ns,
-        progress,
-        clock,
-    )
+    session = session or Session()
+    cache = MeasurementCache(runner, store, fingerprints, plan.seed, session.fresh)
     try:
-        return session.run(spaces)
+        return _Tune(plan, session, cache).run(spaces)
     except KeyboardInterrupt:
         raise InterruptError(
-            f"interrupted; {answers.recorded} new measurements are in {store.path}, and the same command "
+            f"interrupted; {cache.recorded} new measurements are in {store.path}, and the same command "
             "continues from them",
         ) from None
 
@@ -113,31 +110,16 @@ def tune(
 class _Tune:
     """One tune under way."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        config: SearchConfig,
-        answers: Answers,
-        store: RecordStore,
-        fingerprint: Fingerprint,
-        family_winners: Iterable[KernelSpec],
-        started_from: str,
-        rest_ns: Callable[[str, int], float] | None,
-        progress: Progress | None,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, plan: Plan, session: Session, cache: MeasurementCache) -> None:
         self._plan = plan
-        self._config = config
-        self._answers = answers
-        self._store = store
-        self._fingerprint = fingerprint
-        self._family_winners = list(family_winners)
-        self._started_from = started_from
-        self._rest_ns = rest_ns
+        self._session = session
+        self._config = session.config
+        self._cache = cache
+        self._store = cache.store
+        self._fingerprints = cache.fingerprints
+        self._clock = session.clock
         self._starters: list[KernelSpec] = []
-        self._progress = progress
-        self._clock = clock
-        self._begin = clock()
+        self._begin = self._clock()
         self._end = self._begin + (plan.timeout_s or math.inf)
         self._limits: dict[int, MachinePeak] = {}
         self._read_gbs: dict[int, float] = {}
@@ -148,16 +130,16 @@ class _Tune:
         groups, rejected = groups_of(plan, spaces)
         for done, threads in enumerate(plan.threads):
             self._report("limits", f"the machine's limits, {threads} threads", done, len(plan.threads))
-            self._limits[threads] = self._answers.runner.machine_peak(
-                threads, [isa.name for isa in plan.isas]
-            )
+            self._limits[threads] = self._cache.runner.machine_peak(threads, [i.name for i in plan.isas])
             self._read_gbs[threads] = self._limits[threads].best_dram_gbs
             self._peak_gops[threads] = dict(self._limits[threads].peak_gops)
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
         self._store.reload()
-        stale = self._store.stale(self._fingerprint)
+        stale = self._store.stale(self._fingerprints)
         self._starters = [
-            replace(spec, isa=isa.name) for spec in (*stale, *self._family_winners) for isa in plan.isas
+            replace(spec, isa=isa.name)
+            for spec in (*stale, *self._session.family_winners)
+            for isa in plan.isas
         ]
         outcomes, races = self._search_and_race(groups)
         layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
@@ -194,7 +176,7 @@ class _Tune:
     def _search_of(self, group: Group) -> GroupSearch:
         starters = [spec for spec in self._starters if spec.family == group.family]
         limits = self._limits[group.threads]
-        return GroupSearch(group, self._plan, starters, self._config, self._answers, limits, self._clock)
+        return GroupSearch(group, self._plan, starters, self._config, self._cache, limits, self._clock)
 
     def _search(self, searches: Sequence[GroupSearch], end: float) -> None:
         """Search one group after the other, until all are complete or it is ``end``.
@@ -212,8 +194,8 @@ class _Tune:
             more = end - self._clock() >= _LEAST_TURN_S
             turn = [search for search in turn if more and not search.complete]
         for search, shape in product(searches, self._plan.shapes):
-            # What an earlier tune crowned must not be lost by a shorter one.
-            search.recall(self._store.current(shape, self._fingerprint))
+            # A previous winner must not be lost by a shorter tune.
+            search.recall(self._store.current(shape, self._fingerprints))
 
     def _run(self, search: GroupSearch, searches: Sequence[GroupSearch], deadline: float) -> None:
         done = sum(other.complete for other in searches)
@@ -245,19 +227,20 @@ class _Tune:
         defaults: dict[str, KernelSpec] = {}
         for outcome in outcomes:  # best ISA level first
             defaults.setdefault(outcome.group.family, outcome.group.defaults[shape])
-        crowned = set(self._store.current(shape, self._fingerprint))
+        previous = set(self._store.current(shape, self._fingerprints))
         limit = self._config.finalist_ratio
-        finalists = finalists_of(shape, outcomes, regime.finalists, limit, defaults, crowned)
+        finalists = finalists_of(shape, outcomes, regime.finalists, limit, defaults, previous)
         for fewer in range(regime.finalists - 1, 0, -1):
             if self._race_seconds(shape, finalists, outcomes) <= deadline - self._clock():
                 break
-            finalists = finalists_of(shape, outcomes, fewer, limit, defaults, crowned)
+            finalists = finalists_of(shape, outcomes, fewer, limit, defaults, previous)
+
+        rounds = self._config.race_block
+        job = RaceJob(tuple(finalists), shape, regime.n, slot.threads, rounds, regime.cold)
 
         def ask(running: Sequence[KernelSpec], block: int) -> Race:
             seed = seed_of(self._plan.seed, shape.name, slot.regime, slot.threads, block)
-            rounds = self._config.race_block
-            job = RaceJob(tuple(running), shape, regime.n, slot.threads, rounds, regime.cold, seed)
-            return self._answers.race(job)
+            return self._cache.race(replace(job, specs=tuple(running), seed=seed))
 
         raced = run_race(
             finalists,
@@ -268,7 +251,7 @@ class _Tune:
             lambda: self._clock() >= deadline,
         )
         self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], raced.read_gbs)
-        return SlotRace(raced, defaults)
+        return SlotRace(raced, defaults, job, self._fingerprints)
 
     def _race_seconds(
         self, shape: Shape, finalists: Sequence[KernelSpec], outcomes: Sequence[GroupOutcome]
@@ -306,11 +289,9 @@ class _Tune:
         for done, (threads, choice) in enumerate(choices.items()):
             matrices = statistics.median(total_ns(self._plan.targets, choice.options))
             rest = 0.0
-            if self._rest_ns and len(choices) > 1:
+            if (rest_ns := self._session.rest_ns) and len(choices) > 1:
                 self._report("rest", f"the rest of the step, {threads} threads", done, len(choices))
-                rest = sum(
-                    tokens * self._rest_ns(regime, threads) for regime, tokens in weights.items() if tokens
-                )
+                rest = sum(tokens * rest_ns(regime, threads) for regime, tokens in weights.items() if tokens)
             costs.append(ThreadCost(threads, matrices, rest))
         return tuple(costs)
 
@@ -333,13 +314,8 @@ class _Tune:
 
     def _record(self, choice: Choice, best_threads: int) -> None:
         for shape, option in choice.options.items():
-            winners = tuple(
-                Winner(c.spec, self._config.regimes[slot.regime].n, slot.threads, c.time_ns, c.default_ns)
-                for other in choice.every[shape]
-                for slot, c in other.champions.items()
-            )
+            winners = tuple(w for other in choice.every[shape] for w in other.winners.values())
             record = TuningRecord(
-                self._fingerprint,
                 shape,
                 self._plan.objective,
                 option.layout,
@@ -362,8 +338,8 @@ class _Tune:
             model=self._plan.model,
             objective=self._plan.objective,
             seed=self._plan.seed,
-            rows=rows_of(self._plan, self._config, choice, outcomes, self._roofline_ns),
-            formats=formats_of(self._plan, self._config, choice),
+            rows=rows_of(self._plan, choice, outcomes, self._roofline_ns),
+            formats=formats_of(self._plan, choice),
             threads=threads,
             thread_costs=thread_costs,
             layouts={shape: option.layout for shape, option in choice.options.items()},
@@ -378,25 +354,25 @@ class _Tune:
             ),
             rejected=tuple(rejected),
             started_from=self._tried_first(),
-            recorded=self._answers.recorded,
-            recalled=self._answers.recalled,
+            recorded=self._cache.recorded,
+            recalled=self._cache.recalled,
             seconds=self._clock() - self._begin,
         )
 
     def _tried_first(self) -> tuple[str, ...]:
-        stale = self._store.stale(self._fingerprint)
+        stale = self._store.stale(self._fingerprints)
         before = (f"{len(stale)} winners of earlier tunes whose timing is stale",) if stale else ()
-        return (*before, *filter(None, [self._started_from]))
+        return (*before, *filter(None, [self._session.started_from]))
 
     def _raise_roof(self, choice: Choice) -> None:
         """The limits quoted are the most that any probe *or kernel* of this run reached."""
         for option in (option for options in choice.every.values() for option in options):
-            for slot, champion in option.champions.items():
-                regime, threads, isa = self._config.regimes[slot.regime], slot.threads, champion.spec.isa
+            for slot, winner in option.winners.items():
+                regime, threads, isa = self._config.regimes[slot.regime], slot.threads, winner.spec.isa
                 if regime.cold:
-                    gbs = option.layout.packed_bytes(option.shape) / champion.time_ns
+                    gbs = option.layout.packed_bytes(option.shape) / winner.time_ns
                     self._read_gbs[threads] = max(self._read_gbs[threads], gbs)
-                gops = 2 * option.shape.m * option.shape.k * regime.n / champion.time_ns
+                gops = 2 * option.shape.m * option.shape.k * regime.n / winner.time_ns
                 self._peak_gops[threads][isa] = max(self._peak_gops[threads][isa], gops)
 
     def _roofline_ns(self, spec: KernelSpec, shape: Shape, slot: Slot) -> float:
@@ -405,5 +381,5 @@ class _Tune:
         return roofline_ns(spec.layout, shape, regime.n, regime.cold, dram_gbs, peak_gops)
 
     def _report(self, stage: str, title: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(Step(stage, title, done, total, self._clock() - self._begin))
+        if self._session.progress is not None:
+            self._session.progress(Step(stage, title, done, total, self._clock() - self._begin))

@@ -296,7 +296,7 @@ def test_a_dry_run_proves_kernels_and_records_nothing(workplace: Path) -> None:
     assert {(row["exact"], row["failed"]) for row in rows} == {(2, 0)}
     assert not (workplace / "dry").exists()
     text = bitgen_in(workplace, "tune", "-m", "tiny.yaml", "--dry-run", *options).stdout
-    assert "4 kernels compiled, proven exact and run.\nNothing was recorded" in text
+    assert "4 kernels compiled, verified exact and run.\nNothing was recorded" in text
 
 
 def test_a_second_tune_measures_nothing_again(
@@ -304,7 +304,7 @@ def test_a_second_tune_measures_nothing_again(
 ) -> None:
     assert tuned.stdout
     text = bitgen_in(workplace, *TUNE, "--quick").stdout
-    assert re.search(r"\b0 measured, [1-9]\d* known from the records", text), text[-600:]
+    assert re.search(r"\b0 timed, [1-9][\d,]* from cache", text), text[-600:]
     assert "Next: bitgen build --model" in text
 
 
@@ -515,7 +515,7 @@ def test_a_full_disk_costs_one_trial_at_most(
     larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", small_disk]
     subprocess.run(larger, check=True)  # however much a tune records
     text = bitgen_in(workplace, *TUNE, "--quick", "--logs", str(small_disk)).stdout
-    assert re.search(r"[1-9]\d* known from the records", text), text[-500:]
+    assert re.search(r"[1-9][\d,]* from cache", text), text[-500:]
 
 
 def test_a_library_on_a_full_disk_appears_not_at_all(small_disk: Path, workplace: Path, built: Path) -> None:

@@ -40,6 +40,7 @@ from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, 
 from bitgen.measure.jobs import batches
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import Fma, build_probes, peak_probe
+from bitgen.records import dump, load
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
 from bitgen.spec import N1, SMALL, KernelSpec, Layout, Schedule, Shape
@@ -86,11 +87,11 @@ def runner(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator
 def test_a_measurement_survives_json() -> None:
     asked = Job(invented(), SHAPE, 1, 2, cold=True, against=invented(1))
     answer = Measurement(asked, Status.OK, "", (3.0, 1.0, 2.0), (2.0, 2.0, 2.0))
-    assert Measurement.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
+    assert load(Measurement, json.loads(json.dumps(dump(answer))), "") == answer
     assert answer.median_ns == 2
     assert answer.ratio == 1
     failed = Measurement(asked, Status.CRASHED, "SIGSEGV")
-    assert Measurement.from_dict(failed.to_dict()) == failed
+    assert load(Measurement, dump(failed), "") == failed
     assert failed.median_ns == math.inf
     assert failed.ratio is None
 

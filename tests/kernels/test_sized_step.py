@@ -17,6 +17,7 @@ from libraries import session_folder, toolchain_of
 from reference_model import random_dense, small_config
 from step_levels import level_library
 
+from bitgen import records
 from bitgen.abi import DENSE_TYPES
 from bitgen.bundle import read_bundle, write
 from bitgen.bundle.contents import Target, choose_contents
@@ -224,6 +225,6 @@ def test_what_sizes_change_in_the_text() -> None:
 
 
 def test_sizes_are_positive_and_survive_json() -> None:
-    assert StepSizes.from_dict(RAGGED.to_dict()) == RAGGED
+    assert records.load(StepSizes, records.dump(RAGGED), "") == RAGGED
     with pytest.raises(BitgenError, match="ffn must be at least 1, not 0"):
         replace(RAGGED, ffn=0)

@@ -26,6 +26,7 @@ from bitgen.bundle import (
 )
 from bitgen.cpu import Cache, Cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError
+from bitgen.records import dump
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape, StepSizes
 
 AVX2 = ("avx2", "bmi2", "f16c", "fma")
@@ -52,7 +53,7 @@ def cpu(family: str = "zen2", features: tuple[str, ...] = AVX2, **values: Any) -
 def manifest(**changes: Any) -> Manifest:
     kernels = (
         KernelEntry(SPEC, Shape(100, 500), 2, TUNED, "a" * 64),
-        KernelEntry(SPEC, digest="b" * 64),
+        KernelEntry(SPEC, sha256="b" * 64),
     )
     base = Manifest(
         name="test",
@@ -80,7 +81,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         (path / "libbitgen-test.so").write_bytes(library)
         made = manifest(**changes)
         made = replace(made, files={"libbitgen-test.so": sha256_of(path / "libbitgen-test.so")})
-        (path / MANIFEST_NAME).write_text(json.dumps(made.to_dict()))
+        (path / MANIFEST_NAME).write_text(json.dumps(dump(made)))
         return path
 
     return write
@@ -122,10 +123,10 @@ def edit(path: Path, **changes: Any) -> None:
             lambda p: edit(p, abi_version=7),
             f"abi_version is 7, this bitgen reads {ABI_VERSION}: build the bundle again",
         ),
-        (lambda p: edit(p, isas=...), "is damaged .*isas"),
-        (lambda p: edit(p, kernels=[{}]), "is damaged"),
-        (lambda p: edit(p, kernels=7), "is damaged"),
-        (lambda p: edit(p, step={"hidden": 3200}), "is damaged .*q_rows"),
+        (lambda p: edit(p, isas=...), "missing key isas; the manifest is damaged: build"),
+        (lambda p: edit(p, kernels=[{}]), r"kernels\[0\]: missing key spec"),
+        (lambda p: edit(p, kernels=7), "kernels must be a list"),
+        (lambda p: edit(p, step={"hidden": 3200}), "step: missing keys q_rows, ffn, head_dim"),
         (lambda p: edit(p, library="../x.so"), "library must be a file name"),
         (lambda p: edit(p, files={}), "sha256 differs"),
         (lambda p: (p / "libbitgen-test.so").write_bytes(b"other"), "sha256 differs"),

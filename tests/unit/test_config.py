@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
 
 import pytest
 
@@ -11,128 +10,12 @@ from bitgen.config import (
     find_model,
     load_model,
     load_models,
-    load_strict,
-    load_yaml,
     nearest_names,
 )
-from bitgen.errors import BitgenError, FileError, UsageError
+from bitgen.errors import BitgenError, UsageError
 from bitgen.paths import configs_dir
 
 THREE_B = (configs_dir() / "models" / "3B.yaml").read_text(encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Everything:
-    count: int
-    ratio: float
-    name: str
-    flag: bool
-    mode: Literal["fast", "slow"]
-    tags: tuple[str, ...] = ()
-    needs: frozenset[str] = frozenset()
-    limits: dict[str, int] = dataclasses.field(default_factory=dict)
-    inner: Inner | None = None
-    inners: tuple[Inner, ...] = ()
-
-
-GOOD: dict[str, Any] = {"count": 1, "ratio": 0.5, "name": "a", "flag": True, "mode": "fast"}
-
-
-def test_load_strict_converts_every_supported_type() -> None:
-    data = GOOD | {
-        "ratio": 2,
-        "tags": ["x", "y"],
-        "needs": ["p", "p"],
-        "limits": {"a": 1},
-        "inner": {"size": 3},
-        "inners": [{"size": 1}, {"size": 2}],
-    }
-    made = load_strict(Everything, data, "f.yaml")
-    expected = Everything(1, 2.0, "a", True, "fast", ("x", "y"), frozenset("p"), {"a": 1}, Inner(3))
-    assert made == dataclasses.replace(expected, inners=(Inner(1), Inner(2)))
-    assert isinstance(made.ratio, float)
-    assert load_strict(Everything, GOOD | {"inner": None}, "f.yaml").inner is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"coutn": 1}, "f.yaml: unknown key 'coutn'; did you mean count?"),
-        ({"zzzzzz": 1}, "f.yaml: unknown key 'zzzzzz'; there are count, ratio, name"),
-        ({3: 1}, "f.yaml: unknown key 3; there are"),
-        ({"count": "1"}, "f.yaml: count must be a whole number, found the str '1'"),
-        ({"count": 1.0}, "f.yaml: count must be a whole number, found the float 1.0"),
-        ({"count": True}, "f.yaml: count must be a whole number, found true"),
-        ({"count": None}, "f.yaml: count must be a whole number, found nothing"),
-        ({"ratio": "fast"}, "f.yaml: ratio must be a number, found the str 'fast'"),
-        ({"ratio": False}, "f.yaml: ratio must be a number, found false"),
-        ({"name": 3}, "f.yaml: name must be a text, found the int 3"),
-        ({"name": []}, "f.yaml: name must be a text, found a list"),
-        ({"flag": 1}, "f.yaml: flag must be true or false, found the int 1"),
-        ({"mode": "quick"}, "f.yaml: mode must be one of fast, slow, found the str 'quick'"),
-        ({"mode": []}, "f.yaml: mode must be one of fast, slow, found a list"),
-        ({"tags": "x"}, "f.yaml: tags must be a list, found the str 'x'"),
-        ({"tags": ["x", 1]}, "f.yaml: tags[1] must be a text, found the int 1"),
-        ({"needs": {"a": 1}}, "f.yaml: needs must be a list, found `key: value` lines"),
-        ({"limits": {"a": "b"}}, "f.yaml: limits.a must be a whole number, found the str 'b'"),
-        ({"limits": {1: 1}}, "f.yaml: limits must be `name: value` lines"),
-        ({"inner": {"sise": 3}}, "f.yaml: inner: unknown key 'sise'; did you mean size?"),
-        ({"inner": 3}, "f.yaml: inner: expected `key: value` lines, found the int 3"),
-        ({"inners": [{}]}, "f.yaml: inners[0]: missing key size"),
-    ],
-)
-def test_load_strict_names_what_is_wrong(change: dict[Any, Any], message: str) -> None:
-    with pytest.raises(FileError) as error:
-        load_strict(Everything, GOOD | change, "f.yaml")
-    assert message in error.value.message
-
-
-def test_load_strict_names_all_missing_keys() -> None:
-    with pytest.raises(BitgenError, match=r"f\.yaml: missing keys ratio, flag$"):
-        load_strict(Everything, {"count": 1, "name": "a", "mode": "fast"}, "f.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1\nb: 2\na: 3\n", "the key 'a' stands twice"),
-        ("a: [1, 2\n", "is not valid YAML"),
-        ("a: !!python/object:os.system x\n", "is not valid YAML"),
-        ("a: 2023-99-99\n", "is not valid YAML"),
-        ("[" * 5000, "is not valid YAML"),
-        ("- 1\n", "expected `key: value` lines, found a list"),
-        ("", "expected `key: value` lines, found nothing"),
-        ("just text", "expected `key: value` lines, found the str 'just text'"),
-    ],
-)
-def test_load_yaml_rejects(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "f.yaml"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(FileError) as error:
-        load_yaml(file)
-    assert str(file) in error.value.message
-    assert message in error.value.message
-
-
-def test_load_yaml_rejects_what_it_cannot_read(tmp_path: Path) -> None:
-    with pytest.raises(BitgenError, match=r"cannot read .*absent\.yaml: No such file"):
-        load_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(BitgenError, match="cannot read"):
-        load_yaml(tmp_path)
-    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
-    with pytest.raises(BitgenError, match="is not UTF-8 text"):
-        load_yaml(tmp_path / "latin.yaml")
-
-
-def test_exponents_without_a_dot_are_numbers(tmp_path: Path) -> None:
-    file = tmp_path / "f.yaml"
-    file.write_text("a: 1e-5\nb: -2E3\nc: 1.5e3\nd: e5\n", encoding="utf-8")
-    assert load_yaml(file) == {"a": 1e-5, "b": -2000.0, "c": 1500.0, "d": "e5"}
 
 
 def test_nearest_names_ignores_case_and_finds_parts() -> None:

@@ -38,6 +38,7 @@ from bitgen.cpu.macos import cpu_from_sysctl
 from bitgen.cpu.microarch import CpuFamily, family_label, load_cpu_families
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
 from bitgen.paths import configs_dir
+from bitgen.records import dump
 
 Detect = Callable[[str], Cpu]
 RECORDED = Path(__file__).parents[1] / "data" / "cpuinfo"
@@ -148,8 +149,8 @@ def test_this_machine_is_detected() -> None:
     cpu = detect_cpu()
     assert 1 <= cpu.usable_threads <= cpu.physical_cores <= cpu.logical_cpus
     assert accepted_isas(cpu, load_isas())[-1].name == "scalar"
-    assert set(cpu.to_dict()) == {field.name for field in dataclasses.fields(Cpu)}
-    assert cpu.to_dict()["features"] == sorted(cpu.features)
+    assert set(dump(cpu)) == {field.name for field in dataclasses.fields(Cpu)}
+    assert dump(cpu)["features"] == sorted(cpu.features)
 
 
 # ---- Linux: topology, affinity, quota, caches ------------------------------------------------------

@@ -19,7 +19,6 @@ from bitgen.cli import main
 from bitgen.cpu import ANY_ARCH, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.measure.harness import unit_of
-from bitgen.paths import csrc_dir, templates_dir
 from bitgen.render import (
     Source,
     inherits,
@@ -27,7 +26,6 @@ from bitgen.render import (
     render_kernel,
     render_quantize,
     render_tables,
-    template_digest,
     vocabulary,
     words_used,
 )
@@ -78,9 +76,9 @@ def sample(count: int) -> Iterator[KernelSpec]:
 _DIGESTS = """
 import hashlib, sys
 from test_render import sample
-from bitgen.render import render_kernel, render_quantize, render_tables, template_digest
+from bitgen.render import render_kernel, render_quantize, render_tables
 texts = [render_kernel(spec).text for spec in sample(2)]
-texts += [render_quantize("avx512_vbmi").text, render_tables("tl2", "avx2").text, template_digest("x86_64")]
+texts += [render_quantize("avx512_vbmi").text, render_tables("tl2", "avx2").text]
 print(hashlib.sha256("".join(texts).encode()).hexdigest())
 """
 
@@ -276,23 +274,3 @@ def test_errors() -> None:
 def test_names_of_isa_levels_are_read_as_people_write_them() -> None:
     assert render_quantize("AVX512-VNNI") == render_quantize("avx512_vnni")
     assert render_tables("TL_2", "AVX512-VNNI") == render_tables("tl2", "avx512_vnni")
-
-
-def test_the_template_digest_covers_what_a_timing_depends_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(templates_dir(), copy)
-    shutil.copytree(csrc_dir(), copy / "csrc")
-    monkeypatch.setattr("bitgen.render.templates_dir", lambda: copy)
-    monkeypatch.setattr("bitgen.render.csrc_dir", lambda: copy / "csrc")
-    before = template_digest("x86_64")
-    assert re.fullmatch(r"[0-9a-f]{64}", before)
-    for file in ("isa/neon.h", "step/ops.c.j2", "csrc/library.c"):
-        (copy / file).write_text((copy / file).read_text() + "\n")
-        assert template_digest("x86_64") == before, file
-    for file in ("isa/avx2.h", "kernels/common_macros.j2", "csrc/run.c", "probes/read.c.j2"):
-        (copy / file).write_text((copy / file).read_text() + "\n")
-        now = template_digest("x86_64")
-        assert now != before, file
-        before = now

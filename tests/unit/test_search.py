@@ -27,6 +27,7 @@ from synthetic import (
     CountingRunner,
     Grid,
     config,
+    fingerprints,
     plan,
     runner,
     spaces,
@@ -36,19 +37,28 @@ from synthetic import (
 from bitgen.config import find_model
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
+from bitgen.fingerprints import Fingerprint
 from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status
 from bitgen.measure.stats import beats, p_faster, select
-from bitgen.search import Plan, Step, TuningResult, load_search_config, plan_for, targets_of, tune
-from bitgen.search.answers import Answers
-from bitgen.search.choose import Champion, Option, Slot, choose
+from bitgen.search import (
+    Plan,
+    Session,
+    Step,
+    TuneOptions,
+    TuningResult,
+    load_search_config,
+    plan_for,
+    targets_of,
+    tune,
+)
+from bitgen.search.cache import MeasurementCache
+from bitgen.search.choose import Option, Slot, choose
 from bitgen.search.group import GroupSearch, roofline_ns
 from bitgen.search.plan import groups_of
 from bitgen.search.propose import Enumeration, TpeProposer, proposer_for
 from bitgen.search.race import run_race
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape
-from bitgen.store import RecordStore
-
-pytestmark = pytest.mark.slow
+from bitgen.store import RecordStore, Winner
 
 # Whole spaces, unless a test is about ending a search early.
 CONFIG = replace(load_search_config(), enumerate_up_to=100, patience=9.0)
@@ -58,12 +68,11 @@ def go(
     store: Path | RecordStore, plan: Plan, runner: Any, axes: Any = SMALL_AXES, **options: Any
 ) -> TuningResult:
     opened = store if isinstance(store, RecordStore) else RecordStore(store)
-    return tune(
-        plan, runner, opened, FINGERPRINT, spaces(axes), config=options.pop("config", CONFIG), **options
-    )
+    session = Session(**{"config": CONFIG, **options})
+    return tune(plan, runner, opened, fingerprints, spaces(axes), session)
 
 
-def crowned(result: TuningResult) -> dict[tuple[Any, ...], KernelSpec]:
+def selected(result: TuningResult) -> dict[tuple[Any, ...], KernelSpec]:
     return {(r.shape, r.regime, r.threads, r.family): r.spec for r in result.rows}
 
 
@@ -157,10 +166,12 @@ def test_a_proposer_depends_on_seed_and_answers_alone(kind: Any) -> None:
 def test_small_spaces_are_enumerated_and_large_ones_modelled() -> None:
     points = Grid("i2s", SCALAR, "n1", SMALL_AXES).points
     foreign = Grid("tl1", SCALAR, "n1", SMALL_AXES).points[0]
-    small = proposer_for(points, [foreign, points[3]], 0, len(points))
+    small = proposer_for(points, [foreign, points[3]], 0, "auto", len(points))
     assert isinstance(small, Enumeration)
     assert small.ask(1) == [points[3]]  # a starter that is not legal here is left out
-    assert isinstance(proposer_for(points, (), 0, len(points) - 1), TpeProposer)
+    assert isinstance(proposer_for(points, (), 0, "auto", len(points) - 1), TpeProposer)
+    assert isinstance(proposer_for(points, (), 0, "enumerate", 1), Enumeration)
+    assert isinstance(proposer_for(points, (), 0, "tpe", len(points)), TpeProposer)
 
 
 def test_tpe_finds_better_points_than_chance() -> None:
@@ -179,7 +190,7 @@ def test_tpe_finds_better_points_than_chance() -> None:
 
 def test_the_known_optimum_is_found_in_an_enumerated_space(tmp_path: Path) -> None:
     result = go(tmp_path / "r", plan(), runner(plan(), noise=0.0))
-    for (shape, regime, _, family), spec in crowned(result).items():
+    for (shape, regime, _, family), spec in selected(result).items():
         assert true_ns(spec, shape, CONFIG.regimes[regime].n) == best_ns(shape, family, regime)
     assert result.complete
     assert result.outcomes == {"ok": 4 * 54}
@@ -189,7 +200,7 @@ def test_the_known_optimum_is_found_in_an_enumerated_space(tmp_path: Path) -> No
 def test_the_search_comes_near_the_optimum_in_a_large_noisy_space(tmp_path: Path, seed: int) -> None:
     asked_for = plan(seed=seed, trials=100, regimes=("n1",))
     result = go(tmp_path / "r", asked_for, runner(asked_for, LARGE_AXES, 0.03, seed), LARGE_AXES)
-    for (shape, regime, _, family), spec in crowned(result).items():
+    for (shape, regime, _, family), spec in selected(result).items():
         assert true_ns(spec, shape, 1) <= 1.10 * best_ns(shape, family, regime, LARGE_AXES), spec.name
     assert max(Counter(group.outcomes)["ok"] for group in result.groups) <= 100
 
@@ -307,14 +318,14 @@ def test_answers_that_were_never_recorded_are_no_failures(tmp_path: Path) -> Non
 
 
 def test_a_spec_that_crashes_in_the_race_does_not_win(tmp_path: Path) -> None:
-    winner = crowned(go(tmp_path / "1", plan(), runner(plan())))[WIDE, "n1", 1, "i2s"]
+    winner = selected(go(tmp_path / "1", plan(), runner(plan())))[WIDE, "n1", 1, "i2s"]
 
     class Fragile(CountingRunner):
         def race(self, job: RaceJob) -> Race:
             race = self.inner.race(replace(job, specs=tuple(s for s in job.specs if s != winner)))
             return Race(race.times_ns, {winner: "crashed: SIGSEGV"} if winner in job.specs else {})
 
-    assert crowned(go(tmp_path / "2", plan(), Fragile(runner(plan()))))[WIDE, "n1", 1, "i2s"] != winner
+    assert selected(go(tmp_path / "2", plan(), Fragile(runner(plan()))))[WIDE, "n1", 1, "i2s"] != winner
 
 
 # ---- budgets ----
@@ -402,10 +413,10 @@ def test_time_that_the_races_leave_goes_to_the_searches(tmp_path: Path) -> None:
 def test_a_search_goes_on_in_the_midst_of_a_batch(tmp_path: Path) -> None:
     only = plan(families=("i2s",), regimes=("n1",))
     slow = Clocked(runner(only), lambda job: 1.0)
-    answers = Answers(slow, RecordStore(tmp_path / "r"), FINGERPRINT, 0, False)
+    cache = MeasurementCache(slow, RecordStore(tmp_path / "r"), fingerprints)
     (group,), _ = groups_of(only, spaces())
     peak = slow.machine_peak(1, ["scalar"])
-    search = GroupSearch(group, only, [], CONFIG, answers, peak, lambda: slow.now)
+    search = GroupSearch(group, only, [], CONFIG, cache, peak, lambda: slow.now)
     search.run(16.5, lambda candidates: None)
     assert not search.complete
     assert len(slow.jobs) == 17 + 1  # grace
@@ -559,8 +570,8 @@ def test_losers_leave_the_race_and_defaults_stay() -> None:
     assert set(raced.finishers) >= {a, d}
     assert c not in raced.finishers
     assert len(seen) < 9  # it ends when only the default is left beside who beats it
-    assert raced.champion(a.layout, a, CONFIG) == d
-    assert raced.champion(Layout("i2s", 32), a, CONFIG) is None
+    assert raced.best(a.layout, a, CONFIG) == d
+    assert raced.best(Layout("i2s", 32), a, CONFIG) is None
     late = run_race([a, b], [a], ask, 3, CONFIG, lambda: True)
     assert len(late.rounds_ns[a]) == 7  # the first block always runs
 
@@ -580,11 +591,11 @@ def test_the_slower_half_leaves_and_a_race_ends_where_nothing_is_to_gain() -> No
     assert seen[:2] == [8, 5]  # the default stays beside the faster half
     assert max(seen[2:]) <= 4  # three may stay on
     assert speed[min(raced.finishers, key=raced.median_ns)] < 97
-    speed |= {points[1]: 99.9}  # faster by less than min_gain: nobody will ever be crowned
+    speed |= {points[1]: 99.9}  # faster by less than min_gain: nobody will ever be selected
     seen.clear()
     alike = run_race(points[:2], points[:1], lambda s, b: ask(s, b, 0.005), 8, CONFIG, lambda: False)
     assert len(seen) < 8
-    assert alike.champion(points[0].layout, points[0], CONFIG) == points[0]
+    assert alike.best(points[0].layout, points[0], CONFIG) == points[0]
 
 
 def test_a_kernel_that_crashes_late_leaves_no_times() -> None:
@@ -602,7 +613,8 @@ def test_a_kernel_that_crashes_late_leaves_no_times() -> None:
 
 def option(shape: Shape, layout: Layout, *cost_ns: float) -> Option:
     spec = Grid(layout.family, SCALAR, "n1", SMALL_AXES).make(layout, streams=1, unroll=1, prefetch=0)
-    return Option(shape, layout, {Slot("n1", 1): Champion(spec, cost_ns, spec, cost_ns)}, cost_ns)
+    measured = Measurement(Job(spec, shape, 1), Status.OK, times_ns=cost_ns)
+    return Option(shape, layout, {Slot("n1", 1): Winner(measured, measured, FINGERPRINT)}, cost_ns)
 
 
 def test_a_mixed_format_needs_a_win_beyond_the_noise() -> None:
@@ -690,19 +702,19 @@ def test_the_number_of_threads_is_chosen_for_the_whole_step(
     assert costs[1].rest_ns == pytest.approx(costs[1].matrices_ns)
     assert costs[1].matrices_ns == pytest.approx(gain * costs[2].matrices_ns)
     store = RecordStore(tmp_path / "r")
-    assert store.best_threads([WIDE, TALL], FINGERPRINT) == best
+    assert store.best_threads([WIDE, TALL], fingerprints) == best
     # A later tune of one number of threads says nothing about the others, another model neither.
     alone = plan(threads=(1,), families=("i2s",), regimes=("n1",))
     assert go(tmp_path / "r", alone, runner(alone, noise=0.0)).threads == 1
     store.reload()
-    assert store.best_threads([WIDE, TALL], FINGERPRINT) == best
-    assert store.best_threads([WIDE, Shape(1, 1)], FINGERPRINT) == 0
+    assert store.best_threads([WIDE, TALL], fingerprints) == best
+    assert store.best_threads([WIDE, Shape(1, 1)], fingerprints) == 0
     # Other layouts: what was compared is gone.
     newest = store.tunings[-1]
     rows = [r for r in (16, 32) if r != newest.layout.row_block]
     other = next(w for w in newest.winners if w.spec.layout.row_block in rows)
     store.append(replace(newest, layout=other.spec.layout, best_threads=0))
-    assert store.best_threads([newest.shape], FINGERPRINT) == 0
+    assert store.best_threads([newest.shape], fingerprints) == 0
 
 
 def test_layouts_are_chosen_for_the_best_number_of_threads(tmp_path: Path) -> None:
@@ -730,7 +742,7 @@ def test_a_second_tune_asks_the_machine_nothing_and_agrees(tmp_path: Path) -> No
     again = go(tmp_path / "r", plan(), counting)
     assert counting.jobs == []
     assert counting.races == []
-    assert crowned(again) == crowned(first)
+    assert selected(again) == selected(first)
     assert (first.recalled, again.recorded) == (0, 0)
     assert again.rows == first.rows
     fresh = go(tmp_path / "r", plan(), counting, fresh=True)
@@ -754,17 +766,20 @@ def test_winners_are_found_in_the_store(tmp_path: Path) -> None:
     result = go(tmp_path / "r", plan(threads=(1, 2)), runner(plan(threads=(1, 2))))
     store = RecordStore(tmp_path / "r")
     for row in result.winners:
-        best = store.best(row.shape, row.regime, row.threads, FINGERPRINT)
+        best = store.best(row.shape, row.regime, row.threads, fingerprints)
         assert best is not None
         assert (best.spec, best.time_ns, best.default_ns) == (row.spec, row.time_ns, row.default_ns)
 
 
 def test_a_changed_fingerprint_tries_old_winners_first_and_trusts_none_of_their_times(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "r")
-    old = crowned(go(store, plan(), runner(plan())))
+    old = selected(go(store, plan(), runner(plan())))
     counting = CountingRunner(runner(plan()))
-    changed = replace(FINGERPRINT, compiler="clang 14")
-    tune(plan(), counting, store, changed, spaces(), config=CONFIG)
+
+    def changed(spec: KernelSpec) -> Fingerprint:
+        return replace(FINGERPRINT, compiler="clang 14")
+
+    tune(plan(), counting, store, changed, spaces(), Session(config=CONFIG))
     assert len(counting.jobs) > 4 * 54
     n1 = list(
         dict.fromkeys(
@@ -781,13 +796,13 @@ def test_a_changed_fingerprint_tries_old_winners_first_and_trusts_none_of_their_
 def test_committed_winners_of_the_cpu_family_are_tried(tmp_path: Path) -> None:
     points = Grid("i2s", SCALAR, "n1", SMALL_AXES).points
     counting = CountingRunner(runner(plan()))
-    go(tmp_path / "r", plan(trials=2), counting, family_winners=[points[40]])
+    go(tmp_path / "r", plan(trials=2), counting, family_winners=(points[40],))
     assert points[40] in {job.spec for job in counting.jobs}
 
 
 def test_a_shorter_tune_does_not_lose_what_a_longer_one_found(tmp_path: Path) -> None:
-    thorough = crowned(go(tmp_path / "r", plan(), runner(plan(), noise=0.0)))
-    hasty = crowned(go(tmp_path / "r", plan(trials=1, seed=5), runner(plan(), noise=0.0)))
+    thorough = selected(go(tmp_path / "r", plan(), runner(plan(), noise=0.0)))
+    hasty = selected(go(tmp_path / "r", plan(trials=1, seed=5), runner(plan(), noise=0.0)))
     assert hasty == thorough
 
 
@@ -803,7 +818,7 @@ def test_ctrl_c_keeps_what_is_recorded_and_says_how_to_go_on(tmp_path: Path) -> 
         go(tmp_path / "r", plan(), Interrupted(runner(plan())))
     result = go(tmp_path / "r", plan(), runner(plan()))
     assert result.recalled == 49
-    assert crowned(result) == crowned(go(tmp_path / "undisturbed", plan(), runner(plan())))
+    assert selected(result) == selected(go(tmp_path / "undisturbed", plan(), runner(plan())))
 
 
 def test_a_full_disk_ends_the_tune_with_the_records_whole(
@@ -824,7 +839,7 @@ def test_a_full_disk_ends_the_tune_with_the_records_whole(
         with pytest.raises(FileError, match="No space left on device"):
             go(store, plan(), runner(plan()))
     assert len(list(RecordStore(store.path).trials())) == 40
-    assert crowned(go(store.path, plan(), runner(plan()))) == crowned(
+    assert selected(go(store.path, plan(), runner(plan()))) == selected(
         go(tmp_path / "2", plan(), runner(plan()))
     )
 
@@ -879,7 +894,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     result = go(path, asked_for, inner, LARGE_AXES)
     assert result.recalled >= progress[-1]
     assert result.recorded > 0
-    assert crowned(result) == crowned(undisturbed)
+    assert selected(result) == selected(undisturbed)
     assert result.layouts == undisturbed.layouts
     assert result.rows == undisturbed.rows
 
@@ -946,12 +961,15 @@ def test_a_plan_fills_in_what_is_not_asked_for() -> None:
     assert default.threads == (cpu.usable_threads,)
     assert default.timeout_s is not None
     assert default.timeout_s <= 540
-    quick = plan_for(model, cpu, [SCALAR], CONFIG, quick=True, families=["TL1"], threads=[3], seed=4)
+    quick = plan_for(
+        model, cpu, [SCALAR], CONFIG, TuneOptions(quick=True, families=("TL1",), threads=(3,), seed=4)
+    )
     assert (quick.regimes, quick.families, quick.threads, quick.seed) == (("n1", "large"), ("tl1",), (3,), 4)
     assert quick.timeout_s is not None
     assert quick.timeout_s <= 80
     asked_for = plan_for(
-        model, cpu, [SCALAR], CONFIG, regimes=["n1"], trials=5, timeout_s=7.0, objective="decode"
+        *(model, cpu, [SCALAR], CONFIG),
+        TuneOptions(regimes=("n1",), trials=5, timeout_s=7.0, objective="decode"),
     )
     assert (asked_for.regimes, asked_for.trials, asked_for.timeout_s) == (("n1",), 5, 7.0)
 
@@ -961,15 +979,15 @@ def test_a_plan_fills_in_what_is_not_asked_for() -> None:
     [
         ({"trials": 0}, "--trials must be at least 1"),
         ({"timeout_s": 0.0}, "--timeout above 0"),
-        ({"threads": [0]}, "--threads must be at least 1"),
+        ({"threads": (0,)}, "--threads must be at least 1"),
         ({"objective": "speed"}, "unknown objective 'speed'; there are decode, prefill, balanced"),
-        ({"families": ["q4"]}, "unknown family 'q4'"),
-        ({"regimes": ["huge"]}, "unknown regime 'huge'"),
+        ({"families": ("q4",)}, "unknown family 'q4'"),
+        ({"regimes": ("huge",)}, "unknown regime 'huge'"),
     ],
 )
 def test_a_wrong_wish_is_one_clear_line(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(BitgenError, match=message):
-        plan_for(find_model("3B"), detect_cpu(), [SCALAR], CONFIG, **wrong)
+        plan_for(find_model("3B"), detect_cpu(), [SCALAR], CONFIG, TuneOptions(**wrong))
 
 
 def test_no_isa_is_a_usage_error() -> None:
@@ -983,7 +1001,7 @@ def test_a_family_without_kernels_on_an_isa_is_rejected_with_its_reason(tmp_path
             raise BitgenError("tables do not fit")
         return Grid(family, isa, regime, SMALL_AXES)
 
-    result = tune(plan(), runner(plan()), RecordStore(tmp_path / "r"), FINGERPRINT, some, config=CONFIG)
+    result = tune(plan(), runner(plan()), RecordStore(tmp_path / "r"), fingerprints, some, Session(CONFIG))
     assert result.rejected == (
         "TL1 on scalar, n1: tables do not fit",
         "TL1 on scalar, large: tables do not fit",
@@ -995,6 +1013,7 @@ def test_a_family_without_kernels_on_an_isa_is_rejected_with_its_reason(tmp_path
     "wrong",
     [
         {"objective": "speed"},
+        {"strategy": "random"},
         {"batch": 0},
         {"regimes": {"n1": CONFIG.regimes["n1"]}},
         {"regimes": {**CONFIG.regimes, "n1": CONFIG.regimes["small"]}},

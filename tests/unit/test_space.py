@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from bitgen.cpu import Cache, Cpu, Isa, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.families.tl5 import SPLIT_RADIX
+from bitgen.records import dump, load
 from bitgen.render import render_kernel
 from bitgen.space import Space, int16_sums, space_for
 from bitgen.spec import (
@@ -65,7 +66,7 @@ def test_points_are_legal_and_distinct(family: str, isa: Isa, regime: Regime) ->
     assert {spec.schedule.algorithm for spec in points} == set(space.algorithms)
     for spec in points:
         assert re.fullmatch(r"[a-z_][a-z0-9_]*", spec.name)
-        assert KernelSpec.from_dict(spec.to_dict()) == spec
+        assert load(KernelSpec, dump(spec), "spec") == spec
         assert spec.shape is None
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import FINGERPRINT, SCALAR, TALL, WIDE, Grid, measured
+from synthetic import FINGERPRINT, SCALAR, TALL, WIDE, Grid, fingerprints, measured
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.measure import Job, Race, Status
-from bitgen.spec import KernelSpec, Layout
+from bitgen.fingerprints import Fingerprint, Fingerprints
+from bitgen.measure import Job, Measurement, Race, RaceJob, Status
+from bitgen.records import dump, load
+from bitgen.spec import RENAMED_KNOBS, KernelSpec, Layout
 from bitgen.store import (
-    Fingerprint,
     RaceRecord,
     RecordStore,
     TrialRecord,
@@ -24,6 +25,12 @@ from bitgen.store import (
 )
 
 OTHER = replace(FINGERPRINT, compiler="clang 14")
+
+
+def others(spec: KernelSpec) -> Fingerprint:  # noqa: ARG001 - all kernels have the same
+    return OTHER
+
+
 POINTS = Grid(
     "i2s", SCALAR, "n1", {"streams": (1, 2, 4), "unroll": (1, 2, 4), "prefetch": (0, 512, 1024)}
 ).points
@@ -38,15 +45,16 @@ def trial(i: int = 0, fingerprint: Fingerprint = FINGERPRINT, status: Status = S
 def race() -> RaceRecord:
     times = {POINTS[0]: (3.0, 4.0), POINTS[1]: (5.0, 6.5)}
     race = Race(times, {POINTS[2]: "crashed: SIGSEGV"}, (0.06, 0.07))
-    return RaceRecord(FINGERPRINT, WIDE, 1, 1, True, 2, 11, POINTS[:3], race)
+    return RaceRecord.of([FINGERPRINT] * 3, RaceJob(POINTS[:3], WIDE, 1, 1, 2, True, 11), race)
 
 
 def tuning(
-    winners: list[tuple[KernelSpec, int]], layout: Layout = R16, fingerprint: Fingerprint = FINGERPRINT
+    winners: list[tuple[KernelSpec, int]], layout: Layout = R16, made: Fingerprints = fingerprints
 ) -> TuningRecord:
     n = {"n1": 1, "large": 128}
-    rows = tuple(Winner(spec, n[spec.regime], threads, 10.0, None) for spec, threads in winners)
-    return TuningRecord(fingerprint, WIDE, "balanced", layout, rows, seed=7)
+    jobs = [Job(spec, WIDE, n[spec.regime], threads) for spec, threads in winners]
+    rows = tuple(Winner(Measurement(job, Status.OK, "", (10.0,)), None, made(job.spec)) for job in jobs)
+    return TuningRecord(WIDE, "balanced", layout, rows, seed=7)
 
 
 def of_layout(layout: Layout, points: tuple[KernelSpec, ...] = POINTS, i: int = 0) -> KernelSpec:
@@ -66,39 +74,40 @@ def test_a_record_reads_back_as_it_was(
 ) -> None:
     RecordStore(tmp_path / "r.jsonl").append(record)
     data = json.loads((tmp_path / "r.jsonl").read_text())
-    assert data["schema"] == 1
-    assert data["fingerprint"]["compiler"] == "gcc 12"
-    read = type(record).from_dict(Fingerprint.from_dict(data["fingerprint"]), data)
-    assert read == record
+    assert (data.pop("schema"), data.pop("kind")) == (2, record.kind)
+    assert load(type(record), data, "") == record
 
 
 def test_an_answer_is_known_only_for_the_same_job_and_fingerprint(tmp_path: Path) -> None:
     RecordStore(tmp_path / "r.jsonl").append(trial())
     store = RecordStore(tmp_path / "r.jsonl")
     known = trial().measurement
-    assert store.known(known.job.key, FINGERPRINT) == known
-    assert store.known(known.job.key, OTHER) is None
+    assert store.known(known.job, fingerprints) == known
+    assert store.known(known.job, others) is None
     for different in (
         Job(POINTS[1], WIDE, 1, 1, True),
         Job(POINTS[0], TALL, 1, 1, True),
         Job(POINTS[0], WIDE, 1, 2, True),
         Job(POINTS[0], WIDE, 1, 1, False),
     ):
-        assert store.known(different.key, FINGERPRINT) is None
+        assert store.known(different, fingerprints) is None
 
 
 def test_a_race_is_known_only_with_its_seed_and_its_participants(tmp_path: Path) -> None:
     RecordStore(tmp_path / "r.jsonl").append(race())
     store = RecordStore(tmp_path / "r.jsonl")
-    assert store.known_race(race().key, FINGERPRINT) == race().race
-    assert store.known_race(race().key, OTHER) is None
-    assert store.known_race(replace(race(), seed=12).key, FINGERPRINT) is None
-    assert store.known_race(replace(race(), specs=POINTS[:2]).key, FINGERPRINT) is None
+    job = race().job
+    assert store.known_race(job, fingerprints) == race().race
+    assert store.known_race(job, others) is None
+    one_changed = lambda spec: OTHER if spec == POINTS[1] else FINGERPRINT  # noqa: E731
+    assert store.known_race(job, one_changed) is None
+    assert store.known_race(replace(job, seed=12), fingerprints) is None
+    assert store.known_race(replace(job, specs=POINTS[:2]), fingerprints) is None
 
 
 def test_every_part_of_the_fingerprint_counts() -> None:
     digests = {FINGERPRINT.digest}
-    for part in ("cpu", "compiler", "templates", "version"):
+    for part in ("cpu", "compiler", "kernel", "harness"):
         digests.add(replace(FINGERPRINT, **{part: "changed"}).digest)
     assert len(digests) == 5
 
@@ -199,7 +208,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_record_loses_only_that_record(t
     assert path.stat().st_size == size
     RecordStore(path).append(trial(2))
     store = RecordStore(path)
-    assert {r.measurement.spec for r in store.trials()} == {POINTS[0], POINTS[2]}
+    assert {r.measurement.job.spec for r in store.trials()} == {POINTS[0], POINTS[2]}
     assert store.skipped == 0
 
 
@@ -222,23 +231,23 @@ def test_a_folder_in_the_place_of_the_file_is_an_error(tmp_path: Path) -> None:
 def test_best_follows_the_layout_of_the_newest_tune(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "r.jsonl")
     a16, a32, large16 = of_layout(R16), of_layout(R32), of_layout(R16, LARGE)
-    assert store.best(WIDE, "n1", 4, FINGERPRINT) is None
+    assert store.best(WIDE, "n1", 4, fingerprints) is None
     store.append(tuning([(large16, 1)], R16))
     store.append(tuning([(a16, 1), (a32, 1)], R32))
     for opened in (store, RecordStore(store.path)):
-        found = opened.best(WIDE, "n1", 1, FINGERPRINT)
+        found = opened.best(WIDE, "n1", 1, fingerprints)
         assert found is not None
         assert found.spec == a32
-        assert opened.layout(WIDE, FINGERPRINT) == R32
-        assert opened.best(WIDE, "large", 1, FINGERPRINT) is None  # the only one known reads another layout
-        assert opened.best(TALL, "n1", 1, FINGERPRINT) is None
+        assert opened.layout(WIDE, fingerprints) == R32
+        assert opened.best(WIDE, "large", 1, fingerprints) is None  # the only one known reads another layout
+        assert opened.best(TALL, "n1", 1, fingerprints) is None
 
 
 def test_an_older_tune_fills_in_for_a_regime_in_the_same_layout(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "r.jsonl")
     store.append(tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)]))
     store.append(tuning([(of_layout(R16, i=1), 1)]))
-    n1, large = (store.best(WIDE, regime, 1, FINGERPRINT) for regime in ("n1", "large"))
+    n1, large = (store.best(WIDE, regime, 1, fingerprints) for regime in ("n1", "large"))
     assert n1 is not None
     assert n1.spec == of_layout(R16, i=1)
     assert large is not None
@@ -250,20 +259,20 @@ def test_the_nearest_lower_thread_count_serves(tmp_path: Path) -> None:
     for threads in (4, 1, 2, 8):
         store.append(tuning([(of_layout(R16, i=threads), threads)]))
     for asked, expected in ((1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8), (100, 8)):
-        found = store.best(WIDE, "n1", asked, FINGERPRINT)
+        found = store.best(WIDE, "n1", asked, fingerprints)
         assert found is not None
         assert found.threads == expected
 
 
 def test_a_stale_winner_is_a_starting_point_and_nothing_else(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "r.jsonl")
-    store.append(tuning([(POINTS[0], 1)], fingerprint=OTHER))
-    store.append(tuning([(POINTS[1], 1), (POINTS[0], 2)], fingerprint=OTHER))
+    store.append(tuning([(POINTS[0], 1)], made=others))
+    store.append(tuning([(POINTS[1], 1), (POINTS[0], 2)], made=others))
     store.append(tuning([(POINTS[2], 1)]))
-    assert store.stale(FINGERPRINT) == [POINTS[1], POINTS[0]]
-    assert store.current(WIDE, FINGERPRINT) == [POINTS[2]]
-    assert store.stale(OTHER) == [POINTS[2]]
-    assert store.best(WIDE, "n1", 1, replace(FINGERPRINT, version="2")) is None
+    assert store.stale(fingerprints) == [POINTS[1], POINTS[0]]
+    assert store.current(WIDE, fingerprints) == [POINTS[2]]
+    assert store.stale(others) == [POINTS[2]]
+    assert store.best(WIDE, "n1", 1, lambda _: replace(FINGERPRINT, harness="2")) is None
 
 
 def test_a_layout_that_no_winner_reads_cannot_be_recorded() -> None:
@@ -275,6 +284,67 @@ def test_a_tune_that_looked_at_less_overrules_none_that_saw_more(tmp_path: Path)
     store = RecordStore(tmp_path / "r.jsonl")
     store.append(tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)], R16))
     store.append(tuning([(of_layout(R32), 1)], R32))
-    assert store.layout(WIDE, FINGERPRINT) == R16
+    assert store.layout(WIDE, fingerprints) == R16
     store.append(tuning([(of_layout(R32), 1), (of_layout(R32, LARGE), 1)], R32))
-    assert store.layout(WIDE, FINGERPRINT) == R32
+    assert store.layout(WIDE, fingerprints) == R32
+
+
+def test_of_a_tune_the_part_that_holds_counts(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r.jsonl")
+    n1, large, n1_32 = of_layout(R16), of_layout(R16, LARGE), of_layout(R32)
+    store.append(tuning([(n1, 1), (large, 1), (n1_32, 1)]))
+    edited = lambda spec: OTHER if spec == n1 else FINGERPRINT  # noqa: E731
+    assert store.layout(WIDE, edited) == R16
+    assert store.best(WIDE, "n1", 1, edited) is None
+    assert (found := store.best(WIDE, "large", 1, edited))
+    assert found.spec == large
+    assert store.stale(edited) == [n1]
+    assert store.current(WIDE, edited) == [large, n1_32]
+    # When nothing that reads the layout holds any more, the layout does not either.
+    assert store.layout(WIDE, lambda spec: FINGERPRINT if spec == n1_32 else OTHER) is None
+
+
+# ---- older files ----
+
+OLD = {"cpu": "zen5 26 68", "compiler": "gcc 12", "templates": "abcd", "version": "0.1.0"}
+
+
+def old_lines() -> list[dict[str, object]]:
+    """A trial and a tune as version 0.1.0 wrote them."""
+    spec = dump(POINTS[0])
+    common = {"schema": 1, "time": 1.0, "fingerprint": OLD, "seed": 7}
+    measurement = {"spec": spec, "shape": [640, 256], "n": 1, "threads": 1, "cold": True, "status": "ok"}
+    winner = {"spec": spec, "n": 1, "threads": 2, "time_ns": 10.5, "default_ns": 12.0}
+    tuned = {"shape": "640x256", "objective": "balanced", "layout": spec["layout"], "winners": [winner]}
+    return [
+        {**common, "kind": "trial", "measurement": {**measurement, "times_ns": [1.0], "load": 0.5}},
+        {**common, "kind": "tuning", **tuned, "best_threads": 2},
+    ]
+
+
+def test_records_of_an_older_version_are_kept_and_their_winners_are_tried_first(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in old_lines())
+    path.write_text(text)
+    store = RecordStore(path)
+    assert (store.skipped, store.outdated) == (0, 1)
+    assert store.stale(fingerprints) == [POINTS[0]]
+    assert store.best(WIDE, "n1", 2, fingerprints) is None  # nobody can say what its time depended on
+    (old,) = store.tunings
+    assert (old.best_threads, old.winners[0].threads, old.winners[0].time_ns) == (2, 2, 10.5)
+    store.append(tuning([(POINTS[1], 1)]))
+    assert path.read_text().startswith(text)
+    again = RecordStore(path)
+    assert (len(again.tunings), again.skipped, again.outdated) == (2, 0, 1)
+
+
+def test_renamed_knobs_of_old_records_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.jsonl"
+    lines = json.dumps(old_lines()[1]).replace('"streams"', '"rivers"')
+    RecordStore(path).append(tuning([(POINTS[1], 1)]))
+    path.write_text(lines + "\n" + path.read_text().replace('"streams"', '"rivers"'))
+    monkeypatch.setitem(RENAMED_KNOBS, "rivers", "streams")
+    store = RecordStore(path)
+    assert store.stale(fingerprints) == [POINTS[0]]
+    assert (found := store.best(WIDE, "n1", 1, fingerprints))
+    assert found.spec == POINTS[1]  # under its new name, and its time still holds

@@ -6,21 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import FINGERPRINT
-from test_store import LARGE, OTHER, R16, R32, WIDE, of_layout, tuning
+from synthetic import fingerprints
+from test_store import LARGE, R16, R32, WIDE, of_layout, others, tuning
 
-from bitgen import winners
+from bitgen import __version__, winners
 from bitgen.api import Workshop, choices_for
 from bitgen.bundle import KernelEntry, read_bundle
 from bitgen.config import find_model
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
 from bitgen.llm import library_for
+from bitgen.measure import Job
 from bitgen.model.synthetic import config_of
 from bitgen.space import space_for
-from bitgen.spec import Layout, Schedule, Shape, regime_named
+from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
-from bitgen.winners import FamilyWinner, Traits, export_winners, family_winners, nearest_winners
+from bitgen.winners import Traits, export_winners, family_winners, nearest_winners
 
 ISAS = load_isas()
 AVX2, AVX512 = (find_isa(name, ISAS).requires for name in ("avx2", "avx512"))
@@ -41,11 +42,11 @@ def test_exported_winners_are_schedules_of_the_chosen_layout_without_timings(tmp
     store = store_with(
         tmp_path / "r.jsonl",
         tuning([(of_layout(R16), 1), (of_layout(R32), 1)], R32),
-        tuning([(of_layout(R16, i=2), 1)], fingerprint=OTHER),
+        tuning([(of_layout(R16, i=2), 1)], made=others),
     )
-    path = export_winners(store, FINGERPRINT, cpu("zen5"), ISAS, tmp_path / "winners")
+    path = export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path / "winners")
     assert "_ns" not in path.read_text()
-    assert family_winners("zen5", tmp_path / "winners") == (FamilyWinner(WIDE, 1, of_layout(R32)),)
+    assert family_winners("zen5", tmp_path / "winners") == (Job(of_layout(R32), WIDE, 1, 1),)
     assert family_winners("zen4", tmp_path / "winners") == ()
 
 
@@ -53,9 +54,9 @@ def test_exporting_again_keeps_what_others_found_and_changes_nothing_else(tmp_pa
     first = store_with(tmp_path / "1.jsonl", tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)]))
     second = store_with(tmp_path / "2.jsonl", tuning([(of_layout(R16, i=3), 1)]))
     folder = tmp_path / "winners"
-    text = export_winners(first, FINGERPRINT, cpu("zen5"), ISAS, folder).read_text()
-    assert export_winners(first, FINGERPRINT, cpu("zen5"), ISAS, folder).read_text() == text
-    export_winners(second, FINGERPRINT, cpu("zen5"), ISAS, folder)
+    text = export_winners(first, fingerprints, cpu("zen5"), ISAS, folder).read_text()
+    assert export_winners(first, fingerprints, cpu("zen5"), ISAS, folder).read_text() == text
+    export_winners(second, fingerprints, cpu("zen5"), ISAS, folder)
     specs = {winner.spec for winner in family_winners("zen5", folder)}
     assert specs == {of_layout(R16, i=3), of_layout(R16, LARGE)}
     assert [p.name for p in folder.iterdir()] == ["zen5.json"]
@@ -65,18 +66,18 @@ def test_no_two_layouts_are_exported_for_one_shape(tmp_path: Path) -> None:
     first = store_with(tmp_path / "1.jsonl", tuning([(of_layout(R16), 1), (of_layout(R16, LARGE), 1)]))
     second = store_with(tmp_path / "2.jsonl", tuning([(of_layout(R32), 1)], R32))
     for store in (first, second):
-        export_winners(store, FINGERPRINT, cpu("zen5"), ISAS, tmp_path)
+        export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path)
     assert [winner.spec for winner in family_winners("zen5", tmp_path)] == [of_layout(R32)]
 
 
 def test_an_export_says_what_it_was_tuned_on_and_nothing_of_the_folders(tmp_path: Path) -> None:
     store = store_with(tmp_path / "r.jsonl", tuning([(of_layout(R16), 1)]))
-    text = export_winners(store, FINGERPRINT, cpu("zen5"), ISAS, tmp_path).read_text()
+    text = export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path).read_text()
     assert json.loads(text)["tuned_on"] == {
         "cpu": "zen5 26 68",
         "compiler": "gcc 12",
-        "templates": "abcd",
-        "version": "0.1.0",
+        "harness": "1234",
+        "version": __version__,
     }
     assert str(tmp_path) not in text
     assert str(Path.home()) not in text
@@ -94,9 +95,9 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     point = next(s for s in workshop.space("i2s", isa, "n1", shape) if s.layout == R16)
     knobs = tuple((name, 99 if name == "streams" else value) for name, value in point.schedule)
     outdated = replace(point, schedule=Schedule(point.schedule.algorithm, knobs))
-    tuned = tuning([(point, 2), (outdated, 1)], fingerprint=workshop.fingerprint)
+    tuned = tuning([(point, 2), (outdated, 1)], made=workshop.fingerprints)
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
-    export_winners(store, workshop.fingerprint, workshop.cpu, workshop.isas, tmp_path)
+    export_winners(store, workshop.fingerprints, workshop.cpu, workshop.isas, tmp_path)
     assert len(family_winners(workshop.cpu.family, tmp_path)) == 2
     assert choices_for(preset, workshop, isa) == [KernelEntry(point, shape, 2)]
     assert (near := nearest_winners(workshop.cpu, workshop.isas))
@@ -112,11 +113,11 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     workshop, preset = Workshop(), find_model("TriLM-99M")
     isa, shape = workshop.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
     point = workshop.space("t5", isa, "n1", shape).default
-    tuned = tuning([(point, 1)], point.layout, fingerprint=workshop.fingerprint)
+    tuned = tuning([(point, 1)], point.layout, made=workshop.fingerprints)
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
     untuned = library_for(config_of(preset))
     assert untuned.parent.name.startswith("untuned-")
-    export_winners(store, workshop.fingerprint, workshop.cpu, workshop.isas, tmp_path)
+    export_winners(store, workshop.fingerprints, workshop.cpu, workshop.isas, tmp_path)
     said: list[str] = []
     library = library_for(config_of(preset), said.append)
     assert said == [f"building the kernels of {preset.alias}, once"]
@@ -152,7 +153,7 @@ def test_a_family_without_winners_starts_from_the_nearest_one(tmp_path: Path) ->
     other = cpu("icelake", vendor="GenuineIntel")
     arm = target_cpu("cortex-a72")
     for known in (small, other, arm):
-        export_winners(store, FINGERPRINT, known, ISAS, tmp_path)
+        export_winners(store, fingerprints, known, ISAS, tmp_path)
     # The same ISA levels are worth more than the same vendor; another architecture is no neighbour at all.
     nearest = nearest_winners(cpu("zen4"), ISAS, tmp_path)
     assert nearest is not None
@@ -160,7 +161,7 @@ def test_a_family_without_winners_starts_from_the_nearest_one(tmp_path: Path) ->
     assert nearest.why == (
         "the nearest family to zen4: 0 ISA levels differ, caches by 0 powers of two, another vendor"
     )
-    export_winners(store, FINGERPRINT, cpu("zen5"), ISAS, tmp_path)
+    export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path)
     assert (near := nearest_winners(cpu("zen4"), ISAS, tmp_path))
     assert near.cpu_family == "zen5"
     assert (own := nearest_winners(cpu("zen3", AVX2), ISAS, tmp_path))
@@ -188,3 +189,13 @@ def test_a_broken_family_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_family_file_of_another_schema_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "zen5.json").write_text(json.dumps({"schema": 1, "winners": []}))
     assert family_winners("zen5", tmp_path) == ()
+
+
+def test_a_family_file_with_a_renamed_knob_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_with(tmp_path / "r.jsonl", tuning([(of_layout(R16), 1)]))
+    path = export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path)
+    path.write_text(path.read_text().replace('"streams"', '"rivers"'))
+    monkeypatch.setitem(RENAMED_KNOBS, "rivers", "streams")
+    assert [winner.spec for winner in family_winners("zen5", tmp_path)] == [of_layout(R16)]
+    export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path)
+    assert "rivers" not in path.read_text()

@@ -1,36 +1,42 @@
-"""Where answers come from: the store first, then the runner, whose answers are recorded at once."""
+"""Measurements: from the store where it knows them, else from the runner, and then recorded at once."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from bitgen.fingerprints import Fingerprints
 from bitgen.measure import Job, Measurement, Missing, Race, RaceJob, Runner
-from bitgen.store import Fingerprint, RaceKey, RaceRecord, RecordStore, TrialRecord
+from bitgen.store import RaceRecord, RecordStore, TrialRecord
 
 
-class Answers:
+class MeasurementCache:
     """A runner with a memory. ``fresh``: ask the runner again what the store knows of earlier runs.
 
     ``recorded`` counts what this run added to the store, ``recalled`` what it took from there.
     """
 
     def __init__(
-        self, runner: Runner, store: RecordStore, fingerprint: Fingerprint, seed: int, fresh: bool
+        self,
+        runner: Runner,
+        store: RecordStore,
+        fingerprints: Fingerprints,
+        seed: int = 0,
+        fresh: bool = False,
     ) -> None:
         self.runner = runner
+        self.store = store
+        self.fingerprints = fingerprints
         self.recorded = 0
         self.recalled = 0
-        self._store = store
-        self._fingerprint = fingerprint
         self._seed = seed
         self._fresh = fresh
-        self._raced: set[RaceKey] = set()  # by this run
+        self._raced: set[RaceJob] = set()  # by this run
 
     def measure(self, jobs: Sequence[Job]) -> Generator[Measurement | Missing, None, None]:
         """One answer for each job: those known first, then the others as they are measured."""
         unknown = []
         for job in jobs:
-            known = None if self._fresh else self._store.known(job.key, self._fingerprint)
+            known = None if self._fresh else self.store.known(job, self.fingerprints)
             if known is None:
                 unknown.append(job)
             else:
@@ -40,21 +46,20 @@ class Answers:
             return
         for answer in self.runner.measure(unknown):
             if isinstance(answer, Measurement):
-                self._store.append(TrialRecord(self._fingerprint, answer, self._seed))
+                fingerprint = self.fingerprints(answer.job.spec)
+                self.store.append(TrialRecord(fingerprint, answer, self._seed))
                 self.recorded += 1
             yield answer
 
     def race(self, job: RaceJob) -> Race:
         """One block of a race."""
-        key = job.key
-        may_know = not self._fresh or key in self._raced
-        known = self._store.known_race(key, self._fingerprint) if may_know else None
-        self._raced.add(key)
+        may_know = not self._fresh or job in self._raced
+        known = self.store.known_race(job, self.fingerprints) if may_know else None
+        self._raced.add(job)
         if known is not None:
             self.recalled += 1
             return known
         race = self.runner.race(job)
-        record = RaceRecord(self._fingerprint, *key, race)
-        self._store.append(record)
+        self.store.append(RaceRecord.of(map(self.fingerprints, job.specs), job, race))
         self.recorded += 1
         return race
