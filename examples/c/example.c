@@ -48,6 +48,10 @@ int main(void)
     for (int i = 0; i < M; ++i) w_scale[i] = 0.5f + (float)(random_bits() % 1000) / 1000.0f;
     for (int i = 0; i < N * K; ++i) x[i] = (float)(random_bits() % 2001) / 1000.0f - 1.0f;
 
+    if (bitgen_abi_version() != BITGEN_ABI_VERSION) {
+        fprintf(stderr, "the library has ABI %d, this program %d\n", (int)bitgen_abi_version(), BITGEN_ABI_VERSION);
+        return 1;
+    }
     bitgen_context *ctx;
     check(bitgen_context_create(&ctx, 0, 0), "bitgen_context_create");
     size_t bytes;

@@ -120,8 +120,8 @@ def edit(path: Path, **changes: Any) -> None:
         (lambda p: (p / MANIFEST_NAME).write_text("[" * 100_000), "cannot read .*manifest.json"),
         (lambda p: edit(p, format=2), "format is 2, this bitgen reads 1"),
         (
-            lambda p: edit(p, abi_version=7),
-            f"abi_version is 7, this bitgen reads {ABI_VERSION}: build the bundle again",
+            lambda p: edit(p, abi_version=2),
+            f"abi_version is 2, this bitgen reads {ABI_VERSION}: build the bundle again",
         ),
         (lambda p: edit(p, isas=...), "missing key isas; the manifest is damaged: build"),
         (lambda p: edit(p, kernels=[{}]), r"kernels\[0\]: missing key spec"),
