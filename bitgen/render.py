@@ -141,8 +141,8 @@ def _at_column(text: str, column: int) -> str:
 class Tile:
     """How a kernel template names what a tile holds: C text by row, token and field.
 
-    Row ``r`` is a sub-block of 16 rows; a tile has those of ``b0``, then those of ``b1``, ... when it walks several
-    row blocks (streams ``w0``, ``w1``, ...) at once.
+    Row ``r`` is a sub-block of 16 rows; a tile has those of ``b0``, then those of ``b1``, ... when it walks
+    several row blocks (streams ``w0``, ``w1``, ...) at once.
     """
 
     layout: Layout
