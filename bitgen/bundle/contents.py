@@ -60,7 +60,7 @@ class Target:
     @property
     def scalar(self) -> Isa:
         """The level that runs on every CPU."""
-        return find_isa("scalar", self.isas)
+        return next(isa for isa in self.isas if isa.generic)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # two checks and a tune in processes of their own
 ROOT = Path(__file__).parents[2]
 TOYS = ROOT / "tests" / "data" / "places"
 MODEL = """\
