@@ -146,6 +146,7 @@ class Tile:
     """
 
     layout: Layout
+    one_token: bool
 
     @staticmethod
     def sums(name: str, r: int, t: int, f: int | None = None) -> str:
@@ -156,6 +157,10 @@ class Tile:
     def acc(cls, r: int, t: int, f: int | None = None) -> str:
         """The int32 accumulator of a sub-block and a token."""
         return cls.sums("acc", r, t, f)
+
+    def token(self, t: int) -> str:
+        """The number of a token."""
+        return "0" if self.one_token else f"t{t}"
 
     def row(self, r: int) -> str:
         """The first matrix row of a sub-block."""
@@ -231,7 +236,7 @@ def render_kernel(spec: KernelSpec) -> Source:
         "regime": regime,
         "layout": spec.layout,
         "schedule": spec.schedule,
-        "tile": Tile(spec.layout),
+        "tile": Tile(spec.layout, regime.n_max == 1),
         "tiles": _token_tiles(spec),
         **family.constants,
         **dict(spec.schedule),
