@@ -154,6 +154,15 @@ def estimated_cycles(instructions: Sequence[str], model: str, llvm: str) -> int:
     return int(found[1])
 
 
+def require_tools(llvm: str) -> None:
+    """BitgenError when this machine lacks LLVM's tools of that version."""
+    missing = [tool for tool in (f"llvm-mca-{llvm}", f"llvm-objdump-{llvm}") if not shutil.which(tool)]
+    if missing:
+        raise BitgenError(
+            f"there is no {' and no '.join(missing)}: install LLVM's tools, or name others with --llvm"
+        )
+
+
 @cache
 def qemu() -> str:
     found = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
@@ -242,6 +251,7 @@ def main() -> int:
         for spec in points(space_of(family, core, args.tokens), args.algorithm, args.space)
     ]
     try:
+        require_tools(args.llvm)
         print(render_tables([table(chosen, args.tokens, args.llvm)], args.output))
     except BitgenError as error:
         print(error.message, file=sys.stderr)

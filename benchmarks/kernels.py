@@ -23,6 +23,7 @@ from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.config import ModelPreset, find_model
 from bitgen.cpu import Isa
+from bitgen.errors import BitgenError
 from bitgen.measure import LocalRunner, Race, RaceJob
 from bitgen.spec import FAMILIES, LARGE, KernelSpec, Shape, regime_of
 
@@ -190,10 +191,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     args = parser.parse_args()
-    workshop = Workshop()
     ns = {"decode": [1], "batch": [1, 2, 4, 8, 16], "prefill": [args.n]}[args.what]
-    for threads in args.threads.split(","):
-        measure(args, workshop, ns, int(threads))
+    try:
+        workshop = Workshop()
+        for threads in args.threads.split(","):
+            measure(args, workshop, ns, int(threads))
+    except BitgenError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

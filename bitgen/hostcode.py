@@ -115,7 +115,7 @@ def library_headers(arch: str) -> Headers:
 @cache
 def kernel_headers() -> Headers:
     """(file name, text) of kernel.h, and of the headers that it includes."""
-    plain = ("bitgen.h", "arith.h", "kernel.h", "matmul.h", "pool.h")
+    plain = ("bitgen.h", "kernel.h", "matmul.h", "pool.h")
     return (*((name, csrc_text(name)) for name in plain), ("bitgen_config.h", config_header()))
 
 

@@ -5,7 +5,6 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "arith.h"
 #include "bitgen.h"
 #include "bitgen_config.h"
 #include "pool.h"

@@ -8,6 +8,7 @@
  */
 #define _POSIX_C_SOURCE 200809L
 
+#include "arith.h"
 #include "kernel.h"
 
 #include <stdlib.h>

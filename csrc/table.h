@@ -1,6 +1,7 @@
 /* What the generated table of a library (table.c) tells the code that is the same in all libraries. Internal. */
 #pragma once
 
+#include "arith.h"
 #include "kernel.h"
 #include "step.h"
 

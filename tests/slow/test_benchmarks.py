@@ -1,0 +1,118 @@
+"""Every script of benchmarks/ does its smallest piece of work, or says in one line what it lacks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "benchmarks"
+BEST = accepted_isas(detect_cpu(), load_isas())[0].name
+TINY = """\
+name: tests/tiny
+hidden: 256
+ffn: 512
+layers: 1
+heads: 2
+kv_heads: 1
+head_dim: 128
+vocab: 64
+rope_theta: 10000.0
+activation: silu
+sub_norms: true
+tied_head: true
+norm_eps: 1.0e-5
+architecture: bitnet
+"""
+MODULES = {"replay"}  # imported by other scripts, and by tests; nothing to run
+
+# What each does with the least of everything; {model} and {folder} are filled in. A line that it prints.
+RUNS = {
+    "search_study": (["--log", "{log}", "--seeds", "1"], "median regret"),
+    "kernels": (
+        ["decode", "--model", "{model}", "--isa", BEST, "--family", "i2s", "--rounds", "1"],
+        "of DRAM",
+    ),
+    "instructions": (["--family", "i2s", "--isa", BEST], "inner loops, n1"),
+    "step": (
+        ["--model", "{model}", "--threads", "1", "--context", "4", "--prompt", "4", "--rounds", "1"],
+        "beyond matrices",
+    ),
+    "make_peer_model": (["--model", "{model}", "--work", "{folder}", "--type", "Q4_0"], "Q4_0.gguf"),
+    "peer_bitgen": (["{model}", "--context", "8"], '"bytes"'),
+}
+# Scripts that need what is rarely installed, and what they say without it.
+LACKS = {
+    "peers": (
+        ["--model", "{model}", "--work", "{folder}"],
+        "name a peer's Python with --ik, --llama or both",
+    ),
+    "peer_ik": (["none.gguf"], "this Python has no ik-llama-cpp-python"),
+    "peer_llama": (["none.gguf"], "this Python has no llama-cpp-python"),
+    "arm_loops": (["--core", "neoverse-n1", "--family", "i2s", "--llvm", "0"], "llvm-mca-0"),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+def run(home: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / f"{script}.py"), *words],
+        cwd=home,
+        env={**os.environ, "BITGEN_HOME": str(home), "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def filled(words: list[str], folder: Path) -> list[str]:
+    model, log = folder / "tiny.yaml", folder / "log.jsonl.gz"
+    model.write_text(TINY)
+    if "{log}" in words:
+        import gzip
+
+        with gzip.open(SCRIPTS / "data" / "spaces-zen4.jsonl.gz", "rt") as lines, gzip.open(log, "wt") as few:
+            few.writelines(line for line, _ in zip(lines, range(4), strict=False))  # one group
+    return [word.format(model=model, folder=folder, log=log) for word in words]
+
+
+def test_every_script_is_here() -> None:
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == {*RUNS, *LACKS, *MODULES, "peer_side"}
+
+
+@pytest.mark.parametrize("script", [*RUNS, *LACKS])
+def test_a_script_tells_what_it_does(script: str, home: Path) -> None:
+    done = run(home, script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_script_runs(script: str, home: Path, tmp_path: Path) -> None:
+    if script == "instructions" and not shutil.which("objdump"):
+        pytest.skip("there is no objdump")
+    words, says = RUNS[script]
+    done = run(home, script, *filled(words, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout
+
+
+@pytest.mark.parametrize("script", LACKS)
+def test_what_a_script_lacks_is_said_in_one_line(script: str, home: Path, tmp_path: Path) -> None:
+    words, says = LACKS[script]
+    done = run(home, script, *filled(words, tmp_path))
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
