@@ -309,7 +309,7 @@ def test_when_nothing_runs_the_error_says_why(tmp_path: Path) -> None:
 
 def test_answers_that_were_never_recorded_are_no_failures(tmp_path: Path) -> None:
     full = runner(plan(), noise=0.0)
-    known = [m for m in full._records.values() if m.spec.schedule["streams"] != 2]
+    known = [m for m in full._records.values() if m.job.spec.schedule["streams"] != 2]
     result = go(
         tmp_path / "r", plan(), ReplayRunner(known, [MachinePeak(1, {"4 streams": 1000.0}, {"scalar": 1e6})])
     )
