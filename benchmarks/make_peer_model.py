@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from bitgen.cli.progress import ProgressLine
 from bitgen.config import find_model
 from bitgen.errors import BitgenError
-from bitgen.model.config import Floats, ModelConfig
-from bitgen.model.convert import gguf_architecture
-from bitgen.model.gguf import U32, NewTensor, write_gguf
-from bitgen.model.gguf_model import ARCHITECTURES, half_to_interleaved
-from bitgen.model.quants import encode_tq
-from bitgen.model.synthetic import config_of, random_weights
-from bitgen.model.weights import LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.convert import gguf_architecture
+from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.gguf_model import ARCHITECTURES, half_to_interleaved
+from bitgen.formats.quants import encode_tq
+from bitgen.formats.weights import LayerWeights, TernaryMatrix, Weights
+from bitgen.inference.synthetic import config_of, random_weights
 
 _F32, _F16 = 0, 1  # GGUF's numbers
 LLAMA_TYPES = {"Q4_0": (2, 2), "TQ1_0": (34, 36), "TQ2_0": (35, 37)}  # numbers of the tensor and the file

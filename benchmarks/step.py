@@ -24,12 +24,12 @@ from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.config import find_model
 from bitgen.errors import BitgenError
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.engine import Engine
+from bitgen.inference.llm import open_engine
+from bitgen.inference.synthetic import config_of, random_weights
 from bitgen.llm import library_for
 from bitgen.measure import LocalRunner
-from bitgen.model.config import ModelConfig
-from bitgen.model.engine import Engine
-from bitgen.model.llm import open_engine
-from bitgen.model.synthetic import config_of, random_weights
 from bitgen.runtime import load
 
 _ALONE = ("matmul", "head")  # the rest is what a step costs beyond its matrices

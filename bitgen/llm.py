@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitgen.errors import ToolchainError
-from bitgen.model.config import ModelConfig
-from bitgen.model.llm import LLM as _LLM
-from bitgen.model.llm import find_library, preset_name, tuned_shapes
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.llm import LLM as _LLM
+from bitgen.inference.llm import find_library, preset_name, tuned_shapes
 
 
 class LLM(_LLM):
-    """`bitgen.model.llm.LLM`; without a library it builds the untuned one (seconds, once)."""
+    """`bitgen.inference.llm.LLM`; without a library it builds the untuned one (seconds, once)."""
 
     def _find_library(self, config: ModelConfig, progress: Callable[[str], None] | None) -> Path:
         return library_for(config, progress)

@@ -14,7 +14,7 @@ def preset_of(model: str | ModelPreset) -> ModelPreset:
     """The shapes of a preset (its name), a YAML file, or a model file or folder that `bitgen run` reads."""
     if isinstance(model, ModelPreset):
         return model
-    from bitgen.model.files import open_model, shipped_model
+    from bitgen.formats.open import open_model, shipped_model
 
     path = Path(model)
     if (

@@ -113,7 +113,7 @@ class _RestOfStep:
 
     def __call__(self, regime: str, threads: int) -> float:
         if threads not in self._known:
-            from bitgen.model.rest import rest_of_step
+            from bitgen.inference.non_matmul_cost import rest_of_step
 
             self._known[threads] = rest_of_step(
                 self._preset, untuned_library(), threads, tuple(self._n.values())

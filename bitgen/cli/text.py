@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitgen.model.llm import LLM
+    from bitgen.inference.llm import LLM
 
 
 def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
@@ -81,7 +81,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `LLM.generate`. UsageError for a value that is out of range."""
     from bitgen.errors import UsageError
-    from bitgen.model.sampling import Sampling
+    from bitgen.inference.sampling import Sampling
 
     if args.n_predict == 0:
         raise UsageError("-n must be 1 or more, or -1 for no limit")

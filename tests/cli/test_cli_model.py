@@ -15,8 +15,8 @@ from text_models import piece_data
 import bitgen
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UsageError
-from bitgen.model.answer import Answer
-from bitgen.model.config import ModelConfig
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.sequence import Answer
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +158,7 @@ def test_a_model_that_is_not_there_is_one_line(library: Path, capsys: pytest.Cap
 def test_ctrl_c_ends_a_run_with_its_timings(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitgen.model.engine import Engine
+    from bitgen.inference.engine import Engine
 
     original, steps = Engine.forward, []
 
@@ -179,7 +179,7 @@ def test_ctrl_c_ends_a_run_with_its_timings(
 def test_an_error_amid_a_text_is_a_line_of_its_own(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitgen.model.engine import Engine
+    from bitgen.inference.engine import Engine
 
     def forward(*_: object) -> object:
         raise FileError("the model computes NaN or infinity")
@@ -409,7 +409,7 @@ def test_threads_and_kv_types_give_the_same_text(model: Path, library: Path) -> 
 def test_the_library_is_found_or_its_absence_is_one_line(
     model: Path, library: Path, bitgen_home: Path
 ) -> None:
-    from bitgen.model import llm as without_compiler
+    from bitgen.inference import llm as without_compiler
 
     with pytest.raises(BitgenError, match="there is no kernel library for this CPU: make one with"):
         without_compiler.LLM(model)

@@ -11,10 +11,10 @@ from model_files import Plain, plain_model, small_config, tokenizer_json, write_
 
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.model import open_model
-from bitgen.model.convert import convert, gguf_architecture
-from bitgen.model.model_file import ModelFile
-from bitgen.model.vocabulary import tokenizer_metadata
+from bitgen.formats.convert import convert, gguf_architecture
+from bitgen.formats.gguf_tokenizer import tokenizer_metadata
+from bitgen.formats.model_file import ModelFile
+from bitgen.formats.open import open_model
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 WIDE = {"hidden": 256, "ffn": 512, "heads": 4, "head_dim": 64, "layers": 1}
@@ -107,7 +107,7 @@ def test_rows_with_scales_of_their_own_are_kept(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", model, "floats")
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
-    from bitgen.model.safetensors import read_safetensors
+    from bitgen.formats.safetensors import read_safetensors
 
     down = read_safetensors(file)["model.layers.0.mlp.down_proj.weight"]
     values = down.data.view(np.float32).reshape(256, 512).copy()

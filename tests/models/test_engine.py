@@ -20,13 +20,13 @@ from bitgen.abi import DENSE_TYPES, STAGES
 from bitgen.config import ModelPreset, load_models
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.model import packed
-from bitgen.model.config import ModelConfig
-from bitgen.model.engine import PREFILL, Engine, inverse_frequencies
-from bitgen.model.packed import cache_entries, check_cache, clear_cache, pack_model
-from bitgen.model.quants import DENSE
-from bitgen.model.synthetic import config_of, random_weights
-from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.quants import DENSE
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.inference import weight_cache as packed
+from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
+from bitgen.inference.synthetic import config_of, random_weights
+from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache, pack_model
 from bitgen.runtime import KernelTable, load
 
 pytestmark = pytest.mark.slow
@@ -508,8 +508,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np
-from bitgen.model.engine import Engine
-from bitgen.model.synthetic import config_of, random_weights
+from bitgen.inference.engine import Engine
+from bitgen.inference.synthetic import config_of, random_weights
 from bitgen.runtime import load
 from reference_model import small_config
 

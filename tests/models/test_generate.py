@@ -13,13 +13,13 @@ from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
 
 from bitgen.errors import BitgenError
-from bitgen.model.answer import Guesser, StopFilter
-from bitgen.model.chat import BUILT_IN, render_chat
-from bitgen.model.config import ModelConfig
-from bitgen.model.conversation import Conversation
-from bitgen.model.llm import LLM
-from bitgen.model.perplexity import perplexity
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.chat_template import BUILT_IN, render_chat
+from bitgen.inference.conversation import Conversation
+from bitgen.inference.llm import LLM
+from bitgen.inference.perplexity import perplexity
+from bitgen.inference.sequence import Guesser, StopFilter
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -227,7 +227,7 @@ def test_parts_of_a_prompt_take_a_second_or_so(
 ) -> None:
     engine = Scripted([5], context=2000)
     llm = LLM.over(engine, engine.config, piece_data())
-    monkeypatch.setattr("bitgen.model.generate.time.perf_counter", lambda: token_s * sum(engine.calls))
+    monkeypatch.setattr("bitgen.inference.scheduler.time.perf_counter", lambda: token_s * sum(engine.calls))
     list(llm.generator.run([llm.request([5] * 640, max_tokens=1)]))
     assert engine.calls == parts
 
@@ -328,7 +328,7 @@ def test_logits_come_in_parts_that_are_not_large(monkeypatch: pytest.MonkeyPatch
     ids = llm.tokenizer.encode("the end and the other end on and on and on and the other hand and the end")
     assert len(ids) > 33
     whole = llm.logits(ids)
-    monkeypatch.setattr("bitgen.model.generate._LOGITS_BYTES", 1)
+    monkeypatch.setattr("bitgen.inference.scheduler._LOGITS_BYTES", 1)
     assert [len(part) for part in llm.logit_parts(ids)] == [32, len(ids) - 32]
     assert np.array_equal(llm.logits(ids), whole)
     assert llm.logits(ids, len(ids)).shape == (0, llm.config.vocab)

@@ -18,10 +18,10 @@ from model_files import (
 )
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model import open_model
-from bitgen.model.gguf import U32, NewTensor, read_gguf, write_gguf
-from bitgen.model.gguf_model import half_to_interleaved, interleaved_to_half
-from bitgen.model.quants import TERNARY, encode_tq
+from bitgen.formats.gguf import U32, NewTensor, read_gguf, write_gguf
+from bitgen.formats.gguf_model import half_to_interleaved, interleaved_to_half
+from bitgen.formats.open import open_model
+from bitgen.formats.quants import TERNARY, encode_tq
 
 WIDE = {"hidden": 256, "ffn": 512, "heads": 4, "head_dim": 64, "layers": 1}  # sizes that every type can hold
 
@@ -405,7 +405,7 @@ def test_quantised_heads_and_embeddings_stay_in_their_format(tmp_path: Path, kin
     gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle")
     from gguf.quants import dequantize
 
-    from bitgen.model.quants import DENSE
+    from bitgen.formats.quants import DENSE
 
     rows = DENSE[kind].row_bytes(256)
     data = np.random.default_rng(2).integers(0, 60, (11, rows), dtype=np.uint8)  # f16 below 1: no NaN

@@ -20,10 +20,10 @@ from model_files import (
 )
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model import open_model
-from bitgen.model.convert import convert
-from bitgen.model.safetensors import read_folder, read_safetensors
-from bitgen.model.tokenizer_model import read_tokenizer_model
+from bitgen.formats.convert import convert
+from bitgen.formats.open import open_model
+from bitgen.formats.safetensors import read_folder, read_safetensors
+from bitgen.formats.sentencepiece_file import read_tokenizer_model
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 BITLINEAR = {"quant_method": "bitnet"}
@@ -197,8 +197,8 @@ def test_both_directions_are_those_of_transformers() -> None:
     """y of one row by transformers' own layers against ours, packed weights and all."""
     torch = pytest.importorskip("torch", reason="torch is the oracle")
     bitnet = pytest.importorskip("transformers.integrations.bitnet", reason="transformers is the oracle")
-    from bitgen.model.hf import _Checkpoint, quantization_of
-    from bitgen.model.safetensors import StoredTensor
+    from bitgen.formats.hf import _Checkpoint, quantization_of
+    from bitgen.formats.safetensors import StoredTensor
     from bitgen.reference import linear
 
     torch._dynamo.config.disable = True
@@ -393,7 +393,7 @@ def test_llama3_factors_are_those_of_transformers(head_dim: int) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from bitgen.model.hf import llama3_factors
+    from bitgen.formats.hf import llama3_factors
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.model.config import ModelConfig
-from bitgen.model.quants import DENSE
-from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.quants import DENSE
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.reference import quantize_activations, scale_output
 
 Doubles = NDArray[np.float64]

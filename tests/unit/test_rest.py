@@ -6,7 +6,7 @@ import libraries
 import pytest
 
 from bitgen.config import find_model
-from bitgen.model.rest import rest_of_step
+from bitgen.inference.non_matmul_cost import rest_of_step
 
 
 def test_the_rest_of_the_step_grows_with_layers_and_vocabulary(

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bitgen.errors import BitgenError
-from bitgen.model.sampling import GREEDY, Sampler, Sampling, _sorted_top, exp, log_softmax_at, total, uniform
+from bitgen.inference.sampling import (
+    GREEDY,
+    Sampler,
+    Sampling,
+    _sorted_top,
+    exp,
+    log_softmax_at,
+    total,
+    uniform,
+)
 
 ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
 

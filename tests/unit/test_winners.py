@@ -15,9 +15,9 @@ from bitgen.bundle import KernelEntry, read_bundle
 from bitgen.config import find_model
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
+from bitgen.inference.synthetic import config_of
 from bitgen.llm import library_for
 from bitgen.measure import Job
-from bitgen.model.synthetic import config_of
 from bitgen.space import space_for
 from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore

@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
-from bitgen.model.gguf_model import float_matrix
-from bitgen.model.hf_tokenizer import hf_tokenizer
-from bitgen.model.model_file import ModelFile, TensorSummary, fingerprint_of
-from bitgen.model.quants import DENSE, Bytes, absmean, dequantize
-from bitgen.model.safetensors import INDEX, SINGLE, StoredTensor, read_folder, read_json
-from bitgen.model.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights
+from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, printable
+from bitgen.formats.gguf_model import float_matrix
+from bitgen.formats.hf_tokenizer import hf_tokenizer
+from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
+from bitgen.formats.quants import DENSE, Bytes, absmean, dequantize
+from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder, read_json
+from bitgen.formats.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights
 from bitgen.spec import Shape
+from bitgen.tokenizer.data import TokenizerData
 
 # transformers' class -> the GGUF architecture of the same forward pass. 1bitLLM's BitnetForCausalLM (small n)
 # gates with silu, Microsoft's BitNetForCausalLM with relu^2; both say so in hidden_act.

@@ -2,7 +2,7 @@
 
 ::
 
-    tokenizer = Tokenizer(data)                     # data: bitgen.model.config.TokenizerData
+    tokenizer = Tokenizer(data)                     # data: bitgen.formats.config.TokenizerData
     ids = tokenizer.encode("Hello")                 # with BOS where the model wants it
     text = tokenizer.decode(ids)
     stream = tokenizer.stream()                     # whole characters as tokens arrive
@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.model.bpe import PreTokenizer, build_bpe, bytes_of, pre_tokenizer
-from bitgen.model.config import TokenizerData
-from bitgen.model.sentencepiece import SPACE, SentencePiece, byte_of
+from bitgen.tokenizer.bpe import PreTokenizer, build_bpe, bytes_of, pre_tokenizer
+from bitgen.tokenizer.data import TokenizerData
+from bitgen.tokenizer.sentencepiece import SPACE, SentencePiece, byte_of
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.model.sampling import Sampler, Sampling
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.inference.sampling import Sampler, Sampling
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 Finish: TypeAlias = Literal["end", "stop", "length", "context"]
 

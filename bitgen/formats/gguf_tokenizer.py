@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import FileError
-from bitgen.model.bpe import PRE_TOKENIZERS
-from bitgen.model.config import TokenizerData
-from bitgen.model.gguf import U32
-from bitgen.model.hf_tokenizer import added_ids
-from bitgen.model.safetensors import parse_json
+from bitgen.formats.gguf import U32
+from bitgen.formats.hf_tokenizer import added_ids
+from bitgen.formats.safetensors import parse_json
+from bitgen.tokenizer.bpe import PRE_TOKENIZERS
+from bitgen.tokenizer.data import TokenizerData
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")

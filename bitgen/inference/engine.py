@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, constants, ffi
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.model.config import ModelConfig
-from bitgen.model.packed import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
-from bitgen.model.weights import DenseMatrix, Weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.weights import DenseMatrix, Weights
+from bitgen.inference.weight_cache import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
 from bitgen.runtime import KernelTable, aligned_bytes
 
 Floats: TypeAlias = NDArray[np.float32]

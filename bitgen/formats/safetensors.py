@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.gguf import map_file
-from bitgen.model.quants import Bytes
+from bitgen.formats.gguf import map_file
+from bitgen.formats.quants import Bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

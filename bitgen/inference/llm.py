@@ -27,19 +27,20 @@ from numpy.typing import NDArray
 from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
 from bitgen.cpu import detect_cpu
 from bitgen.errors import FileError, UsageError
-from bitgen.model.answer import Answer, Finish, Request
-from bitgen.model.chat import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
-from bitgen.model.config import ModelConfig, TokenizerData
-from bitgen.model.generate import Engine, Generator, Progress, Timings
-from bitgen.model.sampling import Sampling
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
+from bitgen.inference.sampling import Sampling
+from bitgen.inference.scheduler import Engine, Generator, Progress, Timings
+from bitgen.inference.sequence import Answer, Finish, Request
 from bitgen.paths import generated_dir
 from bitgen.spec import Shape
+from bitgen.tokenizer.data import TokenizerData
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from bitgen.model.engine import Engine as CompiledEngine
-    from bitgen.model.model_file import ModelFile
-    from bitgen.model.weights import Weights
+    from bitgen.formats.model_file import ModelFile
+    from bitgen.formats.weights import Weights
+    from bitgen.inference.engine import Engine as CompiledEngine
     from bitgen.runtime import KernelTable
 
 KV: TypeAlias = Literal["f16", "f32", "q8"]
@@ -114,7 +115,7 @@ class LLM:
         batch: int = 1,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        from bitgen.model.files import open_model
+        from bitgen.formats.open import open_model
         from bitgen.runtime import load
 
         started = time.perf_counter()
@@ -398,8 +399,8 @@ def open_engine(
     progress: Callable[[str], None] | None = None,
 ) -> CompiledEngine:
     """The compiled step over a kernel library; the weights of a file are packed once and then mapped."""
-    from bitgen.model.engine import Engine as CompiledEngine
-    from bitgen.model.weights import Weights
+    from bitgen.formats.weights import Weights
+    from bitgen.inference.engine import Engine as CompiledEngine
 
     def packing(done: int, total: int) -> None:
         if progress:

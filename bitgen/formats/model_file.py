@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bitgen.errors import FileError
-from bitgen.model.config import ModelConfig, TokenizerData
-from bitgen.model.weights import Weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.weights import Weights
+from bitgen.tokenizer.data import TokenizerData
 
 
 @dataclass(frozen=True)

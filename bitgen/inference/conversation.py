@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bitgen.errors import UsageError
-from bitgen.model.chat import Message
-from bitgen.model.llm import LLM, Generation
+from bitgen.inference.chat_template import Message
+from bitgen.inference.llm import LLM, Generation
 
 _ROOM = 256  # tokens that are kept free for an answer, at most a quarter of the context
 

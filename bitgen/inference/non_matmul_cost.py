@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from bitgen.config import ModelPreset
-from bitgen.model.engine import Engine
-from bitgen.model.synthetic import config_of, random_weights
+from bitgen.inference.engine import Engine
+from bitgen.inference.synthetic import config_of, random_weights
 from bitgen.runtime import load
 
 _CONTEXT = 512

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitgen.config import load_models
 from bitgen.errors import BitgenError, FileError, nearest_names
-from bitgen.model.model_file import ModelFile, TensorSummary, fingerprint_of
+from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.paths import models_dir
 
 
@@ -68,7 +68,7 @@ def _refuse_unknown_name(name: str, file: Path) -> None:
 
 
 def _open_gguf(path: Path) -> ModelFile:
-    from bitgen.model.gguf_model import gguf_tokenizer, read_gguf_model, type_name
+    from bitgen.formats.gguf_model import gguf_tokenizer, read_gguf_model, type_name
 
     file, config, weights = read_gguf_model(path)
     return ModelFile(
@@ -86,6 +86,6 @@ def _open_gguf(path: Path) -> ModelFile:
 
 
 def _open_folder(folder: Path) -> ModelFile:
-    from bitgen.model.hf import open_folder
+    from bitgen.formats.hf import open_folder
 
     return open_folder(folder)

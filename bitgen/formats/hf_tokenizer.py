@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bitgen.errors import FileError
-from bitgen.model.config import TokenizerData
-from bitgen.model.safetensors import parse_json, read_json
-from bitgen.model.tokenizer_model import read_tokenizer_model
+from bitgen.formats.safetensors import parse_json, read_json
+from bitgen.formats.sentencepiece_file import read_tokenizer_model
+from bitgen.tokenizer.data import TokenizerData
 
 _FILE_MAX = 1 << 26  # bytes; the largest tokenizer.json has about 10 MB
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<end_of_turn>")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.model.config import ModelConfig, printable
-from bitgen.model.model_file import ModelFile
+from bitgen.formats.config import ModelConfig, printable
+from bitgen.formats.model_file import ModelFile
 from bitgen.spec import FAMILIES, Layout, Shape
 
 _TEXT_SHOWN = 60  # characters of a metadata value

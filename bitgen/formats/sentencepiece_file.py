@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.config import TokenizerData
+from bitgen.tokenizer.data import TokenizerData
 
 _PIECES_MAX = 1 << 22
 _VARINT_BYTES_MAX = 10

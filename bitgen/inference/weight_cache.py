@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.runtime import KernelTable, aligned_bytes
 from bitgen.spec import Shape

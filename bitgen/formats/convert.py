@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import FileError, UsageError, unknown
-from bitgen.model.config import Floats, ModelConfig
-from bitgen.model.files import open_model
-from bitgen.model.gguf import U32, NewTensor, write_gguf
-from bitgen.model.gguf_model import ARCHITECTURES, half_to_interleaved
-from bitgen.model.model_file import ModelFile
-from bitgen.model.quants import (
+from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.gguf_model import ARCHITECTURES, half_to_interleaved
+from bitgen.formats.model_file import ModelFile
+from bitgen.formats.open import open_model
+from bitgen.formats.quants import (
     DENSE,
     I2_S_BLOCK,
     I2_S_ID,
@@ -31,7 +31,7 @@ from bitgen.model.quants import (
     encode_tq,
     i2_s_bytes,
 )
-from bitgen.model.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix
 
 TYPES = ("i2_s", "tq1_0", "tq2_0", "f16")
 # general.file_type: 40 is bitnet.cpp's I2_S, the others are llama.cpp's.
@@ -128,7 +128,7 @@ def _metadata(config: ModelConfig, architecture: str, kind: str) -> dict[str, An
 def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
     """The tokenizer's metadata: built from tokenizer.json, or copied from a GGUF file."""
     if model.container == "safetensors":
-        from bitgen.model.vocabulary import tokenizer_metadata
+        from bitgen.formats.gguf_tokenizer import tokenizer_metadata
 
         return tokenizer_metadata(model.tokenizer_data, model.config.vocab)
     _ = model.tokenizer_data  # raises where it is damaged

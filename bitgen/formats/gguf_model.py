@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.config import Activation, Floats, ModelConfig, TokenizerData, check_head_dim, printable
-from bitgen.model.gguf import GgufFile, TensorInfo
-from bitgen.model.quants import (
+from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, printable
+from bitgen.formats.gguf import GgufFile, TensorInfo
+from bitgen.formats.quants import (
     BY_ID,
     DENSE,
     I2_S_BLOCK,
@@ -30,8 +30,9 @@ from bitgen.model.quants import (
     dequantize,
     ternary_of_floats,
 )
-from bitgen.model.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights
+from bitgen.formats.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights
 from bitgen.spec import Shape
+from bitgen.tokenizer.data import TokenizerData
 
 # Values decoded at once while a whole matrix is read for its scales: 4 MB of float32.
 _CHUNK_VALUES = 1 << 20
@@ -479,7 +480,7 @@ def _flag(keys: _Keys, key: str) -> bool | None:
 
 def read_gguf_model(path: Path | str) -> tuple[GgufFile, ModelConfig, Weights]:
     """Open a file and check that it holds a whole model of a supported architecture."""
-    from bitgen.model.gguf import read_gguf
+    from bitgen.formats.gguf import read_gguf
 
     file = read_gguf(path)
     config = gguf_config(file)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.config import Floats, ModelConfig
-from bitgen.model.quants import DENSE, dequantize
+from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.quants import DENSE, dequantize
 from bitgen.spec import Shape
 
 Ternary: TypeAlias = NDArray[np.int8]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitgen.model.config import ModelConfig
-from bitgen.model.generate import Engine
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.scheduler import Engine
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.config import ModelPreset
-from bitgen.model.config import Floats, ModelConfig
-from bitgen.model.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
 from bitgen.spec import Shape
 
 _BLOCK = 1 << 20  # random weights a matrix

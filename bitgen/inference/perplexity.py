@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitgen.errors import UsageError
-from bitgen.model.llm import LLM
-from bitgen.model.sampling import log_softmax_at
+from bitgen.inference.llm import LLM
+from bitgen.inference.sampling import log_softmax_at
 
 
 @dataclass(frozen=True)

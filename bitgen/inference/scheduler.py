@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import UsageError
-from bitgen.model.answer import ROWS, Answer, Request
-from bitgen.model.config import ModelConfig
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.sequence import ROWS, Answer, Request
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
 
@@ -31,7 +31,7 @@ _SHARED_MIN = 16  # a common start of two prompts that is shorter than this is c
 
 
 class Engine(Protocol):
-    """What runs the model: bitgen.model.engine, or a stand-in."""
+    """What runs the model: bitgen.inference.engine, or a stand-in."""
 
     @property
     def config(self) -> ModelConfig: ...

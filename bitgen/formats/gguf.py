@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model.quants import BY_ID, FORKS, I2_S_ID, i2_s_bytes
+from bitgen.formats.quants import BY_ID, FORKS, I2_S_ID, i2_s_bytes
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

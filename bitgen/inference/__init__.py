@@ -1,0 +1,1 @@
+"""From weights to text: the engine over a kernel library, its scheduler, sampling, chat."""
