@@ -19,7 +19,7 @@ from make_peer_model import peer_config
 
 from bitgen.errors import BitgenError
 from bitgen.inference.engine import Engine
-from bitgen.inference.llm import open_engine
+from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
 from bitgen.llm import library_for
 from bitgen.runtime import load

@@ -59,9 +59,8 @@ def _types(model: ModelFile) -> Table:
 
 
 def _matmuls(model: ModelFile) -> Table:
-    from bitgen.formats.inspect import matmuls
-
-    rows = [(role, shape.name, model.config.layers) for role, shape in matmuls(model.config).items()]
+    roles = {"qkv": "q/k/v", "gate_up": "gate/up"}
+    rows = [(roles.get(m.role, m.role), m.shape.name, m.count) for m in model.config.matmuls]
     return Table(
         "matmuls", (Column("role", "role"), Column("shape", "m x k"), Column("count", "count", "d")), rows
     )

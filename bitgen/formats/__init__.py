@@ -1,4 +1,4 @@
-"""Model files in and out: GGUF, Hugging Face folders, and what they hold as config, weights and tokenizer data.
+"""Model files in and out: GGUF and Hugging Face folders as config, weights and tokenizer data.
 
 `bitgen.formats.open.open_model` reads a GGUF file or a Hugging Face folder into a `ModelFile`.
 """

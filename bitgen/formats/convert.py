@@ -16,9 +16,18 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import FileError, UsageError, unknown
+from bitgen.formats.architectures import (
+    EMBEDDING,
+    FINAL_NORM,
+    GGUF_LAYER,
+    LM_HEAD,
+    Architecture,
+    architecture_of,
+    half_to_interleaved,
+)
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.formats.gguf import U32, NewTensor, write_gguf
-from bitgen.formats.gguf_model import ARCHITECTURES, half_to_interleaved
+from bitgen.formats.gguf_tokenizer import tokenizer_metadata
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import (
@@ -70,16 +79,16 @@ def convert(
     model = open_model(source)
     if target.exists() and target.resolve() == model.path.resolve():
         raise UsageError(f"{target} is the source itself; write to another file")
-    architecture = gguf_architecture(model.config)
+    architecture = architecture_of(model.config)
     tokenizer, notes = _tokenizer(model)
-    metadata = {**_metadata(model.config, architecture, kind), **tokenizer}
+    metadata = {**gguf_metadata(model.config, architecture.name, _FILE_TYPES[kind]), **tokenizer}
     tensors = list(_tensors(model, architecture, kind))
     fallback = sum(t.type_id not in (_type_id(kind), DENSE["f32"].id) for t in tensors if "blk." in t.name)
     if fallback:
         notes.append(
             f"{fallback} matrices cannot be {kind.upper()} and are stored as F16 or F32, as large as that is"
         )
-    if architecture != "bitnet" and any(t.name.endswith(".scale") for t in tensors):
+    if architecture.name != "bitnet" and any(t.name.endswith(".scale") for t in tensors):
         notes.append(
             "scales that F16 would round are tensors of their own, which older llama.cpp does not load"
         )
@@ -87,28 +96,15 @@ def convert(
     return Converted(target, target.stat().st_size, _counts(tensors), tuple(notes))
 
 
-def gguf_architecture(config: ModelConfig) -> str:
-    """The GGUF architecture with this forward pass. BitgenError when there is none."""
-    if config.architecture in ARCHITECTURES:  # bitnet-25 and bitnet-b1.58 are one forward pass
-        named = ARCHITECTURES[config.architecture]
-        if (named.activation, named.sub_norms) == (config.activation, config.sub_norms):
-            return config.architecture
-    for arch in ("bitnet", "bitnet-b1.58", "llama"):
-        known = ARCHITECTURES[arch]
-        if (known.activation, known.sub_norms) == (config.activation, config.sub_norms):
-            return arch
-    norms = "with" if config.sub_norms else "without"
-    raise FileError(f"no GGUF architecture has {config.activation} {norms} sub-norms")
-
-
-def _metadata(config: ModelConfig, architecture: str, kind: str) -> dict[str, Any]:
+def gguf_metadata(config: ModelConfig, architecture: str, file_type: int) -> dict[str, Any]:
+    """What a GGUF file says about a model, apart from its tokenizer."""
     a = architecture
     return {
         "general.architecture": a,
         "general.type": "model",
         "general.name": config.name or a,
         "general.quantization_version": U32(2),
-        "general.file_type": U32(_FILE_TYPES[kind]),
+        "general.file_type": U32(file_type),
         f"{a}.context_length": U32(config.context),
         f"{a}.embedding_length": U32(config.hidden),
         f"{a}.feed_forward_length": U32(config.ffn),
@@ -128,8 +124,6 @@ def _metadata(config: ModelConfig, architecture: str, kind: str) -> dict[str, An
 def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
     """The tokenizer's metadata: built from tokenizer.json, or copied from a GGUF file."""
     if model.container == "safetensors":
-        from bitgen.formats.gguf_tokenizer import tokenizer_metadata
-
         return tokenizer_metadata(model.tokenizer_data, model.config.vocab)
     _ = model.tokenizer_data  # raises where it is damaged
     values = {k: v for k, v in model.metadata.items() if k.startswith("tokenizer.")}
@@ -142,45 +136,31 @@ def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
 # ---- Tensors -------------------------------------------------------------------
 
 
-def _tensors(model: ModelFile, architecture: str, kind: str) -> Iterator[NewTensor]:
+def _tensors(model: ModelFile, architecture: Architecture, kind: str) -> Iterator[NewTensor]:
     weights, config = model.weights, model.config
-    yield _dense("token_embd.weight", weights.embedding)
+    yield _dense(f"{EMBEDDING.gguf}.weight", weights.embedding)
     if weights.head is not None:
-        yield _dense("output.weight", weights.head)
-    yield _vector("output_norm.weight", weights.final_norm)
+        yield _dense(f"{LM_HEAD.gguf}.weight", weights.head)
+    yield _vector(f"{FINAL_NORM.gguf}.weight", weights.final_norm)
     if config.rope_factors is not None:
-        yield _vector("rope_freqs.weight", config.rope_factors)
+        yield _vector("rope_freqs.weight", np.array(config.rope_factors, np.float32))
     for index, layer in enumerate(weights.layers):
-        prefix = f"blk.{index}."
-        for name, norm in _norms(layer):
-            yield _vector(f"{prefix}{name}.weight", norm)
-        for name, matrix in _matrices(config, layer, ARCHITECTURES[architecture].interleaved):
-            yield from _ternary(prefix + name, matrix, kind)
+        prefix = GGUF_LAYER.format(index)
+        for field, tensor in architecture.norms.items():
+            yield _vector(f"{prefix}{tensor.gguf}.weight", getattr(layer, field))
+        for role, matrix in file_matrices(config, layer, architecture).items():
+            yield from _ternary(prefix + architecture.matrices[role].gguf, matrix, kind)
 
 
-def _norms(layer: LayerWeights) -> Iterator[tuple[str, Floats]]:
-    yield "attn_norm", layer.attn_norm
-    yield "ffn_norm", layer.ffn_norm
-    if layer.attn_sub_norm is not None and layer.ffn_sub_norm is not None:
-        yield "attn_sub_norm", layer.attn_sub_norm
-        yield "ffn_sub_norm", layer.ffn_sub_norm
-
-
-def _matrices(
-    config: ModelConfig, layer: LayerWeights, interleaved: bool
-) -> Iterator[tuple[str, TernaryMatrix]]:
-    q, kv = config.q_rows, config.kv_rows
-    query, key = layer.qkv.slice(0, q), layer.qkv.slice(q, q + kv)
-    if interleaved:
-        query = query.reordered(half_to_interleaved(config.heads, config.head_dim))
-        key = key.reordered(half_to_interleaved(config.kv_heads, config.head_dim))
-    yield "attn_q", query
-    yield "attn_k", key
-    yield "attn_v", layer.qkv.slice(q + kv, q + 2 * kv)
-    yield "attn_output", layer.o
-    yield "ffn_gate", layer.gate_up.slice(0, config.ffn)
-    yield "ffn_up", layer.gate_up.slice(config.ffn, 2 * config.ffn)
-    yield "ffn_down", layer.down
+def file_matrices(
+    config: ModelConfig, layer: LayerWeights, architecture: Architecture
+) -> dict[str, TernaryMatrix]:
+    """The matrices of a layer with their rows in the order of a GGUF file."""
+    matrices = layer.split(config)
+    if architecture.interleaved:
+        for role, heads in (("q", config.heads), ("k", config.kv_heads)):
+            matrices[role] = matrices[role].reordered(half_to_interleaved(heads, config.head_dim))
+    return {role: matrices[role] for role in architecture.matrices}
 
 
 def _vector(name: str, values: Floats) -> NewTensor:

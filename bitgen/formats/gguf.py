@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.quants import BY_ID, FORKS, I2_S_ID, i2_s_bytes
-
-Bytes: TypeAlias = NDArray[np.uint8]
+from bitgen.formats.source import Bytes, map_file
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # of tensor data, where the file does not say otherwise
@@ -149,23 +146,6 @@ class GgufFile:
         return self.data[tensor.offset : tensor.offset + tensor.size]
 
 
-def map_file(path: Path) -> Bytes:
-    """The bytes of a file, mapped read-only. FileError when it cannot be."""
-    try:
-        if not path.is_file():
-            found = (
-                "is a folder" if path.is_dir() else "does not exist" if not path.exists() else "is no file"
-            )
-            raise FileError(f"{path} {found}")
-        with path.open("rb") as file:
-            if path.stat().st_size == 0:
-                raise FileError(f"{path} is empty")
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise FileError(f"cannot read {path}: {reason}") from error
-
-
 def read_gguf(path: Path | str) -> GgufFile:
     """Open a GGUF file. FileError when it cannot be read or breaks a rule of the format."""
     file = Path(path)
@@ -184,7 +164,7 @@ def read_gguf(path: Path | str) -> GgufFile:
     for _ in range(value_count):
         key = cursor.name("metadata key")
         if key in values:
-            raise damaged(file, f"the metadata key {key!r} stands twice")
+            raise damaged(file, f"the metadata key {key!r} is duplicated")
         values[key] = cursor.value(key)
     metadata = Metadata(data, values)
     alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -203,7 +183,7 @@ def _place(
     tensors: dict[str, TensorInfo] = {}
     for info in infos:
         if info.name in tensors:
-            raise damaged(path, f"the tensor {info.name} stands twice")
+            raise damaged(path, f"the tensor {info.name} is duplicated")
         if info.offset % alignment:
             raise damaged(path, f"the tensor {info.name} is not aligned to {alignment} bytes")
         offset = start + info.offset

@@ -1,9 +1,9 @@
-"""The tokenizer of a Hugging Face folder -> the tokenizer metadata of a GGUF file.
+"""The tokenizer metadata of a GGUF file: read, and written from the tokenizer of a Hugging Face folder.
 
-The whole tokenizer.json goes in under `tokenizer.huggingface.json`, which bitgen reads back: the tokens stay
-exactly those of the source. For other programs the vocabulary follows in their own form (`tokenizer.ggml.*`):
-byte-level BPE as `gpt2` with merges and the name of its pre-tokenizer, BPE with byte fallback as `llama` with
-scores, and so a tokenizer.model.
+When writing, the whole tokenizer.json goes in under `tokenizer.huggingface.json`, which bitgen reads back:
+the tokens stay exactly those of the source. For other programs the vocabulary follows in their own form
+(`tokenizer.ggml.*`): byte-level BPE as `gpt2` with merges and the name of its pre-tokenizer, BPE with byte
+fallback as `llama` with scores, and so a tokenizer.model.
 """
 
 from __future__ import annotations
@@ -15,14 +15,67 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import FileError
-from bitgen.formats.gguf import U32
+from bitgen.formats.gguf import U32, GgufFile
 from bitgen.formats.hf_tokenizer import added_ids
-from bitgen.formats.safetensors import parse_json
+from bitgen.formats.source import Settings, parse_json, short
 from bitgen.tokenizer.bpe import PRE_TOKENIZERS
 from bitgen.tokenizer.data import TokenizerData
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def gguf_tokenizer(file: GgufFile) -> TokenizerData:
+    """The tokenizer's metadata. FileError when a field is of the wrong type or length."""
+    keys = Settings(file.path, file.metadata, "tokenizer.")
+    tokens = _array(keys, "ggml.tokens", tuple)
+    types = _array(keys, "ggml.token_type", np.ndarray)
+    scores = _array(keys, "ggml.scores", np.ndarray)
+    for key, array in (("ggml.token_type", types), ("ggml.scores", scores)):
+        if array is not None and len(array) != len(tokens or ()):
+            raise keys.error(key, f"has {len(array)} elements for {len(tokens or ())} tokens")
+    ids = {name: _token_id(keys, f"ggml.{name}_token_id", len(tokens or ())) for name in _TOKEN_IDS}
+    return TokenizerData(
+        json=keys.text("huggingface.json") or None,
+        model=keys.text("ggml.model"),
+        pre=keys.text("ggml.pre"),
+        tokens=tokens or (),
+        scores=None if scores is None else scores.astype(np.float32),
+        types=None if types is None else types.astype(np.int32),
+        merges=_array(keys, "ggml.merges", tuple) or (),
+        bos=ids["bos"],
+        eos=ids["eos"],
+        eot=ids["eot"],
+        unknown=ids["unknown"],
+        pad=ids["padding"],
+        end_ids=tuple(dict.fromkeys(i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None)),
+        add_bos=keys.flag("ggml.add_bos_token"),
+        add_eos=keys.flag("ggml.add_eos_token"),
+        add_space_prefix=keys.flag("ggml.add_space_prefix"),
+        chat_template=keys.text("chat_template") or None,
+    )
+
+
+_TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
+
+
+def _array(keys: Settings, key: str, kind: type) -> Any:
+    value = keys.raw(key)
+    if value is not None and not isinstance(value, kind):
+        raise keys.error(key, f"is {short(value)}, not the array it should be")
+    return value
+
+
+def _token_id(keys: Settings, key: str, vocab: int) -> int | None:
+    value = keys.get(key)
+    if value is None or value in (-1, 0xFFFFFFFF):  # both are written for "none"
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < max(vocab, 1):
+        raise keys.error(key, f"is {short(value)}; there are {vocab} tokens")
+    return value
+
+
+# ---- Writing ----
 
 
 def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any], list[str]]:

@@ -20,91 +20,53 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, printable
-from bitgen.formats.gguf_model import float_matrix
+from bitgen.formats.architectures import (
+    ARCHITECTURES,
+    EMBEDDING,
+    FINAL_NORM,
+    HF_CLASSES,
+    HF_LAYER,
+    LM_HEAD,
+    Architecture,
+    Tensor,
+)
+from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.hf_tokenizer import hf_tokenizer
+from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_matrix
 from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
-from bitgen.formats.quants import DENSE, Bytes, absmean, dequantize
-from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder, read_json
-from bitgen.formats.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix, Weights
-from bitgen.spec import Shape
+from bitgen.formats.quants import dequantize
+from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder
+from bitgen.formats.source import Settings, read_json, short
+from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
 from bitgen.tokenizer.data import TokenizerData
 
-# transformers' class -> the GGUF architecture of the same forward pass. 1bitLLM's BitnetForCausalLM (small n)
-# gates with silu, Microsoft's BitNetForCausalLM with relu^2; both say so in hidden_act.
-CLASSES = {"BitnetForCausalLM": "bitnet", "BitNetForCausalLM": "bitnet-b1.58", "LlamaForCausalLM": "llama"}
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 _FLOATS = ("f32", "f16", "bf16")
 _IGNORED = ("rotary_emb.inv_freq",)
-_ABSMEAN_FLOOR = 1e-5
-_CHUNK_VALUES = 1 << 20
-
-# Names of sub-norms: Microsoft's, 1bitLLM's.
-_ATTN_SUB_NORM = ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln")
-_FFN_SUB_NORM = ("mlp.ffn_sub_norm", "mlp.ffn_layernorm")
 
 
 # ---- config.json ---------------------------------------------------------------
 
 
-class _Settings:
-    """Typed look-ups in config.json; every error names file and key."""
-
-    def __init__(self, where: str, data: Mapping[str, Any]) -> None:
-        self.where = where
-        self._data = data
-
-    def error(self, key: str, what: str) -> BitgenError:
-        return FileError(f"{self.where}: {key} {what}")
-
-    def get(self, key: str) -> Any:
-        return self._data.get(key)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(
-                key, "is missing" if value is None else f"is {str(value)[:40]!r}, not a whole number"
-            )
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e300:
-            raise self.error(key, "is missing" if value is None else f"is {str(value)[:40]!r}, not a number")
-        return float(value)
-
-    def section(self, key: str) -> _Settings:
-        value = self.get(key)
-        if value is None:
-            value = {}
-        if not isinstance(value, Mapping):
-            raise self.error(key, "is no object")
-        return _Settings(f"{self.where}: {key}", value)
-
-
 def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
     """config.json as a ModelConfig. FileError names what is missing or not supported."""
-    settings = _Settings(str(folder / "config.json"), data)
+    settings = Settings(folder / "config.json", data)
     architecture = _architecture(settings)
     hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
     if heads < 1:
         raise settings.error("num_attention_heads", f"is {heads}")
-    head_dim = check_head_dim(settings.integer("head_dim", hidden // heads), settings.where)
-    act = settings.get("hidden_act") or ("relu2" if architecture == "bitnet-b1.58" else "silu")
+    head_dim = check_head_dim(settings.integer("head_dim", hidden // heads), str(settings.where))
+    act = settings.get("hidden_act") or architecture.activation
     if not isinstance(act, str) or act not in _ACTIVATIONS:
-        raise settings.error("hidden_act", f"is {str(act)[:40]!r}; silu and relu2 are supported")
+        raise settings.error("hidden_act", f"is {short(act)}; silu and relu2 are supported")
     for key in ("attention_bias", "mlp_bias"):
         if settings.get(key):
             raise settings.error(key, "is set: biases are not supported")
     tied = settings.get("tie_word_embeddings")
-    theta, factors = _rope(settings, head_dim)
-    return ModelConfig(
-        architecture=architecture,
+    theta, factors = _rope(settings, head_dim, architecture.hf_rope_theta)
+    return file_config(
+        settings.where,
+        architecture=architecture.name,
         hidden=hidden,
         ffn=settings.integer("intermediate_size"),
         layers=settings.integer("num_hidden_layers"),
@@ -115,46 +77,39 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         context=settings.integer("max_position_embeddings"),
         rope_theta=theta,
         activation=_ACTIVATIONS[act],
-        sub_norms=architecture != "llama",
+        sub_norms=architecture.sub_norms,
         norm_eps=settings.number("rms_norm_eps"),
-        tied_head="lm_head.weight" not in tensors if tied is None else bool(tied),
+        tied_head=f"{LM_HEAD.hf[0]}.weight" not in tensors if tied is None else bool(tied),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
         rope_factors=factors,
     )
 
 
-def _architecture(settings: _Settings) -> str:
+def _architecture(settings: Settings) -> Architecture:
     names = settings.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or name not in CLASSES:
+    if not isinstance(name, str) or name not in HF_CLASSES:
         raise settings.error(
-            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(CLASSES)} with ternary matrices"
+            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(HF_CLASSES)} with ternary matrices"
         )
-    return CLASSES[name]
+    return HF_CLASSES[name]
 
 
-def _rope(settings: _Settings, head_dim: int) -> tuple[float, Floats | None]:
+def _rope(settings: Settings, head_dim: int, default: float) -> tuple[float, tuple[float, ...] | None]:
     """(theta, factors that divide the frequencies or None): rope_parameters, or the older rope_scaling."""
     rope = settings.section("rope_parameters" if settings.get("rope_parameters") else "rope_scaling")
-    default = 500000.0 if settings.get("model_type") == "bitnet" else 10000.0
     theta = rope.number("rope_theta", settings.number("rope_theta", default))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, np.full(head_dim // 2, rope.number("factor"), np.float32)
+        return theta, (float(np.float32(rope.number("factor"))),) * (head_dim // 2)
     if kind == "llama3":
         old = rope.number(
             "original_max_position_embeddings", float(settings.integer("max_position_embeddings"))
         )
-        return theta, llama3_factors(
-            theta,
-            head_dim,
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            old,
-        )
+        scale, low, high = (rope.number(f) for f in ("factor", "low_freq_factor", "high_freq_factor"))
+        return theta, tuple(llama3_factors(theta, head_dim, scale, low, high, old).tolist())
     raise rope.error("rope_type", f"is {str(kind)[:40]!r}; default, linear and llama3 are supported")
 
 
@@ -177,29 +132,27 @@ def llama3_factors(
 class Quantization:
     """How a checkpoint's BitLinear layers are stored, from quantization_config."""
 
-    bitnet: bool  # it is a BitNet checkpoint: floats in it are master weights
+    master_weights: bool  # floats of matrices are what training updates
     multiplies: bool  # y * weight_scale; else y / weight_scale
 
 
-def quantization_of(settings_data: Mapping[str, Any], architecture: str, where: str) -> Quantization:
-    settings = _Settings(where, settings_data).section("quantization_config")
+def quantization_of(data: Mapping[str, Any], architecture: Architecture, where: str) -> Quantization:
+    settings = Settings(where, data).section("quantization_config")
     method = settings.get("quant_method")
     if method not in (None, "bitnet"):
-        raise settings.error("quant_method", f"is {str(method)[:40]!r}; bitnet is supported")
+        raise settings.error("quant_method", f"is {short(method)}; bitnet is supported")
     if settings.get("use_rms_norm"):
         raise settings.error("use_rms_norm", "is set: a norm inside each linear layer is not supported")
     linear = settings.get("linear_class") or "bitlinear"
     if linear not in ("bitlinear", "autobitlinear"):
-        raise settings.error(
-            "linear_class", f"is {str(linear)[:40]!r}; bitlinear and autobitlinear are known"
-        )
+        raise settings.error("linear_class", f"is {short(linear)}; bitlinear and autobitlinear are known")
     kept = settings.get("modules_to_not_convert")
     odd = [str(name) for name in kept if "lm_head" not in str(name)] if isinstance(kept, list) else []
     if odd:
         raise settings.error(
-            "modules_to_not_convert", f"names {odd[0][:40]!r}; only lm_head may be no BitLinear"
+            "modules_to_not_convert", f"names {short(odd[0])}; only lm_head may be no BitLinear"
         )
-    return Quantization(method == "bitnet" or architecture != "llama", linear == "autobitlinear")
+    return Quantization(method == "bitnet" or architecture.master_weights, linear == "autobitlinear")
 
 
 # ---- Tensors -------------------------------------------------------------------
@@ -246,19 +199,18 @@ class _Checkpoint:
         tensor = self.tensor(name + ".weight")
         quarter = -(-m // 4)
         if tensor.type == "u8" and tensor.shape == (quarter, k):
-            return _packed(tensor, m, self._weight_scale(name, m))
+            return packed_matrix(tensor.name, m, tensor.data.reshape(quarter, k), self._weight_scale(name, m))
         if tensor.type not in _FLOATS or tensor.shape != (m, k):
             raise self.error(
                 f"{tensor.name} is {tensor.type} {tensor.shape}; bitgen reads uint8 {(quarter, k)} (packed) "
                 f"or {', '.join(_FLOATS)} {(m, k)} there"
             )
-        data = tensor.data.reshape(m, -1)
         if name + ".weight_scale" in self.tensors:  # unpacked, but quantised offline
-            matrix = float_matrix(tensor.name, tensor.type, data, k)
+            matrix = ternary_matrix(tensor.name, tensor.type, (m, k), tensor.data)
             return matrix.scaled(self._weight_scale(name, m))
-        if not self.quantization.bitnet:
-            return float_matrix(tensor.name, tensor.type, data, k)
-        return _master(tensor, m, k)
+        if not self.quantization.master_weights:
+            return ternary_matrix(tensor.name, tensor.type, (m, k), tensor.data)
+        return master_matrix(tensor.name, tensor.type, tensor.data.reshape(m, -1), k)
 
     def _weight_scale(self, name: str, m: int) -> Floats:
         """What y is multiplied by, float32 (1) or (m)."""
@@ -274,64 +226,13 @@ class _Checkpoint:
             return factor
 
 
-def _packed(tensor: StoredTensor, m: int, scale: Floats) -> TernaryMatrix:
-    quarter, k = tensor.shape
-    data = tensor.data.reshape(quarter, k)
-
-    def decode(begin: int, end: int) -> Ternary:
-        out = np.empty((end - begin, k), np.uint8)
-        for i in range(4):
-            low, high = max(begin, i * quarter), min(end, (i + 1) * quarter)
-            if low < high:
-                out[low - begin : high - begin] = data[low - i * quarter : high - i * quarter] >> 2 * i & 3
-        if (out == 3).any():
-            raise FileError(f"{tensor.name} holds codes that are not ternary; the file is damaged")
-        out -= 1
-        return out.view(np.int8)
-
-    return TernaryMatrix(tensor.name, Shape(m, k), decode, lambda: scale)
-
-
-def _master(tensor: StoredTensor, m: int, k: int) -> TernaryMatrix:
-    """Latent weights: w = round(clamp(W / mean|W|, -1, 1)), scale mean|W|, the mean at least 1e-5."""
-    data = tensor.data.reshape(m, k * DENSE[tensor.type].block_bytes)
-    mean: list[float] = []  # found once, by whoever asks first
-
-    def find_mean() -> float:
-        if not mean:
-            mean.append(_mean_of(tensor.name, tensor.type, data, k))
-        return mean[0]
-
-    def decode(begin: int, end: int) -> Ternary:
-        return absmean(dequantize(tensor.type, data[begin:end], k), find_mean())
-
-    def find_scale() -> Floats:
-        # As BitLinear computes it: one over the inverse it multiplied the weights with.
-        return np.float32(1) / (np.float32(1) / np.array([find_mean()], np.float32))
-
-    return TernaryMatrix(tensor.name, Shape(m, k), decode, find_scale)
-
-
-def _mean_of(name: str, kind: str, data: Bytes, k: int) -> float:
-    """mean|W|, summed in double, at least 1e-5."""
-    step = max(1, _CHUNK_VALUES // k)
-    total = 0.0
-    for begin in range(0, len(data), step):
-        values = dequantize(kind, data[begin : begin + step], k)
-        total += float(np.abs(values).sum(dtype=np.float64))
-    mean = total / (len(data) * k)
-    if not math.isfinite(mean):
-        raise FileError(f"{name} holds NaN or infinity; the file is damaged")
-    return max(mean, _ABSMEAN_FLOOR)
-
-
 def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
-    embedding = checkpoint.dense("model.embed_tokens.weight", config.vocab, config.hidden)
-    head = None
-    if not config.tied_head:
-        head = checkpoint.dense("lm_head.weight", config.vocab, config.hidden)
-    checkpoint.used.add("lm_head.weight")  # stored again by some checkpoints that tie it
-    final = checkpoint.vector("model.norm.weight", config.hidden)
+    embedding, lm_head = (f"{tensor.hf[0]}.weight" for tensor in (EMBEDDING, LM_HEAD))
+    size = (config.vocab, config.hidden)
+    table = checkpoint.dense(embedding, *size)
+    head = None if config.tied_head else checkpoint.dense(lm_head, *size)
+    checkpoint.used.add(lm_head)  # stored again by some checkpoints that tie it
+    final = checkpoint.vector(f"{FINAL_NORM.hf[0]}.weight", config.hidden)
     layers = tuple(_layer(checkpoint, config, i) for i in range(config.layers))
     extra = [n for n in checkpoint.tensors if n not in checkpoint.used and not n.endswith(_IGNORED)]
     if extra:
@@ -339,37 +240,27 @@ def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
             f"the tensor {extra[0][:100]!r} ({len(extra)} such) belongs to no {config.architecture} model "
             "that bitgen runs (biases and experts are not supported)"
         )
-    return Weights(config, embedding, head, final, layers)
+    return Weights(config, table, head, final, layers)
 
 
 def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWeights:
-    prefix = f"model.layers.{index}."
+    prefix = HF_LAYER.format(index)
+    architecture = ARCHITECTURES[config.architecture]
 
-    def matrix(name: str, m: int, k: int) -> TernaryMatrix:
-        return checkpoint.ternary(prefix + name, m, k)
+    def name(tensor: Tensor) -> str:
+        """The first of its names that the checkpoint has."""
+        names = [prefix + each for each in tensor.hf]
+        return next((each for each in names if f"{each}.weight" in checkpoint.tensors), names[0])
 
-    def sub_norm(names: tuple[str, ...], size: int) -> Floats | None:
-        if not config.sub_norms:
-            return None
-        name = next((n for n in names if f"{prefix}{n}.weight" in checkpoint.tensors), names[0])
-        return checkpoint.vector(f"{prefix}{name}.weight", size)
-
-    hidden, ffn, q_rows, kv_rows = config.hidden, config.ffn, config.q_rows, config.kv_rows
-    attention = [
-        matrix(f"self_attn.{x}_proj", m, hidden) for x, m in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
-    ]
-    return LayerWeights(
-        qkv=TernaryMatrix.stack(attention),
-        o=matrix("self_attn.o_proj", hidden, q_rows),
-        gate_up=TernaryMatrix.stack(
-            [matrix("mlp.gate_proj", ffn, hidden), matrix("mlp.up_proj", ffn, hidden)]
-        ),
-        down=matrix("mlp.down_proj", hidden, ffn),
-        attn_norm=checkpoint.vector(prefix + "input_layernorm.weight", hidden),
-        ffn_norm=checkpoint.vector(prefix + "post_attention_layernorm.weight", hidden),
-        attn_sub_norm=sub_norm(_ATTN_SUB_NORM, q_rows),
-        ffn_sub_norm=sub_norm(_FFN_SUB_NORM, ffn),
-    )
+    matrices = {
+        role: checkpoint.ternary(name(tensor), *tensor.shape(config))
+        for role, tensor in architecture.matrices.items()
+    }
+    norms = {
+        field: checkpoint.vector(f"{name(tensor)}.weight", *tensor.shape(config))
+        for field, tensor in architecture.norms.items()
+    }
+    return LayerWeights.of(matrices, norms)
 
 
 def open_folder(folder: Path) -> ModelFile:
@@ -377,7 +268,7 @@ def open_folder(folder: Path) -> ModelFile:
     data = read_json(folder / "config.json")
     tensors = read_folder(folder)
     config = hf_config(folder, data, tensors)
-    quantization = quantization_of(data, config.architecture, str(folder / "config.json"))
+    quantization = quantization_of(data, ARCHITECTURES[config.architecture], str(folder / "config.json"))
     weights = hf_weights(_Checkpoint(folder, tensors, quantization, set()), config)
     files = (
         [folder / SINGLE]

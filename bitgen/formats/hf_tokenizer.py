@@ -11,12 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from bitgen.errors import FileError
-from bitgen.formats.safetensors import parse_json, read_json
 from bitgen.formats.sentencepiece_file import read_tokenizer_model
+from bitgen.formats.source import parse_json, read_bounded, read_json
 from bitgen.tokenizer.data import TokenizerData
 
-_FILE_MAX = 1 << 26  # bytes; the largest tokenizer.json has about 10 MB
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end_of_turn|>", "<end_of_turn>")
 
 
@@ -24,13 +22,13 @@ def hf_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerData:
     """``config`` is config.json. FileError when there is no tokenizer, or a damaged one."""
     settings = _optional_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
-        content = _content(folder / "tokenizer.json")
+        content = read_bounded(folder / "tokenizer.json", "; bitgen needs it to turn text into tokens")
         ids = added_ids(parse_json(content, str(folder / "tokenizer.json")))
         data = TokenizerData(json=content.decode("utf-8"))
     else:
         added = _added_tokens(folder, settings)
         path = folder / "tokenizer.model"
-        data = read_tokenizer_model(path, _content(path), added)
+        data = read_tokenizer_model(path, read_bounded(path), added)
         ids = {token: i for i, token in enumerate(data.tokens)}
     generation = _optional_json(folder / "generation_config.json")
 
@@ -109,7 +107,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, or chat_template of tokenizer_config.json: a text, or a list with a default."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _content(path).decode("utf-8", "replace")
+        return read_bounded(path).decode("utf-8", "replace")
     value = settings.get("chat_template")
     for entry in value if isinstance(value, list) else ():
         if isinstance(entry, Mapping) and entry.get("name") == "default":
@@ -119,14 +117,3 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _content(path: Path) -> bytes:
-    try:
-        if not path.is_file():
-            raise FileError(f"{path} is missing; bitgen needs it to turn text into tokens")
-        if path.stat().st_size > _FILE_MAX:
-            raise FileError(f"{path} has more than {_FILE_MAX >> 20} MB")
-        return path.read_bytes()
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}") from error

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.formats.config import ModelConfig, printable
+from bitgen.formats.config import printable
 from bitgen.formats.model_file import ModelFile
-from bitgen.spec import FAMILIES, Layout, Shape
+from bitgen.spec import FAMILIES, Layout
 
 _TEXT_SHOWN = 60  # characters of a metadata value
 _ITEMS_SHOWN = 3  # elements of an array
@@ -52,21 +52,10 @@ def type_uses(model: ModelFile) -> list[TypeUse]:
     return sorted(uses.values(), key=lambda use: -(use.size or 0))
 
 
-def matmuls(config: ModelConfig) -> dict[str, Shape]:
-    """The matmuls of one layer as they run, stacked."""
-    return {
-        "q/k/v": Shape(config.q_rows + 2 * config.kv_rows, config.hidden),
-        "o": Shape(config.hidden, config.q_rows),
-        "gate/up": Shape(2 * config.ffn, config.hidden),
-        "down": Shape(config.hidden, config.ffn),
-    }
-
-
 def token_bytes(model: ModelFile) -> TokenBytes:
     config = model.config
-    shapes = matmuls(config).values()
     packed = {
-        name: config.layers * sum(Layout(name, family.rows).packed_bytes(shape) for shape in shapes)
+        name: sum(m.count * Layout(name, family.rows).packed_bytes(m.shape) for m in config.matmuls)
         for name, family in FAMILIES.items()
     }
     return TokenBytes(packed, model.weights.output.data.size, 2 * 2 * config.layers * config.kv_rows)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bitgen.config import load_models
 from bitgen.errors import BitgenError, FileError, nearest_names
+from bitgen.formats.config import load_models
+from bitgen.formats.gguf_model import read_gguf_model, type_name
+from bitgen.formats.gguf_tokenizer import gguf_tokenizer
+from bitgen.formats.hf import open_folder
 from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.paths import models_dir
 
@@ -24,7 +27,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         _refuse_unknown_name(os.fspath(path), file)
     if file.is_dir():
         if (file / "config.json").is_file():
-            return _open_folder(file)
+            return open_folder(file)
         found = sorted(file.glob("*.gguf"))
         if len(found) != 1:
             what = (
@@ -35,7 +38,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
             raise FileError(f"the folder {file} holds {what}")
         file = found[0]
     if file.suffix == ".safetensors" and (file.parent / "config.json").is_file():
-        return _open_folder(file.parent)
+        return open_folder(file.parent)
     return _open_gguf(file)
 
 
@@ -56,8 +59,7 @@ def _refuse_unknown_name(name: str, file: Path) -> None:
         return
     shipped = sorted(each.stem for each in models_dir().glob("*.gguf"))
     wanted = f"give a .gguf file, a Hugging Face folder, or {' or '.join(shipped)}"
-    presets = {known.casefold() for preset in load_models() for known in (preset.name, *preset.aliases)}
-    if name.casefold() in presets:
+    if any(name.casefold() in preset.names for preset in load_models()):
         raise FileError(
             f"{name} is a preset, which has shapes and no weights: {wanted}; `bitgen bench -m {name}` times "
             "it with random weights",
@@ -68,8 +70,6 @@ def _refuse_unknown_name(name: str, file: Path) -> None:
 
 
 def _open_gguf(path: Path) -> ModelFile:
-    from bitgen.formats.gguf_model import gguf_tokenizer, read_gguf_model, type_name
-
     file, config, weights = read_gguf_model(path)
     return ModelFile(
         path=path,
@@ -83,9 +83,3 @@ def _open_gguf(path: Path) -> ModelFile:
         fingerprint=fingerprint_of([path], [file.data[: file.header_bytes].data]),
         read_tokenizer=lambda: gguf_tokenizer(file),
     )
-
-
-def _open_folder(folder: Path) -> ModelFile:
-    from bitgen.formats.hf import open_folder
-
-    return open_folder(folder)

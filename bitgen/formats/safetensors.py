@@ -1,13 +1,12 @@
 """The safetensors container, one file or many: a bounded reader over the mapped files.
 
 A file is 8 bytes (the header's length), a JSON header {name: {dtype, shape, data_offsets}}, the data. A
-folder of many has model.safetensors.index.json, whose weight_map tells the file of each tensor.
+folder of many has model.safetensors.index.json, whose weight_map maps each tensor to a file.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +14,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.formats.gguf import map_file
-from bitgen.formats.quants import Bytes
+from bitgen.formats.source import Bytes, map_file, parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _HEADER_MAX = 1 << 25  # bytes; a model of 100,000 tensors has a tenth of it
-_JSON_MAX = 1 << 26  # bytes of a JSON file; the largest are tokenizer.json of about 10 MB
 _FILES_MAX = 1 << 10
 _DIMS_MAX = 8
 
@@ -39,28 +36,6 @@ class StoredTensor:
     type: str  # f32, f16, bf16, u8, ...
     shape: tuple[int, ...]
     data: Bytes
-
-
-def read_json(path: Path, limit: int = _JSON_MAX) -> dict[str, Any]:
-    """The object a JSON file holds. FileError when it is too large, damaged or no object."""
-    try:
-        if not path.is_file():
-            raise FileError(f"{path} is missing")
-        if path.stat().st_size > limit:
-            raise FileError(f"{path} has more than {limit >> 20} MB")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise FileError(f"{where} holds no valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise FileError(f"{where} holds no JSON object")
-    return data
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:

@@ -7,7 +7,7 @@ is a BitgenError of that read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -111,7 +111,7 @@ class TernaryMatrix:
 
     @classmethod
     def of(cls, w: Ternary, scale: Floats | float, name: str = "w") -> TernaryMatrix:
-        """A matrix that lies in memory: for tests and random models."""
+        """A matrix in memory: for tests and random models."""
         values = np.atleast_1d(np.asarray(scale, np.float32))
         return cls(name, Shape(*w.shape), lambda begin, end: w[begin:end], lambda: values)
 
@@ -153,7 +153,7 @@ class DenseMatrix:
 
     @classmethod
     def of(cls, values: Floats, name: str = "dense") -> DenseMatrix:
-        """A float32 matrix that lies in memory: for tests and random models."""
+        """A float32 matrix in memory: for tests and random models."""
         values = np.ascontiguousarray(values, np.float32)
         rows, cols = values.shape
         return cls(name, "f32", (rows, cols), values.view(np.uint8).reshape(rows, cols * 4))
@@ -172,6 +172,25 @@ class LayerWeights:
     attn_sub_norm: Floats | None = None  # (q_rows), before o
     ffn_sub_norm: Floats | None = None  # (ffn), before down
 
+    @classmethod
+    def of(cls, matrices: Mapping[str, TernaryMatrix], norms: Mapping[str, Floats]) -> LayerWeights:
+        """The layer of the matrices q, k, v, o, gate, up and down."""
+        m, stack = matrices, TernaryMatrix.stack
+        return cls(stack([m["q"], m["k"], m["v"]]), m["o"], stack([m["gate"], m["up"]]), m["down"], **norms)
+
+    def split(self, config: ModelConfig) -> dict[str, TernaryMatrix]:
+        """The matrices one by one, as `of` takes them."""
+        q, kv, ffn = config.q_rows, config.kv_rows, config.ffn
+        return {
+            "q": self.qkv.slice(0, q),
+            "k": self.qkv.slice(q, q + kv),
+            "v": self.qkv.slice(q + kv, q + 2 * kv),
+            "o": self.o,
+            "gate": self.gate_up.slice(0, ffn),
+            "up": self.gate_up.slice(ffn, 2 * ffn),
+            "down": self.down,
+        }
+
     @property
     def matrices(self) -> tuple[TernaryMatrix, ...]:
         return self.qkv, self.o, self.gate_up, self.down
@@ -179,7 +198,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model. ``head`` is None when the embedding serves as the head too."""
+    """A whole model. ``head``, the LM head, is None when the embedding serves as it too."""
 
     config: ModelConfig
     embedding: DenseMatrix  # (vocab, hidden)
@@ -189,5 +208,5 @@ class Weights:
 
     @property
     def output(self) -> DenseMatrix:
-        """The matrix that makes logits: the head, or the embedding where they are tied."""
+        """The matrix that makes logits: the LM head, or the embedding where they are tied."""
         return self.embedding if self.head is None else self.head

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitgen.formats.config import ModelConfig
-from bitgen.inference.scheduler import Engine
+from bitgen.inference.scheduler import EngineProtocol, Row, Scheduler
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Run:
 
 
 def bench_engine(
-    engine: Engine,
+    engine: EngineProtocol,
     threads: int,
     *,
     prompts: Sequence[int],
@@ -52,38 +51,27 @@ def bench_engine(
 
     Each test runs once before it is timed. Tokens are random, and nothing is sampled.
     """
-    rng = np.random.default_rng(0)
+    rng, scheduler = np.random.default_rng(0), Scheduler(engine)
     tests = [(f"pp{n}", 1, n) for n in prompts] + [(f"tg{n}", batch, n) for n in steps for batch in batches]
     for test, batch, n in tests:
         seconds = []
         for repeat in range(repeats + 1):
             if progress:
                 progress(f"{test}, {batch} at once, {threads} threads: {repeat} of {repeats}")
-            for sequence in range(batch):
-                engine.truncate(sequence, 0)
+            scheduler.clear()
             tokens = rng.integers(0, engine.config.vocab, (n, batch), dtype=np.int32)
             run = _prompt if test.startswith("pp") else _steps
             started = time.perf_counter()
-            run(engine, tokens)
+            run(scheduler, tokens.tolist())
             seconds.append(time.perf_counter() - started)
         yield Run(test, batch, threads, n * batch, tuple(seconds[1:]))
 
 
-def _prompt(engine: Engine, tokens: np.ndarray[tuple[int, int], np.dtype[np.int32]]) -> None:
-    n = len(tokens)
-    outputs = np.zeros(n, np.bool_)
-    outputs[-1] = True
-    engine.forward(tokens[:, 0], np.arange(n, dtype=np.int32), np.zeros(n, np.int32), outputs)
+def _prompt(scheduler: Scheduler, tokens: list[list[int]]) -> None:
+    last = [False] * (len(tokens) - 1) + [True]
+    scheduler.forward([Row(0, [token for (token,) in tokens], last)])
 
 
-def _steps(engine: Engine, tokens: np.ndarray[tuple[int, int], np.dtype[np.int32]]) -> None:
-    n, batch = tokens.shape
-    sequences, outputs = np.arange(batch, dtype=np.int32), np.ones(batch, np.bool_)
-    for position in range(n):
-        engine.forward(tokens[position], np.full(batch, position, np.int32), sequences, outputs)
-
-
-def parameters(config: ModelConfig) -> int:
-    """Weights of all matrices, embedding and head once where they are one."""
-    layer = config.hidden * (2 * config.q_rows + 2 * config.kv_rows) + 3 * config.hidden * config.ffn
-    return config.layers * layer + config.vocab * config.hidden * (1 if config.tied_head else 2)
+def _steps(scheduler: Scheduler, tokens: list[list[int]]) -> None:
+    for step in tokens:
+        scheduler.forward([Row(slot, [token]) for slot, token in enumerate(step)])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitgen.errors import UsageError
 from bitgen.inference.chat_template import Message
-from bitgen.inference.llm import LLM, Generation
+
+if TYPE_CHECKING:
+    from bitgen.inference.generation import Generation
+    from bitgen.llm import LLM
 
 _ROOM = 256  # tokens that are kept free for an answer, at most a quarter of the context
 

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 
 from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, constants, ffi
 from bitgen.errors import BitgenError, FileError, UsageError
+from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
+from bitgen.inference import FEW
 from bitgen.inference.weight_cache import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
 from bitgen.runtime import KernelTable, aligned_bytes
 
@@ -33,7 +35,6 @@ Kv: TypeAlias = Literal["f16", "f32", "q8"]
 Head: TypeAlias = Literal["exact", "q8"]
 
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
-FEW = 16  # tokens up to which a step is made for latency
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
 
 
@@ -435,10 +436,8 @@ class Engine:
                 place.packed = self._pointer("uint8_t[]", matrix.data)
                 place.scale = self._pointer("float[]", matrix.scale)
                 place.scale_count = matrix.scale.size
-            for name in ("attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm"):
-                norm = getattr(layer, name)
-                if norm is not None:
-                    setattr(struct, name, self._pointer("float[]", norm))
+            for name in norms_of(self.config):
+                setattr(struct, name, self._pointer("float[]", getattr(layer, name)))
         self._alive.append(structs)
         return structs
 
@@ -478,7 +477,9 @@ def inverse_frequencies(config: ModelConfig) -> Floats:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = [float(exact.power(Decimal(config.rope_theta), Decimal(float(e)))) for e in exponents]
     inverse = np.float32(1) / np.array(powers, np.float32)
-    return inverse if config.rope_factors is None else inverse / config.rope_factors
+    if config.rope_factors is not None:
+        inverse /= np.array(config.rope_factors, np.float32)
+    return inverse
 
 
 def _checked_context(config: ModelConfig, context: int | None) -> int:

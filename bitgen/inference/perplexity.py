@@ -11,12 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitgen.errors import UsageError
-from bitgen.inference.llm import LLM
 from bitgen.inference.sampling import log_softmax_at
+
+if TYPE_CHECKING:
+    from bitgen.llm import LLM
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """From logits to the next token: the same seed gives the same text, on every machine.
 
-In order, as in llama.cpp: repetition penalty, top-k, top-p, min-p, temperature, draw. Everything after the
+In order, as in llama.cpp: repetition penalty, top-k, top-p, min-p, temperature, sample. Everything after the
 logits is double precision in one fixed order: exp is our own (`exp`), sums run from left to right, over
 tokens in the order of their ids or, where top-k or top-p sorted them, of their logits, equals by id. The
-number that is drawn is a function of the seed and the position in the answer alone, so a token does not
-depend on how many were computed at once.
+random number is a function of the seed and the position in the sequence alone, so a token does not depend on
+how many were computed at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from bitgen.errors import UsageError
 
 Doubles: TypeAlias = NDArray[np.float64]
 Floats: TypeAlias = NDArray[np.float32]
-Ids: TypeAlias = NDArray[np.intp]
+Ids: TypeAlias = NDArray[np.int32]
+Places: TypeAlias = NDArray[np.intp]
 
 # ln 2 in two parts: k * _LN2_HIGH is exact for |k| < 2^20 (the high part ends in 21 zero bits).
 _LN2_HIGH = float.fromhex("0x1.62e42feep-1")
@@ -121,50 +122,60 @@ class Sampler:
         self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
 
-    def choose(self, logits: Floats, text: Sequence[int], position: int) -> int:
+    def choose(self, ids: Ids | None, logits: Floats, text: Sequence[int], position: int) -> int:
         """The next token.
 
-        ``logits`` float32 (vocab), not NaN; ``text`` the tokens so far, for the repetition penalty;
-        ``position`` the number of tokens already drawn.
+        ``ids`` int32 (n) names the candidates, each once, in any order; None: the whole vocabulary.
+        ``logits`` float32 (n), not NaN, are theirs; ``text`` the tokens so far, for the repetition penalty;
+        ``position`` the number of tokens already sampled.
         """
         s = self.sampling
-        logits = self._penalised(logits, text)
+        if ids is not None:
+            order = np.argsort(ids)
+            ids, logits = ids[order], logits[order]
+        logits = self._penalised(ids, logits, text)
         if s.temperature == 0:
-            return int(np.argmax(logits))
-        ids, x = self._nucleus(*self._most_likely(logits))
-        top = x.max()
-        if s.min_p > 0:
-            kept = exp(x - top) >= s.min_p
-            ids, x = ids[kept], x[kept]
-        sums = np.add.accumulate(exp((x - top) / s.temperature))
-        drawn = uniform(self.seed, position) * sums[-1]
-        return int(ids[min(int(np.searchsorted(sums, drawn, side="right")), len(ids) - 1)])
+            place = int(np.argmax(logits))
+        else:
+            places, x = self._nucleus(*self._most_likely(logits))
+            top = x.max()
+            if s.min_p > 0:
+                kept = exp(x - top) >= s.min_p
+                places, x = places[kept], x[kept]
+            sums = np.add.accumulate(exp((x - top) / s.temperature))
+            wanted = uniform(self.seed, position) * sums[-1]
+            place = int(places[min(int(np.searchsorted(sums, wanted, side="right")), len(places) - 1)])
+        return place if ids is None else int(ids[place])
 
-    def _penalised(self, logits: Floats, text: Sequence[int]) -> Floats:
+    def _penalised(self, ids: Ids | None, logits: Floats, text: Sequence[int]) -> Floats:
         """Positive logits of recent tokens divided, negative ones multiplied by the penalty."""
         s = self.sampling
         if s.repeat_penalty == 1 or s.repeat_last_n == 0:
             return logits
         recent = text if s.repeat_last_n < 0 else text[-s.repeat_last_n :]
-        ids = np.array(sorted(set(recent)), np.int64)  # np.unique would import numpy.ma: 20 ms
-        ids = ids[(ids >= 0) & (ids < len(logits))]
+        places = np.array(sorted(set(recent)), np.int64)  # np.unique would import numpy.ma: 20 ms
+        if ids is None:
+            places = places[(places >= 0) & (places < len(logits))]
+        else:
+            found = np.minimum(np.searchsorted(ids, places), len(ids) - 1)
+            places = found[ids[found] == places]
         penalty = np.float32(s.repeat_penalty)
         logits = logits.copy()
-        logits[ids] = np.where(logits[ids] <= 0, logits[ids] * penalty, logits[ids] / penalty)
+        logits[places] = np.where(logits[places] <= 0, logits[places] * penalty, logits[places] / penalty)
         return logits
 
-    def _most_likely(self, logits: Floats) -> tuple[Ids, Doubles]:
-        """The top_k ids and their logits, sorted; all of them by id where top_k leaves out none."""
+    def _most_likely(self, logits: Floats) -> tuple[Places, Doubles]:
+        """The places of the top_k logits, sorted, and these; all by id where top_k leaves out none."""
         k = self.sampling.top_k
         if 0 < k < len(logits):
-            ids = _sorted_top(logits, k)
-            return ids, logits[ids].astype(np.float64)
+            places = _sorted_top(logits, k)
+            return places, logits[places].astype(np.float64)
         return np.arange(len(logits)), logits.astype(np.float64)
 
-    def _nucleus(self, ids: Ids, x: Doubles) -> tuple[Ids, Doubles]:
+    def _nucleus(self, places: Places, x: Doubles) -> tuple[Places, Doubles]:
         """The fewest of the likeliest that together reach top_p of the whole, sorted."""
         if self.sampling.top_p >= 1:
-            return ids, x
+            return places, x
         top = x.max()
         bound = self.sampling.top_p * total(exp(x - top))
         count = 0
@@ -175,18 +186,18 @@ class Sampler:
             if reached.any():
                 order = order[: int(np.argmax(reached)) + 1]
                 break
-        return ids[order], x[order]
+        return places[order], x[order]
 
 
-def _sorted_top(x: Floats | Doubles, k: int) -> Ids:
-    """Where the k largest of x stand, the largest first, of equals the first one first."""
+def _sorted_top(x: Floats | Doubles, k: int) -> Places:
+    """The places of the k largest of x, the largest first, of equals the first one first."""
     places = np.arange(len(x)) if k >= len(x) else _top(x, k)
-    sorted_places: Ids = places[np.argsort(-x[places], kind="stable")]
+    sorted_places: Places = places[np.argsort(-x[places], kind="stable")]
     return sorted_places
 
 
-def _top(x: Floats | Doubles, k: int) -> Ids:
-    """Where the k largest of x stand, in order; of equals the first ones. 0 < k < len(x)."""
+def _top(x: Floats | Doubles, k: int) -> Places:
+    """The places of the k largest of x, in order; of equals the first ones. 0 < k < len(x)."""
     # Each of k groups has an element no less than the k-th largest maximum of a group: the k largest elements
     # are not below it. A look at all and partitions of few: 0.2 to 0.4 of the time of a partition of all.
     count = len(x) // _GROUP
@@ -196,7 +207,7 @@ def _top(x: Floats | Doubles, k: int) -> Ids:
     # Which of equal elements a partition moves depends on the machine; the k-th value does not.
     bound = _largest(x[near], k)
     above, equal = near[x[near] > bound], near[x[near] == bound]
-    top: Ids = np.sort(np.concatenate([above, equal[: k - len(above)]]))
+    top: Places = np.sort(np.concatenate([above, equal[: k - len(above)]]))
     return top
 
 

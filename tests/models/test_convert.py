@@ -11,7 +11,8 @@ from model_files import Plain, plain_model, small_config, tokenizer_json, write_
 
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.formats.convert import convert, gguf_architecture
+from bitgen.formats.architectures import architecture_of
+from bitgen.formats.convert import convert
 from bitgen.formats.gguf_tokenizer import tokenizer_metadata
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
@@ -123,10 +124,10 @@ def test_rows_with_scales_of_their_own_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_architecture_follows_the_forward_pass() -> None:
-    assert gguf_architecture(small_config("bitnet-25")) == "bitnet-25"
-    assert gguf_architecture(replace(small_config("bitnet-b1.58"), activation="silu")) == "bitnet"
+    assert architecture_of(small_config("bitnet-25")) == "bitnet-25"
+    assert architecture_of(replace(small_config("bitnet-b1.58"), activation="silu")) == "bitnet"
     with pytest.raises(BitgenError, match="no GGUF architecture has relu2 without sub-norms"):
-        gguf_architecture(replace(small_config("llama"), activation="relu2"))
+        architecture_of(replace(small_config("llama"), activation="relu2"))
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,14 @@ from reference_model import logits_of, random_dense, small_config
 from step_levels import LEVELS, level_library
 
 from bitgen.abi import DENSE_TYPES, STAGES
-from bitgen.config import ModelPreset, load_models
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.formats.config import ModelConfig
+from bitgen.formats.config import ModelConfig, ModelPreset, load_models
 from bitgen.formats.quants import DENSE
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
-from bitgen.inference.synthetic import config_of, random_weights
+from bitgen.inference.synthetic import random_weights
 from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache, pack_model
 from bitgen.runtime import KernelTable, load
 
@@ -122,9 +121,7 @@ def test_every_presets_architecture_small_and_ragged(tables: Any, preset: ModelP
     """
     ffn = preset.ffn if preset.ffn % 16 else preset.ffn * 100 // preset.hidden - 1
     group = preset.heads // preset.kv_heads
-    config = replace(
-        config_of(preset, layers=2, context=64), hidden=100, ffn=ffn, heads=2 * group, kv_heads=2, vocab=97
-    )
+    config = replace(preset, layers=2, context=64, hidden=100, ffn=ffn, heads=2 * group, kv_heads=2, vocab=97)
     weights = random_weights(config, 12)
     ids = ids_of(config, 20)
     check_formulas(weights, ids, feed(Engine(weights, tables(), kv="f32"), ids))
@@ -258,7 +255,7 @@ def test_what_is_truncated_or_copied_is_as_if_computed(tables: Any, kv: Any) -> 
 def test_rope_is_numpys_to_the_last_bit(tables: Any) -> None:
     config = small_config(head_dim=64, rope_theta=500000.0, context=3000)
     factors = np.linspace(1, 8, 32).astype(np.float32)
-    scaled = inverse_frequencies(replace(config, rope_factors=factors))
+    scaled = inverse_frequencies(replace(config, rope_factors=tuple(factors.tolist())))
     frequencies = inverse_frequencies(config)
     assert np.allclose(frequencies, 500000.0 ** (-np.arange(32) / 32), rtol=2e-7)
     assert np.array_equal(scaled, frequencies / factors)
@@ -509,7 +506,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np
 from bitgen.inference.engine import Engine
-from bitgen.inference.synthetic import config_of, random_weights
+from bitgen.inference.synthetic import random_weights
 from bitgen.runtime import load
 from reference_model import small_config
 

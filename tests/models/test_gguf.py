@@ -18,8 +18,8 @@ from model_files import (
 )
 
 from bitgen.errors import BitgenError, FileError
+from bitgen.formats.architectures import half_to_interleaved, interleaved_to_half
 from bitgen.formats.gguf import U32, NewTensor, read_gguf, write_gguf
-from bitgen.formats.gguf_model import half_to_interleaved, interleaved_to_half
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import TERNARY, encode_tq
 
@@ -466,7 +466,7 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
             {"bitnet.attention.head_count": "four"},
             "bitnet.attention.head_count is 'four', not one whole number",
         ),
-        ({"bitnet.attention.head_count_kv": U32(3)}, "4 heads cannot share 3 key-value heads"),
+        ({"bitnet.attention.head_count_kv": U32(3)}, "kv_heads must divide heads, found 3 and 4"),
         ({"bitnet.attention.head_count": U32(0)}, "bitnet.attention.head_count is 0"),
         ({"bitnet.attention.key_length": U32(1 << 31)}, "heads of 2147483648 are not possible"),
         ({"bitnet.rope.dimension_count": U32(4)}, "bitnet.rope.dimension_count is 4 with heads of 6"),
@@ -503,7 +503,7 @@ def test_rope_factors_and_linear_scaling(tmp_path: Path) -> None:
     assert np.array_equal(opened, factors)
     changes = {"bitnet.rope.scaling.type": "linear", "bitnet.rope.scaling.factor": 4.0}
     write_model(path, plain_model(small_config()), metadata=changes)
-    assert open_model(path).config.rope_factors.tolist() == [4, 4, 4]  # type: ignore[union-attr]
+    assert open_model(path).config.rope_factors == (4, 4, 4)
     changes["bitnet.rope.scaling.factor"] = 1.0  # as the converter of `bitnet` writes it
     write_model(path, plain_model(small_config()), metadata=changes)
     assert open_model(path).config.rope_factors is None

@@ -29,8 +29,8 @@ from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.formats.convert import convert
 from bitgen.formats.open import open_model
 from bitgen.inference.engine import Engine
-from bitgen.inference.llm import LLM
 from bitgen.inference.perplexity import perplexity
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 from bitgen.runtime import load
 from bitgen.tokenizer.tokenizer import Tokenizer

@@ -197,6 +197,7 @@ def test_both_directions_are_those_of_transformers() -> None:
     """y of one row by transformers' own layers against ours, packed weights and all."""
     torch = pytest.importorskip("torch", reason="torch is the oracle")
     bitnet = pytest.importorskip("transformers.integrations.bitnet", reason="transformers is the oracle")
+    from bitgen.formats.architectures import ARCHITECTURES
     from bitgen.formats.hf import _Checkpoint, quantization_of
     from bitgen.formats.safetensors import StoredTensor
     from bitgen.reference import linear
@@ -224,7 +225,7 @@ def test_both_directions_are_those_of_transformers() -> None:
             "l.weight_scale": StoredTensor("l.weight_scale", "f32", (1,), scale.view(np.uint8)),
         }
         settings = {"quantization_config": {"quant_method": "bitnet", "linear_class": name}}
-        quantization = quantization_of(settings, "llama", "config.json")
+        quantization = quantization_of(settings, ARCHITECTURES["llama"], "config.json")
         matrix = _Checkpoint(Path(), tensors, quantization, set()).ternary("l", 12, 40)
         assert np.allclose(linear(x, matrix.rows(0, 12), matrix.scale), expected, rtol=1e-5, atol=1e-6)
 
@@ -332,7 +333,7 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
             "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
         ),
         ({"architectures": None}, "architectures is None"),
-        ({"hidden_size": "26"}, "hidden_size is '26', not a whole number"),
+        ({"hidden_size": "26"}, "hidden_size is '26', not one whole number"),
         ({"hidden_size": 1 << 80}, "hidden is 1208925819614629174706176"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"head_dim": 1 << 40}, "heads of 1099511627776 are not possible"),

@@ -20,8 +20,8 @@ from bitgen.cli import main
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.formats.open import open_model, shipped_model
-from bitgen.inference.llm import LLM
 from bitgen.inference.perplexity import perplexity
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 
 pytestmark = pytest.mark.slow

@@ -34,8 +34,8 @@ from bitgen.formats.convert import convert
 from bitgen.formats.open import open_model
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine
-from bitgen.inference.llm import LLM
 from bitgen.inference.perplexity import perplexity
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 from bitgen.reference import quantize_activations
 from bitgen.runtime import KernelTable, load

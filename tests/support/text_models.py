@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from reference_model import ReferenceEngine, small_config
 
-from bitgen.inference.llm import LLM
 from bitgen.inference.synthetic import random_weights
+from bitgen.llm import LLM
 from bitgen.tokenizer.data import TokenizerData
 
 SPACE = "\u2581"

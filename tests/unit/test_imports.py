@@ -81,7 +81,7 @@ def test_one_wall_around_each_library() -> None:
     assert importers("jinja2") <= {"bitgen.render", "bitgen.inference.chat_template"}
     assert importers("archspec") <= {"bitgen.cpu.microarch"}
     assert all(name.startswith("bitgen.cpu") for name in importers("cpuinfo"))
-    assert importers("yaml") <= {"bitgen.config"}
+    assert importers("yaml") <= {"bitgen.records"}
     assert importers("optuna")
     assert importers("jinja2")
 
