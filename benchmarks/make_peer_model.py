@@ -139,9 +139,9 @@ def _tensors(weights: Weights, kind: str) -> Iterator[NewTensor]:
     architecture = architecture_of(weights.config)
     apart = kind == "F16" and architecture.name == "bitnet"  # the only one with tensors of scales
     yield NewTensor("token_embd.weight", shape, _F16, embedding.nbytes, lambda: [embedding])
-    if weights.head is not None:
-        head = weights.head.data
-        yield NewTensor("output.weight", weights.head.shape, _F16, head.nbytes, lambda: [head])
+    if weights.lm_head is not None:
+        head = weights.lm_head.data
+        yield NewTensor("output.weight", weights.lm_head.shape, _F16, head.nbytes, lambda: [head])
     yield _vector("output_norm.weight", weights.final_norm)
     for index, layer in enumerate(weights.layers):
         prefix = f"blk.{index}."

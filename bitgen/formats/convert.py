@@ -139,8 +139,8 @@ def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
 def _tensors(model: ModelFile, architecture: Architecture, kind: str) -> Iterator[NewTensor]:
     weights, config = model.weights, model.config
     yield _dense(f"{EMBEDDING.gguf}.weight", weights.embedding)
-    if weights.head is not None:
-        yield _dense(f"{LM_HEAD.gguf}.weight", weights.head)
+    if weights.lm_head is not None:
+        yield _dense(f"{LM_HEAD.gguf}.weight", weights.lm_head)
     yield _vector(f"{FINAL_NORM.gguf}.weight", weights.final_norm)
     if config.rope_factors is not None:
         yield _vector("rope_freqs.weight", np.array(config.rope_factors, np.float32))

@@ -369,8 +369,8 @@ def _write(
             struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, tensor.type_id, offset),
         ]
         offset += -(-tensor.size // ALIGNMENT) * ALIGNMENT
-    head = b"".join(header)
-    file.write(head + bytes(-len(head) % ALIGNMENT))
+    start = b"".join(header)
+    file.write(start + bytes(-len(start) % ALIGNMENT))
     total = sum(tensor.size for tensor in tensors)
     done = 0
     for tensor in tensors:

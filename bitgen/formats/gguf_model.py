@@ -191,8 +191,8 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix
         raise _unsupported(file, info, TERNARY_TYPES)
     if info.type == "i2_s" and info.values % I2_S_BLOCK:
         raise FileError(
-            f"{file.path}: {info.name} has {_by(shape)} weights, no whole blocks of {I2_S_BLOCK}: I2_S has "
-            "lost the last ones; convert the model to F16 instead",
+            f"{file.path}: {info.name} has {shape[0]}x{shape[1]} weights, no whole blocks of {I2_S_BLOCK}: "
+            "I2_S has lost the last ones; convert the model to F16 instead",
         )
     matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info), str(file.path))
     if name + ".scale" in file.tensors:
@@ -205,12 +205,11 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
     used = {"rope_freqs.weight"} | {f"{t.gguf}.weight" for t in (EMBEDDING, LM_HEAD, FINAL_NORM)}
     size = (config.vocab, config.hidden)
     embedding = _dense(file, f"{EMBEDDING.gguf}.weight", size, EMBEDDING_TYPES)
-    head = None
+    lm_head = None
     if not config.tied_head:
-        head = _dense(file, f"{LM_HEAD.gguf}.weight", size, HEAD_TYPES)
+        lm_head = _dense(file, f"{LM_HEAD.gguf}.weight", size, HEAD_TYPES)
     elif embedding.type not in HEAD_TYPES:
         raise _unsupported(file, _tensor(file, embedding.name), HEAD_TYPES)
-    final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
     layers = tuple(_layer(file, config, i, used) for i in range(config.layers))
     extra = [name for name in file.tensors if name not in used and not name.endswith(_IGNORED)]
     if extra:
@@ -218,7 +217,8 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
             f"{file.path}: the tensor {short(extra[0])} ({len(extra)} such) belongs to no "
             f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
         )
-    return Weights(config, embedding, head, final, layers)
+    final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
+    return Weights(config, embedding, lm_head, final, layers)
 
 
 def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> LayerWeights:

@@ -227,11 +227,11 @@ class _Checkpoint:
 
 
 def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
-    embedding, lm_head = (f"{tensor.hf[0]}.weight" for tensor in (EMBEDDING, LM_HEAD))
+    embedding, output = (f"{tensor.hf[0]}.weight" for tensor in (EMBEDDING, LM_HEAD))
     size = (config.vocab, config.hidden)
     table = checkpoint.dense(embedding, *size)
-    head = None if config.tied_head else checkpoint.dense(lm_head, *size)
-    checkpoint.used.add(lm_head)  # stored again by some checkpoints that tie it
+    lm_head = None if config.tied_head else checkpoint.dense(output, *size)
+    checkpoint.used.add(output)  # stored again by some checkpoints that tie it
     final = checkpoint.vector(f"{FINAL_NORM.hf[0]}.weight", config.hidden)
     layers = tuple(_layer(checkpoint, config, i) for i in range(config.layers))
     extra = [n for n in checkpoint.tensors if n not in checkpoint.used and not n.endswith(_IGNORED)]
@@ -240,7 +240,7 @@ def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
             f"the tensor {extra[0][:100]!r} ({len(extra)} such) belongs to no {config.architecture} model "
             "that bitgen runs (biases and experts are not supported)"
         )
-    return Weights(config, table, head, final, layers)
+    return Weights(config, table, lm_head, final, layers)
 
 
 def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWeights:

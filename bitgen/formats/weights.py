@@ -118,7 +118,7 @@ class TernaryMatrix:
 
 @dataclass(frozen=True)
 class DenseMatrix:
-    """An embedding or a head (rows, cols) in the format of its file.
+    """An embedding or an LM head (rows, cols) in the format of its file.
 
     ``data`` uint8 (rows, row_bytes) is a view of the mapped file: touching a row reads that row. ``type`` is
     one of quants.DENSE: f32, f16, bf16, q8_0, q6_k, q4_0, q4_1 (and q4_k, for embeddings only).
@@ -198,15 +198,15 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model. ``head``, the LM head, is None when the embedding serves as it too."""
+    """A whole model. ``lm_head`` is None when the embedding serves as it too."""
 
     config: ModelConfig
     embedding: DenseMatrix  # (vocab, hidden)
-    head: DenseMatrix | None  # (vocab, hidden)
+    lm_head: DenseMatrix | None  # (vocab, hidden)
     final_norm: Floats  # (hidden)
     layers: tuple[LayerWeights, ...]
 
     @property
     def output(self) -> DenseMatrix:
         """The matrix that makes logits: the LM head, or the embedding where they are tied."""
-        return self.embedding if self.head is None else self.head
+        return self.embedding if self.lm_head is None else self.lm_head

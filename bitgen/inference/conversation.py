@@ -46,10 +46,10 @@ class Conversation:
 
     def clear(self) -> None:
         """Forget everything but the system message."""
-        self.messages = self.messages[: self._head()]
+        self.messages = self.messages[: self._system()]
         self.forgotten = 0
 
-    def _head(self) -> int:
+    def _system(self) -> int:
         return 1 if self.messages and self.messages[0]["role"] == "system" else 0
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int], int]:

@@ -1,4 +1,4 @@
-"""Run a model: whole forward steps in one C call each, over a kernel library.
+"""Run a model: whole forward passes in one C call each, over a kernel library.
 
 ::
 
@@ -26,7 +26,7 @@ from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
-from bitgen.inference.weight_cache import PackedLayer, Progress, pack_model, packed_bytes, quantize_head
+from bitgen.inference.weight_cache import PackedLayer, Progress, pack_model, packed_bytes, quantize_lm_head
 from bitgen.runtime import KernelTable, aligned_bytes
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -108,7 +108,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes an engine holds: packed weights with their scales, the cache of keys and values, work memory."""
+    """Bytes an engine holds: packed weights with their scales, the KV cache, work memory."""
 
     weights: int
     cache: int
@@ -120,10 +120,10 @@ class Memory:
 
 
 class Engine:
-    """A model ready to run, with a cache of ``max_batch`` sequences of up to ``context`` positions.
+    """A model ready to run, with a KV cache of ``max_batch`` sequences of up to ``context`` positions.
 
-    ``kv`` is the type of cached keys and values, ``head`` whether logits come from the file's head or from
-    int8 rows made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
+    ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head or from int8 rows
+    made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
     user's cache and mapped next time. ``progress(done, total)`` is called while weights are packed. It serves
     one call at a time, as its table does. BitgenError when something does not fit: the arguments, the model,
     the memory.
@@ -178,8 +178,8 @@ class Engine:
     ) -> Floats | list[Answer]:
         """What ``wants`` asks for each token: `Nothing`, `Hidden`, `Logits` or `Best`.
 
-        All four are of length n, for any n >= 1: token i stands at its position of its sequence, which must
-        be the next one that is not in the cache. The answers are a list of n: None, the hidden state float32
+        All four are of length n, for any n >= 1: token i is at its position of its sequence, which must be
+        the next one that is not in the KV cache. The answers are a list of n: None, the hidden state float32
         (hidden), logits float32 (vocab), or `Chosen`. Where ``wants`` is a bool array, True asks for logits
         and the answer is float32 (wants.sum(), vocab).
 
@@ -187,7 +187,7 @@ class Engine:
         up. The cache then holds what it held, and the parts of `PREFILL` tokens that were done.
         """
         inputs = [_int32(values) for values in (tokens, positions, sequences)]
-        # Lists from here on: after a step the code of numpy is out of the caches, about 10 us a call.
+        # Lists from here on: after a forward pass the code of numpy is out of the caches, about 10 us a call.
         ids, places, owners = (values.tolist() for values in inputs)
         n = len(ids)
         if not n or {len(places), len(owners), len(wants)} != {n}:
@@ -230,12 +230,12 @@ class Engine:
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of the head in the model file's own pages; 0 when it was quantised and counts as weights."""
+        """Bytes of the LM head in the model file's own pages; 0 when it was quantised: part of weights."""
         return 0 if self._quantized_head else int(self.weights.output.data.nbytes)
 
     @property
     def times_ns(self) -> dict[str, int]:
-        """Nanoseconds spent in each stage of all steps since `reset_times`."""
+        """Nanoseconds spent in each stage of all forward passes since `reset_times`."""
         return dict(zip(STAGES, self._times.tolist(), strict=True))
 
     def reset_times(self) -> None:
@@ -243,7 +243,7 @@ class Engine:
 
     def close(self) -> None:
         """Drop the cache and the mapped weights; the engine cannot run afterwards."""
-        self._model.layers = 0  # a step is then an error
+        self._model.layers = 0  # a forward pass is then an error
         self._alive.clear()
 
     # ---- Inside ----
@@ -406,14 +406,14 @@ class Engine:
         self, layers: tuple[PackedLayer, ...], head: Head, fingerprint: str | None, progress: Progress | None
     ) -> None:
         model, weights = self._model, self.weights
-        self.head_error = 0.0  # of the int8 head, see QuantizedHead
+        self.head_error = 0.0  # of the int8 LM head, see QuantizedLmHead
         self._quantized_head = head == "q8"
         self._gathers = weights.embedding.type in DENSE_TYPES  # other types are gathered in numpy
         if self._gathers:
             self._set_dense(model.embedding, weights.embedding)
         if head == "q8":
             name = self.config.name or self.config.architecture
-            small = quantize_head(weights.output, self.table, fingerprint, progress, name)
+            small = quantize_lm_head(weights.output, self.table, fingerprint, progress, name)
             self.head_error = small.error
             model.head.data = self._pointer("uint8_t[]", small.data)
             model.head.scale = self._pointer("float[]", small.scale)
@@ -422,7 +422,7 @@ class Engine:
         else:
             if weights.output.type not in DENSE_TYPES:
                 raise BitgenError(
-                    f"{weights.output.name} is {weights.output.type}, which no head can be: use --head q8"
+                    f"{weights.output.name} is {weights.output.type}, which no LM head can be: use --head q8"
                 )
             self._set_dense(model.head, weights.output)
         model.final_norm = self._pointer("float[]", weights.final_norm)

@@ -20,7 +20,7 @@ _BLOCK = 1 << 20  # random weights a matrix
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """Weights of a model that says nothing: a third of them zero, scaled so that activations stay near 1.
 
-    The embedding and the head are f16.
+    The embedding and the LM head are f16.
     """
     rng = np.random.default_rng(seed)
 
@@ -36,7 +36,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     return Weights(
         config=config,
         embedding=_dense(rng, config.vocab, config.hidden),
-        head=None if config.tied_head else _dense(rng, config.vocab, config.hidden),
+        lm_head=None if config.tied_head else _dense(rng, config.vocab, config.hidden),
         final_norm=norm(config.hidden),
         layers=tuple(layer() for _ in range(config.layers)),
     )

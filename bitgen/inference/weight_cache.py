@@ -1,8 +1,8 @@
 """A model's ternary matrices packed for the kernels of a library, kept on disk and mapped the next time.
 
-A cache file holds what follows from a model file and a library's layouts, nothing else: its name is a digest
-of the model file's fingerprint and of the layout of every matrix. It is written beside its final name and
-renamed, so it is whole or not there, and it is only a cache: deleting it costs the time to pack again.
+A weight cache file holds what follows from a model file and a library's layouts, nothing else: its name is a
+digest of the model file's fingerprint and of the layout of every matrix. It is written beside its final name
+and renamed, so it is whole or not there, and it is only a cache: deleting it costs the time to pack again.
 
 ::
 
@@ -71,8 +71,8 @@ class PackedLayer:
 
 
 @dataclass(frozen=True)
-class QuantizedHead:
-    """A head as int8: w is about ``data * scale[:, None]``.
+class QuantizedLmHead:
+    """An LM head as int8: w is about ``data * scale[:, None]``.
 
     ``error`` is the root mean square of what rounding changed, relative to that of the weights: logits are
     off by about this share of their spread.
@@ -122,14 +122,14 @@ def pack_model(
     )
 
 
-def quantize_head(
+def quantize_lm_head(
     head: DenseMatrix,
     table: KernelTable,
     fingerprint: str | None = None,
     progress: Progress | None = None,
     model: str = "",
-) -> QuantizedHead:
-    """A head as int8 with a scale a row, from the cache or made now; the arguments of `pack_model`."""
+) -> QuantizedLmHead:
+    """An LM head as int8 with a scale a row, from the cache or made now; the arguments of `pack_model`."""
     rows, cols = head.shape
     pieces = _cached(
         _key(fingerprint, "head", [head.type, rows, cols]),
@@ -137,7 +137,7 @@ def quantize_head(
         lambda: _quantize(head, table, progress),
         lambda found: [found[n].size for n in ("data", "scale", "error")] == [rows * cols, rows * 4, 8],
     )
-    return QuantizedHead(
+    return QuantizedLmHead(
         pieces["data"].view(np.int8).reshape(rows, cols),
         pieces["scale"].view(np.float32),
         float(pieces["error"].view(np.float64)[0]),
@@ -338,25 +338,27 @@ class _File:
 
 
 def _map(path: Path) -> _File:
-    """BitgenError for a file that is none of the cache's."""
+    """FileError for a file that is none of the cache's."""
+    other = FileError(f"{path} is not a weight cache file")
     with path.open("rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:  # an empty file
-            raise FileError(f"{path} is no cache file") from None
+            raise other from None
     data = np.frombuffer(mapped, np.uint8)
     tail = data[-_TAIL:].tobytes()
     start, size = (int.from_bytes(tail[i : i + 8], "little") for i in (0, 8))
     if tail[16:] != _MAGIC or start + size + _TAIL != data.size:
-        raise FileError(f"{path} is no cache file")
+        raise other
     try:
-        head = json.loads(data[start : start + size].tobytes())
-        places = {str(name): (int(at), int(n), int(crc)) for name, (at, n, crc) in head["pieces"].items()}
-        model, known = str(head["model"]), head["format"] == FORMAT
+        header = json.loads(data[start : start + size].tobytes())
+        places = {str(name): tuple(map(int, place)) for name, place in header["pieces"].items()}
+        fits = all(not at % _ALIGN and at >= 0 <= n and at + n <= start for at, n, _ in places.values())
+        model, known = str(header["model"]), header["format"] == FORMAT
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise FileError(f"{path} is no cache file") from None
-    if not known or any(at % _ALIGN or at < 0 or n < 0 or at + n > start for at, n, _ in places.values()):
-        raise FileError(f"{path} is no cache file")
+        raise other from None
+    if not known or not fits:
+        raise other
     pieces = {name: data[at : at + n] for name, (at, n, _) in places.items()}
     return _File(model, pieces, {name: crc for name, (_, _, crc) in places.items()})
 

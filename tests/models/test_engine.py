@@ -292,8 +292,8 @@ def test_an_embedding_no_step_reads_is_gathered_outside(tables: Any) -> None:
     ids = ids_of(config, 10)
     plain = feed(Engine(replace(weights, embedding=DenseMatrix.of(dense.rows(0, 75))), tables()), ids)
     assert np.array_equal(feed(Engine(replace(weights, embedding=dense), tables()), ids), plain)
-    with pytest.raises(BitgenError, match="q4_k, which no head can be"):
-        Engine(replace(weights, embedding=dense, head=dense), tables())
+    with pytest.raises(BitgenError, match="q4_k, which no LM head can be"):
+        Engine(replace(weights, embedding=dense, lm_head=dense), tables())
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -323,7 +323,7 @@ def final_rows(weights: Weights, ids: list[int], table: KernelTable) -> Any:
     names, where = np.unique(tokens, return_inverse=True)
     table_of = np.zeros((config.hidden, config.hidden), np.float32)
     table_of[: len(names)] = weights.embedding.gather(names)
-    changed = replace(weights, config=config, embedding=DenseMatrix.of(table_of), head=identity)
+    changed = replace(weights, config=config, embedding=DenseMatrix.of(table_of), lm_head=identity)
     return feed(Engine(changed, table), where.tolist())
 
 
@@ -385,8 +385,8 @@ def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, whe
         "norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_norm=huge))),
         "final": replace(weights, final_norm=huge * np.float32(np.nan)),
         "sub-norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_sub_norm=endless))),
-        "head NaN": replace(weights, head=DenseMatrix.of(spoilt_rows(weights.output, np.nan))),
-        "head inf": replace(weights, head=DenseMatrix.of(spoilt_rows(weights.output, np.inf))),
+        "head NaN": replace(weights, lm_head=DenseMatrix.of(spoilt_rows(weights.output, np.nan))),
+        "head inf": replace(weights, lm_head=DenseMatrix.of(spoilt_rows(weights.output, np.inf))),
         "embedding": replace(
             weights,
             embedding=DenseMatrix.of(

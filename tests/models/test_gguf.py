@@ -151,7 +151,7 @@ def info(name: str, shape: tuple[int, ...], type_id: int = 0, size: int = 64) ->
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ([info("a", (16,)), info("a", (16,))], "the tensor a stands twice"),
+        ([info("a", (16,)), info("a", (16,))], "the tensor a is duplicated"),
         ([info("a", (32,)), info("b", (16,))], "the tensors a and b overlap"),
         ([info("a", (1 << 20,))], "the tensor a ends after the file"),
         ([info("a", (1 << 40, 1 << 40))], "the tensor a has the sizes"),
@@ -474,10 +474,10 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
             {"bitnet.rope.scaling.type": "yarn"},
             "bitnet.rope.scaling.type is 'yarn'; none and linear are supported",
         ),
-        ({"bitnet.rope.freq_base": float("nan")}, "rope_theta is nan"),
+        ({"bitnet.rope.freq_base": float("nan")}, "rope_theta must be greater than 0 and finite, found nan"),
         ({"bitnet.expert_count": U32(8)}, "mixtures of experts are not supported"),
-        ({"bitnet.context_length": U32(0)}, "context is 0"),
-        ({"bitnet.block_count": U32(1 << 31)}, "layers is 2147483648"),
+        ({"bitnet.context_length": U32(0)}, "context must be greater than 0, found 0"),
+        ({"bitnet.block_count": U32(1 << 31)}, "layers must be at most 16777216, found 2147483648"),
         ({"general.alignment": U32(24)}, "general.alignment is 24"),
         ({"bitnet.attention.head_count_kv": np.array([2, 4], np.int32)}, "not one whole number"),
     ],
