@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
-from bitgen.config import ModelPreset, find_model
 from bitgen.cpu import Isa
 from bitgen.errors import BitgenError
+from bitgen.formats.config import ModelPreset, find_model
 from bitgen.measure import LocalRunner, Race, RaceJob
 from bitgen.spec import FAMILIES, LARGE, KernelSpec, Shape, regime_of
 

@@ -23,15 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.cli.progress import ProgressLine
-from bitgen.config import find_model
 from bitgen.errors import BitgenError
-from bitgen.model.config import Floats, ModelConfig
-from bitgen.model.convert import gguf_architecture
-from bitgen.model.gguf import U32, NewTensor, write_gguf
-from bitgen.model.gguf_model import ARCHITECTURES, half_to_interleaved
-from bitgen.model.quants import encode_tq
-from bitgen.model.synthetic import config_of, random_weights
-from bitgen.model.weights import LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.architectures import architecture_of
+from bitgen.formats.config import Floats, ModelConfig, find_model
+from bitgen.formats.convert import file_matrices, gguf_metadata
+from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.quants import encode_tq
+from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.inference.synthetic import random_weights
 
 _F32, _F16 = 0, 1  # GGUF's numbers
 LLAMA_TYPES = {"Q4_0": (2, 2), "TQ1_0": (34, 36), "TQ2_0": (35, 37)}  # numbers of the tensor and the file
@@ -44,7 +43,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # types of tokens
 
 def peer_config(model: str, silu: bool = False) -> ModelConfig:
     """The model of a preset; ``silu``: of its shape with the gate of llama.cpp's only bitnet architecture."""
-    config = config_of(find_model(model))
+    config = find_model(model)
     return replace(config, activation="silu", architecture="bitnet") if silu else config
 
 
@@ -113,25 +112,8 @@ def write_file(path: Path, weights: Weights, kind: str) -> None:
 
 
 def _metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
-    a = gguf_architecture(config)
-    return {
-        "general.architecture": a,
-        "general.name": config.name,
-        "general.quantization_version": U32(2),
-        "general.file_type": U32(1 if kind == "F16" else LLAMA_TYPES[kind][1]),
-        f"{a}.context_length": U32(config.context),
-        f"{a}.embedding_length": U32(config.hidden),
-        f"{a}.feed_forward_length": U32(config.ffn),
-        f"{a}.block_count": U32(config.layers),
-        f"{a}.attention.head_count": U32(config.heads),
-        f"{a}.attention.head_count_kv": U32(config.kv_heads),
-        f"{a}.attention.key_length": U32(config.head_dim),
-        f"{a}.attention.value_length": U32(config.head_dim),
-        f"{a}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        f"{a}.rope.dimension_count": U32(config.head_dim),
-        f"{a}.rope.freq_base": float(config.rope_theta),
-        f"{a}.vocab_size": U32(config.vocab),
-    }
+    file_type = 1 if kind == "F16" else LLAMA_TYPES[kind][1]
+    return gguf_metadata(config, architecture_of(config).name, file_type)
 
 
 def _vocabulary(size: int) -> dict[str, Any]:
@@ -154,40 +136,22 @@ def _vocabulary(size: int) -> dict[str, Any]:
 def _tensors(weights: Weights, kind: str) -> Iterator[NewTensor]:
     embedding = weights.embedding.data
     shape = weights.embedding.shape
-    architecture = ARCHITECTURES[gguf_architecture(weights.config)]
+    architecture = architecture_of(weights.config)
     apart = kind == "F16" and architecture.name == "bitnet"  # the only one with tensors of scales
     yield NewTensor("token_embd.weight", shape, _F16, embedding.nbytes, lambda: [embedding])
-    if weights.head is not None:
-        head = weights.head.data
-        yield NewTensor("output.weight", weights.head.shape, _F16, head.nbytes, lambda: [head])
+    if weights.lm_head is not None:
+        head = weights.lm_head.data
+        yield NewTensor("output.weight", weights.lm_head.shape, _F16, head.nbytes, lambda: [head])
     yield _vector("output_norm.weight", weights.final_norm)
     for index, layer in enumerate(weights.layers):
         prefix = f"blk.{index}."
-        for name in ("attn_norm", "ffn_norm", "attn_sub_norm", "ffn_sub_norm"):
-            norm = getattr(layer, name)
-            if norm is not None:
-                yield _vector(f"{prefix}{name}.weight", norm)
-        for name, matrix in _matrices(weights.config, layer, architecture.interleaved):
-            yield _matrix(f"{prefix}{name}.weight", matrix, kind, None if apart else matrix.scale)
+        for field, tensor in architecture.norms.items():
+            yield _vector(f"{prefix}{tensor.gguf}.weight", getattr(layer, field))
+        for role, matrix in file_matrices(weights.config, layer, architecture).items():
+            name = prefix + architecture.matrices[role].gguf
+            yield _matrix(f"{name}.weight", matrix, kind, None if apart else matrix.scale)
             if apart:
-                yield _vector(f"{prefix}{name}.scale", matrix.scale)
-
-
-def _matrices(
-    config: ModelConfig, layer: LayerWeights, interleaved: bool
-) -> Iterator[tuple[str, TernaryMatrix]]:
-    q, kv = config.q_rows, config.kv_rows
-    query, key = layer.qkv.slice(0, q), layer.qkv.slice(q, q + kv)
-    if interleaved:
-        query = query.reordered(half_to_interleaved(config.heads, config.head_dim))
-        key = key.reordered(half_to_interleaved(config.kv_heads, config.head_dim))
-    yield "attn_q", query
-    yield "attn_k", key
-    yield "attn_v", layer.qkv.slice(q + kv, q + 2 * kv)
-    yield "attn_output", layer.o
-    yield "ffn_gate", layer.gate_up.slice(0, config.ffn)
-    yield "ffn_up", layer.gate_up.slice(config.ffn, 2 * config.ffn)
-    yield "ffn_down", layer.down
+                yield _vector(f"{name}.scale", matrix.scale)
 
 
 def _vector(name: str, values: Floats) -> NewTensor:

@@ -18,10 +18,10 @@ import numpy as np
 from make_peer_model import peer_config
 
 from bitgen.errors import BitgenError
+from bitgen.inference.engine import Engine
+from bitgen.inference.opening import open_engine
+from bitgen.inference.synthetic import random_weights
 from bitgen.llm import library_for
-from bitgen.model.engine import Engine
-from bitgen.model.llm import open_engine
-from bitgen.model.synthetic import random_weights
 from bitgen.runtime import load
 
 

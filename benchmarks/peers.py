@@ -46,8 +46,8 @@ from bitgen.api import Workshop
 from bitgen.cli.progress import ProgressLine
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
+from bitgen.formats.config import ModelConfig
 from bitgen.measure import LocalRunner
-from bitgen.model.config import ModelConfig
 
 HERE = Path(__file__).resolve().parent
 _ALIKE = 0.95  # correlation of logits; 0.99 and more is what other roundings of activations leave

@@ -21,9 +21,9 @@ from replay import RoundReplay
 
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, add_output, render_tables
-from bitgen.config import find_model
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.fingerprints import Fingerprint
+from bitgen.formats.config import find_model
 from bitgen.measure import Job, MachinePeak, Measurement, RaceJob, Status
 from bitgen.measure.runner import LocalRunner, TimingPolicy
 from bitgen.records import dump, load

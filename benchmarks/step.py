@@ -22,14 +22,13 @@ import numpy as np
 from bitgen.abi import STAGES
 from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
-from bitgen.config import find_model
 from bitgen.errors import BitgenError
+from bitgen.formats.config import ModelConfig, find_model
+from bitgen.inference.engine import Engine
+from bitgen.inference.opening import open_engine
+from bitgen.inference.synthetic import random_weights
 from bitgen.llm import library_for
 from bitgen.measure import LocalRunner
-from bitgen.model.config import ModelConfig
-from bitgen.model.engine import Engine
-from bitgen.model.llm import open_engine
-from bitgen.model.synthetic import config_of, random_weights
 from bitgen.runtime import load
 
 _ALONE = ("matmul", "head")  # the rest is what a step costs beyond its matrices
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     args = parser.parse_args()
     try:
-        config = config_of(find_model(args.model))
+        config = find_model(args.model)
         workshop = Workshop()
         tables = [measure(config, args, int(t), workshop) for t in args.threads.split(",")]
     except BitgenError as error:

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from bitgen.api import build as build
     from bitgen.api import load as load
     from bitgen.api import tune as tune
-    from bitgen.config import ModelPreset as ModelPreset
-    from bitgen.config import find_model as find_model
-    from bitgen.config import load_models as load_models
     from bitgen.cpu import Cpu as Cpu
     from bitgen.cpu import Isa as Isa
     from bitgen.cpu import detect_cpu as detect_cpu
     from bitgen.cpu import load_isas as load_isas
     from bitgen.cpu import resolve_isas as resolve_isas
     from bitgen.errors import BitgenError as BitgenError
+    from bitgen.formats.config import ModelPreset as ModelPreset
+    from bitgen.formats.config import find_model as find_model
+    from bitgen.formats.config import load_models as load_models
     from bitgen.llm import LLM as LLM
 
 _HOME = {
@@ -33,11 +33,11 @@ _HOME = {
     "BitgenError": "bitgen.errors",
     "Cpu": "bitgen.cpu",
     "Isa": "bitgen.cpu",
-    "ModelPreset": "bitgen.config",
+    "ModelPreset": "bitgen.formats.config",
     "detect_cpu": "bitgen.cpu",
-    "find_model": "bitgen.config",
+    "find_model": "bitgen.formats.config",
     "load_isas": "bitgen.cpu",
-    "load_models": "bitgen.config",
+    "load_models": "bitgen.formats.config",
     "resolve_isas": "bitgen.cpu",
 }
 

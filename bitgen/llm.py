@@ -1,21 +1,264 @@
-"""`bitgen.LLM`: a model that can be asked for text, on any machine with a kernel library or a compiler."""
+"""A model that can be asked for text, on any machine with a kernel library or a compiler: `bitgen.LLM`.
+
+::
+
+    llm = LLM("model.gguf", library="generated/3B-zen5")
+    for piece in llm.generate("Once upon a time", max_tokens=64):
+        print(piece, end="", flush=True)
+    texts = llm.generate(["One prompt", "and another"], max_tokens=64)
+    logits = llm.logits(llm.tokenizer.encode("Once"))           # float32 (tokens, vocab)
+    for piece in llm.chat([{"role": "user", "content": "Hello"}]): ...
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias, overload
 
-from bitgen.errors import ToolchainError
-from bitgen.model.config import ModelConfig
-from bitgen.model.llm import LLM as _LLM
-from bitgen.model.llm import find_library, preset_name, tuned_shapes
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import ToolchainError, UsageError
+from bitgen.formats.config import ModelConfig, preset_name
+from bitgen.formats.open import open_model
+from bitgen.inference import FEW
+from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
+from bitgen.inference.engine import Head, Kv
+from bitgen.inference.generation import Generation
+from bitgen.inference.opening import context_for, find_library, open_engine, tuned_shapes
+from bitgen.inference.sampling import Sampling
+from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
+from bitgen.inference.sequence import Request
+from bitgen.runtime import KernelTable, load
+from bitgen.tokenizer.data import TokenizerData
+from bitgen.tokenizer.tokenizer import Tokenizer
+
+Prompt: TypeAlias = "str | Sequence[int]"
 
 
-class LLM(_LLM):
-    """`bitgen.model.llm.LLM`; without a library it builds the untuned one (seconds, once)."""
+class LLM:
+    """A model file with its tokenizer and an engine over a kernel library.
 
-    def _find_library(self, config: ModelConfig, progress: Callable[[str], None] | None) -> Path:
-        return library_for(config, progress)
+    ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means one
+    a physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
+    ``batch`` the number of sequences there is room for from the start (a list of prompts makes more).
+    ``progress(text)`` is called with what takes long. BitgenError when anything does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        library: str | Path | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        kv: Kv = "f16",
+        head: Head = "exact",
+        batch: int = 1,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        file = open_model(model)
+        config = file.config
+        positions = context_for(config, context)
+        tokenizer = file.tokenizer_data  # before the long work: it may be missing
+        self.table = table = load(library or library_for(config, progress), threads)
+        self._open = partial(open_engine, file, table, context=positions, kv=kv, head=head, progress=progress)
+        self._setup(self._open(batch=batch), config, tokenizer)
+        self.scheduler.timings.load_s = time.perf_counter() - started
+        self._note_untuned(table, model)
+        if error := self.engine.head_error:
+            self.notes.append(f"the int8 head differs from the exact one by {error:.2%} (root mean square)")
+
+    @classmethod
+    def over(cls, engine: EngineProtocol, config: ModelConfig, tokenizer: TokenizerData) -> LLM:
+        """The same on an engine that is already there."""
+        llm = cls.__new__(cls)
+        llm._setup(engine, config, tokenizer)
+        return llm
+
+    def _setup(self, engine: EngineProtocol, config: ModelConfig, data: TokenizerData) -> None:
+        self.engine = engine
+        self.config = config
+        self.tokenizer = Tokenizer(data)
+        self.scheduler = Scheduler(engine, self.tokenizer)
+        self.template = data.chat_template
+        self.notes = list(self.tokenizer.notes)  # what a user should know
+
+    table: KernelTable | None = None  # None for `over`
+    _open: Callable[..., EngineProtocol] | None = None  # makes the engine again, for another batch
+
+    def _make_room(self, sequences: int) -> None:
+        """An engine for as many sequences at once, up to what the kernels for small batches take."""
+        wanted = min(sequences, FEW)
+        if self._open is not None and wanted > self.engine.max_batch:
+            timings = self.scheduler.timings
+            self.engine = self._open(batch=wanted)
+            self.scheduler = Scheduler(self.engine, self.tokenizer)
+            self.scheduler.timings = timings
+
+    def _note_untuned(self, table: KernelTable, model: str | Path) -> None:
+        """Say how to tune when the library holds no kernel that was tuned for this model."""
+        if not tuned_shapes(self.config, (kernel.shape for kernel in table.kernels)):
+            name = preset_name(self.config) or model
+            how = f"`bitgen tune --model {name}`, then `bitgen build --model {name}`"
+            self.notes.append(f"running on untuned kernels; for faster ones: {how}")
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine's memory and end its threads."""
+        self.engine.close()
+        if self.table is not None:
+            self.table.close()
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence."""
+        return self.engine.context
+
+    @property
+    def timings(self) -> Timings:
+        return self.scheduler.timings
+
+    @property
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes of packed weights, of the KV cache, and of work memory; known before they are used."""
+        memory = self.engine.memory
+        return memory.weights, memory.cache, memory.work
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the LM head that is read from the mapped model file; 0 for one that was packed."""
+        return self.engine.head_bytes
+
+    @property
+    def context_hint(self) -> str:
+        """What to add to a message that the context is full."""
+        return "; -c makes it larger" if self.context < self.config.context else ", all that the model has"
+
+    # ---- Text ----
+
+    @overload
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[str]: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[str]:
+        """Continue a text: one prompt gives a `Generation`, a list of prompts the list of their texts.
+
+        A prompt is a text or a list of token ids. Options: ``max_tokens`` (128; None: until the context is
+        full), ``stop`` (a text or several), ``lookup``, ``ignore_end``, and the fields of `Sampling`
+        (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed).
+        """
+        if not hasattr(prompt, "__len__"):
+            raise UsageError(
+                f"a prompt is a text, token ids, or a list of these, not {type(prompt).__name__}"
+            )
+        if isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], (int, np.integer))):
+            return Generation(self.scheduler, self.request(prompt, **options))
+        self._make_room(len(prompt))
+        return self.scheduler.texts([self.request(each, **options) for each in prompt])
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
+        """Answer the last of ``messages``; the options of `generate`, but ``max_tokens`` is None."""
+        return self.answer(self.chat_prompt(messages), **options)
+
+    def answer(self, prompt: Sequence[int], **options: Any) -> Generation:
+        """What follows a prompt made by `chat_prompt`."""
+        options.setdefault("max_tokens", None)
+        if self.template_text == BUILT_IN["plain"]:
+            options["stop"] = (*_texts(options.get("stop", ())), *PLAIN_STOP)
+        return Generation(self.scheduler, self.request(prompt, **options))
+
+    def logits(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
+        """Logits float32 (len(ids) - first, vocab) of the tokens from ``first`` on, each for the next one."""
+        parts = list(self.logit_parts(ids, first))
+        return np.concatenate(parts) if parts else np.empty((0, self.config.vocab), np.float32)
+
+    def logit_parts(self, ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """The same in parts of at most 64 MiB (32 tokens where that is more)."""
+        return self.scheduler.score(self._checked(ids), first)
+
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = 128,
+        stop: str | Iterable[str] = (),
+        lookup: bool = False,
+        ignore_end: bool = False,
+        **sampling: Any,
+    ) -> Request:
+        """What `generate` runs. UsageError names an option that is wrong."""
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens must be 1 or more, not {max_tokens}")
+        unknown = set(sampling) - set(Sampling.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(("max_tokens", "stop", "lookup", "ignore_end", *Sampling.__dataclass_fields__))
+            raise UsageError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
+        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if not ids and isinstance(prompt, str):
+            start = next((i for i in (self.tokenizer.bos, self.tokenizer.eos) if i is not None), None)
+            ids = [] if start is None else [start]
+        self.scheduler.check(ids)
+        return Request(
+            prompt=tuple(ids),
+            max_tokens=max_tokens,
+            sampling=Sampling(**sampling),
+            stop=_texts(stop),
+            ignore_end=ignore_end,
+            lookup=lookup,
+        )
+
+    # ---- Chat ----
+
+    @property
+    def template_text(self) -> str:
+        """The model's chat template, or the built-in one that fits its vocabulary."""
+        return self.template or BUILT_IN[template_for(self.tokenizer.ids)]
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where the assistant is to speak."""
+        tokenizer = self.tokenizer
+        text = render_chat(
+            self.template_text,
+            messages,
+            bos=tokenizer.token(tokenizer.bos),
+            eos=tokenizer.token(tokenizer.eos),
+        )
+        ids = tokenizer.encode(text, special=False)
+        if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
+            ids.insert(0, tokenizer.bos)
+        return ids
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """``tokens`` as a list of ids, all of which the model knows."""
+        if not all(isinstance(i, (int, np.integer)) for i in tokens):
+            raise UsageError("token ids must be integers")
+        ids = [int(i) for i in tokens]
+        wrong = next((i for i in ids if not 0 <= i < self.config.vocab), None)
+        if wrong is not None:
+            raise UsageError(
+                f"token {wrong} is outside the model's vocabulary of {self.config.vocab}: does the tokenizer "
+                "belong to the model?",
+            )
+        return ids
+
+
+def _texts(texts: str | Iterable[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
 def library_for(config: ModelConfig, progress: Callable[[str], None] | None = None) -> Path:
@@ -39,11 +282,11 @@ def library_for(config: ModelConfig, progress: Callable[[str], None] | None = No
             return known
     if bundle is not None:
         return bundle.path
-    from bitgen.api import load
+    from bitgen.api import load as load_or_build
 
     if progress:
         progress("building the default kernels, once")
-    with load() as table:
+    with load_or_build() as table:
         return table.path
 
 

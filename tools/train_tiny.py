@@ -429,7 +429,7 @@ def save_model(out: Path, model: Tiny, tokenizer: Any, held_out: str, figures: d
     """Everything the module's docstring lists; the figures are those of the weights as they are stored."""
     from safetensors.numpy import save_file
 
-    from bitgen.model.convert import convert
+    from bitgen.formats.convert import convert
 
     stored = Tiny(model.sizes)
     stored.load_state_dict(model.state_dict())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from bitgen.api.models import preset_of, step_sizes
 from bitgen.api.workshop import Workshop
-from bitgen.config import ModelPreset
 from bitgen.cpu import Isa, detect_cpu, target_cpu
+from bitgen.formats.config import ModelPreset
 from bitgen.measure import Job
 from bitgen.paths import generated_dir
 from bitgen.spec import REGIMES, Shape

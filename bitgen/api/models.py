@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
-from bitgen.config import ModelPreset, find_model
+from bitgen.formats.config import ModelPreset, find_model
+from bitgen.formats.open import open_model, shipped_model
 from bitgen.spec import StepSizes
 
 
@@ -14,8 +14,6 @@ def preset_of(model: str | ModelPreset) -> ModelPreset:
     """The shapes of a preset (its name), a YAML file, or a model file or folder that `bitgen run` reads."""
     if isinstance(model, ModelPreset):
         return model
-    from bitgen.model.files import open_model, shipped_model
-
     path = Path(model)
     if (
         path.suffix.lower() not in (".gguf", ".safetensors")
@@ -23,15 +21,10 @@ def preset_of(model: str | ModelPreset) -> ModelPreset:
         and not shipped_model(model)
     ):
         return find_model(model)
-    config = open_model(model).config
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
-    return ModelPreset(
-        **{f.name: getattr(config, f.name) for f in fields(ModelPreset) if f.name not in ("name", "aliases")},
-        name=config.name or safe,
-        aliases=(safe or "model",),
-    )
+    return ModelPreset.of(open_model(model).config, safe or "model")
 
 
 def step_sizes(preset: ModelPreset) -> StepSizes:
     """The sizes that a forward step for this model has as constants."""
-    return StepSizes(preset.hidden, preset.heads * preset.head_dim, preset.ffn, preset.head_dim)
+    return StepSizes(preset.hidden, preset.q_rows, preset.ffn, preset.head_dim)

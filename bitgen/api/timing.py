@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from bitgen.api.libraries import choices_for
 from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop, check_threads
-from bitgen.config import ModelPreset
 from bitgen.cpu import accepted_isas
 from bitgen.errors import BitgenError, UsageError
+from bitgen.formats.config import ModelPreset
 from bitgen.measure import MachinePeak, Race, RaceJob, Rates
 from bitgen.spec import FAMILIES, LARGE, REGIMES, KernelSpec, Shape, family_named, regime_named, regime_of
 

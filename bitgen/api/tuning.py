@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from bitgen.api.libraries import untuned_library
 from bitgen.api.models import preset_of
 from bitgen.api.workshop import Workshop, check_threads
-from bitgen.config import ModelPreset
 from bitgen.errors import BitgenError
+from bitgen.formats.config import ModelPreset
 from bitgen.paths import ensure_dir, tune_logs_dir
 from bitgen.store import RecordStore
 from bitgen.winners import export_winners, nearest_winners
@@ -113,9 +113,9 @@ class _RestOfStep:
 
     def __call__(self, regime: str, threads: int) -> float:
         if threads not in self._known:
-            from bitgen.model.rest import rest_of_step
+            from bitgen.inference.non_matmul_cost import non_matmul_cost
 
-            self._known[threads] = rest_of_step(
+            self._known[threads] = non_matmul_cost(
                 self._preset, untuned_library(), threads, tuple(self._n.values())
             )
         return self._known[threads][self._n[regime]]

@@ -6,16 +6,17 @@ The model is a file, or a preset (see `bitgen models`), which gets random weight
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
-    from bitgen.model.bench import Run
-    from bitgen.model.engine import Engine
-    from bitgen.model.model_file import ModelFile
-    from bitgen.model.weights import Weights
+    from bitgen.formats.model_file import ModelFile
+    from bitgen.formats.weights import Weights
+    from bitgen.inference.bench import Run
+    from bitgen.inference.engine import Engine
 
 SUMMARY = "time a model in tokens a second, or its kernels against the defaults and the machine's limit"
 
@@ -57,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
 def _run_model(args: argparse.Namespace) -> None:
     from bitgen.cli.progress import ProgressLine
     from bitgen.errors import UsageError
+    from bitgen.inference.bench import bench_engine
+    from bitgen.inference.opening import open_engine
     from bitgen.llm import library_for
-    from bitgen.model.bench import bench_engine
-    from bitgen.model.llm import open_engine
     from bitgen.runtime import load
 
     prompts = [n for n in numbers("-p", args.n_prompt, 0) if n]
@@ -101,16 +102,16 @@ def _run_model(args: argparse.Namespace) -> None:
 
 def _open(name: str, context: int) -> ModelFile | Weights:
     """A model file, or the random weights of a preset."""
-    from bitgen.config import find_model
-    from bitgen.model.files import open_model, shipped_model
+    from bitgen.formats.config import find_model
+    from bitgen.formats.open import open_model, shipped_model
 
     path = Path(name)
     on_disk = path.exists() or path.suffix in (".gguf", ".safetensors")
     if (on_disk and path.suffix not in (".yaml", ".yml")) or shipped_model(name):
         return open_model(name)
-    from bitgen.model.synthetic import config_of, random_weights
+    from bitgen.inference.synthetic import random_weights
 
-    return random_weights(config_of(find_model(name), context=context))
+    return random_weights(replace(find_model(name), context=context))
 
 
 _COLUMNS = (
@@ -127,13 +128,11 @@ _COLUMNS = (
 
 
 def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ...]:
-    from bitgen.model.bench import parameters
-
     head = 0 if args.head == "q8" else engine.weights.output.data.nbytes  # q8 counts as packed
     return (
         engine.config.name or Path(args.model).stem,
         (engine.memory.weights + head) / 2**20,
-        parameters(engine.config) / 1e6,
+        engine.config.parameters / 1e6,
         engine.table.path.parent.name,
         run.threads,
         run.batch,

@@ -12,7 +12,7 @@ from bitgen.cli.text import add_model, add_sampling, open_llm, print_timings, sa
 from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:
-    from bitgen.model.conversation import Conversation
+    from bitgen.inference.conversation import Conversation
 
 SUMMARY = "talk with a model"
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def converse(args: argparse.Namespace, system: str | None = None, first: str | None = None) -> int:
     """The loop of questions and answers; off a terminal its code is that of the last message that failed."""
-    from bitgen.model.conversation import Conversation
+    from bitgen.inference.conversation import Conversation
 
     options = sampling_options(args)
     name = getattr(args, "chat_template", None)
@@ -138,7 +138,7 @@ class _Lines:
 
 
 def _template(name: str) -> str:
-    from bitgen.model.chat import BUILT_IN
+    from bitgen.inference.chat_template import BUILT_IN
 
     if name in BUILT_IN:
         return BUILT_IN[name]

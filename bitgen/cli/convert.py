@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.model.convert import convert
+    from bitgen.formats.convert import convert
 
     with ProgressLine() as line:
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 if TYPE_CHECKING:
-    from bitgen.model.model_file import ModelFile
+    from bitgen.formats.model_file import ModelFile
 
 SUMMARY = "what a model file holds"
 
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from bitgen.errors import UsageError
-    from bitgen.model.files import open_model
-    from bitgen.model.inspect import facts
+    from bitgen.formats.inspect import facts
+    from bitgen.formats.open import open_model
 
     path = args.path or args.model
     if path is None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _types(model: ModelFile) -> Table:
-    from bitgen.model.inspect import type_uses
+    from bitgen.formats.inspect import type_uses
 
     columns = (
         Column("type", "type"),
@@ -59,16 +59,15 @@ def _types(model: ModelFile) -> Table:
 
 
 def _matmuls(model: ModelFile) -> Table:
-    from bitgen.model.inspect import matmuls
-
-    rows = [(role, shape.name, model.config.layers) for role, shape in matmuls(model.config).items()]
+    roles = {"qkv": "q/k/v", "gate_up": "gate/up"}
+    rows = [(roles.get(m.role, m.role), m.shape.name, m.count) for m in model.config.matmuls]
     return Table(
         "matmuls", (Column("role", "role"), Column("shape", "m x k"), Column("count", "count", "d")), rows
     )
 
 
 def _stream(model: ModelFile) -> Table:
-    from bitgen.model.inspect import token_bytes
+    from bitgen.formats.inspect import token_bytes
     from bitgen.spec import FAMILIES
 
     read = token_bytes(model)
@@ -87,7 +86,7 @@ def _stream(model: ModelFile) -> Table:
 
 
 def _metadata(model: ModelFile) -> Table:
-    from bitgen.model.inspect import metadata_lines
+    from bitgen.formats.inspect import metadata_lines
 
     return Table("metadata", (Column("key", "key"), Column("value", "value")), list(metadata_lines(model)))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 if TYPE_CHECKING:
-    from bitgen.config import ModelPreset
+    from bitgen.formats.config import ModelPreset
 
 SUMMARY = "the presets of configs/models/ with their distinct shapes"
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.config import load_models
+    from bitgen.formats.config import load_models
 
     models = [_shapes_of(args.model)] if args.model else load_models()
     rows = []

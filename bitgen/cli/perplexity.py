@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from bitgen.errors import FileError
-    from bitgen.model.perplexity import perplexity
+    from bitgen.inference.perplexity import perplexity
 
     try:
         data = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()

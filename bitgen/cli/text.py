@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitgen.model.llm import LLM
+    from bitgen.llm import LLM
 
 
 def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
@@ -81,7 +81,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `LLM.generate`. UsageError for a value that is out of range."""
     from bitgen.errors import UsageError
-    from bitgen.model.sampling import Sampling
+    from bitgen.inference.sampling import Sampling
 
     if args.n_predict == 0:
         raise UsageError("-n must be 1 or more, or -1 for no limit")
@@ -138,13 +138,13 @@ def print_timings(llm: LLM, seed: int | None = None) -> None:
         lines.append(line("prompt eval time", t.prompt_s, t.prompt_tokens, "tokens"))
     if t.step_tokens:
         lines.append(line("eval time", t.step_s, t.step_tokens, "runs"))
-    if t.drawn:
-        lines.append(line("sampling time", t.sample_s, t.drawn, "runs"))
+    if t.sampled:
+        lines.append(line("sampling time", t.sample_s, t.sampled, "runs"))
     total = t.prompt_s + t.step_s + t.sample_s
     lines.append(f"{'total time':>17} = {1e3 * total:10.2f} ms / {t.prompt_tokens + t.step_tokens:5d} tokens")
-    if t.guessed:
-        share = t.guessed_right / t.guessed
-        lines.append(f"{'lookup':>17} = {t.guessed_right} of {t.guessed} guesses right ({share:.0%})")
+    if t.drafted:
+        share = t.accepted / t.drafted
+        lines.append(f"{'lookup':>17} = {t.accepted} of {t.drafted} guesses right ({share:.0%})")
     weights, cache, work = (part / 2**20 for part in llm.memory)
     head = f"{llm.head_bytes / 2**20:.2f} MiB head, " if llm.head_bytes else ""
     lines.append(

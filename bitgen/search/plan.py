@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from bitgen.config import ModelPreset
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
+from bitgen.formats.config import ModelPreset
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
 from bitgen.search.propose import STRATEGIES

@@ -15,8 +15,10 @@ from text_models import piece_data
 import bitgen
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UsageError
-from bitgen.model.answer import Answer
-from bitgen.model.config import ModelConfig
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.open import open_model
+from bitgen.inference.opening import find_library
+from bitgen.inference.sequence import Sequence
 
 pytestmark = pytest.mark.slow
 
@@ -158,7 +160,7 @@ def test_a_model_that_is_not_there_is_one_line(library: Path, capsys: pytest.Cap
 def test_ctrl_c_ends_a_run_with_its_timings(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitgen.model.engine import Engine
+    from bitgen.inference.engine import Engine
 
     original, steps = Engine.forward, []
 
@@ -179,7 +181,7 @@ def test_ctrl_c_ends_a_run_with_its_timings(
 def test_an_error_amid_a_text_is_a_line_of_its_own(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitgen.model.engine import Engine
+    from bitgen.inference.engine import Engine
 
     def forward(*_: object) -> object:
         raise FileError("the model computes NaN or infinity")
@@ -221,19 +223,19 @@ def test_a_question_whose_answer_fails_is_not_remembered(
     arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = bitgen.LLM.chat_prompt, []
-    draw = Answer.draw
+    draw = Sequence.sample
 
     def chat_prompt(self: bitgen.LLM, messages: list[dict[str, str]]) -> object:
         calls.append(len(messages))
         return original(self, messages)  # type: ignore[arg-type]
 
-    def broken(self: Answer, *rest: object) -> object:
+    def broken(self: Sequence, *rest: object) -> object:
         if len(calls) == 1:
             raise FileError("the model is damaged")
         return draw(self, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(bitgen.LLM, "chat_prompt", chat_prompt)
-    monkeypatch.setattr(Answer, "draw", broken)
+    monkeypatch.setattr(Sequence, "sample", broken)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the end\nan end\n")))
     _, err = out_of(capsys, "chat", *arguments, "-n", "3", code=FileError.exit_code)
     assert "bitgen: the model is damaged\n" in err
@@ -409,10 +411,7 @@ def test_threads_and_kv_types_give_the_same_text(model: Path, library: Path) -> 
 def test_the_library_is_found_or_its_absence_is_one_line(
     model: Path, library: Path, bitgen_home: Path
 ) -> None:
-    from bitgen.model import llm as without_compiler
-
-    with pytest.raises(BitgenError, match="there is no kernel library for this CPU: make one with"):
-        without_compiler.LLM(model)
+    assert find_library(open_model(model).config) is None
     (bitgen_home / "generated").mkdir(parents=True)
     (bitgen_home / "generated" / library.name).symlink_to(library)
     with bitgen.LLM(model) as llm:

@@ -25,10 +25,10 @@ from bitgen.bundle.units import library_units_of, table_values
 from bitgen.bundle.write import write_library
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.model.config import ModelConfig
-from bitgen.model.engine import Engine
-from bitgen.model.quants import DENSE
-from bitgen.model.synthetic import random_weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.quants import DENSE
+from bitgen.inference.engine import Engine
+from bitgen.inference.synthetic import random_weights
 from bitgen.render import render_quantize, render_step
 from bitgen.runtime import KernelTable, load
 from bitgen.spec import StepSizes

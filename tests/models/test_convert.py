@@ -11,10 +11,11 @@ from model_files import Plain, plain_model, small_config, tokenizer_json, write_
 
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.model import open_model
-from bitgen.model.convert import convert, gguf_architecture
-from bitgen.model.model_file import ModelFile
-from bitgen.model.vocabulary import tokenizer_metadata
+from bitgen.formats.architectures import architecture_of
+from bitgen.formats.convert import convert
+from bitgen.formats.gguf_tokenizer import tokenizer_metadata
+from bitgen.formats.model_file import ModelFile
+from bitgen.formats.open import open_model
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 WIDE = {"hidden": 256, "ffn": 512, "heads": 4, "head_dim": 64, "layers": 1}
@@ -107,7 +108,7 @@ def test_rows_with_scales_of_their_own_are_kept(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", model, "floats")
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
-    from bitgen.model.safetensors import read_safetensors
+    from bitgen.formats.safetensors import read_safetensors
 
     down = read_safetensors(file)["model.layers.0.mlp.down_proj.weight"]
     values = down.data.view(np.float32).reshape(256, 512).copy()
@@ -123,10 +124,10 @@ def test_rows_with_scales_of_their_own_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_architecture_follows_the_forward_pass() -> None:
-    assert gguf_architecture(small_config("bitnet-25")) == "bitnet-25"
-    assert gguf_architecture(replace(small_config("bitnet-b1.58"), activation="silu")) == "bitnet"
+    assert architecture_of(small_config("bitnet-25")).name == "bitnet-25"
+    assert architecture_of(replace(small_config("bitnet-b1.58"), activation="silu")).name == "bitnet"
     with pytest.raises(BitgenError, match="no GGUF architecture has relu2 without sub-norms"):
-        gguf_architecture(replace(small_config("llama"), activation="relu2"))
+        architecture_of(replace(small_config("llama"), activation="relu2"))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_the_architecture_follows_the_forward_pass() -> None:
     [
         ("no/such/m.gguf", "i2_s", "there is no folder", FileError.exit_code),
         (".", "i2_s", "is a folder", FileError.exit_code),
-        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean tq1_0 or tq2_0", UsageError.exit_code),
+        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean tq2_0 or tq1_0", UsageError.exit_code),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, out: str, kind: str, message: str, code: int) -> None:

@@ -17,16 +17,15 @@ from reference_model import logits_of, random_dense, small_config
 from step_levels import LEVELS, level_library
 
 from bitgen.abi import DENSE_TYPES, STAGES
-from bitgen.config import ModelPreset, load_models
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.model import packed
-from bitgen.model.config import ModelConfig
-from bitgen.model.engine import PREFILL, Engine, inverse_frequencies
-from bitgen.model.packed import cache_entries, check_cache, clear_cache, pack_model
-from bitgen.model.quants import DENSE
-from bitgen.model.synthetic import config_of, random_weights
-from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.config import ModelConfig, ModelPreset, load_models
+from bitgen.formats.quants import DENSE
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.inference import weight_cache as packed
+from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
+from bitgen.inference.synthetic import random_weights
+from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache, pack_model
 from bitgen.runtime import KernelTable, load
 
 pytestmark = pytest.mark.slow
@@ -122,9 +121,7 @@ def test_every_presets_architecture_small_and_ragged(tables: Any, preset: ModelP
     """
     ffn = preset.ffn if preset.ffn % 16 else preset.ffn * 100 // preset.hidden - 1
     group = preset.heads // preset.kv_heads
-    config = replace(
-        config_of(preset, layers=2, context=64), hidden=100, ffn=ffn, heads=2 * group, kv_heads=2, vocab=97
-    )
+    config = replace(preset, layers=2, context=64, hidden=100, ffn=ffn, heads=2 * group, kv_heads=2, vocab=97)
     weights = random_weights(config, 12)
     ids = ids_of(config, 20)
     check_formulas(weights, ids, feed(Engine(weights, tables(), kv="f32"), ids))
@@ -258,7 +255,7 @@ def test_what_is_truncated_or_copied_is_as_if_computed(tables: Any, kv: Any) -> 
 def test_rope_is_numpys_to_the_last_bit(tables: Any) -> None:
     config = small_config(head_dim=64, rope_theta=500000.0, context=3000)
     factors = np.linspace(1, 8, 32).astype(np.float32)
-    scaled = inverse_frequencies(replace(config, rope_factors=factors))
+    scaled = inverse_frequencies(replace(config, rope_factors=tuple(factors.tolist())))
     frequencies = inverse_frequencies(config)
     assert np.allclose(frequencies, 500000.0 ** (-np.arange(32) / 32), rtol=2e-7)
     assert np.array_equal(scaled, frequencies / factors)
@@ -295,8 +292,8 @@ def test_an_embedding_no_step_reads_is_gathered_outside(tables: Any) -> None:
     ids = ids_of(config, 10)
     plain = feed(Engine(replace(weights, embedding=DenseMatrix.of(dense.rows(0, 75))), tables()), ids)
     assert np.array_equal(feed(Engine(replace(weights, embedding=dense), tables()), ids), plain)
-    with pytest.raises(BitgenError, match="q4_k, which no head can be"):
-        Engine(replace(weights, embedding=dense, head=dense), tables())
+    with pytest.raises(BitgenError, match="q4_k, which no LM head can be"):
+        Engine(replace(weights, embedding=dense, lm_head=dense), tables())
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -326,7 +323,7 @@ def final_rows(weights: Weights, ids: list[int], table: KernelTable) -> Any:
     names, where = np.unique(tokens, return_inverse=True)
     table_of = np.zeros((config.hidden, config.hidden), np.float32)
     table_of[: len(names)] = weights.embedding.gather(names)
-    changed = replace(weights, config=config, embedding=DenseMatrix.of(table_of), head=identity)
+    changed = replace(weights, config=config, embedding=DenseMatrix.of(table_of), lm_head=identity)
     return feed(Engine(changed, table), where.tolist())
 
 
@@ -388,8 +385,8 @@ def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, whe
         "norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_norm=huge))),
         "final": replace(weights, final_norm=huge * np.float32(np.nan)),
         "sub-norm": replace(weights, layers=(weights.layers[0], replace(layer, ffn_sub_norm=endless))),
-        "head NaN": replace(weights, head=DenseMatrix.of(spoilt_rows(weights.output, np.nan))),
-        "head inf": replace(weights, head=DenseMatrix.of(spoilt_rows(weights.output, np.inf))),
+        "head NaN": replace(weights, lm_head=DenseMatrix.of(spoilt_rows(weights.output, np.nan))),
+        "head inf": replace(weights, lm_head=DenseMatrix.of(spoilt_rows(weights.output, np.inf))),
         "embedding": replace(
             weights,
             embedding=DenseMatrix.of(
@@ -508,8 +505,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import numpy as np
-from bitgen.model.engine import Engine
-from bitgen.model.synthetic import config_of, random_weights
+from bitgen.inference.engine import Engine
+from bitgen.inference.synthetic import random_weights
 from bitgen.runtime import load
 from reference_model import small_config
 

@@ -13,13 +13,15 @@ from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
 
 from bitgen.errors import BitgenError
-from bitgen.model.answer import Guesser, StopFilter
-from bitgen.model.chat import BUILT_IN, render_chat
-from bitgen.model.config import ModelConfig
-from bitgen.model.conversation import Conversation
-from bitgen.model.llm import LLM
-from bitgen.model.perplexity import perplexity
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.formats.config import ModelConfig
+from bitgen.inference.chat_template import BUILT_IN, render_chat
+from bitgen.inference.conversation import Conversation
+from bitgen.inference.drafts import PromptLookupDrafter
+from bitgen.inference.engine import Memory
+from bitgen.inference.perplexity import perplexity
+from bitgen.inference.sequence import StopFilter
+from bitgen.llm import LLM
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +39,9 @@ class Scripted:
     calls: list[int] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)
     config: ModelConfig = field(default_factory=lambda: small_config(vocab=len(piece_data().tokens)))
+    memory: Memory = field(default_factory=lambda: Memory(0, 0, 0))
+    head_bytes: int = 0
+    head_error: float = 0.0
 
     def forward(self, tokens: Any, positions: Any, sequences: Any, outputs: Any) -> Any:
         self.calls.append(len(tokens))
@@ -54,6 +59,9 @@ class Scripted:
 
     def copy(self, source: int, target: int) -> None:
         self.lengths[target] = self.lengths[source]
+
+    def close(self) -> None:
+        pass
 
 
 def scripted(text: str, *, context: int = 64, **changes: Any) -> LLM:
@@ -214,7 +222,7 @@ def test_long_prompts_are_computed_in_parts_with_progress() -> None:
     llm = LLM.over(engine, engine.config, piece_data())
     seen: list[tuple[int, int]] = []
     request = llm.request([5] * 1100, max_tokens=1)
-    list(llm.generator.run([request], lambda done, of: seen.append((done, of))))
+    list(llm.scheduler.run([request], lambda done, of: seen.append((done, of))))
     assert engine.calls == [128, 512, 460]
     assert seen == [(0, 1100), (128, 1100), (640, 1100), (1100, 1100)]
 
@@ -227,8 +235,8 @@ def test_parts_of_a_prompt_take_a_second_or_so(
 ) -> None:
     engine = Scripted([5], context=2000)
     llm = LLM.over(engine, engine.config, piece_data())
-    monkeypatch.setattr("bitgen.model.generate.time.perf_counter", lambda: token_s * sum(engine.calls))
-    list(llm.generator.run([llm.request([5] * 640, max_tokens=1)]))
+    monkeypatch.setattr("bitgen.inference.scheduler.time.perf_counter", lambda: token_s * sum(engine.calls))
+    list(llm.scheduler.run([llm.request([5] * 640, max_tokens=1)]))
     assert engine.calls == parts
 
 
@@ -243,18 +251,18 @@ def test_guesses_save_steps_where_a_text_repeats_itself() -> None:
     assert counts[0][0] == counts[1][0]
     assert counts[0][1] == 39
     assert counts[1][1] < 15
-    assert llm.timings.guessed_right > 20
+    assert llm.timings.accepted > 20
 
 
 def test_a_guess_is_what_followed_the_last_time() -> None:
     tokens = [1, 2, 3, 4, 5, 9, 2, 3]
-    assert Guesser(tokens).guess(tokens, 3) == [4, 5, 9]
-    assert Guesser(tokens).guess(tokens, 0) == []
-    assert Guesser([1, 2, 3]).guess([1, 2, 3], 3) == []
+    assert PromptLookupDrafter(tokens).draft(tokens, 3) == [4, 5, 9]
+    assert PromptLookupDrafter(tokens).draft(tokens, 0) == []
+    assert PromptLookupDrafter([1, 2, 3]).draft([1, 2, 3], 3) == []
     tokens = [7, 2, 3, 1, 8, 2, 3, 5, 7, 2, 3]  # three tokens that match count more than the latest two
-    assert Guesser(tokens).guess(tokens, 1) == [1]
+    assert PromptLookupDrafter(tokens).draft(tokens, 1) == [1]
     tokens = [9, 5, 6, 7, 5, 6, 7, 5, 6]  # what repeats itself goes on
-    assert Guesser(tokens).guess(tokens, 7) == [7, 5, 6, 7, 5, 6, 7]
+    assert PromptLookupDrafter(tokens).draft(tokens, 7) == [7, 5, 6, 7, 5, 6, 7]
 
 
 class Interrupted(ReferenceEngine):
@@ -328,7 +336,7 @@ def test_logits_come_in_parts_that_are_not_large(monkeypatch: pytest.MonkeyPatch
     ids = llm.tokenizer.encode("the end and the other end on and on and on and the other hand and the end")
     assert len(ids) > 33
     whole = llm.logits(ids)
-    monkeypatch.setattr("bitgen.model.generate._LOGITS_BYTES", 1)
+    monkeypatch.setattr("bitgen.inference.scheduler._LOGITS_BYTES", 1)
     assert [len(part) for part in llm.logit_parts(ids)] == [32, len(ids) - 32]
     assert np.array_equal(llm.logits(ids), whole)
     assert llm.logits(ids, len(ids)).shape == (0, llm.config.vocab)

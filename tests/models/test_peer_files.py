@@ -26,14 +26,14 @@ from reference_model import logits_of
 from step_levels import level_library
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
-from bitgen.model import open_model
-from bitgen.model.convert import convert
-from bitgen.model.engine import Engine
-from bitgen.model.llm import LLM
-from bitgen.model.perplexity import perplexity
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.formats.convert import convert
+from bitgen.formats.open import open_model
+from bitgen.inference.engine import Engine
+from bitgen.inference.perplexity import perplexity
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 from bitgen.runtime import load
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bitgen.errors import BitgenError
-from bitgen.model.quants import (
+from bitgen.formats.quants import (
     DENSE,
     TERNARY,
     absmean,
@@ -40,7 +40,7 @@ def test_every_byte_pattern_has_the_value_that_the_gguf_package_gives_it(name: s
 
 def test_type_numbers_and_sizes_are_those_of_the_gguf_package() -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle")
-    from bitgen.model.quants import BY_ID
+    from bitgen.formats.quants import BY_ID
 
     for kind in gguf.GGMLQuantizationType:
         assert BY_ID[int(kind)].name == kind.name.lower()

@@ -13,10 +13,10 @@ from step_levels import level_library
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.model.config import ModelConfig
-from bitgen.model.engine import PREFILL, Best, Chosen, Engine, Hidden, Logits, Nothing, Want
-from bitgen.model.synthetic import random_weights
-from bitgen.model.weights import DenseMatrix, Weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.weights import DenseMatrix, Weights
+from bitgen.inference.engine import PREFILL, Best, Chosen, Engine, Hidden, Logits, Nothing, Want
+from bitgen.inference.synthetic import random_weights
 from bitgen.runtime import KernelTable, load
 
 LEVEL = accepted_isas(detect_cpu(), load_isas())[0].name

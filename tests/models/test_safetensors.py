@@ -20,10 +20,10 @@ from model_files import (
 )
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.model import open_model
-from bitgen.model.convert import convert
-from bitgen.model.safetensors import read_folder, read_safetensors
-from bitgen.model.tokenizer_model import read_tokenizer_model
+from bitgen.formats.convert import convert
+from bitgen.formats.open import open_model
+from bitgen.formats.safetensors import read_folder, read_safetensors
+from bitgen.formats.sentencepiece_file import read_tokenizer_model
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 BITLINEAR = {"quant_method": "bitnet"}
@@ -197,8 +197,9 @@ def test_both_directions_are_those_of_transformers() -> None:
     """y of one row by transformers' own layers against ours, packed weights and all."""
     torch = pytest.importorskip("torch", reason="torch is the oracle")
     bitnet = pytest.importorskip("transformers.integrations.bitnet", reason="transformers is the oracle")
-    from bitgen.model.hf import _Checkpoint, quantization_of
-    from bitgen.model.safetensors import StoredTensor
+    from bitgen.formats.architectures import ARCHITECTURES
+    from bitgen.formats.hf import _Checkpoint, quantization_of
+    from bitgen.formats.safetensors import StoredTensor
     from bitgen.reference import linear
 
     torch._dynamo.config.disable = True
@@ -224,7 +225,7 @@ def test_both_directions_are_those_of_transformers() -> None:
             "l.weight_scale": StoredTensor("l.weight_scale", "f32", (1,), scale.view(np.uint8)),
         }
         settings = {"quantization_config": {"quant_method": "bitnet", "linear_class": name}}
-        quantization = quantization_of(settings, "llama", "config.json")
+        quantization = quantization_of(settings, ARCHITECTURES["llama"], "config.json")
         matrix = _Checkpoint(Path(), tensors, quantization, set()).ternary("l", 12, 40)
         assert np.allclose(linear(x, matrix.rows(0, 12), matrix.scale), expected, rtol=1e-5, atol=1e-6)
 
@@ -332,15 +333,15 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
             "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
         ),
         ({"architectures": None}, "architectures is None"),
-        ({"hidden_size": "26"}, "hidden_size is '26', not a whole number"),
-        ({"hidden_size": 1 << 80}, "hidden is 1208925819614629174706176"),
+        ({"hidden_size": "26"}, "hidden_size is '26', not one whole number"),
+        ({"hidden_size": 1 << 80}, "hidden must be at most 16777216, found 1208925819614629174706176"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"head_dim": 1 << 40}, "heads of 1099511627776 are not possible"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; silu and relu2 are supported"),
         ({"attention_bias": True}, "attention_bias is set: biases are not supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         ({"rope_scaling": 5}, "rope_scaling is no object"),
-        ({"rms_norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps must be greater than 0 and finite, found nan"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; bitnet is supported"),
         ({"quantization_config": {"quant_method": "bitnet", "use_rms_norm": True}}, "use_rms_norm is set"),
         ({"quantization_config": {"quant_method": "bitnet", "linear_class": "x"}}, "linear_class is 'x'"),
@@ -393,7 +394,7 @@ def test_llama3_factors_are_those_of_transformers(head_dim: int) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from bitgen.model.hf import llama3_factors
+    from bitgen.formats.hf import llama3_factors
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip

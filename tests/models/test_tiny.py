@@ -19,10 +19,9 @@ from step_levels import LEVELS, level_library
 from bitgen.cli import main
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
-from bitgen.model import open_model
-from bitgen.model.files import shipped_model
-from bitgen.model.llm import LLM
-from bitgen.model.perplexity import perplexity
+from bitgen.formats.open import open_model, shipped_model
+from bitgen.inference.perplexity import perplexity
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 
 from bitgen.errors import BitgenError
-from bitgen.model.bpe import PRE_TOKENIZERS, byte_alphabet, bytes_of
-from bitgen.model.config import TokenizerData
-from bitgen.model.sentencepiece import SentencePiece
-from bitgen.model.tokenizer import Tokenizer
+from bitgen.tokenizer.bpe import PRE_TOKENIZERS, byte_alphabet, bytes_of
+from bitgen.tokenizer.data import TokenizerData
+from bitgen.tokenizer.sentencepiece import SentencePiece
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 TEXTS = (
     "",

@@ -30,16 +30,16 @@ import torch
 from torch_models import ARCHITECTURES, linears, model_of, random_model, run, save, scaled, step_name
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
-from bitgen.model import open_model
-from bitgen.model.convert import convert
-from bitgen.model.engine import Engine
-from bitgen.model.llm import LLM
-from bitgen.model.perplexity import perplexity
-from bitgen.model.tokenizer import Tokenizer
-from bitgen.model.weights import Weights
+from bitgen.formats.convert import convert
+from bitgen.formats.open import open_model
+from bitgen.formats.weights import Weights
+from bitgen.inference.engine import Engine
+from bitgen.inference.perplexity import perplexity
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 from bitgen.reference import quantize_activations
 from bitgen.runtime import KernelTable, load
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from step_levels import level_library
 
 from bitgen.api import build
 from bitgen.errors import ToolchainError, UnsupportedError
-from bitgen.model.llm import LLM
+from bitgen.llm import LLM
 from bitgen.paths import models_dir
 
 # Core of qemu's -> the target whose library runs there, and the ISA level of its kernels.

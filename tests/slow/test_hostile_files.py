@@ -13,7 +13,7 @@ from model_files import plain_model, small_config, write_folder, write_model
 from mutations import hf_folder, read_everything
 
 from bitgen.errors import BitgenError
-from bitgen.model.gguf import ALIGNMENT, read_gguf
+from bitgen.formats.gguf import ALIGNMENT, read_gguf
 
 COUNT = 100  # mutations of each kind; the docs have the counts of a long run
 

@@ -12,8 +12,8 @@ import numpy as np
 from float_words import fma, greater
 from numpy.typing import NDArray
 
-from bitgen.model.engine import inverse_frequencies
-from bitgen.model.weights import TernaryMatrix, Weights
+from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.inference.engine import inverse_frequencies
 from bitgen.reference import quantize_activations, scale_output
 
 Floats = NDArray[np.float32]

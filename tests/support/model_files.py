@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.model.config import ModelConfig
-from bitgen.model.gguf import U32, NewTensor, write_gguf
-from bitgen.model.quants import DENSE, I2_S_ID, TERNARY, encode_i2_s, encode_tq
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.quants import DENSE, I2_S_ID, TERNARY, encode_i2_s, encode_tq
 
 Ternary = NDArray[np.int8]
 

@@ -25,9 +25,9 @@ from typing import Any
 from model_files import plain_model, small_config, write_folder, write_model
 
 from bitgen.errors import BitgenError
-from bitgen.model import open_model
-from bitgen.model.config import TokenizerData
-from bitgen.model.inspect import facts, metadata_lines, token_bytes, type_uses
+from bitgen.formats.inspect import facts, metadata_lines, token_bytes, type_uses
+from bitgen.formats.open import open_model
+from bitgen.tokenizer.data import TokenizerData
 
 SECONDS_A_FILE = 10
 MEMORY_BYTES = 1 << 30  # beyond what the process has mapped at the start
@@ -52,7 +52,7 @@ def read_everything(path: Path) -> TokenizerData:
 
 
 def use_tokenizer(data: TokenizerData) -> None:
-    from bitgen.model.tokenizer import Tokenizer
+    from bitgen.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(data)
     tokenizer.decode(tokenizer.encode("ab<s>w1 x"))
@@ -170,7 +170,7 @@ def _replace_one(data: Any, rng: random.Random) -> None:
 
 def gguf_file(folder: Path, architecture: str = "llama") -> tuple[Path, int]:
     """A small GGUF file and the size of its header."""
-    from bitgen.model.gguf import read_gguf
+    from bitgen.formats.gguf import read_gguf
 
     path = write_model(folder / f"{architecture}.gguf", plain_model(small_config(architecture, **TINY)))
     return path, read_gguf(path).header_bytes

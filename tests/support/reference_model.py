@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.model.config import ModelConfig
-from bitgen.model.quants import DENSE
-from bitgen.model.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.quants import DENSE
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.inference.engine import Memory
 from bitgen.reference import quantize_activations, scale_output
 
 Doubles = NDArray[np.float64]
@@ -31,6 +32,7 @@ def small_config(**changes: Any) -> ModelConfig:
         "layers": 2,
         "heads": 4,
         "kv_heads": 2,
+        "name": "",
         "head_dim": 26,
         "vocab": 97,
         "context": 256,
@@ -109,6 +111,9 @@ class ReferenceEngine:
     steps: list[Step] | None = None
     given: Mapping[str, NDArray[np.int8]] | None = None
     calls: list[int] = field(default_factory=list)  # tokens of each forward call
+    memory: Memory = field(default_factory=lambda: Memory(0, 0, 0))
+    head_bytes: int = 0
+    head_error: float = 0.0
 
     def __post_init__(self) -> None:
         c = self.weights.config

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from reference_model import ReferenceEngine, small_config
 
-from bitgen.model.config import TokenizerData
-from bitgen.model.llm import LLM
-from bitgen.model.synthetic import random_weights
+from bitgen.inference.synthetic import random_weights
+from bitgen.llm import LLM
+from bitgen.tokenizer.data import TokenizerData
 
 SPACE = "\u2581"
 WORDS = (

@@ -12,7 +12,7 @@ import pytest
 from model_files import pack_rows
 from numpy.typing import NDArray
 
-from bitgen.model.weights import TernaryMatrix, Weights
+from bitgen.formats.weights import TernaryMatrix, Weights
 
 torch = pytest.importorskip("torch", reason="torch is the oracle")
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle")

@@ -5,14 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bitgen.config import (
-    ModelPreset,
-    find_model,
-    load_model,
-    load_models,
-    nearest_names,
-)
-from bitgen.errors import BitgenError, UsageError
+from bitgen.errors import BitgenError, UsageError, nearest_names
+from bitgen.formats.config import ModelPreset, find_model, load_model, load_models
 from bitgen.paths import configs_dir
 
 THREE_B = (configs_dir() / "models" / "3B.yaml").read_text(encoding="utf-8")

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bitgen.errors import BitgenError
-from bitgen.model.sampling import GREEDY, Sampler, Sampling, _sorted_top, exp, log_softmax_at, total, uniform
+from bitgen.inference.sampling import (
+    GREEDY,
+    Sampler,
+    Sampling,
+    _sorted_top,
+    exp,
+    log_softmax_at,
+    total,
+    uniform,
+)
 
 ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
 
@@ -20,7 +29,7 @@ def draw(logits: Any, count: int = 1, text: Any = (), **options: Any) -> list[in
     """What is drawn at positions 0 .. count - 1, all from the same logits."""
     sampler = Sampler(Sampling(**{"seed": 0, **options}))
     values = np.asarray(logits, np.float32)
-    return [sampler.choose(values, text, position) for position in range(count)]
+    return [sampler.choose(None, values, text, position) for position in range(count)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -69,7 +78,7 @@ def test_uniform_numbers_depend_on_seed_and_position_only() -> None:
 
 
 def test_greedy_takes_the_likeliest_and_of_equals_the_first() -> None:
-    assert Sampler(GREEDY).choose(np.array([1, 3, 3, 2], np.float32), (), 0) == 1
+    assert Sampler(GREEDY).choose(None, np.array([1, 3, 3, 2], np.float32), (), 0) == 1
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -129,7 +138,7 @@ def test_a_draw_is_what_the_definition_says(seed: int, k: int, p: float, min_p: 
         (i for i, end in zip(order, np.cumsum(heat), strict=True) if u < end * (1 + 1e-12)), order[-1]
     )
     sampler = Sampler(Sampling(temperature=t, top_k=k, top_p=p, min_p=min_p, seed=seed))
-    assert sampler.choose(logits, (), 3) == expected
+    assert sampler.choose(None, logits, (), 3) == expected
 
 
 def test_repetition_penalty_counts_recent_tokens_once() -> None:
@@ -173,7 +182,7 @@ def test_the_top_is_that_of_a_stable_sort(x: np.ndarray, k: int) -> None:
 def test_logits_are_not_changed() -> None:
     logits = np.arange(10, dtype=np.float32)
     kept = logits.copy()
-    Sampler(Sampling(repeat_penalty=2.0, seed=1)).choose(logits, [9], 0)
+    Sampler(Sampling(repeat_penalty=2.0, seed=1)).choose(None, logits, [9], 0)
     assert np.array_equal(logits, kept)
 
 
@@ -207,3 +216,36 @@ def test_log_softmax_is_the_log_of_the_probability() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BitgenError, match=message):
         Sampling(**options)
+
+
+# ---- Named candidates ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {},
+        ALL,
+        {"top_k": 5, "top_p": 0.7},
+        {"repeat_penalty": 1.5, "repeat_last_n": -1},
+    ],
+)
+def test_all_ids_as_candidates_give_what_the_vocabulary_gives(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(3)
+    for seed in range(40):
+        logits = rng.standard_normal(97).astype(np.float32).round(1)  # with equals
+        order = rng.permutation(97).astype(np.int32)
+        sampler, text = Sampler(Sampling(**{"seed": seed, **options})), [3, 96, 50, 200]
+        whole = sampler.choose(None, logits, text, seed)
+        assert sampler.choose(order, logits[order], text, seed) == whole
+
+
+def test_only_candidates_are_chosen_and_only_they_are_penalised() -> None:
+    ids = np.array([40, 7, 12], np.int32)
+    logits = np.array([1.0, 1.5, 1.4], np.float32)
+    assert Sampler(GREEDY).choose(ids, logits, (), 0) == 7
+    penalised = Sampler(Sampling(temperature=0, repeat_penalty=2.0))
+    assert penalised.choose(ids, logits, [7, 8, 99], 0) == 12
+    found = {Sampler(Sampling(**{**ALL, "seed": seed})).choose(ids, logits, (), 0) for seed in range(99)}
+    assert found == {7, 12, 40}

@@ -34,10 +34,10 @@ from synthetic import (
     true_ns,
 )
 
-from bitgen.config import find_model
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
 from bitgen.fingerprints import Fingerprint
+from bitgen.formats.config import find_model
 from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status
 from bitgen.measure.stats import beats, p_faster, select
 from bitgen.search import (

@@ -7,7 +7,7 @@ import statistics
 import pytest
 from search_study import LOG, MODEL, read_logs, search, true_times
 
-from bitgen.config import find_model
+from bitgen.formats.config import find_model
 from bitgen.search import load_search_config, targets_of
 
 pytestmark = pytest.mark.slow

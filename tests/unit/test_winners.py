@@ -12,12 +12,11 @@ from test_store import LARGE, R16, R32, WIDE, of_layout, others, tuning
 from bitgen import __version__, winners
 from bitgen.api import Workshop, choices_for
 from bitgen.bundle import KernelEntry, read_bundle
-from bitgen.config import find_model
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
+from bitgen.formats.config import find_model
 from bitgen.llm import library_for
 from bitgen.measure import Job
-from bitgen.model.synthetic import config_of
 from bitgen.space import space_for
 from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
@@ -115,20 +114,20 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     point = workshop.space("t5", isa, "n1", shape).default
     tuned = tuning([(point, 1)], point.layout, made=workshop.fingerprints)
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
-    untuned = library_for(config_of(preset))
+    untuned = library_for(preset)
     assert untuned.parent.name.startswith("untuned-")
     export_winners(store, workshop.fingerprints, workshop.cpu, workshop.isas, tmp_path)
     said: list[str] = []
-    library = library_for(config_of(preset), said.append)
+    library = library_for(preset, said.append)
     assert said == [f"building the kernels of {preset.alias}, once"]
     kernels = read_bundle(library).manifest.kernels
     assert [kernel.spec for kernel in kernels if kernel.shape == shape] == [point]
-    assert library_for(config_of(preset), said.append) == library
+    assert library_for(preset, said.append) == library
     assert len(said) == 1
     # Where nothing can be compiled, what is there runs.
     shutil.rmtree(library)
     monkeypatch.setenv("CC", str(tmp_path / "none"))
-    assert library_for(config_of(preset)) == untuned.parent
+    assert library_for(preset) == untuned.parent
 
 
 def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:

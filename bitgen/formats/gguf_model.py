@@ -1,0 +1,247 @@
+"""A GGUF file as a model: its metadata as a ModelConfig, its tensors as Weights.
+
+Names are those of llama.cpp, bitnet.cpp and ik_llama.cpp, which agree. The ternary matrices may be I2_S,
+TQ1_0, TQ2_0, or ternary values in F32, F16, BF16, Q8_0; a scalar tensor `NAME.scale` multiplies the output of
+the matrix `NAME.weight` (llama.cpp keeps a scale there that its block formats would round to f16).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from bitgen.errors import BitgenError, FileError
+from bitgen.formats.architectures import (
+    ARCHITECTURES,
+    EMBEDDING,
+    FINAL_NORM,
+    GGUF_LAYER,
+    LM_HEAD,
+    Architecture,
+    interleaved_to_half,
+)
+from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
+from bitgen.formats.gguf import GgufFile, TensorInfo, read_gguf
+from bitgen.formats.matrices import ternary_matrix
+from bitgen.formats.quants import BY_ID, DENSE, I2_S_BLOCK, dequantize
+from bitgen.formats.source import Settings, short
+from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+
+TERNARY_TYPES = ("i2_s", "tq1_0", "tq2_0", "f32", "f16", "bf16", "q8_0")
+HEAD_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1")
+EMBEDDING_TYPES = (*HEAD_TYPES, "q4_k")  # gathered row by row here, so that any type dequantize knows will do
+_VECTOR_TYPES = ("f32", "f16", "bf16")
+
+
+# Tensors that carry no weights: tables of RoPE that old converters stored.
+_IGNORED = ("attn_rot_embd.weight", "attention.rotary_emb.inv_freq")
+
+
+# ---- Metadata ------------------------------------------------------------------
+
+
+def _architecture(file: GgufFile) -> Architecture:
+    """FileError that names the architecture found and those supported."""
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise FileError(f"{file.path}: general.architecture is missing; this is no model file")
+    if name not in ARCHITECTURES:
+        raise FileError(
+            f"{file.path}: the architecture {short(name)} is not supported; bitgen runs "
+            f"{', '.join(ARCHITECTURES)} with ternary matrices",
+        )
+    return ARCHITECTURES[name]
+
+
+def gguf_config(file: GgufFile) -> ModelConfig:
+    """The hyperparameters. FileError names what is missing or not supported."""
+    arch = _architecture(file)
+    keys = Settings(file.path, file.metadata, arch.name + ".")
+    if keys.integer("expert_count", 0):
+        raise keys.error("expert_count", "is not 0: mixtures of experts are not supported")
+    hidden = keys.integer("embedding_length")
+    heads = keys.integer("attention.head_count")
+    if heads < 1:
+        raise keys.error("attention.head_count", f"is {heads}")
+    head_dim = check_head_dim(keys.integer("attention.key_length", hidden // heads), str(file.path))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.integer(key, head_dim) != head_dim:
+            raise keys.error(key, f"is {keys.get(key)} with heads of {head_dim}, which is not supported")
+    embedding = _tensor(file, f"{EMBEDDING.gguf}.weight")
+    if len(embedding.shape) != 2:
+        raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
+    return file_config(
+        file.path,
+        architecture=arch.name,
+        hidden=hidden,
+        ffn=keys.integer("feed_forward_length"),
+        layers=keys.integer("block_count"),
+        heads=heads,
+        kv_heads=keys.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        vocab=embedding.shape[0],
+        context=keys.integer("context_length"),
+        rope_theta=keys.number("rope.freq_base", 10000.0),
+        activation=arch.activation,
+        sub_norms=arch.sub_norms,
+        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
+        name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
+        rope_factors=_rope_factors(file, keys, head_dim),
+    )
+
+
+def _rope_factors(file: GgufFile, keys: Settings, head_dim: int) -> tuple[float, ...] | None:
+    """The divisors of the RoPE frequencies: a tensor (Llama 3.1), times a linear factor."""
+    half = head_dim // 2
+    factors = np.ones(half, np.float32)
+    if "rope_freqs.weight" in file.tensors:
+        factors = _vector(file, "rope_freqs.weight", half)
+    scaling = keys.text("rope.scaling.type", "none")
+    linear = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    if scaling == "linear" or (scaling == "none" and keys.get("rope.scale_linear") is not None):
+        # GGUF readers treat 0 as "not set".
+        factors = factors * np.float32(linear or 1.0)
+    elif scaling != "none":
+        raise keys.error("rope.scaling.type", f"is {short(scaling)}; none and linear are supported")
+    return None if (factors == 1).all() else tuple(factors.tolist())
+
+
+# ---- Tensors -------------------------------------------------------------------
+
+
+def _tensor(file: GgufFile, name: str) -> TensorInfo:
+    if name not in file.tensors:
+        raise FileError(f"{file.path}: the tensor {name} is missing; the file is not whole")
+    return file.tensors[name]
+
+
+def _check_shape(file: GgufFile, info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise FileError(
+            f"{file.path}: the tensor {info.name} has the shape {_by(info.shape)}; "
+            f"the metadata says {_by(shape)}",
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _vector(file: GgufFile, name: str, size: int) -> Floats:
+    """A short tensor of floats, decoded: float32 (size), finite."""
+    info = _tensor(file, name)
+    _check_shape(file, info, (size,))
+    if info.type not in _VECTOR_TYPES:
+        raise _unsupported(file, info, _VECTOR_TYPES)
+    values: Floats = dequantize(info.type, file.bytes_of(info).reshape(1, -1), size)[0]
+    if not np.isfinite(values).all():
+        raise FileError(f"{file.path}: {name} holds NaN or infinity; the file is damaged")
+    return values
+
+
+def _unsupported(file: GgufFile, info: TensorInfo, supported: tuple[str, ...]) -> BitgenError:
+    found = type_name(file, info)
+    why = _WHY.get(found, "")
+    return FileError(
+        f"{file.path}: {info.name} is stored as {found.upper()}{why}; bitgen reads "
+        f"{', '.join(t.upper() for t in supported)} there",
+    )
+
+
+_WHY = {
+    "tl1": " (a packing for one kernel of bitnet.cpp; use the file's I2_S sister)",
+    "tl2": " (a packing for one kernel of bitnet.cpp; use the file's I2_S sister)",
+    "q2_0": " (a scale for each group of 128 weights, which is not supported yet)",
+    "iq1_bn": " (ik_llama.cpp's own packing; use an I2_S or TQ file of the model)",
+    "iq2_bn": " (ik_llama.cpp's own packing; use an I2_S or TQ file of the model)",
+    "iq2_bn_r4": " (ik_llama.cpp's own packing; use an I2_S or TQ file of the model)",
+}
+
+
+def type_name(file: GgufFile, info: TensorInfo) -> str:
+    """The type of a tensor; id 39 is TL2 in files of bitnet.cpp and MXFP4 everywhere else.
+
+    bitnet.cpp calls its file type 39 or writes one of its own architectures; llama.cpp's MXFP4 is file type
+    38 and never holds these models.
+    """
+    if info.type_id == BY_ID[39].id:
+        file_type = file.metadata.get("general.file_type")
+        architecture = file.metadata.get("general.architecture")
+        if file_type == 39 or (file_type != 38 and str(architecture).startswith("bitnet")):
+            return "tl2"
+    return info.type
+
+
+def _dense(file: GgufFile, name: str, shape: tuple[int, int], types: tuple[str, ...]) -> DenseMatrix:
+    info = _tensor(file, name)
+    _check_shape(file, info, shape)
+    if info.type not in types:
+        raise _unsupported(file, info, types)
+    data = file.bytes_of(info).reshape(shape[0], DENSE[info.type].row_bytes(shape[1]))
+    return DenseMatrix(name, info.type, shape, data)
+
+
+def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix:
+    """`NAME.weight`, times the scalar `NAME.scale` where there is one."""
+    info = _tensor(file, name + ".weight")
+    _check_shape(file, info, shape)
+    if info.type not in TERNARY_TYPES:
+        raise _unsupported(file, info, TERNARY_TYPES)
+    if info.type == "i2_s" and info.values % I2_S_BLOCK:
+        raise FileError(
+            f"{file.path}: {info.name} has {shape[0]}x{shape[1]} weights, no whole blocks of {I2_S_BLOCK}: "
+            "I2_S has lost the last ones; convert the model to F16 instead",
+        )
+    matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info), str(file.path))
+    if name + ".scale" in file.tensors:
+        return matrix.scaled(_vector(file, name + ".scale", 1))
+    return matrix
+
+
+def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
+    """All tensors of the model. FileError names the first that is missing, extra or wrong."""
+    used = {"rope_freqs.weight"} | {f"{t.gguf}.weight" for t in (EMBEDDING, LM_HEAD, FINAL_NORM)}
+    size = (config.vocab, config.hidden)
+    embedding = _dense(file, f"{EMBEDDING.gguf}.weight", size, EMBEDDING_TYPES)
+    lm_head = None
+    if not config.tied_head:
+        lm_head = _dense(file, f"{LM_HEAD.gguf}.weight", size, HEAD_TYPES)
+    elif embedding.type not in HEAD_TYPES:
+        raise _unsupported(file, _tensor(file, embedding.name), HEAD_TYPES)
+    layers = tuple(_layer(file, config, i, used) for i in range(config.layers))
+    extra = [name for name in file.tensors if name not in used and not name.endswith(_IGNORED)]
+    if extra:
+        raise FileError(
+            f"{file.path}: the tensor {short(extra[0])} ({len(extra)} such) belongs to no "
+            f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
+        )
+    final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
+    return Weights(config, embedding, lm_head, final, layers)
+
+
+def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> LayerWeights:
+    prefix = GGUF_LAYER.format(index)
+    architecture = ARCHITECTURES[config.architecture]
+    matrices: dict[str, TernaryMatrix] = {}
+    for role, tensor in architecture.matrices.items():
+        name = prefix + tensor.gguf
+        matrices[role] = _ternary(file, name, tensor.shape(config))
+        used |= {f"{name}.weight", f"{name}.scale"}
+    if architecture.interleaved:
+        for role, heads in (("q", config.heads), ("k", config.kv_heads)):
+            matrices[role] = matrices[role].reordered(interleaved_to_half(heads, config.head_dim))
+    norms = {}
+    for field, tensor in architecture.norms.items():
+        name = f"{prefix}{tensor.gguf}.weight"
+        norms[field] = _vector(file, name, *tensor.shape(config))
+        used.add(name)
+    return LayerWeights.of(matrices, norms)
+
+
+def read_gguf_model(path: Path | str) -> tuple[GgufFile, ModelConfig, Weights]:
+    """Open a file and check that it holds a whole model of a supported architecture."""
+    file = read_gguf(path)
+    config = gguf_config(file)
+    return file, config, gguf_weights(file, config)

@@ -1,0 +1,291 @@
+"""A Hugging Face folder as a model: config.json, safetensors, tokenizer.json.
+
+Two kinds of matrices: packed (uint8, four rows in a byte, `weight_scale`) and floats. Floats of a BitNet
+checkpoint are master weights, quantised by absmean here as its layers do; floats of any other checkpoint must
+be ternary values already.
+
+packed  byte[r, c] = sum over i of (w[i R + r, c] + 1) << 2 i, R = ceil(m / 4)
+scale   y is divided by weight_scale for `bitlinear` (the default), multiplied for `autobitlinear`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitgen.errors import BitgenError, FileError
+from bitgen.formats.architectures import (
+    ARCHITECTURES,
+    EMBEDDING,
+    FINAL_NORM,
+    HF_CLASSES,
+    HF_LAYER,
+    LM_HEAD,
+    Architecture,
+    Tensor,
+)
+from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, file_config, printable
+from bitgen.formats.hf_tokenizer import hf_tokenizer
+from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_matrix
+from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
+from bitgen.formats.quants import dequantize
+from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder
+from bitgen.formats.source import Settings, read_json, short
+from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.tokenizer.data import TokenizerData
+
+_ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
+_FLOATS = ("f32", "f16", "bf16")
+_IGNORED = ("rotary_emb.inv_freq",)
+
+
+# ---- config.json ---------------------------------------------------------------
+
+
+def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
+    """config.json as a ModelConfig. FileError names what is missing or not supported."""
+    settings = Settings(folder / "config.json", data)
+    architecture = _architecture(settings)
+    hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
+    if heads < 1:
+        raise settings.error("num_attention_heads", f"is {heads}")
+    head_dim = check_head_dim(settings.integer("head_dim", hidden // heads), str(settings.where))
+    act = settings.get("hidden_act") or architecture.activation
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
+        raise settings.error("hidden_act", f"is {short(act)}; silu and relu2 are supported")
+    for key in ("attention_bias", "mlp_bias"):
+        if settings.get(key):
+            raise settings.error(key, "is set: biases are not supported")
+    tied = settings.get("tie_word_embeddings")
+    theta, factors = _rope(settings, head_dim, architecture.hf_rope_theta)
+    return file_config(
+        settings.where,
+        architecture=architecture.name,
+        hidden=hidden,
+        ffn=settings.integer("intermediate_size"),
+        layers=settings.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=settings.integer("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab=settings.integer("vocab_size"),
+        context=settings.integer("max_position_embeddings"),
+        rope_theta=theta,
+        activation=_ACTIVATIONS[act],
+        sub_norms=architecture.sub_norms,
+        norm_eps=settings.number("rms_norm_eps"),
+        tied_head=f"{LM_HEAD.hf[0]}.weight" not in tensors if tied is None else bool(tied),
+        name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
+        rope_factors=factors,
+    )
+
+
+def _architecture(settings: Settings) -> Architecture:
+    names = settings.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or name not in HF_CLASSES:
+        raise settings.error(
+            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(HF_CLASSES)} with ternary matrices"
+        )
+    return HF_CLASSES[name]
+
+
+def _rope(settings: Settings, head_dim: int, default: float) -> tuple[float, tuple[float, ...] | None]:
+    """(theta, factors that divide the frequencies or None): rope_parameters, or the older rope_scaling."""
+    rope = settings.section("rope_parameters" if settings.get("rope_parameters") else "rope_scaling")
+    theta = rope.number("rope_theta", settings.number("rope_theta", default))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, (float(np.float32(rope.number("factor"))),) * (head_dim // 2)
+    if kind == "llama3":
+        old = rope.number(
+            "original_max_position_embeddings", float(settings.integer("max_position_embeddings"))
+        )
+        scale, low, high = (rope.number(f) for f in ("factor", "low_freq_factor", "high_freq_factor"))
+        return theta, tuple(llama3_factors(theta, head_dim, scale, low, high, old).tolist())
+    raise rope.error("rope_type", f"is {str(kind)[:40]!r}; default, linear and llama3 are supported")
+
+
+def llama3_factors(
+    theta: float, head_dim: int, factor: float, low: float, high: float, old_context: float
+) -> Floats:
+    """Llama 3.1's divisors of the RoPE frequencies, float32 (head_dim / 2).
+
+    Wavelengths above old_context / low are stretched by ``factor``, those below old_context / high stay, and
+    between them 1 / f falls linearly.
+    """
+    if min(theta, factor, low, high, old_context) <= 0 or head_dim < 2 or low == high:
+        raise FileError("the numbers of the llama3 RoPE scaling make no sense")
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((old_context / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint's BitLinear layers are stored, from quantization_config."""
+
+    master_weights: bool  # floats of matrices are what training updates
+    multiplies: bool  # y * weight_scale; else y / weight_scale
+
+
+def quantization_of(data: Mapping[str, Any], architecture: Architecture, where: str) -> Quantization:
+    settings = Settings(where, data).section("quantization_config")
+    method = settings.get("quant_method")
+    if method not in (None, "bitnet"):
+        raise settings.error("quant_method", f"is {short(method)}; bitnet is supported")
+    if settings.get("use_rms_norm"):
+        raise settings.error("use_rms_norm", "is set: a norm inside each linear layer is not supported")
+    linear = settings.get("linear_class") or "bitlinear"
+    if linear not in ("bitlinear", "autobitlinear"):
+        raise settings.error("linear_class", f"is {short(linear)}; bitlinear and autobitlinear are known")
+    kept = settings.get("modules_to_not_convert")
+    odd = [str(name) for name in kept if "lm_head" not in str(name)] if isinstance(kept, list) else []
+    if odd:
+        raise settings.error(
+            "modules_to_not_convert", f"names {short(odd[0])}; only lm_head may be no BitLinear"
+        )
+    return Quantization(method == "bitnet" or architecture.master_weights, linear == "autobitlinear")
+
+
+# ---- Tensors -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The tensors of a folder and what is needed to read them."""
+
+    folder: Path
+    tensors: Mapping[str, StoredTensor]
+    quantization: Quantization
+    used: set[str]
+
+    def error(self, what: str) -> BitgenError:
+        return FileError(f"{self.folder}: {what}")
+
+    def tensor(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise self.error(f"the tensor {name} is missing; the checkpoint is not whole")
+        self.used.add(name)
+        return self.tensors[name]
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        tensor = self.tensor(name)
+        if tensor.type not in _FLOATS:
+            raise self.error(f"{name} is stored as {tensor.type}; bitgen reads {', '.join(_FLOATS)} there")
+        if tensor.shape != shape:
+            raise self.error(f"{name} has the shape {tensor.shape}; config.json says {shape}")
+        return tensor
+
+    def vector(self, name: str, size: int) -> Floats:
+        tensor = self.floats(name, (size,))
+        values: Floats = dequantize(tensor.type, tensor.data.reshape(1, -1), size)[0]
+        if not np.isfinite(values).all():
+            raise self.error(f"{name} holds NaN or infinity; the file is damaged")
+        return values
+
+    def dense(self, name: str, rows: int, cols: int) -> DenseMatrix:
+        tensor = self.floats(name, (rows, cols))
+        return DenseMatrix(name, tensor.type, (rows, cols), tensor.data.reshape(rows, -1))
+
+    def ternary(self, name: str, m: int, k: int) -> TernaryMatrix:
+        tensor = self.tensor(name + ".weight")
+        quarter = -(-m // 4)
+        if tensor.type == "u8" and tensor.shape == (quarter, k):
+            return packed_matrix(tensor.name, m, tensor.data.reshape(quarter, k), self._weight_scale(name, m))
+        if tensor.type not in _FLOATS or tensor.shape != (m, k):
+            raise self.error(
+                f"{tensor.name} is {tensor.type} {tensor.shape}; bitgen reads uint8 {(quarter, k)} (packed) "
+                f"or {', '.join(_FLOATS)} {(m, k)} there"
+            )
+        if name + ".weight_scale" in self.tensors:  # unpacked, but quantised offline
+            matrix = ternary_matrix(tensor.name, tensor.type, (m, k), tensor.data)
+            return matrix.scaled(self._weight_scale(name, m))
+        if not self.quantization.master_weights:
+            return ternary_matrix(tensor.name, tensor.type, (m, k), tensor.data)
+        return master_matrix(tensor.name, tensor.type, tensor.data.reshape(m, -1), k)
+
+    def _weight_scale(self, name: str, m: int) -> Floats:
+        """What y is multiplied by, float32 (1) or (m)."""
+        tensor = self.tensor(name + ".weight_scale")
+        size = math.prod(tensor.shape)
+        if tensor.type not in _FLOATS or size not in (1, m):
+            raise self.error(f"{tensor.name} is {tensor.type} {tensor.shape}, not one number")
+        values = dequantize(tensor.type, tensor.data.reshape(1, -1), size)[0]
+        if not (np.isfinite(values).all() and (values != 0).all()):
+            raise self.error(f"{tensor.name} is zero, NaN or infinite; the file is damaged")
+        with np.errstate(over="ignore"):  # an infinite reciprocal is refused when the scale is used
+            factor: Floats = values if self.quantization.multiplies else np.float32(1) / values
+            return factor
+
+
+def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
+    embedding, output = (f"{tensor.hf[0]}.weight" for tensor in (EMBEDDING, LM_HEAD))
+    size = (config.vocab, config.hidden)
+    table = checkpoint.dense(embedding, *size)
+    lm_head = None if config.tied_head else checkpoint.dense(output, *size)
+    checkpoint.used.add(output)  # stored again by some checkpoints that tie it
+    final = checkpoint.vector(f"{FINAL_NORM.hf[0]}.weight", config.hidden)
+    layers = tuple(_layer(checkpoint, config, i) for i in range(config.layers))
+    extra = [n for n in checkpoint.tensors if n not in checkpoint.used and not n.endswith(_IGNORED)]
+    if extra:
+        raise checkpoint.error(
+            f"the tensor {extra[0][:100]!r} ({len(extra)} such) belongs to no {config.architecture} model "
+            "that bitgen runs (biases and experts are not supported)"
+        )
+    return Weights(config, table, lm_head, final, layers)
+
+
+def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWeights:
+    prefix = HF_LAYER.format(index)
+    architecture = ARCHITECTURES[config.architecture]
+
+    def name(tensor: Tensor) -> str:
+        """The first of its names that the checkpoint has."""
+        names = [prefix + each for each in tensor.hf]
+        return next((each for each in names if f"{each}.weight" in checkpoint.tensors), names[0])
+
+    matrices = {
+        role: checkpoint.ternary(name(tensor), *tensor.shape(config))
+        for role, tensor in architecture.matrices.items()
+    }
+    norms = {
+        field: checkpoint.vector(f"{name(tensor)}.weight", *tensor.shape(config))
+        for field, tensor in architecture.norms.items()
+    }
+    return LayerWeights.of(matrices, norms)
+
+
+def open_folder(folder: Path) -> ModelFile:
+    """FileError when the folder holds no whole model of a supported kind."""
+    data = read_json(folder / "config.json")
+    tensors = read_folder(folder)
+    config = hf_config(folder, data, tensors)
+    quantization = quantization_of(data, ARCHITECTURES[config.architecture], str(folder / "config.json"))
+    weights = hf_weights(_Checkpoint(folder, tensors, quantization, set()), config)
+    files = (
+        [folder / SINGLE]
+        if (folder / SINGLE).is_file()
+        else [folder / INDEX, *sorted(folder.glob("*.safetensors"))]
+    )
+    listing = "\n".join(f"{t.name} {t.type} {t.shape}" for t in tensors.values())
+    read_tokenizer: Callable[[], TokenizerData] = partial(hf_tokenizer, folder, data)
+    return ModelFile(
+        path=folder,
+        container="safetensors",
+        config=config,
+        weights=weights,
+        metadata=data,
+        tensors=tuple(TensorSummary(t.name, t.type, t.shape, t.data.size) for t in tensors.values()),
+        fingerprint=fingerprint_of(
+            [folder / "config.json", *files], [(folder / "config.json").read_bytes(), listing.encode()]
+        ),
+        read_tokenizer=read_tokenizer,
+    )

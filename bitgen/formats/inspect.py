@@ -1,0 +1,102 @@
+"""What a model file holds and what running it costs: `bitgen inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bitgen.formats.config import printable
+from bitgen.formats.model_file import ModelFile
+from bitgen.spec import FAMILIES, Layout
+
+_TEXT_SHOWN = 60  # characters of a metadata value
+_ITEMS_SHOWN = 3  # elements of an array
+
+
+@dataclass(frozen=True)
+class TypeUse:
+    """The tensors of one type: their number, values and bytes."""
+
+    type: str
+    tensors: int
+    values: int
+    size: int | None
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """What one decoded token reads from memory, in bytes, apart from the KV cache.
+
+    ``packed`` are the ternary matrices in each family's layout; the head is read in the type of its file.
+    """
+
+    packed: dict[str, int]  # family -> bytes
+    head: int
+    kv_a_position: int  # bytes of an f16 KV cache for each position of the context
+
+    def total(self, family: str) -> int:
+        return self.packed[family] + self.head
+
+
+def type_uses(model: ModelFile) -> list[TypeUse]:
+    """The types of the file, the one with most bytes first."""
+    uses: dict[str, TypeUse] = {}
+    for t in model.tensors:
+        values = int(np.prod(t.shape, dtype=np.int64))
+        old = uses.get(t.type, TypeUse(t.type, 0, 0, 0))
+        size = None if t.size is None or old.size is None else old.size + t.size
+        uses[t.type] = TypeUse(t.type, old.tensors + 1, old.values + values, size)
+    return sorted(uses.values(), key=lambda use: -(use.size or 0))
+
+
+def token_bytes(model: ModelFile) -> TokenBytes:
+    config = model.config
+    packed = {
+        name: sum(m.count * Layout(name, family.rows).packed_bytes(m.shape) for m in config.matmuls)
+        for name, family in FAMILIES.items()
+    }
+    return TokenBytes(packed, model.weights.output.data.size, 2 * 2 * config.layers * config.kv_rows)
+
+
+def facts(model: ModelFile) -> dict[str, Any]:
+    """The model in a few lines: name -> value."""
+    c = model.config
+    scaled = ", frequencies scaled" if c.rope_factors is not None else ""
+    return {
+        "file": str(model.path),
+        "container": model.container,
+        "bytes": model.fingerprint.size,
+        "architecture": c.architecture,
+        "name": c.name,
+        "layers": c.layers,
+        "hidden": c.hidden,
+        "ffn": c.ffn,
+        "heads": f"{c.heads} of {c.head_dim}, {c.kv_heads} for keys and values",
+        "vocabulary": c.vocab,
+        "context": c.context,
+        "activation": c.activation,
+        "sub-norms": "yes" if c.sub_norms else "no",
+        "head": f"{model.weights.output.type}, {'tied to the embedding' if c.tied_head else 'its own'}",
+        "rope": f"theta {c.rope_theta:g}{scaled}",
+        "norm_eps": c.norm_eps,
+    }
+
+
+def metadata_lines(model: ModelFile) -> Iterator[tuple[str, str]]:
+    """(key, value) of everything the file says, values shortened and safe to print."""
+    for key, value in model.metadata.items():
+        yield printable(key), short(value)
+
+
+def short(value: Any) -> str:
+    """A value on one short line, without control characters."""
+    if isinstance(value, (tuple, list, np.ndarray)):
+        items = ", ".join(short(v) for v in value[:_ITEMS_SHOWN])
+        more = ", ..." if len(value) > _ITEMS_SHOWN else ""
+        return f"[{items}{more}] ({len(value)})"
+    text = value if isinstance(value, str) else str(value)
+    cut = printable(text[:_TEXT_SHOWN])
+    return f"{cut}... ({len(text)} characters)" if len(text) > _TEXT_SHOWN else cut

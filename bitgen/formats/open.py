@@ -1,0 +1,85 @@
+"""Open a model file, whatever it is: one GGUF file, or a folder as Hugging Face lays it out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bitgen.errors import BitgenError, FileError, nearest_names
+from bitgen.formats.config import load_models
+from bitgen.formats.gguf_model import read_gguf_model, type_name
+from bitgen.formats.gguf_tokenizer import gguf_tokenizer
+from bitgen.formats.hf import open_folder
+from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
+from bitgen.paths import models_dir
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Open a .gguf file, a folder with config.json and safetensors, or a folder with one .gguf file.
+
+    A .safetensors file stands for its folder; the name of a model that ships with bitgen (`shipped_model`)
+    for its file, unless there is a file or folder of that name. FileError when there is no
+    model, when it is damaged, or when it is of a kind that bitgen does not run.
+    """
+    file = Path(path).expanduser()
+    if not file.exists():
+        file = shipped_model(os.fspath(path)) or file
+        _refuse_unknown_name(os.fspath(path), file)
+    if file.is_dir():
+        if (file / "config.json").is_file():
+            return open_folder(file)
+        found = sorted(file.glob("*.gguf"))
+        if len(found) != 1:
+            what = (
+                "no model: neither config.json nor a .gguf file"
+                if not found
+                else f"{len(found)} .gguf files: name one"
+            )
+            raise FileError(f"the folder {file} holds {what}")
+        file = found[0]
+    if file.suffix == ".safetensors" and (file.parent / "config.json").is_file():
+        return open_folder(file.parent)
+    return _open_gguf(file)
+
+
+def shipped_model(name: str) -> Path | None:
+    """The file of a model that ships with bitgen: "tiny" is models/tiny.gguf. None for any other name."""
+    if not name.isidentifier():  # a path, or something with a suffix
+        return None
+    try:
+        file = models_dir() / f"{name}.gguf"
+    except BitgenError:  # no such folder: then the name is what is wrong
+        return None
+    return file if file.is_file() else None
+
+
+def _refuse_unknown_name(name: str, file: Path) -> None:
+    """BitgenError for a name that is neither a file nor a model that ships: a typing error, or a preset."""
+    if file.exists() or os.sep in name or file.suffix in (".gguf", ".safetensors"):
+        return
+    shipped = sorted(each.stem for each in models_dir().glob("*.gguf"))
+    wanted = f"give a .gguf file, a Hugging Face folder, or {' or '.join(shipped)}"
+    if any(name.casefold() in preset.names for preset in load_models()):
+        raise FileError(
+            f"{name} is a preset, which has shapes and no weights: {wanted}; `bitgen bench -m {name}` times "
+            "it with random weights",
+        )
+    near = nearest_names(name, shipped)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise FileError(f"{name!r} does not exist and is no model that ships: {hint}{wanted}")
+
+
+def _open_gguf(path: Path) -> ModelFile:
+    file, config, weights = read_gguf_model(path)
+    return ModelFile(
+        path=path,
+        container="gguf",
+        config=config,
+        weights=weights,
+        metadata=file.metadata,
+        tensors=tuple(
+            TensorSummary(t.name, type_name(file, t), t.shape, t.size) for t in file.tensors.values()
+        ),
+        fingerprint=fingerprint_of([path], [file.data[: file.header_bytes].data]),
+        read_tokenizer=lambda: gguf_tokenizer(file),
+    )

@@ -1,0 +1,212 @@
+"""The weights of a model as its file holds them: ternary matrices and dense ones, decoded on demand.
+
+A matrix is a promise to decode rows, never a decoded copy: reading a block of rows costs memory for that
+block only. What a read finds wrong in the file (a code that is not ternary, scales that differ within a row)
+is a BitgenError of that read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import BitgenError, FileError
+from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.quants import DENSE, dequantize
+from bitgen.spec import Shape
+
+Ternary: TypeAlias = NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class TernaryMatrix:
+    """W = scale[:, None] * w with w int8 (m, k) in {-1, 0, 1} and scale float32 (m,) or (1,).
+
+    ``decode(begin, end)`` gives the rows [begin, end) of w. ``find_scale()`` may have to read the whole
+    matrix (values stored as floats), so `scale` calls it when it is first asked for and remembers it; a cache
+    of packed weights should keep the scales too. Both raise BitgenError when the file does not hold what it
+    claims. Any number of threads may read.
+    """
+
+    name: str  # of the tensor, or of the tensors that were stacked
+    shape: Shape
+    decode: Callable[[int, int], Ternary] = field(repr=False)
+    find_scale: Callable[[], Floats] = field(repr=False)
+
+    @cached_property
+    def scale(self) -> Floats:
+        """float32 (m,), or (1,) for one scale of the whole matrix; finite."""
+        scale = np.ascontiguousarray(self.find_scale(), dtype=np.float32).reshape(-1)
+        if scale.size not in (1, self.shape.m):
+            raise BitgenError(f"{self.name}: {scale.size} scales for {self.shape.m} rows")
+        if not np.isfinite(scale).all():
+            raise FileError(f"{self.name}: a scale is NaN or infinite; the file is damaged")
+        scale.flags.writeable = False
+        return scale
+
+    def rows(self, begin: int, end: int) -> Ternary:
+        """w[begin:end], int8 (end - begin, k)."""
+        if not 0 <= begin <= end <= self.shape.m:
+            raise BitgenError(f"{self.name}: there are no rows {begin}..{end} in {self.shape.name}")
+        if begin == end:
+            return np.empty((0, self.shape.k), np.int8)
+        return self.decode(begin, end)
+
+    def scaled(self, factor: Floats) -> TernaryMatrix:
+        """The matrix times ``factor``, float32 (1,)."""
+        return TernaryMatrix(self.name, self.shape, self.decode, lambda: self.scale * factor)
+
+    def reordered(self, order: NDArray[np.int64]) -> TernaryMatrix:
+        """Row i of the result is row order[i]. Cheap where ``order`` moves rows only a short way."""
+        if sorted(order.tolist()) != list(range(self.shape.m)):
+            raise BitgenError(f"{self.name}: not an order of its {self.shape.m} rows")
+
+        def decode(begin: int, end: int) -> Ternary:
+            wanted = order[begin:end]
+            low = int(wanted.min())
+            return self.rows(low, int(wanted.max()) + 1)[wanted - low]
+
+        def find_scale() -> Floats:
+            return self.scale if self.scale.size == 1 else self.scale[order]
+
+        return TernaryMatrix(self.name, self.shape, decode, find_scale)
+
+    def slice(self, begin: int, end: int) -> TernaryMatrix:
+        """The rows [begin, end) as a matrix, with one scale where all of them share it."""
+
+        def find_scale() -> Floats:
+            part = self.scale if self.scale.size == 1 else self.scale[begin:end]
+            return part[:1] if (part == part[0]).all() else part
+
+        def decode(first: int, last: int) -> Ternary:
+            return self.rows(begin + first, begin + last)
+
+        return TernaryMatrix(self.name, Shape(end - begin, self.shape.k), decode, find_scale)
+
+    @classmethod
+    def stack(cls, parts: Sequence[TernaryMatrix]) -> TernaryMatrix:
+        """The rows of all ``parts``, one below the other, with one scale a row."""
+        k = parts[0].shape.k
+        if any(part.shape.k != k for part in parts):
+            raise BitgenError(f"{', '.join(part.name for part in parts)}: they do not share their input")
+        starts = np.cumsum([0, *(part.shape.m for part in parts)]).tolist()
+
+        def decode(begin: int, end: int) -> Ternary:
+            blocks = []
+            for part, start in zip(parts, starts, strict=False):
+                low, high = max(begin, start), min(end, start + part.shape.m)
+                if low < high:
+                    blocks.append(part.rows(low - start, high - start))
+            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+        def find_scale() -> Floats:
+            return np.concatenate([np.broadcast_to(part.scale, (part.shape.m,)) for part in parts])
+
+        return cls("+".join(part.name for part in parts), Shape(starts[-1], k), decode, find_scale)
+
+    @classmethod
+    def of(cls, w: Ternary, scale: Floats | float, name: str = "w") -> TernaryMatrix:
+        """A matrix in memory: for tests and random models."""
+        values = np.atleast_1d(np.asarray(scale, np.float32))
+        return cls(name, Shape(*w.shape), lambda begin, end: w[begin:end], lambda: values)
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """An embedding or an LM head (rows, cols) in the format of its file.
+
+    ``data`` uint8 (rows, row_bytes) is a view of the mapped file: touching a row reads that row. ``type`` is
+    one of quants.DENSE: f32, f16, bf16, q8_0, q6_k, q4_0, q4_1 (and q4_k, for embeddings only).
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, int]
+    data: NDArray[np.uint8] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        rows, cols = self.shape
+        if self.data.dtype != np.uint8 or self.data.shape != (rows, DENSE[self.type].row_bytes(cols)):
+            raise BitgenError(f"{self.name}: {self.data.shape} bytes are not {rows} x {cols} of {self.type}")
+
+    def row(self, i: int) -> Floats:
+        """Row i, float32 (cols), dequantised exactly."""
+        values: Floats = self.rows(i, i + 1)[0]
+        return values
+
+    def rows(self, begin: int, end: int) -> Floats:
+        """Rows [begin, end), float32 (end - begin, cols), dequantised exactly."""
+        if not 0 <= begin <= end <= self.shape[0]:
+            raise BitgenError(f"{self.name}: there are no rows {begin}..{end} in {self.shape[0]}")
+        return dequantize(self.type, self.data[begin:end], self.shape[1])
+
+    def gather(self, ids: NDArray[np.integer]) -> Floats:
+        """The rows of ``ids``, float32 (len(ids), cols)."""
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
+            raise BitgenError(f"token ids must be 0..{self.shape[0] - 1}")
+        return dequantize(self.type, self.data[ids], self.shape[1])
+
+    @classmethod
+    def of(cls, values: Floats, name: str = "dense") -> DenseMatrix:
+        """A float32 matrix in memory: for tests and random models."""
+        values = np.ascontiguousarray(values, np.float32)
+        rows, cols = values.shape
+        return cls(name, "f32", (rows, cols), values.view(np.uint8).reshape(rows, cols * 4))
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. Matrices that share their input are stacked: they run as one matmul."""
+
+    qkv: TernaryMatrix  # (q_rows + 2 kv_rows, hidden): rows of q, then k, then v
+    o: TernaryMatrix  # (hidden, q_rows)
+    gate_up: TernaryMatrix  # (2 ffn, hidden): rows of gate, then up
+    down: TernaryMatrix  # (hidden, ffn)
+    attn_norm: Floats  # (hidden)
+    ffn_norm: Floats  # (hidden)
+    attn_sub_norm: Floats | None = None  # (q_rows), before o
+    ffn_sub_norm: Floats | None = None  # (ffn), before down
+
+    @classmethod
+    def of(cls, matrices: Mapping[str, TernaryMatrix], norms: Mapping[str, Floats]) -> LayerWeights:
+        """The layer of the matrices q, k, v, o, gate, up and down."""
+        m, stack = matrices, TernaryMatrix.stack
+        return cls(stack([m["q"], m["k"], m["v"]]), m["o"], stack([m["gate"], m["up"]]), m["down"], **norms)
+
+    def split(self, config: ModelConfig) -> dict[str, TernaryMatrix]:
+        """The matrices one by one, as `of` takes them."""
+        q, kv, ffn = config.q_rows, config.kv_rows, config.ffn
+        return {
+            "q": self.qkv.slice(0, q),
+            "k": self.qkv.slice(q, q + kv),
+            "v": self.qkv.slice(q + kv, q + 2 * kv),
+            "o": self.o,
+            "gate": self.gate_up.slice(0, ffn),
+            "up": self.gate_up.slice(ffn, 2 * ffn),
+            "down": self.down,
+        }
+
+    @property
+    def matrices(self) -> tuple[TernaryMatrix, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model. ``lm_head`` is None when the embedding serves as it too."""
+
+    config: ModelConfig
+    embedding: DenseMatrix  # (vocab, hidden)
+    lm_head: DenseMatrix | None  # (vocab, hidden)
+    final_norm: Floats  # (hidden)
+    layers: tuple[LayerWeights, ...]
+
+    @property
+    def output(self) -> DenseMatrix:
+        """The matrix that makes logits: the LM head, or the embedding where they are tied."""
+        return self.embedding if self.lm_head is None else self.lm_head

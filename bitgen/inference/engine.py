@@ -1,0 +1,494 @@
+"""Run a model: whole forward passes in one C call each, over a kernel library.
+
+::
+
+    engine = Engine(weights, table, context=2048)
+    logits = engine.forward(tokens, positions, sequences, outputs)  # bool: of those that are True
+    answers = engine.forward(tokens, positions, sequences, [Nothing(), Hidden(), Best(40, bias={13: -2.0})])
+
+The logits of a token are the same bits whatever the number of threads, the batch it is in, and the ISA level
+of the library: every float operation has one order (templates/step), every integer sum is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Context, Decimal
+from typing import Any, Literal, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, constants, ffi
+from bitgen.errors import BitgenError, FileError, UsageError
+from bitgen.formats.architectures import norms_of
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.weights import DenseMatrix, Weights
+from bitgen.inference import FEW
+from bitgen.inference.weight_cache import PackedLayer, Progress, pack_model, packed_bytes, quantize_lm_head
+from bitgen.runtime import KernelTable, aligned_bytes
+
+Floats: TypeAlias = NDArray[np.float32]
+Ints: TypeAlias = NDArray[np.int32]
+Kv: TypeAlias = Literal["f16", "f32", "q8"]
+Head: TypeAlias = Literal["exact", "q8"]
+
+PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
+_ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
+
+
+_WANT_HIDDEN, _WANT_LOGITS, _WANT_BEST = (
+    getattr(constants, f"BITGEN_WANT_{name}") for name in ("HIDDEN", "LOGITS", "BEST")
+)
+_TOKENS_SIZE, _ROW_SIZE = (ffi.sizeof(f"struct bitgen_{name}") for name in ("tokens", "row"))
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A token whose keys and values only fill the cache."""
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The state that the head reads: after the last norm, float32 (hidden)."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """All logits, float32 (vocab)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The ``k`` best logits of the allowed tokens, and the logits of the ``named`` ones.
+
+    First ``bias`` (token -> what is added, finite) is added to the logits, then tokens that are not
+    ``allowed``, bool (vocab), are left out; None: all are. Named tokens need not be allowed.
+    """
+
+    k: int
+    allowed: NDArray[np.bool_] | None = None
+    bias: Mapping[int, float] = field(default_factory=dict)
+    named: Sequence[int] = ()
+
+
+Want: TypeAlias = Nothing | Hidden | Logits | Best
+_OUTPUTS = {Hidden: ("hidden", _WANT_HIDDEN), Logits: ("vocab", _WANT_LOGITS)}  # sizes in ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What `Best` gives: ids int32 (k), their logits float32 (k), falling, the lower id first among equals.
+
+    There are fewer than k where fewer tokens are allowed. ``named`` float32 has the logits of its ids.
+    """
+
+    ids: NDArray[np.int32]
+    logits: Floats
+    named: Floats
+
+    def trimmed(self) -> Chosen:
+        """Without the places that no allowed token was left for: C gives them the id -1."""
+        count = int((self.ids >= 0).sum())
+        return replace(self, ids=self.ids[:count], logits=self.logits[:count])
+
+
+Answer: TypeAlias = Floats | Chosen | None
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The ``struct bitgen_row`` of each token, what they point to, and how the answer is made of that."""
+
+    rows: Any
+    kept: list[Any]
+    result: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes an engine holds: packed weights with their scales, the KV cache, work memory."""
+
+    weights: int
+    cache: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.work
+
+
+class Engine:
+    """A model ready to run, with a KV cache of ``max_batch`` sequences of up to ``context`` positions.
+
+    ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head or from int8 rows
+    made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
+    user's cache and mapped next time. ``progress(done, total)`` is called while weights are packed. It serves
+    one call at a time, as its table does. BitgenError when something does not fit: the arguments, the model,
+    the memory.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        table: KernelTable,
+        *,
+        context: int | None = None,
+        kv: Kv = "f16",
+        head: Head = "exact",
+        max_batch: int = 1,
+        fingerprint: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        config = weights.config
+        self.weights = weights
+        self.config = config
+        self.table = table
+        self.context = _checked_context(config, context)
+        self.max_batch = max_batch
+        self.lengths = [0] * max_batch  # positions of each sequence in the cache
+        self._ffi, self._lib, _ = table.native
+        if max_batch < 1:
+            raise BitgenError(f"max_batch must be at least 1, not {max_batch}")
+        if kv not in KV_TYPES or head not in ("exact", "q8"):
+            raise BitgenError(f"kv must be f16, f32 or q8, head exact or q8, not {kv!r}, {head!r}")
+        self._sizes(kv)
+        self.memory = self._plan(head)
+        # What C reads must live as long as its addresses: everything is kept in these two.
+        self._alive: list[Any] = []
+        self._set_weights(pack_model(weights, table, fingerprint, progress), head, fingerprint, progress)
+        self._set_cache()
+        self._times = np.zeros(len(STAGES), np.int64)
+        self._times_pointer = self._ffi.from_buffer("int64_t[]", self._times)
+        self._rope_ready = 0
+
+    # ---- Running ----
+
+    @overload
+    def forward(self, tokens: Ints, positions: Ints, sequences: Ints, wants: NDArray[np.bool_]) -> Floats: ...
+
+    @overload
+    def forward(
+        self, tokens: Ints, positions: Ints, sequences: Ints, wants: Sequence[Want]
+    ) -> list[Answer]: ...
+
+    def forward(
+        self, tokens: Ints, positions: Ints, sequences: Ints, wants: NDArray[np.bool_] | Sequence[Want]
+    ) -> Floats | list[Answer]:
+        """What ``wants`` asks for each token: `Nothing`, `Hidden`, `Logits` or `Best`.
+
+        All four are of length n, for any n >= 1: token i is at its position of its sequence, which must be
+        the next one that is not in the KV cache. The answers are a list of n: None, the hidden state float32
+        (hidden), logits float32 (vocab), or `Chosen`. Where ``wants`` is a bool array, True asks for logits
+        and the answer is float32 (wants.sum(), vocab).
+
+        BitgenError when they do not fit together, the model or the context, and when NaN or infinity comes
+        up. The cache then holds what it held, and the parts of `PREFILL` tokens that were done.
+        """
+        inputs = [_int32(values) for values in (tokens, positions, sequences)]
+        # Lists from here on: after a forward pass the code of numpy is out of the caches, about 10 us a call.
+        ids, places, owners = (values.tolist() for values in inputs)
+        n = len(ids)
+        if not n or {len(places), len(owners), len(wants)} != {n}:
+            raise BitgenError("tokens, positions, sequences and wants must be as many, and not none")
+        self._check_tokens(ids)
+        self._check_places(places, owners)
+        self._fill_rope(max(places) + 1)
+        if isinstance(wants, np.ndarray) or isinstance(wants[0], (bool, np.bool_)):
+            answers = self._all_logits(np.asarray(wants).tolist())
+        else:
+            answers = self._answers(wants)
+        for begin in range(0, n, PREFILL):
+            end = min(begin + PREFILL, n)
+            self._step([a[begin:end] for a in inputs], answers.rows[begin:end])
+            for owner, place in zip(owners[begin:end], places[begin:end], strict=True):
+                self.lengths[owner] = place + 1
+        made: Floats | list[Answer] = answers.result()
+        return made
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget what a sequence holds from position ``length`` on."""
+        self._check_sequence(sequence)
+        if not 0 <= length <= self.context:
+            raise BitgenError(f"length must be 0 to {self.context}, not {length}")
+        self.lengths[sequence] = min(length, self.lengths[sequence])
+
+    def copy(self, source: int, target: int) -> None:
+        """Make sequence ``target`` hold what ``source`` holds."""
+        self._check_sequence(source)
+        self._check_sequence(target)
+        _, _, context = self.table.native
+        length = self.lengths[source]
+        self.table.check(self._lib.bitgen_cache_copy(context, self._model, source, target, length))
+        self.lengths[target] = length
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the engine holds at most, mapped weights included, the model file's own pages not."""
+        return self.memory.total
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the LM head in the model file's own pages; 0 when it was quantised: part of weights."""
+        return 0 if self._quantized_head else int(self.weights.output.data.nbytes)
+
+    @property
+    def times_ns(self) -> dict[str, int]:
+        """Nanoseconds spent in each stage of all forward passes since `reset_times`."""
+        return dict(zip(STAGES, self._times.tolist(), strict=True))
+
+    def reset_times(self) -> None:
+        self._times[:] = 0
+
+    def close(self) -> None:
+        """Drop the cache and the mapped weights; the engine cannot run afterwards."""
+        self._model.layers = 0  # a forward pass is then an error
+        self._alive.clear()
+
+    # ---- Inside ----
+
+    def _all_logits(self, wanted: list[bool]) -> _Rows:
+        """Rows that write the logits of the ``wanted`` tokens to one array."""
+        rows = [row for row, flag in enumerate(wanted) if flag]
+        logits = np.empty((len(rows), self.config.vocab), np.float32)
+        structs = self._ffi.new("struct bitgen_row[]", len(wanted))
+        if rows:
+            first = self._ffi.from_buffer("float[]", logits)
+            for at, row in enumerate(rows):
+                structs[row].want = _WANT_LOGITS
+                structs[row].out = first + at * self.config.vocab
+        return _Rows(structs, [logits], lambda: logits)
+
+    def _answers(self, wants: Sequence[Want]) -> _Rows:
+        """Rows that write each answer to arrays of its own."""
+        structs = self._ffi.new("struct bitgen_row[]", len(wants))
+        kept: list[Any] = []  # arrays and their addresses, until C has read and written them
+
+        def pointer(kind: str, values: NDArray[Any]) -> Any:
+            kept.append(self._ffi.from_buffer(kind, values))
+            return kept[-1]
+
+        answers: list[Answer] = []
+        for struct, want in zip(structs, wants, strict=True):
+            if isinstance(want, Nothing):
+                answers.append(None)
+            elif isinstance(want, Best):
+                answers.append(self._fill_best(struct, want, pointer))
+            else:
+                size, kind = _OUTPUTS[type(want)]
+                struct.want = kind
+                values = np.empty(getattr(self.config, size), np.float32)
+                struct.out = pointer("float[]", values)
+                answers.append(values)
+        return _Rows(structs, kept, lambda: [a.trimmed() if isinstance(a, Chosen) else a for a in answers])
+
+    def _fill_best(self, struct: Any, want: Best, pointer: Callable[[str, NDArray[Any]], Any]) -> Chosen:
+        vocab = self.config.vocab
+        if not 0 <= want.k <= vocab:
+            raise BitgenError(f"k must be 0 to {vocab}, the vocabulary, not {want.k}")
+        chosen = Chosen(
+            np.empty(want.k, np.int32), np.empty(want.k, np.float32), np.empty(len(want.named), np.float32)
+        )
+        struct.want, struct.best = _WANT_BEST, want.k
+        struct.ids, struct.out = pointer("int32_t[]", chosen.ids), pointer("float[]", chosen.logits)
+        if want.allowed is not None:
+            if want.allowed.shape != (vocab,) or want.allowed.dtype != np.bool_:
+                raise BitgenError(f"allowed must be bool ({vocab},), one for each token of the vocabulary")
+            bits = np.zeros(-(-vocab // 32) * 4, np.uint8)
+            packed = np.packbits(want.allowed, bitorder="little")
+            bits[: packed.size] = packed
+            struct.allowed = pointer("uint32_t[]", bits.view(np.uint32))
+        struct.bias_count, struct.named_count = len(want.bias), len(want.named)
+        if want.bias:
+            self._check_tokens(list(want.bias))
+            with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
+                bias = np.fromiter(want.bias.values(), np.float32, len(want.bias))
+            if not np.isfinite(bias).all():
+                raise BitgenError("a bias must be finite: leave a token out with `allowed`")
+            struct.bias_id = pointer("int32_t[]", np.fromiter(want.bias, np.int32, len(want.bias)))
+            struct.bias = pointer("float[]", bias)
+        if want.named:
+            self._check_tokens(list(want.named))
+            struct.named = pointer("int32_t[]", np.array(want.named, np.int32))
+            struct.named_out = pointer("float[]", chosen.named)
+        return chosen
+
+    def _step(self, inputs: Sequence[NDArray[Any]], rows: Any) -> None:
+        """Tokens, positions and sequences, at most `PREFILL`, and their rows: one call of C."""
+        ffi, lib = self._ffi, self._lib
+        _, _, context = self.table.native
+        tokens, positions, sequences = inputs
+        call = ffi.new("struct bitgen_tokens *")
+        if not self._gathers:
+            x = np.ascontiguousarray(self.weights.embedding.gather(tokens))
+            call.x = ffi.from_buffer("float[]", x)
+        call.size, call.row_size = _TOKENS_SIZE, _ROW_SIZE
+        call.token = ffi.from_buffer("int32_t[]", tokens)
+        call.position = ffi.from_buffer("int32_t[]", positions)
+        call.sequence = ffi.from_buffer("int32_t[]", sequences)
+        call.row = rows
+        call.n = len(tokens)
+        code = lib.bitgen_step(context, self._model, call, self._times_pointer)
+        if code:
+            self._check_step(code)
+
+    def _check_step(self, code: int) -> None:
+        if code == self._lib.BITGEN_ERROR_NOT_FINITE:
+            raise FileError("the model computes NaN or infinity: is its file damaged?")
+        self.table.check(code)
+
+    def _check_tokens(self, ids: list[int]) -> None:
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab:
+            wrong = low if low < 0 else high
+            raise BitgenError(f"token {wrong} is not in the vocabulary of {self.config.vocab}")
+
+    def _check_places(self, positions: list[int], sequences: list[int]) -> None:
+        expected = dict(enumerate(self.lengths))
+        for position, sequence in zip(positions, sequences, strict=True):
+            self._check_sequence(sequence)
+            if position != expected[sequence]:
+                raise BitgenError(
+                    f"position {position} of sequence {sequence} is not its next one, {expected[sequence]}"
+                )
+            expected[sequence] += 1
+            if position >= self.context:
+                raise BitgenError(f"the context of {self.context} positions is full")
+
+    def _check_sequence(self, sequence: int) -> None:
+        if not 0 <= sequence < self.max_batch:
+            raise BitgenError(f"sequence {sequence} is not one of {self.max_batch}")
+
+    def _fill_rope(self, positions: int) -> None:
+        if positions <= self._rope_ready:
+            return
+        end = min(-(-positions // _ROPE_BLOCK) * _ROPE_BLOCK, self.context)
+        frequency = self._ffi.from_buffer("float[]", self._frequency)
+        table = self._ffi.from_buffer("float[]", self._rope)
+        half = self.config.head_dim // 2
+        self.table.check(self._lib.bitgen_rope(frequency, half, self._rope_ready, end, table))
+        self._rope_ready = end
+
+    # ---- Setting up ----
+
+    def _sizes(self, kv: Kv) -> None:
+        """The struct's dimensions: enough to ask for the sizes of everything else."""
+        config = self.config
+        model = self._model = self._ffi.new("struct bitgen_model *")
+        for name in ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocab"):
+            setattr(model, name, getattr(config, name))
+        model.size, model.layer_size = (ffi.sizeof(f"struct bitgen_{name}") for name in ("model", "layer"))
+        model.context, model.sequences = self.context, self.max_batch
+        model.norm_eps = config.norm_eps
+        model.activation = ACTIVATIONS[config.activation]
+        model.kv_type = KV_TYPES[kv]
+
+    def _plan(self, head: Head) -> Memory:
+        """Everything the engine will hold, before it holds anything."""
+        ffi, lib = self._ffi, self._lib
+        _, _, context = self.table.native
+        size, config = ffi.new("size_t *"), self.config
+        self.table.check(lib.bitgen_cache_bytes(self._model, size))
+        cache = int(size[0])
+        work = 0
+        for tokens in (FEW, PREFILL):  # few tokens may need more: threads then share heads of attention
+            tokens = min(tokens, self.context * self.max_batch)
+            self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, 0, size))
+            work = max(work, int(size[0]))
+        work += self.context * config.head_dim * 4  # RoPE
+        weights = packed_bytes(self.weights, self.table)
+        if head == "q8":
+            weights += config.vocab * (config.hidden + 4)
+        return Memory(weights, cache, work)
+
+    def _set_weights(
+        self, layers: tuple[PackedLayer, ...], head: Head, fingerprint: str | None, progress: Progress | None
+    ) -> None:
+        model, weights = self._model, self.weights
+        self.head_error = 0.0  # of the int8 LM head, see QuantizedLmHead
+        self._quantized_head = head == "q8"
+        self._gathers = weights.embedding.type in DENSE_TYPES  # other types are gathered in numpy
+        if self._gathers:
+            self._set_dense(model.embedding, weights.embedding)
+        if head == "q8":
+            name = self.config.name or self.config.architecture
+            small = quantize_lm_head(weights.output, self.table, fingerprint, progress, name)
+            self.head_error = small.error
+            model.head.data = self._pointer("uint8_t[]", small.data)
+            model.head.scale = self._pointer("float[]", small.scale)
+            model.head.row_bytes = self.config.hidden
+            model.head.type = DENSE_TYPES["i8"]
+        else:
+            if weights.output.type not in DENSE_TYPES:
+                raise BitgenError(
+                    f"{weights.output.name} is {weights.output.type}, which no LM head can be: use --head q8"
+                )
+            self._set_dense(model.head, weights.output)
+        model.final_norm = self._pointer("float[]", weights.final_norm)
+        model.layer = self._layers(layers)
+
+    def _layers(self, packed: tuple[PackedLayer, ...]) -> Any:
+        structs = self._ffi.new("struct bitgen_layer[]", len(packed))
+        for struct, layer, matrices in zip(structs, self.weights.layers, packed, strict=True):
+            for name in ("qkv", "o", "gate_up", "down"):
+                matrix, place = getattr(matrices, name), getattr(struct, name)
+                place.packed = self._pointer("uint8_t[]", matrix.data)
+                place.scale = self._pointer("float[]", matrix.scale)
+                place.scale_count = matrix.scale.size
+            for name in norms_of(self.config):
+                setattr(struct, name, self._pointer("float[]", getattr(layer, name)))
+        self._alive.append(structs)
+        return structs
+
+    def _set_dense(self, struct: Any, matrix: DenseMatrix) -> None:
+        struct.data = self._pointer("uint8_t[]", matrix.data)
+        struct.row_bytes = matrix.data.shape[1]
+        struct.type = DENSE_TYPES[matrix.type]
+
+    def _set_cache(self) -> None:
+        config = self.config
+        try:
+            cache = aligned_bytes(self.memory.cache, zeros=True)
+            self._rope = np.empty(self.context * config.head_dim, np.float32)
+        except MemoryError:
+            raise BitgenError(
+                f"not enough memory: {self.memory.cache / 1e9:.1f} GB for keys and values of "
+                f"{self.max_batch} x {self.context} positions; ask for a smaller context (-c) or --kv q8"
+            ) from None
+        self._frequency = inverse_frequencies(config)
+        self._model.cache = self._pointer("uint8_t[]", cache)
+        self._model.rope = self._pointer("float[]", self._rope)
+
+    def _pointer(self, kind: str, array: NDArray[Any]) -> Any:
+        """The address of an array that C reads from now on."""
+        contiguous = np.ascontiguousarray(array)
+        pointer = self._ffi.from_buffer(kind, contiguous)
+        self._alive += [contiguous, pointer]
+        return pointer
+
+
+def inverse_frequencies(config: ModelConfig) -> Floats:
+    """1 / rope_theta^(2 i / head_dim) / rope_factors[i], float32 (head_dim / 2), rounded as PyTorch does.
+
+    The power is computed with 30 decimal digits, not by the machine's libm: the same bits everywhere.
+    """
+    exact = Context(prec=30)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = [float(exact.power(Decimal(config.rope_theta), Decimal(float(e)))) for e in exponents]
+    inverse = np.float32(1) / np.array(powers, np.float32)
+    if config.rope_factors is not None:
+        inverse /= np.array(config.rope_factors, np.float32)
+    return inverse
+
+
+def _checked_context(config: ModelConfig, context: int | None) -> int:
+    if context is None:
+        return config.context
+    if not 1 <= context <= config.context:
+        raise UsageError(f"context must be 1 to {config.context} positions, not {context}")
+    return context
+
+
+def _int32(values: NDArray[np.int32]) -> NDArray[np.int32]:
+    return np.ascontiguousarray(values, np.int32).reshape(-1)

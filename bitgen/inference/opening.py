@@ -1,0 +1,75 @@
+"""What running a model takes: a library for its matrices, room for its context, an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
+from bitgen.cpu import detect_cpu
+from bitgen.errors import UsageError
+from bitgen.formats.config import ModelConfig
+from bitgen.formats.model_file import ModelFile
+from bitgen.formats.weights import Weights
+from bitgen.inference.engine import Engine, Head, Kv
+from bitgen.paths import generated_dir
+from bitgen.runtime import KernelTable
+from bitgen.spec import Shape
+
+CONTEXT_DEFAULT = 4096  # positions, where the model has as many and nobody asks for more
+
+
+def context_for(config: ModelConfig, asked: int | None) -> int:
+    """The number of positions to make room for. BitgenError when the model does not have as many."""
+    if asked is None:
+        return min(CONTEXT_DEFAULT, config.context)
+    if asked < 0 or asked > config.context:
+        raise UsageError(f"the context must be 1 to {config.context} positions (0: all of them), not {asked}")
+    return asked or config.context
+
+
+def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shape]:
+    """Those of the model's matrix shapes that are among the ``tuned`` ones of a library's kernels."""
+    return set(config.shapes) & {shape for shape in tuned if shape}
+
+
+def find_library(config: ModelConfig) -> Bundle | None:
+    """The bundle in generated/ to run a model with on this CPU: tuned for its matrices before any other."""
+    cpu = detect_cpu()
+    bundles = [bundle for bundle in find_bundles(generated_dir())[0] if judge(bundle, cpu).accepted]
+
+    def fitting(bundle: Bundle) -> int:
+        return len(tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)))
+
+    most = max(map(fitting, bundles), default=0)
+    return choose_bundle([bundle for bundle in bundles if fitting(bundle) == most], cpu)[0]
+
+
+def open_engine(
+    model: ModelFile | Weights,
+    table: KernelTable,
+    *,
+    context: int,
+    kv: Kv = "f16",
+    head: Head = "exact",
+    batch: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> Engine:
+    """The engine over a kernel library; the weights of a file are packed once and then mapped."""
+
+    def packing(done: int, total: int) -> None:
+        if progress:
+            progress(f"packing weights for these kernels, once: {done / max(1, total):.0%}")
+
+    weights, fingerprint = (
+        (model, None) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
+    )
+    return Engine(
+        weights,
+        table,
+        context=context,
+        kv=kv,
+        head=head,
+        max_batch=batch,
+        fingerprint=fingerprint,
+        progress=packing,
+    )

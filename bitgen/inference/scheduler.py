@@ -1,0 +1,362 @@
+"""The loop that makes tokens: requests in, events out, one or many sequences at once.
+
+::
+
+    scheduler = Scheduler(engine, tokenizer)
+    sequence = scheduler.submit(request)
+    while sequence.finish is None:
+        for event in scheduler.step():
+            print(event.text, end="")
+
+The scheduler is the only caller of the engine. It keeps what the engine's KV cache holds, so a prompt that
+starts like the last one costs only its new part. Every sequence samples its tokens by itself, from logits
+that do not depend on what else is computed: a text is the same alone, in a batch, and with drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import BitgenError, UsageError
+from bitgen.formats.config import Floats, ModelConfig
+from bitgen.inference import FEW
+from bitgen.inference.engine import Memory
+from bitgen.inference.sequence import Progress, Request, Sequence
+from bitgen.tokenizer.tokenizer import Tokenizer
+
+_CHUNK = 512  # prompt tokens a forward pass at most; Ctrl-C and progress are seen between passes
+# What a pass of a prompt may take. Another one reads the weights again: 1.5 % of 128 tokens of a 3B.
+_CHUNK_S = 1.5
+_CHUNK_MIN = 64  # below this the kernels for many tokens do not pay
+_LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
+_SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
+
+
+class EngineProtocol(Protocol):
+    """What runs the model: `bitgen.inference.engine.Engine`, or a stand-in."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    context: int  # positions of a sequence
+    max_batch: int  # sequences
+
+    def forward(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        outputs: NDArray[np.bool_],
+    ) -> Floats: ...
+
+    def truncate(self, sequence: int, length: int) -> None: ...
+
+    def copy(self, source: int, target: int) -> None: ...
+
+    @property
+    def memory(self) -> Memory: ...
+
+    @property
+    def head_bytes(self) -> int: ...
+
+    head_error: float
+
+    def close(self) -> None: ...
+
+
+class Event(NamedTuple):
+    """What a step did to a sequence: the next piece of its text, maybe empty, and maybe its ``finish``."""
+
+    sequence: Sequence
+    text: str
+
+
+class Row(NamedTuple):
+    """The next tokens of the sequence in a slot of the KV cache, and which of them get logits (None: all)."""
+
+    slot: int
+    tokens: Items[int]
+    wanted: Items[bool] | None = None
+
+
+@dataclass
+class Timings:
+    """Seconds and counts of what ran, to be added up."""
+
+    load_s: float = 0.0
+    prompt_tokens: int = 0  # computed; tokens that the KV cache held are not among them
+    prompt_s: float = 0.0
+    steps: int = 0
+    step_tokens: int = 0  # tokens that came out of steps after the prompt
+    step_s: float = 0.0
+    sampled: int = 0
+    sample_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Scheduler:
+    """Runs sequences on an engine, from one thread.
+
+    As many run at once as the engine has slots; the others wait in the order in which they came. Without a
+    tokenizer it computes plain tokens only (`forward`, `score`).
+    """
+
+    def __init__(self, engine: EngineProtocol, tokenizer: Tokenizer | None = None) -> None:
+        self.engine = engine
+        self.timings = Timings()
+        self._tokenizer = tokenizer
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}  # slot -> sequence
+        self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each slot
+        # Ctrl-C may come in the middle of a pass, a copy or a truncation; the engine then may hold more than
+        # is written down here, never less.
+        self._unsure = False
+        self._token_s: float | None = None  # what a token of the last long part took
+
+    # ---- Sequences ----
+
+    def submit(self, request: Request, progress: Progress | None = None) -> Sequence:
+        """A sequence that waits for its turn. UsageError when its prompt is empty or does not fit."""
+        if self._tokenizer is None:
+            raise BitgenError("this scheduler has no tokenizer: it computes plain tokens only")
+        self.check(request.prompt)
+        sequence = Sequence(request, self._tokenizer, progress)
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Take a sequence out; what it was goes on when `resume` puts it back. No error if it is not in."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self._running = {slot: other for slot, other in self._running.items() if other is not sequence}
+
+    def resume(self, sequence: Sequence) -> None:
+        """Put a sequence that was cancelled in front of those that wait."""
+        self._waiting.appendleft(sequence)
+
+    def step(self) -> list[Event]:
+        """The prompt of the next sequence that waits, or else the next token of all that run."""
+        if self._waiting and len(self._running) < self.engine.max_batch:
+            events = self._start(self._waiting.popleft())
+        else:
+            events = self._decode() if self._running else []
+        self._running = {slot: each for slot, each in self._running.items() if each.finish is None}
+        return events
+
+    def run(self, requests: Items[Request], progress: Progress | None = None) -> Iterator[Event]:
+        """Submit all, and step until they are finished."""
+        for request in requests:
+            self.check(request.prompt)
+        return self.drive([self.submit(request, progress) for request in requests])
+
+    def drive(self, sequences: Items[Sequence]) -> Iterator[Event]:
+        """Step until all of ``sequences`` are finished.
+
+        Two of these may be interleaved: one that is asked for its next event makes the sequences of the other
+        wait, and what they had in the KV cache may have to be computed again.
+        """
+        try:
+            while any(sequence.finish is None for sequence in sequences):
+                self._only(sequences)
+                yield from self.step()
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+
+    def texts(self, requests: Items[Request]) -> list[str]:
+        """The whole texts of all requests, in their order."""
+        for request in requests:
+            self.check(request.prompt)
+        mine = [self.submit(request) for request in requests]
+        for _ in self.drive(mine):
+            pass
+        return [sequence.text for sequence in mine]
+
+    def check(self, prompt: Items[int]) -> None:
+        """UsageError when a prompt cannot be computed."""
+        if not prompt:
+            raise UsageError("the prompt is empty")
+        if len(prompt) > self.engine.context:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.engine.context}: "
+                "shorten it or ask for a larger context (-c)",
+            )
+
+    def _only(self, wanted: Items[Sequence]) -> None:
+        """Make all but the ``wanted`` sequences wait for their own run, and these go on."""
+        inside = [*self._running.values(), *self._waiting]
+        for sequence in inside:
+            if sequence not in wanted:
+                self.cancel(sequence)
+        for sequence in reversed(wanted):
+            if sequence.finish is None and sequence not in inside:
+                self.resume(sequence)
+
+    def _start(self, sequence: Sequence) -> list[Event]:
+        """Compute the prompt of a sequence and sample its first token, or compute again what it lost."""
+        known = sequence.whole if not sequence.tokens else sequence.whole[:-1]
+        slot = self._slot(known)
+        self._running[slot] = sequence
+        if sequence.tokens:
+            self._compute(slot, known)
+            return []
+        started = time.perf_counter()
+        computed, logits = self._compute(slot, known, sequence.progress, wanted=True)
+        self.timings.prompt_tokens += computed
+        self.timings.prompt_s += time.perf_counter() - started
+        return [Event(sequence, self._sample(sequence, logits[0]))]
+
+    def _decode(self) -> list[Event]:
+        """One token, or several of a draft that are accepted, for every running sequence."""
+        started = time.perf_counter()
+        room = max(0, FEW // len(self._running) - 1)
+        rows = []
+        for slot, sequence in self._running.items():
+            spare = self.engine.context - len(sequence.whole)
+            rows.append(Row(slot, [sequence.whole[-1], *sequence.draft(min(room, spare))]))
+        logits = self.forward(rows)
+        self.timings.steps += 1
+        self.timings.step_s += time.perf_counter() - started
+        events, at = [], 0
+        for slot, fed, _ in rows:
+            sequence = self._running[slot]
+            pieces = []
+            for row, draft in enumerate([*fed[1:], None]):
+                pieces.append(self._sample(sequence, logits[at + row]))
+                if sequence.finish or sequence.whole[-1] != draft:
+                    break
+            at += len(fed)
+            self.timings.step_tokens += len(pieces)
+            if len(fed) > 1:
+                sequence.learn(len(fed) - 1, len(pieces) - 1)
+                self.timings.drafted += len(fed) - 1
+                self.timings.accepted += len(pieces) - 1
+                self._forget(slot, len(sequence.whole) - 1)
+            events.append(Event(sequence, "".join(pieces)))
+        return events
+
+    def _sample(self, sequence: Sequence, logits: Floats) -> str:
+        started = time.perf_counter()
+        piece = sequence.sample(None, logits, self.engine.context)
+        self.timings.sampled += 1
+        self.timings.sample_s += time.perf_counter() - started
+        return piece
+
+    # ---- Plain tokens ----
+
+    def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
+        """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).
+
+        Sequences that run wait until their own run goes on.
+        """
+        self.check(ids)
+        self._forget(0, 0)
+        most = max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
+        at = 0
+        while at < len(ids):
+            self._only(())
+            self._compute(0, ids[:at])  # nothing, unless another run had the slot
+            part = ids[at : at + min(most, self._chunk())]
+            logits = self.forward([Row(0, part, [at + i >= first for i in range(len(part))])])
+            at += len(part)
+            if len(logits):
+                yield logits
+
+    def clear(self) -> None:
+        """Forget everything the KV cache holds; sequences that run wait until their own run goes on."""
+        self._only(())
+        for slot in range(self.engine.max_batch):
+            self._forget(slot, 0)
+
+    def forward(self, rows: Items[Row]) -> Floats:
+        """One forward pass: logits float32 (wanted, vocab), in the order of ``rows`` and their tokens."""
+        tokens = [token for _, part, _ in rows for token in part]
+        positions = [len(self._held[slot]) + i for slot, part, _ in rows for i in range(len(part))]
+        slots = [slot for slot, part, _ in rows for _ in part]
+        outputs = [flag for _, part, flags in rows for flag in (flags or [True] * len(part))]
+        if self._unsure:
+            for slot, held in enumerate(self._held):
+                self.engine.truncate(slot, len(held))
+        self._unsure = True
+        started = time.perf_counter()
+        logits = self.engine.forward(
+            np.array(tokens, np.int32),
+            np.array(positions, np.int32),
+            np.array(slots, np.int32),
+            np.array(outputs, np.bool_),
+        )
+        for slot, part, _ in rows:
+            self._held[slot] += part
+        self._unsure = False
+        if len(tokens) >= _CHUNK_MIN:
+            self._token_s = max(1e-9, (time.perf_counter() - started) / len(tokens))
+        return logits
+
+    # ---- The KV cache ----
+
+    def _slot(self, tokens: Items[int]) -> int:
+        """A free slot, the one that already holds most of ``tokens``.
+
+        Where a slot in use holds much more of them, the free one becomes a copy of that.
+        """
+        common = [_common(held, tokens) for held in self._held]
+        slot = max((i for i in range(len(common)) if i not in self._running), key=common.__getitem__)
+        best = max(range(len(common)), key=common.__getitem__)
+        if common[best] >= common[slot] + _SHARED_MIN:
+            self._forget(slot, 0)
+            self._unsure = True
+            self.engine.copy(best, slot)
+            self._held[slot] = list(self._held[best])
+        return slot
+
+    def _compute(
+        self, slot: int, tokens: Items[int], progress: Progress | None = None, *, wanted: bool = False
+    ) -> tuple[int, Floats]:
+        """Make a slot hold ``tokens`` and nothing else; how many had to be computed.
+
+        With ``wanted`` also the logits (1, vocab) after the last of them.
+        """
+        known = min(_common(self._held[slot], tokens), len(tokens) - (1 if wanted else 0))
+        self._forget(slot, known)
+        logits = np.empty((0, 0), np.float32)
+        at = known
+        while at < len(tokens):
+            if progress:
+                progress(at, len(tokens))
+            part = tokens[at : at + self._chunk()]
+            at += len(part)
+            last = wanted and at == len(tokens)
+            logits = self.forward([Row(slot, part, [False] * (len(part) - 1) + [last])])
+        if progress:
+            progress(len(tokens), len(tokens))
+        return len(tokens) - known, logits
+
+    def _chunk(self) -> int:
+        """How many prompt tokens to compute at once, so that Ctrl-C is soon seen."""
+        if self._token_s is None:
+            return 2 * _CHUNK_MIN
+        return min(_CHUNK, max(1, int(_CHUNK_S / self._token_s / _CHUNK_MIN)) * _CHUNK_MIN)
+
+    def _forget(self, slot: int, length: int) -> None:
+        """Keep the first ``length`` tokens of a slot."""
+        if length < len(self._held[slot]):
+            self._unsure = True
+            del self._held[slot][length:]
+            self.engine.truncate(slot, length)
+
+
+def _common(held: Items[int], tokens: Items[int]) -> int:
+    """How many tokens two texts have in common at their start."""
+    most = min(len(held), len(tokens))
+    if list(held[:most]) == list(tokens[:most]):
+        return most
+    return next(i for i in range(most) if held[i] != tokens[i])

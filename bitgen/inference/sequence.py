@@ -1,0 +1,132 @@
+"""One sequence as it runs: what was asked, the text so far, where it ends, and what may come next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.inference.drafts import PromptLookupDrafter
+from bitgen.inference.sampling import Ids, Sampler, Sampling
+from bitgen.tokenizer.tokenizer import Tokenizer
+
+Finish: TypeAlias = Literal["end", "stop", "length", "context"]
+Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it.
+
+    ``max_tokens`` None goes on until the model ends or the context is full. The answer ends before the first
+    of the ``stop`` texts. ``lookup`` drafts tokens from the text so far, to check several in a forward pass.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False
+    lookup: bool = False
+
+
+class Sequence:
+    """One request as it runs: its tokens and its text so far, and why it ended (``finish``, None before).
+
+    ``progress(done, total)`` counts the tokens of its prompt as they are computed.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, progress: Progress | None = None) -> None:
+        self.request = request
+        self.progress = progress
+        self.tokens: list[int] = []  # sampled, the token that ended it included
+        self.text = ""
+        self.finish: Finish | None = None
+        self.whole = list(request.prompt)  # and what was sampled; the last token has not been computed yet
+        self._sampler = Sampler(request.sampling)
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream()
+        self._stop = StopFilter(request.stop)
+        self._drafter = PromptLookupDrafter(request.prompt) if request.lookup else None
+
+    @property
+    def seed(self) -> int:
+        """The seed it is sampled with."""
+        return self._sampler.seed
+
+    def draft(self, most: int) -> list[int]:
+        """Up to ``most`` tokens that may come next."""
+        request = self.request
+        if self._drafter is None:
+            return []
+        if request.max_tokens is not None:
+            most = min(most, request.max_tokens - len(self.tokens) - 1)
+        return self._drafter.draft(self.whole, most)
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        if self._drafter is not None:
+            self._drafter.learn(drafted, accepted)
+
+    def sample(self, ids: Ids | None, logits: NDArray[np.float32], context: int) -> str:
+        """Sample the next token (see `Sampler.choose`); the text that is ready to be shown."""
+        token = self._sampler.choose(ids, logits, self.whole, len(self.tokens))
+        self.tokens.append(token)
+        self.whole.append(token)
+        if self._drafter is not None:
+            self._drafter.add(self.whole)
+        if token in self._tokenizer.end_ids and not self.request.ignore_end:
+            return self._end("end")
+        piece = self._stop.feed(self._stream.feed(token))
+        if self._stop.stopped:
+            self.finish = "stop"
+        elif self.request.max_tokens is not None and len(self.tokens) >= self.request.max_tokens:
+            piece += self._end("length")
+        elif len(self.whole) > context:
+            piece += self._end("context")
+        self.text += piece
+        return piece
+
+    def _end(self, finish: Finish) -> str:
+        last = self._stop.feed(self._stream.close()) + self._stop.close()
+        self.finish = finish
+        if finish == "end":
+            self.text += last
+        return last
+
+
+class StopFilter:
+    """Lets text through up to the stop text that is complete first; holds back what may become one."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far that is certain to come before a stop text."""
+        if self.stopped or not self._stops:
+            return "" if self.stopped else text
+        self._held += text
+        # The stop text that is complete first, so that it does not matter how the text was cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)[1]], ""
+            return text
+        keep = max(self._overlap(stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def close(self) -> str:
+        """What was held back and became no stop text."""
+        text, self._held = self._held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end of the held text start the stop text."""
+        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
+        return next((n for n in lengths if self._held.endswith(stop[:n])), 0)

@@ -1,0 +1,411 @@
+"""A model's ternary matrices packed for the kernels of a library, kept on disk and mapped the next time.
+
+A weight cache file holds what follows from a model file and a library's layouts, nothing else: its name is a
+digest of the model file's fingerprint and of the layout of every matrix. It is written beside its final name
+and renamed, so it is whole or not there, and it is only a cache: deleting it costs the time to pack again.
+
+::
+
+    pieces, each at a multiple of 64 bytes      packed weights, scales
+    JSON                                        {"format": 2, "model": ..., "pieces": {name: place}}, where
+                                                place is [offset, bytes, CRC-32]
+    24 bytes                                    where the JSON starts, its bytes (uint64 each), "BITGENPK"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.errors import BitgenError, FileError
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.paths import cache_dir, ensure_dir
+from bitgen.runtime import KernelTable, aligned_bytes
+from bitgen.spec import Shape
+
+Bytes: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.float32]
+Progress: TypeAlias = Callable[[int, int], None]  # (weights done, weights in all)
+
+FORMAT = 2  # of cache files; part of their names, so files of other formats are never read
+_MAGIC = b"BITGENPK"
+_TAIL = 24
+_ALIGN = 64
+_SUFFIX = ".packed"
+# Weights decoded at once: 8 MiB as int8, so that what is not yet packed stays small beside a model. Rows come
+# in multiples of 256, which every layout's row block divides.
+_SLAB = 1 << 23
+_SLAB_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix as the kernels read it: ``data`` uint8, 64-byte aligned; ``scale`` float32 (m,) or (1,)."""
+
+    shape: Shape
+    data: Bytes
+    scale: Floats
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """The four matmuls of a block."""
+
+    qkv: PackedMatrix
+    o: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+
+
+@dataclass(frozen=True)
+class QuantizedLmHead:
+    """An LM head as int8: w is about ``data * scale[:, None]``.
+
+    ``error`` is the root mean square of what rounding changed, relative to that of the weights: logits are
+    off by about this share of their spread.
+    """
+
+    data: NDArray[np.int8]  # (vocab, hidden)
+    scale: Floats  # (vocab,)
+    error: float
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A file of the cache."""
+
+    path: Path
+    model: str
+    bytes: int
+
+
+_MATRICES = ("qkv", "o", "gate_up", "down")
+
+
+def pack_model(
+    weights: Weights, table: KernelTable, fingerprint: str | None = None, progress: Progress | None = None
+) -> tuple[PackedLayer, ...]:
+    """The packed layers of a model: mapped from the cache, or packed now and kept there.
+
+    ``fingerprint`` identifies the model file; None: nothing is read from the cache or written to it. Where
+    the cache cannot be written (a full disk, a read-only home) the packed weights stay in memory.
+    """
+    matrices = {
+        f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in _MATRICES
+    }
+    layouts = {name: (m.shape.name, table.layout_name(m.shape)) for name, m in matrices.items()}
+    pieces = _cached(
+        _key(fingerprint, "layers", layouts),
+        weights.config.name or weights.config.architecture,
+        lambda: _pack(matrices, table, progress, lambda: release_pages(weights.embedding.data)),
+        lambda found: all(_is_valid(found, name, m, table) for name, m in matrices.items()),
+    )
+    made = {
+        name: PackedMatrix(m.shape, pieces[name], pieces[f"{name}.scale"].view(np.float32))
+        for name, m in matrices.items()
+    }
+    return tuple(
+        PackedLayer(*(made[f"{i}.{name}"] for name in _MATRICES)) for i in range(len(weights.layers))
+    )
+
+
+def quantize_lm_head(
+    head: DenseMatrix,
+    table: KernelTable,
+    fingerprint: str | None = None,
+    progress: Progress | None = None,
+    model: str = "",
+) -> QuantizedLmHead:
+    """An LM head as int8 with a scale a row, from the cache or made now; the arguments of `pack_model`."""
+    rows, cols = head.shape
+    pieces = _cached(
+        _key(fingerprint, "head", [head.type, rows, cols]),
+        model,
+        lambda: _quantize(head, table, progress),
+        lambda found: [found[n].size for n in ("data", "scale", "error")] == [rows * cols, rows * 4, 8],
+    )
+    return QuantizedLmHead(
+        pieces["data"].view(np.int8).reshape(rows, cols),
+        pieces["scale"].view(np.float32),
+        float(pieces["error"].view(np.float64)[0]),
+    )
+
+
+def packed_bytes(weights: Weights, table: KernelTable) -> int:
+    """Bytes of the packed weights and scales of a model; nothing is packed."""
+    return sum(
+        table.packed_bytes(m.shape) + m.shape.m * 4 for layer in weights.layers for m in layer.matrices
+    )
+
+
+def cache_entries() -> list[CacheEntry]:
+    """The files of the cache, largest first."""
+    entries = []
+    for path in _folder().glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError, BitgenError):
+            entries.append(CacheEntry(path, _map(path).model, path.stat().st_size))
+    return sorted(entries, key=lambda entry: (-entry.bytes, entry.path.name))
+
+
+def check_cache() -> list[CacheEntry]:
+    """Read all files of the cache whole, and delete those that are not what was written; those are returned.
+
+    A start does not do this: it maps a file and looks at its heads alone, and pages come when they are used.
+    """
+    damaged = []
+    for path in sorted(_folder().glob(f"*{_SUFFIX}")):
+        with contextlib.suppress(OSError):
+            size, model = path.stat().st_size, ""
+            try:
+                file = _map(path)
+                model = file.model
+                whole = all(zlib.crc32(data.data) == file.sums[name] for name, data in file.pieces.items())
+            except BitgenError:
+                whole = False
+            if not whole:
+                path.unlink()
+                damaged.append(CacheEntry(path, model, size))
+    return damaged
+
+
+def clear_cache() -> int:
+    """Delete all files of the cache, unfinished ones too; the bytes they had. Who has one mapped keeps it."""
+    freed = 0
+    for path in _folder().glob("*"):
+        if path.suffix in (_SUFFIX, ".part"):
+            with contextlib.suppress(OSError):
+                size = path.stat().st_size
+                path.unlink()
+                freed += size
+    return freed
+
+
+# ---- making the pieces ----
+
+
+def _pack(
+    matrices: Mapping[str, TernaryMatrix],
+    table: KernelTable,
+    progress: Progress | None,
+    release: Callable[[], None],
+) -> Iterator[tuple[str, Bytes]]:
+    """Packed weights and scales of each matrix, in order. Decoding runs ahead, on threads of its own."""
+    total = sum(m.shape.m * m.shape.k for m in matrices.values())
+    done = 0
+    with ThreadPoolExecutor(max(1, table.threads)) as pool:
+        for name, matrix in matrices.items():
+            packed = aligned_bytes(table.packed_bytes(matrix.shape))
+            scale = pool.submit(lambda m: m.scale, matrix)
+            for begin, w in _slabs(matrix, pool, ahead=table.threads):
+                table.pack_rows(w, begin, matrix.shape, packed)
+                done += w.size
+                if progress:
+                    progress(done, total)
+            yield name, packed
+            yield f"{name}.scale", scale.result().view(np.uint8)
+            release()
+
+
+def release_pages(data: Bytes) -> None:
+    """Let go of the pages of a mapped file that were read so far, if ``data`` is a view of one.
+
+    They stay in the system's cache of files; without this a model file that was read once, to pack its
+    weights, would count as this process's memory for as long as it runs.
+    """
+    base: Any = data
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def _slabs(
+    matrix: TernaryMatrix, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[int, NDArray[np.int8]]]:
+    """(first row, int8 rows) of the whole matrix, decoded ``ahead`` slabs before they are asked for."""
+    m, k = matrix.shape.m, matrix.shape.k
+    step = max(1, _SLAB // (k * _SLAB_ROWS)) * _SLAB_ROWS
+    begins = list(range(0, m, step))
+    pending: list[Future[NDArray[np.int8]]] = []
+    for i, begin in enumerate(begins):
+        while len(pending) <= ahead and i + len(pending) < len(begins):
+            low = begins[i + len(pending)]
+            pending.append(pool.submit(matrix.rows, low, min(low + step, m)))
+        yield begin, np.ascontiguousarray(pending.pop(0).result())
+
+
+def _quantize(
+    head: DenseMatrix, table: KernelTable, progress: Progress | None
+) -> Iterator[tuple[str, Bytes]]:
+    """int8 rows, their scales, the relative error: as activations are quantised, a row at a time."""
+    ffi, lib, context = table.native
+    rows, cols = head.shape
+    data, scale = np.empty((rows, cols), np.int8), np.empty(rows, np.float32)
+    step = max(1, (1 << 22) // cols)
+    changed = size = 0.0
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        w = np.ascontiguousarray(head.rows(begin, end))
+        code = lib.bitgen_quantize(
+            context,
+            ffi.from_buffer("float[]", w),
+            end - begin,
+            cols,
+            ffi.from_buffer("int8_t[]", data[begin:end]),
+            ffi.from_buffer("float[]", scale[begin:end]),
+        )
+        if code == lib.BITGEN_ERROR_NOT_FINITE:
+            raise FileError(f"{head.name} holds NaN or infinity; the file is damaged")
+        table.check(code)
+        off = w - data[begin:end] * scale[begin:end, None]
+        changed += float(np.square(off, dtype=np.float64).sum())
+        size += float(np.square(w, dtype=np.float64).sum())
+        if progress:
+            progress(end * cols, rows * cols)
+    yield "data", data.view(np.uint8).reshape(-1)
+    yield "scale", scale.view(np.uint8)
+    yield "error", np.array([(changed / size) ** 0.5 if size else 0.0]).view(np.uint8)
+
+
+# ---- the cache ----
+
+
+def _folder() -> Path:
+    return cache_dir() / "packed"
+
+
+def _key(fingerprint: str | None, *what: Any) -> str | None:
+    """The name of a cache file; None where there is no fingerprint."""
+    if fingerprint is None:
+        return None
+    return hashlib.sha256(json.dumps([FORMAT, fingerprint, *what]).encode()).hexdigest()[:32]
+
+
+def _cached(
+    key: str | None,
+    model: str,
+    make: Callable[[], Iterator[tuple[str, Bytes]]],
+    is_valid: Callable[[Mapping[str, Bytes]], bool],
+) -> Mapping[str, Bytes]:
+    """The pieces under ``key``; made, and kept if possible, where there are none or they are not valid."""
+    if key is not None:
+        path = _folder() / f"{key}{_SUFFIX}"
+        found = _read(path, is_valid)
+        if found is None:
+            with contextlib.suppress(_CannotWriteError):
+                _write(path, model, make())
+                found = _read(path, is_valid)
+        if found is not None:
+            return found
+    return dict(make())
+
+
+def _read(path: Path, is_valid: Callable[[Mapping[str, Bytes]], bool]) -> Mapping[str, Bytes] | None:
+    try:
+        pieces = _map(path).pieces
+        return pieces if is_valid(pieces) else None
+    except (OSError, BitgenError, KeyError):
+        return None
+
+
+def _is_valid(pieces: Mapping[str, Bytes], name: str, matrix: TernaryMatrix, table: KernelTable) -> bool:
+    scales = pieces[f"{name}.scale"].size
+    return table.is_packed(pieces[name], matrix.shape) and scales in (4, 4 * matrix.shape.m)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A cache file, mapped: the model's name, the pieces, the CRC-32 of each when it was written."""
+
+    model: str
+    pieces: Mapping[str, Bytes]
+    sums: Mapping[str, int]
+
+
+def _map(path: Path) -> _File:
+    """FileError for a file that is none of the cache's."""
+    other = FileError(f"{path} is not a weight cache file")
+    with path.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # an empty file
+            raise other from None
+    data = np.frombuffer(mapped, np.uint8)
+    tail = data[-_TAIL:].tobytes()
+    start, size = (int.from_bytes(tail[i : i + 8], "little") for i in (0, 8))
+    if tail[16:] != _MAGIC or start + size + _TAIL != data.size:
+        raise other
+    try:
+        header = json.loads(data[start : start + size].tobytes())
+        places = {str(name): tuple(map(int, place)) for name, place in header["pieces"].items()}
+        fits = all(not at % _ALIGN and at >= 0 <= n and at + n <= start for at, n, _ in places.values())
+        model, known = str(header["model"]), header["format"] == FORMAT
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise other from None
+    if not known or not fits:
+        raise other
+    pieces = {name: data[at : at + n] for name, (at, n, _) in places.items()}
+    return _File(model, pieces, {name: crc for name, (_, _, crc) in places.items()})
+
+
+class _CannotWriteError(Exception):
+    """The cache file cannot be written; what it would hold can still be made."""
+
+
+def _write(path: Path, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
+    """A cache file, whole or not at all. What making the pieces raises is passed on."""
+    try:
+        folder = ensure_dir(path.parent)
+        handle, name = tempfile.mkstemp(suffix=".part", dir=folder)
+    except (OSError, BitgenError) as error:
+        raise _CannotWriteError from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write_pieces(file, model, pieces)
+        with _or_cannot_write():
+            part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _write_pieces(file: BinaryIO, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
+    places: dict[str, tuple[int, int, int]] = {}
+    at = 0
+    for name, data in pieces:
+        places[name] = (at, data.size, zlib.crc32(data.data))
+        padding = bytes(-data.size % _ALIGN)
+        with _or_cannot_write():
+            file.write(data.data)
+            file.write(padding)
+        at += data.size + len(padding)
+    text = json.dumps({"format": FORMAT, "model": model, "pieces": places}).encode()
+    tail = at.to_bytes(8, "little") + len(text).to_bytes(8, "little") + _MAGIC
+    with _or_cannot_write():
+        file.write(text + tail)
+        file.flush()
+
+
+@contextlib.contextmanager
+def _or_cannot_write() -> Iterator[None]:
+    """Only what writing raises: errors of the model file that is being read are passed on."""
+    try:
+        yield
+    except OSError as error:
+        raise _CannotWriteError from error
