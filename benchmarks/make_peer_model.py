@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.cli.progress import ProgressLine
+from bitgen.cli.progress import ProgressBar
 from bitgen.config import find_model
 from bitgen.errors import BitgenError
 from bitgen.model.config import Floats, ModelConfig
@@ -103,7 +103,7 @@ def quantize_model(quantize: Path, source: Path, target: Path, kind: str) -> Non
 def write_file(path: Path, weights: Weights, kind: str) -> None:
     """The model with matrices of ``kind``: F16 or one of LLAMA_TYPES."""
     metadata = {**_metadata(weights.config, kind), **_vocabulary(weights.config.vocab)}
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         write_gguf(
             path,
             metadata,

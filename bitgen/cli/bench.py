@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_model(args: argparse.Namespace) -> None:
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
     from bitgen.errors import UsageError
     from bitgen.llm import library_for
     from bitgen.model.bench import bench_engine
@@ -71,7 +71,7 @@ def _run_model(args: argparse.Namespace) -> None:
         raise UsageError("nothing to time: -p or -n, and -r, must be at least 1")
     context = max((*prompts, *steps))
     rows = []
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         model = _open(args.model, context)
         library = args.library or library_for(model.config, line.show)
         for count in threads:
@@ -148,9 +148,9 @@ def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ..
 
 def _run_kernels(args: argparse.Namespace) -> None:
     from bitgen.api import bench_kernels
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         timings = [
             timing
             for threads in (numbers("-t", args.threads, 1) if args.threads else [None])

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitgen.api import check
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         counts = check(
             isas=args.isa,
             families=args.family,

@@ -105,10 +105,10 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_llm(args: argparse.Namespace) -> LLM:
     """The model of the arguments; what its user should know goes to standard error."""
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
     from bitgen.llm import LLM
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         llm = LLM(
             args.model,
             library=args.library,
