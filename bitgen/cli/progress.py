@@ -1,7 +1,7 @@
-"""Progress on standard error: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+"""Progress on standard error: a bar with rate and time left on a terminal, else a plain line now and then.
 
-Nothing is drawn but by `ProgressBar.show`, which long work calls between its batches: a thread that refreshes the
-terminal would run beside the kernels that are timed.
+Nothing is drawn but by `ProgressBar.show`, which long work calls between its batches: a thread that refreshes
+the terminal would run beside the kernels that are timed.
 """
 
 from __future__ import annotations
