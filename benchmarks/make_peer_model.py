@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.cli.progress import ProgressLine
+from bitgen.cli.progress import ProgressBar
 from bitgen.errors import BitgenError
 from bitgen.formats.architectures import architecture_of
 from bitgen.formats.config import Floats, ModelConfig, find_model
@@ -102,7 +102,7 @@ def quantize_model(quantize: Path, source: Path, target: Path, kind: str) -> Non
 def write_file(path: Path, weights: Weights, kind: str) -> None:
     """The model with matrices of ``kind``: F16 or one of LLAMA_TYPES."""
     metadata = {**_metadata(weights.config, kind), **_vocabulary(weights.config.vocab)}
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         write_gguf(
             path,
             metadata,

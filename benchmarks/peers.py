@@ -43,7 +43,7 @@ import numpy as np
 from make_peer_model import LLAMA_TYPES, make_models, peer_config, read_bytes_a_token
 
 from bitgen.api import Workshop
-from bitgen.cli.progress import ProgressLine
+from bitgen.cli.progress import ProgressBar
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig
@@ -175,7 +175,7 @@ def time_sides(
     order, draw = random.Random(0), np.random.default_rng(0)  # noqa: S311 - an order, no secret
     seconds: Rounds = {(s.name, t.name): [] for s in sides for t in tests}
     dram: Rounds = {key: [] for key in seconds}
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         for number in range(rounds + 1):
             for test in tests:
                 tokens = draw.integers(0, vocab, test.n).tolist()

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitgen.cli.common import add_compiler, add_kv, add_library, add_logs
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
@@ -36,15 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", "--batch", default="1", metavar="LIST", help="sequences that step at once (1)")
     parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
-    parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
+    add_kv(parser)
     parser.add_argument("--head", choices=("exact", "q8"), default="exact", help="the output matrix (exact)")
-    parser.add_argument(
-        "--library", type=Path, help="kernel library: a bundle or a .so (default: the best here)"
-    )
+    add_library(parser)
     parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
     parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")
-    parser.add_argument("--cc", help="with --kernels: C compiler: gcc, clang, zig or a path")
-    parser.add_argument("--logs", type=Path, help="with --kernels: folder of the records (tune_logs/)")
+    add_compiler(parser, "with --kernels: ")
+    add_logs(parser, "with --kernels: ")
     add_output(parser)
 
 
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_model(args: argparse.Namespace) -> None:
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
     from bitgen.errors import UsageError
     from bitgen.inference.bench import bench_engine
     from bitgen.inference.opening import open_engine
@@ -72,7 +71,7 @@ def _run_model(args: argparse.Namespace) -> None:
         raise UsageError("nothing to time: -p or -n, and -r, must be at least 1")
     context = max((*prompts, *steps))
     rows = []
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         model = _open(args.model, context)
         library = args.library or library_for(model.config, line.show)
         for count in threads:
@@ -147,9 +146,9 @@ def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ..
 
 def _run_kernels(args: argparse.Namespace) -> None:
     from bitgen.api import bench_kernels
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         timings = [
             timing
             for threads in (numbers("-t", args.threads, 1) if args.threads else [None])

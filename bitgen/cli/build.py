@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bitgen.cli.common import PRESET_HELP, add_compiler, add_logs
 from bitgen.errors import UsageError
 
 SUMMARY = "write the kernel library of a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", required=True, help="a preset (see `bitgen models`), a YAML file or a model file"
-    )
+    parser.add_argument("-m", "--model", required=True, help=PRESET_HELP)
     parser.add_argument("--isa", help="ISA level of the kernels (default: the best this CPU runs)")
     parser.add_argument(
         "--target", help="CPU to build for: neoverse-n1, cortex-a72, zen4, ... (default: this one)"
@@ -21,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--os", choices=("linux", "macos"), help="system of that CPU (default: this one's)")
     parser.add_argument("--out", type=Path, help="folder that gets the library's folder (generated/)")
     parser.add_argument("--name", help="name of the library (default: <model>-<cpu family>)")
-    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
-    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    add_compiler(parser)
+    add_logs(parser)
 
 
 def run(args: argparse.Namespace) -> None:

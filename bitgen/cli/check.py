@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import argparse
 
+from bitgen.cli.common import add_compiler, add_spaces
 from bitgen.errors import BitgenError
 
 SUMMARY = "prove every schedule exact against numpy"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--isa", action="append", default=[], help="ISA level (default: all this CPU runs)")
-    parser.add_argument(
-        "--family", action="append", default=[], help="i2s, tl1, tl2, t5 or tl5 (default: all)"
-    )
-    parser.add_argument("--regime", action="append", default=[], help="n1, small or large (default: all)")
+    add_spaces(parser, "all this CPU runs")
     parser.add_argument("--sample", type=int, help="only so many schedules of each space, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--inherited", action="store_true", help="also kernels with the text of their level's parent"
     )
-    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
+    add_compiler(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from bitgen.api import check
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         counts = check(
             isas=args.isa,
             families=args.family,

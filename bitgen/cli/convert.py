@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitgen.cli.progress import ProgressLine
+from bitgen.cli.progress import ProgressBar
 
 SUMMARY = "Hugging Face folder -> GGUF"
 
@@ -25,12 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from bitgen.formats.convert import convert
 
-    with ProgressLine() as line:
-
-        def show(done: int, total: int) -> None:
-            line.show(f"writing {args.out}: {100 * done / max(total, 1):3.0f} %  {done / 1e9:.2f} GB")
-
-        written = convert(args.source, args.out, args.type, show)
+    with ProgressBar("bytes") as bar:
+        written = convert(
+            args.source, args.out, args.type, lambda done, total: bar.show(f"writing {args.out}", done, total)
+        )
     for note in written.notes:
         print(f"bitgen: note: {note}", file=sys.stderr)
     counts = ", ".join(f"{count} {kind}" for kind, count in written.counts.items())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bitgen.cli.common import add_logs
+
 SUMMARY = "write this machine's winners as defaults of its CPU family"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder (default: winners/ in that of the records)")
-    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    add_logs(parser)
     parser.add_argument("--cc", help="C compiler whose records are meant")
 
 

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from bitgen.cli.common import add_model, open_llm
 from bitgen.cli.tables import Column, Table, add_output, render_tables
-from bitgen.cli.text import add_model, open_llm
 
 SUMMARY = "how well a model predicts a text"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from bitgen.cli.common import add_logs
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 SUMMARY = "what is tuned, and what a library contains"
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", nargs="?", type=Path, help="a library's folder or .so (default: records and libraries)"
     )
-    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    add_logs(parser)
     parser.add_argument("--cc", help="C compiler whose records count as current")
     add_output(parser)
 

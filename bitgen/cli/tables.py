@@ -6,11 +6,13 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 FORMATS = ("text", "md", "csv", "json")
+_ANY_WIDTH = 10_000  # columns: a schedule is copied from a table, so it is never cut or folded
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -60,21 +62,23 @@ def render_tables(tables: Sequence[Table], output: str, facts: dict[str, Any] | 
 
 
 def _text(table: Table) -> str:
-    cells = table.cells()
-    widths = [
-        max(len(column.title), *(len(row[i]) for row in cells), 0) if cells else len(column.title)
-        for i, column in enumerate(table.columns)
-    ]
+    """The table as a person reads it: in colour on a terminal, never folded to its width."""
+    from rich.box import Box
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
 
-    def line(values: Sequence[str]) -> str:
-        padded = (
-            value.rjust(width) if column.right else value.ljust(width)
-            for value, width, column in zip(values, widths, table.columns, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    head = line([c.title for c in table.columns])
-    return "\n".join([table.title, head, "-" * len(head), *(line(row) for row in cells)])
+    rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+    grid = Grid(box=rule, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
+    for column in table.columns:
+        grid.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=True)
+    for row in table.cells():
+        grid.add_row(*map(Text, row))
+    text = io.StringIO()
+    console = Console(file=text, width=_ANY_WIDTH, highlight=False, force_terminal=sys.stdout.isatty())
+    console.print(Text(table.title, style="bold"))
+    console.print(grid)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _markdown(table: Table) -> str:

@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from bitgen.api import tune_with
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         result = tune_with(
             args.model,
             options_of(args),

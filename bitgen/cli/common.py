@@ -1,4 +1,4 @@
-"""What the commands that run a model share: arguments, opening the model, the timings at the end."""
+"""What commands share: arguments that several of them have, opening a model, the timings at the end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitgen.llm import LLM
+
+
+PRESET_HELP = "a preset (see `bitgen models`), a YAML file or a model file"
+
+
+def add_compiler(parser: argparse.ArgumentParser, only: str = "") -> None:
+    """--cc; ``only`` tells when it counts ("with --kernels: ")."""
+    parser.add_argument("--cc", help=f"{only}C compiler: gcc, clang, zig or a path")
+
+
+def add_logs(parser: argparse.ArgumentParser, only: str = "") -> None:
+    """--logs; ``only`` as for `add_compiler`."""
+    parser.add_argument("--logs", type=Path, help=f"{only}folder of the records (tune_logs/)")
+
+
+def add_spaces(parser: argparse.ArgumentParser, isa_default: str) -> None:
+    """--isa, --family and --regime, each of which may be given several times."""
+    again = "; may be given again"
+    parser.add_argument(
+        "--isa", action="append", default=[], help=f"ISA level (default: {isa_default}){again}"
+    )
+    parser.add_argument(
+        "--family",
+        action="append",
+        default=[],
+        help=f"i2s, tl1, tl2, t5 or tl5 (default: all){again}",
+    )
+    parser.add_argument(
+        "--regime", action="append", default=[], help=f"n1, small or large (default: all){again}"
+    )
+
+
+def add_library(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--library", type=Path, help="kernel library: a bundle or a .so (default: the best here)"
+    )
+
+
+def add_kv(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
 
 
 def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
@@ -27,16 +67,14 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) ->
         help="positions of the context; 0: all the model has"
         + (f" ({context})" if context else " (4096, or what the model has)"),
     )
-    group.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
+    add_kv(group)
     group.add_argument(
         "--head",
         choices=("exact", "q8"),
         default="exact",
         help="the output matrix as the file has it, or int8 a row: half the bytes, slightly other logits",
     )
-    group.add_argument(
-        "--library", type=Path, help="kernel library: a bundle or a .so (default: the best here)"
-    )
+    add_library(group)
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
@@ -105,10 +143,10 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_llm(args: argparse.Namespace) -> LLM:
     """The model of the arguments; what its user should know goes to standard error."""
-    from bitgen.cli.progress import ProgressLine
+    from bitgen.cli.progress import ProgressBar
     from bitgen.llm import LLM
 
-    with ProgressLine() as line:
+    with ProgressBar() as line:
         llm = LLM(
             args.model,
             library=args.library,

@@ -1,0 +1,62 @@
+"""Bars on terminals, lines elsewhere, and no thread of their own."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import threading
+
+import pytest
+
+from bitgen.cli import progress
+from bitgen.cli.progress import ProgressBar
+from bitgen.cli.tables import Column, Table, render_tables
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    before = threading.active_count()
+    with ProgressBar("kernels") as bar:
+        bar.show("i2s n1", 3, 10)
+        assert threading.active_count() == before
+        written = screen.getvalue()
+        assert "i2s n1" in written
+        assert "3/10 kernels" in re.sub(r"\x1b\[[?\d;]*\w", "", written)
+    assert screen.getvalue() != written, "the bar is removed at the end"
+
+
+def test_lines_elsewhere_tell_the_share_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter([0.0, 20.0, 20.0, 20.0, 21.0, 21.0, 40.0, 40.0, 40.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    with ProgressBar() as bar:
+        bar.show("checking", 1, 4)
+        bar.show("too soon", 2, 4)
+        bar.show("done", 4, 4)
+    assert capsys.readouterr().err == "checking:  25 %, 60 s left\ndone: 100 %\n"
+
+
+def test_the_last_line_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar() as bar:
+        bar.show("packing")
+        bar.show("packed")
+    assert capsys.readouterr().err == "packing\npacked\n"
+
+
+def test_a_table_is_never_folded_or_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table("t", (Column("a", "name"), Column("b", "us", ".1f")), [("x" * 300, 1.25), ("[y]", None)])
+    lines = render_tables([table], "text").splitlines()
+    assert lines[1].split() == ["name", "us"]
+    assert set(lines[2]) == {"-"}
+    assert lines[3].split() == ["x" * 300, "1.2"]
+    assert lines[4].split() == ["[y]", "-"]
