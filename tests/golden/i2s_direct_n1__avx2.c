@@ -1,20 +1,22 @@
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sixteen rows of one token leave the kernel: exact integers, or scaled floats. Rows from m on do not exist. */
-static inline void store_rows(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw sum) {
+/* The sums of sixteen rows and one token leave the kernel: exact integers, or scaled floats. Rows from m on do not
+   exist. */
+static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw acc) {
     if (row >= m) return;
+    acc = vw_sub(acc, vw_splat(a->x_sum[token])); /* codes are w + 1: the sum of the activations comes off */
     const int n = (int)min64(m - row, 16);
     const int64_t at = token * a->out_stride + row;
     if (a->acc) {
-        vw_store_n(a->acc + at, sum, n);
+        vw_store_n(a->acc + at, acc, n);
     } else {
         const vf scale = a->w_scale_stride ? vf_load_n(a->w_scale + row, n) : vf_splat(a->w_scale[0]);
-        vf_store_n(a->y + at, vf_mul(vf_from_w(sum), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
+        vf_store_n(a->y + at, vf_mul(vf_from_w(acc), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
     }
 }
 
-/* 1 token x 2 row blocks of 16, `part` blocks apart; a block behind the last repeats it, a token too. */
-static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last, int64_t token) {
+/* Row blocks: 2, `part` blocks apart; a block behind the last repeats it. */
+static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
     const int64_t m = a->m, k = a->k;
     const int64_t chunks = (k + 15) / 16;
     const int64_t block_bytes = 64 * chunks;
@@ -22,51 +24,45 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const uint8_t *const w0 = a->w + b0 * block_bytes;
     const int64_t b1 = min64(block + part, last);
     const uint8_t *const w1 = a->w + b1 * block_bytes;
-    const int64_t t0 = min64(token, a->n - 1);
-    const int8_t *const x0 = a->x + t0 * a->x_stride;
+    const int8_t *const x0 = a->x;
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
-    vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero();
-    vw acc1_0_0 = vw_zero(), acc1_0_1 = vw_zero();
-    for (int64_t from = 0; from < chunks; from += 8) {
-        const int64_t to = min64(from + 8, chunks);
-        vp h0_0_0 = vp_zero(), h0_0_1 = vp_zero();
-        vp h1_0_0 = vp_zero(), h1_0_1 = vp_zero();
-        int64_t c = from;
-        for (; c < to; ++c) {
+    vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero();
+    vw acc_r1_t0_f0 = vw_zero(), acc_r1_t0_f1 = vw_zero();
+    for (int64_t begin = 0; begin < chunks; begin += 8) {
+        const int64_t end = min64(begin + 8, chunks);
+        vp sum16_r0_t0_f0 = vp_zero(), sum16_r0_t0_f1 = vp_zero();
+        vp sum16_r1_t0_f0 = vp_zero(), sum16_r1_t0_f1 = vp_zero();
+        for (int64_t c = begin; c < end; ++c) {
             const vx x_first = vx_load(x0, 16 * c);
             {
                 const vb v0 = vb_load(w0 + 64 * c);
                 const vb v0_high = vb_high(v0, 4);
                 prefetch_once(w0 + 64 * c + 1024);
-                h0_0_0 = vp_add_field(h0_0_0, vb_and(v0, mask0), x_first, 0);
-                h0_0_1 = vp_add_field(h0_0_1, vb_and(v0, mask1), x_first, 1);
-                h0_0_0 = vp_add_field(h0_0_0, vb_and(v0_high, mask0), x_first, 2);
-                h0_0_1 = vp_add_field(h0_0_1, vb_and(v0_high, mask1), x_first, 3);
+                sum16_r0_t0_f0 = vp_add_field(sum16_r0_t0_f0, vb_and(v0, mask0), x_first, 0);
+                sum16_r0_t0_f1 = vp_add_field(sum16_r0_t0_f1, vb_and(v0, mask1), x_first, 1);
+                sum16_r0_t0_f0 = vp_add_field(sum16_r0_t0_f0, vb_and(v0_high, mask0), x_first, 2);
+                sum16_r0_t0_f1 = vp_add_field(sum16_r0_t0_f1, vb_and(v0_high, mask1), x_first, 3);
             }
             {
                 const vb v1 = vb_load(w1 + 64 * c);
                 const vb v1_high = vb_high(v1, 4);
                 prefetch_once(w1 + 64 * c + 1024);
-                h1_0_0 = vp_add_field(h1_0_0, vb_and(v1, mask0), x_first, 0);
-                h1_0_1 = vp_add_field(h1_0_1, vb_and(v1, mask1), x_first, 1);
-                h1_0_0 = vp_add_field(h1_0_0, vb_and(v1_high, mask0), x_first, 2);
-                h1_0_1 = vp_add_field(h1_0_1, vb_and(v1_high, mask1), x_first, 3);
+                sum16_r1_t0_f0 = vp_add_field(sum16_r1_t0_f0, vb_and(v1, mask0), x_first, 0);
+                sum16_r1_t0_f1 = vp_add_field(sum16_r1_t0_f1, vb_and(v1, mask1), x_first, 1);
+                sum16_r1_t0_f0 = vp_add_field(sum16_r1_t0_f0, vb_and(v1_high, mask0), x_first, 2);
+                sum16_r1_t0_f1 = vp_add_field(sum16_r1_t0_f1, vb_and(v1_high, mask1), x_first, 3);
             }
         }
-        acc0_0_0 = vw_widen(acc0_0_0, h0_0_0);
-        acc0_0_1 = vw_widen(acc0_0_1, h0_0_1);
-        acc1_0_0 = vw_widen(acc1_0_0, h1_0_0);
-        acc1_0_1 = vw_widen(acc1_0_1, h1_0_1);
+        acc_r0_t0_f0 = vw_widen(acc_r0_t0_f0, sum16_r0_t0_f0);
+        acc_r0_t0_f1 = vw_widen(acc_r0_t0_f1, sum16_r0_t0_f1);
+        acc_r1_t0_f0 = vw_widen(acc_r1_t0_f0, sum16_r1_t0_f0);
+        acc_r1_t0_f1 = vw_widen(acc_r1_t0_f1, sum16_r1_t0_f1);
     }
-    /* codes are w + 1: the sum of the activations comes off once */
-    const vw x_sum0 = vw_splat(a->x_sum[t0]);
-    vw sum0_0 = vw_sub(acc0_0_0, x_sum0);
-    sum0_0 = vw_add(sum0_0, vw_sra(acc0_0_1, 2));
-    store_rows(a, m, 16 * b0, t0, sum0_0);
-    vw sum1_0 = vw_sub(acc1_0_0, x_sum0);
-    sum1_0 = vw_add(sum1_0, vw_sra(acc1_0_1, 2));
-    store_rows(a, m, 16 * b1, t0, sum1_0);
+    acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f1, 2));
+    epilogue(a, m, 16 * b0, 0, acc_r0_t0_f0);
+    acc_r1_t0_f0 = vw_add(acc_r1_t0_f0, vw_sra(acc_r1_t0_f1, 2));
+    epilogue(a, m, 16 * b1, 0, acc_r1_t0_f0);
 }
 
 int64_t bitgen_i2s_n1_r16_direct_streams2_nr1_accs2_widen8_unroll1_prefetch1024_hint1__avx2_scratch(int64_t m, int64_t k, int64_t n) {
@@ -81,5 +77,5 @@ void bitgen_i2s_n1_r16_direct_streams2_nr1_accs2_widen8_unroll1_prefetch1024_hin
     /* Each stream walks a part of the rows of its own: what is prefetched behind its block is its next one. */
     const int64_t part = (last - first + 2) / 2;
     for (int64_t block = first; block < first + part; ++block)
-        for (int64_t token = 0; token < a->n; token += 1) tile_1(a, block, part, last, token);
+        tile_1(a, block, part, last);
 }

@@ -1,15 +1,17 @@
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sixteen rows of one token leave the kernel: exact integers, or scaled floats. Rows from m on do not exist. */
-static inline void store_rows(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw sum) {
+/* The sums of sixteen rows and one token leave the kernel: exact integers, or scaled floats. Rows from m on do not
+   exist. */
+static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw acc) {
     if (row >= m) return;
+    acc = vw_sub(acc, vw_splat(a->x_sum[token])); /* codes are w + 1: the sum of the activations comes off */
     const int n = (int)min64(m - row, 16);
     const int64_t at = token * a->out_stride + row;
     if (a->acc) {
-        vw_store_n(a->acc + at, sum, n);
+        vw_store_n(a->acc + at, acc, n);
     } else {
         const vf scale = a->w_scale_stride ? vf_load_n(a->w_scale + row, n) : vf_splat(a->w_scale[0]);
-        vf_store_n(a->y + at, vf_mul(vf_from_w(sum), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
+        vf_store_n(a->y + at, vf_mul(vf_from_w(acc), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
     }
 }
 
@@ -54,7 +56,7 @@ static inline void multiply_turn(vt *t, const int8_t *x, int64_t x_stride, const
     }
 }
 
-/* 4 row blocks of 16, `part` blocks apart; a block behind the last repeats it. */
+/* Row blocks: 4, `part` blocks apart; a block behind the last repeats it. */
 static void row_tiles(const struct bitgen_matmul *a, vt *t, int64_t block, int64_t part, int64_t last) {
     const int64_t m = a->m, k = a->k;
     const int64_t chunks = (k + 15) / 16;
@@ -93,16 +95,10 @@ static void row_tiles(const struct bitgen_matmul *a, vt *t, int64_t block, int64
     vt_store(t, 2, sums + 512);
     vt_store(t, 3, sums + 768);
     for (int64_t token = 0; token < a->n; ++token) {
-        /* codes are w + 1: the sum of the activations comes off once */
-        const vw x_sum = vw_splat(a->x_sum[token]);
-        store_rows(a, m, 16 * b0, token,
-                   vw_sub(vw_load(sums + 16 * token), x_sum));
-        store_rows(a, m, 16 * b1, token,
-                   vw_sub(vw_load(sums + 16 * token + 256), x_sum));
-        store_rows(a, m, 16 * b2, token,
-                   vw_sub(vw_load(sums + 16 * token + 512), x_sum));
-        store_rows(a, m, 16 * b3, token,
-                   vw_sub(vw_load(sums + 16 * token + 768), x_sum));
+        epilogue(a, m, 16 * b0, token, vw_load(sums + 16 * token));
+        epilogue(a, m, 16 * b1, token, vw_load(sums + 16 * token + 256));
+        epilogue(a, m, 16 * b2, token, vw_load(sums + 16 * token + 512));
+        epilogue(a, m, 16 * b3, token, vw_load(sums + 16 * token + 768));
     }
 }
 

@@ -1,15 +1,17 @@
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sixteen rows of one token leave the kernel: exact integers, or scaled floats. Rows from m on do not exist. */
-static inline void store_rows(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw sum) {
+/* The sums of sixteen rows and one token leave the kernel: exact integers, or scaled floats. Rows from m on do not
+   exist. */
+static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw acc) {
     if (row >= m) return;
+    acc = vw_sub(acc, vw_splat(a->x_sum[token])); /* codes are w + 1: the sum of the activations comes off */
     const int n = (int)min64(m - row, 16);
     const int64_t at = token * a->out_stride + row;
     if (a->acc) {
-        vw_store_n(a->acc + at, sum, n);
+        vw_store_n(a->acc + at, acc, n);
     } else {
         const vf scale = a->w_scale_stride ? vf_load_n(a->w_scale + row, n) : vf_splat(a->w_scale[0]);
-        vf_store_n(a->y + at, vf_mul(vf_from_w(sum), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
+        vf_store_n(a->y + at, vf_mul(vf_from_w(acc), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
     }
 }
 
@@ -26,7 +28,7 @@ static const uint8_t t5_table[128] __attribute__((aligned(64))) = {
     1, 65, 129, 17, 81, 145, 33, 97, 161, 5, 69, 133, 21, 85, 85, 85,
 };
 
-/* 1 token x 1 row block of 16; a block behind the last repeats it, a token too. */
+/* Tokens x row blocks: 1 x 1; a block behind the last repeats it, a token too. */
 static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last, int64_t token) {
     (void)part;
     (void)last;
@@ -40,64 +42,58 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
     const vb mask2 = vb_splat(48);
-    vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero(), acc0_0_2 = vw_zero();
-    {
-        const int64_t to = chunks;
-        int64_t c = 0;
-        for (; c + 2 <= to; c += 2) {
-            {
-                const vx x_first = vx_load(x0, 20 * c);
-                const vx x_last = vx_load(x0, 20 * c + 4);
-                {
-                    const vb packed0 = vb_load(w0 + 64 * c);
-                    const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
-                    const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x_first, 0);
-                    acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x_first, 1);
-                    acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x_first, 2);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x_first, 3);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x_last, 3);
-                }
-            }
-            {
-                const vx x_first = vx_load(x0, 20 * (c + 1));
-                const vx x_last = vx_load(x0, 20 * (c + 1) + 4);
-                {
-                    const vb packed0 = vb_load(w0 + 64 * (c + 1));
-                    const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
-                    const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x_first, 0);
-                    acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x_first, 1);
-                    acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x_first, 2);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x_first, 3);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x_last, 3);
-                }
-            }
-        }
-        if (c < to) {
+    vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero();
+    int64_t c = 0;
+    for (; c + 2 <= chunks; c += 2) {
+        {
             const vx x_first = vx_load(x0, 20 * c);
             const vx x_last = vx_load(x0, 20 * c + 4);
             {
                 const vb packed0 = vb_load(w0 + 64 * c);
                 const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
                 const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
-                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x_first, 0);
-                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x_first, 1);
-                acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x_first, 2);
-                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x_first, 3);
-                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x_last, 3);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_and(v0, mask0), x_first, 0);
+                acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x_first, 1);
+                acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x_first, 2);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0, 6), x_first, 3);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0_fifth, 6), x_last, 3);
+            }
+        }
+        {
+            const vx x_first = vx_load(x0, 20 * (c + 1));
+            const vx x_last = vx_load(x0, 20 * (c + 1) + 4);
+            {
+                const vb packed0 = vb_load(w0 + 64 * (c + 1));
+                const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
+                const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_and(v0, mask0), x_first, 0);
+                acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x_first, 1);
+                acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x_first, 2);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0, 6), x_first, 3);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0_fifth, 6), x_last, 3);
             }
         }
     }
-    /* codes are w + 1: the sum of the activations comes off once */
-    const vw x_sum0 = vw_splat(a->x_sum[t0]);
-    vw sum0_0 = vw_sub(acc0_0_0, x_sum0);
-    sum0_0 = vw_add(sum0_0, vw_sra(acc0_0_1, 2));
-    sum0_0 = vw_add(sum0_0, vw_sra(acc0_0_2, 4));
-    store_rows(a, m, 16 * b0, t0, sum0_0);
+    if (c < chunks) {
+        const vx x_first = vx_load(x0, 20 * c);
+        const vx x_last = vx_load(x0, 20 * c + 4);
+        {
+            const vb packed0 = vb_load(w0 + 64 * c);
+            const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
+            const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
+            acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_and(v0, mask0), x_first, 0);
+            acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x_first, 1);
+            acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x_first, 2);
+            acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0, 6), x_first, 3);
+            acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0_fifth, 6), x_last, 3);
+        }
+    }
+    acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f1, 2));
+    acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f2, 4));
+    epilogue(a, m, 16 * b0, t0, acc_r0_t0_f0);
 }
 
-/* 2 tokens x 1 row block of 16; a block behind the last repeats it, a token too. */
+/* Tokens x row blocks: 2 x 1; a block behind the last repeats it, a token too. */
 static void tile_2(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last, int64_t token) {
     (void)part;
     (void)last;
@@ -113,160 +109,152 @@ static void tile_2(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
     const vb mask2 = vb_splat(48);
-    vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero(), acc0_0_2 = vw_zero();
-    vw acc0_1_0 = vw_zero(), acc0_1_1 = vw_zero(), acc0_1_2 = vw_zero();
-    {
-        const int64_t to = chunks;
-        int64_t c = 0;
-        for (; c + 2 <= to; c += 2) {
-            {
-                const vb packed0 = vb_load(w0 + 64 * c);
-                const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
-                const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
-                {
-                    const vx x = vx_load(x0, 20 * c);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x, 0);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * c);
-                    acc0_1_0 = vw_dot4_field(acc0_1_0, vb_and(v0, mask0), x, 0);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * c);
-                    acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x, 1);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * c);
-                    acc0_1_1 = vw_dot4_field(acc0_1_1, vb_and(v0, mask1), x, 1);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * c);
-                    acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x, 2);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * c);
-                    acc0_1_2 = vw_dot4_field(acc0_1_2, vb_and(v0, mask2), x, 2);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * c);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x, 3);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * c);
-                    acc0_1_0 = vw_dot4_field(acc0_1_0, vb_high(v0, 6), x, 3);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * c + 4);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x, 3);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * c + 4);
-                    acc0_1_0 = vw_dot4_field(acc0_1_0, vb_high(v0_fifth, 6), x, 3);
-                }
-            }
-            {
-                const vb packed0 = vb_load(w0 + 64 * (c + 1));
-                const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
-                const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
-                {
-                    const vx x = vx_load(x0, 20 * (c + 1));
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x, 0);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * (c + 1));
-                    acc0_1_0 = vw_dot4_field(acc0_1_0, vb_and(v0, mask0), x, 0);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * (c + 1));
-                    acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x, 1);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * (c + 1));
-                    acc0_1_1 = vw_dot4_field(acc0_1_1, vb_and(v0, mask1), x, 1);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * (c + 1));
-                    acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x, 2);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * (c + 1));
-                    acc0_1_2 = vw_dot4_field(acc0_1_2, vb_and(v0, mask2), x, 2);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * (c + 1));
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x, 3);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * (c + 1));
-                    acc0_1_0 = vw_dot4_field(acc0_1_0, vb_high(v0, 6), x, 3);
-                }
-                {
-                    const vx x = vx_load(x0, 20 * (c + 1) + 4);
-                    acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x, 3);
-                }
-                {
-                    const vx x = vx_load(x1, 20 * (c + 1) + 4);
-                    acc0_1_0 = vw_dot4_field(acc0_1_0, vb_high(v0_fifth, 6), x, 3);
-                }
-            }
-        }
-        if (c < to) {
+    vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero();
+    vw acc_r0_t1_f0 = vw_zero(), acc_r0_t1_f1 = vw_zero(), acc_r0_t1_f2 = vw_zero();
+    int64_t c = 0;
+    for (; c + 2 <= chunks; c += 2) {
+        {
             const vb packed0 = vb_load(w0 + 64 * c);
             const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
             const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
             {
                 const vx x = vx_load(x0, 20 * c);
-                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_and(v0, mask0), x, 0);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_and(v0, mask0), x, 0);
             }
             {
                 const vx x = vx_load(x1, 20 * c);
-                acc0_1_0 = vw_dot4_field(acc0_1_0, vb_and(v0, mask0), x, 0);
+                acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_and(v0, mask0), x, 0);
             }
             {
                 const vx x = vx_load(x0, 20 * c);
-                acc0_0_1 = vw_dot4_field(acc0_0_1, vb_and(v0, mask1), x, 1);
+                acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x, 1);
             }
             {
                 const vx x = vx_load(x1, 20 * c);
-                acc0_1_1 = vw_dot4_field(acc0_1_1, vb_and(v0, mask1), x, 1);
+                acc_r0_t1_f1 = vw_dot4_field(acc_r0_t1_f1, vb_and(v0, mask1), x, 1);
             }
             {
                 const vx x = vx_load(x0, 20 * c);
-                acc0_0_2 = vw_dot4_field(acc0_0_2, vb_and(v0, mask2), x, 2);
+                acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x, 2);
             }
             {
                 const vx x = vx_load(x1, 20 * c);
-                acc0_1_2 = vw_dot4_field(acc0_1_2, vb_and(v0, mask2), x, 2);
+                acc_r0_t1_f2 = vw_dot4_field(acc_r0_t1_f2, vb_and(v0, mask2), x, 2);
             }
             {
                 const vx x = vx_load(x0, 20 * c);
-                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0, 6), x, 3);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0, 6), x, 3);
             }
             {
                 const vx x = vx_load(x1, 20 * c);
-                acc0_1_0 = vw_dot4_field(acc0_1_0, vb_high(v0, 6), x, 3);
+                acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_high(v0, 6), x, 3);
             }
             {
                 const vx x = vx_load(x0, 20 * c + 4);
-                acc0_0_0 = vw_dot4_field(acc0_0_0, vb_high(v0_fifth, 6), x, 3);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0_fifth, 6), x, 3);
             }
             {
                 const vx x = vx_load(x1, 20 * c + 4);
-                acc0_1_0 = vw_dot4_field(acc0_1_0, vb_high(v0_fifth, 6), x, 3);
+                acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_high(v0_fifth, 6), x, 3);
+            }
+        }
+        {
+            const vb packed0 = vb_load(w0 + 64 * (c + 1));
+            const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
+            const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
+            {
+                const vx x = vx_load(x0, 20 * (c + 1));
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_and(v0, mask0), x, 0);
+            }
+            {
+                const vx x = vx_load(x1, 20 * (c + 1));
+                acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_and(v0, mask0), x, 0);
+            }
+            {
+                const vx x = vx_load(x0, 20 * (c + 1));
+                acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x, 1);
+            }
+            {
+                const vx x = vx_load(x1, 20 * (c + 1));
+                acc_r0_t1_f1 = vw_dot4_field(acc_r0_t1_f1, vb_and(v0, mask1), x, 1);
+            }
+            {
+                const vx x = vx_load(x0, 20 * (c + 1));
+                acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x, 2);
+            }
+            {
+                const vx x = vx_load(x1, 20 * (c + 1));
+                acc_r0_t1_f2 = vw_dot4_field(acc_r0_t1_f2, vb_and(v0, mask2), x, 2);
+            }
+            {
+                const vx x = vx_load(x0, 20 * (c + 1));
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0, 6), x, 3);
+            }
+            {
+                const vx x = vx_load(x1, 20 * (c + 1));
+                acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_high(v0, 6), x, 3);
+            }
+            {
+                const vx x = vx_load(x0, 20 * (c + 1) + 4);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0_fifth, 6), x, 3);
+            }
+            {
+                const vx x = vx_load(x1, 20 * (c + 1) + 4);
+                acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_high(v0_fifth, 6), x, 3);
             }
         }
     }
-    /* codes are w + 1: the sum of the activations comes off once */
-    const vw x_sum0 = vw_splat(a->x_sum[t0]);
-    const vw x_sum1 = vw_splat(a->x_sum[t1]);
-    vw sum0_0 = vw_sub(acc0_0_0, x_sum0);
-    sum0_0 = vw_add(sum0_0, vw_sra(acc0_0_1, 2));
-    sum0_0 = vw_add(sum0_0, vw_sra(acc0_0_2, 4));
-    store_rows(a, m, 16 * b0, t0, sum0_0);
-    vw sum0_1 = vw_sub(acc0_1_0, x_sum1);
-    sum0_1 = vw_add(sum0_1, vw_sra(acc0_1_1, 2));
-    sum0_1 = vw_add(sum0_1, vw_sra(acc0_1_2, 4));
-    store_rows(a, m, 16 * b0, t1, sum0_1);
+    if (c < chunks) {
+        const vb packed0 = vb_load(w0 + 64 * c);
+        const vb v0 = vb_mirror(vb_lut128(t5_table, packed0), packed0);
+        const vb v0_fifth = vb_avg(vb_avg(packed0, vb_splat(0)), packed0);
+        {
+            const vx x = vx_load(x0, 20 * c);
+            acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_and(v0, mask0), x, 0);
+        }
+        {
+            const vx x = vx_load(x1, 20 * c);
+            acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_and(v0, mask0), x, 0);
+        }
+        {
+            const vx x = vx_load(x0, 20 * c);
+            acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x, 1);
+        }
+        {
+            const vx x = vx_load(x1, 20 * c);
+            acc_r0_t1_f1 = vw_dot4_field(acc_r0_t1_f1, vb_and(v0, mask1), x, 1);
+        }
+        {
+            const vx x = vx_load(x0, 20 * c);
+            acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x, 2);
+        }
+        {
+            const vx x = vx_load(x1, 20 * c);
+            acc_r0_t1_f2 = vw_dot4_field(acc_r0_t1_f2, vb_and(v0, mask2), x, 2);
+        }
+        {
+            const vx x = vx_load(x0, 20 * c);
+            acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0, 6), x, 3);
+        }
+        {
+            const vx x = vx_load(x1, 20 * c);
+            acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_high(v0, 6), x, 3);
+        }
+        {
+            const vx x = vx_load(x0, 20 * c + 4);
+            acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_high(v0_fifth, 6), x, 3);
+        }
+        {
+            const vx x = vx_load(x1, 20 * c + 4);
+            acc_r0_t1_f0 = vw_dot4_field(acc_r0_t1_f0, vb_high(v0_fifth, 6), x, 3);
+        }
+    }
+    acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f1, 2));
+    acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f2, 4));
+    epilogue(a, m, 16 * b0, t0, acc_r0_t0_f0);
+    acc_r0_t1_f0 = vw_add(acc_r0_t1_f0, vw_sra(acc_r0_t1_f1, 2));
+    acc_r0_t1_f0 = vw_add(acc_r0_t1_f0, vw_sra(acc_r0_t1_f2, 4));
+    epilogue(a, m, 16 * b0, t1, acc_r0_t1_f0);
 }
 
 int64_t bitgen_t5_small_r16_direct_streams1_nr2_accs3_widen0_unroll2_prefetch0__neon_dotprod_scratch(int64_t m, int64_t k, int64_t n) {

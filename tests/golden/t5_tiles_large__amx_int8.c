@@ -1,15 +1,17 @@
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sixteen rows of one token leave the kernel: exact integers, or scaled floats. Rows from m on do not exist. */
-static inline void store_rows(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw sum) {
+/* The sums of sixteen rows and one token leave the kernel: exact integers, or scaled floats. Rows from m on do not
+   exist. */
+static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw acc) {
     if (row >= m) return;
+    acc = vw_sub(acc, vw_splat(a->x_sum[token])); /* codes are w + 1: the sum of the activations comes off */
     const int n = (int)min64(m - row, 16);
     const int64_t at = token * a->out_stride + row;
     if (a->acc) {
-        vw_store_n(a->acc + at, sum, n);
+        vw_store_n(a->acc + at, acc, n);
     } else {
         const vf scale = a->w_scale_stride ? vf_load_n(a->w_scale + row, n) : vf_splat(a->w_scale[0]);
-        vf_store_n(a->y + at, vf_mul(vf_from_w(sum), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
+        vf_store_n(a->y + at, vf_mul(vf_from_w(acc), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
     }
 }
 
@@ -45,8 +47,8 @@ static inline int64_t panel_columns(int64_t chunks) { return min64(960, (20 * ch
 
 /* 32 rows x 16 tokens over `steps` steps of 64 k; token i of 16 is at x + i * x_stride.
    sums: 2 tiles of the columns before, then of these too. */
-static void multiply_1(vt *t, const uint8_t *panel, int64_t sub_bytes, const int8_t *x, int64_t x_stride, int64_t steps,
-                       int32_t *sums, int first) {
+static void multiply_1(vt *t, const uint8_t *panel, int64_t sub_bytes, const int8_t *x, int64_t x_stride,
+                       int64_t steps, int32_t *sums, int first) {
     if (first) {
         vt_zero(t, 0);
         vt_zero(t, 1);
@@ -65,10 +67,11 @@ static void multiply_1(vt *t, const uint8_t *panel, int64_t sub_bytes, const int
     vt_store(t, 1, sums + 256);
 }
 
-/* 32 rows x 32 tokens over `steps` steps of 64 k; token i of 16 is at x + i * x_stride, the second 16 1 KiB behind.
+/* 32 rows x 32 tokens over `steps` steps of 64 k; token i of 16 is at x + i * x_stride.
+   The second 16 tokens are 1 KiB behind.
    sums: 4 tiles of the columns before, then of these too. */
-static void multiply_2(vt *t, const uint8_t *panel, int64_t sub_bytes, const int8_t *x, int64_t x_stride, int64_t steps,
-                       int32_t *sums, int first) {
+static void multiply_2(vt *t, const uint8_t *panel, int64_t sub_bytes, const int8_t *x, int64_t x_stride,
+                       int64_t steps, int32_t *sums, int first) {
     if (first) {
         vt_zero(t, 0);
         vt_zero(t, 1);
@@ -109,11 +112,10 @@ static void store_tiles(const struct bitgen_matmul *a, int64_t m, int64_t row, i
                         int64_t count, const int32_t *sums) {
     for (int64_t i = 0; i < count; ++i) {
         const int32_t *const of_token = sums + i / 16 * 512 + i % 16 * 16;
-        const vw x_sum = vw_splat(a->x_sum[token + i]); /* codes are w + 1: it comes off once */
         if (row < row_end)
-            store_rows(a, m, row, token + i, vw_sub(vw_load(of_token), x_sum));
+            epilogue(a, m, row, token + i, vw_load(of_token));
         if (row + 16 < row_end)
-            store_rows(a, m, row + 16, token + i, vw_sub(vw_load(of_token + 256), x_sum));
+            epilogue(a, m, row + 16, token + i, vw_load(of_token + 256));
     }
 }
 
@@ -143,14 +145,14 @@ void bitgen_t5_large_r32_tiles_mr32_nr32_mc256_kc960_pack1__amx_int8(const struc
     const int64_t block_bytes = 2 * (64 * chunks);
     const int64_t columns = panel_columns(chunks), chunks_each = columns / 20;
     const int64_t sub_bytes = 16 * columns;
-    const int cut = columns < k;
+    const int cut = columns < k; /* else one panel holds all of k */
     uint8_t *const panel = a->scratch;
     int8_t *const packed = (int8_t *)(panel + 256 * columns);
     int32_t *const sums = (int32_t *)(packed + 32 * columns);
-    const int64_t row_end = (a->row_end + 31) / 32 * 32;
-    const int64_t tokens = cut ? TOKENS : a->n;
     int64_t configured = 0;
     vt t;
+    const int64_t row_end = (a->row_end + 31) / 32 * 32;
+    const int64_t tokens = cut ? TOKENS : a->n;
     for (int64_t token0 = 0; token0 < a->n; token0 += tokens)
         for (int64_t row0 = a->row_begin; row0 < row_end; row0 += 256)
             for (int64_t from = 0; from < chunks; from += chunks_each) {
@@ -167,8 +169,8 @@ void bitgen_t5_large_r32_tiles_mr32_nr32_mc256_kc960_pack1__amx_int8(const struc
                     }
                     pack_tokens(x, a->x_stride, count, steps, packed);
                     for (int64_t row = row0; row < row1; row += 32) {
-                        int32_t *const part = cut ? sums + (token - token0) * 256 + (row - row0) * 32 : sums;
                         const uint8_t *const weights = panel + (row - row0) / 16 * sub_bytes;
+                        int32_t *const part = cut ? sums + (token - token0) * 256 + (row - row0) * 32 : sums;
                         if (count > 16) multiply_2(&t, weights, sub_bytes, packed, 64, steps, part, from == 0);
                         else multiply_1(&t, weights, sub_bytes, packed, 64, steps, part, from == 0);
                         if (to == chunks) store_tiles(a, m, row, row1, token, count, part);

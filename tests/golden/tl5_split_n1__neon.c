@@ -1,38 +1,38 @@
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Sixteen rows of one token leave the kernel: exact integers, or scaled floats. Rows from m on do not exist. */
-static inline void store_rows(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw sum) {
+/* The sums of sixteen rows and one token leave the kernel: exact integers, or scaled floats. Rows from m on do not
+   exist. */
+static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw acc) {
     if (row >= m) return;
     const int n = (int)min64(m - row, 16);
     const int64_t at = token * a->out_stride + row;
     if (a->acc) {
-        vw_store_n(a->acc + at, sum, n);
+        vw_store_n(a->acc + at, acc, n);
     } else {
         const vf scale = a->w_scale_stride ? vf_load_n(a->w_scale + row, n) : vf_splat(a->w_scale[0]);
-        vf_store_n(a->y + at, vf_mul(vf_from_w(sum), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
+        vf_store_n(a->y + at, vf_mul(vf_from_w(acc), vf_mul(vf_splat(a->x_scale[token]), scale)), n);
     }
 }
 
-/* 1 token x 1 row block of 64; a block behind the last repeats it, a token too. */
-static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last, int64_t token) {
+/* Row blocks: 1; a block behind the last repeats it. */
+static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
     (void)part;
     (void)last;
     const int64_t m = a->m, k = a->k;
     const int64_t chunks = (k + 19) / 20;
     const int64_t block_bytes = 4 * (64 * chunks + 64);
-    const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
-
     const int64_t b0 = block;
     const uint8_t *const w0 = a->w + b0 * block_bytes;
-    const int64_t t0 = min64(token, a->n - 1);
-    const uint8_t *const table0 = a->tables + t0 * a->table_stride;
-    vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero(), acc0_0_2 = vw_zero(), acc0_0_3 = vw_zero();
-    for (int64_t from = 0; from < chunks; from += 12) {
-        const int64_t to = min64(from + 12, chunks);
-        vh lo0_0 = vh_zero(), hi0_0 = vh_zero();
-        for (int64_t c = from; c < to; ++c) {
+    const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const uint8_t *const table0 = a->tables;
+    const int64_t t0 = a->n - 1; /* 0; as a constant it costs gcc 12 more spills: 251 instead of 215 on avx2 */
+    vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
+    for (int64_t begin = 0; begin < chunks; begin += 12) {
+        const int64_t end = min64(begin + 12, chunks);
+        vh lo_r0_t0 = vh_zero(), hi_r0_t0 = vh_zero();
+        for (int64_t c = begin; c < end; ++c) {
             /* digits of the sums of four groups: |low| <= 4 x 30, |high| <= 4 x 28 */
-            vb low0_0, high0_0;
+            vb low_r0_t0, high_r0_t0;
             {
                 const vb v = vb_load(w0 + 256 * c);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
@@ -41,8 +41,8 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
                     const uint8_t *const table = table0 + 256 * c;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_sign(low, v);
-                    high0_0 = vb_sign(high, v);
+                    low_r0_t0 = vb_sign(low, v);
+                    high_r0_t0 = vb_sign(high, v);
                 }
             }
             {
@@ -53,8 +53,8 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
                     const uint8_t *const table = table0 + 256 * c + 32;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_add(low0_0, vb_sign(low, v));
-                    high0_0 = vb_add(high0_0, vb_sign(high, v));
+                    low_r0_t0 = vb_add(low_r0_t0, vb_sign(low, v));
+                    high_r0_t0 = vb_add(high_r0_t0, vb_sign(high, v));
                 }
             }
             {
@@ -65,8 +65,8 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
                     const uint8_t *const table = table0 + 256 * c + 128;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_add(low0_0, vb_sign(low, v));
-                    high0_0 = vb_add(high0_0, vb_sign(high, v));
+                    low_r0_t0 = vb_add(low_r0_t0, vb_sign(low, v));
+                    high_r0_t0 = vb_add(high_r0_t0, vb_sign(high, v));
                 }
             }
             {
@@ -77,48 +77,46 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
                     const uint8_t *const table = table0 + 256 * c + 160;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_add(low0_0, vb_sign(low, v));
-                    high0_0 = vb_add(high0_0, vb_sign(high, v));
+                    low_r0_t0 = vb_add(low_r0_t0, vb_sign(low, v));
+                    high_r0_t0 = vb_add(high_r0_t0, vb_sign(high, v));
                 }
             }
-            lo0_0 = vh_add(lo0_0, vh_digits_lo(low0_0, high0_0, 23));
-            hi0_0 = vh_add(hi0_0, vh_digits_hi(low0_0, high0_0, 23));
+            lo_r0_t0 = vh_add(lo_r0_t0, vh_digits_lo(low_r0_t0, high_r0_t0, 23));
+            hi_r0_t0 = vh_add(hi_r0_t0, vh_digits_hi(low_r0_t0, high_r0_t0, 23));
         }
-        /* sub-block u: the 16 rows 16 u .. of the block */
-        acc0_0_0 = vw_extend_lo(acc0_0_0, lo0_0);
-        acc0_0_1 = vw_extend_hi(acc0_0_1, lo0_0);
-        acc0_0_2 = vw_extend_lo(acc0_0_2, hi0_0);
-        acc0_0_3 = vw_extend_hi(acc0_0_3, hi0_0);
+        acc_r0_t0_f0 = vw_extend_lo(acc_r0_t0_f0, lo_r0_t0);
+        acc_r0_t0_f1 = vw_extend_hi(acc_r0_t0_f1, lo_r0_t0);
+        acc_r0_t0_f2 = vw_extend_lo(acc_r0_t0_f2, hi_r0_t0);
+        acc_r0_t0_f3 = vw_extend_hi(acc_r0_t0_f3, hi_r0_t0);
     }
-    store_rows(a, m, 64 * b0, t0, acc0_0_0);
-    store_rows(a, m, 64 * b0 + 16, t0, acc0_0_1);
-    store_rows(a, m, 64 * b0 + 32, t0, acc0_0_2);
-    store_rows(a, m, 64 * b0 + 48, t0, acc0_0_3);
+    epilogue(a, m, 64 * b0, t0, acc_r0_t0_f0);
+    epilogue(a, m, 64 * b0 + 16, t0, acc_r0_t0_f1);
+    epilogue(a, m, 64 * b0 + 32, t0, acc_r0_t0_f2);
+    epilogue(a, m, 64 * b0 + 48, t0, acc_r0_t0_f3);
 }
 
-/* 1 token x 2 row blocks of 64, `part` blocks apart; a block behind the last repeats it, a token too. */
-static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last, int64_t token) {
+/* Row blocks: 2, `part` blocks apart; a block behind the last repeats it. */
+static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
     const int64_t m = a->m, k = a->k;
     const int64_t chunks = (k + 19) / 20;
     const int64_t block_bytes = 4 * (64 * chunks + 64);
-    const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
-
     const int64_t b0 = block;
     const uint8_t *const w0 = a->w + b0 * block_bytes;
     const int64_t b1 = min64(block + part, last);
     const uint8_t *const w1 = a->w + b1 * block_bytes;
-    const int64_t t0 = min64(token, a->n - 1);
-    const uint8_t *const table0 = a->tables + t0 * a->table_stride;
-    vw acc0_0_0 = vw_zero(), acc0_0_1 = vw_zero(), acc0_0_2 = vw_zero(), acc0_0_3 = vw_zero();
-    vw acc1_0_0 = vw_zero(), acc1_0_1 = vw_zero(), acc1_0_2 = vw_zero(), acc1_0_3 = vw_zero();
-    for (int64_t from = 0; from < chunks; from += 12) {
-        const int64_t to = min64(from + 12, chunks);
-        vh lo0_0 = vh_zero(), hi0_0 = vh_zero();
-        vh lo1_0 = vh_zero(), hi1_0 = vh_zero();
-        for (int64_t c = from; c < to; ++c) {
+    const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const uint8_t *const table0 = a->tables;
+    const int64_t t0 = a->n - 1; /* 0; as a constant it costs gcc 12 more spills: 251 instead of 215 on avx2 */
+    vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
+    vw acc_r1_t0_f0 = vw_zero(), acc_r1_t0_f1 = vw_zero(), acc_r1_t0_f2 = vw_zero(), acc_r1_t0_f3 = vw_zero();
+    for (int64_t begin = 0; begin < chunks; begin += 12) {
+        const int64_t end = min64(begin + 12, chunks);
+        vh lo_r0_t0 = vh_zero(), hi_r0_t0 = vh_zero();
+        vh lo_r1_t0 = vh_zero(), hi_r1_t0 = vh_zero();
+        for (int64_t c = begin; c < end; ++c) {
             /* digits of the sums of four groups: |low| <= 4 x 30, |high| <= 4 x 28 */
-            vb low0_0, high0_0;
-            vb low1_0, high1_0;
+            vb low_r0_t0, high_r0_t0;
+            vb low_r1_t0, high_r1_t0;
             {
                 const vb v = vb_load(w0 + 256 * c);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
@@ -127,8 +125,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_sign(low, v);
-                    high0_0 = vb_sign(high, v);
+                    low_r0_t0 = vb_sign(low, v);
+                    high_r0_t0 = vb_sign(high, v);
                 }
             }
             {
@@ -139,8 +137,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low1_0 = vb_sign(low, v);
-                    high1_0 = vb_sign(high, v);
+                    low_r1_t0 = vb_sign(low, v);
+                    high_r1_t0 = vb_sign(high, v);
                 }
             }
             {
@@ -151,8 +149,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c + 32;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_add(low0_0, vb_sign(low, v));
-                    high0_0 = vb_add(high0_0, vb_sign(high, v));
+                    low_r0_t0 = vb_add(low_r0_t0, vb_sign(low, v));
+                    high_r0_t0 = vb_add(high_r0_t0, vb_sign(high, v));
                 }
             }
             {
@@ -163,8 +161,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c + 32;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low1_0 = vb_add(low1_0, vb_sign(low, v));
-                    high1_0 = vb_add(high1_0, vb_sign(high, v));
+                    low_r1_t0 = vb_add(low_r1_t0, vb_sign(low, v));
+                    high_r1_t0 = vb_add(high_r1_t0, vb_sign(high, v));
                 }
             }
             {
@@ -175,8 +173,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c + 128;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_add(low0_0, vb_sign(low, v));
-                    high0_0 = vb_add(high0_0, vb_sign(high, v));
+                    low_r0_t0 = vb_add(low_r0_t0, vb_sign(low, v));
+                    high_r0_t0 = vb_add(high_r0_t0, vb_sign(high, v));
                 }
             }
             {
@@ -187,8 +185,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c + 128;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low1_0 = vb_add(low1_0, vb_sign(low, v));
-                    high1_0 = vb_add(high1_0, vb_sign(high, v));
+                    low_r1_t0 = vb_add(low_r1_t0, vb_sign(low, v));
+                    high_r1_t0 = vb_add(high_r1_t0, vb_sign(high, v));
                 }
             }
             {
@@ -199,8 +197,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c + 160;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low0_0 = vb_add(low0_0, vb_sign(low, v));
-                    high0_0 = vb_add(high0_0, vb_sign(high, v));
+                    low_r0_t0 = vb_add(low_r0_t0, vb_sign(low, v));
+                    high_r0_t0 = vb_add(high_r0_t0, vb_sign(high, v));
                 }
             }
             {
@@ -211,43 +209,32 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                     const uint8_t *const table = table0 + 256 * c + 160;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
                     const vb high = vb_add(vb_lut_low(vb_quad(table + 64), i), vb_lut_low(vb_quad(table + 80), j));
-                    low1_0 = vb_add(low1_0, vb_sign(low, v));
-                    high1_0 = vb_add(high1_0, vb_sign(high, v));
+                    low_r1_t0 = vb_add(low_r1_t0, vb_sign(low, v));
+                    high_r1_t0 = vb_add(high_r1_t0, vb_sign(high, v));
                 }
             }
-            lo0_0 = vh_add(lo0_0, vh_digits_lo(low0_0, high0_0, 23));
-            hi0_0 = vh_add(hi0_0, vh_digits_hi(low0_0, high0_0, 23));
-            lo1_0 = vh_add(lo1_0, vh_digits_lo(low1_0, high1_0, 23));
-            hi1_0 = vh_add(hi1_0, vh_digits_hi(low1_0, high1_0, 23));
+            lo_r0_t0 = vh_add(lo_r0_t0, vh_digits_lo(low_r0_t0, high_r0_t0, 23));
+            hi_r0_t0 = vh_add(hi_r0_t0, vh_digits_hi(low_r0_t0, high_r0_t0, 23));
+            lo_r1_t0 = vh_add(lo_r1_t0, vh_digits_lo(low_r1_t0, high_r1_t0, 23));
+            hi_r1_t0 = vh_add(hi_r1_t0, vh_digits_hi(low_r1_t0, high_r1_t0, 23));
         }
-        /* sub-block u: the 16 rows 16 u .. of the block */
-        acc0_0_0 = vw_extend_lo(acc0_0_0, lo0_0);
-        acc0_0_1 = vw_extend_hi(acc0_0_1, lo0_0);
-        acc0_0_2 = vw_extend_lo(acc0_0_2, hi0_0);
-        acc0_0_3 = vw_extend_hi(acc0_0_3, hi0_0);
-        acc1_0_0 = vw_extend_lo(acc1_0_0, lo1_0);
-        acc1_0_1 = vw_extend_hi(acc1_0_1, lo1_0);
-        acc1_0_2 = vw_extend_lo(acc1_0_2, hi1_0);
-        acc1_0_3 = vw_extend_hi(acc1_0_3, hi1_0);
+        acc_r0_t0_f0 = vw_extend_lo(acc_r0_t0_f0, lo_r0_t0);
+        acc_r0_t0_f1 = vw_extend_hi(acc_r0_t0_f1, lo_r0_t0);
+        acc_r0_t0_f2 = vw_extend_lo(acc_r0_t0_f2, hi_r0_t0);
+        acc_r0_t0_f3 = vw_extend_hi(acc_r0_t0_f3, hi_r0_t0);
+        acc_r1_t0_f0 = vw_extend_lo(acc_r1_t0_f0, lo_r1_t0);
+        acc_r1_t0_f1 = vw_extend_hi(acc_r1_t0_f1, lo_r1_t0);
+        acc_r1_t0_f2 = vw_extend_lo(acc_r1_t0_f2, hi_r1_t0);
+        acc_r1_t0_f3 = vw_extend_hi(acc_r1_t0_f3, hi_r1_t0);
     }
-    store_rows(a, m, 64 * b0, t0, acc0_0_0);
-    store_rows(a, m, 64 * b0 + 16, t0, acc0_0_1);
-    store_rows(a, m, 64 * b0 + 32, t0, acc0_0_2);
-    store_rows(a, m, 64 * b0 + 48, t0, acc0_0_3);
-    store_rows(a, m, 64 * b1, t0, acc1_0_0);
-    store_rows(a, m, 64 * b1 + 16, t0, acc1_0_1);
-    store_rows(a, m, 64 * b1 + 32, t0, acc1_0_2);
-    store_rows(a, m, 64 * b1 + 48, t0, acc1_0_3);
-}
-
-/* All tokens of 2 row blocks. */
-static void blocks_2(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
-    for (int64_t token = 0; token < a->n; token += 1) tile_1(a, block, part, last, token);
-}
-
-/* All tokens of 1 row block. */
-static void blocks_1(const struct bitgen_matmul *a, int64_t block, int64_t part, int64_t last) {
-    for (int64_t token = 0; token < a->n; token += 1) tile_1_of_1(a, block, part, last, token);
+    epilogue(a, m, 64 * b0, t0, acc_r0_t0_f0);
+    epilogue(a, m, 64 * b0 + 16, t0, acc_r0_t0_f1);
+    epilogue(a, m, 64 * b0 + 32, t0, acc_r0_t0_f2);
+    epilogue(a, m, 64 * b0 + 48, t0, acc_r0_t0_f3);
+    epilogue(a, m, 64 * b1, t0, acc_r1_t0_f0);
+    epilogue(a, m, 64 * b1 + 16, t0, acc_r1_t0_f1);
+    epilogue(a, m, 64 * b1 + 32, t0, acc_r1_t0_f2);
+    epilogue(a, m, 64 * b1 + 48, t0, acc_r1_t0_f3);
 }
 
 int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon_scratch(int64_t m, int64_t k, int64_t n) {
@@ -260,12 +247,13 @@ int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon_scrat
 void bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon(const struct bitgen_matmul *a) {
     const int64_t first = a->row_begin / 64, last = (a->row_end + 63) / 64 - 1;
     /* Each stream walks a part of the rows of its own: what is prefetched behind its block is its next one. */
-    const int64_t part = (last - first + 1) / 2, rest = first + 2 * part, left = last + 1 - rest;
-    for (int64_t block = first; block < first + part; ++block) blocks_2(a, block, part, last);
+    const int64_t part = (last - first + 1) / 2;
+    for (int64_t block = first; block < first + part; ++block) tile_1(a, block, part, last);
+    const int64_t rest = first + 2 * part, left = last + 1 - rest;
     if (left == 0) return;
     if (left <= 1) {
-        blocks_1(a, rest, 1, last);
+        tile_1_of_1(a, rest, 1, last);
         return;
     }
-    blocks_2(a, rest, 1, last);
+    tile_1(a, rest, 1, last);
 }

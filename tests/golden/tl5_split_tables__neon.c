@@ -1,8 +1,8 @@
 /* The split tables of one token: for each chunk of 20 activations 256 bytes. Group j, activations x[4 s + j], s = 0..4,
    has 14 sums of w0, w1, w2 with 9 w0 + 3 w1 + w2 = 0..13, |entry| <= 384, and two zeros; and twice the 8 sums of w3,
-   w4 with 3 w3 + w4 = -4..-1, 1..4, |entry| <= 256. An entry is low + 23 high with high = floor((11 entry + 128) /
-   256), both int8: the low digits of a sum of three and one of two add up to -30 .. 30, the high ones to -28 .. 28. Of
-   groups 2 h and 2 h + 1, bytes [128 h ..) hold the low digits (16 sums of three, 16 of two, the same of the other
+   w4 with 3 w3 + w4 = -4..-1, 1..4, |entry| <= 256. An entry is low + 23 high with high = floor((11 entry + 128)
+   / 256), both int8: the low digits of a sum of three and one of two add up to -30 .. 30, the high ones to -28 .. 28.
+   Of groups 2 h and 2 h + 1, bytes [128 h ..) hold the low digits (16 sums of three, 16 of two, the same of the other
    group), bytes [128 h + 64 ..) the high digits. */
 /* Codes w + 1 of (w0, w1), (w2, -), (w3, w4) of the entries, in the order in which bytes are packed. */
 static const uint8_t codes[3][2][64] __attribute__((aligned(64))) = {
@@ -66,10 +66,14 @@ void bitgen_tl5_split_tables__neon(const int8_t *xq, int64_t k, uint8_t *tables)
             /* codes are w + 1: the sum of the activations comes off */
             const vh sum = vh_add(vh_add(vh_pairs(ones, x0), vh_pairs(ones, x1)), vh_pairs(ones, x2));
             uint8_t *const table = tables + 256 * c + 64 * j;
-            const vh e0 = vh_sub(vh_add(vh_add(vh_pairs(vb_load(codes[0][0]), x0), vh_pairs(vb_load(codes[1][0]), x1)),
-                                       vh_pairs(vb_load(codes[2][0]), x2)), sum);
-            const vh e1 = vh_sub(vh_add(vh_add(vh_pairs(vb_load(codes[0][1]), x0), vh_pairs(vb_load(codes[1][1]), x1)),
-                                       vh_pairs(vb_load(codes[2][1]), x2)), sum);
+            const vh p0 = vh_pairs(vb_load(codes[0][0]), x0);
+            const vh q0 = vh_pairs(vb_load(codes[1][0]), x1);
+            const vh r0 = vh_pairs(vb_load(codes[2][0]), x2);
+            const vh e0 = vh_sub(vh_add(vh_add(p0, q0), r0), sum);
+            const vh p1 = vh_pairs(vb_load(codes[0][1]), x0);
+            const vh q1 = vh_pairs(vb_load(codes[1][1]), x1);
+            const vh r1 = vh_pairs(vb_load(codes[2][1]), x2);
+            const vh e1 = vh_sub(vh_add(vh_add(p1, q1), r1), sum);
             const vb high = vb_high_bytes(vh_add(vh_mul(e0, eleven), half), vh_add(vh_mul(e1, eleven), half));
             /* zipped with zeros a high digit loses its sign, which its low byte, times 23, does not need */
             const vh low0 = vh_sub(e0, vh_mul(vh_zip_lo(high, zero), radix));
