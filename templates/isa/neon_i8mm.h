@@ -45,9 +45,9 @@ WORD vw vw_mmla(vw acc, vb u, vb s) {
                 vusmmlaq_s32(acc.c, u.c, (int8x16_t)s.c), vusmmlaq_s32(acc.d, u.d, (int8x16_t)s.d)};
 }
 
-//: hold_loads
+//: compiler_barrier
 // gcc 12 would load all weights of a step first, and keep sums on the stack instead: 58 instructions for 33.
-WORD void hold_loads(void) { __asm__ volatile("" : : : "memory"); }
+WORD void compiler_barrier(void) { __asm__ volatile("" : : : "memory"); }
 
 //: vw_even
 WORD vw vw_even(vw a, vw b) {

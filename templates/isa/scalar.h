@@ -730,9 +730,9 @@ WORD vw vw_mmla(vw acc, vb u, vb s) {
     return acc;
 }
 
-//: hold_loads
+//: compiler_barrier
 // What is loaded behind it in the text is not loaded before it.
-WORD void hold_loads(void) {}
+WORD void compiler_barrier(void) {}
 
 //: vw_even
 // Elements 0, 2, 4, ... of a, then those of b.

@@ -16,9 +16,9 @@ WORD vw vw_mmla(vw acc, vb u, vb s) {
     return acc;
 }
 
-//: hold_loads
+//: compiler_barrier
 // As on NEON: compilers would load more weights first than registers are left for.
-WORD void hold_loads(void) { __asm__ volatile("" : : : "memory"); }
+WORD void compiler_barrier(void) { __asm__ volatile("" : : : "memory"); }
 
 //: vw_even
 WORD vw vw_even(vw a, vw b) {

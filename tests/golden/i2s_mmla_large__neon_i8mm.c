@@ -81,7 +81,7 @@ PART product_1(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t
         const vb x0 = vb_quad(x + 16 * i);
         const vb w0 = vb_load(panel + 128 * i);
         acc_low_p0 = vw_mmla(acc_low_p0, w0, x0);
-        hold_loads();
+        compiler_barrier();
         const vb w1 = vb_load(panel + 128 * i + 64);
         acc_high_p0 = vw_mmla(acc_high_p0, w1, x0);
     }
@@ -106,7 +106,7 @@ PART product_2(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t
         const vb w0 = vb_load(panel + 128 * i);
         acc_low_p0 = vw_mmla(acc_low_p0, w0, x0);
         acc_low_p1 = vw_mmla(acc_low_p1, w0, x1);
-        hold_loads();
+        compiler_barrier();
         const vb w1 = vb_load(panel + 128 * i + 64);
         acc_high_p0 = vw_mmla(acc_high_p0, w1, x0);
         acc_high_p1 = vw_mmla(acc_high_p1, w1, x1);
@@ -139,7 +139,7 @@ PART product_3(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t
         acc_low_p0 = vw_mmla(acc_low_p0, w0, x0);
         acc_low_p1 = vw_mmla(acc_low_p1, w0, x1);
         acc_low_p2 = vw_mmla(acc_low_p2, w0, x2);
-        hold_loads();
+        compiler_barrier();
         const vb w1 = vb_load(panel + 128 * i + 64);
         acc_high_p0 = vw_mmla(acc_high_p0, w1, x0);
         acc_high_p1 = vw_mmla(acc_high_p1, w1, x1);

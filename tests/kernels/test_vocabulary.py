@@ -148,7 +148,7 @@ MEANINGS.update(
     prefetch=lambda _p: None,
     prefetch_once=lambda _p: None,
     prefetch_l2=lambda _p: None,
-    hold_loads=lambda: None,
+    compiler_barrier=lambda: None,
     vb_load=loaded(np.uint8),
     vh_load=loaded(np.int16),
     vw_load=loaded(np.int32),
