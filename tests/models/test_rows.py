@@ -35,7 +35,7 @@ def weights() -> Weights:
     config = small_config(tied_head=False, vocab=150)
     made = random_weights(config, 3)
     rows = made.output.rows(0, 75)
-    return replace(made, head=DenseMatrix.of(np.concatenate([rows, rows])))
+    return replace(made, lm_head=DenseMatrix.of(np.concatenate([rows, rows])))
 
 
 def run(weights: Weights, table: KernelTable, wants: Any, n: int = N) -> Any:
@@ -186,7 +186,7 @@ def test_what_is_not_finite_is_found_for_every_want(weights: Weights, table: Ker
 def test_a_spoilt_head_is_found_where_it_is_read(weights: Weights, table: KernelTable) -> None:
     rows = weights.output.rows(0, 150).copy()
     rows[140] = np.inf
-    spoilt = replace(weights, head=DenseMatrix.of(rows))
+    spoilt = replace(weights, lm_head=DenseMatrix.of(rows))
     with pytest.raises(BitgenError, match="NaN or infinity"):
         run(spoilt, table, [Best(1, allowed=np.arange(150) < 10)] * N)
     assert len(run(spoilt, table, [Hidden()] * N)) == N
