@@ -4,7 +4,6 @@ static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
    exist. */
 static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t row, int64_t token, vw acc) {
     if (row >= m) return;
-    acc = vw_sub(acc, vw_splat(a->x_sum[token])); /* codes are w + 1: the sum of the activations comes off */
     const int n = (int)min64(m - row, 16);
     const int64_t at = token * a->out_stride + row;
     if (a->acc) {
@@ -98,14 +97,14 @@ static void product(const struct bitgen_matmul *a, const uint8_t *panel, int64_t
     const int8_t *const x2 = a->x + t2 * a->x_stride + column;
     const int64_t t3 = min64(token + 3, a->n - 1);
     const int8_t *const x3 = a->x + t3 * a->x_stride + column;
-    vw acc_r0_t0 = first ? vw_zero() : vw_load(sums);
-    vw acc_r1_t0 = first ? vw_zero() : vw_load(sums + 16);
-    vw acc_r0_t1 = first ? vw_zero() : vw_load(sums + 32);
-    vw acc_r1_t1 = first ? vw_zero() : vw_load(sums + 48);
-    vw acc_r0_t2 = first ? vw_zero() : vw_load(sums + 64);
-    vw acc_r1_t2 = first ? vw_zero() : vw_load(sums + 80);
-    vw acc_r0_t3 = first ? vw_zero() : vw_load(sums + 96);
-    vw acc_r1_t3 = first ? vw_zero() : vw_load(sums + 112);
+    vw acc_r0_t0 = first ? vw_splat(-a->x_sum[t0]) : vw_load(sums);
+    vw acc_r1_t0 = first ? vw_splat(-a->x_sum[t0]) : vw_load(sums + 16);
+    vw acc_r0_t1 = first ? vw_splat(-a->x_sum[t1]) : vw_load(sums + 32);
+    vw acc_r1_t1 = first ? vw_splat(-a->x_sum[t1]) : vw_load(sums + 48);
+    vw acc_r0_t2 = first ? vw_splat(-a->x_sum[t2]) : vw_load(sums + 64);
+    vw acc_r1_t2 = first ? vw_splat(-a->x_sum[t2]) : vw_load(sums + 80);
+    vw acc_r0_t3 = first ? vw_splat(-a->x_sum[t3]) : vw_load(sums + 96);
+    vw acc_r1_t3 = first ? vw_splat(-a->x_sum[t3]) : vw_load(sums + 112);
     int64_t i = 0;
     for (; i + 2 <= steps; i += 2) {
         {
