@@ -53,7 +53,7 @@ ROOMS = (
     Room("bitgen/space.py", 170, ("bitgen/space/",)),
     Room("bitgen/render.py", 260),
     Room("bitgen/hostcode.py", 100, ("bitgen/host.py",)),
-    Room("bitgen/cpu/", 600, ("bitgen/cpu/",)),
+    Room("bitgen/cpu/", 600, ("bitgen/target/",)),
     Room("bitgen/toolchain/", 680),
     Room("bitgen/measure/", 1850),
     Room("bitgen/search/", 1350),

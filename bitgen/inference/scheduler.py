@@ -117,9 +117,9 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # slot -> sequence
         self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each slot
-        # Ctrl-C may come in the middle of a pass, a copy or a truncation; the engine then may hold more than
-        # is written down here, never less.
-        self._unsure = False
+        # The engine may hold more than is written down here, never less: what another scheduler left, and
+        # what a Ctrl-C in the middle of a pass, a copy or a truncation leaves.
+        self._unsure = True
         self._token_s: float | None = None  # what a token of the last long part took
 
     # ---- Sequences ----

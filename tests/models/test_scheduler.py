@@ -98,6 +98,12 @@ def test_plain_tokens_need_no_tokenizer() -> None:
     assert np.array_equal(scheduler.forward([Row(1, [5])]), logits_of(weights(), [5]))
 
 
+def test_what_another_scheduler_left_is_forgotten() -> None:
+    engine = ReferenceEngine(weights(), max_batch=2)
+    for tokens in ([5, 6, 7], [8, 9]):
+        assert np.array_equal(Scheduler(engine).forward([Row(0, tokens)]), logits_of(weights(), tokens))
+
+
 def test_nobody_else_calls_the_engine() -> None:
     """`engine.forward`, `truncate` and `copy` are called in scheduler.py, and nowhere else in the package."""
     callers = set()

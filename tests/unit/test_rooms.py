@@ -35,7 +35,7 @@ def repository(rooms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "untracked.py").write_text("1\n")
     git("add", "bitgen")
     git("commit", "-m", "old")
-    git("mv", "bitgen/cpu", "bitgen/cpu")
+    git("mv", "bitgen/target", "bitgen/cpu")
     (tmp_path / "bitgen" / "cpu" / "cpu.py").write_text("\n" * 700)
     monkeypatch.setattr(rooms, "ROOT", tmp_path)
 
