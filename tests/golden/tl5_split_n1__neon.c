@@ -24,8 +24,8 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
     const int64_t b0 = block;
     const uint8_t *const w0 = a->w + b0 * block_bytes;
     const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
-    const int64_t t0 = a->n - 1; /* 0; as a constant it costs gcc 12 more spills: 251 instead of 215 on avx2 */
     vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
     for (int64_t begin = 0; begin < chunks; begin += 12) {
         const int64_t end = min64(begin + 12, chunks);
@@ -105,8 +105,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const int64_t b1 = min64(block + part, last);
     const uint8_t *const w1 = a->w + b1 * block_bytes;
     const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
-    const int64_t t0 = a->n - 1; /* 0; as a constant it costs gcc 12 more spills: 251 instead of 215 on avx2 */
     vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
     vw acc_r1_t0_f0 = vw_zero(), acc_r1_t0_f1 = vw_zero(), acc_r1_t0_f2 = vw_zero(), acc_r1_t0_f3 = vw_zero();
     for (int64_t begin = 0; begin < chunks; begin += 12) {
@@ -237,14 +237,14 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     epilogue(a, m, 64 * b1 + 48, t0, acc_r1_t0_f3);
 }
 
-int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen_every12_prefetch0_prefetch_hint0__neon_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     (void)n;
     return 0;
 }
 
-void bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon(const struct bitgen_matmul *a) {
+void bitgen_tl5_n1_r64_split_streams2_nr1_widen_every12_prefetch0_prefetch_hint0__neon(const struct bitgen_matmul *a) {
     const int64_t first = a->row_begin / 64, last = (a->row_end + 63) / 64 - 1;
     /* Each stream walks a part of the rows of its own: what is prefetched behind its block is its next one. */
     const int64_t part = (last - first + 1) / 2;
