@@ -45,8 +45,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
-    return libraries.toolchain_of(tmp_path_factory)
+def toolchain() -> Toolchain:
+    return libraries.users_toolchain()
 
 
 @pytest.fixture
