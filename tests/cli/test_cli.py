@@ -512,7 +512,7 @@ def test_a_full_disk_costs_one_trial_at_most(
     whole = [json.loads(line) for line in lines[:-1]]
     assert whole, "nothing was recorded before the disk was full"
     filler.unlink()
-    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", small_disk]
+    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", str(small_disk)]
     subprocess.run(larger, check=True)  # however much a tune records
     text = bitgen_in(workplace, *TUNE, "--quick", "--logs", str(small_disk)).stdout
     assert re.search(r"[1-9][\d,]* from cache", text), text[-500:]

@@ -217,7 +217,8 @@ def test_a_second_call_at_the_same_time_is_refused(bundle: Path) -> None:
     with load(bundle, 1, generic="only") as table:
         linear = table.linear(weights(Shape(2000, 2000)), 1.0)
         x = np.ones((64, 2000), np.float32)
-        started, refused = threading.Event(), []
+        started = threading.Event()
+        refused: list[str] = []
 
         def long_call() -> None:
             started.set()

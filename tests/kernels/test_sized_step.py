@@ -20,7 +20,7 @@ from step_levels import level_library
 from bitgen import records
 from bitgen.abi import DENSE_TYPES
 from bitgen.bundle import read_bundle, write
-from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.contents import Contents, Target, choose_contents
 from bitgen.bundle.units import library_units_of, table_values
 from bitgen.bundle.write import write_library
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -137,12 +137,12 @@ def test_the_step_for_its_sizes_runs_where_all_of_them_fit(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its place a step that finds NaN in everything."""
-    real = write.library_units_of
+    real = library_units_of
     source = render_step("scalar", RAGGED)
     ops = source.name.replace("bitgen_step", "bitgen_step_ops")
     assert ops in source.text
 
-    def replaced(contents: write.Contents) -> Any:
+    def replaced(contents: Contents) -> Any:
         units = real(contents)
         assert [unit.name for unit in units].count(source.name) == 1
         return tuple(

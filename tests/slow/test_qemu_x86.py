@@ -21,7 +21,7 @@ from bitgen.cpu import CAP_VARIABLE
 from bitgen.errors import UnsupportedError
 from bitgen.paths import models_dir
 
-QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static") or ""
 EXAMPLE = json.loads((models_dir() / "tiny.json").read_text(encoding="utf-8"))["greedy"][0]
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
         (platform.system(), platform.machine()) != ("Linux", "x86_64"),
         reason="qemu-x86_64 runs this machine's own Python only on x86-64 Linux",
     ),
-    pytest.mark.skipif(QEMU is None, reason="no emulator: apt-get install qemu-user"),
+    pytest.mark.skipif(not QEMU, reason="no emulator: apt-get install qemu-user"),
 ]
 
 

@@ -58,7 +58,8 @@ def exponential(x: Floats) -> Floats:
 
 def norm(x: Floats, weight: Floats, eps: float) -> Floats:
     mean = dot(x, x) / F(x.shape[-1])
-    return (x * (F(1) / np.sqrt(mean + F(eps)))[..., None]) * weight
+    normed: Floats = (x * (F(1) / np.sqrt(mean + F(eps)))[..., None]) * weight
+    return normed
 
 
 Steps = dict[str, NDArray[np.int8]]  # "3.qkv" -> the quantised input (n, k) of that BitLinear

@@ -64,7 +64,8 @@ def random_dense(kind: str, rows: int, cols: int) -> DenseMatrix:
 
 def rms_norm(x: Doubles, weight: NDArray[np.float32], eps: float) -> Doubles:
     """x (n, d) -> x / sqrt(mean(x^2) + eps) * weight (d)."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    normed: Doubles = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return normed
 
 
 def rope(x: Doubles, positions: NDArray[np.int32], config: ModelConfig) -> Doubles:
@@ -191,7 +192,8 @@ class ReferenceEngine:
         scores = np.einsum("hd,phd->hp", q, keys) / np.sqrt(self.config.head_dim)
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
-        return np.einsum("hp,phd->hd", shares, values)
+        mixed: Doubles = np.einsum("hp,phd->hd", shares, values)
+        return mixed
 
     def _linear(self, name: str, matrix: TernaryMatrix, x: Doubles) -> Doubles:
         xq, x_scale = quantize_activations(x.astype(np.float32))
