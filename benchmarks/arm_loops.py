@@ -203,7 +203,11 @@ def points(space: Space, algorithm: str | None, every: bool) -> list[KernelSpec]
     known = [spec for spec in space.known_good if algorithm in (None, spec.schedule.algorithm)]
     if not every:
         return known[:1]
-    asks = {name: value for name, value in known[0].schedule if name in ("prefetch", "hint")} if known else {}
+    asks = (
+        {name: value for name, value in known[0].schedule if name in ("prefetch", "prefetch_hint")}
+        if known
+        else {}
+    )
     return [
         spec
         for spec in space.points

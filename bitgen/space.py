@@ -170,7 +170,7 @@ def _bounds(
 
 def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu: Cpu) -> Iterator[Rule]:
     yield Rule(
-        f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen",
+        f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen_every",
         lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
     if not isa.generic:  # its blocks are arrays: the compiler decides
@@ -182,10 +182,10 @@ def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu
         for check in family.algorithm(algorithm).checks(family, isa, own):
             yield _checked(algorithm, check)
     knobs = {name for one in axes.values() for name in one}
-    if "hint" in knobs:
+    if "prefetch_hint" in knobs:
         yield Rule(
-            "hint says where prefetched lines go: 1 and 2 need a prefetch distance",
-            lambda s: s.schedule.get("hint", 0) == 0 or s.schedule["prefetch"] > 0,
+            "prefetch_hint says where prefetched lines go: 1 and 2 need a prefetch distance",
+            lambda s: s.schedule.get("prefetch_hint", 0) == 0 or s.schedule["prefetch"] > 0,
         )
     if "kc" in knobs:
         yield Rule(

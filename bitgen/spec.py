@@ -72,7 +72,11 @@ class Layout:
 
 # Knobs of recorded schedules that have another name today: old -> new. Records, committed winners, manifests
 # and the logs of benchmarks all hold schedules, and all are read by `Schedule.from_plain`.
-RENAMED_KNOBS: dict[str, str] = {}
+RENAMED_KNOBS: dict[str, str] = {
+    "accs": "accumulators",
+    "hint": "prefetch_hint",
+    "widen": "widen_every",
+}
 
 
 @dataclass(frozen=True)

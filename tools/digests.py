@@ -46,18 +46,21 @@ SIZES = StepSizes(hidden=2560, q_rows=2560, ffn=6912, head_dim=128)  # of step_s
 # family, ISA level, regime, algorithm, rows of a block, knobs. A name with 3200x8640 has that shape fixed.
 EXAMPLES = {
     "i2s_direct_n1__avx2": "i2s avx2 n1 direct 16 "
-    "streams=2 nr=1 accs=2 widen=8 unroll=1 prefetch=1024 hint=1",
+    "streams=2 nr=1 accumulators=2 widen_every=8 unroll=1 prefetch=1024 prefetch_hint=1",
     "i2s_direct_3200x8640__avx512_vnni": "i2s avx512_vnni n1 direct 16 "
-    "streams=2 nr=1 accs=4 widen=0 unroll=1 prefetch=0 hint=0",
+    "streams=2 nr=1 accumulators=4 widen_every=0 unroll=1 prefetch=0 prefetch_hint=0",
     "t5_direct_small__neon_dotprod": "t5 neon_dotprod small direct 16 "
-    "streams=1 nr=2 accs=3 widen=0 unroll=2 prefetch=0",
+    "streams=1 nr=2 accumulators=3 widen_every=0 unroll=2 prefetch=0",
     "tl1_lookup_blocked__avx2": "tl1 avx2 small direct 16 "
-    "streams=1 nr=2 mc=128 kc=960 widen=63 unroll=1 prefetch=0",
-    "tl2_lookup_n1__neon": "tl2 neon n1 direct 16 streams=1 nr=1 mc=0 kc=0 widen=21 unroll=1 prefetch=0",
-    "tl5_wide_small__avx512_vbmi": "tl5 avx512_vbmi small wide 64 streams=2 nr=1 widen=12 prefetch=4096",
-    "tl5_split_n1__neon": "tl5 neon n1 split 64 streams=2 nr=1 widen=12 prefetch=0 hint=0",
-    "i2s_panel_small__avx2": "i2s avx2 small panel 16 mr=16 nr=4 mc=64 kc=0 widen=64 unroll=1",
-    "tl2_panel_large__avx512_vnni": "tl2 avx512_vnni large panel 32 mr=32 nr=4 mc=64 kc=960 widen=0 unroll=2",
+    "streams=1 nr=2 mc=128 kc=960 widen_every=63 unroll=1 prefetch=0",
+    "tl2_lookup_n1__neon": "tl2 neon n1 direct 16 "
+    "streams=1 nr=1 mc=0 kc=0 widen_every=21 unroll=1 prefetch=0",
+    "tl5_wide_small__avx512_vbmi": "tl5 avx512_vbmi small wide 64 "
+    "streams=2 nr=1 widen_every=12 prefetch=4096",
+    "tl5_split_n1__neon": "tl5 neon n1 split 64 streams=2 nr=1 widen_every=12 prefetch=0 prefetch_hint=0",
+    "i2s_panel_small__avx2": "i2s avx2 small panel 16 mr=16 nr=4 mc=64 kc=0 widen_every=64 unroll=1",
+    "tl2_panel_large__avx512_vnni": "tl2 avx512_vnni large panel 32 "
+    "mr=32 nr=4 mc=64 kc=960 widen_every=0 unroll=2",
     "i2s_tiles_small__amx_int8": "i2s amx_int8 small tiles 16 streams=4 ahead=1 prefetch=4096",
     "t5_tiles_large__amx_int8": "t5 amx_int8 large tiles 32 mr=32 nr=32 mc=256 kc=960 pack=1",
     "tl2_tiles_large__scalar": "tl2 scalar large tiles 16 mr=32 nr=16 mc=64 kc=0 pack=0",

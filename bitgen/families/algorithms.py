@@ -1,22 +1,22 @@
 """The algorithms: their knobs, the registers they need, what their sums reach.
 
-====== ========== ============================================================================================
-knob   algorithm  meaning
-====== ========== ============================================================================================
-streams not panel row blocks walked at once, each a stream of its own in memory; rows in registers = streams x
-                  row_block
-nr      both      tokens whose accumulators live in registers
-accs    direct    I2_S: accumulators of a 16-row block and token: 4 = every field masked in place (scales
-                  1, 4, 16, 64), 3 = the fourth shifted, 2 = one shift (scales 1, 4), 1 = three shifts
-widen   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums, added
-                  to int32 every W chunks (direct) or every W steps of 4 k (panel)
-unroll  both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
-prefetch not panel bytes ahead of each stream that are asked for; 0: leave it to the hardware
-hint    not panel n = 1 only: where a prefetched line goes. 0: into every cache (T0), 1: past them (NTA),
-                  because a token reads its weights once, 2: into L2 (T1), because L1 holds the lookup tables
-mr      panel     rows whose accumulators live in registers
-mc      both      rows of a cache block;  kc  columns of a cache block, 0: all of k
-====== ========== ============================================================================================
+============= ========= ======================================================================================
+knob          algorithm meaning
+============= ========= ======================================================================================
+streams       not panel row blocks walked at once, each a stream of its own in memory; rows in registers =
+                        streams x row_block
+nr            both      tokens whose accumulators live in registers
+accumulators  direct    I2_S: those of a 16-row block and token: 4 = every field masked in place (scales 1, 4,
+                        16, 64), 3 = the fourth shifted, 2 = one shift (scales 1, 4), 1 = three shifts
+widen_every   both      0: every product goes to int32 at once (a dot instruction); W > 0: int16 partial sums,
+                        added to int32 every W chunks (direct) or every W steps of 4 k (panel)
+unroll        both      chunks (direct) or steps of 4 k (panel) in one turn of the inner loop
+prefetch      not panel bytes ahead of each stream that are asked for; 0: leave it to the hardware
+prefetch_hint not panel n = 1 only: where a prefetched line goes. 0: into all caches (T0), 1: past them (NTA),
+                        because a token reads its weights once, 2: into L2 (T1), because L1 holds the tables
+mr            panel     rows whose accumulators live in registers
+mc            both      rows of a cache block;  kc  columns of a cache block, 0: all of k
+============= ========= ======================================================================================
 
 `Multiply` (direct) and `Lookup` (direct, and TL5's wide and split) read packed weights and multiply or look
 up at once. `Panel` unpacks ``mc`` x ``kc`` weights to bytes that serve every token of the batch. `Tiles`
@@ -83,59 +83,69 @@ class Multiply(Algorithm):
         return {
             "streams": (1, 2, 4, 8) if wide else (1, 2),
             "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2,),
-            "accs": (1, 2, 4 if isa.code_max >= 128 else 3) if regime is N1 or not wide else (1, 2),
-            "widen": _widths(isa, (8, self._pair_chunks(family))),
+            "accumulators": (1, 2, 4 if isa.code_max >= 128 else 3) if regime is N1 or not wide else (1, 2),
+            "widen_every": _widths(isa, (8, self._pair_chunks(family))),
             "unroll": (1, 2) if regime is N1 else (1,),
             "prefetch": ((0, 4096, 6144) if regime is N1 else (0, 2048)) if wide else (0,),
-            **({"hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
+            **({"prefetch_hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
         }
 
     def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
-        widen = 0 if isa.adds_dots else self._pair_chunks(family)
+        widen_every = 0 if isa.adds_dots else self._pair_chunks(family)
         if regime is N1:
-            plain = {"streams": 1, "nr": 1, "accs": 1, "widen": widen, "unroll": 1, "prefetch": 0, "hint": 0}
+            plain = {
+                "streams": 1,
+                "nr": 1,
+                "accumulators": 1,
+                "widen_every": widen_every,
+                "unroll": 1,
+                "prefetch": 0,
+                "prefetch_hint": 0,
+            }
             best = plain | dict(first_fit(isa, self.first))
-            yield Preset("direct", best | {"widen": widen // best["accs"], "prefetch": self.ahead})
+            yield Preset(
+                "direct", best | {"widen_every": widen_every // best["accumulators"], "prefetch": self.ahead}
+            )
             yield Preset("direct", plain)
         elif regime is SMALL:
-            rest = {"accs": 1, "widen": widen, "unroll": 1}
+            rest = {"accumulators": 1, "widen_every": widen_every, "unroll": 1}
             yield Preset("direct", {**first_fit(isa, self._FEW), **rest, "prefetch": 2048})
             nr = 4 if isa.vector_bytes == 64 else 2
             yield Preset("direct", {"streams": 1, "nr": nr, **rest, "prefetch": 0})
 
     def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
         # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.
-        block, accs = isa.block_registers, knobs["accs"]
-        sums = knobs["streams"] * (row_block // 16) * knobs["nr"] * accs
-        return _sum_registers(isa, knobs) * sums + block + 1 + accs
+        block, accumulators = isa.block_registers, knobs["accumulators"]
+        sums = knobs["streams"] * (row_block // 16) * knobs["nr"] * accumulators
+        return _sum_registers(isa, knobs) * sums + block + 1 + accumulators
 
     def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
         most = isa.code_max
         if family.top_code * _scale(4) > most:
             yield (
-                f"codes in place, {family.top_code} x 4^(accs - 1), must not exceed {most}, the largest byte "
-                f"that {isa.name} multiplies: a smaller accs",
-                lambda knobs, _: family.top_code * _scale(knobs["accs"]) <= most,
+                f"codes in place, {family.top_code} x 4^(accumulators - 1), must not exceed {most}, the "
+                f"largest byte that {isa.name} multiplies: fewer accumulators",
+                lambda knobs, _: family.top_code * _scale(knobs["accumulators"]) <= most,
             )
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
-        if not knobs["widen"]:
+        if not knobs["widen_every"]:
             return None
-        accs = knobs["accs"]
-        low, high = (_scale(accs) * value for value in family.pair_range)
-        return Int16Sums(knobs["widen"] * self._last_fields(family, accs), low, high)
+        accumulators = knobs["accumulators"]
+        low, high = (_scale(accumulators) * value for value in family.pair_range)
+        return Int16Sums(knobs["widen_every"] * self._last_fields(family, accumulators), low, high)
 
     def int32_share(self, family: Family, knobs: Knobs) -> tuple[str, int]:
-        accs = knobs["accs"]
+        accumulators = knobs["accumulators"]
         # of a chunk's fields, those of the last accumulator
-        share = f"{self._last_fields(family, accs)}/{family.fields}" if accs > 1 else "1"
-        return share, family.top_code * 128 * _scale(accs)
+        share = f"{self._last_fields(family, accumulators)}/{family.fields}" if accumulators > 1 else "1"
+        return share, family.top_code * 128 * _scale(accumulators)
 
     @staticmethod
-    def _last_fields(family: Family, accs: int) -> int:
+    def _last_fields(family: Family, accumulators: int) -> int:
         """How many fields of a chunk go to the last accumulator, which has the largest scale."""
         # Of three the fourth field and T5's fifth are shifted to the first.
-        return 1 if accs == 3 else 4 // accs + family.fields - 4
+        return 1 if accumulators == 3 else 4 // accumulators + family.fields - 4
 
     @staticmethod
     def _pair_chunks(family: Family) -> int:
@@ -159,13 +169,13 @@ class Lookup(Algorithm):
             "nr": (1,) if regime is N1 else (2, 4, 8) if wide else (2,),
             "mc": (0, 128) if wide else (0, 64),
             "kc": (0, 960, 1920) if wide else (0, 960),
-            "widen": (self._widest(family),),
+            "widen_every": (self._widest(family),),
             "unroll": (1, 2) if regime is N1 and wide else (1,),
             "prefetch": (0, 4096) if regime is N1 and wide else (0,),
         }
 
     def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
-        sums = {"widen": self._widest(family), "unroll": 1}
+        sums = {"widen_every": self._widest(family), "unroll": 1}
         if regime is N1:
             whole = {"nr": 1, "mc": 0, "kc": 0, **sums}
             yield Preset("direct", {**first_fit(isa, self._STREAMS), **whole, "prefetch": 4096})
@@ -184,8 +194,8 @@ class Lookup(Algorithm):
 
     def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
         yield (
-            "entries of lookup tables are int16 sums: widen must be at least 1",
-            lambda knobs, _: knobs["widen"] >= 1,
+            "entries of lookup tables are int16 sums: widen_every must be at least 1",
+            lambda knobs, _: knobs["widen_every"] >= 1,
         )
         if "mc" in axes:
             yield (
@@ -198,9 +208,9 @@ class Lookup(Algorithm):
             )
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
-        if not knobs["widen"]:
+        if not knobs["widen_every"]:
             return None
-        return Int16Sums(knobs["widen"] * family.lookups, -family.entry_max, family.entry_max)
+        return Int16Sums(knobs["widen_every"] * family.lookups, -family.entry_max, family.entry_max)
 
     def int32_share(self, family: Family, knobs: Knobs) -> tuple[str, int]:
         return "1", 128
@@ -227,7 +237,7 @@ class Panel(Algorithm):
             "nr": tokens if wide else (2, 4),
             "mc": (64, 256) if large and wide else (64,),
             "kc": (0, 960),
-            "widen": _widths(isa, (64,)),
+            "widen_every": _widths(isa, (64,)),
             "unroll": (1, 2) if large and wide else (1,),
         }
 
@@ -235,7 +245,7 @@ class Panel(Algorithm):
         return knobs["mr"] // 16 * (_sum_registers(isa, knobs) * knobs["nr"] + isa.block_registers) + 1
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
-        return Int16Sums(knobs["widen"], *family.pair_range) if knobs["widen"] else None
+        return Int16Sums(knobs["widen_every"], *family.pair_range) if knobs["widen_every"] else None
 
 
 @dataclass(frozen=True)
@@ -339,7 +349,7 @@ def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
     if not isa.generic:
         yield from matrices
     if regime is SMALL and isa.sums_bytes > 64:  # a loop of 52 instructions; direct's has 88
-        yield Preset("panel", {"mr": 16, "nr": 2, "mc": 64, "kc": 960, "widen": steps, "unroll": 1})
+        yield Preset("panel", {"mr": 16, "nr": 2, "mc": 64, "kc": 960, "widen_every": steps, "unroll": 1})
     if not family.looks_up:
         yield from own
     yield from _panel_presets(family, isa, steps)
@@ -351,7 +361,7 @@ def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
 
 def _panel_presets(family: Family, isa: Isa, steps: int) -> Iterator[Preset]:
     some = 3 if isa.sums_bytes > 64 else 4  # three tokens of NEON take 24 of its 32 registers
-    sums = {"widen": steps, "unroll": 1}
+    sums = {"widen_every": steps, "unroll": 1}
     rows: SmallTable = ((_WIDE, {"mr": 64}), (_ROOMY, {"mr": 32}), ({}, {}))
     large = first_fit(isa, rows)
     if large:
@@ -391,11 +401,11 @@ def _widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
     return (0,) if isa.native_dot4 else widths
 
 
-def _scale(accs: int) -> int:
-    """The largest scale of codes in place that ``accs`` accumulators add: field f stays at 4^(f mod accs)."""
-    return int(4 ** (accs - 1))
+def _scale(accumulators: int) -> int:
+    """The largest scale of codes in place: field f stays at 4^(f mod accumulators)."""
+    return int(4 ** (accumulators - 1))
 
 
 def _sum_registers(isa: Isa, knobs: Knobs) -> int:
     """Registers of the sums of 16 rows and a token."""
-    return isa.block_registers * isa.sums_bytes // 64 if knobs["widen"] else isa.block_registers
+    return isa.block_registers * isa.sums_bytes // 64 if knobs["widen_every"] else isa.block_registers

@@ -17,12 +17,12 @@ _SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 # The default for one token. NEON and SVE by instructions a weight (docs/arm.md): two streams of NEON do not
 # stay in its registers. Prefetch distances were measured for two streams (docs/performance.md).
 _FIRST: SmallTable = (
-    ({"vector_bytes": 64, "native_dot4": True, "code_max": 128}, {"streams": 2, "accs": 4}),
-    ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accs": 3}),
-    ({"vector_bytes": 32, "register_count": 32}, {"streams": 2, "accs": 3}),
-    ({"vector_bytes": 16, "native_dot4": True}, {"streams": 1, "accs": 3}),
-    ({"vector_bytes": 16}, {"streams": 1, "accs": 1}),
-    ({}, {"streams": 2, "accs": 2}),
+    ({"vector_bytes": 64, "native_dot4": True, "code_max": 128}, {"streams": 2, "accumulators": 4}),
+    ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accumulators": 3}),
+    ({"vector_bytes": 32, "register_count": 32}, {"streams": 2, "accumulators": 3}),
+    ({"vector_bytes": 16, "native_dot4": True}, {"streams": 1, "accumulators": 3}),
+    ({"vector_bytes": 16}, {"streams": 1, "accumulators": 1}),
+    ({}, {"streams": 2, "accumulators": 2}),
 )
 
 

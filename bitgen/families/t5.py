@@ -14,12 +14,12 @@ from bitgen.families.base import Bytes, Family, Ternary
 
 # The default for one token; see i2s.py.
 _FIRST: SmallTable = (
-    ({"vector_bytes": 64, "native_dot4": True, "code_max": 128}, {"streams": 2, "accs": 4}),
-    ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accs": 1}),
-    ({"vector_bytes": 32, "register_count": 32}, {"streams": 2, "accs": 1}),
-    ({"vector_bytes": 16}, {"streams": 1, "accs": 1}),
-    ({"adds_dots": True}, {"streams": 2, "accs": 2}),
-    ({}, {"streams": 2, "accs": 1}),
+    ({"vector_bytes": 64, "native_dot4": True, "code_max": 128}, {"streams": 2, "accumulators": 4}),
+    ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accumulators": 1}),
+    ({"vector_bytes": 32, "register_count": 32}, {"streams": 2, "accumulators": 1}),
+    ({"vector_bytes": 16}, {"streams": 1, "accumulators": 1}),
+    ({"adds_dots": True}, {"streams": 2, "accumulators": 2}),
+    ({}, {"streams": 2, "accumulators": 1}),
 )
 
 

@@ -127,34 +127,40 @@ class FiveLookup(Lookup):
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         if regime is LARGE or self.entries not in isa.lookups:
             return {}
-        wide, widen = not isa.generic, self._widest(family)
+        wide, widen_every = not isa.generic, self._widest(family)
         return {
             "streams": (1, 2, 4, 8) if wide and regime is N1 else (1, 2),
             "nr": (1,) if regime is N1 else (2, 4) if wide else (2,),
-            "widen": (widen,),
+            "widen_every": (widen_every,),
             "prefetch": (0, 2048, 6144) if regime is N1 and wide else (0,),
-            **({"hint": (0, 2) if wide else (0,)} if regime is N1 else {}),
+            **({"prefetch_hint": (0, 2) if wide else (0,)} if regime is N1 else {}),
         }
 
     def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
         if self.entries != isa.lookup_max:
             return
-        widen = self._widest(family)
+        widen_every = self._widest(family)
         if regime is N1:
             one = first_fit(isa, self._ONE)
-            for streams, prefetch, hint in ((one["streams"], one["prefetch"], 2), (1, 0, 0)):
-                knobs = {"streams": streams, "nr": 1, "widen": widen, "prefetch": prefetch, "hint": hint}
+            for streams, prefetch, prefetch_hint in ((one["streams"], one["prefetch"], 2), (1, 0, 0)):
+                knobs = {
+                    "streams": streams,
+                    "nr": 1,
+                    "widen_every": widen_every,
+                    "prefetch": prefetch,
+                    "prefetch_hint": prefetch_hint,
+                }
                 yield Preset(self.name, knobs)
         else:
             streams = 2 if isa.vector_bytes == 64 else 1
-            yield Preset(self.name, {"streams": streams, "nr": 2, "widen": widen, "prefetch": 0})
+            yield Preset(self.name, {"streams": streams, "nr": 2, "widen_every": widen_every, "prefetch": 0})
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
         sums = super().int16_sums(family, knobs)
         if sums is None or self.entries > 16:
             return sums
         # The lookups of a chunk are added as bytes first.
-        return Int16Sums(knobs["widen"], family.lookups * sums.low, family.lookups * sums.high)
+        return Int16Sums(knobs["widen_every"], family.lookups * sums.low, family.lookups * sums.high)
 
     def _table_blocks(self) -> int:
         return 6 if self.entries > 16 else 2

@@ -85,7 +85,7 @@ def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
         row_grain=row_grain(spec),
         n_min=regime.n_min,
         n_max=regime.n_max or _N_ANY,
-        scaled=spec.schedule.get("accs", 1) > 1,
+        scaled=spec.schedule.get("accumulators", 1) > 1,
         tile_registers=bool(isas()[spec.isa].tile_registers),
     )
 

@@ -579,7 +579,7 @@ def test_a_model_file_that_is_wrong(
         ("render i2s --isa avx2 --knob streams=--5", "write it as name=integer"),
         ("render i2s --isa avx2 --knob width=3", "has no knob width"),
         ("render i2s --isa avx2 --knob streams=0", "must be 1 .. 16"),
-        ("render i2s --isa avx2 --knob widen=17", "int16 partial sums"),
+        ("render i2s --isa avx2 --knob widen_every=17", "int16 partial sums"),
         ("render i2s --isa avx2 --row-block 17", "row_block 17"),
         ("render i2s --isa avx2 --row-block 48", "row_block must be one of 16, 32"),
         ("check --isa none", "unknown ISA level 'none'"),

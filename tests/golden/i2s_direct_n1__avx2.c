@@ -65,14 +65,14 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     epilogue(a, m, 16 * b1, 0, acc_r1_t0_f0);
 }
 
-int64_t bitgen_i2s_n1_r16_direct_streams2_nr1_accs2_widen8_unroll1_prefetch1024_hint1__avx2_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_i2s_n1_r16_direct_streams2_nr1_accumulators2_widen_every8_unroll1_prefetch1024_prefetch_hint1__avx2_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     (void)n;
     return 0;
 }
 
-void bitgen_i2s_n1_r16_direct_streams2_nr1_accs2_widen8_unroll1_prefetch1024_hint1__avx2(const struct bitgen_matmul *a) {
+void bitgen_i2s_n1_r16_direct_streams2_nr1_accumulators2_widen_every8_unroll1_prefetch1024_prefetch_hint1__avx2(const struct bitgen_matmul *a) {
     const int64_t first = a->row_begin / 16, last = (a->row_end + 15) / 16 - 1;
     /* Each stream walks a part of the rows of its own: what is prefetched behind its block is its next one. */
     const int64_t part = (last - first + 2) / 2;

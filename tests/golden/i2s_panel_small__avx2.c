@@ -99,14 +99,14 @@ static void unpack_panel(const struct bitgen_matmul *a, int64_t block_bytes, int
     }
 }
 
-int64_t bitgen_i2s_small_r16_panel_mr16_nr4_mc64_kc0_widen64_unroll1__avx2_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_i2s_small_r16_panel_mr16_nr4_mc64_kc0_widen_every64_unroll1__avx2_scratch(int64_t m, int64_t k, int64_t n) {
     const int64_t columns = panel_columns((k + 15) / 16);
     (void)m;
     /* byte codes; then int32 sums of up to TOKENS tokens when k is cut */
     return 64 * columns + (columns < k ? (min64(n, TOKENS) + 4) * 256 : 0);
 }
 
-void bitgen_i2s_small_r16_panel_mr16_nr4_mc64_kc0_widen64_unroll1__avx2(const struct bitgen_matmul *a) {
+void bitgen_i2s_small_r16_panel_mr16_nr4_mc64_kc0_widen_every64_unroll1__avx2(const struct bitgen_matmul *a) {
     const int64_t m = a->m, k = a->k;
     const int64_t chunks = (k + 15) / 16;
     const int64_t block_bytes = 64 * chunks;

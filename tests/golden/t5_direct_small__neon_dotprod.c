@@ -257,14 +257,14 @@ static void tile_2(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     epilogue(a, m, 16 * b0, t1, acc_r0_t1_f0);
 }
 
-int64_t bitgen_t5_small_r16_direct_streams1_nr2_accs3_widen0_unroll2_prefetch0__neon_dotprod_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_t5_small_r16_direct_streams1_nr2_accumulators3_widen_every0_unroll2_prefetch0__neon_dotprod_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     (void)n;
     return 0;
 }
 
-void bitgen_t5_small_r16_direct_streams1_nr2_accs3_widen0_unroll2_prefetch0__neon_dotprod(const struct bitgen_matmul *a) {
+void bitgen_t5_small_r16_direct_streams1_nr2_accumulators3_widen_every0_unroll2_prefetch0__neon_dotprod(const struct bitgen_matmul *a) {
     const int64_t first = a->row_begin / 16, last = (a->row_end + 15) / 16 - 1;
     const int64_t part = last - first + 1;
     for (int64_t block = first; block < first + part; ++block) {

@@ -135,13 +135,13 @@ static void group(const struct bitgen_matmul *a, int64_t block, int64_t last, in
     tile_2(a, block, last, from, to, sums + 16 * token, token);
 }
 
-int64_t bitgen_tl1_small_r16_direct_streams1_nr2_mc128_kc960_widen63_unroll1_prefetch0__avx2_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_tl1_small_r16_direct_streams1_nr2_mc128_kc960_widen_every63_unroll1_prefetch0__avx2_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     return (n + 2) * 512; /* int32 sums of mc rows for every token, in whole tiles */
 }
 
-void bitgen_tl1_small_r16_direct_streams1_nr2_mc128_kc960_widen63_unroll1_prefetch0__avx2(const struct bitgen_matmul *a) {
+void bitgen_tl1_small_r16_direct_streams1_nr2_mc128_kc960_widen_every63_unroll1_prefetch0__avx2(const struct bitgen_matmul *a) {
     const int64_t last = (a->row_end + 15) / 16 - 1;
     const int64_t chunks = (a->k + 15) / 16;
     int32_t *const sums = a->scratch;

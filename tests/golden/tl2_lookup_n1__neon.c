@@ -104,14 +104,14 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last) {
     epilogue(a, m, 16 * b0, 0, vw_add(acc_r0_t0, ones0));
 }
 
-int64_t bitgen_tl2_n1_r16_direct_streams1_nr1_mc0_kc0_widen21_unroll1_prefetch0__neon_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_tl2_n1_r16_direct_streams1_nr1_mc0_kc0_widen_every21_unroll1_prefetch0__neon_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     (void)n;
     return 0;
 }
 
-void bitgen_tl2_n1_r16_direct_streams1_nr1_mc0_kc0_widen21_unroll1_prefetch0__neon(const struct bitgen_matmul *a) {
+void bitgen_tl2_n1_r16_direct_streams1_nr1_mc0_kc0_widen_every21_unroll1_prefetch0__neon(const struct bitgen_matmul *a) {
     const int64_t last = (a->row_end + 15) / 16 - 1;
     for (int64_t block = a->row_begin / 16; block <= last; block += 1)
         tile_1(a, block, last);

@@ -213,14 +213,14 @@ static void unpack_panel(const struct bitgen_matmul *a, int64_t block_bytes, int
     }
 }
 
-int64_t bitgen_tl2_large_r32_panel_mr32_nr4_mc64_kc960_widen0_unroll2__avx512_vnni_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_tl2_large_r32_panel_mr32_nr4_mc64_kc960_widen_every0_unroll2__avx512_vnni_scratch(int64_t m, int64_t k, int64_t n) {
     const int64_t columns = panel_columns((k + 47) / 48);
     (void)m;
     /* byte codes; then int32 sums of up to TOKENS tokens when k is cut */
     return 64 * columns + (columns < k ? (min64(n, TOKENS) + 4) * 256 : 0);
 }
 
-void bitgen_tl2_large_r32_panel_mr32_nr4_mc64_kc960_widen0_unroll2__avx512_vnni(const struct bitgen_matmul *a) {
+void bitgen_tl2_large_r32_panel_mr32_nr4_mc64_kc960_widen_every0_unroll2__avx512_vnni(const struct bitgen_matmul *a) {
     const int64_t m = a->m, k = a->k;
     const int64_t chunks = (k + 47) / 48;
     const int64_t block_bytes = 2 * (160 * chunks + 64);

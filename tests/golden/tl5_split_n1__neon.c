@@ -237,14 +237,14 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     epilogue(a, m, 64 * b1 + 48, t0, acc_r1_t0_f3);
 }
 
-int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_tl5_n1_r64_split_streams2_nr1_widen_every12_prefetch0_prefetch_hint0__neon_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     (void)n;
     return 0;
 }
 
-void bitgen_tl5_n1_r64_split_streams2_nr1_widen12_prefetch0_hint0__neon(const struct bitgen_matmul *a) {
+void bitgen_tl5_n1_r64_split_streams2_nr1_widen_every12_prefetch0_prefetch_hint0__neon(const struct bitgen_matmul *a) {
     const int64_t first = a->row_begin / 64, last = (a->row_end + 63) / 64 - 1;
     /* Each stream walks a part of the rows of its own: what is prefetched behind its block is its next one. */
     const int64_t part = (last - first + 1) / 2;

@@ -245,14 +245,14 @@ static void blocks_2(const struct bitgen_matmul *a, int64_t block, int64_t part,
     for (int64_t token = 0; token < a->n; token += 1) tile_1(a, block, part, last, token);
 }
 
-int64_t bitgen_tl5_small_r64_wide_streams2_nr1_widen12_prefetch4096__avx512_vbmi_scratch(int64_t m, int64_t k, int64_t n) {
+int64_t bitgen_tl5_small_r64_wide_streams2_nr1_widen_every12_prefetch4096__avx512_vbmi_scratch(int64_t m, int64_t k, int64_t n) {
     (void)m;
     (void)k;
     (void)n;
     return 0;
 }
 
-void bitgen_tl5_small_r64_wide_streams2_nr1_widen12_prefetch4096__avx512_vbmi(const struct bitgen_matmul *a) {
+void bitgen_tl5_small_r64_wide_streams2_nr1_widen_every12_prefetch4096__avx512_vbmi(const struct bitgen_matmul *a) {
     const int64_t first = a->row_begin / 64, last = (a->row_end + 63) / 64 - 1;
     /* Each stream walks a part of the rows of its own: what is prefetched behind its block is its next one. */
     const int64_t part = (last - first + 1) / 2;

@@ -102,12 +102,12 @@ def test_kernels_for_one_shape_are_exact(
 def test_every_overflow_edge_is_among_the_schedules() -> None:
     """Each family with each number of accumulators has a schedule that one more addition would break."""
     found = {
-        (spec.family, spec.schedule.algorithm, dict(spec.schedule).get("accs"))
+        (spec.family, spec.schedule.algorithm, dict(spec.schedule).get("accumulators"))
         for family in FAMILIES
         for regime in REGIMES
         for spec in edges(space_for(family, ISAS["scalar"], regime, Shape(3200, 8640), CPU))
     }
-    assert found >= {("i2s", "direct", accs) for accs in (1, 2, 3, 4)} | {
+    assert found >= {("i2s", "direct", accumulators) for accumulators in (1, 2, 3, 4)} | {
         ("t5", "direct", 1),
         ("t5", "direct", 2),
     }
@@ -172,12 +172,12 @@ def test_a_wrong_kernel_is_found(
 
 def test_an_overflow_beyond_the_rule_is_found(toolchain: Toolchain, tmp_path: Path) -> None:
     """One chunk more between two widenings than the rule allows wraps around, and the cases see it."""
-    for family, widen in (("i2s", 17), ("tl1", 64), ("tl2", 22), ("t5", 13), ("tl5", 13)):
+    for family, widen_every in (("i2s", 17), ("tl1", 64), ("tl2", 22), ("t5", 13), ("tl5", 13)):
         space = space_for(family, ISAS["scalar"], N1, Shape(3200, 8640), CPU)
         spec = next(edges(space))
-        assert spec.schedule["widen"] == widen - 1
+        assert spec.schedule["widen_every"] == widen_every - 1
         beyond = KernelSpec(
-            spec.family, spec.isa, spec.regime, spec.layout, spec.schedule.with_knobs(widen=widen)
+            spec.family, spec.isa, spec.regime, spec.layout, spec.schedule.with_knobs(widen_every=widen_every)
         )
         assert space.broken(beyond)
         with LocalRunner(toolchain, CPU, policy=PATIENT, lock_folder=tmp_path) as runner:

@@ -72,18 +72,27 @@ def edges(space: Space) -> Iterator[KernelSpec]:
     for algorithm in space.algorithms:
         start = next(spec for spec in space if spec.schedule.algorithm == algorithm)
         knobs = dict(start.schedule)
-        if "widen" not in knobs:
+        if "widen_every" not in knobs:
             continue  # these products go to int32 at once
-        for more in [{"accs": accs} for accs in (1, 2, 3, 4)] if "accs" in knobs else [{}]:
+        for more in (
+            [{"accumulators": accumulators} for accumulators in (1, 2, 3, 4)]
+            if "accumulators" in knobs
+            else [{}]
+        ):
             wider = (
-                space.make(algorithm, start.layout, {**knobs, **more, "widen": w}) for w in range(70, 0, -1)
+                space.make(algorithm, start.layout, {**knobs, **more, "widen_every": w})
+                for w in range(70, 0, -1)
             )
             yield from itertools.islice((spec for spec in wider if not space.broken(spec)), 1)
 
 
 def uses_the_level(spec: KernelSpec, isa: Isa) -> bool:
     """Not int16 sums where there is a dot instruction: no search would ask for them."""
-    return FAMILIES[spec.family].looks_up or not isa.native_dot4 or dict(spec.schedule).get("widen", 0) == 0
+    return (
+        FAMILIES[spec.family].looks_up
+        or not isa.native_dot4
+        or dict(spec.schedule).get("widen_every", 0) == 0
+    )
 
 
 @needs_emulator

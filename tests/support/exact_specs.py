@@ -22,26 +22,30 @@ def edges(space: Space) -> Iterator[KernelSpec]:
     """
     for algorithm in space.algorithms:
         axes = space.knobs(algorithm)
-        if "widen" not in axes:
+        if "widen_every" not in axes:
             continue  # tiles add to int32 at once
         values = {name: min(choices) for name, choices in axes.items()}
         if algorithm == "panel":
             values |= {"mr": 16, "mc": space.layouts[0].row_block}
-        for accs in (1, 2, 3, 4) if "accs" in axes else (None,):
+        for accumulators in (1, 2, 3, 4) if "accumulators" in axes else (None,):
             # The scalar level has no registers, and its unrolled arrays take long to compile.
             for nr in sorted(
                 {min(axes["nr"]), max(axes["nr"]) if space.isa.name != "scalar" else min(axes["nr"])}
             ):
-                yield from _widest(space, algorithm, {**values, "nr": nr, **({"accs": accs} if accs else {})})
+                yield from _widest(
+                    space,
+                    algorithm,
+                    {**values, "nr": nr, **({"accumulators": accumulators} if accumulators else {})},
+                )
 
 
 def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[KernelSpec]:
-    for widen in range(70, 0, -1):
-        spec = space.make(algorithm, space.layouts[0], {**values, "widen": widen})
+    for widen_every in range(70, 0, -1):
+        spec = space.make(algorithm, space.layouts[0], {**values, "widen_every": widen_every})
         if not space.broken(spec):
             sums = int16_sums(spec)
             assert sums is not None
-            more = replace(sums, additions=sums.additions // widen * (widen + 1))
+            more = replace(sums, additions=sums.additions // widen_every * (widen_every + 1))
             assert not more.exact, f"{spec.name} is not at the edge"
             yield spec
             return

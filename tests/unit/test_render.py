@@ -206,13 +206,25 @@ def test_the_banners_command_makes_the_file_again(capsys: pytest.CaptureFixture[
 
 def test_the_banner_tells_the_formula_the_bound_and_the_schedule() -> None:
     text = render_kernel(
-        kernel("i2s", "avx2", N1, "direct", streams=2, nr=1, accs=2, widen=8, unroll=1, prefetch=0, hint=0)
+        kernel(
+            "i2s",
+            "avx2",
+            N1,
+            "direct",
+            streams=2,
+            nr=1,
+            accumulators=2,
+            widen_every=8,
+            unroll=1,
+            prefetch=0,
+            prefetch_hint=0,
+        )
     ).text
     banner = text[: text.index("*/")]
     for words in (
         "acc[n, m] = sum over k of w[m, k] * xq[n, k]",
         "y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])",
-        "streams = 2, nr = 1, accs = 2, widen = 8",
+        "streams = 2, nr = 1, accumulators = 2, widen_every = 8",
         "16 additions of -2048 .. 2032 give -32768 .. 32512, within -32768 .. 32767",
         "I2_S, 2.000 bits a weight; row blocks of 16, chunks of 16 along k",
         "n = 1 .. 1",
@@ -228,8 +240,10 @@ def test_the_banner_tells_the_formula_the_bound_and_the_schedule() -> None:
 def test_the_hint_says_where_prefetched_lines_go(family: str) -> None:
     words = ("prefetch", "prefetch_once", "prefetch_l2")
     spec = default(family, "avx512_vbmi", N1)
-    for hint, word in enumerate(words):
-        text = render_kernel(replace(spec, schedule=spec.schedule.with_knobs(hint=hint))).text
+    for prefetch_hint, word in enumerate(words):
+        text = render_kernel(
+            replace(spec, schedule=spec.schedule.with_knobs(prefetch_hint=prefetch_hint))
+        ).text
         assert {name for name in words if re.search(rf"\b{name}\(w", text)} == {word}
 
 

@@ -130,18 +130,18 @@ def one(
 
 
 BREAKING = [
-    ("i2s", "avx2", N1, "direct", {"widen": 17}, "int16 partial sums"),
-    ("i2s", "avx2", N1, "direct", {"accs": 2, "widen": 9}, "int16 partial sums"),
-    ("i2s", "avx2", N1, "direct", {"accs": 4, "widen": 2}, "int16 partial sums"),
-    ("i2s", "avx2", LARGE, "panel", {"widen": 65}, "int16 partial sums"),
-    ("tl1", "avx512", N1, "direct", {"widen": 64}, "int16 partial sums"),
-    ("tl2", "avx512", N1, "direct", {"widen": 22}, "int16 partial sums"),
-    ("tl1", "avx512", N1, "direct", {"widen": 0}, "widen must be at least 1"),
-    ("tl5", "avx512_vbmi", N1, "wide", {"widen": 13}, "int16 partial sums"),
-    ("tl5", "avx2", SMALL, "split", {"widen": 0}, "widen must be at least 1"),
+    ("i2s", "avx2", N1, "direct", {"widen_every": 17}, "int16 partial sums"),
+    ("i2s", "avx2", N1, "direct", {"accumulators": 2, "widen_every": 9}, "int16 partial sums"),
+    ("i2s", "avx2", N1, "direct", {"accumulators": 4, "widen_every": 2}, "int16 partial sums"),
+    ("i2s", "avx2", LARGE, "panel", {"widen_every": 65}, "int16 partial sums"),
+    ("tl1", "avx512", N1, "direct", {"widen_every": 64}, "int16 partial sums"),
+    ("tl2", "avx512", N1, "direct", {"widen_every": 22}, "int16 partial sums"),
+    ("tl1", "avx512", N1, "direct", {"widen_every": 0}, "widen_every must be at least 1"),
+    ("tl5", "avx512_vbmi", N1, "wide", {"widen_every": 13}, "int16 partial sums"),
+    ("tl5", "avx2", SMALL, "split", {"widen_every": 0}, "widen_every must be at least 1"),
     ("tl5", "avx512_vbmi", SMALL, "wide", {"streams": 4, "nr": 4}, "registers of avx512_vbmi"),
     ("tl5", "avx2", SMALL, "split", {"streams": 4, "nr": 4}, "registers of avx2"),
-    ("tl2", "avx512_vbmi", SMALL, "direct", {"widen": 0}, "widen must be at least 1"),
+    ("tl2", "avx512_vbmi", SMALL, "direct", {"widen_every": 0}, "widen_every must be at least 1"),
     ("i2s", "avx2", SMALL, "direct", {"nr": 16}, "registers of avx2"),
     ("i2s", "avx512_vnni", SMALL, "direct", {"streams": 8, "nr": 8}, "registers of avx512_vnni"),
     ("i2s", "avx512_vnni", LARGE, "panel", {"mr": 128, "mc": 128, "nr": 12}, "registers of avx512_vnni"),
@@ -181,14 +181,14 @@ BREAKING = [
     ("tl1", "avx512", N1, "direct", {"unroll": 10**9}, "must be 1 .. 16"),
     ("i2s", "avx512", SMALL, "direct", {"nr": 17}, "must be 1 .. 16"),
     ("i2s", "avx512", N1, "direct", {"nr": 0}, "must be 1 .. 16"),
-    ("i2s", "avx512", N1, "direct", {"accs": 5}, "accs of direct must be 1 .. 4"),
-    ("i2s", "avx512", N1, "direct", {"accs": 0}, "accs of direct must be 1 .. 4"),
+    ("i2s", "avx512", N1, "direct", {"accumulators": 5}, "accumulators of direct must be 1 .. 4"),
+    ("i2s", "avx512", N1, "direct", {"accumulators": 0}, "accumulators of direct must be 1 .. 4"),
     ("i2s", "avx512", LARGE, "panel", {"mr": 24}, "mr of panel must be 16, 32, ... 256"),
     ("i2s", "avx512", LARGE, "panel", {"mr": 0}, "mr of panel must be 16, 32, ... 256"),
     ("i2s", "avx512", LARGE, "panel", {"mr": 512, "mc": 512}, "mr of panel must be 16, 32, ... 256"),
     ("i2s", "avx512", N1, "direct", {"prefetch": -64}, "must be 0 .. "),
     ("i2s", "avx512", N1, "direct", {"prefetch": 10**12}, "must be 0 .. "),
-    ("tl1", "avx512", N1, "direct", {"widen": -1}, "must be 0 .. "),
+    ("tl1", "avx512", N1, "direct", {"widen_every": -1}, "must be 0 .. "),
 ]
 
 
@@ -209,7 +209,7 @@ def test_a_broken_rule_is_quoted(
 def test_all_broken_rules_are_quoted_together() -> None:
     space, legal = one("tl2", "avx512", N1, "direct")
     with pytest.raises(BitgenError, match=r"int16 partial sums.*; .*both, or neither.*; kc must be 0"):
-        space.check(changed(legal, widen=40, kc=50))
+        space.check(changed(legal, widen_every=40, kc=50))
 
 
 def test_rules_about_this_machine_and_shape_are_told_apart() -> None:
@@ -315,27 +315,27 @@ def lane_extremes(spec: KernelSpec) -> tuple[int, int]:
     family, s = FAMILIES[spec.family], dict(spec.schedule)
     if spec.schedule.algorithm == "panel":
         low, high = pair_extremes(1)
-        return s["widen"] * low, s["widen"] * high
+        return s["widen_every"] * low, s["widen_every"] * high
     if spec.table_bytes:
         # 16 rows in four lanes: each lane of a row takes a quarter of a chunk's groups; 64 rows of TL5: all.
         low, high = entry_extremes(family.g, family.name in ("tl2", "tl5"))
-        adds = s["widen"] * family.k_chunk // family.g // (64 // family.rows)
+        adds = s["widen_every"] * family.k_chunk // family.g // (64 // family.rows)
         return adds * low, adds * high
     # Every field is one addition a chunk.
-    totals = dict.fromkeys(range(s["accs"]), (0, 0))
+    totals = dict.fromkeys(range(s["accumulators"]), (0, 0))
     for f in range(family.k_chunk // 4):
-        a = accumulator(f, s["accs"])
+        a = accumulator(f, s["accumulators"])
         low, high = pair_extremes(4**a)
-        totals[a] = (totals[a][0] + s["widen"] * low, totals[a][1] + s["widen"] * high)
+        totals[a] = (totals[a][0] + s["widen_every"] * low, totals[a][1] + s["widen_every"] * high)
     return min(low for low, _ in totals.values()), max(high for _, high in totals.values())
 
 
-def accumulator(f: int, accs: int) -> int:
-    """Where field f goes, at scale 4^a: it is masked in place, shifted so that scales stay below 4^accs.
+def accumulator(f: int, accumulators: int) -> int:
+    """Where field f goes, at scale 4^a: it is masked in place, shifted so scales stay below 4^accumulators.
 
     A fifth field stands where the fourth does.
     """
-    return 3 % accs if f == 4 else f % accs
+    return 3 % accumulators if f == 4 else f % accumulators
 
 
 @combinations
@@ -343,7 +343,7 @@ def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Reg
     counted = 0
     for shape in (SHAPE, Shape(8640, 3200), Shape(530, 97)):
         for spec in space_of(family, isa, regime, shape):
-            if not dict(spec.schedule).get("widen"):
+            if not dict(spec.schedule).get("widen_every"):
                 assert int16_sums(spec) is None
                 continue
             low, high = lane_extremes(spec)
@@ -355,7 +355,7 @@ def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Reg
 
 
 @pytest.mark.parametrize(
-    ("family", "isa", "regime", "algorithm", "accs", "most"),
+    ("family", "isa", "regime", "algorithm", "accumulators", "most"),
     [
         ("i2s", "avx2", N1, "direct", 1, 16),
         ("i2s", "avx2", N1, "direct", 2, 8),
@@ -372,27 +372,27 @@ def test_no_legal_schedule_can_overflow_int16(family: str, isa: Isa, regime: Reg
     ],
 )
 def test_the_rule_allows_exactly_what_fits(
-    family: str, isa: str, regime: Regime, algorithm: str, accs: int | None, most: int
+    family: str, isa: str, regime: Regime, algorithm: str, accumulators: int | None, most: int
 ) -> None:
     space, legal = one(family, isa, regime, algorithm)
-    spec = changed(legal, **({"accs": accs} if accs else {}))
-    for widen in range(1, 70):
-        candidate = changed(spec, widen=widen)
+    spec = changed(legal, **({"accumulators": accumulators} if accumulators else {}))
+    for widen_every in range(1, 70):
+        candidate = changed(spec, widen_every=widen_every)
         low, high = lane_extremes(candidate)
         fits = low >= -32768 and high <= 32767
-        assert fits == (widen <= most)
-        assert fits != any("int16" in rule.text for rule in space.broken(candidate)), widen
+        assert fits == (widen_every <= most)
+        assert fits != any("int16" in rule.text for rule in space.broken(candidate)), widen_every
 
 
 CONFIGURATIONS = {
     (
         spec.family,
         spec.schedule.algorithm,
-        tuple((n, v) for n, v in spec.schedule if n in ("accs", "widen")),
+        tuple((n, v) for n, v in spec.schedule if n in ("accumulators", "widen_every")),
     ): spec
     for family, isa, regime in COMBINATIONS
     for spec in space_of(family, isa, regime)
-    if dict(spec.schedule).get("widen") and dict(spec.schedule).get("unroll", 1) == 1
+    if dict(spec.schedule).get("widen_every") and dict(spec.schedule).get("unroll", 1) == 1
 }
 
 
@@ -410,7 +410,7 @@ def test_the_text_adds_as_often_as_the_bound_assumes(spec: KernelSpec) -> None:
     most = max(found.count(name) for name in set(found))
     sums = int16_sums(spec)
     assert sums is not None
-    assert sums.additions == most * spec.schedule["widen"]
+    assert sums.additions == most * spec.schedule["widen_every"]
 
 
 def test_the_digits_of_a_chunk_of_split_sums_fit_int8() -> None:
@@ -437,11 +437,11 @@ def test_the_digits_of_a_chunk_of_split_sums_fit_int8() -> None:
 def test_int32_sums_fit_for_the_largest_k(family: str, isa: Isa, regime: Regime) -> None:
     f = FAMILIES[family]
     for spec in space_of(family, isa, regime):
-        accs = dict(spec.schedule).get("accs", 1)
+        accumulators = dict(spec.schedule).get("accumulators", 1)
         fields = f.k_chunk // 4
-        for a in range(accs):
-            mine = sum(accumulator(f, accs) == a for f in range(fields))
-            scale = 4**a if accs > 1 else 1
+        for a in range(accumulators):
+            mine = sum(accumulator(f, accumulators) == a for f in range(fields))
+            scale = 4**a if accumulators > 1 else 1
             assert -K_MAX * mine // fields * 2 * scale * 128 >= -(2**31)
             assert K_MAX * mine // fields * 2 * scale * 127 < 2**31
 
@@ -466,8 +466,10 @@ def test_make_refuses_unknown_and_missing_knobs() -> None:
     values = dict(space.default.schedule)
     with pytest.raises(BitgenError, match="direct has no knob tile; it has streams, nr"):
         space.make("direct", Layout("i2s", 16), {**values, "tile": 3})
-    with pytest.raises(BitgenError, match="direct needs a value for accs, nr"):
-        space.make("direct", Layout("i2s", 16), {n: v for n, v in values.items() if n not in ("accs", "nr")})
+    with pytest.raises(BitgenError, match="direct needs a value for accumulators, nr"):
+        space.make(
+            "direct", Layout("i2s", 16), {n: v for n, v in values.items() if n not in ("accumulators", "nr")}
+        )
     with pytest.raises(BitgenError, match="tl1_r16 is not a layout of i2s"):
         space.make("direct", Layout("tl1", 16), values)
 
@@ -479,6 +481,6 @@ def test_widen_is_offered_only_where_it_can_help() -> None:
             if spec.schedule.algorithm in ("tiles", "mmla"):
                 continue  # they add to int32 at once
             if isa.native_dot4 and not spec.table_bytes:
-                assert spec.schedule["widen"] == 0
+                assert spec.schedule["widen_every"] == 0
             elif isa.name != "scalar":
-                assert spec.schedule["widen"] > 0
+                assert spec.schedule["widen_every"] > 0
