@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from libraries import built_library
 from model_files import plain_model, small_config, write_model
 from text_models import piece_data
 
@@ -28,9 +27,9 @@ def config() -> ModelConfig:
     return small_config(vocab=len(piece_data().tokens), context=128, tied_head=False)
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built_library(tmp_path_factory)
+@pytest.fixture
+def library(bundle: Path) -> Path:
+    return bundle
 
 
 @pytest.fixture

@@ -39,11 +39,6 @@ def cpu() -> Cpu:
     return detect_cpu()
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return libraries.built_library(tmp_path_factory)
-
-
 @pytest.fixture
 def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
     return libraries.toolchain_of(tmp_path_factory)

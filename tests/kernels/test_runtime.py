@@ -30,11 +30,6 @@ RAGGED = (Shape(1, 1), Shape(5, 127), Shape(33, 200), Shape(17, 961), TL1_SHAPE,
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return libraries.built_library(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def table(bundle: Path) -> Iterator[KernelTable]:
     with load(bundle, 2) as table:
         yield table

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from libraries import session_folder, toolchain_of
 from reference_model import random_dense, small_config
-from step_levels import level_library
 
 from bitgen import records
 from bitgen.abi import DENSE_TYPES
@@ -66,7 +65,9 @@ def models(sizes: StepSizes) -> dict[str, ModelConfig]:
 
 @pytest.fixture(scope="module", params=MADE)
 def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    level_library: Callable[[str], Path],
 ) -> Iterator[tuple[StepSizes, KernelTable, KernelTable]]:
     """Sizes, a library with a step for them, and one with the step for every model alone."""
     level, sizes = MADE[request.param]
@@ -82,7 +83,7 @@ def made(
         check=False,
     )
     assert read_bundle(bundle).manifest.step == sizes
-    with load(bundle, 2) as sized, load(level_library(tmp_path_factory, level), 2) as generic:
+    with load(bundle, 2) as sized, load(level_library(level), 2) as generic:
         yield sizes, sized, generic
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from exact_model import dot, exact_logits
 from reference_model import logits_of, random_dense, small_config
-from step_levels import LEVELS, level_library
+from step_levels import LEVELS
 
 from bitgen.abi import DENSE_TYPES, STAGES
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -45,12 +45,12 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., KernelTable]]:
+def tables(level_library: Callable[[str], Path]) -> Iterator[Callable[..., KernelTable]]:
     opened: dict[tuple[str, int], KernelTable] = {}
 
     def table(level: str = BEST, threads: int = 2) -> KernelTable:
         if (level, threads) not in opened:
-            opened[level, threads] = load(level_library(tmp_path_factory, level), threads)
+            opened[level, threads] = load(level_library(level), threads)
         return opened[level, threads]
 
     yield table

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from reference_model import small_config
-from step_levels import level_library
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
@@ -24,8 +24,8 @@ N = 12
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with load(level_library(tmp_path_factory, LEVEL), 2) as table:
+def table(level_library: Callable[[str], Path]) -> Iterator[KernelTable]:
+    with load(level_library(LEVEL), 2) as table:
         yield table
 
 
@@ -127,9 +127,9 @@ MIXED: list[Want] = [
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_row_gets_what_it_asked_for_whatever_the_others_ask(
-    weights: Weights, logits: Any, threads: int, tmp_path_factory: pytest.TempPathFactory
+    weights: Weights, logits: Any, threads: int, level_library: Callable[[str], Path]
 ) -> None:
-    with load(level_library(tmp_path_factory, LEVEL), threads) as table:
+    with load(level_library(LEVEL), threads) as table:
         hidden = run(weights, table, [Hidden()] * N)
         for row, (want, answer) in enumerate(zip(MIXED, run(weights, table, MIXED), strict=True)):
             if isinstance(want, Nothing):

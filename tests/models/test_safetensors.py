@@ -14,12 +14,13 @@ from model_files import (
     hf_config,
     pack_rows,
     plain_model,
+    refused,
     small_config,
     write_folder,
     write_safetensors,
 )
 
-from bitgen.errors import BitgenError, FileError
+from bitgen.errors import BitgenError
 from bitgen.formats.convert import convert
 from bitgen.formats.open import open_model
 from bitgen.formats.safetensors import read_folder, read_safetensors
@@ -27,12 +28,6 @@ from bitgen.formats.sentencepiece_file import read_tokenizer_model
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 BITLINEAR = {"quant_method": "bitnet"}
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(FileError) as caught:
-        open_model(path)
-    return caught.value.message
 
 
 # ---- the container ----

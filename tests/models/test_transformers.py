@@ -20,7 +20,6 @@ import pytest
 from exact_model import exact_logits
 from numpy.typing import NDArray
 from reference_model import TIE, logits_of
-from step_levels import level_library
 
 pytest.importorskip("torch", reason="torch is the oracle")
 pytest.importorskip("transformers", reason="transformers is the oracle")
@@ -58,8 +57,8 @@ def _own_cache(bitgen_home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with load(level_library(tmp_path_factory, BEST), 2) as table:
+def table(level_library: Callable[[str], Path]) -> Iterator[KernelTable]:
+    with load(level_library(BEST), 2) as table:
         yield table
 
 

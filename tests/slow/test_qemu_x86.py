@@ -12,10 +12,10 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from step_levels import level_library
 
 from bitgen.cpu import CAP_VARIABLE
 from bitgen.errors import UnsupportedError
@@ -53,24 +53,24 @@ def run_tiny(core: str | None, library: Path, home: Path) -> subprocess.Complete
 
 @pytest.mark.parametrize(("core", "level"), [("Haswell", "avx2"), ("Nehalem", "scalar")])
 def test_a_small_cpu_writes_the_recorded_text(
-    core: str, level: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    core: str, level: str, level_library: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    done = run_tiny(core, level_library(tmp_path_factory, level), tmp_path)
+    done = run_tiny(core, level_library(level), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (EXAMPLE["prompt"] + EXAMPLE["text"]).strip()
 
 
-def test_the_text_is_that_of_this_cpu(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_the_text_is_that_of_this_cpu(level_library: Callable[[str], Path], tmp_path: Path) -> None:
     """The library for every CPU, on this one: what the emulated ones are compared with."""
-    done = run_tiny(None, level_library(tmp_path_factory, "scalar"), tmp_path)
+    done = run_tiny(None, level_library("scalar"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (EXAMPLE["prompt"] + EXAMPLE["text"]).strip()
 
 
 def test_a_cpu_without_avx2_refuses_its_library_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    level_library: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    done = run_tiny("Nehalem", level_library(tmp_path_factory, "avx2"), tmp_path)
+    done = run_tiny("Nehalem", level_library("avx2"), tmp_path)
     assert done.returncode == UnsupportedError.exit_code, "and no SIGILL"
     assert done.stdout == ""
     assert done.stderr.startswith("bitgen: cannot use ")

@@ -1,4 +1,8 @@
-"""A whole model in plain numpy, from the formulas: the oracle for the engine, and its stand-in in tests.
+"""A whole model in plain numpy, from the formulas: what a model computes, up to float32 noise.
+
+Of the three oracles this one answers "is it the right formula?", for every architecture, and stands in
+for the engine where a test is about what drives it. `exact_model` answers "are these the right bits?",
+`torch_models` "does the world agree?", for files and architectures of transformers.
 
 Everything is float64 except what is float32 by definition: the input of a BitLinear, which is rounded to
 float32 and quantised as `bitgen.reference` says, and its output. Slow, for small models only.

@@ -1,4 +1,9 @@
-"""Models of transformers whose BitLinears quantise as they run: the oracle for files, integers and logits."""
+"""Models of transformers whose BitLinears quantise as they run: the oracle for files, integers and logits.
+
+Of the three oracles this one answers "does the world agree?": names and forms of tensors in files, which
+int8 and ternary values a BitLinear multiplies, and the logits of each architecture, none of it our code.
+It needs PyTorch; `reference_model` (formulas) and `exact_model` (bits) need numpy alone.
+"""
 
 from __future__ import annotations
 
