@@ -184,9 +184,9 @@ CHANGED = """\
 * bitgen_step_hidden100_q_rows500_ffn150_head_dim100__scalar
 *     bitgen render step --isa scalar --model NAME  (any of these sizes)
 * models     hidden 100, q_rows 500, ffn 150, head_dim 100
-WORD int32_t quantize(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
+OP int32_t quantize(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
 k = 100;
-WORD int32_t norm_quantize(
+OP int32_t norm_quantize(
 /* The same for the inputs of a matrix: 100 or 500 or 150. */
 static int32_t quantize_sized(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
 if (k == 100) return quantize(x, 100, k_pad, xq, x_scale, x_sum);

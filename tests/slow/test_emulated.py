@@ -93,12 +93,12 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
 # whole model. `python tests/support/emulated.py bitgen check --isa amx_int8` runs every schedule.
 # (suite, level): file, which of its tests, how many they are.
 SUITES = {
-    ("words", "avx_vnni"): (
-        "kernels/test_vocabulary.py",
+    ("ops", "avx_vnni"): (
+        "kernels/test_vector_ops.py",
         "avx_vnni and (vw_dot4 or vw_widen or vw_rows)",
         4 * len(COMPILERS),
     ),
-    ("words", "amx_int8"): ("kernels/test_vocabulary.py", "amx_int8 and tiles_mean", len(COMPILERS)),
+    ("ops", "amx_int8"): ("kernels/test_vector_ops.py", "amx_int8 and tiles_mean", len(COMPILERS)),
     ("kernels", "avx_vnni"): ("kernels/test_exact.py", "one_shape and avx_vnni", 1),
     ("kernels", "amx_int8"): (
         "kernels/test_exact.py",

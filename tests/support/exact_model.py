@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from float_words import fma, greater
+from float_ops import fma, greater
 from numpy.typing import NDArray
 
 from bitgen.formats.weights import TernaryMatrix, Weights

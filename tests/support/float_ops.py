@@ -1,4 +1,4 @@
-"""The meaning of the float words (templates/isa/*.h) in numpy; test_vocabulary.py tries them."""
+"""The meaning of the float ops (templates/isa/*.h) in numpy; test_vector_ops.py tries them."""
 
 from __future__ import annotations
 
