@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_files import preset_yaml
 
 import bitgen
 from bitgen import cli, toolchain
@@ -35,22 +36,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
-TINY = """\
-name: tests/tiny
-hidden: 256
-ffn: 512
-layers: 2
-heads: 4
-kv_heads: 2
-head_dim: 64
-vocab: 1000
-rope_theta: 10000.0
-activation: silu
-sub_norms: true
-tied_head: true
-norm_eps: 1.0e-5
-architecture: bitnet
-"""
+TINY = preset_yaml("tests/tiny", hidden=256, ffn=512, layers=2, heads=4, kv_heads=2, head_dim=64, vocab=1000)
 
 
 def command(*argv: str) -> list[str]:
@@ -512,7 +498,7 @@ def test_a_full_disk_costs_one_trial_at_most(
     whole = [json.loads(line) for line in lines[:-1]]
     assert whole, "nothing was recorded before the disk was full"
     filler.unlink()
-    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", small_disk]
+    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", str(small_disk)]
     subprocess.run(larger, check=True)  # however much a tune records
     text = bitgen_in(workplace, *TUNE, "--quick", "--logs", str(small_disk)).stdout
     assert re.search(r"[1-9][\d,]* from cache", text), text[-500:]

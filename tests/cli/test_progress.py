@@ -6,10 +6,10 @@ import io
 import re
 import sys
 import threading
+import time
 
 import pytest
 
-from bitgen.cli import progress
 from bitgen.cli.progress import ProgressBar
 from bitgen.cli.tables import Column, Table, render_tables
 
@@ -37,7 +37,7 @@ def test_lines_elsewhere_tell_the_share_and_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = iter([0.0, 20.0, 20.0, 20.0, 21.0, 21.0, 40.0, 40.0, 40.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with ProgressBar() as bar:
         bar.show("checking", 1, 4)
         bar.show("too soon", 2, 4)

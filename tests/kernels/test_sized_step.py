@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from libraries import session_folder, users_toolchain
 from reference_model import random_dense, small_config
-from step_levels import level_library
 
 from bitgen import records
 from bitgen.abi import DENSE_TYPES
 from bitgen.bundle import read_bundle, write
-from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.contents import Contents, Target, choose_contents
 from bitgen.bundle.units import library_units_of, table_values
 from bitgen.bundle.write import write_library
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -66,7 +65,9 @@ def models(sizes: StepSizes) -> dict[str, ModelConfig]:
 
 @pytest.fixture(scope="module", params=MADE)
 def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    level_library: Callable[[str], Path],
 ) -> Iterator[tuple[StepSizes, KernelTable, KernelTable]]:
     """Sizes, a library with a step for them, and one with the step for every model alone."""
     level, sizes = MADE[request.param]
@@ -82,7 +83,7 @@ def made(
         check=False,
     )
     assert read_bundle(bundle).manifest.step == sizes
-    with load(bundle, 2) as sized, load(level_library(tmp_path_factory, level), 2) as generic:
+    with load(bundle, 2) as sized, load(level_library(level), 2) as generic:
         yield sizes, sized, generic
 
 
@@ -137,12 +138,12 @@ def test_the_step_for_its_sizes_runs_where_all_of_them_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its place a step that finds NaN in everything."""
-    real = write.library_units_of
+    real = library_units_of
     source = render_step("scalar", RAGGED)
     ops = source.name.replace("bitgen_step", "bitgen_step_ops")
     assert ops in source.text
 
-    def replaced(contents: write.Contents) -> Any:
+    def replaced(contents: Contents) -> Any:
         units = real(contents)
         assert [unit.name for unit in units].count(source.name) == 1
         return tuple(

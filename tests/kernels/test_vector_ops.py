@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import foreign
 import numpy as np
@@ -99,9 +99,10 @@ def ops_of(isa: Isa) -> dict[str, Signature]:
 # bytes that may be touched: a function that stores changes them in place.
 
 MEANINGS: dict[str, Callable[..., Any]] = {}
+Meaning = TypeVar("Meaning", bound=Callable[..., Any])
 
 
-def meaning(function: Callable[..., Any]) -> Callable[..., Any]:
+def meaning(function: Meaning) -> Meaning:
     MEANINGS[function.__name__] = function
     return function
 
@@ -217,14 +218,15 @@ def vb_lut_low(table: Array, idx: Array) -> Array:
 @meaning
 def vh_pairs(u: Array, s: Array) -> Array:
     sums = (i64(u) * i64(s.view(np.int8))).reshape(32, 2).sum(axis=1)
-    exact = sums.astype(np.int16)
+    exact: Array = sums.astype(np.int16)
     assert np.array_equal(exact, sums)  # that no legal input saturates
     return exact
 
 
 def products(u: Any, s: Array) -> Array:
     """Sums of four products: int64 (16,)."""
-    return (i64(np.asarray(u)) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1)
+    sums: Array = (i64(np.asarray(u)) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1)
+    return sums
 
 
 def field(x: Array, f: int) -> Array:
@@ -454,7 +456,7 @@ def complete(
             args[name] = SCALARS[kind](args.get(name, anything))
     for kind, name in signature.params:  # last, because a count may decide how many bytes there are
         if "*" in kind:
-            size = EXTENTS.get(signature.name, lambda _: 64)(args)
+            size = EXTENTS[signature.name](args) if signature.name in EXTENTS else 64
             reads = "const" in kind
             args[name] = rng.integers(0, 256, size, np.uint8) if reads else np.full(size, CANARY, np.uint8)
     if signature.name == "vb_field":
@@ -728,7 +730,7 @@ def fault_of(outcome: Outcome, expected: Any, memories: list[Array]) -> str | No
     return next((f"not {memory}" for memory in memories if not np.array_equal(outcome.memory, memory)), None)
 
 
-def each_word(isas: list[Isa]) -> Any:
+def each_word(isas: list[Isa]) -> pytest.MarkDecorator:
     pairs = [pytest.param(isa, op, id=f"{isa.name}-{op}") for isa in isas for op in ops_of(isa)]
     return pytest.mark.parametrize(("isa", "op"), pairs)
 

@@ -134,7 +134,7 @@ def test_suites_pass_on_an_emulated_cpu(
         "pytest",
         "-p",
         "no:cacheprovider",
-        Path(__file__).parents[1] / file,
+        str(Path(__file__).parents[1] / file),
         "-k",
         expression,
     ]
@@ -177,7 +177,7 @@ def test_a_process_that_is_refused_tiles_gets_an_error_or_portable_kernels(
     env = emulated.environment(emulator, emulated.lacking())
     path = ":".join(map(str, (Path(__file__).parents[1] / "support", Path(__file__).parents[2])))
     subprocess.run([sys.executable, "-c", BUILD, tmp_path], env={**env, "PYTHONPATH": path}, check=True)
-    create = [sys.executable, "-c", CREATE, tmp_path / "tiles" / "libbitgen-tiles.so"]
+    create = [sys.executable, "-c", CREATE, str(tmp_path / "tiles" / "libbitgen-tiles.so")]
     refused = subprocess.run(create, capture_output=True, text=True, check=True)
     assert refused.stdout == "[19, 0, 0]\n", "BITGEN_ERROR_TILES, unless portable kernels are allowed"
     granted = subprocess.run(create, env=env, capture_output=True, text=True, check=True)

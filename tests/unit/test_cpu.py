@@ -242,7 +242,7 @@ def test_quota_limits_threads(tmp_path: Path, limit: str, threads: int) -> None:
 
 
 def cache_files(cpu: int, *caches: tuple[int, str, str, str]) -> dict[str, str]:
-    files = {}
+    files: dict[str, str] = {}
     for index, (level, kind, size, shared) in enumerate(caches):
         folder = f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"
         files |= {f"{folder}/level": f"{level}\n", f"{folder}/type": f"{kind}\n"}

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import fingerprints
-from test_store import LARGE, R16, R32, WIDE, of_layout, others, tuning
+from synthetic import WIDE, fingerprints
+from test_store import LARGE, R16, R32, of_layout, others, tuning
 
 from bitgen import __version__, winners
 from bitgen.api import Workshop, choices_for
@@ -17,6 +17,7 @@ from bitgen.errors import BitgenError
 from bitgen.formats.config import find_model
 from bitgen.llm import library_for
 from bitgen.measure import Job
+from bitgen.paths import winners_dir
 from bitgen.space import space_for
 from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
@@ -131,7 +132,7 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
 
 
 def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
-    for path in sorted(winners.winners_dir().glob("*.json")):
+    for path in sorted(winners_dir().glob("*.json")):
         data = json.loads(path.read_text())
         assert data["cpu_family"] == path.stem
         assert set(data["tuned_on"]) == {"cpu", "compiler", "templates", "version"}
