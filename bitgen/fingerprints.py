@@ -60,7 +60,7 @@ def fingerprints(cpu: Cpu, isas: Iterable[Isa], toolchain: Toolchain) -> Fingerp
             kernel = _code(render_kernel(spec))
             algorithm = spec.schedule.algorithm if spec.table_bytes else None
             digest = _digest([kernel, *helpers(spec.isa, spec.family, algorithm)])
-        except BitgenError:  # an old record's: a family, a level or a knob that is no more
+        except (BitgenError, LookupError):  # an old record's: a family, a level or a knob that is no more
             digest = ""
         return Fingerprint(own, compilers.get(spec.isa, ""), digest, harness)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import emulated
 import pytest
 from hypothesis import HealthCheck, settings
+from libraries import CACHE_VARIABLE, share_cache
 
 from bitgen.cpu import CAP_VARIABLE, Cpu, detect_cpu
 from bitgen.errors import BitgenError
@@ -29,7 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Kernels that tests call in this process may use tiles: the system must be asked once.
 
     A shell starts background jobs with SIGINT ignored, and children inherit that: tests interrupt them.
+    Parallel workers, and tests that tests start, inherit the folder of what is compiled.
     """
+    if not os.environ.get(CACHE_VARIABLE):
+        os.environ[CACHE_VARIABLE] = folder = tempfile.mkdtemp(prefix="bitgen-tests-")
+        config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
     if config.option.isa_cap is not None:
         os.environ[CAP_VARIABLE] = config.option.isa_cap
     try:
@@ -81,8 +88,8 @@ def recorded_cpu(tmp_path: Path) -> Callable[[str], Cpu]:
 
 @pytest.fixture
 def bitgen_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that holds everything bitgen writes during the test."""
-    home = tmp_path / "bitgen_home"
+    """A folder that holds everything bitgen writes during the test; what is compiled is shared."""
+    home = share_cache(tmp_path / "bitgen_home")
     monkeypatch.setenv("BITGEN_HOME", str(home))
     return home
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.common import add_compiler, add_kv, add_library, add_logs
+from bitgen.cli.arguments import add_compiler, add_kv, add_library, add_logs
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:

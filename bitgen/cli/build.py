@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bitgen.cli.common import PRESET_HELP, add_compiler, add_logs
+from bitgen.cli.arguments import PRESET_HELP, add_compiler, add_logs
 from bitgen.errors import UsageError
 
 SUMMARY = "write the kernel library of a model"

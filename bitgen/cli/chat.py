@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.common import add_model, add_sampling, open_llm, print_timings, sampling_options
+from bitgen.cli.arguments import add_model, add_sampling, open_llm, print_timings, sampling_options
 from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitgen.cli.common import add_compiler, add_spaces
+from bitgen.cli.arguments import add_compiler, add_spaces
 from bitgen.errors import BitgenError
 
 SUMMARY = "prove every schedule exact against numpy"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitgen.cli.common import add_model, open_llm
+from bitgen.cli.arguments import add_model, open_llm
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 SUMMARY = "how well a model predicts a text"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitgen.cli.common import add_model, add_sampling, open_llm, print_timings, sampling_options
+from bitgen.cli.arguments import add_model, add_sampling, open_llm, print_timings, sampling_options
 
 SUMMARY = "continue a text with a model"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bitgen.cli.common import add_logs
+from bitgen.cli.arguments import add_logs
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 SUMMARY = "what is tuned, and what a library contains"

@@ -87,7 +87,7 @@ def test_every_misuse_has_its_code(bundle: Path, tmp_path: Path) -> None:
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same library, compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
     cpu = detect_cpu()
-    toolchain = libraries.toolchain_of(tmp_path_factory, *SANITIZE)
+    toolchain = libraries.toolchain_of(*SANITIZE)
     out = tmp_path_factory.mktemp("sanitized")
     # Its self-test would need the sanitizer's runtime in the Python process.
     return write_library(libraries.choices(cpu), toolchain, out, "sanitized", Target.of(cpu), check=False)

@@ -43,8 +43,8 @@ PATIENT = TimingPolicy(check_timeout_s=120, timeout_s=600)  # nothing here hangs
 
 
 @pytest.fixture(scope="module")
-def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
-    return toolchain_of(tmp_path_factory)
+def toolchain() -> Toolchain:
+    return toolchain_of()
 
 
 @pytest.fixture(scope="module")

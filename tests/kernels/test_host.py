@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from libraries import shared_cache, toolchain_of
 from loaded import load_units
 
+from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.units import library_units_of
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError
 from bitgen.hostcode import (
@@ -41,14 +44,14 @@ NOT_TERNARY, NOT_FINITE, BUSY, FORKED = 10, 11, 12, 13
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def driver() -> Any:
     arch = detect_cpu().arch
     text = DRIVER.read_text(encoding="utf-8")
     declared = re.findall(r"^BITGEN_API ([^{]*?)\s*\{", text, flags=re.MULTILINE)
     unit = host_unit("driver", text, host_headers(arch))
     functions = tuple(Prototype.parse(" ".join(d.split())) for d in declared)
     unit = replace(unit, functions=functions)
-    toolchain = Toolchain(find_compiler(), cache_dir=tmp_path_factory.mktemp("cache"), werror=True)
+    toolchain = toolchain_of()
     return load_units(toolchain, [*run_units(arch), unit])
 
 
@@ -189,12 +192,12 @@ int32_t test_pack(const char *family, int32_t row_block, int32_t k_chunk, int32_
 
 
 @pytest.fixture(scope="module")
-def packer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def packer() -> Any:
     units = {unit.name: unit for unit in library_units(detect_cpu().arch, "Linux", (), EMPTY_TABLE)}
     prototype = PACK_TEST.partition("{")[0].strip()
     text = f"{units['pack'].text}\n{prototype};\n{PACK_TEST}"
     tested = replace(units["pack"], text=text, functions=(Prototype.parse(prototype),), flags=())
-    toolchain = Toolchain(find_compiler(), cache_dir=tmp_path_factory.mktemp("cache"), werror=True)
+    toolchain = toolchain_of()
     return load_units(toolchain, [units["pool"], tested])
 
 
@@ -352,6 +355,20 @@ def test_host_code_compiles_without_a_warning(compiler: Compiler, tmp_path: Path
     units = tuple(unit for unit in units if unit.name != "table")
     toolchain = Toolchain(compiler, cache_dir=tmp_path, werror=True, extra_flags=("-Wpedantic", "-Wshadow"))
     for result in toolchain.compile_objects(units):
+        assert isinstance(result, Path), result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compiler", [c for c in find_compilers() if c.kind != "zig"], ids=lambda compiler: compiler.kind
+)
+def test_forward_passes_compile_without_a_warning(compiler: Compiler) -> None:
+    """Libraries of other tests are compiled as a user's: with warnings, which nobody reads."""
+    contents = choose_contents((), Target.of(detect_cpu()))
+    steps = [unit for unit in library_units_of(contents) if unit.name.startswith("bitgen_step_")]
+    assert len(steps) == len({step.isa for step in contents.steps}) > 0
+    toolchain = Toolchain(compiler, shared_cache(), timeout_s=900, werror=True, extra_flags=("-O1",))
+    for result in toolchain.compile_objects(steps):
         assert isinstance(result, Path), result
 
 

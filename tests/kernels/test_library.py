@@ -40,8 +40,8 @@ def cpu() -> Cpu:
 
 
 @pytest.fixture
-def toolchain(tmp_path_factory: pytest.TempPathFactory) -> Toolchain:
-    return libraries.toolchain_of(tmp_path_factory)
+def toolchain() -> Toolchain:
+    return libraries.users_toolchain()
 
 
 @pytest.fixture

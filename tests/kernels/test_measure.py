@@ -78,8 +78,8 @@ def answers_of(runner: Runner, jobs: Sequence[Job]) -> list[Measurement]:
 
 
 @pytest.fixture
-def runner(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator[LocalRunner]:
-    toolchain = replace(toolchain_of(tmp_path_factory), werror=False)
+def runner(tmp_path: Path) -> Iterator[LocalRunner]:
+    toolchain = replace(toolchain_of(), werror=False)
     with LocalRunner(
         toolchain,
         detect_cpu(),
@@ -431,13 +431,13 @@ def test_a_killed_worker_is_started_again(runner: LocalRunner) -> None:
     assert runner.worker_pid not in (None, pid)
 
 
-def test_the_peak_of_tiles_is_probed(runner: LocalRunner, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_peak_of_tiles_is_probed(runner: LocalRunner) -> None:
     """A whole call for 16 rows: the probe asks for the registers and gives them back."""
     if not find_isa("amx_int8", load_isas()).requires <= detect_cpu().features:
         pytest.skip("this CPU lacks amx_int8")
     probe = peak_probe("amx_int8")
     assert probe.source().text.count("vt_dot4(&t") == 4
-    built = build_probes(toolchain_of(tmp_path_factory), [probe.source()])
+    built = build_probes(toolchain_of(), [probe.source()])
     (nanoseconds,) = runner._probe_ns(built, Shape(16, 64), 1, False)
     assert 0 < nanoseconds < 1e9
 
@@ -462,10 +462,10 @@ def test_the_peak_has_every_pattern_and_level(runner: LocalRunner) -> None:
         runner.machine_peak(2, [])
 
 
-def test_a_sweep_counts_schedules_and_cases(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_a_sweep_counts_schedules_and_cases(tmp_path: Path) -> None:
     cpu = detect_cpu()
     patient = TimingPolicy(check_timeout_s=120, timeout_s=600)
-    with LocalRunner(toolchain_of(tmp_path_factory), cpu, policy=patient, lock_folder=tmp_path) as local:
+    with LocalRunner(toolchain_of(), cpu, policy=patient, lock_folder=tmp_path) as local:
         seen: list[int] = []
         counts = exact_sweep(
             local,
@@ -486,13 +486,11 @@ def test_a_sweep_counts_schedules_and_cases(tmp_path_factory: pytest.TempPathFac
     assert "1 NOT exact" in str(counts)
 
 
-def test_a_kernel_for_one_shape_is_verified_on_that_shape(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+def test_a_kernel_for_one_shape_is_verified_on_that_shape(tmp_path: Path) -> None:
     cpu, shape = detect_cpu(), Shape(45, 130)
     space = space_for("i2s", find_isa("scalar", load_isas()), SMALL, shape, cpu)
     patient = replace(QUICK, check_timeout_s=120, timeout_s=600)
-    with LocalRunner(toolchain_of(tmp_path_factory), cpu, policy=patient, lock_folder=tmp_path) as local:
+    with LocalRunner(toolchain_of(), cpu, policy=patient, lock_folder=tmp_path) as local:
         (answer,) = answers_of(local, [Job(replace(space.default, shape=shape), shape, 5)])
     assert answer.status is Status.OK, answer.detail
 
@@ -526,14 +524,12 @@ _SCRIPT = """
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_stays_behind_when_the_runner_is_ended(
-    ending: signal.Signals, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_nothing_stays_behind_when_the_runner_is_ended(ending: signal.Signals, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = textwrap.dedent(_SCRIPT).format(
         tests=str(Path(__file__).parents[1] / "support"),
         pid_file=json.dumps(str(pid_file)),
-        cache=str(toolchain_of(tmp_path_factory).cache_dir),
+        cache=str(toolchain_of().cache_dir),
         lock=str(tmp_path),
     )
     runner = subprocess.Popen(

@@ -299,10 +299,8 @@ int32_t bitgen_struct_sizes(int32_t *a, int32_t *b) { *a = *b = 1; return 0; }
         (FUTURE.replace("VERSION", str(ABI_VERSION)), r"has structs of \[1, 1\] bytes"),
     ],
 )
-def test_another_library_is_not_taken_for_ours(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, text: str, message: str
-) -> None:
-    toolchain = libraries.toolchain_of(tmp_path_factory)
+def test_another_library_is_not_taken_for_ours(tmp_path: Path, text: str, message: str) -> None:
+    toolchain = libraries.users_toolchain()
     library = toolchain.link_shared([toolchain.compile_object(Unit("other", text))], tmp_path / "other.so")
     with pytest.raises(FileError, match=message):
         load(library)

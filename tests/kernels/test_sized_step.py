@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import session_folder, toolchain_of
+from libraries import session_folder, users_toolchain
 from reference_model import random_dense, small_config
 
 from bitgen import records
@@ -75,7 +75,7 @@ def made(
     name = f"sized-{level}-{sizes.hidden}"
     bundle = write_library(
         (),
-        toolchain_of(tmp_path_factory),
+        users_toolchain(),
         out,
         name,
         Target.of(detect_cpu(), level),
@@ -135,7 +135,7 @@ const struct bitgen_step_ops OPS = {.embed = {embed, embed, embed}, .norm_quanti
 
 
 def test_the_step_for_its_sizes_runs_where_all_of_them_fit(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its place a step that finds NaN in everything."""
     real = library_units_of
@@ -153,9 +153,7 @@ def test_the_step_for_its_sizes_runs_where_all_of_them_fit(
 
     monkeypatch.setattr(write, "library_units_of", replaced)
     target = Target.of(detect_cpu(), "scalar")
-    bundle = write_library(
-        (), toolchain_of(tmp_path_factory), tmp_path, "refuses", target, sizes=RAGGED, check=False
-    )
+    bundle = write_library((), users_toolchain(), tmp_path, "refuses", target, sizes=RAGGED, check=False)
     with load(bundle, 1) as table:
         for name, config in models(RAGGED).items():
             run = partial(logits_in_parts, Engine(random_weights(config, 3), table), config)

@@ -21,6 +21,7 @@ import foreign
 import numpy as np
 import pytest
 from float_ops import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
+from libraries import shared_cache
 from loaded import load_units
 
 from bitgen.cpu import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
@@ -638,7 +639,7 @@ class Emulated:
 
     def __init__(self, compiler: Compiler, folder: Path) -> None:
         self.folder = folder
-        self.toolchain = Toolchain(compiler, folder / "cache", timeout_s=900, werror=True)
+        self.toolchain = Toolchain(compiler, shared_cache(), timeout_s=900, werror=True)
         self.programs: dict[str, tuple[Path, list[str]]] = {}
 
     def run_all(self, isa: Isa, calls: list[Call]) -> Iterator[Outcome]:
@@ -697,8 +698,8 @@ def offsets(page_bytes: int, kinds: list[str], args: list[Any]) -> list[int]:
 
 
 @pytest.fixture(params=COMPILERS, ids=lambda compiler: compiler.kind, scope="session")
-def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Harness:
-    return Harness(Toolchain(request.param, tmp_path_factory.mktemp("vocabulary"), werror=True))
+def harness(request: pytest.FixtureRequest) -> Harness:
+    return Harness(Toolchain(request.param, shared_cache(), werror=True))
 
 
 @pytest.fixture(params=foreign.cross_compilers(), ids=lambda compiler: compiler.kind, scope="session")

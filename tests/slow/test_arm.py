@@ -15,6 +15,7 @@ import foreign
 import foreign_kernels
 import numpy as np
 import pytest
+from libraries import shared_cache
 
 from bitgen.api import build
 from bitgen.cli import main
@@ -48,8 +49,10 @@ needs_emulator = pytest.mark.skipif(foreign.why_not() is not None, reason=f"{for
 levels = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: isa.name)
 
 
-def cross_toolchain(folder: Path, *flags: str, cc: str | None = None) -> Toolchain:
-    return Toolchain(find_cross_compiler("aarch64", "Linux", cc), folder, timeout_s=900, extra_flags=flags)
+def cross_toolchain(*flags: str, cc: str | None = None) -> Toolchain:
+    return Toolchain(
+        find_cross_compiler("aarch64", "Linux", cc), shared_cache(), timeout_s=900, extra_flags=flags
+    )
 
 
 # ---- kernels
@@ -109,7 +112,7 @@ def test_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
         for spec in chosen(space_for(family, isa, regime, SHAPE, CPU))
         if uses_the_level(spec, isa)
     ]
-    program = foreign_kernels.build(cross_toolchain(tmp_path), specs, tmp_path / "kernels", "-static")
+    program = foreign_kernels.build(cross_toolchain(), specs, tmp_path / "kernels", "-static")
     count, wrong = foreign_kernels.faults(program, specs)
     assert not wrong
     assert count > 20 * len(specs) > 20 * 12
@@ -122,7 +125,7 @@ def test_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
 def test_kernels_stay_within_their_buffers(isa: Isa, tmp_path: Path) -> None:
     """Under AddressSanitizer, which does not see what SVE loads, and UndefinedBehaviorSanitizer."""
     specs = defaults(isa)
-    toolchain = cross_toolchain(tmp_path, *SANITIZE)
+    toolchain = cross_toolchain(*SANITIZE)
     program = foreign_kernels.build(toolchain, specs, tmp_path / "kernels", *SANITIZE)
     count, wrong = foreign_kernels.faults(program, specs, few=True)
     assert not wrong
@@ -141,7 +144,7 @@ def test_the_kernels_program_sees_what_is_wrong(
     """So that the tests above can fail: weights that are not those the answer is for, and too few of them."""
     isa = find_isa(level, LEVELS)
     spec, core = space_for("i2s", isa, REGIMES[0], SHAPE, CPU).default, foreign.core_of(isa)
-    toolchain = cross_toolchain(tmp_path, *(flags if flags is SANITIZE else ()))
+    toolchain = cross_toolchain(*(flags if flags is SANITIZE else ()))
     program = foreign_kernels.build(toolchain, [spec], tmp_path / "kernels", *flags)
     case = next(case for case in foreign_kernels.cases("n1", True) if case.shape.m == 33 and not case.floats)
     good = (0).to_bytes(8, "little") + foreign_kernels.record(spec.layout, case)

@@ -1,4 +1,8 @@
-"""Libraries that several test modules call, compiled once a test session."""
+"""Libraries that several test modules call, compiled once a test session.
+
+What is compiled is addressed by its content, so all processes of a test run share one folder of it: that in
+BITGEN_TEST_CACHE, else one that goes away with the run. Runs that have it in common compile a text once.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ from bitgen.cpu import Cpu, detect_cpu
 from bitgen.space import space_for
 from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape
 from bitgen.toolchain import Toolchain, find_compiler
+
+CACHE_VARIABLE = "BITGEN_TEST_CACHE"
 
 # Shapes the library is "tuned" for: a layout with two 16-row sub-blocks and signs, and one with tables.
 TL2_SHAPE, TL1_SHAPE = Shape(100, 500), Shape(64, 640)
@@ -54,9 +60,34 @@ def session_folder(factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def toolchain_of(factory: pytest.TempPathFactory, *extra_flags: str) -> Toolchain:
-    """A toolchain that takes every warning as an error."""
-    return _toolchain(session_folder(factory), extra_flags)
+def shared_cache() -> Path:
+    """The folder of everything that this test run compiled."""
+    return Path(os.environ[CACHE_VARIABLE])
+
+
+def share_cache(home: Path) -> Path:
+    """Let ``home``, a BITGEN_HOME to be, find what other tests compiled; the rest it keeps to itself."""
+    (home / "cache").mkdir(parents=True)
+    for kind in ("objects", "modules", "libraries"):
+        (shared_cache() / kind).mkdir(parents=True, exist_ok=True)
+        (home / "cache" / kind).symlink_to(shared_cache() / kind, target_is_directory=True)
+    return home
+
+
+def toolchain_of(*extra_flags: str, werror: bool = True) -> Toolchain:
+    """A toolchain of the shared folder that takes every warning as an error."""
+    # Patient: the limit is there for compilers that hang, and a loaded machine is no such thing.
+    return Toolchain(
+        find_compiler(), cache_dir=shared_cache(), timeout_s=900, werror=werror, extra_flags=extra_flags
+    )
+
+
+def users_toolchain() -> Toolchain:
+    """A toolchain with the flags that commands use, so that libraries of tests and of commands share objects.
+
+    That host code and forward passes compile without a warning is a test's, in tests/kernels/test_host.py.
+    """
+    return toolchain_of(werror=False)
 
 
 def built_library(factory: pytest.TempPathFactory) -> Path:
@@ -64,15 +95,8 @@ def built_library(factory: pytest.TempPathFactory) -> Path:
     return _library(session_folder(factory))
 
 
-def _toolchain(folder: Path, extra_flags: tuple[str, ...] = ()) -> Toolchain:
-    # Patient: the limit is there for compilers that hang, and a loaded machine is no such thing.
-    return Toolchain(
-        find_compiler(), cache_dir=folder / "cache", timeout_s=900, werror=True, extra_flags=extra_flags
-    )
-
-
 @lru_cache(maxsize=1)
 def _library(folder: Path) -> Path:
     cpu = detect_cpu()
     out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    return write_library(choices(cpu), _toolchain(folder), out, "tests", Target.of(cpu), model="tests")
+    return write_library(choices(cpu), users_toolchain(), out, "tests", Target.of(cpu), model="tests")

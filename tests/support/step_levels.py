@@ -7,12 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from libraries import session_folder, toolchain_of
+from libraries import session_folder, users_toolchain
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Rejected, cap_note, detect_cpu, load_isas, resolve_isas
-from bitgen.toolchain import Toolchain
 
 LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
 
@@ -22,12 +21,12 @@ def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
     for decision in resolve_isas(detect_cpu(), load_isas()):
         if decision.isa.name == level and isinstance(decision, Rejected):
             pytest.skip(f"cannot run {level} here: {decision.reason}{cap_note()}")
-    return _library(session_folder(factory), toolchain_of(factory), level)
+    return _library(session_folder(factory), level)
 
 
 @cache
-def _library(folder: Path, toolchain: Toolchain, level: str) -> Path:
+def _library(folder: Path, level: str) -> Path:
     # One for each worker of a parallel run; they share what is compiled.
     out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
     target = Target.of(detect_cpu(), level)
-    return write_library((), toolchain, out, f"step-{level}", target, check=False)
+    return write_library((), users_toolchain(), out, f"step-{level}", target, check=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import toolchain_of
+from libraries import users_toolchain
 
 from bitgen.api import Workshop
 from bitgen.bundle import read_bundle
@@ -87,8 +87,10 @@ def test_recordings_and_named_targets_are_not_capped(
 
 
 def test_levels_the_fingerprint_and_refusals_are_those_of_the_small_cpu(cap: Callable[[str], None]) -> None:
-    large = Workshop()
-    kernel = space_for("i2s", find_isa("scalar", load_isas()), N1, Shape(64, 64), large.cpu).default
+    large, kernel = (
+        Workshop(),
+        space_for("i2s", find_isa("scalar", load_isas()), N1, Shape(64, 64), detect_cpu()).default,
+    )
     before = large.fingerprints(kernel)
     cap("scalar")
     small = Workshop()
@@ -168,10 +170,10 @@ def test_what_a_process_starts_inherits_the_cap(cap: Callable[[str], None]) -> N
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library without tuned kernels for the best level of this CPU; -O0, because nobody times it."""
+    """A library without tuned kernels for the best level of this CPU."""
     out = tmp_path_factory.mktemp("cap")
     target = Target.of(detect_cpu(), BEST)
-    return write_library((), toolchain_of(tmp_path_factory, "-O0"), out, "cap", target, check=False)
+    return write_library((), users_toolchain(), out, "cap", target, check=False)
 
 
 def created(library: Any, flags: int) -> int:

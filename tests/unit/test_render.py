@@ -157,12 +157,10 @@ def for_compiling(isa: str) -> list[Source]:
 
 
 @pytest.mark.parametrize("isa", HERE)
-def test_gcc_accepts_it_without_a_warning(isa: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
     if not any(c.kind == "gcc" for c in compilers()):
         pytest.skip("gcc is not installed")
-    toolchain = toolchain_of(
-        tmp_path_factory
-    )  # with -Werror; gcc warns in its optimiser, so objects are made
+    toolchain = toolchain_of()  # with -Werror; gcc warns in its optimiser, so objects are made
     sources = for_compiling(isa)
     for source, made in zip(sources, toolchain.compile_objects([unit_of(s) for s in sources]), strict=True):
         assert isinstance(made, Path), f"{source.name}: {made}"
