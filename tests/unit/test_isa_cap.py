@@ -87,8 +87,10 @@ def test_recordings_and_named_targets_are_not_capped(
 
 
 def test_levels_the_fingerprint_and_refusals_are_those_of_the_small_cpu(cap: Callable[[str], None]) -> None:
-    large = Workshop()
-    kernel = space_for("i2s", find_isa("scalar", load_isas()), N1, Shape(64, 64), large.cpu).default
+    large, kernel = (
+        Workshop(),
+        space_for("i2s", find_isa("scalar", load_isas()), N1, Shape(64, 64), detect_cpu()).default,
+    )
     before = large.fingerprints(kernel)
     cap("scalar")
     small = Workshop()
