@@ -22,8 +22,8 @@ import pytest
 
 import bitgen
 from bitgen import cli, toolchain
+from bitgen import environment as rooms
 from bitgen.__main__ import main as bitgen_main
-from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UnsupportedError, UsageError
@@ -100,8 +100,7 @@ def fails(capsys: pytest.CaptureFixture[str], bitgen_home: Path) -> Callable[...
 
 def test_help_names_every_command() -> None:
     text = subprocess.run(command("--help"), check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+    for name in COMMANDS:
         assert re.search(rf"^\s+{name}\s+\S", text, re.MULTILINE), name
 
 
@@ -617,7 +616,7 @@ def test_an_isa_this_cpu_lacks(
     fails: Callable[..., str], recorded_cpu: Callable[[str], Cpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = recorded_cpu("haswell")
-    monkeypatch.setattr(workshop, "detect_cpu", lambda: cpu)
+    monkeypatch.setattr(rooms, "detect_cpu", lambda: cpu)
     for argv in (
         ["tune", "-m", "3B", "--isa", "avx512_vnni"],
         ["build", "-m", "3B", "--isa", "avx512_vnni"],
@@ -656,7 +655,7 @@ def test_a_compiler_that_hangs_when_asked_its_name(
     fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = script(tmp_path / "cc", "exec sleep 60")
-    monkeypatch.setattr(workshop, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
+    monkeypatch.setattr(rooms, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
     for argv in (["tune", "-m", "3B"], ["build", "-m", "3B"]):
         line = fails(*argv, "--cc", compiler, code=ToolchainError.exit_code)
         assert "the C compiler hangs" in line
@@ -669,7 +668,7 @@ def test_a_compiler_that_hangs_while_it_compiles(
     real = find_compiler().command[0]
     hangs = f'case " $* " in *" -c "*) exec sleep 60;; esac\nexec {shutil.which(real)} "$@"'
     compiler = script(tmp_path / "cc", hangs)
-    monkeypatch.setattr(workshop, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
+    monkeypatch.setattr(rooms, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
     assert main(["build", "-m", "3B", "--cc", compiler]) == ToolchainError.exit_code
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"did not compile .* within 0.5 s and was stopped", line)
