@@ -104,6 +104,36 @@ def test_help_names_every_command() -> None:
         assert re.search(rf"^\s+{name}\s+\S", text, re.MULTILINE), name
 
 
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    """--isa of a command that has none would be --isa-cap, and change what the command does."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["detect", "--isa", "scalar"])
+    assert stopped.value.code == UsageError.exit_code
+    assert "unrecognized arguments: --isa scalar" in capsys.readouterr().err
+
+
+def test_help_loads_no_command() -> None:
+    script = (
+        "import sys\nfrom bitgen.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "slow = {'dataclasses', 'typing', 'inspect', 'pathlib', 'json', 'bitgen.errors', 'bitgen.cli.tune'}\n"
+        "print(*sorted(slow & set(sys.modules)), file=sys.stderr)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr == "\n"
+
+
+@pytest.mark.parametrize("name", ["verify", "check"])
+def test_verify_goes_on_under_its_old_name(name: str) -> None:
+    args = cli.parser().parse_args([name, "--sample", "3"])
+    assert (args.sample, args.run.__module__) == (3, "bitgen.cli.verify")
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["tune", "--help"], ["--version"], ["render", "--help"]])
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     script = (
@@ -593,7 +623,7 @@ def test_a_model_file_that_is_wrong(
         ("tune -m 3B --trials 0", "--trials must be at least 1"),
         ("tune -m 3B --timeout 0", "--timeout above 0"),
         ("tune -m 3B --timeout nan", "--timeout above 0"),
-        ("tune -m 3B --threads 0", "--threads 0: this CPU runs 1 to"),
+        ("tune -m 3B --threads 0", "--threads must be at least 1"),
         ("tune -m 3B --threads two", "give numbers from 0 on"),
         ("tune -m 3B --threads 99999", "--threads 99999: this CPU runs 1 to"),
         ("bench -m 3B --kernels -n 0", "from 1 on"),
