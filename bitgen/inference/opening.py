@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
 from bitgen.cpu import detect_cpu
@@ -12,6 +12,7 @@ from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.paths import generated_dir
+from bitgen.progress import Report
 from bitgen.runtime import KernelTable
 from bitgen.spec import Shape
 
@@ -52,14 +53,9 @@ def open_engine(
     kv: Kv = "f16",
     head: Head = "exact",
     batch: int = 1,
-    progress: Callable[[str], None] | None = None,
+    progress: Report | None = None,
 ) -> Engine:
     """The engine over a kernel library; the weights of a file are packed once and then mapped."""
-
-    def packing(done: int, total: int) -> None:
-        if progress:
-            progress(f"packing weights for these kernels, once: {done / max(1, total):.0%}")
-
     weights, fingerprint = (
         (model, None) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
     )
@@ -71,5 +67,5 @@ def open_engine(
         head=head,
         max_batch=batch,
         fingerprint=fingerprint,
-        progress=packing,
+        progress=progress,
     )

@@ -42,6 +42,7 @@ from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, 
 from bitgen.measure.jobs import batches
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import Fma, build_probes, peak_probe
+from bitgen.progress import Progress
 from bitgen.records import dump, load
 from bitgen.reference import ternary_matmul
 from bitgen.space import space_for
@@ -466,7 +467,7 @@ def test_a_sweep_counts_schedules_and_cases(tmp_path: Path) -> None:
     cpu = detect_cpu()
     patient = TimingPolicy(check_timeout_s=120, timeout_s=600)
     with LocalRunner(toolchain_of(), cpu, policy=patient, lock_folder=tmp_path) as local:
-        seen: list[int] = []
+        seen: list[Progress] = []
         counts = exact_sweep(
             local,
             cpu,
@@ -475,10 +476,11 @@ def test_a_sweep_counts_schedules_and_cases(tmp_path: Path) -> None:
             sample=1,
             seed=3,
             regimes=[N1],
-            progress=lambda c: seen.append(c.schedules),
+            progress=seen.append,
         )
-    assert not counts.failures
-    assert (counts.schedules, seen) == (2, [1, 2])
+    assert counts.exact, counts.failures
+    assert counts.schedules == 2
+    assert [(each.done, each.total) for each in seen] == [(1, 2), (2, 2)]
     assert counts.cases >= 2 * len(cases_of("n1", deep=True))
     assert str(counts) == f"2 schedules, {counts.cases} (schedule, shape, n) cases: all exact"
     counts.add(Verification(spec_of(RIGHT), Status.INCORRECT, 1, "wrong"))

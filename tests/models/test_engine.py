@@ -27,6 +27,7 @@ from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache, pack_model
+from bitgen.progress import Progress
 from bitgen.runtime import KernelTable, load
 
 pytestmark = pytest.mark.slow
@@ -570,14 +571,16 @@ def counted(weights: Weights) -> tuple[Weights, list[int]]:
 def test_weights_are_packed_once_and_mapped_then(tables: Any, bitgen_home: Path) -> None:
     weights, reads = counted(random_weights(small_config(name="tiny"), 1))
     ids = ids_of(weights.config, 9)
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     expected = feed(Engine(weights, tables(), head="q8"), ids)
     assert reads
     assert not cache_entries()
-    first = Engine(weights, tables(), head="q8", fingerprint="abc", progress=lambda *p: seen.append(p))
+    first = Engine(weights, tables(), head="q8", fingerprint="abc", progress=seen.append)
     total = sum(m.shape.m * m.shape.k for layer in weights.layers for m in layer.matrices)
-    assert (total, total) in seen
-    assert seen[-1] == (97 * 100, 97 * 100)
+    packed = sum(first.table.packed_bytes(m.shape) for layer in weights.layers for m in layer.matrices)
+    done = [(each.done, each.total) for each in seen]
+    assert (packed, packed) in done
+    assert done[-1] == (97 * 100, 97 * 100)
     assert len(cache_entries()) == 2
     assert {entry.model for entry in cache_entries()} == {"tiny"}
     assert all(bitgen_home in entry.path.parents for entry in cache_entries())

@@ -21,6 +21,7 @@ from bitgen.inference.engine import Memory
 from bitgen.inference.perplexity import perplexity
 from bitgen.inference.sequence import StopFilter
 from bitgen.llm import LLM
+from bitgen.progress import Progress
 from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -221,11 +222,11 @@ def test_prompts_of_a_batch_that_start_alike_compute_it_once() -> None:
 def test_long_prompts_are_computed_in_parts_with_progress() -> None:
     engine = Scripted([5], context=2000)
     llm = LLM.over(engine, engine.config, piece_data())
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     request = llm.request([5] * 1100, max_tokens=1)
-    list(llm.scheduler.run([request], lambda done, of: seen.append((done, of))))
+    list(llm.scheduler.run([request], seen.append))
     assert engine.calls == [128, 512, 460]
-    assert seen == [(0, 1100), (128, 1100), (640, 1100), (1100, 1100)]
+    assert [(each.done, each.total) for each in seen] == [(0, 1100), (128, 1100), (640, 1100), (1100, 1100)]
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,10 @@ from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import find_model
 from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status
 from bitgen.measure.stats import beats, p_faster, select
+from bitgen.progress import Progress
 from bitgen.search import (
     Plan,
     Session,
-    Step,
     TuneOptions,
     TuningResult,
     load_search_config,
@@ -354,7 +354,7 @@ def test_time_is_shared_fairly_and_ends_the_search(tmp_path: Path) -> None:
 
     asked_for = plan(timeout_s=100.0)
     slow = Slow(runner(asked_for))
-    steps: list[Step] = []
+    steps: list[Progress] = []
     result = go(tmp_path / "r", asked_for, slow, clock=lambda: now, progress=steps.append)
     assert not result.complete
     seconds = {group.name: group.seconds for group in result.groups}
@@ -364,8 +364,9 @@ def test_time_is_shared_fairly_and_ends_the_search(tmp_path: Path) -> None:
     assert sum(seconds.values()) == pytest.approx(100, abs=3)
     assert result.seconds <= 102
     assert "not measured" not in result.outcomes
-    assert {step.stage for step in steps} == {"limits", "search", "race"}
-    assert all(0 <= step.done < step.total for step in steps)
+    assert {step.text.partition(" ")[0] for step in steps} == {"limits", "search", "race"}
+    assert all(0 <= step.done <= step.total == 100 for step in steps)
+    assert [step.done for step in steps] == sorted(step.done for step in steps)
 
 
 class Clocked(CountingRunner):
