@@ -158,10 +158,6 @@ class Tile:
         """The int32 accumulator of a sub-block and a token."""
         return cls.sums("acc", r, t, f)
 
-    def token(self, t: int) -> str:
-        """The number of a token."""
-        return "0" if self.one_token else f"t{t}"
-
     def row(self, r: int) -> str:
         """The first matrix row of a sub-block."""
         stream, sub_block = divmod(r, self.layout.sub_blocks)
