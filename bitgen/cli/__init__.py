@@ -20,6 +20,7 @@ from bitgen import __version__
 from bitgen.cli import (
     bench,
     build,
+    bundle,
     cache,
     chat,
     check,
@@ -32,12 +33,15 @@ from bitgen.cli import (
     render,
     run,
     show,
+    trust,
     tune,
 )
+from bitgen.cli.options import add_isa_cap
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
 
 COMMANDS: tuple[ModuleType, ...] = (
     *(detect, models, render, tune, build, bench, show, check, export),
+    *(bundle, trust),
     *(run, chat, perplexity, convert, inspect, cache),
 )
 
@@ -47,16 +51,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
-
-
-def _add_isa_cap(parser: argparse.ArgumentParser) -> None:
-    """--isa-cap, which may stand before the command or after it."""
-    parser.add_argument(
-        "--isa-cap",
-        metavar="LEVEL",
-        default=argparse.SUPPRESS,
-        help="let this CPU act as one of at most this ISA level (the environment variable BITGEN_ISA_CAP)",
-    )
 
 
 @contextmanager
@@ -85,13 +79,13 @@ def parser() -> argparse.ArgumentParser:
         epilog="Start with `bitgen detect`, then `bitgen tune --model 3B` and `bitgen build --model 3B`.",
     )
     top.add_argument("--version", action="version", version=f"bitgen {__version__}")
-    _add_isa_cap(top)
+    add_isa_cap(top)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]
         sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(sub)
-        _add_isa_cap(sub)
+        add_isa_cap(sub)
         sub.set_defaults(run=module.run)
     return top
 
