@@ -62,6 +62,8 @@ class Folder:
         self.where = where
 
     def require_only(self, names: Collection[str]) -> None:
+        if len(names) > FILES_LIMIT:
+            raise FileError(f"{self.where} has an index of more than {FILES_LIMIT:,} files")
         total = 0
         for name in names:
             parts = Path(name).parts

@@ -11,11 +11,12 @@ Reading needs no cryptography: the signature was checked when it came in, and on
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, replace
 
 from bitgen.bundle.index import INDEX_NAME, Index, parse_index, require_entry
-from bitgen.bundle.manifest import Bundle, Origin, find_bundles, read_bundle
+from bitgen.bundle.manifest import MANIFEST_NAME, Bundle, Origin, find_bundles, read_bundle, sha256_of
 from bitgen.errors import BitgenError, FileError
 from bitgen.paths import generated_dir, installed_dir
 from bitgen.records import load, load_json
@@ -62,12 +63,15 @@ def find_receipt(name: str) -> Receipt | None:
 
 
 def index_of(receipt: Receipt) -> Index:
-    """The index of an installed distribution."""
+    """The index of an installed distribution. FileError when it is not the one that was verified."""
     file = installed_dir() / receipt.folder / INDEX_NAME
     try:
-        return parse_index(file.read_bytes(), str(file))
+        data = file.read_bytes()
     except OSError as error:
         raise FileError(f"cannot read {file}: {error.strerror or error}") from error
+    if hashlib.sha256(data).hexdigest() != receipt.index_sha256:
+        raise FileError(f"{file} is not the index that was installed: install it again")
+    return parse_index(data, str(file))
 
 
 def find_installed() -> tuple[list[Bundle], list[BitgenError]]:
@@ -86,6 +90,8 @@ def find_installed() -> tuple[list[Bundle], list[BitgenError]]:
             bundles += _bundles_of(receipt, revoked)
         except BitgenError as error:
             errors.append(FileError(f"{receipt.name} {receipt.version}: {error.message}"))
+    if errors and receipts()[0] != found:  # another process installed meanwhile
+        return find_installed()
     return bundles, errors
 
 
@@ -95,6 +101,8 @@ def _bundles_of(receipt: Receipt, revoked: Revocations) -> list[Bundle]:
     folder = installed_dir() / receipt.folder
     made = []
     for entry in index_of(receipt).bundles:
+        if sha256_of(folder / entry.path / MANIFEST_NAME) != entry.manifest:
+            raise FileError(f"the manifest of {entry.path} is not the one its index names: install it again")
         bundle = read_bundle(folder / entry.path)
         require_entry(entry, bundle, folder)
         made.append(

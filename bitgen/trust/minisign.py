@@ -61,7 +61,7 @@ class PublicKey:
         raw = _decoded(lines[0], 42) if len(lines) == 1 else None
         if raw is None or raw[:2] != _KEY:
             raise FileError(f"{where} is not a public key of minisign (a line that begins with RW)")
-        return cls(raw[2:10], raw[10:], comment)
+        return cls(raw[2:10], raw[10:], "".join(filter(str.isprintable, comment)))  # terminals show it
 
 
 @dataclass(frozen=True)
