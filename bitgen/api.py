@@ -258,17 +258,17 @@ def _fingerprint(choices: Sequence[KernelEntry], env: Environment) -> str | None
 
 
 def load(path: str | Path | None = None, threads: int | None = None) -> KernelTable:
-    """Open a kernel library: a .so, a bundle folder, or without a path the best one built here.
+    """Open a kernel library: a .so, a bundle folder, or without a path the best one built or installed here.
 
-    Where nothing was built yet, an untuned library of default kernels is built once (seconds) and kept.
+    Where there is none yet, an untuned library of default kernels is built once (seconds) and kept.
     """
-    from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.bundle import all_bundles, choose_bundle, refused_features
     from bitgen.runtime import load as open_library
 
     if path is not None:
         return open_library(path, threads)
-    bundles, _ = find_bundles(generated_dir())
-    bundle, _ = choose_bundle(bundles, detect_cpu())
+    cpu = detect_cpu()
+    bundle, _ = choose_bundle(all_bundles()[0], cpu, refused_features(cpu))
     return open_library(untuned_library() if bundle is None else bundle.path, threads)
 
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "show": "what is tuned, and what a library contains",
     "verify": "verify every schedule exact against numpy",
     "export": "write this machine's winners as defaults of its microarchitecture",
+    "bundle": "install, list, remove, verify, pick and pack bundles of kernels",
+    "trust": "make, add, list and revoke the keys that sign bundles",
     "run": "continue a text with a model",
     "chat": "talk with a model",
     "perplexity": "how well a model predicts a text",
@@ -50,7 +52,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        from bitgen.errors import UsageError
+        from bitgen.cli.options import add_isa_cap
+from bitgen.errors import UsageError
 
         self.exit(UsageError.exit_code, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
 
@@ -65,19 +68,9 @@ class _Command(_Parser):
             module = import_module(f"bitgen.cli.{self.name}")
             self.description, self.name = module.__doc__, ""
             module.add_arguments(self)
-            _add_isa_cap(self)
+            add_isa_cap(self)
             self.set_defaults(run=module.run)
         return super().parse_known_args(args, namespace)
-
-
-def _add_isa_cap(parser: argparse.ArgumentParser) -> None:
-    """--isa-cap, which may stand before the command or after it."""
-    parser.add_argument(
-        "--isa-cap",
-        metavar="LEVEL",
-        default=argparse.SUPPRESS,
-        help="let this CPU act as one of at most this ISA level (the environment variable BITGEN_ISA_CAP)",
-    )
 
 
 @contextmanager
@@ -106,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Start with `bitgen detect`, then `bitgen tune --model 3B` and `bitgen build --model 3B`.",
     )
     top.add_argument("--version", action="version", version=f"bitgen {__version__}")
-    _add_isa_cap(top)
+    add_isa_cap(top)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, aliases=_ALIASES.get(name, ())).name = name

@@ -103,12 +103,11 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
 
 
 def _bundles_table() -> Table:
-    from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.bundle import all_bundles, choose_bundle, refused_features
     from bitgen.cpu import detect_cpu
-    from bitgen.paths import generated_dir
 
-    bundles, errors = find_bundles(generated_dir())
-    chosen, decisions = choose_bundle(bundles, detect_cpu())
+    (bundles, errors), cpu = all_bundles(), detect_cpu()
+    chosen, decisions = choose_bundle(bundles, cpu, refused_features(cpu))
     rows: list[tuple[str, str, str]] = [
         (
             str(d.bundle.path),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
+from bitgen.bundle import Bundle, all_bundles, choose_bundle, judge, refused_features
 from bitgen.cpu import detect_cpu
 from bitgen.errors import UsageError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
-from bitgen.paths import generated_dir
 from bitgen.progress import Report
 from bitgen.runtime import KernelTable
 from bitgen.spec import Shape
@@ -34,9 +33,10 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
 
 
 def find_library(config: ModelConfig) -> Bundle | None:
-    """The bundle in generated/ to run a model with on this CPU: tuned for its matrices before any other."""
+    """The bundle to run a model with on this CPU, built here or installed: tuned for its matrices first."""
     cpu = detect_cpu()
-    bundles = [bundle for bundle in find_bundles(generated_dir())[0] if judge(bundle, cpu).accepted]
+    refused = refused_features(cpu)
+    bundles = [bundle for bundle in all_bundles()[0] if judge(bundle, cpu, refused).accepted]
 
     def fitting(bundle: Bundle) -> int:
         return len(tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)))
