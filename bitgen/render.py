@@ -227,7 +227,11 @@ def render_kernel(spec: KernelSpec) -> Source:
         f"tokens     n = {regime.n_min} .. {last}",
         f"weights    {family.title}, {family.bits_a_weight:.3f} bits a weight; "
         f"row blocks of {spec.layout.row_block}, chunks of {family.k_chunk} along k",
-        f"schedule   {spec.schedule.algorithm}: {', '.join(f'{k} = {v}' for k, v in spec.schedule)}",
+        *textwrap.wrap(
+            f"schedule   {spec.schedule.algorithm}: {', '.join(f'{k} = {v}' for k, v in spec.schedule)}",
+            112,
+            subsequent_indent=" " * 11,
+        ),
         *(f"{'bound' if i == 0 else '':10} {line}" for i, line in enumerate(headroom_lines(spec))),
     ]
     values = {
