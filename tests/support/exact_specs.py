@@ -56,7 +56,8 @@ def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[Ke
 def chosen(family: str, isa: Isa, regime: Regime, cpu: Cpu, sample: int, seed: int) -> list[KernelSpec]:
     """The default, the presets, every overflow edge and a sample of a space, each once.
 
-    Of scalar kernels the default, an edge and the sample; of kernels that have the text of their level's parent only the default.
+    Of scalar kernels the default, an edge and the sample; of kernels that have the text of their level's
+    parent only the default.
     """
     space = space_for(family, isa, regime, SHAPE, cpu)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}")
