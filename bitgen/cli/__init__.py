@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from bitgen import __version__
+from bitgen.cli.options import add_isa_cap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes a tenth of the time of --help
@@ -52,8 +53,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        from bitgen.cli.options import add_isa_cap
-from bitgen.errors import UsageError
+        from bitgen.errors import UsageError
 
         self.exit(UsageError.exit_code, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
 

@@ -583,6 +583,11 @@ class Outcome:
     strayed: bool  # whether bytes around them changed
 
 
+def toolchain_of_words(compiler: Compiler) -> Toolchain:
+    # -O1: at -O3 the wrappers of all words take gcc half a minute a level, and a word is inlined either way.
+    return Toolchain(compiler, shared_cache(), timeout_s=900, werror=True, extra_flags=("-O1",))
+
+
 class Harness:
     """The ops of all levels that run here, compiled by one compiler."""
 
@@ -639,7 +644,7 @@ class Emulated:
 
     def __init__(self, compiler: Compiler, folder: Path) -> None:
         self.folder = folder
-        self.toolchain = Toolchain(compiler, shared_cache(), timeout_s=900, werror=True)
+        self.toolchain = toolchain_of_words(compiler)
         self.programs: dict[str, tuple[Path, list[str]]] = {}
 
     def run_all(self, isa: Isa, calls: list[Call]) -> Iterator[Outcome]:
@@ -699,7 +704,7 @@ def offsets(page_bytes: int, kinds: list[str], args: list[Any]) -> list[int]:
 
 @pytest.fixture(params=COMPILERS, ids=lambda compiler: compiler.kind, scope="session")
 def harness(request: pytest.FixtureRequest) -> Harness:
-    return Harness(Toolchain(request.param, shared_cache(), werror=True))
+    return Harness(toolchain_of_words(request.param))
 
 
 @pytest.fixture(params=foreign.cross_compilers(), ids=lambda compiler: compiler.kind, scope="session")

@@ -174,7 +174,11 @@ def spec_of(kernel: Broken) -> KernelSpec:
 
 def render(spec: KernelSpec) -> Source:
     """The stand-in for `bitgen.render.render_kernel`."""
-    kernel = ALL[spec.schedule["index"]]
+    return source_of(spec, ALL[spec.schedule["index"]])
+
+
+def source_of(spec: KernelSpec, kernel: Broken) -> Source:
+    """The C file of ``kernel``, which claims to be that of ``spec``."""
     text = _KERNEL.format(name=spec.name, struct=kernel.edits.get("STRUCT", matmul_struct()))
     for marker, replacement in kernel.edits.items():
         if marker == "STRUCT":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from bitgen.space import Space, int16_sums, space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
 
 SHAPE = Shape(3200, 8640)
+DEEP_VARIABLE = "BITGEN_TEST_DEEP"  # set by .ci/deep: nothing is left to a sample
 
 
 def edges(space: Space) -> Iterator[KernelSpec]:
@@ -54,12 +56,18 @@ def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[Ke
 def chosen(family: str, isa: Isa, regime: Regime, cpu: Cpu, sample: int, seed: int) -> list[KernelSpec]:
     """The default, the presets, every overflow edge and a sample of a space, each once.
 
-    Of kernels that have the text of their level's parent only the default.
+    Of scalar kernels the default, an edge and the sample; of kernels that have the text of their level's
+    parent only the default.
     """
     space = space_for(family, isa, regime, SHAPE, cpu)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}")
-    presets = space.known_good if isa.name != "scalar" else (space.default,)
-    points: Iterable[KernelSpec] = (*presets, *edges(space), *draw.sample(space.points, sample))
+    presets: Iterable[KernelSpec] = space.known_good
+    widest = list(edges(space))
+    if isa.name == "scalar":
+        # Its unrolled arrays take seconds each to compile: `.ci/deep` runs all of its edges.
+        presets = (space.default,)
+        widest = widest if os.environ.get(DEEP_VARIABLE) else draw.sample(widest, min(1, len(widest)))
+    points = (*presets, *widest, *draw.sample(space.points, sample))
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from broken_kernels import RIGHT, Broken, source_of, spec_of
 from libraries import users_toolchain
 
 from bitgen.bundle import read_bundle
@@ -24,6 +25,7 @@ from bitgen.cli import main
 from bitgen.cpu import CAP_VARIABLE, Cpu, accepted_isas, capped, detect_cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
 from bitgen.errors import BitgenError, UnsupportedError, UsageError
+from bitgen.measure import LocalRunner, Status
 from bitgen.runtime import KernelTable, load
 from bitgen.space import space_for
 from bitgen.spec import N1, Shape
@@ -211,6 +213,30 @@ def test_python_refuses_or_falls_back_as_the_library_does(library: Path, cap: Ca
     with pytest.raises(BitgenError, match="holds no ISA level") as caught:
         load(library, 1, generic="only")
     assert caught.value.exit_code == UsageError.exit_code
+
+
+@pytest.mark.slow  # it compiles and measures
+@pytest.mark.skipif(BEST == "scalar", reason="no level is left out: this CPU runs scalar only")
+def test_the_measuring_worker_acts_as_the_small_cpu(
+    library: Path, cap: Callable[[str], None], tmp_path: Path
+) -> None:
+    """A kernel that is right only where the library refuses the CPU, asked by the process that measures."""
+    create = f'dlsym(dlopen("{read_bundle(library).library}", RTLD_NOW), "bitgen_context_create")'
+    refused = f"((int (*)(void **, int, int))(uintptr_t){create})(&context, 1, 0) == {UNSUPPORTED_CPU}"
+    edits = {"PRELUDE": "#include <dlfcn.h>", "START": f"void *context; if (!({refused})) return;"}
+    spec = spec_of(RIGHT)
+    kernel = source_of(spec, Broken("right on a small CPU", edits, Status.OK))
+
+    def found() -> Status:
+        with LocalRunner(
+            users_toolchain(), detect_cpu(), render=lambda _: kernel, lock_folder=tmp_path
+        ) as runner:
+            (answer,) = runner.verify([spec])
+        return answer.status
+
+    assert found() is Status.INCORRECT
+    cap("scalar")
+    assert found() is Status.OK
 
 
 def test_a_library_knows_the_levels_it_does_not_hold() -> None:

@@ -83,9 +83,9 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
-    counts = Counter(draw(logits, 20000, **ALL))
-    shares = [counts[i] / 20000 for i in range(4)]
-    assert np.abs(np.array(shares) - [0.5, 0.25, 0.15, 0.1]).max() < 0.015
+    counts = Counter(draw(logits, 5000, **ALL))
+    shares = [counts[i] / 5000 for i in range(4)]
+    assert np.abs(np.array(shares) - [0.5, 0.25, 0.15, 0.1]).max() < 0.02
 
 
 def test_temperature_sharpens_and_flattens() -> None:

@@ -105,6 +105,7 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     assert near.why == "this CPU's family"
 
 
+@pytest.mark.slow  # it compiles a forward pass for the sizes of a model, twice
 @pytest.mark.usefixtures("bitgen_home")
 def test_a_model_runs_on_the_winners_of_this_cpus_family(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
