@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.cpu import load_isas
+from bitgen.environment import Environment
 from bitgen.measure.harness import unit_of
 from bitgen.render import render_kernel
 from bitgen.space import Space
@@ -108,18 +108,18 @@ def main() -> None:
     parser.add_argument("--family", action="append", default=[])
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     args = parser.parse_args()
-    workshop = Workshop()
+    environment = Environment()
     regime = regime_of(args.tokens).name
-    names = args.isa or [isa.name for isa in load_isas() if isa.arch == workshop.cpu.arch]
+    names = args.isa or [isa.name for isa in load_isas() if isa.arch == environment.cpu.arch]
     spaces = [
-        workshop.space(family, isa, regime, SHAPE)
+        environment.space(family, isa, regime, SHAPE)
         for isa in load_isas()
         if isa.name in names
         for family in args.family or FAMILIES
     ]
     specs = [counted(space) for space in spaces]
     rows = []
-    objects = workshop.toolchain.compile_objects([unit_of(render_kernel(spec)) for spec in specs])
+    objects = environment.toolchain.compile_objects([unit_of(render_kernel(spec)) for spec in specs])
     for spec, made in zip(specs, objects, strict=True):
         if not isinstance(made, Path):
             raise made

@@ -19,9 +19,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.cpu import Isa
+from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelPreset, find_model
 from bitgen.measure import LocalRunner, Race, RaceJob
@@ -46,19 +46,19 @@ class Cell:
 
 
 def recorded(
-    workshop: Workshop, shape: Shape, family: str, isa: Isa, regime: str, threads: int
+    environment: Environment, shape: Shape, family: str, isa: Isa, regime: str, threads: int
 ) -> KernelSpec:
     """The fastest recorded winner of a family, else its default."""
     found = [
         winner
-        for record in workshop.store.tunings
+        for record in environment.store.tunings
         if record.shape == shape
-        for winner in record.current(workshop.fingerprints)
+        for winner in record.current(environment.fingerprints)
         if (winner.spec.family, winner.spec.isa, winner.regime) == (family, isa.name, regime)
         and winner.threads <= threads
     ]
     if not found:
-        return workshop.space(family, isa, regime, shape).default
+        return environment.space(family, isa, regime, shape).default
     most = max(winner.threads for winner in found)
     return min((w for w in found if w.threads == most), key=lambda w: w.time_ns).spec
 
@@ -93,14 +93,14 @@ def shapes_of(model: ModelPreset) -> dict[Shape, int]:
     return counts
 
 
-def measure(args: argparse.Namespace, workshop: Workshop, ns: list[int], threads: int) -> list[Cell]:
-    isas = [workshop.isa(name) for name in args.isa] or [workshop.isa(None)]
+def measure(args: argparse.Namespace, environment: Environment, ns: list[int], threads: int) -> list[Cell]:
+    isas = [environment.isa(name) for name in args.isa] or [environment.isa(None)]
     cells: list[Cell] = []
-    with LocalRunner(workshop.toolchain, workshop.cpu) as runner:
+    with LocalRunner(environment.toolchain, environment.cpu) as runner:
         for n in ns:
             for shape, count in shapes_of(find_model(args.model)).items():
                 specs = dict.fromkeys(
-                    recorded(workshop, shape, family, isa, regime_of(n).name, threads)
+                    recorded(environment, shape, family, isa, regime_of(n).name, threads)
                     for isa in isas
                     for family in args.family or FAMILIES
                 )
@@ -193,9 +193,9 @@ def main() -> None:
     args = parser.parse_args()
     ns = {"decode": [1], "batch": [1, 2, 4, 8, 16], "prefill": [args.n]}[args.what]
     try:
-        workshop = Workshop()
+        environment = Environment()
         for threads in args.threads.split(","):
-            measure(args, workshop, ns, int(threads))
+            measure(args, environment, ns, int(threads))
     except BitgenError as error:
         sys.exit(f"error: {error}")
 

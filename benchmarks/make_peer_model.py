@@ -102,13 +102,8 @@ def quantize_model(quantize: Path, source: Path, target: Path, kind: str) -> Non
 def write_file(path: Path, weights: Weights, kind: str) -> None:
     """The model with matrices of ``kind``: F16 or one of LLAMA_TYPES."""
     metadata = {**_metadata(weights.config, kind), **_vocabulary(weights.config.vocab)}
-    with ProgressBar() as line:
-        write_gguf(
-            path,
-            metadata,
-            list(_tensors(weights, kind)),
-            lambda done, total: line.show(f"writing {path.name}: {done / total:.0%}"),
-        )
+    with ProgressBar() as bar:
+        write_gguf(path, metadata, list(_tensors(weights, kind)), bar.show)
 
 
 def _metadata(config: ModelConfig, kind: str) -> dict[str, Any]:

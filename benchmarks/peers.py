@@ -42,12 +42,13 @@ from typing import Any
 import numpy as np
 from make_peer_model import LLAMA_TYPES, make_models, peer_config, read_bytes_a_token
 
-from bitgen.api import Workshop
 from bitgen.cli.progress import ProgressBar
 from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig
 from bitgen.measure import LocalRunner
+from bitgen.progress import Progress
 
 HERE = Path(__file__).resolve().parent
 _ALIKE = 0.95  # correlation of logits; 0.99 and more is what other roundings of activations leave
@@ -180,7 +181,7 @@ def time_sides(
             for test in tests:
                 tokens = draw.integers(0, vocab, test.n).tolist()
                 for side in order.sample(list(sides), len(sides)):
-                    line.show(f"round {number} of {rounds}, {test.name}, {side.name}")
+                    line.show(Progress(f"{test.name}, {side.name}", number, rounds + 1, "rounds"))
                     # Memory that is shared changes from second to second.
                     before = probe() if number and test.do == "steps" else 0.0
                     time = side.ask(test.do, tokens)
@@ -251,7 +252,7 @@ def chosen_types(args: argparse.Namespace, config: ModelConfig) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    workshop = Workshop()
+    environment = Environment()
     args.silu = args.llama is not None and peer_config(args.model).activation != "silu"
     config = peer_config(args.model, args.silu)
     tests = [Test.parse(text) for text in args.tests.split(",")]
@@ -259,14 +260,14 @@ def run(args: argparse.Namespace) -> None:
     args.type = chosen_types(args, config)
     kinds = list(dict.fromkeys(peer.partition("+")[0] for peer in args.type))
     files = make_models(args.work, config, kinds, args.ik)
-    isa = workshop.isa(None).name
+    isa = environment.isa(None).name
     rows: list[tuple[object, ...]] = []
     logits: list[tuple[object, ...]] = []
     facts = [f"load before: {os.getloadavg()[0]:.2f}"]
     for threads in map(int, args.threads.split(",")):
         with (
             opened(args, config, files, threads, context) as sides,
-            LocalRunner(workshop.toolchain, workshop.cpu) as runner,
+            LocalRunner(environment.toolchain, environment.cpu) as runner,
         ):
             logits = logits or compare_logits(sides, config.vocab)
             probe = partial(runner.dram_gbs, threads, isa)

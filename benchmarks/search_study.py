@@ -19,9 +19,9 @@ from typing import Any
 
 from replay import RoundReplay
 
-from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.cpu import Isa, find_isa, load_isas
+from bitgen.environment import Environment
 from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import find_model
 from bitgen.measure import Job, MachinePeak, Measurement, RaceJob, Status
@@ -105,14 +105,14 @@ def read_logs(path: Path = LOG) -> list[Log]:
 
 def record(only: Sequence[int]) -> Iterator[Log]:
     """Time every point of `RECORDED` (or the entries ``only``) on the shapes of 3B."""
-    workshop, config = Workshop(), load_search_config()
+    environment, config = Environment(), load_search_config()
     policy = TimingPolicy(race_min_ms=3.0)
-    with LocalRunner(workshop.toolchain, workshop.cpu, policy=policy) as runner:
+    with LocalRunner(environment.toolchain, environment.cpu, policy=policy) as runner:
         for at, (family, isa, regime, threads) in enumerate(RECORDED):
             for target in targets_of(find_model(MODEL)):
                 if only and at not in only:
                     continue
-                space = workshop.space(family, workshop.isa(isa), regime, target.shape)
+                space = environment.space(family, environment.isa(isa), regime, target.shape)
                 points = tuple(dict.fromkeys([space.default, *space]))
                 timing = config.regimes[regime]
                 yield _record_space(runner, points, target.shape, timing.n, threads, timing.cold)

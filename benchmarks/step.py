@@ -20,8 +20,8 @@ import sys
 import numpy as np
 
 from bitgen.abi import STAGES
-from bitgen.api import Workshop
 from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig, find_model
 from bitgen.inference.engine import Engine
@@ -43,12 +43,12 @@ def stages_ns(engine: Engine, n: int, position: int) -> dict[str, int]:
     return engine.times_ns
 
 
-def measure(config: ModelConfig, args: argparse.Namespace, threads: int, workshop: Workshop) -> Table:
+def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environment: Environment) -> Table:
     weights = random_weights(config)
-    level = workshop.isa(None).name
+    level = environment.isa(None).name
     with (
         load(args.library or library_for(weights.config), threads) as table,
-        LocalRunner(workshop.toolchain, workshop.cpu) as runner,
+        LocalRunner(environment.toolchain, environment.cpu) as runner,
     ):
         engine = open_engine(weights, table, context=max(args.context + 1, args.prompt))
         prompt = [stages_ns(engine, args.prompt, 0) for _ in range(args.rounds + 1)][1:]
@@ -118,8 +118,8 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config = find_model(args.model)
-        workshop = Workshop()
-        tables = [measure(config, args, int(t), workshop) for t in args.threads.split(",")]
+        environment = Environment()
+        tables = [measure(config, args, int(t), environment) for t in args.threads.split(",")]
     except BitgenError as error:
         sys.exit(f"error: {error}")
     print(render_tables(tables, args.output))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from bitgen.errors import InterruptError
-
 
 def main() -> int:
     """The command line; Ctrl-C while its modules are still being read ends it like any other."""
@@ -14,6 +12,8 @@ def main() -> int:
 
         return command_line()
     except KeyboardInterrupt:
+        from bitgen.errors import InterruptError
+
         print("bitgen: interrupted", file=sys.stderr)
         return InterruptError.exit_code
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import ToolchainError, UsageError
-from bitgen.formats.config import ModelConfig, preset_name
+from bitgen.formats.config import ModelConfig, find_model, preset_name
 from bitgen.formats.open import open_model
 from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
@@ -33,6 +33,7 @@ from bitgen.inference.opening import context_for, find_library, open_engine, tun
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
 from bitgen.inference.sequence import Request
+from bitgen.progress import Progress, Report
 from bitgen.runtime import KernelTable, load
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class LLM:
     ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means one
     a physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
     ``batch`` the number of sequences there is room for from the start (a list of prompts makes more).
-    ``progress(text)`` is called with what takes long. BitgenError when anything does not fit.
+    ``progress`` is called with a `Progress` of what takes long. BitgenError when anything does not fit.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class LLM:
         kv: Kv = "f16",
         head: Head = "exact",
         batch: int = 1,
-        progress: Callable[[str], None] | None = None,
+        progress: Report | None = None,
     ) -> None:
         started = time.perf_counter()
         file = open_model(model)
@@ -261,7 +262,7 @@ def _texts(texts: str | Iterable[str]) -> tuple[str, ...]:
     return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
-def library_for(config: ModelConfig, progress: Callable[[str], None] | None = None) -> Path:
+def library_for(config: ModelConfig, progress: Report | None = None) -> Path:
     """The library to run a model with: one with winners for its matrices, else any, else the untuned one.
 
     What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
@@ -285,20 +286,19 @@ def library_for(config: ModelConfig, progress: Callable[[str], None] | None = No
     from bitgen.api import load as load_or_build
 
     if progress:
-        progress("building the default kernels, once")
+        progress(Progress("building the default kernels, once"))
     with load_or_build() as table:
         return table.path
 
 
-def _build_known(preset: str, progress: Callable[[str], None] | None) -> Path | None:
+def _build_known(preset: str, progress: Report | None) -> Path | None:
     """The library of a preset, if winners are known for any of its shapes."""
-    from bitgen.api.libraries import build, choices_for
-    from bitgen.api.models import preset_of
-    from bitgen.api.workshop import Workshop
+    from bitgen.api import build, choices_for
+    from bitgen.environment import Environment
 
-    workshop = Workshop()
-    if not choices_for(preset_of(preset), workshop, workshop.isa(None)):
+    env = Environment()
+    if not choices_for(find_model(preset), env, env.isa(None)):
         return None
     if progress:
-        progress(f"building the kernels of {preset}, once")
+        progress(Progress(f"building the kernels of {preset}, once"))
     return build(preset)

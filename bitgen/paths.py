@@ -72,6 +72,26 @@ def cache_dir() -> Path:
     return home / "cache" if home is not None else _user_cache_dir() / "cache"
 
 
+def config_dir() -> Path:
+    """The folder of what a person decided: whom bundles are taken from; not created here."""
+    home = _home()
+    if home is not None:
+        return home / "config"
+    from platformdirs import user_config_path
+
+    return user_config_path("bitgen", appauthor=False)
+
+
+def installed_dir() -> Path:
+    """The folder of installed bundles; not created here. Never inside a checkout: they are the user's."""
+    home = _home()
+    if home is not None:
+        return home / "bundles"
+    from platformdirs import user_data_path
+
+    return user_data_path("bitgen", appauthor=False) / "bundles"
+
+
 def ensure_dir(path: str | os.PathLike[str]) -> Path:
     """Create ``path`` with its parents where missing and return it.
 

@@ -31,7 +31,7 @@ from bitgen.spec import (
     regime_named,
 )
 
-_WORD_MARK, _PART_MARK = "//: ", "//== "
+_OP_MARK, _PART_MARK = "//: ", "//== "
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -50,43 +50,43 @@ class Source:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def parse_vocabulary(text: str) -> dict[str, str]:
-    """Split an ISA file into its words: name -> C text, in file order.
+def parse_ops(text: str) -> dict[str, str]:
+    """Split an ISA header into its ops: name -> C text, in file order.
 
     Text before the first is dropped, and so is what a line ``//== TITLE`` opens.
     """
-    words: dict[str, str] = {}
-    for part in re.split(rf"^(?={_WORD_MARK}|{_PART_MARK})", text, flags=re.MULTILINE)[1:]:
+    ops: dict[str, str] = {}
+    for part in re.split(rf"^(?={_OP_MARK}|{_PART_MARK})", text, flags=re.MULTILINE)[1:]:
         if part.startswith(_PART_MARK):
             continue
-        name, _, body = part.removeprefix(_WORD_MARK).partition("\n")
-        words[name.strip()] = body.strip("\n") + "\n"
-    return words
+        name, _, body = part.removeprefix(_OP_MARK).partition("\n")
+        ops[name.strip()] = body.strip("\n") + "\n"
+    return ops
 
 
 @cache
-def vocabulary(isa_name: str) -> Mapping[str, str]:
-    """All words of an ISA level: its parents' first, each replaced by the level's own of the same name."""
-    words: dict[str, str] = {}
-    for level in isa_named(isa_name).vocabulary:
+def vector_ops(isa_name: str) -> Mapping[str, str]:
+    """All ops of an ISA level: its parents' first, each replaced by the level's own of the same name."""
+    ops: dict[str, str] = {}
+    for level in isa_named(isa_name).headers:
         path = templates_dir() / "isa" / f"{level}.h"
-        words.update(parse_vocabulary(path.read_text(encoding="utf-8")))
-    return words
+        ops.update(parse_ops(path.read_text(encoding="utf-8")))
+    return ops
 
 
 def isa_named(name: str) -> Isa:
     return find_isa(name, load_isas())
 
 
-def words_used(words: Mapping[str, str], body: str) -> list[str]:
-    """The names of the words that ``body`` needs, directly or through another word, in vocabulary order."""
+def ops_used(ops: Mapping[str, str], body: str) -> list[str]:
+    """The names of the ops that ``body`` needs, directly or through another op, in their order."""
     seen: set[str] = set()
-    pending = set(_IDENTIFIER.findall(body)) & set(words)
+    pending = set(_IDENTIFIER.findall(body)) & set(ops)
     while pending:
         name = pending.pop()
         seen.add(name)
-        pending |= (set(_IDENTIFIER.findall(words[name])) & set(words)) - seen
-    return [name for name in words if name in seen]
+        pending |= (set(_IDENTIFIER.findall(ops[name])) & set(ops)) - seen
+    return [name for name in ops if name in seen]
 
 
 def _environment() -> jinja2.Environment:
@@ -158,10 +158,6 @@ class Tile:
         """The int32 accumulator of a sub-block and a token."""
         return cls.sums("acc", r, t, f)
 
-    def token(self, t: int) -> str:
-        """The number of a token."""
-        return "0" if self.one_token else f"t{t}"
-
     def row(self, r: int) -> str:
         """The first matrix row of a sub-block."""
         stream, sub_block = divmod(r, self.layout.sub_blocks)
@@ -190,20 +186,20 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str, Any]) -> str:
-    """Banner, includes, the words the body uses, and the body."""
+    """Banner, includes, the vector ops that the body uses, and the body."""
     try:
         body = _template(template).render(isa=isa, **values)
     except jinja2.UndefinedError as error:  # a schedule lacks a knob
         raise BitgenError(f"{template}: {error}") from error
     # What macros leave behind: no empty line within a function, one between two.
     body = re.sub(r"\n\n+(?= )", "\n", re.sub(r"\n{3,}", "\n\n", body))
-    words = vocabulary(isa.name)
-    used = words_used(words, body)
+    ops = vector_ops(isa.name)
+    used = ops_used(ops, body)
     text = [f" * {line}".rstrip() for line in banner]
-    lines = ["/*", *text, " */", "#include <stdint.h>", "#include <string.h>", words["includes"]]
-    lines += ["#define WORD static inline __attribute__((always_inline, unused))", ""]
-    lines += [f"/* The words of {isa.name} used here. */", words["types"]]
-    lines += [words[name] for name in used if name not in ("types", "includes")]
+    lines = ["/*", *text, " */", "#include <stdint.h>", "#include <string.h>", ops["includes"]]
+    lines += ["#define OP static inline __attribute__((always_inline, unused))", ""]
+    lines += [f"/* The ops of {isa.name} used here. */", ops["types"]]
+    lines += [ops[name] for name in used if name not in ("types", "includes")]
     return "\n".join(lines) + "\n" + matmul_struct() + "\n" + body.rstrip() + "\n"
 
 
@@ -217,7 +213,7 @@ def render_kernel(spec: KernelSpec) -> Source:
         spec.name,
         "",
         f"Generated by bitgen from templates/kernels/{spec.family}.c.j2 and "
-        f"templates/isa/{isa.vocabulary[-1]}.h:",
+        f"templates/isa/{isa.headers[-1]}.h:",
         *_continued(render_command(spec)),
         "",
         "acc[n, m] = sum over k of w[m, k] * xq[n, k]            w in {-1, 0, 1}, xq int8, acc int32, exact",
@@ -227,10 +223,8 @@ def render_kernel(spec: KernelSpec) -> Source:
         f"tokens     n = {regime.n_min} .. {last}",
         f"weights    {family.title}, {family.bits_a_weight:.3f} bits a weight; "
         f"row blocks of {spec.layout.row_block}, chunks of {family.k_chunk} along k",
-        *textwrap.wrap(
-            f"schedule   {spec.schedule.algorithm}: {', '.join(f'{k} = {v}' for k, v in spec.schedule)}",
-            112,
-            subsequent_indent=" " * 11,
+        *_labelled(
+            "schedule", f"{spec.schedule.algorithm}: {', '.join(f'{k} = {v}' for k, v in spec.schedule)}"
         ),
         *(f"{'bound' if i == 0 else '':10} {line}" for i, line in enumerate(headroom_lines(spec))),
     ]
@@ -252,7 +246,7 @@ def render_kernel(spec: KernelSpec) -> Source:
 def inherits(spec: KernelSpec) -> str | None:
     """The parent of the spec's ISA level, when that level's kernel of the same schedule is the same text.
 
-    None when the level changes a word that the kernel uses, or has no parent. The two are compiled with flags
+    None when the level changes an op that the kernel uses, or has no parent. The two are compiled with flags
     of their own, so their machine code may differ.
     """
     parent = isa_named(spec.isa).parent
@@ -265,7 +259,7 @@ def inherits(spec: KernelSpec) -> str | None:
 def _body(spec: KernelSpec) -> str:
     """The C text below the banner, without the name of the ISA level."""
     text = render_kernel(spec).text.partition(" */\n")[2]
-    return text.replace(f"__{spec.isa}", "").replace(f"words of {spec.isa} used", "words used")
+    return text.replace(f"__{spec.isa}", "").replace(f"ops of {spec.isa} used", "ops used")
 
 
 def _token_tiles(spec: KernelSpec) -> list[int]:
@@ -273,6 +267,11 @@ def _token_tiles(spec: KernelSpec) -> list[int]:
     nr = spec.schedule.get("nr", 1)
     smaller = [t for t in (1, 2, 4, 8) if t < nr and spec.regime != "n1"]
     return [*smaller, nr]
+
+
+def _labelled(label: str, text: str) -> list[str]:
+    """Text as lines of a comment, behind a label of at most ten columns."""
+    return textwrap.wrap(text, 115, initial_indent=f"{label:10} ", subsequent_indent=" " * 11)
 
 
 def _continued(command: str) -> list[str]:
@@ -299,7 +298,7 @@ def render_quantize(isa_name: str) -> Source:
     banner = [
         name,
         "",
-        f"Generated by bitgen from templates/kernels/quantize.c.j2 and templates/isa/{isa.vocabulary[-1]}.h:",
+        f"Generated by bitgen from templates/kernels/quantize.c.j2 and templates/isa/{isa.headers[-1]}.h:",
         f"    bitgen render quantize --isa {isa.name}",
     ]
     text = _expand("kernels/quantize.c.j2", isa, banner, {"prototype": prototype})
@@ -326,8 +325,7 @@ def render_tables(family_name: str, isa_name: str, algorithm: str | None = None)
     banner = [
         name,
         "",
-        f"Generated by bitgen from templates/kernels/{builder}.c.j2 "
-        f"and templates/isa/{isa.vocabulary[-1]}.h:",
+        f"Generated by bitgen from templates/kernels/{builder}.c.j2 and templates/isa/{isa.headers[-1]}.h:",
         f"    bitgen render {builder} --isa {isa.name}",
     ]
     values = {"prototype": prototype, "family": family, **family.algorithm(algorithm or "").constants}
@@ -348,7 +346,7 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
     banner = [
         name,
         "",
-        f"Generated by bitgen from templates/step/ops.c.j2 and templates/isa/{isa.vocabulary[-1]}.h:",
+        f"Generated by bitgen from templates/step/ops.c.j2 and templates/isa/{isa.headers[-1]}.h:",
         f"    bitgen render step --isa {isa.name}{' --model NAME  (any of these sizes)' if sizes else ''}",
         "",
         f"models     {models}",

@@ -28,6 +28,7 @@ from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import ternary_matmul
 from bitgen.spec import REGIMES, Shape
+from bitgen.trust import open_private
 
 Floats: TypeAlias = NDArray[np.float32]
 Generic: TypeAlias = Literal["never", "fallback", "only"]
@@ -67,8 +68,8 @@ def load(path: Path | str, threads: int | None = None, *, generic: Generic = "ne
     ``threads`` counts the calling thread; None means one a physical core this process may use.
     ``generic`` tells when to use the library's portable kernels (slow, exact): never, as a fallback on a CPU
     the library is not for, or only them.
-    FileError for a file that is missing, damaged or no such library, UnsupportedError for a library of
-    another CPU.
+    FileError for a file that is missing, damaged, no such library or one that others can change,
+    UnsupportedError for a library of another CPU.
     """
     file = Path(path)
     bundle = _bundle_of(file)
@@ -89,14 +90,22 @@ def _bundle_of(path: Path) -> Bundle | None:
     return None
 
 
-def _open(path: Path) -> Any:
-    """The library's functions, once its ABI is known to be ours."""
+def _open(path: Path, sha256: str | None) -> Any:
+    """The library's functions, once its ABI is known to be ours.
+
+    The file is opened once: what is checked (nobody else can change it, its ``sha256``) is what is loaded.
+    """
     if not path.is_file():
         raise FileError(f"cannot open the library {path}: there is no such file")
-    try:
-        lib = ffi.dlopen(str(path.absolute()))
-    except OSError as error:
-        raise FileError(f"cannot open the library {path}: {error}") from error
+    with open_private(path) as file:
+        if sha256 is not None and file.sha256() != sha256:
+            raise FileError(f"{path} is not the file its manifest describes (sha256 differs): build it again")
+        name = file.loadable
+        try:
+            lib = ffi.dlopen(name)
+        except OSError as error:
+            why = str(error).replace(name, str(path))
+            raise FileError(f"cannot open the library {path}: {why}") from error
     try:
         version = lib.bitgen_abi_version()
         sizes = ffi.new("int32_t[2]")
@@ -137,7 +146,7 @@ class KernelTable:
             raise ArgumentValueError(f"threads must be 1 to 1024, not {threads}")
         self.path = library
         self.bundle = bundle
-        self._lib = _open(library)
+        self._lib = _open(library, bundle.manifest.files[library.name] if bundle else None)
         lib = self._lib
         flags = {"never": 0, "fallback": lib.BITGEN_ALLOW_GENERIC, "only": lib.BITGEN_ONLY_GENERIC}.get(
             generic

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import emulated
@@ -91,6 +92,22 @@ def bitgen_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = share_cache(tmp_path / "bitgen_home")
     monkeypatch.setenv("BITGEN_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of tuned kernels (`libraries.choices`) for this CPU, verified by its self-test."""
+    import libraries
+
+    return libraries.built_library(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def level_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from an ISA level to an untuned library of it; it skips the test if that cannot run here."""
+    import step_levels  # asks for the CPU, which pytest_configure may cap
+
+    return partial(step_levels.level_library, tmp_path_factory)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -9,11 +9,13 @@ A bundle holds::
     NAME/src/                   the C text it was made from, and a Makefile
 
 What reads and chooses is here, and imports no compiler. `bitgen.bundle.write` makes a bundle: the kernels of
-`bitgen.bundle.contents`, rendered, compiled and executed once before they are kept.
+`bitgen.bundle.contents`, rendered, compiled and executed once before they are kept. `bitgen.bundle.pack` puts
+bundles into a distribution with a signed index, `bitgen.bundle.install` takes one from elsewhere.
 """
 
 from __future__ import annotations
 
+from bitgen.bundle.installed import all_bundles
 from bitgen.bundle.manifest import (
     DEFAULT,
     MANIFEST_NAME,
@@ -27,7 +29,15 @@ from bitgen.bundle.manifest import (
     read_bundle,
     sha256_of,
 )
-from bitgen.bundle.select import Decision, choose_bundle, describe, judge, require_runnable
+from bitgen.bundle.select import (
+    Decision,
+    choose_bundle,
+    describe,
+    judge,
+    ranked,
+    refused_features,
+    require_runnable,
+)
 
 __all__ = [
     "DEFAULT",
@@ -38,12 +48,15 @@ __all__ = [
     "Decision",
     "KernelEntry",
     "Manifest",
+    "all_bundles",
     "choose_bundle",
     "describe",
     "find_bundles",
     "is_bundle",
     "judge",
+    "ranked",
     "read_bundle",
+    "refused_features",
     "require_runnable",
     "sha256_of",
 ]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from bitgen.abi import ABI_VERSION
 from bitgen.errors import BitgenError, FileError
@@ -22,6 +22,7 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 
 TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
+Label: TypeAlias = Literal["tuned", "transferred", "default"]  # how a bundle's kernels were found
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,32 @@ class Manifest:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What an installed bundle is part of: ``key_id`` is that of the key that signed it, None: nobody's."""
+
+    name: str
+    version: str
+    key_id: str | None
+    label: Label
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: the library is there and its bytes are those the manifest names."""
+    """A verified bundle: the library is there and its bytes are those the manifest names.
+
+    ``origin`` is None for one that was built here.
+    """
 
     path: Path
     manifest: Manifest
+    origin: Origin | None = None
+
+    @property
+    def label(self) -> Label:
+        """How its kernels were found: the index's word for an installed one, else its manifest's."""
+        if self.origin is not None:
+            return self.origin.label
+        return "tuned" if self.manifest.is_tuned else "default"
 
     @property
     def library(self) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+import re
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from bitgen.bundle.manifest import Bundle
@@ -19,24 +21,68 @@ class Decision:
     reason: str = field(compare=False)
 
 
-def choose_bundle(bundles: Iterable[Bundle], cpu: Cpu) -> tuple[Bundle | None, list[Decision]]:
+# What ranks bundles that a CPU runs, most important first, each with what the better one is.
+_RANKS = (
+    "is for this CPU family",
+    "has kernels that were searched for",
+    "was built here",
+    "uses more of the CPU",
+    "is of a newer bitgen",
+)
+_LABELS = {"tuned": "tuned", "transferred": "tuned on another CPU family", "default": "untuned"}
+_WORTH = {"default": 0, "transferred": 1, "tuned": 2}
+
+
+def choose_bundle(
+    bundles: Iterable[Bundle], cpu: Cpu, refused: Set[str] = frozenset()
+) -> tuple[Bundle | None, list[Decision]]:
     """The bundle to use on ``cpu``, None when it runs none of them, and a decision for each.
 
-    Among those it runs: made for this CPU family before others, tuned before untuned, more required features
-    before fewer (they use more of the CPU), the first given before later ones.
+    Among those it runs: made for this CPU family before others, tuned before untuned, built here before
+    installed, more required features before fewer (they use more of the CPU), of a newer bitgen before an
+    older one, the first given before later ones. ``refused``: see `refused_features`.
     """
-    decisions = [judge(bundle, cpu) for bundle in bundles]
+    decisions = [judge(bundle, cpu, refused) for bundle in bundles]
     usable = [decision.bundle for decision in decisions if decision.accepted]
     return max(usable, key=lambda bundle: _preference(bundle, cpu), default=None), decisions
 
 
-def _preference(bundle: Bundle, cpu: Cpu) -> tuple[bool, bool, int]:
+def _preference(bundle: Bundle, cpu: Cpu) -> tuple[bool, int, bool, int, tuple[int, ...]]:
     manifest = bundle.manifest
-    return manifest.cpu_family == cpu.family, manifest.is_tuned, len(manifest.features)
+    age = tuple(int(number) for number in re.findall(r"\d{1,9}", manifest.bitgen_version))
+    same, worth = manifest.cpu_family == cpu.family, _WORTH[bundle.label]
+    return same, worth, bundle.origin is None, len(manifest.features), age
 
 
-def judge(bundle: Bundle, cpu: Cpu) -> Decision:
-    """Whether ``cpu`` can run the bundle's library."""
+def ranked(decisions: Iterable[Decision], cpu: Cpu) -> list[tuple[Decision, str]]:
+    """Accepted decisions, best first, each with what the one before it has more; empty for the first."""
+    accepted = [decision for decision in decisions if decision.accepted]
+    accepted.sort(key=lambda decision: _preference(decision.bundle, cpu), reverse=True)
+    found, above = [], None
+    for decision in accepted:
+        mine = _preference(decision.bundle, cpu)
+        pairs = zip(_RANKS, above or mine, mine, strict=True)
+        why = next((f"the one above {rank}" for rank, theirs, own in pairs if theirs != own), "")
+        found.append((decision, why or ("the one above was found first" if above else "")))
+        above = mine
+    return found
+
+
+def refused_features(cpu: Cpu) -> frozenset[str]:
+    """Features that this machine's ``cpu`` has and the system refuses to this process: AMX's registers.
+
+    Asking for them is granting them, to this process only.
+    """
+    tiles = frozenset(feature for feature in cpu.features if feature.startswith("amx_"))
+    if not tiles or cpu.os != "Linux":
+        return frozenset()
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18  # as csrc/arch_x86_64.h
+    granted = ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return frozenset() if granted else tiles
+
+
+def judge(bundle: Bundle, cpu: Cpu, refused: Set[str] = frozenset()) -> Decision:
+    """Whether ``cpu`` can run the bundle's library, without what the system has ``refused``."""
     manifest = bundle.manifest
     if (manifest.system, manifest.arch) != (cpu.os, cpu.arch):
         reason = f"it is for {manifest.system} on {manifest.arch}, this is {cpu.os} on {cpu.arch}"
@@ -45,13 +91,15 @@ def judge(bundle: Bundle, cpu: Cpu) -> Decision:
     if missing:
         reason = f"it is for {manifest.cpu_family}, this CPU ({cpu.family}) lacks {', '.join(missing)}"
         return Decision(bundle, False, reason)
-    tuned = "tuned" if manifest.is_tuned else "untuned"
+    if withheld := sorted(manifest.features & refused):
+        reason = f"the system refuses {', '.join(withheld)} to this process"
+        return Decision(bundle, False, reason)
     where = (
         "this CPU family"
         if manifest.cpu_family == cpu.family
         else f"{manifest.cpu_family}, which also runs here"
     )
-    return Decision(bundle, True, f"{tuned}, for {where}")
+    return Decision(bundle, True, f"{_LABELS[bundle.label]}, for {where}")
 
 
 def require_runnable(bundle: Bundle, cpu: Cpu) -> None:

@@ -1,7 +1,7 @@
 """The command line: arguments in, tables and exit codes out; the work is done by the package.
 
-Results go to standard output, progress and errors to standard error. A command module is light to import:
-it declares its arguments and imports what it needs when it runs, so `--help` answers at once.
+Results go to standard output, progress and errors to standard error. The module of a command has
+`add_arguments` and `run`, and is imported when it is that command's turn, so `bitgen --help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,54 +9,68 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import platform
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import NoReturn
+from importlib import import_module
 
 from bitgen import __version__
-from bitgen.cli import (
-    bench,
-    build,
-    cache,
-    chat,
-    check,
-    convert,
-    detect,
-    export,
-    inspect,
-    models,
-    perplexity,
-    render,
-    run,
-    show,
-    tune,
-)
-from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
+from bitgen.cli.options import add_isa_cap
 
-COMMANDS: tuple[ModuleType, ...] = (
-    *(detect, models, render, tune, build, bench, show, check, export),
-    *(run, chat, perplexity, convert, inspect, cache),
-)
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes a tenth of the time of --help
+    from collections.abc import Iterator, Sequence
+    from typing import Any, NoReturn
+
+COMMANDS = {
+    "detect": "this CPU: caches, ISA levels accepted or rejected with the reason, compilers",
+    "models": "the presets of configs/models/ with their distinct shapes",
+    "render": "readable C of one kernel, or of the forward pass, on standard output",
+    "tune": "find this machine's fastest kernels for a model",
+    "build": "write the kernel library of a model",
+    "bench": "time a model in tokens a second, or its kernels against defaults and roofline",
+    "show": "what is tuned, and what a library contains",
+    "verify": "verify every schedule exact against numpy",
+    "export": "write this machine's winners as defaults of its microarchitecture",
+    "bundle": "install, list, remove, verify, pick and pack bundles of kernels",
+    "trust": "make, add, list and revoke the keys that sign bundles",
+    "run": "continue a text with a model",
+    "chat": "talk with a model",
+    "perplexity": "how well a model predicts a text",
+    "convert": "Hugging Face folder -> GGUF",
+    "inspect": "what a model file holds",
+    "cache": "list, check or clear the packed weights that are kept on disk",
+}
+_ALIASES = {"verify": ("check",)}  # names they had before
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; argparse would print the whole usage before it."""
+    """Says what is wrong in one line; argparse would print the whole usage before it.
+
+    Options are not abbreviated: --isa of a command that has none would be --isa-cap.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        from bitgen.errors import UsageError
+
         self.exit(UsageError.exit_code, f"bitgen: {message}; `{self.prog} --help` lists what there is\n")
 
 
-def _add_isa_cap(parser: argparse.ArgumentParser) -> None:
-    """--isa-cap, which may stand before the command or after it."""
-    parser.add_argument(
-        "--isa-cap",
-        metavar="LEVEL",
-        default=argparse.SUPPRESS,
-        help="let this CPU act as one of at most this ISA level (the environment variable BITGEN_ISA_CAP)",
-    )
+class _Command(_Parser):
+    """A command, by its name; what it takes is known when it is chosen."""
+
+    name = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.name:
+            module = import_module(f"bitgen.cli.{self.name}")
+            self.description, self.name = module.__doc__, ""
+            module.add_arguments(self)
+            add_isa_cap(self)
+            self.set_defaults(run=module.run)
+        return super().parse_known_args(args, namespace)
 
 
 @contextmanager
@@ -78,32 +92,31 @@ def _isa_cap(name: str | None) -> Iterator[None]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line; every command module adds its own part."""
+    """The whole command line."""
     top = _Parser(
         prog="bitgen",
-        description="Generate, prove, tune and ship CPU kernels for ternary language models.",
+        description="Generate, verify, tune and ship CPU kernels for ternary language models.",
         epilog="Start with `bitgen detect`, then `bitgen tune --model 3B` and `bitgen build --model 3B`.",
     )
     top.add_argument("--version", action="version", version=f"bitgen {__version__}")
-    _add_isa_cap(top)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
-        sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__)
-        module.add_arguments(sub)
-        _add_isa_cap(sub)
-        sub.set_defaults(run=module.run)
+    add_isa_cap(top)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Command)
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, aliases=_ALIASES.get(name, ())).name = name
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code tells what happened (bitgen.errors)."""
     args = parser().parse_args(argv)
+    import platform
+
+    from bitgen.cpu import require_supported_os
+    from bitgen.errors import BitgenError, FileError, InterruptError
+
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a model may print what a Latin-1 terminal cannot show
     try:
-        from bitgen.cpu import require_supported_os
-
         require_supported_os(platform.system())
         with _isa_cap(getattr(args, "isa_cap", None)):
             code = int(args.run(args) or 0)

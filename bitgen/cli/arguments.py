@@ -25,12 +25,10 @@ def add_logs(parser: argparse.ArgumentParser, only: str = "") -> None:
     parser.add_argument("--logs", type=Path, help=f"{only}folder of the records (tune_logs/)")
 
 
-def add_spaces(parser: argparse.ArgumentParser, isa_default: str) -> None:
+def add_spaces(parser: argparse.ArgumentParser, isas: str, regimes: str = "all") -> None:
     """--isa, --family and --regime, each of which may be given several times."""
     again = "; may be given again"
-    parser.add_argument(
-        "--isa", action="append", default=[], help=f"ISA level (default: {isa_default}){again}"
-    )
+    parser.add_argument("--isa", action="append", default=[], help=f"ISA level (default: {isas}){again}")
     parser.add_argument(
         "--family",
         action="append",
@@ -38,7 +36,7 @@ def add_spaces(parser: argparse.ArgumentParser, isa_default: str) -> None:
         help=f"i2s, tl1, tl2, t5 or tl5 (default: all){again}",
     )
     parser.add_argument(
-        "--regime", action="append", default=[], help=f"n1, small or large (default: all){again}"
+        "--regime", action="append", default=[], help=f"n1, small or large (default: {regimes}){again}"
     )
 
 
@@ -111,7 +109,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
     )
     group.add_argument("--ignore-eos", action="store_true", help="go on where the model wants to end")
     group.add_argument(
-        "--lookup", action="store_true", help="guess tokens from the text so far: the same text, often sooner"
+        "--lookup", action="store_true", help="draft tokens from the text so far: the same text, often sooner"
     )
     group.add_argument("--no-perf", action="store_true", help="no timings at the end")
 
@@ -182,7 +180,7 @@ def print_timings(llm: LLM, seed: int | None = None) -> None:
     lines.append(f"{'total time':>17} = {1e3 * total:10.2f} ms / {t.prompt_tokens + t.step_tokens:5d} tokens")
     if t.drafted:
         share = t.accepted / t.drafted
-        lines.append(f"{'lookup':>17} = {t.accepted} of {t.drafted} guesses right ({share:.0%})")
+        lines.append(f"{'lookup':>17} = {t.accepted} of {t.drafted} drafts accepted ({share:.0%})")
     weights, cache, work = (part / 2**20 for part in llm.memory)
     head = f"{llm.head_bytes / 2**20:.2f} MiB head, " if llm.head_bytes else ""
     lines.append(

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from bitgen.inference.bench import Run
     from bitgen.inference.engine import Engine
 
-SUMMARY = "time a model in tokens a second, or its kernels against the defaults and the machine's limit"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, help="a model file, a preset or a YAML file")
@@ -175,7 +173,7 @@ def _run_kernels(args: argparse.Namespace) -> None:
             t.weight_gbs,
             t.gops,
             t.roofline_share,
-            t.time_ns / t.default_ns,
+            t.time_ns / t.baseline.median_ns,
             "tuned" if t.tuned else "untuned",
         )
         for t in timings
@@ -193,7 +191,7 @@ _KERNEL_COLUMNS = (
     Column("time_us", "us", ",.1f"),
     Column("weight_gbs", "GB/s", ".1f"),
     Column("gops", "GOP/s", ",.0f"),
-    Column("limit_share", "% of limit", ".0%"),
-    Column("over_default", "time/default", ".2f"),
+    Column("limit_share", "% of limit", ".0%", "of roofline"),
+    Column("over_default", "time/default", ".2f", "speedup", is_speedup=True),
     Column("state", "state"),
 )

@@ -8,8 +8,6 @@ from pathlib import Path
 from bitgen.cli.arguments import PRESET_HELP, add_compiler, add_logs
 from bitgen.errors import UsageError
 
-SUMMARY = "write the kernel library of a model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", required=True, help=PRESET_HELP)

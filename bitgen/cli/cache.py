@@ -10,8 +10,6 @@ import argparse
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.errors import FileError
 
-SUMMARY = "list, check or clear the packed weights that are kept on disk"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -14,8 +14,6 @@ from bitgen.errors import BitgenError, FileError, UsageError
 if TYPE_CHECKING:
     from bitgen.inference.conversation import Conversation
 
-SUMMARY = "talk with a model"
-
 _HELP = """\
 /clear    forget the conversation
 /help     show this

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from bitgen.cli.progress import ProgressBar
 
-SUMMARY = "Hugging Face folder -> GGUF"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="a Hugging Face folder, or a GGUF file")
@@ -25,10 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from bitgen.formats.convert import convert
 
-    with ProgressBar("bytes") as bar:
-        written = convert(
-            args.source, args.out, args.type, lambda done, total: bar.show(f"writing {args.out}", done, total)
-        )
+    with ProgressBar() as bar:
+        written = convert(args.source, args.out, args.type, bar.show)
     for note in written.notes:
         print(f"bitgen: note: {note}", file=sys.stderr)
     counts = ", ".join(f"{count} {kind}" for kind, count in written.counts.items())

@@ -6,8 +6,6 @@ import argparse
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
-SUMMARY = "this CPU: caches, ISA levels accepted or rejected with the reason, compilers"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser)

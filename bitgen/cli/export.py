@@ -7,8 +7,6 @@ from pathlib import Path
 
 from bitgen.cli.arguments import add_logs
 
-SUMMARY = "write this machine's winners as defaults of its CPU family"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder (default: winners/ in that of the records)")

@@ -11,8 +11,6 @@ from bitgen.cli.tables import Column, Table, add_output, render_tables
 if TYPE_CHECKING:
     from bitgen.formats.model_file import ModelFile
 
-SUMMARY = "what a model file holds"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", type=Path, help="a GGUF file or a Hugging Face folder")

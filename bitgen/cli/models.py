@@ -10,8 +10,6 @@ from bitgen.cli.tables import Column, Table, add_output, render_tables
 if TYPE_CHECKING:
     from bitgen.formats.config import ModelPreset
 
-SUMMARY = "the presets of configs/models/ with their distinct shapes"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", help="a preset, a YAML file or a model file (default: all presets)")
@@ -40,6 +38,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _shapes_of(model: str) -> ModelPreset:
-    from bitgen.api import preset_of  # the list of all presets does not need it
+    from bitgen.formats.open import preset_of  # the list of all presets does not need it
 
     return preset_of(model)

@@ -9,8 +9,6 @@ from pathlib import Path
 from bitgen.cli.arguments import add_model, open_llm
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
-SUMMARY = "how well a model predicts a text"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, context=512)
@@ -20,18 +18,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from bitgen.cli.progress import ProgressBar
     from bitgen.errors import FileError
     from bitgen.inference.perplexity import perplexity
+    from bitgen.progress import Progress
 
     try:
         data = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{args.file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    with open_llm(args) as llm:
+    with open_llm(args) as llm, ProgressBar() as bar:
         for result in perplexity(llm, text, llm.context, args.chunks):
-            print(f"[{result.windows}]{result.value:.4f}", end=",", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+            title = f"perplexity {result.value:.4f} so far"
+            bar.show(Progress(title, result.windows, result.total, "windows"))
     columns = (
         Column("perplexity", "perplexity", ".4f"),
         Column("error", "+/-", ".5f"),

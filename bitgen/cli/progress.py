@@ -11,22 +11,20 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from bitgen.progress import Progress
+
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as Bar
 
 _EVERY_S = 10.0  # between plain lines, which cannot be redrawn
 _RATE_OVER_S = 60.0  # the time left is judged by the speed of the last minute
 
 
 class ProgressBar:
-    """Use in a with statement: `show` draws the state of the work, leaving the block removes the bar.
+    """Use in a with statement: `show` draws the state of the work, leaving the block removes the bar."""
 
-    ``unit`` is what ``done`` and ``total`` count ("kernels", "windows"); bytes are shown as MB and GB.
-    """
-
-    def __init__(self, unit: str = "") -> None:
-        self._unit = unit
-        self._bar: Progress | None = None
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
         self._started = time.monotonic()
         self._last = 0.0
         self._kept = ""  # what was too soon to print; the last of it is how far the work came
@@ -42,53 +40,57 @@ class ProgressBar:
         elif self._kept and kind is None:
             print(self._kept, file=sys.stderr, flush=True)
 
-    def show(self, text: str, done: float = 0, total: float = 0) -> None:
-        """Show ``text``, and how much of ``total`` is done; 0: how much there is to do is not known."""
+    def show(self, progress: Progress) -> None:
         if sys.stderr.isatty():
-            self._draw(text, done, total)
+            self._draw(progress)
         elif time.monotonic() - self._last >= _EVERY_S:
-            print(self._line(text, done, total), file=sys.stderr, flush=True)
+            print(self._line(progress), file=sys.stderr, flush=True)
             self._last, self._kept = time.monotonic(), ""
         else:
-            self._kept = self._line(text, done, total)
+            self._kept = self._line(progress)
 
-    def _line(self, text: str, done: float, total: float) -> str:
-        if not total:
-            return text
+    def _line(self, progress: Progress) -> str:
+        done, total = progress.done, progress.total
         spent = time.monotonic() - self._started
         left = f", {spent * (total / done - 1):.0f} s left" if 0 < done < total else ""
-        return f"{text}: {100 * done / total:3.0f} %{left}"
+        return f"{progress}{left}"
 
-    def _draw(self, text: str, done: float, total: float) -> None:
+    def _draw(self, progress: Progress) -> None:
+        text, done, total, unit = progress
         if self._bar is None:
-            self._bar = _bar(self._unit)
-            self._bar.add_task(text, total=None)
+            self._bar = _bar()
+            self._bar.add_task(text, total=None, unit=unit)
             self._bar.start()
-        self._bar.update(
-            self._bar.task_ids[0], description=text, completed=done, total=total or None, refresh=True
-        )
+        task = self._bar.task_ids[0]
+        if total and total != self._bar.tasks[0].total:  # other work: its speed is not known yet
+            self._bar.reset(task)
+        self._bar.update(task, description=text, completed=done, total=total or None, unit=unit, refresh=True)
 
 
-def _bar(unit: str) -> Progress:
+def _bar() -> Bar:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.filesize import decimal
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.text import Text
 
-    amount: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(unit)]
-    if unit == "bytes":
-        amount = [DownloadColumn(), TransferSpeedColumn()]
-    return Progress(
+    class Amount(ProgressColumn):
+        """How much of what, and how fast; rich has this for bytes alone."""
+
+        def render(self, task: Task) -> Text:
+            unit = task.fields["unit"]
+            if task.total is None or unit in ("", "seconds"):
+                return Text()
+            if unit == "bytes":
+                text = f"{decimal(int(task.completed))} of {decimal(int(task.total))}"
+                return Text(f"{text}, {decimal(int(task.speed))}/s" if task.speed else text)
+            text = f"{task.completed:,.0f}/{task.total:,.0f} {unit}"
+            return Text(f"{text}, {task.speed:,.1f}/s" if task.speed else text)
+
+    return Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        *(amount if unit else ()),
+        Amount(),
         TimeRemainingColumn(compact=True),
         console=Console(stderr=True, highlight=False),
         auto_refresh=False,

@@ -1,10 +1,8 @@
-"""Print C source, readable and complete: of one kernel (by default its default schedule) or of the step."""
+"""Print C source, readable and complete: of one kernel (its default schedule) or of the forward pass."""
 
 from __future__ import annotations
 
 import argparse
-
-SUMMARY = "readable C of one kernel, or of the forward step, on standard output"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

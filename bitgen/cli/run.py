@@ -8,8 +8,6 @@ from pathlib import Path
 
 from bitgen.cli.arguments import add_model, add_sampling, open_llm, print_timings, sampling_options
 
-SUMMARY = "continue a text with a model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)

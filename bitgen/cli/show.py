@@ -8,8 +8,6 @@ from pathlib import Path
 from bitgen.cli.arguments import add_logs
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
-SUMMARY = "what is tuned, and what a library contains"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -59,21 +57,21 @@ def library_table(path: Path) -> Table:
         title += f", by default threads = {manifest.threads} on {manifest.cores} cores"
     if manifest.step:
         sizes = ", ".join(f"{name} {size}" for name, size in dump(manifest.step).items())
-        title += f"; a step for {sizes}, and one for every model"
+        title += f"; a forward pass for {sizes}, and one for every model"
     return Table(title, columns, rows)
 
 
 def _tuned_table(logs: Path | None, cc: str | None) -> Table:
     """The newest decision for every shape; a stale one tells why its timing does not count."""
-    from bitgen.api import Workshop
+    from bitgen.environment import Environment
 
-    workshop = Workshop(cc, logs)
-    newest = {(r.shape, *(w.fingerprint for w in r.winners)): r for r in workshop.store.tunings}
+    env = Environment(cc, logs)
+    newest = {(r.shape, *(w.fingerprint for w in r.winners)): r for r in env.store.tunings}
     rows = []
     for record in newest.values():
         for winner in record.winners:
             if winner.spec.layout == record.layout:
-                changed = winner.fingerprint.differences(workshop.fingerprints(winner.spec))
+                changed = winner.fingerprint.differences(env.fingerprints(winner.spec))
                 ratio = winner.time_ns / winner.default_ns if winner.default_ns else None
                 rows.append(
                     (
@@ -97,7 +95,7 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
         Column("layout", "layout"),
         Column("schedule", "schedule"),
         Column("time_us", "us", ",.1f"),
-        Column("over_default", "winner/default", ".2f"),
+        Column("over_default", "winner/default", ".2f", "speedup", is_speedup=True),
         Column("objective", "objective"),
         Column("state", "state"),
     )
@@ -105,12 +103,11 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
 
 
 def _bundles_table() -> Table:
-    from bitgen.bundle import choose_bundle, find_bundles
+    from bitgen.bundle import all_bundles, choose_bundle, refused_features
     from bitgen.cpu import detect_cpu
-    from bitgen.paths import generated_dir
 
-    bundles, errors = find_bundles(generated_dir())
-    chosen, decisions = choose_bundle(bundles, detect_cpu())
+    (bundles, errors), cpu = all_bundles(), detect_cpu()
+    chosen, decisions = choose_bundle(bundles, cpu, refused_features(cpu))
     rows: list[tuple[str, str, str]] = [
         (
             str(d.bundle.path),

@@ -21,16 +21,25 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the key in JSON and CSV, the heading for people, and how a value is written for them."""
+    """A column: the key in JSON and CSV, the heading for people, and how a value is written for them.
+
+    ``text`` is another heading in plain text; there a ratio of times, below 1 where it is faster, is shown as
+    the speedup that it is, if the column ``is_speedup``.
+    """
 
     key: str
     title: str
     form: str = ""
+    text: str = ""
+    is_speedup: bool = False
 
     def show(self, value: Any) -> str:
         if value is None:
             return "-"
         return format(value, self.form) if self.form else str(value)
+
+    def show_text(self, value: Any) -> str:
+        return self.show(1 / value if self.is_speedup and value else value)
 
     @property
     def right(self) -> bool:
@@ -39,11 +48,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; ``rows`` hold one value a column."""
+    """A titled table; ``rows`` hold one value a column, ``text`` is another title in plain text."""
 
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
+    text: str = ""
 
     def records(self) -> list[dict[str, Any]]:
         return [dict(zip((c.key for c in self.columns), row, strict=True)) for row in self.rows]
@@ -71,12 +81,14 @@ def _text(table: Table) -> str:
     rule = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
     grid = Grid(box=rule, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold")
     for column in table.columns:
-        grid.add_column(Text(column.title), justify="right" if column.right else "left", no_wrap=True)
-    for row in table.cells():
-        grid.add_row(*map(Text, row))
+        grid.add_column(
+            Text(column.text or column.title), justify="right" if column.right else "left", no_wrap=True
+        )
+    for row in table.rows:
+        grid.add_row(*(Text(c.show_text(v)) for c, v in zip(table.columns, row, strict=True)))
     text = io.StringIO()
     console = Console(file=text, width=_ANY_WIDTH, highlight=False, force_terminal=sys.stdout.isatty())
-    console.print(Text(table.title, style="bold"))
+    console.print(Text(table.text or table.title, style="bold"))
     console.print(grid)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

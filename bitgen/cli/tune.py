@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitgen.cli.arguments import PRESET_HELP, add_compiler, add_logs, add_spaces
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 from bitgen.errors import BitgenError
 
 if TYPE_CHECKING:
     from bitgen.search import TuneOptions, TuningResult
 
-SUMMARY = "find this machine's fastest kernels for a model"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m", "--model", required=True, help="a preset (see `bitgen models`), a YAML file or a model file"
-    )
+    parser.add_argument("-m", "--model", required=True, help=PRESET_HELP)
     parser.add_argument(
         "--quick", action="store_true", help="within 90 seconds: few candidates, n = 1 and large n"
     )
     parser.add_argument("--objective", help="decode, prefill or balanced (configs/search.yaml)")
-    parser.add_argument(
-        "--regime", action="append", default=[], help="n1, small or large; may be given again"
-    )
-    parser.add_argument(
-        "--family", action="append", default=[], help="i2s, tl1, tl2, t5 or tl5; may be given again"
-    )
-    parser.add_argument(
-        "--isa", action="append", default=[], help="ISA level (default: the best); may be given again"
-    )
+    add_spaces(parser, "the best", regimes="all; of --quick n1 and large")
     parser.add_argument(
         "-t",
         "--threads",
@@ -48,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="smoke test: verify and time two kernels of each family once, record nothing",
     )
-    parser.add_argument("--cc", help="C compiler: gcc, clang, zig or a path")
-    parser.add_argument("--logs", type=Path, help="folder of the records (tune_logs/)")
+    add_compiler(parser)
+    add_logs(parser)
     add_output(parser)
 
 
@@ -58,11 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from bitgen.cli.progress import ProgressBar
 
     with ProgressBar() as line:
-        result = tune_with(
-            args.model,
-            options_of(args),
-            progress=lambda step: line.show(f"{step.seconds:4.0f} s  {step.stage}  {step.title}"),
-        )
+        result = tune_with(args.model, options_of(args), line.show)
     if args.dry_run:
         return _show_dry_run(result, args.output)
     print(render_tables([*winner_tables(result)], args.output))
@@ -110,7 +94,7 @@ def options_of(args: argparse.Namespace) -> TuneOptions:
 
 
 def winner_tables(result: TuningResult) -> list[Table]:
-    """What was chosen, what each family reached on each shape, what each format would cost, the limits."""
+    """What was chosen, what each family reached on each shape, what each format would cost, machine peaks."""
     columns = (
         Column("shape", "m x k"),
         Column("roles", "used by"),
@@ -123,9 +107,9 @@ def winner_tables(result: TuningResult) -> list[Table]:
         Column("time_us", "us", ",.1f"),
         Column("weight_gbs", "GB/s", ".1f"),
         Column("gops", "GOP/s", ",.0f"),
-        Column("limit_share", "% of limit", ".0%"),
-        Column("over_default", "winner/default", ".2f"),
-        Column("over_median", "winner/median", ".2f"),
+        Column("limit_share", "% of limit", ".0%", "of roofline"),
+        Column("over_default", "winner/default", ".2f", "speedup", is_speedup=True),
+        Column("over_median", "winner/median", ".2f", "over median", is_speedup=True),
         Column("candidates", "timed", "d"),
         Column("chosen", "chosen"),
     )
@@ -151,7 +135,7 @@ def winner_tables(result: TuningResult) -> list[Table]:
         for row in sorted(result.rows, key=lambda r: (r.n, r.threads, r.shape, r.time_ns))
     ]
     threads = [_thread_table(result)] if len(result.thread_costs) > 1 else []
-    return [Table("winners", columns, rows), _format_table(result), *threads, _limit_table(result)]
+    return [Table("winners", columns, rows), _format_table(result), *threads, _peak_table(result)]
 
 
 def _format_table(result: TuningResult) -> Table:
@@ -176,7 +160,7 @@ def _thread_table(result: TuningResult) -> Table:
     columns = (
         Column("threads", "threads", "d"),
         Column("matrices", "matrices", ".3f"),
-        Column("rest", "rest of the step", ".3f"),
+        Column("rest", "rest of the step", ".3f", "all but matrices"),
         Column("relative", f"{result.objective} cost", ".3f"),
         Column("chosen", "chosen"),
     )
@@ -194,7 +178,7 @@ def _thread_table(result: TuningResult) -> Table:
     return Table("threads", columns, rows)
 
 
-def _limit_table(result: TuningResult) -> Table:
+def _peak_table(result: TuningResult) -> Table:
     rows: list[tuple[str, int, float, str]] = []
     for threads, limits in result.limits.items():
         rows.append(("DRAM read, best of the run", threads, result.dram_gbs[threads], "GB/s"))
@@ -202,8 +186,12 @@ def _limit_table(result: TuningResult) -> Table:
         rows += [
             (f"int8 in registers, {isa}", threads, gops, "GOP/s") for isa, gops in limits.peak_gops.items()
         ]
-    columns = (Column("what", "limit"), Column("threads", "threads", "d"), Column("value", "value", ",.1f"))
-    return Table("limits", (*columns, Column("unit", "unit")), rows)
+    columns = (
+        Column("what", "limit", text="probe"),
+        Column("threads", "threads", "d"),
+        Column("value", "value", ",.1f"),
+    )
+    return Table("limits", (*columns, Column("unit", "unit")), rows, "machine peaks")
 
 
 def summary(result: TuningResult) -> str:

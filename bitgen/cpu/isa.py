@@ -50,7 +50,7 @@ class Isa:
     requires: frozenset[str]
     cc_flags: tuple[str, ...]
     zig_flags: tuple[str, ...]
-    vocabulary: tuple[str, ...]  # names of the headers below templates/isa/, base first, own last
+    headers: tuple[str, ...]  # names of the headers below templates/isa/, base first, own last
     registers: Registers
     dot: Dot = Dot()
     lookups: tuple[int, ...] = (16,)
@@ -129,7 +129,7 @@ class _Entry:
     features: tuple[str, ...] = ()
     march: str | None = None
     flags: tuple[str, ...] = ()
-    words: str | None = None
+    header: str | None = None
     registers: Registers | None = None
     dot: Dot | None = None
     lookups: tuple[int, ...] | None = None
@@ -206,7 +206,7 @@ def _level(name: str, entry: _Entry, above: _Level | None) -> _Level:
         requires=frozenset(features),
         cc_flags=(*cc_flags, *options, *length),
         zig_flags=(*zig_flags, *options, *length),
-        vocabulary=(*(parent.vocabulary if parent else ()), entry.words or name),
+        headers=(*(parent.headers if parent else ()), entry.header or name),
         registers=registers,
         **capabilities,
     )

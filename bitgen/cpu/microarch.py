@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from bitgen.errors import BitgenError
@@ -50,7 +51,16 @@ class _File:
 
 def load_cpu_families(file: Path | None = None) -> tuple[CpuFamily, ...]:
     """The families of ``file`` (default: configs/cpu_families.yaml); BitgenError when it is wrong."""
-    path = file if file is not None else configs_dir() / "cpu_families.yaml"
+    return _read(file) if file is not None else _own_families(configs_dir() / "cpu_families.yaml")
+
+
+@cache
+def _own_families(path: Path) -> tuple[CpuFamily, ...]:
+    """An installation's own file is read once: 20 ms, and opening a library detects the CPU twice."""
+    return _read(path)
+
+
+def _read(path: Path) -> tuple[CpuFamily, ...]:
     return load(_File, load_yaml(path), str(path)).cpu_families
 
 

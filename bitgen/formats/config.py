@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bitgen.errors import BitgenError, FileError, UsageError, nearest_names
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
-from bitgen.spec import Shape
+from bitgen.spec import Shape, StepSizes
 
 Floats: TypeAlias = NDArray[np.float32]
 Activation: TypeAlias = Literal["silu", "relu2"]
@@ -124,6 +124,11 @@ class ModelConfig:
     def shapes(self) -> tuple[Shape, ...]:
         """The distinct shapes of the matmuls."""
         return tuple(dict.fromkeys(matmul.shape for matmul in self.matmuls))
+
+    @property
+    def step_sizes(self) -> StepSizes:
+        """The sizes that a forward pass for this model has as constants."""
+        return StepSizes(self.hidden, self.q_rows, self.ffn, self.head_dim)
 
     @property
     def ternary_weights(self) -> int:

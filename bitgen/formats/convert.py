@@ -41,13 +41,12 @@ from bitgen.formats.quants import (
     i2_s_bytes,
 )
 from bitgen.formats.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix
+from bitgen.progress import Report
 
 TYPES = ("i2_s", "tq1_0", "tq2_0", "f16")
 # general.file_type: 40 is bitnet.cpp's I2_S, the others are llama.cpp's.
 _FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37, "f16": 1}
 _CHUNK_VALUES = 1 << 20  # weights encoded at once
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,11 @@ class Converted:
 
 
 def convert(
-    source: Path | str, out: Path | str, kind: str = "i2_s", progress: Progress | None = None
+    source: Path | str, out: Path | str, kind: str = "i2_s", progress: Report | None = None
 ) -> Converted:
     """Write the model at ``source`` (a folder or a GGUF file) to the GGUF file ``out``.
 
-    ``kind`` is one of TYPES; ``progress(done, total)`` counts bytes. BitgenError when the source is no model,
+    ``kind`` is one of TYPES; ``progress`` counts bytes. BitgenError when the source is no model,
     when it is not ternary, or when ``out`` cannot be written.
     """
     if kind not in TYPES:

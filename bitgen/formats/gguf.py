@@ -20,6 +20,7 @@ import numpy as np
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.quants import BY_ID, FORKS, I2_S_ID, i2_s_bytes
 from bitgen.formats.source import Bytes, map_file
+from bitgen.progress import Progress, Report
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # of tensor data, where the file does not say otherwise
@@ -333,12 +334,12 @@ def write_gguf(
     path: Path,
     metadata: Mapping[str, Any],
     tensors: Sequence[NewTensor],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> None:
     """Write a GGUF file, version 3, beside ``path`` and move it into place when it is whole.
 
     ``metadata``: bool, int (signed 64 bits), U32, float (32 bits), str, numpy arrays of numbers, lists of
-    str. ``progress(done, total)`` counts bytes of tensors. FileError when it cannot be written.
+    str. ``progress`` counts bytes of tensors. FileError when it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -356,7 +357,7 @@ def _write(
     file: BinaryIO,
     metadata: Mapping[str, Any],
     tensors: Sequence[NewTensor],
-    progress: Callable[[int, int], None] | None,
+    progress: Report | None,
 ) -> None:
     header = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
@@ -379,7 +380,7 @@ def _write(
             file.write(np.ascontiguousarray(chunk).data)
             written += chunk.nbytes
             if progress is not None:
-                progress(done + written, total)
+                progress(Progress(f"writing {Path(file.name).stem}", done + written, total, "bytes"))
         if written != tensor.size:
             raise BitgenError(f"{tensor.name}: {written} bytes instead of {tensor.size}")
         file.write(bytes(-written % ALIGNMENT))

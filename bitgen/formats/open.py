@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from bitgen.errors import BitgenError, FileError, nearest_names
-from bitgen.formats.config import load_models
+from bitgen.formats.config import ModelPreset, find_model, load_models
 from bitgen.formats.gguf_model import read_gguf_model, type_name
 from bitgen.formats.gguf_tokenizer import gguf_tokenizer
 from bitgen.formats.hf import open_folder
@@ -51,6 +52,18 @@ def shipped_model(name: str) -> Path | None:
     except BitgenError:  # no such folder: then the name is what is wrong
         return None
     return file if file.is_file() else None
+
+
+def preset_of(model: str | ModelPreset) -> ModelPreset:
+    """The shapes of a preset (its name), a YAML file, or a model file or folder that `bitgen run` reads."""
+    if isinstance(model, ModelPreset):
+        return model
+    path = Path(model)
+    is_file = path.suffix.lower() in (".gguf", ".safetensors") or path.is_dir() or shipped_model(model)
+    if not is_file:
+        return find_model(model)
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
+    return ModelPreset.of(open_model(model).config, safe or "model")
 
 
 def _refuse_unknown_name(name: str, file: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bitgen.inference.scheduler import EngineProtocol, Row, Scheduler
+from bitgen.progress import Progress, Report
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def bench_engine(
     steps: Sequence[int],
     batches: Sequence[int] = (1,),
     repeats: int = 5,
-    progress: Callable[[str], None] | None = None,
+    progress: Report | None = None,
 ) -> Iterator[Run]:
     """Time ``pp<N>`` for each of ``prompts`` and ``tg<N>`` for each of ``steps`` and ``batches``.
 
@@ -53,11 +54,12 @@ def bench_engine(
     """
     rng, scheduler = np.random.default_rng(0), Scheduler(engine)
     tests = [(f"pp{n}", 1, n) for n in prompts] + [(f"tg{n}", batch, n) for n in steps for batch in batches]
-    for test, batch, n in tests:
+    for index, (test, batch, n) in enumerate(tests):
         seconds = []
         for repeat in range(repeats + 1):
             if progress:
-                progress(f"{test}, {batch} at once, {threads} threads: {repeat} of {repeats}")
+                title = f"{test}, {batch} at once, {threads} threads"
+                progress(Progress(title, index * (repeats + 1) + repeat, len(tests) * (repeats + 1), "runs"))
             scheduler.clear()
             tokens = rng.integers(0, engine.config.vocab, (n, batch), dtype=np.int32)
             run = _prompt if test.startswith("pp") else _steps

@@ -26,7 +26,8 @@ from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
-from bitgen.inference.weight_cache import PackedLayer, Progress, pack_model, packed_bytes, quantize_lm_head
+from bitgen.inference.weight_cache import PackedLayer, pack_model, packed_bytes, quantize_lm_head
+from bitgen.progress import Report
 from bitgen.runtime import KernelTable, aligned_bytes
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -124,7 +125,7 @@ class Engine:
 
     ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head or from int8 rows
     made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
-    user's cache and mapped next time. ``progress(done, total)`` is called while weights are packed. It serves
+    user's cache and mapped next time. ``progress`` is called while weights are packed. It serves
     one call at a time, as its table does. BitgenError when something does not fit: the arguments, the model,
     the memory.
     """
@@ -139,7 +140,7 @@ class Engine:
         head: Head = "exact",
         max_batch: int = 1,
         fingerprint: str | None = None,
-        progress: Progress | None = None,
+        progress: Report | None = None,
     ) -> None:
         config = weights.config
         self.weights = weights
@@ -403,7 +404,7 @@ class Engine:
         return Memory(weights, cache, work)
 
     def _set_weights(
-        self, layers: tuple[PackedLayer, ...], head: Head, fingerprint: str | None, progress: Progress | None
+        self, layers: tuple[PackedLayer, ...], head: Head, fingerprint: str | None, progress: Report | None
     ) -> None:
         model, weights = self._model, self.weights
         self.head_error = 0.0  # of the int8 LM head, see QuantizedLmHead

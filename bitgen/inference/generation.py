@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bitgen.inference.scheduler import Scheduler
-from bitgen.inference.sequence import Finish, Progress, Request, Sequence
+from bitgen.inference.sequence import Finish, Request, Sequence
+from bitgen.progress import Report
 
 
 class Generation:
@@ -15,7 +16,7 @@ class Generation:
     stop text), length (max_tokens) or context (the context is full).
     """
 
-    def __init__(self, scheduler: Scheduler, request: Request, progress: Progress | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, request: Request, progress: Report | None = None) -> None:
         self.request = request
         self._sequence: Sequence | None = None
         self._pieces = self._run(scheduler, progress)
@@ -44,7 +45,7 @@ class Generation:
         """The seed it was sampled with; None before the first token."""
         return self._sequence.seed if self._sequence else None
 
-    def _run(self, scheduler: Scheduler, progress: Progress | None) -> Iterator[str]:
+    def _run(self, scheduler: Scheduler, progress: Report | None) -> Iterator[str]:
         for sequence, piece in scheduler.run([self.request], progress):
             self._sequence = sequence
             if piece:

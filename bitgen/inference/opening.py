@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from bitgen.bundle import Bundle, choose_bundle, find_bundles, judge
+from bitgen.bundle import Bundle, all_bundles, choose_bundle, judge, refused_features
 from bitgen.cpu import detect_cpu
 from bitgen.errors import UsageError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
-from bitgen.paths import generated_dir
+from bitgen.progress import Report
 from bitgen.runtime import KernelTable
 from bitgen.spec import Shape
 
@@ -33,9 +33,10 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
 
 
 def find_library(config: ModelConfig) -> Bundle | None:
-    """The bundle in generated/ to run a model with on this CPU: tuned for its matrices before any other."""
+    """The bundle to run a model with on this CPU, built here or installed: tuned for its matrices first."""
     cpu = detect_cpu()
-    bundles = [bundle for bundle in find_bundles(generated_dir())[0] if judge(bundle, cpu).accepted]
+    refused = refused_features(cpu)
+    bundles = [bundle for bundle in all_bundles()[0] if judge(bundle, cpu, refused).accepted]
 
     def fitting(bundle: Bundle) -> int:
         return len(tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)))
@@ -52,14 +53,9 @@ def open_engine(
     kv: Kv = "f16",
     head: Head = "exact",
     batch: int = 1,
-    progress: Callable[[str], None] | None = None,
+    progress: Report | None = None,
 ) -> Engine:
     """The engine over a kernel library; the weights of a file are packed once and then mapped."""
-
-    def packing(done: int, total: int) -> None:
-        if progress:
-            progress(f"packing weights for these kernels, once: {done / max(1, total):.0%}")
-
     weights, fingerprint = (
         (model, None) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
     )
@@ -71,5 +67,5 @@ def open_engine(
         head=head,
         max_batch=batch,
         fingerprint=fingerprint,
-        progress=packing,
+        progress=progress,
     )

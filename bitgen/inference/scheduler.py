@@ -29,7 +29,8 @@ from bitgen.errors import BitgenError, UsageError
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.inference import FEW
 from bitgen.inference.engine import Memory
-from bitgen.inference.sequence import Progress, Request, Sequence
+from bitgen.inference.sequence import Request, Sequence
+from bitgen.progress import Progress, Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
 _CHUNK = 512  # prompt tokens a forward pass at most; Ctrl-C and progress are seen between passes
@@ -124,7 +125,7 @@ class Scheduler:
 
     # ---- Sequences ----
 
-    def submit(self, request: Request, progress: Progress | None = None) -> Sequence:
+    def submit(self, request: Request, progress: Report | None = None) -> Sequence:
         """A sequence that waits for its turn. UsageError when its prompt is empty or does not fit."""
         if self._tokenizer is None:
             raise BitgenError("this scheduler has no tokenizer: it computes plain tokens only")
@@ -152,7 +153,7 @@ class Scheduler:
         self._running = {slot: each for slot, each in self._running.items() if each.finish is None}
         return events
 
-    def run(self, requests: Items[Request], progress: Progress | None = None) -> Iterator[Event]:
+    def run(self, requests: Items[Request], progress: Report | None = None) -> Iterator[Event]:
         """Submit all, and step until they are finished."""
         for request in requests:
             self.check(request.prompt)
@@ -319,7 +320,7 @@ class Scheduler:
         return slot
 
     def _compute(
-        self, slot: int, tokens: Items[int], progress: Progress | None = None, *, wanted: bool = False
+        self, slot: int, tokens: Items[int], progress: Report | None = None, *, wanted: bool = False
     ) -> tuple[int, Floats]:
         """Make a slot hold ``tokens`` and nothing else; how many had to be computed.
 
@@ -331,13 +332,13 @@ class Scheduler:
         at = known
         while at < len(tokens):
             if progress:
-                progress(at, len(tokens))
+                progress(Progress("reading the prompt", at, len(tokens), "tokens"))
             part = tokens[at : at + self._chunk()]
             at += len(part)
             last = wanted and at == len(tokens)
             logits = self.forward([Row(slot, part, [False] * (len(part) - 1) + [last])])
         if progress:
-            progress(len(tokens), len(tokens))
+            progress(Progress("reading the prompt", len(tokens), len(tokens), "tokens"))
         return len(tokens) - known, logits
 
     def _chunk(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from bitgen.inference.drafts import PromptLookupDrafter
 from bitgen.inference.sampling import Ids, Sampler, Sampling
+from bitgen.progress import Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
 Finish: TypeAlias = Literal["end", "stop", "length", "context"]
-Progress: TypeAlias = Callable[[int, int], None]  # prompt tokens done, of how many
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Request:
 class Sequence:
     """One request as it runs: its tokens and its text so far, and why it ended (``finish``, None before).
 
-    ``progress(done, total)`` counts the tokens of its prompt as they are computed.
+    ``progress`` counts the tokens of its prompt as they are computed.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, progress: Progress | None = None) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, progress: Report | None = None) -> None:
         self.request = request
         self.progress = progress
         self.tokens: list[int] = []  # sampled, the token that ended it included

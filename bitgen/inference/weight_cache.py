@@ -33,12 +33,12 @@ from numpy.typing import NDArray
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.paths import cache_dir, ensure_dir
+from bitgen.progress import Progress, Report
 from bitgen.runtime import KernelTable, aligned_bytes
 from bitgen.spec import Shape
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
-Progress: TypeAlias = Callable[[int, int], None]  # (weights done, weights in all)
 
 FORMAT = 2  # of cache files; part of their names, so files of other formats are never read
 _MAGIC = b"BITGENPK"
@@ -92,11 +92,12 @@ class CacheEntry:
     bytes: int
 
 
+_PACKING = "packing weights for these kernels, once"
 _MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 def pack_model(
-    weights: Weights, table: KernelTable, fingerprint: str | None = None, progress: Progress | None = None
+    weights: Weights, table: KernelTable, fingerprint: str | None = None, progress: Report | None = None
 ) -> tuple[PackedLayer, ...]:
     """The packed layers of a model: mapped from the cache, or packed now and kept there.
 
@@ -126,7 +127,7 @@ def quantize_lm_head(
     head: DenseMatrix,
     table: KernelTable,
     fingerprint: str | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     model: str = "",
 ) -> QuantizedLmHead:
     """An LM head as int8 with a scale a row, from the cache or made now; the arguments of `pack_model`."""
@@ -199,11 +200,11 @@ def clear_cache() -> int:
 def _pack(
     matrices: Mapping[str, TernaryMatrix],
     table: KernelTable,
-    progress: Progress | None,
+    progress: Report | None,
     release: Callable[[], None],
 ) -> Iterator[tuple[str, Bytes]]:
     """Packed weights and scales of each matrix, in order. Decoding runs ahead, on threads of its own."""
-    total = sum(m.shape.m * m.shape.k for m in matrices.values())
+    total = sum(table.packed_bytes(m.shape) for m in matrices.values())
     done = 0
     with ThreadPoolExecutor(max(1, table.threads)) as pool:
         for name, matrix in matrices.items():
@@ -211,9 +212,10 @@ def _pack(
             scale = pool.submit(lambda m: m.scale, matrix)
             for begin, w in _slabs(matrix, pool, ahead=table.threads):
                 table.pack_rows(w, begin, matrix.shape, packed)
-                done += w.size
                 if progress:
-                    progress(done, total)
+                    share = (begin + len(w)) / matrix.shape.m
+                    progress(Progress(_PACKING, done + packed.size * share, total, "bytes"))
+            done += packed.size
             yield name, packed
             yield f"{name}.scale", scale.result().view(np.uint8)
             release()
@@ -249,9 +251,7 @@ def _slabs(
         yield begin, np.ascontiguousarray(pending.pop(0).result())
 
 
-def _quantize(
-    head: DenseMatrix, table: KernelTable, progress: Progress | None
-) -> Iterator[tuple[str, Bytes]]:
+def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) -> Iterator[tuple[str, Bytes]]:
     """int8 rows, their scales, the relative error: as activations are quantised, a row at a time."""
     ffi, lib, context = table.native
     rows, cols = head.shape
@@ -276,7 +276,7 @@ def _quantize(
         changed += float(np.square(off, dtype=np.float64).sum())
         size += float(np.square(w, dtype=np.float64).sum())
         if progress:
-            progress(end * cols, rows * cols)
+            progress(Progress("quantizing the LM head, once", end * cols, rows * cols, "bytes"))
     yield "data", data.view(np.uint8).reshape(-1)
     yield "scale", scale.view(np.uint8)
     yield "error", np.array([(changed / size) ** 0.5 if size else 0.0]).view(np.uint8)

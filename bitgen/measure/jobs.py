@@ -182,20 +182,35 @@ class MachinePeak:
 
 
 class Rates:
-    """What a time means, for records of a matmul: rates, and the share of the roofline that it reaches."""
+    """What the time of a ``measurement`` means: rates, and the share of the roofline that it reaches."""
 
     if TYPE_CHECKING:  # the fields of the records
 
         @property
-        def spec(self) -> KernelSpec: ...
-        @property
-        def shape(self) -> Shape: ...
-        @property
-        def n(self) -> int: ...
-        @property
-        def time_ns(self) -> float: ...
+        def measurement(self) -> Measurement: ...
         @property
         def limit_ns(self) -> float: ...
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.measurement.job.spec
+
+    @property
+    def shape(self) -> Shape:
+        return self.measurement.job.shape
+
+    @property
+    def n(self) -> int:
+        return self.measurement.job.n
+
+    @property
+    def threads(self) -> int:
+        return self.measurement.job.threads
+
+    @property
+    def time_ns(self) -> float:
+        """The median time of one call."""
+        return self.measurement.median_ns
 
     @property
     def weight_gbs(self) -> float:

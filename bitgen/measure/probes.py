@@ -45,13 +45,13 @@ DEFAULT_PATTERN = ReadPattern(4, 4096)
 
 @dataclass(frozen=True)
 class _Sums:
-    """Independent sums in registers, to which words are added over and over."""
+    """Independent sums in registers, to which ops add over and over."""
 
     isa: str
 
     @property
     def chains(self) -> int:
-        # Two of latency 4 to 5 a cycle need 10 sums; an AVX2 block is two of 16 registers, a word two sums.
+        # Two of latency 4 to 5 a cycle need 10 sums; an AVX2 block is two of 16 registers, an op two sums.
         return {64: 12, 32: 6}.get(isas()[self.isa].vector_bytes, 4)
 
     @property
@@ -71,7 +71,7 @@ class Dot4(_Sums):
 
     @property
     def products(self) -> int:
-        """Multiply-adds of one word: of vw_mmla where an instruction does it, else of vw_dot4."""
+        """Multiply-adds of one op: of vw_mmla where an instruction does it, else of vw_dot4."""
         level = isas()[self.isa]
         return 128 if level.mmla and not level.generic else 64
 
@@ -98,7 +98,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Fma(_Sums):
-    """Multiply-adds of float32, 16 in a word: the peak that attention is compared with."""
+    """Multiply-adds of float32, 16 in an op: the peak that attention is compared with."""
 
     @property
     def operations(self) -> int:

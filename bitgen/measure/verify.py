@@ -1,15 +1,16 @@
-"""Every schedule of every space against the reference: what `bitgen check` runs and the documents count."""
+"""Every schedule of every space against the reference: what `bitgen verify` runs and the documents count."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from bitgen.cpu import Cpu, find_isa, load_isas
 from bitgen.errors import BitgenError
 from bitgen.measure.jobs import Status
 from bitgen.measure.runner import LocalRunner, Verification
+from bitgen.progress import Progress, Report
 from bitgen.render import inherits
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
@@ -52,16 +53,16 @@ def sweep(
     runner: LocalRunner,
     specs: Sequence[KernelSpec],
     deep: bool = True,
-    progress: Callable[[SweepCounts], None] | None = None,
+    progress: Report | None = None,
 ) -> SweepCounts:
-    """Verify each of ``specs``, at least one; ``progress`` sees the counts after each kernel."""
+    """Verify each of ``specs``, at least one; ``progress`` is called after each kernel."""
     if not specs:
         raise BitgenError("no kernel to verify: name ISA levels, families and regimes that have some")
     counts = SweepCounts()
     for verification in runner.verify(specs, deep=deep):
         counts.add(verification)
         if progress is not None:
-            progress(counts)
+            progress(Progress(str(counts), counts.schedules, len(specs), "schedules"))
     return counts
 
 
@@ -106,7 +107,7 @@ def exact_sweep(
     sample: int | None = None,
     seed: int = 0,
     regimes: Sequence[Regime] = REGIMES,
-    progress: Callable[[SweepCounts], None] | None = None,
+    progress: Report | None = None,
     inherit: bool = True,
 ) -> SweepCounts:
     """Verify every schedule of the spaces of ``isas`` x ``families`` x ``regimes``, or ``sample`` of each.

@@ -19,18 +19,16 @@ from bitgen.search.plan import (
     thread_candidates,
 )
 from bitgen.search.result import FormatCost, GroupReport, Row, TuningResult
-from bitgen.search.tuner import Progress, Session, Step, tune
+from bitgen.search.tuner import Session, tune
 
 __all__ = [
     "FormatCost",
     "GroupReport",
     "Plan",
-    "Progress",
     "Row",
     "SearchConfig",
     "Session",
     "SpaceFactory",
-    "Step",
     "Target",
     "TuneOptions",
     "TuningResult",

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bitgen.measure import MachinePeak, Rates
+from bitgen.measure import MachinePeak, Measurement, Rates
 from bitgen.search.choose import Choice, Option, Slot, slot_of, total_ns
 from bitgen.search.group import GroupOutcome
 from bitgen.search.plan import Plan, Target
@@ -32,8 +32,8 @@ class Row(Rates):
     chosen: bool
 
     @property
-    def shape(self) -> Shape:
-        return self.target.shape
+    def measurement(self) -> Measurement:
+        return self.winner.measurement
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -44,24 +44,8 @@ class Row(Rates):
         return self.target.count
 
     @property
-    def spec(self) -> KernelSpec:
-        return self.winner.spec
-
-    @property
     def regime(self) -> str:
         return self.winner.regime
-
-    @property
-    def n(self) -> int:
-        return self.winner.measurement.job.n
-
-    @property
-    def threads(self) -> int:
-        return self.winner.threads
-
-    @property
-    def time_ns(self) -> float:
-        return self.winner.time_ns
 
     @property
     def default_ns(self) -> float | None:

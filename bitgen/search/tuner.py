@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Protocol
 
 from bitgen.errors import BitgenError, InterruptError
 from bitgen.fingerprints import Fingerprints
 from bitgen.measure import MachinePeak, Race, RaceJob, Runner
+from bitgen.progress import Progress, Report
 from bitgen.search.cache import MeasurementCache
 from bitgen.search.choose import (
     Choice,
@@ -46,23 +46,6 @@ _LEAST_TURN_S = 5.0  # left for another turn: in less, compiling would take the 
 
 
 @dataclass(frozen=True)
-class Step:
-    """A moment of a tune: ``done`` of ``total`` in a stage ("limits", "search", "race"), and what is on."""
-
-    stage: str
-    title: str
-    done: int
-    total: int
-    seconds: float
-
-
-class Progress(Protocol):
-    """Hears of every step; must be quick and must not print to stdout."""
-
-    def __call__(self, step: Step) -> None: ...
-
-
-@dataclass(frozen=True)
 class Session:
     """What a tune is given besides its plan.
 
@@ -77,7 +60,7 @@ class Session:
     started_from: str = ""
     rest_ns: Callable[[str, int], float] | None = None
     fresh: bool = False
-    progress: Progress | None = None
+    progress: Report | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -381,5 +364,8 @@ class _Tune:
         return roofline_ns(spec.layout, shape, regime.n, regime.cold, dram_gbs, peak_gops)
 
     def _report(self, stage: str, title: str, done: int, total: int) -> None:
+        """Tell what is on, part ``done`` + 1 of ``total`` of its stage, and how much of the time is used."""
         if self._session.progress is not None:
-            self._session.progress(Step(stage, title, done, total, self._clock() - self._begin))
+            spent, limit = self._clock() - self._begin, self._plan.timeout_s or 0.0
+            text = f"{stage} {done + 1} of {total}: {title}"
+            self._session.progress(Progress(text, min(spent, limit), limit, "seconds"))

@@ -1,7 +1,7 @@
-// The vocabulary of AMX-INT8 is that of AVX-512 VBMI and the words for tiles.
+// The vector ops of AMX-INT8 is that of AVX-512 VBMI and the ops for tiles.
 
 //== Tiles
-// The words for tiles on AMX-INT8. The instructions name their registers, so each word chooses among them by numbers
+// The ops for tiles on AMX-INT8. The instructions name their registers, so each op chooses among them by numbers
 // that are constants where it is used. Assembly and not the compilers' intrinsics: gcc 12's do not say that a load of a
 // tile reads memory, and stores before it may then come after it.
 
@@ -10,7 +10,7 @@
 typedef struct { char none; } vt;
 
 //: vt_begin
-WORD void vt_begin(vt *t, int rows0, int rows1) {
+OP void vt_begin(vt *t, int rows0, int rows1) {
     // palette 1; from byte 16 on the bytes of a row of each tile (int16), from byte 48 on its rows
     _Alignas(64) uint8_t config[64] = {1};
     for (int i = 0; i < 8; ++i) {
@@ -23,13 +23,13 @@ WORD void vt_begin(vt *t, int rows0, int rows1) {
 
 //: vt_end
 // Registers in use cost the system 8 KiB to save whenever it runs another thread.
-WORD void vt_end(vt *t) {
+OP void vt_end(vt *t) {
     (void)t;
     __asm__ volatile("tilerelease" : : : "memory");
 }
 
 //: vt_zero
-WORD void vt_zero(vt *t, int tile) {
+OP void vt_zero(vt *t, int tile) {
     (void)t;
     switch (tile) {
     case 0: __asm__ volatile("tilezero %%tmm0" : :); break;
@@ -40,7 +40,7 @@ WORD void vt_zero(vt *t, int tile) {
 }
 
 //: vt_load
-WORD void vt_load(vt *t, int tile, const void *p, int64_t stride) {
+OP void vt_load(vt *t, int tile, const void *p, int64_t stride) {
     (void)t;
     switch (tile) {
     case 0: __asm__ volatile("tileloadd (%0,%1,1), %%tmm0" : : "r"(p), "r"(stride) : "memory"); break;
@@ -55,7 +55,7 @@ WORD void vt_load(vt *t, int tile, const void *p, int64_t stride) {
 }
 
 //: vt_store
-WORD void vt_store(vt *t, int tile, int32_t *p) {
+OP void vt_store(vt *t, int tile, int32_t *p) {
     const int64_t stride = 64;
     (void)t;
     switch (tile) {
@@ -68,7 +68,7 @@ WORD void vt_store(vt *t, int tile, int32_t *p) {
 
 //: vt_dot4
 // The operands of the instruction: sums, signed bytes, unsigned bytes; AT&T's order is the other way round.
-WORD void vt_dot4(vt *t, int c, int a, int b) {
+OP void vt_dot4(vt *t, int c, int a, int b) {
     (void)t;
     switch (4 * c + 2 * (a - 4) + b - 6) {
     case 0: __asm__ volatile("tdpbsud %%tmm6, %%tmm4, %%tmm0" : :); break;

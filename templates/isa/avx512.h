@@ -1,5 +1,5 @@
-// The vocabulary of AVX-512 (F, BW, VL, DQ): a block is one zmm register, 64 flags are one mask register.
-// What each word means is written in scalar.h; here are only the reasons for an instruction.
+// The vector ops of AVX-512 (F, BW, VL, DQ): a block is one zmm register, 64 flags are one mask register.
+// What each op means is written in scalar.h; here are only the reasons for an instruction.
 
 //: includes
 #include <immintrin.h>
@@ -16,26 +16,26 @@ typedef struct { __m512 v; } vf;
 typedef struct { __mmask64 v; } vm;
 
 //: prefetch
-WORD void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+OP void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 //: prefetch_l2
-WORD void prefetch_l2(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
+OP void prefetch_l2(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 
 //: prefetch_once
-WORD void prefetch_once(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_NTA); }
+OP void prefetch_once(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_NTA); }
 
 //: vb_load
-WORD vb vb_load(const void *p) { return (vb){_mm512_loadu_si512(p)}; }
+OP vb vb_load(const void *p) { return (vb){_mm512_loadu_si512(p)}; }
 
 //: vb_store
-WORD void vb_store(void *p, vb v) { _mm512_storeu_si512(p, v.v); }
+OP void vb_store(void *p, vb v) { _mm512_storeu_si512(p, v.v); }
 
 //: vb_splat
-WORD vb vb_splat(uint8_t x) { return (vb){_mm512_set1_epi8((char)x)}; }
+OP vb vb_splat(uint8_t x) { return (vb){_mm512_set1_epi8((char)x)}; }
 
 //: vb_splat4
 // vpbroadcastd from memory: a load, no shuffle port, and an operand of the dot product that reads it.
-WORD vb vb_splat4(const int8_t *p) {
+OP vb vb_splat4(const int8_t *p) {
     int32_t x;
     memcpy(&x, p, 4);
     return (vb){_mm512_set1_epi32(x)};
@@ -46,38 +46,38 @@ WORD vb vb_splat4(const int8_t *p) {
 typedef struct { const int8_t *p; int64_t at; } vx;
 
 //: vx_load
-WORD vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
+OP vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
 
 //: vb_quad
 // vbroadcasti32x4 from memory: a load, no shuffle port.
-WORD vb vb_quad(const void *p) { return (vb){_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))}; }
+OP vb vb_quad(const void *p) { return (vb){_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))}; }
 
 //: vb_and
-WORD vb vb_and(vb a, vb b) { return (vb){_mm512_and_si512(a.v, b.v)}; }
+OP vb vb_and(vb a, vb b) { return (vb){_mm512_and_si512(a.v, b.v)}; }
 
 //: vb_add
-WORD vb vb_add(vb a, vb b) { return (vb){_mm512_add_epi8(a.v, b.v)}; }
+OP vb vb_add(vb a, vb b) { return (vb){_mm512_add_epi8(a.v, b.v)}; }
 
 //: vb_field
 // There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
-WORD vb vb_field(vb v, int bits, vb mask) {
+OP vb vb_field(vb v, int bits, vb mask) {
     if (bits != 0) v.v = _mm512_srl_epi16(v.v, _mm_cvtsi32_si128(bits));
     return (vb){_mm512_and_si512(v.v, mask.v)};
 }
 
 //: vb_high
-WORD vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+OP vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
 
 //: vb_lut16
-WORD vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
+OP vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
 //: vb_lut_low
-WORD vb vb_lut_low(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
+OP vb vb_lut_low(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
 //: vb_lut128
 // Eight tables of 16: vpshufb gives 0 for an index below its table (negative) and repeats itself above it, so each
 // table holds what to xor to the one before. The tables are loop invariants and stay in registers.
-WORD vb vb_lut128(const uint8_t *table, vb idx) {
+OP vb vb_lut128(const uint8_t *table, vb idx) {
     const __m512i step = _mm512_set1_epi8(16);
     __m512i i = _mm512_and_si512(idx.v, _mm512_set1_epi8(127));
     __m512i before = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
@@ -92,131 +92,131 @@ WORD vb vb_lut128(const uint8_t *table, vb idx) {
 }
 
 //: vb_avg
-WORD vb vb_avg(vb a, vb b) { return (vb){_mm512_avg_epu8(a.v, b.v)}; }
+OP vb vb_avg(vb a, vb b) { return (vb){_mm512_avg_epu8(a.v, b.v)}; }
 
 //: vb_mirror
-WORD vb vb_mirror(vb v, vb s) {
+OP vb vb_mirror(vb v, vb s) {
     return (vb){_mm512_mask_sub_epi8(v.v, _mm512_movepi8_mask(s.v), _mm512_set1_epi8((char)0xaa), v.v)};
 }
 
 //: vb_sign
-WORD vb vb_sign(vb v, vb s) {
+OP vb vb_sign(vb v, vb s) {
     return (vb){_mm512_mask_sub_epi8(v.v, _mm512_movepi8_mask(s.v), _mm512_setzero_si512(), v.v)};
 }
 
 //: vb_choose
-WORD vb vb_choose(vb s, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(_mm512_movepi8_mask(s.v), b.v, a.v)}; }
+OP vb vb_choose(vb s, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(_mm512_movepi8_mask(s.v), b.v, a.v)}; }
 
 //: vb_test
-WORD vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
+OP vm vb_test(vb v, vb bits) { return (vm){_mm512_test_epi8_mask(v.v, bits.v)}; }
 
 //: vb_flip
 // ~v = -1 - v: a masked subtraction is one instruction, while vpternlog has no byte masks.
-WORD vb vb_flip(vb v, vm m) { return (vb){_mm512_mask_sub_epi8(v.v, m.v, _mm512_set1_epi8(-1), v.v)}; }
+OP vb vb_flip(vb v, vm m) { return (vb){_mm512_mask_sub_epi8(v.v, m.v, _mm512_set1_epi8(-1), v.v)}; }
 
 //: vb_select
-WORD vb vb_select(vm m, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(m.v, b.v, a.v)}; }
+OP vb vb_select(vm m, vb a, vb b) { return (vb){_mm512_mask_blend_epi8(m.v, b.v, a.v)}; }
 
 //: vh_zip_lo
-WORD vh vh_zip_lo(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpacklo_epi8(lo.v, hi.v)}; }
+OP vh vh_zip_lo(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpacklo_epi8(lo.v, hi.v)}; }
 
 //: vh_zip_hi
-WORD vh vh_zip_hi(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpackhi_epi8(lo.v, hi.v)}; }
+OP vh vh_zip_hi(vb lo, vb hi) { return (vh){(h_reg)_mm512_unpackhi_epi8(lo.v, hi.v)}; }
 
 //: vh_digits_lo
 // vpmaddubsw multiplies unsigned constants with signed digits: it extends their signs and adds them.
-WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+OP vh vh_digits_lo(vb lo, vb hi, int radix) {
     return (vh){(h_reg)_mm512_maddubs_epi16(_mm512_set1_epi16((short)(radix << 8 | 1)),
                                             _mm512_unpacklo_epi8(lo.v, hi.v))};
 }
 
 //: vh_digits_hi
-WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+OP vh vh_digits_hi(vb lo, vb hi, int radix) {
     return (vh){(h_reg)_mm512_maddubs_epi16(_mm512_set1_epi16((short)(radix << 8 | 1)),
                                             _mm512_unpackhi_epi8(lo.v, hi.v))};
 }
 
 //: vh_zero
-WORD vh vh_zero(void) { return (vh){(h_reg)_mm512_setzero_si512()}; }
+OP vh vh_zero(void) { return (vh){(h_reg)_mm512_setzero_si512()}; }
 
 //: vh_add
-WORD vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
+OP vh vh_add(vh a, vh b) { return (vh){a.v + b.v}; }
 
 //: vh_sub
-WORD vh vh_sub(vh a, vh b) { return (vh){a.v - b.v}; }
+OP vh vh_sub(vh a, vh b) { return (vh){a.v - b.v}; }
 
 //: vh_mul
-WORD vh vh_mul(vh a, vh b) { return (vh){a.v * b.v}; }
+OP vh vh_mul(vh a, vh b) { return (vh){a.v * b.v}; }
 
 //: vh_load
-WORD vh vh_load(const int16_t *p) { return (vh){(h_reg)_mm512_loadu_si512(p)}; }
+OP vh vh_load(const int16_t *p) { return (vh){(h_reg)_mm512_loadu_si512(p)}; }
 
 //: vh_sign_high
-WORD vh vh_sign_high(vb v) { return (vh){(h_reg)_mm512_srai_epi16(v.v, 8)}; }
+OP vh vh_sign_high(vb v) { return (vh){(h_reg)_mm512_srai_epi16(v.v, 8)}; }
 
 //: vh_pairs
 // vpmaddubsw saturates, and with u <= 128 cannot: 2 * 128 * -128 = -32768.
-WORD vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
+OP vh vh_pairs(vb u, vb s) { return (vh){(h_reg)_mm512_maddubs_epi16(u.v, s.v)}; }
 
 //: vp
 typedef vh vp;
 
 //: vp_zero
-WORD vp vp_zero(void) { return vh_zero(); }
+OP vp vp_zero(void) { return vh_zero(); }
 
 //: vp_add
-WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+OP vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
 
 //: vp_add_field
-WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.p + (x.at + 4 * f))); }
+OP vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
 //: vb_low_bytes
 // vpackuswb saturates; what reaches it lies in 0..255. Three instructions, but one shuffle: two vpshufb, the
 // second under a mask, keep Intel's one shuffle port busy longer, and clang 14 makes 7 of them.
-WORD vb vb_low_bytes(vh a, vh b) {
+OP vb vb_low_bytes(vh a, vh b) {
     __m512i low = _mm512_set1_epi16(255);
     return (vb){_mm512_packus_epi16((__m512i)a.v & low, (__m512i)b.v & low)};
 }
 
 //: vb_high_bytes
-WORD vb vb_high_bytes(vh a, vh b) {
+OP vb vb_high_bytes(vh a, vh b) {
     return (vb){_mm512_packus_epi16((__m512i)(a.v >> 8), (__m512i)(b.v >> 8))};
 }
 
 //: vw_zero
-WORD vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
+OP vw vw_zero(void) { return (vw){(w_reg)_mm512_setzero_si512()}; }
 
 //: vw_splat
-WORD vw vw_splat(int32_t x) { return (vw){(w_reg)_mm512_set1_epi32(x)}; }
+OP vw vw_splat(int32_t x) { return (vw){(w_reg)_mm512_set1_epi32(x)}; }
 
 //: vw_load
-WORD vw vw_load(const int32_t *p) { return (vw){(w_reg)_mm512_loadu_si512(p)}; }
+OP vw vw_load(const int32_t *p) { return (vw){(w_reg)_mm512_loadu_si512(p)}; }
 
 //: vw_store
-WORD void vw_store(int32_t *p, vw v) { _mm512_storeu_si512(p, (__m512i)v.v); }
+OP void vw_store(int32_t *p, vw v) { _mm512_storeu_si512(p, (__m512i)v.v); }
 
 //: vw_store_n
 // Elements outside the mask are not touched, so they may lie on an unmapped page.
-WORD void vw_store_n(int32_t *p, vw v, int n) {
+OP void vw_store_n(int32_t *p, vw v, int n) {
     _mm512_mask_storeu_epi32(p, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), (__m512i)v.v);
 }
 
 //: vw_add
-WORD vw vw_add(vw a, vw b) { return (vw){(w_reg)_mm512_add_epi32((__m512i)a.v, (__m512i)b.v)}; }
+OP vw vw_add(vw a, vw b) { return (vw){(w_reg)_mm512_add_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_sub
-WORD vw vw_sub(vw a, vw b) { return (vw){(w_reg)_mm512_sub_epi32((__m512i)a.v, (__m512i)b.v)}; }
+OP vw vw_sub(vw a, vw b) { return (vw){(w_reg)_mm512_sub_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_sra
-WORD vw vw_sra(vw v, int bits) {
+OP vw vw_sra(vw v, int bits) {
     return (vw){(w_reg)_mm512_sra_epi32((__m512i)v.v, _mm_cvtsi32_si128(bits))};
 }
 
 //: vw_max
-WORD vw vw_max(vw a, vw b) { return (vw){(w_reg)_mm512_max_epi32((__m512i)a.v, (__m512i)b.v)}; }
+OP vw vw_max(vw a, vw b) { return (vw){(w_reg)_mm512_max_epi32((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_hsum
-WORD int32_t vw_hsum(vw v) {
+OP int32_t vw_hsum(vw v) {
     __m512i z = (__m512i)v.v;
     __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(z), _mm512_extracti64x4_epi64(z, 1));
     __m128i x = _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
@@ -226,7 +226,7 @@ WORD int32_t vw_hsum(vw v) {
 }
 
 //: vw_hmax
-WORD int32_t vw_hmax(vw v) {
+OP int32_t vw_hmax(vw v) {
     __m512i z = (__m512i)v.v;
     __m256i y = _mm256_max_epi32(_mm512_castsi512_si256(z), _mm512_extracti64x4_epi64(z, 1));
     __m128i x = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
@@ -237,24 +237,24 @@ WORD int32_t vw_hmax(vw v) {
 
 //: vw_dot4
 // vpmaddubsw saturates at 32767, which u <= 128 cannot reach; vpmaddwd with ones adds its pairs in int32.
-WORD vw vw_dot4(vw acc, vb u, vb s) {
+OP vw vw_dot4(vw acc, vb u, vb s) {
     __m512i t = _mm512_madd_epi16(_mm512_maddubs_epi16(u.v, s.v), _mm512_set1_epi16(1));
     return (vw){acc.v + (w_reg)t};
 }
 
 //: vw_dot4_field
-WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
+OP vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
-WORD vw vw_widen(vw acc, vp v) {
+OP vw vw_widen(vw acc, vp v) {
     return (vw){acc.v + (w_reg)_mm512_madd_epi16((__m512i)v.v, _mm512_set1_epi16(1))};
 }
 
 //: vw_rows
 // One vpermt2w puts lanes 0 and 1 of lo and of hi side by side, one the lanes 2 and 3; vpmaddwd with ones
 // widens while it adds: 6 instructions. Adding lanes as int16 first could overflow.
-WORD vw vw_rows(vw acc, vh lo, vh hi) {
+OP vw vw_rows(vw acc, vh lo, vh hi) {
     __m512i l = (__m512i)lo.v, h = (__m512i)hi.v, ones = _mm512_set1_epi16(1);
     __m512i lanes01 = _mm512_setr_epi32(0x080000, 0x090001, 0x0a0002, 0x0b0003, 0x0c0004, 0x0d0005, 0x0e0006,
                                         0x0f0007, 0x280020, 0x290021, 0x2a0022, 0x2b0023, 0x2c0024, 0x2d0025,
@@ -269,26 +269,26 @@ WORD vw vw_rows(vw acc, vh lo, vh hi) {
 
 //: vw_extend_lo
 // Each int16 twice, then an arithmetic shift.
-WORD vw vw_extend_lo(vw acc, vh v) {
+OP vw vw_extend_lo(vw acc, vh v) {
     __m512i x = _mm512_unpacklo_epi16((__m512i)v.v, (__m512i)v.v);
     return (vw){(w_reg)_mm512_add_epi32((__m512i)acc.v, _mm512_srai_epi32(x, 16))};
 }
 
 //: vw_extend_hi
-WORD vw vw_extend_hi(vw acc, vh v) {
+OP vw vw_extend_hi(vw acc, vh v) {
     __m512i x = _mm512_unpackhi_epi16((__m512i)v.v, (__m512i)v.v);
     return (vw){(w_reg)_mm512_add_epi32((__m512i)acc.v, _mm512_srai_epi32(x, 16))};
 }
 
 //: vw_zip_lo
-WORD vw vw_zip_lo(vh a, vh b) { return (vw){(w_reg)_mm512_unpacklo_epi16((__m512i)a.v, (__m512i)b.v)}; }
+OP vw vw_zip_lo(vh a, vh b) { return (vw){(w_reg)_mm512_unpacklo_epi16((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_zip_hi
-WORD vw vw_zip_hi(vh a, vh b) { return (vw){(w_reg)_mm512_unpackhi_epi16((__m512i)a.v, (__m512i)b.v)}; }
+OP vw vw_zip_hi(vh a, vh b) { return (vw){(w_reg)_mm512_unpackhi_epi16((__m512i)a.v, (__m512i)b.v)}; }
 
 //: vw_transpose_lanes
 // Two rounds of four shuffles and 4 stores, against 16 quarter-width stores without any.
-WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
+OP void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
     __m512i a = _mm512_shuffle_i32x4((__m512i)v0.v, (__m512i)v1.v, 0x44);  // v0.0 v0.1 v1.0 v1.1
     __m512i b = _mm512_shuffle_i32x4((__m512i)v2.v, (__m512i)v3.v, 0x44);
     __m512i c = _mm512_shuffle_i32x4((__m512i)v0.v, (__m512i)v1.v, 0xee);  // v0.2 v0.3 v1.2 v1.3
@@ -300,81 +300,81 @@ WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw
 }
 
 //: vw_store_s8
-WORD void vw_store_s8(int8_t *p, vw v) {
+OP void vw_store_s8(int8_t *p, vw v) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8((__m512i)v.v));
 }
 
 //: vf_splat
-WORD vf vf_splat(float x) { return (vf){_mm512_set1_ps(x)}; }
+OP vf vf_splat(float x) { return (vf){_mm512_set1_ps(x)}; }
 
 //: vf_load
-WORD vf vf_load(const float *p) { return (vf){_mm512_loadu_ps(p)}; }
+OP vf vf_load(const float *p) { return (vf){_mm512_loadu_ps(p)}; }
 
 //: vf_load_n
 // Elements outside the mask are not touched, so they may lie on an unmapped page.
-WORD vf vf_load_n(const float *p, int n) {
+OP vf vf_load_n(const float *p, int n) {
     return (vf){_mm512_maskz_loadu_ps((__mmask16)_bzhi_u32(0xffff, (uint32_t)n), p)};
 }
 
 //: vf_store_n
-WORD void vf_store_n(float *p, vf v, int n) {
+OP void vf_store_n(float *p, vf v, int n) {
     _mm512_mask_storeu_ps(p, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), v.v);
 }
 
 //: vf_mul
-WORD vf vf_mul(vf a, vf b) { return (vf){_mm512_mul_ps(a.v, b.v)}; }
+OP vf vf_mul(vf a, vf b) { return (vf){_mm512_mul_ps(a.v, b.v)}; }
 
 //: vf_from_w
-WORD vf vf_from_w(vw v) { return (vf){_mm512_cvtepi32_ps((__m512i)v.v)}; }
+OP vf vf_from_w(vw v) { return (vf){_mm512_cvtepi32_ps((__m512i)v.v)}; }
 
 //: vw_abs_bits
-WORD vw vw_abs_bits(vf v) { return (vw){(w_reg)_mm512_castps_si512(v.v) & 0x7fffffff}; }
+OP vw vw_abs_bits(vf v) { return (vw){(w_reg)_mm512_castps_si512(v.v) & 0x7fffffff}; }
 
 //: vw_round
 // vcvtps2dq rounds as MXCSR says: to nearest even, unless the program changed it.
-WORD vw vw_round(vf v) { return (vw){(w_reg)_mm512_cvtps_epi32(v.v)}; }
+OP vw vw_round(vf v) { return (vw){(w_reg)_mm512_cvtps_epi32(v.v)}; }
 
 //== Floats
-// The float words of AVX-512. What each word means is written in scalar.h.
+// The float ops of AVX-512. What each op means is written in scalar.h.
 
 //: vf_store
-WORD void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v.v); }
+OP void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v.v); }
 
 //: vf_add
-WORD vf vf_add(vf a, vf b) { return (vf){_mm512_add_ps(a.v, b.v)}; }
+OP vf vf_add(vf a, vf b) { return (vf){_mm512_add_ps(a.v, b.v)}; }
 
 //: vf_sub
-WORD vf vf_sub(vf a, vf b) { return (vf){_mm512_sub_ps(a.v, b.v)}; }
+OP vf vf_sub(vf a, vf b) { return (vf){_mm512_sub_ps(a.v, b.v)}; }
 
 //: vf_div
-WORD vf vf_div(vf a, vf b) { return (vf){_mm512_div_ps(a.v, b.v)}; }
+OP vf vf_div(vf a, vf b) { return (vf){_mm512_div_ps(a.v, b.v)}; }
 
 //: vf_fma
-WORD vf vf_fma(vf a, vf b, vf c) { return (vf){_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+OP vf vf_fma(vf a, vf b, vf c) { return (vf){_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 //: vf_max
 // vmaxps gives its second operand where one is NaN.
-WORD vf vf_max(vf a, vf b) { return (vf){_mm512_max_ps(a.v, b.v)}; }
+OP vf vf_max(vf a, vf b) { return (vf){_mm512_max_ps(a.v, b.v)}; }
 
 //: vf_zero_below
 // "Not less than" is true for NaN.
-WORD vf vf_zero_below(vf v, vf x, vf limit) {
+OP vf vf_zero_below(vf v, vf x, vf limit) {
     return (vf){_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), v.v)};
 }
 
 //: vf_blend_n
-WORD vf vf_blend_n(vf v, vf rest, int n) {
+OP vf vf_blend_n(vf v, vf rest, int n) {
     return (vf){_mm512_mask_mov_ps(rest.v, (__mmask16)_bzhi_u32(0xffff, (uint32_t)n), v.v)};
 }
 
 //: vf_pow2
-WORD vf vf_pow2(vw n) {
+OP vf vf_pow2(vw n) {
     __m512i e = _mm512_add_epi32((__m512i)n.v, _mm512_set1_epi32(127));
     return (vf){_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
 }
 
 //: vf_hsum
-WORD float vf_hsum(vf v) {
+OP float vf_hsum(vf v) {
     __m256 y = _mm256_add_ps(_mm512_castps512_ps256(v.v), _mm512_extractf32x8_ps(v.v, 1));
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -382,7 +382,7 @@ WORD float vf_hsum(vf v) {
 }
 
 //: vf_hmax
-WORD float vf_hmax(vf v) {
+OP float vf_hmax(vf v) {
     __m256 y = _mm256_max_ps(_mm512_castps512_ps256(v.v), _mm512_extractf32x8_ps(v.v, 1));
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -390,40 +390,40 @@ WORD float vf_hmax(vf v) {
 }
 
 //: vf_from_f16
-WORD vf vf_from_f16(const uint16_t *p) { return (vf){_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p))}; }
+OP vf vf_from_f16(const uint16_t *p) { return (vf){_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p))}; }
 
 //: vf_to_f16
-WORD void vf_to_f16(uint16_t *p, vf v) {
+OP void vf_to_f16(uint16_t *p, vf v) {
     __m256i h = _mm512_cvtps_ph(v.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256((__m256i *)p, h);
 }
 
 //: vf_from_bf16
-WORD vf vf_from_bf16(const uint16_t *p) {
+OP vf vf_from_bf16(const uint16_t *p) {
     __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return (vf){_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))};
 }
 
 //: vw_load_s8
-WORD vw vw_load_s8(const int8_t *p) {
+OP vw vw_load_s8(const int8_t *p) {
     return (vw){(w_reg)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p))};
 }
 
 //: vw_load_u8
-WORD vw vw_load_u8(const uint8_t *p) {
+OP vw vw_load_u8(const uint8_t *p) {
     return (vw){(w_reg)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))};
 }
 
 //: vw_and
-WORD vw vw_and(vw a, vw b) { return (vw){a.v & b.v}; }
+OP vw vw_and(vw a, vw b) { return (vw){a.v & b.v}; }
 
 //: vw_shl
-WORD vw vw_shl(vw v, int bits) {
+OP vw vw_shl(vw v, int bits) {
     return (vw){(w_reg)_mm512_sll_epi32((__m512i)v.v, _mm_cvtsi32_si128(bits))};
 }
 
 //: vf_splat_f16
-WORD vf vf_splat_f16(const uint16_t *p) {
+OP vf vf_splat_f16(const uint16_t *p) {
     uint16_t h;
     memcpy(&h, p, 2);
     return (vf){_mm512_set1_ps(_cvtsh_ss(h))};

@@ -1,8 +1,8 @@
-// The vocabulary of AVX-512 VBMI, over that of AVX-512 VNNI: bytes are picked from two registers at once.
+// The vector ops of AVX-512 VBMI, over that of AVX-512 VNNI: bytes are picked from two registers at once.
 
 //: vb_low_bytes
 // One vpermt2b instead of three instructions: TL1 tables for k = 8736 in 1.44 us, not 1.73 (Zen 5).
-WORD vb vb_low_bytes(vh a, vh b) {
+OP vb vb_low_bytes(vh a, vh b) {
     __m512i pick = _mm512_setr_epi32(0x06040200, 0x0e0c0a08, 0x46444240, 0x4e4c4a48,
                                      0x16141210, 0x1e1c1a18, 0x56545250, 0x5e5c5a58,
                                      0x26242220, 0x2e2c2a28, 0x66646260, 0x6e6c6a68,
@@ -11,7 +11,7 @@ WORD vb vb_low_bytes(vh a, vh b) {
 }
 
 //: vb_high_bytes
-WORD vb vb_high_bytes(vh a, vh b) {
+OP vb vb_high_bytes(vh a, vh b) {
     __m512i pick = _mm512_setr_epi32(0x07050301, 0x0f0d0b09, 0x47454341, 0x4f4d4b49,
                                      0x17151311, 0x1f1d1b19, 0x57555351, 0x5f5d5b59,
                                      0x27252321, 0x2f2d2b29, 0x67656361, 0x6f6d6b69,
@@ -21,6 +21,6 @@ WORD vb vb_high_bytes(vh a, vh b) {
 
 //: vb_lut128
 // One vpermi2b, which reads the low 7 bits of an index, against 24 instructions.
-WORD vb vb_lut128(const uint8_t *table, vb idx) {
+OP vb vb_lut128(const uint8_t *table, vb idx) {
     return (vb){_mm512_permutex2var_epi8(_mm512_loadu_si512(table), idx.v, _mm512_loadu_si512(table + 64))};
 }

@@ -1,7 +1,7 @@
-// The vocabulary of AVX-512 VNNI, over that of AVX-512.
+// The vector ops of AVX-512 VNNI, over that of AVX-512.
 
 //: types
-// w_reg is signed, as the operands of gcc's vpdpbusd are: an unsigned one is copied in loops. Words add to it
+// w_reg is signed, as the operands of gcc's vpdpbusd are: an unsigned one is copied in loops. These ops add to it
 // by intrinsics alone, which wrap; those of the parent that use + are replaced below.
 typedef uint16_t h_reg __attribute__((vector_size(64)));
 typedef int32_t w_reg __attribute__((vector_size(64)));
@@ -12,17 +12,17 @@ typedef struct { __m512 v; } vf;
 typedef struct { __mmask64 v; } vm;
 
 //: vw_dot4
-WORD vw vw_dot4(vw acc, vb u, vb s) { return (vw){(w_reg)_mm512_dpbusd_epi32((__m512i)acc.v, u.v, s.v)}; }
+OP vw vw_dot4(vw acc, vb u, vb s) { return (vw){(w_reg)_mm512_dpbusd_epi32((__m512i)acc.v, u.v, s.v)}; }
 
 //: vw_widen
 // vpdpwssd with ones: one instruction for vpmaddwd and vpaddd.
-WORD vw vw_widen(vw acc, vp v) {
+OP vw vw_widen(vw acc, vp v) {
     return (vw){(w_reg)_mm512_dpwssd_epi32((__m512i)acc.v, (__m512i)v.v, _mm512_set1_epi16(1))};
 }
 
 //: vw_rows
 // As for AVX-512, but vpdpwssd adds to acc by itself: 4 instructions instead of 6.
-WORD vw vw_rows(vw acc, vh lo, vh hi) {
+OP vw vw_rows(vw acc, vh lo, vh hi) {
     __m512i l = (__m512i)lo.v, h = (__m512i)hi.v, ones = _mm512_set1_epi16(1);
     __m512i lanes01 = _mm512_setr_epi32(0x080000, 0x090001, 0x0a0002, 0x0b0003, 0x0c0004, 0x0d0005, 0x0e0006,
                                         0x0f0007, 0x280020, 0x290021, 0x2a0022, 0x2b0023, 0x2c0024, 0x2d0025,

@@ -1,21 +1,21 @@
-// The vocabulary of NEON with FEAT_I8MM, over that of NEON with FEAT_DotProd.
+// The vector ops of NEON with FEAT_I8MM, over that of NEON with FEAT_DotProd.
 
 //: vw_dot4
 // usdot takes u as unsigned: all four fields of I2_S can stay in place.
-WORD vw vw_dot4(vw acc, vb u, vb s) {
+OP vw vw_dot4(vw acc, vb u, vb s) {
     return (vw){vusdotq_s32(acc.a, u.a, (int8x16_t)s.a), vusdotq_s32(acc.b, u.b, (int8x16_t)s.b),
                 vusdotq_s32(acc.c, u.c, (int8x16_t)s.c), vusdotq_s32(acc.d, u.d, (int8x16_t)s.d)};
 }
 
 //: neon_pairs
 // -u fits a signed byte also for u = 128. Its sums of two are the negated ones mod 2^16, which are negated back.
-WORD int16x8_t neon_pairs(uint8x16_t u, uint8x16_t s) {
+OP int16x8_t neon_pairs(uint8x16_t u, uint8x16_t s) {
     const int8x16_t a = vnegq_s8((int8x16_t)u), b = (int8x16_t)s;
     return vnegq_s16(vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
 }
 
 //: neon_dot_field
-WORD int32x4_t neon_dot_field(int32x4_t acc, uint8x16_t u, vx x, int f) {
+OP int32x4_t neon_dot_field(int32x4_t acc, uint8x16_t u, vx x, int f) {
     switch (f) {
         case 0: return vusdotq_laneq_s32(acc, u, x.x, 0);
         case 1: return vusdotq_laneq_s32(acc, u, x.x, 1);
@@ -26,7 +26,7 @@ WORD int32x4_t neon_dot_field(int32x4_t acc, uint8x16_t u, vx x, int f) {
 
 //: vp_add
 // smlsl of -u, which fits a signed byte also for u = 128.
-WORD vp vp_add(vp sums, vb u, vb s) {
+OP vp vp_add(vp sums, vb u, vb s) {
     const int8x16_t u0 = vnegq_s8((int8x16_t)u.a), u1 = vnegq_s8((int8x16_t)u.b);
     const int8x16_t u2 = vnegq_s8((int8x16_t)u.c), u3 = vnegq_s8((int8x16_t)u.d);
     const int8x16_t s0 = (int8x16_t)s.a, s1 = (int8x16_t)s.b, s2 = (int8x16_t)s.c, s3 = (int8x16_t)s.d;
@@ -37,37 +37,37 @@ WORD vp vp_add(vp sums, vb u, vb s) {
 }
 
 //== Products of 2 x 8 by 8 x 2 bytes
-// The words for products of 2 x 8 by 8 x 2 bytes with FEAT_I8MM: usmmla, 32 products where usdot has 16.
+// The ops for products of 2 x 8 by 8 x 2 bytes with FEAT_I8MM: usmmla, 32 products where usdot has 16.
 
 //: vw_mmla
-WORD vw vw_mmla(vw acc, vb u, vb s) {
+OP vw vw_mmla(vw acc, vb u, vb s) {
     return (vw){vusmmlaq_s32(acc.a, u.a, (int8x16_t)s.a), vusmmlaq_s32(acc.b, u.b, (int8x16_t)s.b),
                 vusmmlaq_s32(acc.c, u.c, (int8x16_t)s.c), vusmmlaq_s32(acc.d, u.d, (int8x16_t)s.d)};
 }
 
 //: compiler_barrier
 // gcc 12 would load all weights of a step first, and keep sums on the stack instead: 58 instructions for 33.
-WORD void compiler_barrier(void) { __asm__ volatile("" : : : "memory"); }
+OP void compiler_barrier(void) { __asm__ volatile("" : : : "memory"); }
 
 //: vw_even
-WORD vw vw_even(vw a, vw b) {
+OP vw vw_even(vw a, vw b) {
     return (vw){vuzp1q_s32(a.a, a.b), vuzp1q_s32(a.c, a.d), vuzp1q_s32(b.a, b.b), vuzp1q_s32(b.c, b.d)};
 }
 
 //: vw_odd
-WORD vw vw_odd(vw a, vw b) {
+OP vw vw_odd(vw a, vw b) {
     return (vw){vuzp2q_s32(a.a, a.b), vuzp2q_s32(a.c, a.d), vuzp2q_s32(b.a, b.b), vuzp2q_s32(b.c, b.d)};
 }
 
 //: neon_store_zip4
 // st2 zips while it stores.
-WORD void neon_store_zip4(uint8_t *p, uint8x16_t a, uint8x16_t b) {
+OP void neon_store_zip4(uint8_t *p, uint8x16_t a, uint8x16_t b) {
     const uint32x4x2_t both = {{(uint32x4_t)a, (uint32x4_t)b}};
     vst2q_u32((uint32_t *)p, both);
 }
 
 //: vb_store_zip4
-WORD void vb_store_zip4(void *p, vb a, vb b) {
+OP void vb_store_zip4(void *p, vb a, vb b) {
     uint8_t *q = (uint8_t *)p;
     neon_store_zip4(q, a.a, b.a);
     neon_store_zip4(q + 32, a.b, b.b);
@@ -76,13 +76,13 @@ WORD void vb_store_zip4(void *p, vb a, vb b) {
 }
 
 //: neon_store_zip8
-WORD void neon_store_zip8(uint8_t *p, uint8x16_t a, uint8x16_t b) {
+OP void neon_store_zip8(uint8_t *p, uint8x16_t a, uint8x16_t b) {
     const uint64x2x2_t both = {{(uint64x2_t)a, (uint64x2_t)b}};
     vst2q_u64((uint64_t *)p, both);
 }
 
 //: vb_store_zip8
-WORD void vb_store_zip8(void *p, vb a, vb b) {
+OP void vb_store_zip8(void *p, vb a, vb b) {
     uint8_t *q = (uint8_t *)p;
     neon_store_zip8(q, a.a, b.a);
     neon_store_zip8(q + 32, a.b, b.b);

@@ -1,7 +1,7 @@
-// The vocabulary of SVE, for registers of 16, 32 and 64 bytes: a block is SVE_PARTS registers. The text is the same for
+// The vector ops of SVE, for registers of 16, 32 and 64 bytes: a block is SVE_PARTS registers. The text is the same for
 // every length; the level's flags say which one it is compiled for, because C holds only registers of a known size in a
-// struct. What each word means is written in scalar.h; here are only the reasons for an instruction.
-// zip, uzp and tbl work across the whole register, the words in lanes of 16 bytes: where a register is longer than a
+// struct. What each op means is written in scalar.h; here are only the reasons for an instruction.
+// zip, uzp and tbl work across the whole register, these ops in lanes of 16 bytes: where a register is longer than a
 // lane, trn works on neighbours and tbl with indices inside the lanes puts bytes in order before or after it.
 // Operators, not intrinsics, where there is one: clang 14 makes of `svand_x` a move and a predicated instruction.
 
@@ -24,27 +24,27 @@ typedef struct { sve_f32 z[SVE_PARTS]; } vf;
 typedef struct { sve_u8 z[SVE_PARTS]; } vm; // a byte is not 0 (flag set) or 0
 
 //: prefetch
-WORD void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+OP void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 //: prefetch_l2
-WORD void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
+OP void prefetch_l2(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 //: prefetch_once
-WORD void prefetch_once(const void *p) { __builtin_prefetch(p, 0, 0); }
+OP void prefetch_once(const void *p) { __builtin_prefetch(p, 0, 0); }
 
 //: sve_lane
 // Where the own lane begins: 0 sixteen times, 16 sixteen times, ...
-WORD svuint8_t sve_lane(void) { return svand_n_u8_x(svptrue_b8(), svindex_u8(0, 1), 0xf0); }
+OP svuint8_t sve_lane(void) { return svand_n_u8_x(svptrue_b8(), svindex_u8(0, 1), 0xf0); }
 
 //: sve_in_lane
 // Indices below 16 of a lane's bytes become those of the register's; indices from 128 on stay so.
-WORD svuint8_t sve_in_lane(svuint8_t i) {
+OP svuint8_t sve_in_lane(svuint8_t i) {
     return SVE_PARTS == 4 ? i : svorr_u8_x(svptrue_b8(), i, sve_lane());
 }
 
 //: sve_pick
 // In every lane byte i comes from (i << up | i >> down) & 15.
-WORD svuint8_t sve_pick(svuint8_t v, uint8_t up, uint8_t down) {
+OP svuint8_t sve_pick(svuint8_t v, uint8_t up, uint8_t down) {
     const svbool_t all = svptrue_b8();
     const svuint8_t i = svand_n_u8_x(all, svindex_u8(0, 1), 15);
     const svuint8_t from = svorr_u8_x(all, svlsl_n_u8_x(all, i, up), svlsr_n_u8_x(all, i, down));
@@ -53,15 +53,15 @@ WORD svuint8_t sve_pick(svuint8_t v, uint8_t up, uint8_t down) {
 
 //: sve_halves
 // The two halves of every lane alternate, byte by byte: 0 8 1 9 2 10 ...
-WORD svuint8_t sve_halves(svuint8_t v) { return sve_pick(v, 3, 1); }
+OP svuint8_t sve_halves(svuint8_t v) { return sve_pick(v, 3, 1); }
 
 //: sve_evens
 // In every lane the even bytes, then the odd ones: 0 2 4 ... 1 3 5 ...
-WORD svuint8_t sve_evens(svuint8_t v) { return sve_pick(v, 1, 3); }
+OP svuint8_t sve_evens(svuint8_t v) { return sve_pick(v, 1, 3); }
 
 //: sve_halves_h
 // The two halves of every lane alternate, int16 by int16: 0 4 1 5 2 6 3 7.
-WORD svint16_t sve_halves_h(svint16_t v) {
+OP svint16_t sve_halves_h(svint16_t v) {
     const svbool_t all = svptrue_b16();
     const svuint16_t i = svindex_u16(0, 1), odd = svlsl_n_u16_x(all, svand_n_u16_x(all, i, 1), 2);
     const svuint16_t from = svorr_u16_x(all, odd, svand_n_u16_x(all, svlsr_n_u16_x(all, i, 1), 3));
@@ -69,19 +69,19 @@ WORD svint16_t sve_halves_h(svint16_t v) {
 }
 
 //: vb_load
-WORD vb vb_load(const void *p) {
+OP vb vb_load(const void *p) {
     vb r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_u8(svptrue_b8(), (const uint8_t *)p + SVE_BYTES * i);
     return r;
 }
 
 //: vb_store
-WORD void vb_store(void *p, vb v) {
+OP void vb_store(void *p, vb v) {
     for (int i = 0; i < SVE_PARTS; ++i) svst1_u8(svptrue_b8(), (uint8_t *)p + SVE_BYTES * i, v.z[i]);
 }
 
 //: vb_splat
-WORD vb vb_splat(uint8_t x) {
+OP vb vb_splat(uint8_t x) {
     vb r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_u8(x);
     return r;
@@ -89,7 +89,7 @@ WORD vb vb_splat(uint8_t x) {
 
 //: vb_splat4
 // One ld1rw, and one register for all parts.
-WORD vb vb_splat4(const int8_t *p) {
+OP vb vb_splat4(const int8_t *p) {
     vb r;
     uint32_t x;
     memcpy(&x, p, 4);
@@ -102,48 +102,48 @@ WORD vb vb_splat4(const int8_t *p) {
 typedef const int8_t *vx;
 
 //: vx_load
-WORD vx vx_load(const int8_t *p, int64_t at) { return p + at; }
+OP vx vx_load(const int8_t *p, int64_t at) { return p + at; }
 
 //: vb_quad
-WORD vb vb_quad(const void *p) {
+OP vb vb_quad(const void *p) {
     vb r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1rq_u8(svptrue_b8(), (const uint8_t *)p);
     return r;
 }
 
 //: vb_and
-WORD vb vb_and(vb a, vb b) {
+OP vb vb_and(vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] & b.z[i];
     return a;
 }
 
 //: vb_add
-WORD vb vb_add(vb a, vb b) {
+OP vb vb_add(vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] + b.z[i];
     return a;
 }
 
 //: vb_field
-WORD vb vb_field(vb v, int bits, vb mask) {
+OP vb vb_field(vb v, int bits, vb mask) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = (v.z[i] >> (uint8_t)bits) & mask.z[i];
     return v;
 }
 
 //: vb_high
-WORD vb vb_high(vb v, int bits) {
+OP vb vb_high(vb v, int bits) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = v.z[i] >> (uint8_t)bits;
     return v;
 }
 
 //: vb_lut16
 // tbl gives 0 for every index beyond the register, as all from 128 on are.
-WORD vb vb_lut16(vb table, vb idx) {
+OP vb vb_lut16(vb table, vb idx) {
     for (int i = 0; i < SVE_PARTS; ++i) table.z[i] = svtbl_u8(table.z[i], sve_in_lane(idx.z[i]));
     return table;
 }
 
 //: vb_lut_low
-WORD vb vb_lut_low(vb table, vb idx) {
+OP vb vb_lut_low(vb table, vb idx) {
     for (int i = 0; i < SVE_PARTS; ++i) table.z[i] = svtbl_u8(table.z[i], sve_in_lane(idx.z[i] & (uint8_t)0x8f));
     return table;
 }
@@ -151,19 +151,19 @@ WORD vb vb_lut_low(vb table, vb idx) {
 //: sve_table
 // Table t of those that are as long as a register: tbl gives 0 where an index, less what lies before the table, is
 // outside it.
-WORD svuint8_t sve_table(const uint8_t *table, svuint8_t i, int t) {
+OP svuint8_t sve_table(const uint8_t *table, svuint8_t i, int t) {
     const svbool_t all = svptrue_b8();
     return svtbl_u8(svld1_u8(all, table + SVE_BYTES * t), svsub_n_u8_x(all, i, (uint8_t)(SVE_BYTES * t)));
 }
 
 //: sve_tables
 // Found in table t or t + 1.
-WORD svuint8_t sve_tables(const uint8_t *table, svuint8_t i, int t) {
+OP svuint8_t sve_tables(const uint8_t *table, svuint8_t i, int t) {
     return svorr_u8_x(svptrue_b8(), sve_table(table, i, t), sve_table(table, i, t + 1));
 }
 
 //: vb_lut128
-WORD vb vb_lut128(const uint8_t *table, vb idx) {
+OP vb vb_lut128(const uint8_t *table, vb idx) {
     const svbool_t all = svptrue_b8();
     vb r;
     for (int i = 0; i < SVE_PARTS; ++i) {
@@ -181,13 +181,13 @@ WORD vb vb_lut128(const uint8_t *table, vb idx) {
 
 //: vb_avg
 // SVE2 has urhadd. a + b = (a ^ b) + 2 (a & b), so the average rounded up is (a | b) - ((a ^ b) >> 1).
-WORD vb vb_avg(vb a, vb b) {
+OP vb vb_avg(vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (a.z[i] | b.z[i]) - ((a.z[i] ^ b.z[i]) >> 1);
     return a;
 }
 
 //: vb_mirror
-WORD vb vb_mirror(vb v, vb s) {
+OP vb vb_mirror(vb v, vb s) {
     for (int i = 0; i < SVE_PARTS; ++i) {
         const svbool_t negative = svcmplt_n_s8(svptrue_b8(), svreinterpret_s8_u8(s.z[i]), 0);
         v.z[i] = svsubr_u8_m(negative, v.z[i], svdup_n_u8(0xaa));
@@ -196,7 +196,7 @@ WORD vb vb_mirror(vb v, vb s) {
 }
 
 //: vb_sign
-WORD vb vb_sign(vb v, vb s) {
+OP vb vb_sign(vb v, vb s) {
     for (int i = 0; i < SVE_PARTS; ++i) {
         const svbool_t negative = svcmplt_n_s8(svptrue_b8(), svreinterpret_s8_u8(s.z[i]), 0);
         v.z[i] = svsubr_n_u8_m(negative, v.z[i], 0);
@@ -205,7 +205,7 @@ WORD vb vb_sign(vb v, vb s) {
 }
 
 //: vb_choose
-WORD vb vb_choose(vb s, vb a, vb b) {
+OP vb vb_choose(vb s, vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i)
         b.z[i] = svsel_u8(svcmplt_n_s8(svptrue_b8(), svreinterpret_s8_u8(s.z[i]), 0), a.z[i], b.z[i]);
     return b;
@@ -213,29 +213,29 @@ WORD vb vb_choose(vb s, vb a, vb b) {
 
 //: sve_set
 // The flags as a predicate. Compared where they are used: of predicates kept in a struct gcc 12 made wrong code.
-WORD svbool_t sve_set(svuint8_t flags) { return svcmpne_n_u8(svptrue_b8(), flags, 0); }
+OP svbool_t sve_set(svuint8_t flags) { return svcmpne_n_u8(svptrue_b8(), flags, 0); }
 
 //: vb_test
-WORD vm vb_test(vb v, vb bits) {
+OP vm vb_test(vb v, vb bits) {
     vm r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svand_u8_x(svptrue_b8(), v.z[i], bits.z[i]);
     return r;
 }
 
 //: vb_flip
-WORD vb vb_flip(vb v, vm m) {
+OP vb vb_flip(vb v, vm m) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = svnot_u8_m(v.z[i], sve_set(m.z[i]), v.z[i]);
     return v;
 }
 
 //: vb_select
-WORD vb vb_select(vm m, vb a, vb b) {
+OP vb vb_select(vm m, vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = svsel_u8(sve_set(m.z[i]), a.z[i], b.z[i]);
     return a;
 }
 
 //: vh_zip_lo
-WORD vh vh_zip_lo(vb lo, vb hi) {
+OP vh vh_zip_lo(vb lo, vb hi) {
     vh r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         if (SVE_PARTS == 4) r.z[i] = svreinterpret_s16_u8(svzip1_u8(lo.z[i], hi.z[i]));
@@ -245,7 +245,7 @@ WORD vh vh_zip_lo(vb lo, vb hi) {
 }
 
 //: vh_zip_hi
-WORD vh vh_zip_hi(vb lo, vb hi) {
+OP vh vh_zip_hi(vb lo, vb hi) {
     vh r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         if (SVE_PARTS == 4) r.z[i] = svreinterpret_s16_u8(svzip2_u8(lo.z[i], hi.z[i]));
@@ -256,27 +256,27 @@ WORD vh vh_zip_hi(vb lo, vb hi) {
 
 //: sve_digits
 // Pairs of bytes (lo, hi) as int16: their signs extended, hi times radix.
-WORD svint16_t sve_digits(svint16_t pairs, int radix) {
+OP svint16_t sve_digits(svint16_t pairs, int radix) {
     const svbool_t all = svptrue_b16();
     return svmla_n_s16_x(all, svextb_s16_x(all, pairs), svasr_n_s16_x(all, pairs, 8), (int16_t)radix);
 }
 
 //: vh_digits_lo
-WORD vh vh_digits_lo(vb lo, vb hi, int radix) {
+OP vh vh_digits_lo(vb lo, vb hi, int radix) {
     vh r = vh_zip_lo(lo, hi);
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = sve_digits(r.z[i], radix);
     return r;
 }
 
 //: vh_digits_hi
-WORD vh vh_digits_hi(vb lo, vb hi, int radix) {
+OP vh vh_digits_hi(vb lo, vb hi, int radix) {
     vh r = vh_zip_hi(lo, hi);
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = sve_digits(r.z[i], radix);
     return r;
 }
 
 //: vh_zero
-WORD vh vh_zero(void) {
+OP vh vh_zero(void) {
     vh r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_s16(0);
     return r;
@@ -284,32 +284,32 @@ WORD vh vh_zero(void) {
 
 //: vh_add
 // Unsigned, which wraps; + of signed vectors may not overflow.
-WORD vh vh_add(vh a, vh b) {
+OP vh vh_add(vh a, vh b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] + (sve_u16)b.z[i]);
     return a;
 }
 
 //: vh_sub
-WORD vh vh_sub(vh a, vh b) {
+OP vh vh_sub(vh a, vh b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] - (sve_u16)b.z[i]);
     return a;
 }
 
 //: vh_mul
-WORD vh vh_mul(vh a, vh b) {
+OP vh vh_mul(vh a, vh b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s16)((sve_u16)a.z[i] * (sve_u16)b.z[i]);
     return a;
 }
 
 //: vh_load
-WORD vh vh_load(const int16_t *p) {
+OP vh vh_load(const int16_t *p) {
     vh r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_s16(svptrue_b16(), p + SVE_BYTES / 2 * i);
     return r;
 }
 
 //: vh_sign_high
-WORD vh vh_sign_high(vb v) {
+OP vh vh_sign_high(vb v) {
     vh r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = (sve_s16)v.z[i] >> 8;
     return r;
@@ -317,7 +317,7 @@ WORD vh vh_sign_high(vb v) {
 
 //: vh_pairs
 // SVE2 multiplies bytes to int16. Here even and odd bytes are widened where they stand: mul and mla.
-WORD vh vh_pairs(vb u, vb s) {
+OP vh vh_pairs(vb u, vb s) {
     vh r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         const sve_u16 v = (sve_u16)u.z[i], odd = (sve_u16)((sve_s16)s.z[i] >> 8);
@@ -331,16 +331,16 @@ WORD vh vh_pairs(vb u, vb s) {
 typedef vh vp;
 
 //: vp_zero
-WORD vp vp_zero(void) { return vh_zero(); }
+OP vp vp_zero(void) { return vh_zero(); }
 
 //: vp_add
-WORD vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
+OP vp vp_add(vp sums, vb u, vb s) { return vh_add(sums, vh_pairs(u, s)); }
 
 //: vp_add_field
-WORD vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x + 4 * f)); }
+OP vp vp_add_field(vp sums, vb u, vx x, int f) { return vp_add(sums, u, vb_splat4(x + 4 * f)); }
 
 //: vb_low_bytes
-WORD vb vb_low_bytes(vh a, vh b) {
+OP vb vb_low_bytes(vh a, vh b) {
     vb r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         const svuint8_t x = svreinterpret_u8_s16(a.z[i]), y = svreinterpret_u8_s16(b.z[i]);
@@ -351,7 +351,7 @@ WORD vb vb_low_bytes(vh a, vh b) {
 }
 
 //: vb_high_bytes
-WORD vb vb_high_bytes(vh a, vh b) {
+OP vb vb_high_bytes(vh a, vh b) {
     vb r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         const svuint8_t x = svreinterpret_u8_s16(a.z[i]), y = svreinterpret_u8_s16(b.z[i]);
@@ -362,90 +362,90 @@ WORD vb vb_high_bytes(vh a, vh b) {
 }
 
 //: vw_zero
-WORD vw vw_zero(void) {
+OP vw vw_zero(void) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_s32(0);
     return r;
 }
 
 //: vw_splat
-WORD vw vw_splat(int32_t x) {
+OP vw vw_splat(int32_t x) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_s32(x);
     return r;
 }
 
 //: vw_load
-WORD vw vw_load(const int32_t *p) {
+OP vw vw_load(const int32_t *p) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_s32(svptrue_b32(), p + SVE_WORDS * i);
     return r;
 }
 
 //: vw_store
-WORD void vw_store(int32_t *p, vw v) {
+OP void vw_store(int32_t *p, vw v) {
     for (int i = 0; i < SVE_PARTS; ++i) svst1_s32(svptrue_b32(), p + SVE_WORDS * i, v.z[i]);
 }
 
 //: vw_store_n
-WORD void vw_store_n(int32_t *p, vw v, int n) {
+OP void vw_store_n(int32_t *p, vw v, int n) {
     for (int i = 0; i < SVE_PARTS; ++i) svst1_s32(svwhilelt_b32_s32(SVE_WORDS * i, n), p + SVE_WORDS * i, v.z[i]);
 }
 
 //: sve_sum
-WORD sve_s32 sve_sum(sve_s32 a, sve_s32 b) { return (sve_s32)((sve_u32)a + (sve_u32)b); }
+OP sve_s32 sve_sum(sve_s32 a, sve_s32 b) { return (sve_s32)((sve_u32)a + (sve_u32)b); }
 
 //: vw_add
-WORD vw vw_add(vw a, vw b) {
+OP vw vw_add(vw a, vw b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = sve_sum(a.z[i], b.z[i]);
     return a;
 }
 
 //: vw_sub
-WORD vw vw_sub(vw a, vw b) {
+OP vw vw_sub(vw a, vw b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = (sve_s32)((sve_u32)a.z[i] - (sve_u32)b.z[i]);
     return a;
 }
 
 //: vw_sra
-WORD vw vw_sra(vw v, int bits) {
+OP vw vw_sra(vw v, int bits) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = v.z[i] >> bits;
     return v;
 }
 
 //: vw_max
-WORD vw vw_max(vw a, vw b) {
+OP vw vw_max(vw a, vw b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = svmax_s32_x(svptrue_b32(), a.z[i], b.z[i]);
     return a;
 }
 
 //: vw_hsum
 // saddv adds to int64: its low half is the sum mod 2^32.
-WORD int32_t vw_hsum(vw v) {
+OP int32_t vw_hsum(vw v) {
     for (int i = 1; i < SVE_PARTS; ++i) v.z[0] = sve_sum(v.z[0], v.z[i]);
     return (int32_t)svaddv_s32(svptrue_b32(), v.z[0]);
 }
 
 //: vw_hmax
-WORD int32_t vw_hmax(vw v) {
+OP int32_t vw_hmax(vw v) {
     for (int i = 1; i < SVE_PARTS; ++i) v.z[0] = svmax_s32_x(svptrue_b32(), v.z[0], v.z[i]);
     return svmaxv_s32(svptrue_b32(), v.z[0]);
 }
 
 //: vw_dot4
 // sdot takes both operands as signed, so u is at most 127 (code_max).
-WORD vw vw_dot4(vw acc, vb u, vb s) {
+OP vw vw_dot4(vw acc, vb u, vb s) {
     for (int i = 0; i < SVE_PARTS; ++i)
         acc.z[i] = svdot_s32(acc.z[i], svreinterpret_s8_u8(u.z[i]), svreinterpret_s8_u8(s.z[i]));
     return acc;
 }
 
 //: vw_dot4_field
-WORD vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x + 4 * f)); }
+OP vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x + 4 * f)); }
 
 //: vw_widen
 // SVE2 has sadalp.
-WORD vw vw_widen(vw acc, vp v) {
+OP vw vw_widen(vw acc, vp v) {
     for (int i = 0; i < SVE_PARTS; ++i) {
         const sve_s32 odd = (sve_s32)v.z[i] >> 16, even = (sve_s32)((sve_u32)v.z[i] << 16) >> 16;
         acc.z[i] = sve_sum(sve_sum(acc.z[i], even), odd);
@@ -455,12 +455,12 @@ WORD vw vw_widen(vw acc, vp v) {
 
 //: sve_rows
 // The eight rows of two lanes, as int32: what a register of 64 bytes holds.
-WORD sve_s32 sve_rows(sve_s16 v) { return sve_sum(svunpklo_s32(v), svunpkhi_s32(v)); }
+OP sve_s32 sve_rows(sve_s16 v) { return sve_sum(svunpklo_s32(v), svunpkhi_s32(v)); }
 
 //: vw_rows
 // unpklo and unpkhi widen halves of a register: of 32 bytes a lane each, of 16 bytes four rows. Of 64 bytes two lanes,
 // whose sums are added once more: the first eight words of lo with the last eight, beside those of hi.
-WORD vw vw_rows(vw acc, vh lo, vh hi) {
+OP vw vw_rows(vw acc, vh lo, vh hi) {
     if (SVE_PARTS == 1) {
         const sve_s32 x = sve_rows(lo.z[0]), y = sve_rows(hi.z[0]);
         const svbool_t first = svptrue_pat_b32(SV_VL8);
@@ -477,7 +477,7 @@ WORD vw vw_rows(vw acc, vh lo, vh hi) {
 }
 
 //: vw_zip_lo
-WORD vw vw_zip_lo(vh a, vh b) {
+OP vw vw_zip_lo(vh a, vh b) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         if (SVE_PARTS == 4) r.z[i] = svreinterpret_s32_s16(svzip1_s16(a.z[i], b.z[i]));
@@ -487,7 +487,7 @@ WORD vw vw_zip_lo(vh a, vh b) {
 }
 
 //: vw_zip_hi
-WORD vw vw_zip_hi(vh a, vh b) {
+OP vw vw_zip_hi(vh a, vh b) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         if (SVE_PARTS == 4) r.z[i] = svreinterpret_s32_s16(svzip2_s16(a.z[i], b.z[i]));
@@ -498,14 +498,14 @@ WORD vw vw_zip_hi(vh a, vh b) {
 
 //: vw_extend_lo
 // Each int16 twice, then an arithmetic shift.
-WORD vw vw_extend_lo(vw acc, vh v) {
+OP vw vw_extend_lo(vw acc, vh v) {
     const vw x = vw_zip_lo(v, v);
     for (int i = 0; i < SVE_PARTS; ++i) acc.z[i] = (sve_s32)((sve_u32)acc.z[i] + (sve_u32)(x.z[i] >> 16));
     return acc;
 }
 
 //: vw_extend_hi
-WORD vw vw_extend_hi(vw acc, vh v) {
+OP vw vw_extend_hi(vw acc, vh v) {
     const vw x = vw_zip_hi(v, v);
     for (int i = 0; i < SVE_PARTS; ++i) acc.z[i] = (sve_s32)((sve_u32)acc.z[i] + (sve_u32)(x.z[i] >> 16));
     return acc;
@@ -513,7 +513,7 @@ WORD vw vw_extend_hi(vw acc, vh v) {
 
 //: sve_store_lanes
 // Lane j of v, from p + stride j: a store for each, of that lane alone.
-WORD void sve_store_lanes(uint8_t *p, int64_t stride, vw v) {
+OP void sve_store_lanes(uint8_t *p, int64_t stride, vw v) {
     for (int j = 0; j < 4; ++j) {
         const int before = 16 * j % SVE_BYTES; // bytes of the register before the lane
         const svbool_t lane = svcmpeq_n_u8(svptrue_b8(), sve_lane(), (uint8_t)before);
@@ -522,7 +522,7 @@ WORD void sve_store_lanes(uint8_t *p, int64_t stride, vw v) {
 }
 
 //: vw_transpose_lanes
-WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
+OP void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw v3) {
     sve_store_lanes(p, stride, v0);
     sve_store_lanes(p + 16, stride, v1);
     sve_store_lanes(p + 32, stride, v2);
@@ -531,21 +531,21 @@ WORD void vw_transpose_lanes(uint8_t *p, int64_t stride, vw v0, vw v1, vw v2, vw
 
 //: vw_store_s8
 // st1b of words stores their low bytes.
-WORD void vw_store_s8(int8_t *p, vw v) {
+OP void vw_store_s8(int8_t *p, vw v) {
     const svbool_t all = svptrue_b32();
     for (int i = 0; i < SVE_PARTS; ++i)
         svst1b_s32(all, p + SVE_WORDS * i, svmax_n_s32_x(all, svmin_n_s32_x(all, v.z[i], 127), -128));
 }
 
 //: vf_splat
-WORD vf vf_splat(float x) {
+OP vf vf_splat(float x) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svdup_n_f32(x);
     return r;
 }
 
 //: vf_load
-WORD vf vf_load(const float *p) {
+OP vf vf_load(const float *p) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_f32(svptrue_b32(), p + SVE_WORDS * i);
     return r;
@@ -553,32 +553,32 @@ WORD vf vf_load(const float *p) {
 
 //: vf_load_n
 // Elements outside the predicate are not touched, so they may lie on an unmapped page.
-WORD vf vf_load_n(const float *p, int n) {
+OP vf vf_load_n(const float *p, int n) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1_f32(svwhilelt_b32_s32(SVE_WORDS * i, n), p + SVE_WORDS * i);
     return r;
 }
 
 //: vf_store_n
-WORD void vf_store_n(float *p, vf v, int n) {
+OP void vf_store_n(float *p, vf v, int n) {
     for (int i = 0; i < SVE_PARTS; ++i) svst1_f32(svwhilelt_b32_s32(SVE_WORDS * i, n), p + SVE_WORDS * i, v.z[i]);
 }
 
 //: vf_mul
-WORD vf vf_mul(vf a, vf b) {
+OP vf vf_mul(vf a, vf b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] * b.z[i];
     return a;
 }
 
 //: vf_from_w
-WORD vf vf_from_w(vw v) {
+OP vf vf_from_w(vw v) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svcvt_f32_s32_x(svptrue_b32(), v.z[i]);
     return r;
 }
 
 //: vw_abs_bits
-WORD vw vw_abs_bits(vf v) {
+OP vw vw_abs_bits(vf v) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = (sve_s32)v.z[i] & 0x7fffffff;
     return r;
@@ -586,80 +586,80 @@ WORD vw vw_abs_bits(vf v) {
 
 //: vw_round
 // frintn: to nearest even, whatever the rounding mode.
-WORD vw vw_round(vf v) {
+OP vw vw_round(vf v) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svcvt_s32_f32_x(svptrue_b32(), svrintn_f32_x(svptrue_b32(), v.z[i]));
     return r;
 }
 
 //== Floats
-// The float words of SVE. What each word means is written in scalar.h.
+// The float ops of SVE. What each op means is written in scalar.h.
 
 //: vf_store
-WORD void vf_store(float *p, vf v) {
+OP void vf_store(float *p, vf v) {
     for (int i = 0; i < SVE_PARTS; ++i) svst1_f32(svptrue_b32(), p + SVE_WORDS * i, v.z[i]);
 }
 
 //: vf_add
-WORD vf vf_add(vf a, vf b) {
+OP vf vf_add(vf a, vf b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] + b.z[i];
     return a;
 }
 
 //: vf_sub
-WORD vf vf_sub(vf a, vf b) {
+OP vf vf_sub(vf a, vf b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] - b.z[i];
     return a;
 }
 
 //: vf_div
-WORD vf vf_div(vf a, vf b) {
+OP vf vf_div(vf a, vf b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] / b.z[i];
     return a;
 }
 
 //: vf_fma
-WORD vf vf_fma(vf a, vf b, vf c) {
+OP vf vf_fma(vf a, vf b, vf c) {
     for (int i = 0; i < SVE_PARTS; ++i) c.z[i] = svmla_f32_x(svptrue_b32(), c.z[i], a.z[i], b.z[i]);
     return c;
 }
 
 //: sve_greater
 // fmax gives NaN where one is NaN, fmaxnm the number; here the second has to come out.
-WORD sve_f32 sve_greater(sve_f32 a, sve_f32 b) { return svsel_f32(svcmpgt_f32(svptrue_b32(), a, b), a, b); }
+OP sve_f32 sve_greater(sve_f32 a, sve_f32 b) { return svsel_f32(svcmpgt_f32(svptrue_b32(), a, b), a, b); }
 
 //: vf_max
-WORD vf vf_max(vf a, vf b) {
+OP vf vf_max(vf a, vf b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = sve_greater(a.z[i], b.z[i]);
     return a;
 }
 
 //: vf_zero_below
-WORD vf vf_zero_below(vf v, vf x, vf limit) {
+OP vf vf_zero_below(vf v, vf x, vf limit) {
     for (int i = 0; i < SVE_PARTS; ++i)
         v.z[i] = svsel_f32(svcmplt_f32(svptrue_b32(), x.z[i], limit.z[i]), svdup_n_f32(0.0f), v.z[i]);
     return v;
 }
 
 //: vf_blend_n
-WORD vf vf_blend_n(vf v, vf rest, int n) {
+OP vf vf_blend_n(vf v, vf rest, int n) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = svsel_f32(svwhilelt_b32_s32(SVE_WORDS * i, n), v.z[i], rest.z[i]);
     return v;
 }
 
 //: vf_pow2
-WORD vf vf_pow2(vw n) {
+OP vf vf_pow2(vw n) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svreinterpret_f32_u32(((sve_u32)n.z[i] + 127) << 23);
     return r;
 }
 
 //: sve_plus
-WORD sve_f32 sve_plus(sve_f32 a, sve_f32 b) { return a + b; }
+OP sve_f32 sve_plus(sve_f32 a, sve_f32 b) { return a + b; }
 
 //: vf_hsum
 // Not faddv, which adds neighbours: the tree adds halves. Elements behind the half in use are left over.
-WORD float vf_hsum(vf v) {
+OP float vf_hsum(vf v) {
     for (int half = SVE_PARTS / 2; half; half >>= 1)
         for (int i = 0; i < half; ++i) v.z[i] = v.z[i] + v.z[i + half];
     sve_f32 x = v.z[0];
@@ -671,7 +671,7 @@ WORD float vf_hsum(vf v) {
 }
 
 //: vf_hmax
-WORD float vf_hmax(vf v) {
+OP float vf_hmax(vf v) {
     for (int half = SVE_PARTS / 2; half; half >>= 1)
         for (int i = 0; i < half; ++i) v.z[i] = sve_greater(v.z[i], v.z[i + half]);
     sve_f32 x = v.z[0];
@@ -684,23 +684,23 @@ WORD float vf_hmax(vf v) {
 
 //: sve_from_f16
 // The half floats are the low halves of the words.
-WORD sve_f32 sve_from_f16(sve_u32 h) { return svcvt_f32_f16_x(svptrue_b32(), svreinterpret_f16_u32(h)); }
+OP sve_f32 sve_from_f16(sve_u32 h) { return svcvt_f32_f16_x(svptrue_b32(), svreinterpret_f16_u32(h)); }
 
 //: vf_from_f16
-WORD vf vf_from_f16(const uint16_t *p) {
+OP vf vf_from_f16(const uint16_t *p) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = sve_from_f16(svld1uh_u32(svptrue_b32(), p + SVE_WORDS * i));
     return r;
 }
 
 //: vf_to_f16
-WORD void vf_to_f16(uint16_t *p, vf v) {
+OP void vf_to_f16(uint16_t *p, vf v) {
     for (int i = 0; i < SVE_PARTS; ++i)
         svst1h_u32(svptrue_b32(), p + SVE_WORDS * i, svreinterpret_u32_f16(svcvt_f16_f32_x(svptrue_b32(), v.z[i])));
 }
 
 //: vf_from_bf16
-WORD vf vf_from_bf16(const uint16_t *p) {
+OP vf vf_from_bf16(const uint16_t *p) {
     vf r;
     for (int i = 0; i < SVE_PARTS; ++i) {
         const sve_u32 h = svld1uh_u32(svptrue_b32(), p + SVE_WORDS * i);
@@ -710,33 +710,33 @@ WORD vf vf_from_bf16(const uint16_t *p) {
 }
 
 //: vw_load_s8
-WORD vw vw_load_s8(const int8_t *p) {
+OP vw vw_load_s8(const int8_t *p) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1sb_s32(svptrue_b32(), p + SVE_WORDS * i);
     return r;
 }
 
 //: vw_load_u8
-WORD vw vw_load_u8(const uint8_t *p) {
+OP vw vw_load_u8(const uint8_t *p) {
     vw r;
     for (int i = 0; i < SVE_PARTS; ++i) r.z[i] = svld1ub_s32(svptrue_b32(), p + SVE_WORDS * i);
     return r;
 }
 
 //: vw_and
-WORD vw vw_and(vw a, vw b) {
+OP vw vw_and(vw a, vw b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] & b.z[i];
     return a;
 }
 
 //: vw_shl
-WORD vw vw_shl(vw v, int bits) {
+OP vw vw_shl(vw v, int bits) {
     for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = (sve_s32)((sve_u32)v.z[i] << (uint32_t)bits);
     return v;
 }
 
 //: vf_splat_f16
-WORD vf vf_splat_f16(const uint16_t *p) {
+OP vf vf_splat_f16(const uint16_t *p) {
     vf r;
     uint16_t h;
     memcpy(&h, p, 2);

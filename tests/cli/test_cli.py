@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_files import preset_yaml
 
 import bitgen
 from bitgen import cli, toolchain
+from bitgen import environment as rooms
 from bitgen.__main__ import main as bitgen_main
-from bitgen.api import workshop
 from bitgen.cli import COMMANDS, main
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UnsupportedError, UsageError
@@ -35,22 +36,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
-TINY = """\
-name: tests/tiny
-hidden: 256
-ffn: 512
-layers: 2
-heads: 4
-kv_heads: 2
-head_dim: 64
-vocab: 1000
-rope_theta: 10000.0
-activation: silu
-sub_norms: true
-tied_head: true
-norm_eps: 1.0e-5
-architecture: bitnet
-"""
+TINY = preset_yaml("tests/tiny", hidden=256, ffn=512, layers=2, heads=4, kv_heads=2, head_dim=64, vocab=1000)
 
 
 def command(*argv: str) -> list[str]:
@@ -100,9 +86,38 @@ def fails(capsys: pytest.CaptureFixture[str], bitgen_home: Path) -> Callable[...
 
 def test_help_names_every_command() -> None:
     text = subprocess.run(command("--help"), check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+    for name in COMMANDS:
         assert re.search(rf"^\s+{name}\s+\S", text, re.MULTILINE), name
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    """--isa of a command that has none would be --isa-cap, and change what the command does."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["detect", "--isa", "scalar"])
+    assert stopped.value.code == UsageError.exit_code
+    assert "unrecognized arguments: --isa scalar" in capsys.readouterr().err
+
+
+def test_help_loads_no_command() -> None:
+    script = (
+        "import sys\nfrom bitgen.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "slow = {'dataclasses', 'typing', 'inspect', 'pathlib', 'json', 'bitgen.errors', 'bitgen.cli.tune'}\n"
+        "print(*sorted(slow & set(sys.modules)), file=sys.stderr)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr == "\n"
+
+
+@pytest.mark.parametrize("name", ["verify", "check"])
+def test_verify_goes_on_under_its_old_name(name: str) -> None:
+    args = cli.parser().parse_args([name, "--sample", "3"])
+    assert (args.sample, args.run.__module__) == (3, "bitgen.cli.verify")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["tune", "--help"], ["--version"], ["render", "--help"]])
@@ -512,7 +527,7 @@ def test_a_full_disk_costs_one_trial_at_most(
     whole = [json.loads(line) for line in lines[:-1]]
     assert whole, "nothing was recorded before the disk was full"
     filler.unlink()
-    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", small_disk]
+    larger = [shutil.which("mount") or "mount", "-o", "remount,size=8m", str(small_disk)]
     subprocess.run(larger, check=True)  # however much a tune records
     text = bitgen_in(workplace, *TUNE, "--quick", "--logs", str(small_disk)).stdout
     assert re.search(r"[1-9][\d,]* from cache", text), text[-500:]
@@ -594,7 +609,7 @@ def test_a_model_file_that_is_wrong(
         ("tune -m 3B --trials 0", "--trials must be at least 1"),
         ("tune -m 3B --timeout 0", "--timeout above 0"),
         ("tune -m 3B --timeout nan", "--timeout above 0"),
-        ("tune -m 3B --threads 0", "--threads 0: this CPU runs 1 to"),
+        ("tune -m 3B --threads 0", "--threads must be at least 1"),
         ("tune -m 3B --threads two", "give numbers from 0 on"),
         ("tune -m 3B --threads 99999", "--threads 99999: this CPU runs 1 to"),
         ("bench -m 3B --kernels -n 0", "from 1 on"),
@@ -617,7 +632,7 @@ def test_an_isa_this_cpu_lacks(
     fails: Callable[..., str], recorded_cpu: Callable[[str], Cpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = recorded_cpu("haswell")
-    monkeypatch.setattr(workshop, "detect_cpu", lambda: cpu)
+    monkeypatch.setattr(rooms, "detect_cpu", lambda: cpu)
     for argv in (
         ["tune", "-m", "3B", "--isa", "avx512_vnni"],
         ["build", "-m", "3B", "--isa", "avx512_vnni"],
@@ -656,7 +671,7 @@ def test_a_compiler_that_hangs_when_asked_its_name(
     fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = script(tmp_path / "cc", "exec sleep 60")
-    monkeypatch.setattr(workshop, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
+    monkeypatch.setattr(rooms, "find_compiler", functools.partial(find_compiler, probe_timeout_s=0.2))
     for argv in (["tune", "-m", "3B"], ["build", "-m", "3B"]):
         line = fails(*argv, "--cc", compiler, code=ToolchainError.exit_code)
         assert "the C compiler hangs" in line
@@ -669,7 +684,7 @@ def test_a_compiler_that_hangs_while_it_compiles(
     real = find_compiler().command[0]
     hangs = f'case " $* " in *" -c "*) exec sleep 60;; esac\nexec {shutil.which(real)} "$@"'
     compiler = script(tmp_path / "cc", hangs)
-    monkeypatch.setattr(workshop, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
+    monkeypatch.setattr(rooms, "Toolchain", functools.partial(Toolchain, timeout_s=0.5))
     assert main(["build", "-m", "3B", "--cc", compiler]) == ToolchainError.exit_code
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"did not compile .* within 0.5 s and was stopped", line)

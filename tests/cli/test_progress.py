@@ -6,12 +6,13 @@ import io
 import re
 import sys
 import threading
+import time
 
 import pytest
 
-from bitgen.cli import progress
 from bitgen.cli.progress import ProgressBar
 from bitgen.cli.tables import Column, Table, render_tables
+from bitgen.progress import Progress
 
 
 class Terminal(io.StringIO):
@@ -24,8 +25,8 @@ def test_a_terminal_gets_a_bar_without_a_thread(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
     before = threading.active_count()
-    with ProgressBar("kernels") as bar:
-        bar.show("i2s n1", 3, 10)
+    with ProgressBar() as bar:
+        bar.show(Progress("i2s n1", 3, 10, "kernels"))
         assert threading.active_count() == before
         written = screen.getvalue()
         assert "i2s n1" in written
@@ -37,18 +38,18 @@ def test_lines_elsewhere_tell_the_share_and_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = iter([0.0, 20.0, 20.0, 20.0, 21.0, 21.0, 40.0, 40.0, 40.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with ProgressBar() as bar:
-        bar.show("checking", 1, 4)
-        bar.show("too soon", 2, 4)
-        bar.show("done", 4, 4)
-    assert capsys.readouterr().err == "checking:  25 %, 60 s left\ndone: 100 %\n"
+        bar.show(Progress("checking", 1, 4))
+        bar.show(Progress("too soon", 2, 4))
+        bar.show(Progress("done", 4, 4))
+    assert capsys.readouterr().err == "checking: 25%, 60 s left\ndone: 100%\n"
 
 
 def test_the_last_line_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar() as bar:
-        bar.show("packing")
-        bar.show("packed")
+        bar.show(Progress("packing"))
+        bar.show(Progress("packed"))
     assert capsys.readouterr().err == "packing\npacked\n"
 
 

@@ -24,6 +24,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const uint8_t *const w0 = a->w + b0 * block_bytes;
     const int64_t b1 = min64(block + part, last);
     const uint8_t *const w1 = a->w + b1 * block_bytes;
+    const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const int8_t *const x0 = a->x;
     const vb mask0 = vb_splat(3);
     const vb mask1 = vb_splat(12);
@@ -51,11 +52,11 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f1, 2));
     acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f2, 4));
     acc_r0_t0_f0 = vw_add(acc_r0_t0_f0, vw_sra(acc_r0_t0_f3, 6));
-    epilogue(a, m, 16 * b0, 0, acc_r0_t0_f0);
+    epilogue(a, m, 16 * b0, t0, acc_r0_t0_f0);
     acc_r1_t0_f0 = vw_add(acc_r1_t0_f0, vw_sra(acc_r1_t0_f1, 2));
     acc_r1_t0_f0 = vw_add(acc_r1_t0_f0, vw_sra(acc_r1_t0_f2, 4));
     acc_r1_t0_f0 = vw_add(acc_r1_t0_f0, vw_sra(acc_r1_t0_f3, 6));
-    epilogue(a, m, 16 * b1, 0, acc_r1_t0_f0);
+    epilogue(a, m, 16 * b1, t0, acc_r1_t0_f0);
 }
 
 int64_t bitgen_i2s_3200x8640_n1_r16_direct_streams2_nr1_accumulators4_widen_every0_unroll1_prefetch0_prefetch_hint0__avx512_vnni_scratch(int64_t m, int64_t k, int64_t n) {

@@ -32,7 +32,7 @@ enum { TOKENS = 512 };
 static inline int64_t panel_columns(int64_t k) { return min64(960, (k + 15) / 16 * 16); }
 
 /* A chunk of 16 rows becomes blocks of 8 rows x 8 k, two for 16 rows and 8 k. */
-WORD void unpack_group(const uint8_t *chunk, uint8_t *panel) {
+OP void unpack_group(const uint8_t *chunk, uint8_t *panel) {
     _Alignas(64) uint8_t steps[256]; /* compilers keep it in registers, all of it or most */
     unpack_chunk(chunk, steps);
     vb_store_zip4(panel, vb_load(steps),
@@ -42,10 +42,10 @@ WORD void unpack_group(const uint8_t *chunk, uint8_t *panel) {
 }
 
 /* Three parts that are not inlined into one: gcc 12 would keep registers of the others through each one's loop. */
-#define PART static __attribute__((noinline)) void
+#define OUT_OF_LINE static __attribute__((noinline)) void
 
 /* Rows [row, row + count) x chunks [from, to) become byte codes; count is a multiple of the row block. */
-PART unpack_panel(const struct bitgen_matmul *a, int64_t block_bytes, int64_t row, int64_t count, int64_t from,
+OUT_OF_LINE unpack_panel(const struct bitgen_matmul *a, int64_t block_bytes, int64_t row, int64_t count, int64_t from,
                   int64_t to, uint8_t *panel, int64_t sub_bytes) {
     for (int64_t r = 0; r < count; r += 16) {
         const uint8_t *const block = a->w + (row + r) / 16 * block_bytes;
@@ -55,7 +55,7 @@ PART unpack_panel(const struct bitgen_matmul *a, int64_t block_bytes, int64_t ro
 }
 
 /* Activations of tokens token, token + 1, ..., two by two, over `steps` times 64 k: 8 k of one, 8 k of the other. */
-PART pack_tokens(const struct bitgen_matmul *a, int64_t token, int64_t column, int64_t steps, int64_t pairs,
+OUT_OF_LINE pack_tokens(const struct bitgen_matmul *a, int64_t token, int64_t column, int64_t steps, int64_t pairs,
                  int8_t *packed) {
     for (int64_t p = 0; p < pairs; ++p) {
         const int8_t *const x0 = a->x + (token + 2 * p) * a->x_stride + column;
@@ -72,7 +72,7 @@ static inline void store_pair(const struct bitgen_matmul *a, int64_t m, int64_t 
 }
 
 /* 16 rows x 2 tokens over `octets` times 8 k. sums: those of the columns before, or NULL. */
-PART product_1(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t *x, int64_t x_bytes,
+OUT_OF_LINE product_1(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t *x, int64_t x_bytes,
                int64_t octets, int64_t m, int64_t row, int64_t token, int32_t *sums, int first, int last) {
     vw acc_low_p0 = first ? vw_zero() : vw_load(sums);
     vw acc_high_p0 = first ? vw_zero() : vw_load(sums + 16);
@@ -94,7 +94,7 @@ PART product_1(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t
 }
 
 /* 16 rows x 4 tokens over `octets` times 8 k. sums: those of the columns before, or NULL. */
-PART product_2(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t *x, int64_t x_bytes,
+OUT_OF_LINE product_2(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t *x, int64_t x_bytes,
                int64_t octets, int64_t m, int64_t row, int64_t token, int32_t *sums, int first, int last) {
     vw acc_low_p0 = first ? vw_zero() : vw_load(sums);
     vw acc_low_p1 = first ? vw_zero() : vw_load(sums + 32);
@@ -123,7 +123,7 @@ PART product_2(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t
 }
 
 /* 16 rows x 6 tokens over `octets` times 8 k. sums: those of the columns before, or NULL. */
-PART product_3(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t *x, int64_t x_bytes,
+OUT_OF_LINE product_3(const struct bitgen_matmul *a, const uint8_t *panel, const int8_t *x, int64_t x_bytes,
                int64_t octets, int64_t m, int64_t row, int64_t token, int32_t *sums, int first, int last) {
     vw acc_low_p0 = first ? vw_zero() : vw_load(sums);
     vw acc_low_p1 = first ? vw_zero() : vw_load(sums + 32);

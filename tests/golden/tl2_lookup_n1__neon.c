@@ -34,6 +34,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last) {
     const vb low4 = vb_splat(15);
     const int64_t b0 = min64(block, last);
     const uint8_t *const w0 = a->w + b0 * block_bytes;
+    const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
     vw acc_r0_t0 = vw_zero();
     for (int64_t begin = 0; begin < chunks; begin += 21) {
@@ -101,7 +102,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t last) {
     }
     /* negative sums were taken as ~x = -x - 1: the ones, counted when the weights were packed */
     const vw ones0 = vw_load((const int32_t *)(w0 + 160 * chunks));
-    epilogue(a, m, 16 * b0, 0, vw_add(acc_r0_t0, ones0));
+    epilogue(a, m, 16 * b0, t0, vw_add(acc_r0_t0, ones0));
 }
 
 int64_t bitgen_tl2_n1_r16_direct_streams1_nr1_mc0_kc0_widen_every21_unroll1_prefetch0__neon_scratch(int64_t m, int64_t k, int64_t n) {

@@ -24,8 +24,8 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
     const int64_t b0 = block;
     const uint8_t *const w0 = a->w + b0 * block_bytes;
     const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
-    const int64_t t0 = a->n - 1; /* 0; as a constant it costs gcc 12 more spills: 251 instead of 215 on avx2 */
     vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
     for (int64_t begin = 0; begin < chunks; begin += 12) {
         const int64_t end = min64(begin + 12, chunks);
@@ -105,8 +105,8 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const int64_t b1 = min64(block + part, last);
     const uint8_t *const w1 = a->w + b1 * block_bytes;
     const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
-    const int64_t t0 = a->n - 1; /* 0; as a constant it costs gcc 12 more spills: 251 instead of 215 on avx2 */
     vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
     vw acc_r1_t0_f0 = vw_zero(), acc_r1_t0_f1 = vw_zero(), acc_r1_t0_f2 = vw_zero(), acc_r1_t0_f3 = vw_zero();
     for (int64_t begin = 0; begin < chunks; begin += 12) {

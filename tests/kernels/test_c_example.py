@@ -23,11 +23,6 @@ SANITIZE = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", 
 CC = shutil.which("gcc") or shutil.which("clang") or "cc"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return libraries.built_library(tmp_path_factory)
-
-
 def run(command: list[str], **environment: str) -> str:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=900, check=False, env={**os.environ, **environment}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import libraries
 import numpy as np
 import pytest
 
@@ -15,10 +14,10 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme(tmp_path_factory: pytest.TempPathFactory, bitgen_home: Path) -> None:
+def test_the_example_of_the_readme(bundle: Path, bitgen_home: Path) -> None:
     generated = bitgen_home / "generated"
     generated.mkdir(parents=True)
-    (generated / "tests").symlink_to(libraries.built_library(tmp_path_factory), target_is_directory=True)
+    (generated / "tests").symlink_to(bundle, target_is_directory=True)
     code = re.search(r"```python\n(import bitgen\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert code
     rng = np.random.default_rng(5)

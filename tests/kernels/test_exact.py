@@ -252,7 +252,10 @@ class Called:
         scratch = aligned_zeros((max(64, getattr(self.kernel.lib, f"{self.spec.name}_scratch")(m, k, n)),))
         out = np.full((n, m + 3), -7, np.int32 if scales is None else np.float32)
         x_scale, w_scale = scales or (np.ones(n, np.float32), np.ones(1, np.float32))
-        pointer = lambda ctype, array: self._pointer(self.kernel, ctype, array)  # noqa: E731
+
+        def pointer(ctype: str, array: np.ndarray | None) -> Any:
+            return self._pointer(self.kernel, ctype, array)
+
         call = self.kernel.ffi.new(
             "struct bitgen_matmul *",
             {
@@ -288,7 +291,8 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any = np.uint8) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.zeros(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    zeros: np.ndarray = memory[start : start + size].view(dtype).reshape(shape)
+    return zeros
 
 
 def aligned_copy(array: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from libraries import TL1_LAYOUT, TL1_SHAPE, TL2_LAYOUT, TL2_SHAPE
 
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry, read_bundle, sha256_of, write
-from bitgen.bundle.contents import DEFAULT_LAYOUT, Target, choose_contents
+from bitgen.bundle.contents import DEFAULT_LAYOUT, Contents, Target, choose_contents
 from bitgen.bundle.units import library_units_of, table_values
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, Isa, detect_cpu, load_isas
@@ -37,11 +37,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cpu() -> Cpu:
     return detect_cpu()
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return libraries.built_library(tmp_path_factory)
 
 
 @pytest.fixture
@@ -344,9 +339,9 @@ def test_a_library_that_is_wrong_or_dies_is_not_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = write.library_units_of
+    real = library_units_of
 
-    def edited(contents: write.Contents) -> Any:
+    def edited(contents: Contents) -> Any:
         units = tuple(replace(unit, text=unit.text.replace(right, wrong)) for unit in real(contents))
         assert units != real(contents)
         return units
@@ -360,7 +355,7 @@ def test_a_library_that_is_wrong_or_dies_is_not_kept(
 def test_a_compile_error_is_passed_on(
     toolchain: Toolchain, portable: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = write.library_units_of
+    real = library_units_of
     monkeypatch.setattr(
         write, "library_units_of", lambda c: tuple(replace(u, text=u.text + "\n}") for u in real(c))
     )
@@ -370,10 +365,11 @@ def test_a_compile_error_is_passed_on(
 
 
 def test_an_unknown_system_or_architecture_is_named(cpu: Cpu, toolchain: Toolchain, tmp_path: Path) -> None:
-    for change, message in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"os": "Windows"}, "not for Windows"),
         ({"arch": "riscv64"}, "no host code for riscv64"),
-    ):
+    )
+    for change, message in changes:
         target = Target.of(replace(cpu, **change), "scalar")
         with pytest.raises(BitgenError, match=message):
             write_library([], toolchain, tmp_path, "kernels", target)

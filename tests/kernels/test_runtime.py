@@ -30,11 +30,6 @@ RAGGED = (Shape(1, 1), Shape(5, 127), Shape(33, 200), Shape(17, 961), TL1_SHAPE,
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return libraries.built_library(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def table(bundle: Path) -> Iterator[KernelTable]:
     with load(bundle, 2) as table:
         yield table
@@ -217,7 +212,8 @@ def test_a_second_call_at_the_same_time_is_refused(bundle: Path) -> None:
     with load(bundle, 1, generic="only") as table:
         linear = table.linear(weights(Shape(2000, 2000)), 1.0)
         x = np.ones((64, 2000), np.float32)
-        started, refused = threading.Event(), []
+        started = threading.Event()
+        refused: list[str] = []
 
         def long_call() -> None:
             started.set()

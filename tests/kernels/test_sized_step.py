@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from libraries import session_folder, users_toolchain
 from reference_model import random_dense, small_config
-from step_levels import level_library
 
 from bitgen import records
 from bitgen.abi import DENSE_TYPES
 from bitgen.bundle import read_bundle, write
-from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.contents import Contents, Target, choose_contents
 from bitgen.bundle.units import library_units_of, table_values
 from bitgen.bundle.write import write_library
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -66,7 +65,9 @@ def models(sizes: StepSizes) -> dict[str, ModelConfig]:
 
 @pytest.fixture(scope="module", params=MADE)
 def made(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    level_library: Callable[[str], Path],
 ) -> Iterator[tuple[StepSizes, KernelTable, KernelTable]]:
     """Sizes, a library with a step for them, and one with the step for every model alone."""
     level, sizes = MADE[request.param]
@@ -82,7 +83,7 @@ def made(
         check=False,
     )
     assert read_bundle(bundle).manifest.step == sizes
-    with load(bundle, 2) as sized, load(level_library(tmp_path_factory, level), 2) as generic:
+    with load(bundle, 2) as sized, load(level_library(level), 2) as generic:
         yield sizes, sized, generic
 
 
@@ -137,12 +138,12 @@ def test_the_step_for_its_sizes_runs_where_all_of_them_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its place a step that finds NaN in everything."""
-    real = write.library_units_of
+    real = library_units_of
     source = render_step("scalar", RAGGED)
     ops = source.name.replace("bitgen_step", "bitgen_step_ops")
     assert ops in source.text
 
-    def replaced(contents: write.Contents) -> Any:
+    def replaced(contents: Contents) -> Any:
         units = real(contents)
         assert [unit.name for unit in units].count(source.name) == 1
         return tuple(
@@ -181,9 +182,9 @@ CHANGED = """\
 * bitgen_step_hidden100_q_rows500_ffn150_head_dim100__scalar
 *     bitgen render step --isa scalar --model NAME  (any of these sizes)
 * models     hidden 100, q_rows 500, ffn 150, head_dim 100
-WORD int32_t quantize(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
+OP int32_t quantize(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
 k = 100;
-WORD int32_t norm_quantize(
+OP int32_t norm_quantize(
 /* The same for the inputs of a matrix: 100 or 500 or 150. */
 static int32_t quantize_sized(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum) {
 if (k == 100) return quantize(x, 100, k_pad, xq, x_scale, x_sum);

@@ -27,7 +27,7 @@ def same(a: ModelFile, b: ModelFile) -> None:
                  "activation", "sub_norms", "tied_head"):  # fmt: skip
         assert getattr(a.config, name) == getattr(b.config, name), name
     assert a.config.norm_eps == pytest.approx(b.config.norm_eps)
-    assert np.array_equal(a.config.rope_factors, b.config.rope_factors)  # None equals None here
+    assert a.config.rope_factors == b.config.rope_factors
     assert np.array_equal(a.weights.output.rows(0, a.config.vocab), b.weights.output.rows(0, b.config.vocab))
     assert np.array_equal(a.weights.embedding.data, b.weights.embedding.data)
     assert a.weights.embedding.type == b.weights.embedding.type
@@ -87,6 +87,8 @@ def test_a_gguf_file_is_converted_to_another_type(tmp_path: Path) -> None:
     same(open_model(source), open_model(tmp_path / "c.gguf"))
     a, c = open_model(source).tokenizer_data, open_model(tmp_path / "c.gguf").tokenizer_data
     assert (a.tokens, a.bos, a.eos, a.add_bos) == (c.tokens, c.bos, c.eos, c.add_bos)
+    assert a.scores is not None
+    assert c.scores is not None
     assert np.array_equal(a.scores, c.scores)
     with pytest.raises(BitgenError, match="is the source itself"):
         convert(source, source)

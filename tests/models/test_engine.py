@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from exact_model import dot, exact_logits
 from reference_model import logits_of, random_dense, small_config
-from step_levels import LEVELS, level_library
+from step_levels import LEVELS
 
 from bitgen.abi import DENSE_TYPES, STAGES
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -26,6 +27,7 @@ from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache, pack_model
+from bitgen.progress import Progress
 from bitgen.runtime import KernelTable, load
 
 pytestmark = pytest.mark.slow
@@ -44,12 +46,12 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="session")
-def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., KernelTable]]:
+def tables(level_library: Callable[[str], Path]) -> Iterator[Callable[..., KernelTable]]:
     opened: dict[tuple[str, int], KernelTable] = {}
 
     def table(level: str = BEST, threads: int = 2) -> KernelTable:
         if (level, threads) not in opened:
-            opened[level, threads] = load(level_library(tmp_path_factory, level), threads)
+            opened[level, threads] = load(level_library(level), threads)
         return opened[level, threads]
 
     yield table
@@ -160,8 +162,8 @@ def test_threads_that_share_a_head_change_no_bit(tables: Any, kv: Any, heads: in
         assert np.array_equal(feed(engine, texts[0], cuts), alone[0])
         feed(engine, texts[1][:-1], sequence=1)
         engine.truncate(0, 700)
-        two = [np.array(a, np.int32) for a in ((texts[0][700], texts[1][-1]), (700, 299), (0, 1))]
-        logits = engine.forward(*two, np.ones(2, bool))
+        tokens, positions, sequences = np.array([[texts[0][700], texts[1][-1]], [700, 299], [0, 1]], np.int32)
+        logits = engine.forward(tokens, positions, sequences, np.ones(2, bool))
         assert np.array_equal(logits, [alone[0][700], alone[1][-1]])
 
 
@@ -196,7 +198,9 @@ def test_sequences_in_a_batch_do_not_see_each_other(tables: Any) -> None:
     rows: list[list[Any]] = [[], [], []]
     rng = np.random.default_rng(0)
     while any(engine.lengths[s] < len(text) for s, text in enumerate(texts)):
-        tokens, positions, sequences = [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        sequences: list[int] = []
         for s in rng.permutation(3):
             at = engine.lengths[s]
             part = texts[s][at : at + int(rng.integers(0, 6))]
@@ -206,8 +210,8 @@ def test_sequences_in_a_batch_do_not_see_each_other(tables: Any) -> None:
         if not tokens:
             continue
         wanted = np.ones(len(tokens), bool)
-        arrays = [np.array(a, np.int32) for a in (tokens, positions, sequences)]
-        logits = engine.forward(*arrays, wanted)
+        token, position, sequence = np.array([tokens, positions, sequences], np.int32)
+        logits = engine.forward(token, position, sequence, wanted)
         for row, s in zip(logits, sequences, strict=True):
             rows[s].append(row)
     for made, expected in zip(rows, alone, strict=True):
@@ -442,8 +446,8 @@ def test_the_step_checks_its_model(tables: Any) -> None:
     assert code(field("n", 0)) == lib.BITGEN_ERROR_SHAPE
     wrong = np.array([97], np.int32)
     for name in ("token", "position", "sequence"):
-        value = np.array([{"token": 97, "position": 256, "sequence": 1}[name]], np.int32)
-        for each in (value, -wrong):
+        too_large = np.array([{"token": 97, "position": 256, "sequence": 1}[name]], np.int32)
+        for each in (too_large, -wrong):
             assert code(field(name, ffi.from_buffer("int32_t[]", each))) == lib.BITGEN_ERROR_TOKENS
 
     def head(name: str, value: Any) -> Callable[[Any, Any], None]:
@@ -552,7 +556,13 @@ def counted(weights: Weights) -> tuple[Weights, list[int]]:
         return TernaryMatrix(matrix.name, matrix.shape, decode, lambda: matrix.scale)
 
     layers = tuple(
-        replace(each, **{name: counting(getattr(each, name)) for name in ("qkv", "o", "gate_up", "down")})
+        replace(
+            each,
+            qkv=counting(each.qkv),
+            o=counting(each.o),
+            gate_up=counting(each.gate_up),
+            down=counting(each.down),
+        )
         for each in weights.layers
     )
     return replace(weights, layers=layers), reads
@@ -561,14 +571,16 @@ def counted(weights: Weights) -> tuple[Weights, list[int]]:
 def test_weights_are_packed_once_and_mapped_then(tables: Any, bitgen_home: Path) -> None:
     weights, reads = counted(random_weights(small_config(name="tiny"), 1))
     ids = ids_of(weights.config, 9)
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     expected = feed(Engine(weights, tables(), head="q8"), ids)
     assert reads
     assert not cache_entries()
-    first = Engine(weights, tables(), head="q8", fingerprint="abc", progress=lambda *p: seen.append(p))
+    first = Engine(weights, tables(), head="q8", fingerprint="abc", progress=seen.append)
     total = sum(m.shape.m * m.shape.k for layer in weights.layers for m in layer.matrices)
-    assert (total, total) in seen
-    assert seen[-1] == (97 * 100, 97 * 100)
+    packed = sum(first.table.packed_bytes(m.shape) for layer in weights.layers for m in layer.matrices)
+    done = [(each.done, each.total) for each in seen]
+    assert (packed, packed) in done
+    assert done[-1] == (97 * 100, 97 * 100)
     assert len(cache_entries()) == 2
     assert {entry.model for entry in cache_entries()} == {"tiny"}
     assert all(bitgen_home in entry.path.parents for entry in cache_entries())
@@ -645,7 +657,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
         def __exit__(self, *error: object) -> None:
             pass
 
-    monkeypatch.setattr(packed.os, "fdopen", lambda *_: FullDisk())
+    monkeypatch.setattr(os, "fdopen", lambda *_: FullDisk())
     assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
     assert not list((bitgen_home / "cache" / "packed").iterdir())
 

@@ -21,6 +21,7 @@ from bitgen.inference.engine import Memory
 from bitgen.inference.perplexity import perplexity
 from bitgen.inference.sequence import StopFilter
 from bitgen.llm import LLM
+from bitgen.progress import Progress
 from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -81,7 +82,7 @@ def texts(llm: LLM, prompts: Sequence[str] = PROMPTS, **options: Any) -> list[st
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 3.0])
 def test_a_text_is_the_same_alone_in_a_batch_and_with_guesses(temperature: float) -> None:
-    options = {"max_tokens": 24, "temperature": temperature, "seed": 7, "top_k": 20}
+    options: dict[str, Any] = {"max_tokens": 24, "temperature": temperature, "seed": 7, "top_k": 20}
     alone = texts(small_llm(batch=1), **options)
     assert len(set(alone)) > 1
     for batch in (1, 2, 4):
@@ -118,7 +119,8 @@ def test_token_ids_are_prompts_too() -> None:
     options = {"max_tokens": 6, "seed": 0}
     assert "".join(llm.generate(ids, **options)) == "".join(llm.generate("the end", **options))
     assert llm.generate([ids, ids], **options) == texts(llm, ["the end"] * 2, **options)
-    assert llm.generate([], **options) == []
+    nothing: list[str] = []
+    assert llm.generate(nothing, **options) == []
 
 
 # ---- How it ends ----
@@ -220,11 +222,11 @@ def test_prompts_of_a_batch_that_start_alike_compute_it_once() -> None:
 def test_long_prompts_are_computed_in_parts_with_progress() -> None:
     engine = Scripted([5], context=2000)
     llm = LLM.over(engine, engine.config, piece_data())
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     request = llm.request([5] * 1100, max_tokens=1)
-    list(llm.scheduler.run([request], lambda done, of: seen.append((done, of))))
+    list(llm.scheduler.run([request], seen.append))
     assert engine.calls == [128, 512, 460]
-    assert seen == [(0, 1100), (128, 1100), (640, 1100), (1100, 1100)]
+    assert [(each.done, each.total) for each in seen] == [(0, 1100), (128, 1100), (640, 1100), (1100, 1100)]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_after_ctrl_c_amid_a_copy_the_next_answer_is_right() -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_answers_that_are_read_in_turns_do_not_mix(batch: int) -> None:
     llm = small_llm(batch=batch)
-    options = {"max_tokens": 10, "temperature": 2.0, "seed": 5, "lookup": True}
+    options: dict[str, Any] = {"max_tokens": 10, "temperature": 2.0, "seed": 5, "lookup": True}
     expected = texts(small_llm(), **options)
     found = ["" for _ in PROMPTS]
     generations = [llm.generate(prompt, **options) for prompt in PROMPTS]
@@ -553,8 +555,8 @@ def test_a_chat_prompt_starts_with_one_bos() -> None:
 def test_a_model_without_a_template_gets_the_one_of_its_vocabulary() -> None:
     tokens = piece_data().tokens
     assert small_llm().template_text == BUILT_IN["plain"]
-    chatml = {"tokens": ("<|im_start|>", "<|im_end|>", *tokens[2:])}
-    assert small_llm(**chatml).template_text == BUILT_IN["chatml"]
+    chatml = ("<|im_start|>", "<|im_end|>", *tokens[2:])
+    assert small_llm(tokens=chatml).template_text == BUILT_IN["chatml"]
 
 
 def test_a_plain_chat_ends_where_the_model_speaks_for_the_user() -> None:

@@ -10,6 +10,7 @@ import pytest
 from model_files import (
     gguf_metadata,
     plain_model,
+    refused,
     small_config,
     stored_rows,
     tensor,
@@ -17,19 +18,13 @@ from model_files import (
     write_model,
 )
 
-from bitgen.errors import BitgenError, FileError
+from bitgen.errors import BitgenError
 from bitgen.formats.architectures import half_to_interleaved, interleaved_to_half
 from bitgen.formats.gguf import U32, NewTensor, read_gguf, write_gguf
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import TERNARY, encode_tq
 
 WIDE = {"hidden": 256, "ffn": 512, "heads": 4, "head_dim": 64, "layers": 1}  # sizes that every type can hold
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(FileError) as caught:
-        open_model(path)
-    return caught.value.message
 
 
 # ---- the container ----

@@ -13,7 +13,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import pytest
 from model_files import plain_model, small_config, write_model
 from numpy.typing import NDArray
 from reference_model import logits_of
-from step_levels import level_library
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.formats.convert import convert
@@ -142,14 +141,14 @@ def windows_nll(found: Sequence[NDArray[Any]], windows: Sequence[Sequence[int]])
 
 
 def test_text_and_perplexity_of_the_tiny_model(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, bitgen_home: Path
+    tmp_path: Path, level_library: Callable[[str], Path], bitgen_home: Path
 ) -> None:
     """The file that ships: its recorded greedy texts, and llama.cpp's windows over held-out text."""
     assert bitgen_home
     require("ik")
     runnable = q8_0_of(models_dir() / "tiny.gguf", tmp_path)
     greedy = json.loads((models_dir() / "tiny.json").read_text())["greedy"]
-    with LLM("tiny", library=level_library(tmp_path_factory, BEST), threads=2) as llm:
+    with LLM("tiny", library=level_library(BEST), threads=2) as llm:
         ids = llm.tokenizer.encode(HELD_OUT)
         *_, ours = perplexity(llm, HELD_OUT, WINDOW, most=WINDOWS)
     windows = [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(WINDOWS)]
@@ -168,7 +167,7 @@ def test_text_and_perplexity_of_the_tiny_model(
 @pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0", "Q4_0"])
 def test_text_and_perplexity_in_llama_cpp(
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    level_library: Callable[[str], Path],
     bitgen_home: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -188,7 +187,7 @@ def test_text_and_perplexity_in_llama_cpp(
     # bitgen reads TQ types; Q4_0 is no type of ternary matrices here.
     source = open_model(path).weights if kind.startswith("TQ") else silu
     prompts = [ids[at : at + 16] for at in range(600, 5000, 1100)]
-    with load(level_library(tmp_path_factory, BEST), 2) as table:
+    with load(level_library(BEST), 2) as table:
         texts = [greedy(Engine(source, table, context=WINDOW), prompt, 32) for prompt in prompts]
         ours = [feed(Engine(source, table, context=WINDOW), window) for window in windows]
     found = peer_logits("llama", path, tmp_path, [*windows, *texts])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from reference_model import small_config
-from step_levels import level_library
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
@@ -24,8 +24,8 @@ N = 12
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with load(level_library(tmp_path_factory, LEVEL), 2) as table:
+def table(level_library: Callable[[str], Path]) -> Iterator[KernelTable]:
+    with load(level_library(LEVEL), 2) as table:
         yield table
 
 
@@ -127,9 +127,9 @@ MIXED: list[Want] = [
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_every_row_gets_what_it_asked_for_whatever_the_others_ask(
-    weights: Weights, logits: Any, threads: int, tmp_path_factory: pytest.TempPathFactory
+    weights: Weights, logits: Any, threads: int, level_library: Callable[[str], Path]
 ) -> None:
-    with load(level_library(tmp_path_factory, LEVEL), threads) as table:
+    with load(level_library(LEVEL), threads) as table:
         hidden = run(weights, table, [Hidden()] * N)
         for row, (want, answer) in enumerate(zip(MIXED, run(weights, table, MIXED), strict=True)):
             if isinstance(want, Nothing):
@@ -146,7 +146,8 @@ def test_every_row_gets_what_it_asked_for_whatever_the_others_ask(
 
 def test_one_at_a_time_or_all_at_once_the_bits_are_the_same(weights: Weights, table: KernelTable) -> None:
     ids = np.random.default_rng(1).integers(0, 150, N).astype(np.int32)
-    engine, wants = Engine(weights, table), [Best(6, bias={9: 0.25}), Hidden()] * (N // 2)
+    wants: list[Want] = [Best(6, bias={9: 0.25}), Hidden()] * (N // 2)
+    engine = Engine(weights, table)
     whole = run(weights, table, wants)
     for i in range(N):
         (alone,) = engine.forward(ids[i : i + 1], np.array([i], np.int32), np.zeros(1, np.int32), [wants[i]])
@@ -154,6 +155,7 @@ def test_one_at_a_time_or_all_at_once_the_bits_are_the_same(weights: Weights, ta
             assert np.array_equal(alone.ids, whole[i].ids)
             assert np.array_equal(alone.logits, whole[i].logits)
         else:
+            assert alone is not None
             assert np.array_equal(alone, whole[i])
 
 
@@ -244,9 +246,9 @@ def test_the_step_checks_rows_and_sizes(weights: Weights, table: KernelTable) ->
     for name in ("out", "ids", "bias", "bias_id", "named", "named_out"):
         assert code(**{name: ffi.NULL}) == lib.BITGEN_ERROR_NULL, name
     for name, value in (("want", 4), ("want", -1), ("best", -1), ("best", 151)):
-        assert code(**{name: value}) == lib.BITGEN_ERROR_ARGUMENT, name
+        assert code("row", **{name: value}) == lib.BITGEN_ERROR_ARGUMENT, name
     for name in ("bias_count", "named_count"):
-        assert code(**{name: -1}) == lib.BITGEN_ERROR_ARGUMENT, name
+        assert code("row", **{name: -1}) == lib.BITGEN_ERROR_ARGUMENT, name
     for wrong in (150, -1):
         token = ffi.new("int32_t *", wrong)
         assert code(bias_id=token) == lib.BITGEN_ERROR_TOKENS

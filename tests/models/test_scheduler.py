@@ -109,9 +109,9 @@ def test_nobody_else_calls_the_engine() -> None:
     callers = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            if call and node.func.attr in ("forward", "truncate", "copy"):
-                owner = ast.unparse(node.func.value)
+            function = node.func if isinstance(node, ast.Call) else None
+            if isinstance(function, ast.Attribute) and function.attr in ("forward", "truncate", "copy"):
+                owner = ast.unparse(function.value)
                 if owner.rpartition(".")[2] == "engine":
                     callers.add(path.name)
     assert callers == {"scheduler.py"}

@@ -9,12 +9,12 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from step_levels import LEVELS, level_library
+from step_levels import LEVELS
 
 from bitgen.cli import main
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -72,10 +72,10 @@ def test_it_is_small_and_ternary() -> None:
 def test_run_prints_the_recorded_text(
     level: str,
     threads: str,
-    tmp_path_factory: pytest.TempPathFactory,
+    level_library: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    library = str(level_library(tmp_path_factory, level))
+    library = str(level_library(level))
     for each in GREEDY:
         argv = ["run", "--model", "tiny", "--library", library, "-t", threads, "--temp", "0", "--no-perf"]
         assert main([*argv, "-p", each["prompt"], "-n", str(len(each["tokens"]))]) == 0
@@ -83,9 +83,9 @@ def test_run_prints_the_recorded_text(
 
 
 @pytest.fixture
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def llm(level_library: Callable[[str], Path]) -> Iterator[LLM]:
     """As exact as it gets: keys and values in float32, like PyTorch's."""
-    with LLM("tiny", library=level_library(tmp_path_factory, BEST), threads=2, kv="f32") as llm:
+    with LLM("tiny", library=level_library(BEST), threads=2, kv="f32") as llm:
         yield llm
 
 
@@ -112,7 +112,7 @@ def test_perplexity_of_held_out_text_is_pytorchs(llm: LLM) -> None:
 
 
 def test_what_the_tool_trains_is_what_bitgen_runs(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, level_library: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run of a second: folder and GGUF file are the same model, and PyTorch's perplexity is bitgen's."""
     for needed in ("torch", "safetensors"):
@@ -130,7 +130,7 @@ def test_what_the_tool_trains_is_what_bitgen_runs(
     tool.main(["--text", str(tmp_path / "text.txt"), "--out", str(out), "--minutes", "0.02", "--layers", "1"])
     figures = json.loads((out / "figures.json").read_text())
     assert figures["training"]["steps"] >= 1
-    library = level_library(tmp_path_factory, BEST)
+    library = level_library(BEST)
     for model in (out, out / "tiny.gguf"):
         with LLM(model, library=library, threads=2, kv="f32") as llm:
             *_, result = perplexity(llm, (out / "heldout.txt").read_text(), figures["heldout"]["context"])

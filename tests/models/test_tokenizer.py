@@ -376,8 +376,7 @@ def test_a_damaged_tokenizer_json_is_an_error_or_a_tokenizer() -> None:
 
 def test_damaged_metadata_is_an_error_or_a_tokenizer() -> None:
     rng = np.random.default_rng(0)
-    for make in (lambda: gguf_of(trained(), "llama-bpe"), piece_data):
-        good = make()
+    for good in (gguf_of(trained(), "llama-bpe"), piece_data()):
         for _ in range(100):
             changes: dict[str, Any] = {}
             tokens = list(good.tokens)

@@ -20,7 +20,6 @@ import pytest
 from exact_model import exact_logits
 from numpy.typing import NDArray
 from reference_model import TIE, logits_of
-from step_levels import level_library
 
 pytest.importorskip("torch", reason="torch is the oracle")
 pytest.importorskip("transformers", reason="transformers is the oracle")
@@ -58,8 +57,8 @@ def _own_cache(bitgen_home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with load(level_library(tmp_path_factory, BEST), 2) as table:
+def table(level_library: Callable[[str], Path]) -> Iterator[KernelTable]:
+    with load(level_library(BEST), 2) as table:
         yield table
 
 
@@ -92,11 +91,12 @@ def test_the_integers_are_equal(
     assert np.array_equal(got.argmax(axis=1), expected.logits.argmax(axis=1))
 
 
-def oracle_ternary(model: torch.nn.Module, name: str) -> NDArray[np.int8]:
+def oracle_ternary(model: Any, name: str) -> NDArray[np.int8]:
     """The weights of a linear layer as AutoBitLinear rounds them."""
     weight = model.get_submodule(name).weight.detach()
     s = 1.0 / weight.abs().mean().clamp(min=1e-5)
-    return (weight * s).round().clamp(-1, 1).to(torch.int8).numpy()  # type: ignore[no-any-return]
+    rounded: NDArray[np.int8] = (weight * s).round().clamp(-1, 1).to(torch.int8).numpy()
+    return rounded
 
 
 # ---- Running free ----

@@ -6,13 +6,13 @@ import hashlib
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aarch64_root
 import foreign
 import pytest
-from step_levels import level_library
 
 from bitgen.api import build
 from bitgen.errors import ToolchainError, UnsupportedError
@@ -94,9 +94,9 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def logits_here(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def logits_here(level_library: Callable[[str], Path]) -> list[str]:
     """sha256 of the logits for three tokens and for all, by scalar code on this machine."""
-    with LLM("tiny", library=level_library(tmp_path_factory, "scalar"), threads=1) as llm:
+    with LLM("tiny", library=level_library("scalar"), threads=1) as llm:
         return [hashlib.sha256(llm.logits(ids).tobytes()).hexdigest() for ids in (IDS[:3], IDS)]
 
 

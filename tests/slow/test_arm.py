@@ -40,7 +40,7 @@ LENGTH = "max,sve-default-vector-length="
 CORES = ("cortex-a53", "cortex-a72", "a64fx", "cortex-a76", "neoverse-n1", "max")
 DOTPROD = dict.fromkeys(("cortex-a76", "neoverse-n1", "max"), "neon_dotprod")
 LENGTHS = {f"{LENGTH}16": "neon_i8mm", f"{LENGTH}32": "sve256_i8mm", f"{LENGTH}256": "neon_i8mm"}
-LIBRARIES = {
+LIBRARIES: dict[str, dict[str, str | None]] = {
     "cortex-a72": dict.fromkeys(CORES, "neon"),
     "neoverse-n1": {**dict.fromkeys(CORES), **DOTPROD},
     "neoverse-v1": {**dict.fromkeys(CORES), "max": "sve512", **LENGTHS},

@@ -9,28 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from model_files import preset_yaml
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
-TINY = """\
-name: tests/tiny
-hidden: 256
-ffn: 512
-layers: 1
-heads: 2
-kv_heads: 1
-head_dim: 128
-vocab: 64
-rope_theta: 10000.0
-activation: silu
-sub_norms: true
-tied_head: true
-norm_eps: 1.0e-5
-architecture: bitnet
-"""
+TINY = preset_yaml("tests/tiny", hidden=256, ffn=512, layers=1, heads=2, kv_heads=1, head_dim=128, vocab=64)
 MODULES = {"replay"}  # imported by other scripts, and by tests; nothing to run
 
 # What each does with the least of everything; {model} and {folder} are filled in. A line that it prints.

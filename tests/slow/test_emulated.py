@@ -93,12 +93,12 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
 # whole model. `python tests/support/emulated.py bitgen check --isa amx_int8` runs every schedule.
 # (suite, level): file, which of its tests, how many they are.
 SUITES = {
-    ("words", "avx_vnni"): (
-        "kernels/test_vocabulary.py",
+    ("ops", "avx_vnni"): (
+        "kernels/test_vector_ops.py",
         "avx_vnni and (vw_dot4 or vw_widen or vw_rows)",
         4 * len(COMPILERS),
     ),
-    ("words", "amx_int8"): ("kernels/test_vocabulary.py", "amx_int8 and tiles_mean", len(COMPILERS)),
+    ("ops", "amx_int8"): ("kernels/test_vector_ops.py", "amx_int8 and tiles_mean", len(COMPILERS)),
     ("kernels", "avx_vnni"): ("kernels/test_exact.py", "one_shape and avx_vnni", 1),
     ("kernels", "amx_int8"): (
         "kernels/test_exact.py",
@@ -134,7 +134,7 @@ def test_suites_pass_on_an_emulated_cpu(
         "pytest",
         "-p",
         "no:cacheprovider",
-        Path(__file__).parents[1] / file,
+        str(Path(__file__).parents[1] / file),
         "-k",
         expression,
     ]
@@ -177,7 +177,7 @@ def test_a_process_that_is_refused_tiles_gets_an_error_or_portable_kernels(
     env = emulated.environment(emulator, emulated.lacking())
     path = ":".join(map(str, (Path(__file__).parents[1] / "support", Path(__file__).parents[2])))
     subprocess.run([sys.executable, "-c", BUILD, tmp_path], env={**env, "PYTHONPATH": path}, check=True)
-    create = [sys.executable, "-c", CREATE, tmp_path / "tiles" / "libbitgen-tiles.so"]
+    create = [sys.executable, "-c", CREATE, str(tmp_path / "tiles" / "libbitgen-tiles.so")]
     refused = subprocess.run(create, capture_output=True, text=True, check=True)
     assert refused.stdout == "[19, 0, 0]\n", "BITGEN_ERROR_TILES, unless portable kernels are allowed"
     granted = subprocess.run(create, env=env, capture_output=True, text=True, check=True)

@@ -12,16 +12,16 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from step_levels import level_library
 
 from bitgen.cpu import CAP_VARIABLE
 from bitgen.errors import UnsupportedError
 from bitgen.paths import models_dir
 
-QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static") or ""
 EXAMPLE = json.loads((models_dir() / "tiny.json").read_text(encoding="utf-8"))["greedy"][0]
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
         (platform.system(), platform.machine()) != ("Linux", "x86_64"),
         reason="qemu-x86_64 runs this machine's own Python only on x86-64 Linux",
     ),
-    pytest.mark.skipif(QEMU is None, reason="no emulator: apt-get install qemu-user"),
+    pytest.mark.skipif(not QEMU, reason="no emulator: apt-get install qemu-user"),
 ]
 
 
@@ -53,24 +53,24 @@ def run_tiny(core: str | None, library: Path, home: Path) -> subprocess.Complete
 
 @pytest.mark.parametrize(("core", "level"), [("Haswell", "avx2"), ("Nehalem", "scalar")])
 def test_a_small_cpu_writes_the_recorded_text(
-    core: str, level: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    core: str, level: str, level_library: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    done = run_tiny(core, level_library(tmp_path_factory, level), tmp_path)
+    done = run_tiny(core, level_library(level), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (EXAMPLE["prompt"] + EXAMPLE["text"]).strip()
 
 
-def test_the_text_is_that_of_this_cpu(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_the_text_is_that_of_this_cpu(level_library: Callable[[str], Path], tmp_path: Path) -> None:
     """The library for every CPU, on this one: what the emulated ones are compared with."""
-    done = run_tiny(None, level_library(tmp_path_factory, "scalar"), tmp_path)
+    done = run_tiny(None, level_library("scalar"), tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (EXAMPLE["prompt"] + EXAMPLE["text"]).strip()
 
 
 def test_a_cpu_without_avx2_refuses_its_library_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+    level_library: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    done = run_tiny("Nehalem", level_library(tmp_path_factory, "avx2"), tmp_path)
+    done = run_tiny("Nehalem", level_library("avx2"), tmp_path)
     assert done.returncode == UnsupportedError.exit_code, "and no SIGILL"
     assert done.stdout == ""
     assert done.stderr.startswith("bitgen: cannot use ")

@@ -128,7 +128,7 @@ class Program:
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
             "UBSAN_OPTIONS": "print_stacktrace=1",
         }
-        command = [self.path, self.problems, *arguments]
+        command = [str(self.path), str(self.problems), *arguments]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
 
 
@@ -152,14 +152,14 @@ def build(isa: Isa, folder: Path) -> Program:
     (folder / "kernels.h").write_text(kernels_header(specs, sources))
     # The blocks of the scalar level are arrays: instrumented and optimised, a file takes gcc minutes.
     flags = (*isa.cc_flags, "-O0" if isa.name == "scalar" else "-O1")
-    units = [("driver.c", DRIVER.read_text(), ("-O1",))]
+    units: list[tuple[str, str, tuple[str, ...]]] = [("driver.c", DRIVER.read_text(), ("-O1",))]
     units += [(f"{i}.c", source.text, flags) for i, source in enumerate(sources)]
 
     def compiled(unit: tuple[str, str, tuple[str, ...]]) -> Path:
         name, text, flags = unit
         (folder / name).write_text(text)
         made = (folder / name).with_suffix(".o")
-        command = [gcc, *FLAGS, *SANITIZERS, *flags, "-c", folder / name, "-o", made]
+        command = [gcc, *FLAGS, *SANITIZERS, *flags, "-c", str(folder / name), "-o", str(made)]
         subprocess.run(command, check=True)
         return made
 

@@ -145,7 +145,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run bitgen in an aarch64 Linux without a compiler.")
     parser.add_argument("folder", type=Path, help="folder of the system; made when it is new")
     parser.add_argument("--core", default="max", help="qemu's core: cortex-a72, neoverse-n1, max, ...")
-    parser.add_argument("words", nargs=argparse.REMAINDER, help="bitgen's command line")
+    parser.add_argument("ops", nargs=argparse.REMAINDER, help="bitgen's command line")
     args = parser.parse_args()
     try:
         system = made(args.folder)

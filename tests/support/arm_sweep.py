@@ -33,11 +33,13 @@ def batches(specs: Sequence[KernelSpec]) -> Iterator[Sequence[KernelSpec]]:
 
 def sweep(toolchain: Toolchain, specs: Sequence[KernelSpec], folder: Path) -> tuple[int, list[str]]:
     """The products that the kernels were given, and what is wrong with them."""
-    cases, wrong = 0, []
+    cases = 0
+    wrong: list[str] = []
     for batch in batches(specs):
         program = foreign_kernels.build(toolchain, batch, folder / "kernels", "-static")
         count, faults = foreign_kernels.faults(program, batch)
-        cases, wrong = cases + count, wrong + faults
+        cases += count
+        wrong += faults
     return cases, wrong
 
 

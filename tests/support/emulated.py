@@ -80,14 +80,16 @@ def pretend() -> None:
         text = read(file)
         return re.sub(r"(?m)^(flags\s*:.*)$", rf"\1 {' '.join(features)}", text) if file == CPUINFO else text
 
-    def rows_that_hold(arch: str, names: Iterable[str], **options: Any) -> list[dict[str, Any]]:
-        always = rows(arch, ["pni"], **options)[0]
-        found = rows(arch, names, **options)
+    def rows_that_hold(
+        arch: str, names: Iterable[str], file: Path | None = None, *, system: str = "Linux"
+    ) -> list[dict[str, Any]]:
+        always = rows(arch, ["pni"], file, system=system)[0]
+        found = rows(arch, names, file, system=system)
         return [{**always, "name": r["name"]} if r["name"] in features else r for r in found]
 
     linux._read = cpuinfo_with_features
     bitgen.hostcode.feature_rows = rows_that_hold
-    runner.TimingPolicy = partial(runner.TimingPolicy, check_timeout_s=600.0)
+    vars(runner)["TimingPolicy"] = partial(runner.TimingPolicy, check_timeout_s=600.0)
 
 
 def main(words: list[str]) -> int:

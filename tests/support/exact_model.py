@@ -1,7 +1,8 @@
 """The forward step bit for bit, in numpy float32: the order of every operation as in templates/step.
 
-`reference_model` says what a model computes; this says how it is rounded. What the engine gives must be
-equal, on every ISA level, for every number of threads and every batch.
+Of the three oracles this one answers "are these the right bits?": what the engine gives must be equal, on
+every ISA level, for every number of threads and every batch. It repeats the engine's order of operations, so
+it cannot say that a formula is right; `reference_model` does, and `torch_models` for what transformers runs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from float_words import fma, greater
+from float_ops import fma, greater
 from numpy.typing import NDArray
 
 from bitgen.formats.weights import TernaryMatrix, Weights
@@ -58,7 +59,8 @@ def exponential(x: Floats) -> Floats:
 
 def norm(x: Floats, weight: Floats, eps: float) -> Floats:
     mean = dot(x, x) / F(x.shape[-1])
-    return (x * (F(1) / np.sqrt(mean + F(eps)))[..., None]) * weight
+    normed: Floats = (x * (F(1) / np.sqrt(mean + F(eps)))[..., None]) * weight
+    return normed
 
 
 Steps = dict[str, NDArray[np.int8]]  # "3.qkv" -> the quantised input (n, k) of that BitLinear

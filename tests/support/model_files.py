@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import yaml
 from numpy.typing import NDArray
 
+from bitgen.errors import FileError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.open import open_model
 from bitgen.formats.quants import DENSE, I2_S_ID, TERNARY, encode_i2_s, encode_tq
 
 Ternary = NDArray[np.int8]
@@ -53,6 +57,28 @@ def small_config(architecture: str = "bitnet", **changes: Any) -> ModelConfig:
         "name": "small",
     }
     return ModelConfig(**{**values, **changes})
+
+
+def preset_yaml(name: str, **sizes: int) -> str:
+    """A preset in YAML: a small model of architecture bitnet, its ``sizes`` in the order they are given."""
+    values: dict[str, object] = {
+        "name": name,
+        **sizes,
+        "rope_theta": 10000.0,
+        "activation": "silu",
+        "sub_norms": True,
+        "tied_head": True,
+        "norm_eps": 1e-5,
+        "architecture": "bitnet",
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def refused(path: Path) -> str:
+    """The one line with which a model file is refused."""
+    with pytest.raises(FileError) as caught:
+        open_model(path)
+    return caught.value.message
 
 
 def shape_of(config: ModelConfig, matrix: str) -> tuple[int, int]:

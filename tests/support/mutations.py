@@ -145,7 +145,7 @@ def json_values(path: Path, damaged: Path, count: int, rng: random.Random) -> Co
 
 ODD_NUMBERS = (-1, 0, 1, 2, 7, 1 << 31, 1 << 63, 1 << 200, 1.5, -0.0, 1e308, float("nan"), float("inf"))
 ODD_TEXTS = ("", "x", "a b", "\ud800", "\x1b[2J", "y" * 5000, "ByteLevel", "F64", "../x")
-ODD_THINGS = (None, True, [], [0], [1, 2], {}, {"type": "Sequence"}, {"a": []}, [[]])
+ODD_THINGS: tuple[Any, ...] = (None, True, [], [0], [1, 2], {}, {"type": "Sequence"}, {"a": []}, [[]])
 ODD = (*ODD_NUMBERS, *ODD_TEXTS, *ODD_THINGS)
 
 

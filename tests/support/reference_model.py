@@ -1,4 +1,8 @@
-"""A whole model in plain numpy, from the formulas: the oracle for the engine, and its stand-in in tests.
+"""A whole model in plain numpy, from the formulas: what a model computes, up to float32 noise.
+
+Of the three oracles this one answers "is it the right formula?", for every architecture, and stands in
+for the engine where a test is about what drives it. `exact_model` answers "are these the right bits?",
+`torch_models` "does the world agree?", for files and architectures of transformers.
 
 Everything is float64 except what is float32 by definition: the input of a BitLinear, which is rounded to
 float32 and quantised as `bitgen.reference` says, and its output. Slow, for small models only.
@@ -64,7 +68,8 @@ def random_dense(kind: str, rows: int, cols: int) -> DenseMatrix:
 
 def rms_norm(x: Doubles, weight: NDArray[np.float32], eps: float) -> Doubles:
     """x (n, d) -> x / sqrt(mean(x^2) + eps) * weight (d)."""
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    normed: Doubles = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+    return normed
 
 
 def rope(x: Doubles, positions: NDArray[np.int32], config: ModelConfig) -> Doubles:
@@ -191,7 +196,8 @@ class ReferenceEngine:
         scores = np.einsum("hd,phd->hp", q, keys) / np.sqrt(self.config.head_dim)
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
-        return np.einsum("hp,phd->hd", shares, values)
+        mixed: Doubles = np.einsum("hp,phd->hd", shares, values)
+        return mixed
 
     def _linear(self, name: str, matrix: TernaryMatrix, x: Doubles) -> Doubles:
         xq, x_scale = quantize_activations(x.astype(np.float32))

@@ -15,7 +15,7 @@ from replay import ReplayRunner
 
 from bitgen.cpu import Isa, find_isa, load_isas
 from bitgen.fingerprints import Fingerprint
-from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Status
+from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Runner, Status
 from bitgen.search import Plan, SearchConfig, Target, load_search_config
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 
@@ -160,12 +160,12 @@ def runner(
 class CountingRunner:
     """Hands everything on to ``inner`` and remembers which jobs came by."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Runner) -> None:
         self.inner = inner
         self.jobs: list[Job] = []
         self.races: list[tuple[KernelSpec, ...]] = []
 
-    def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+    def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
         for job in jobs:
             self.jobs.append(job)
             yield from self.inner.measure([job])

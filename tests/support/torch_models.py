@@ -1,4 +1,9 @@
-"""Models of transformers whose BitLinears quantise as they run: the oracle for files, integers and logits."""
+"""Models of transformers whose BitLinears quantise as they run: the oracle for files, integers and logits.
+
+Of the three oracles this one answers "does the world agree?": names and forms of tensors in files, which
+int8 and ternary values a BitLinear multiplies, and the logits of each architecture, none of it our code.
+It needs PyTorch; `reference_model` (formulas) and `exact_model` (bits) need numpy alone.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +87,7 @@ def model_of(weights: Weights) -> Any:
             "tie_word_embeddings": c.tied_head,
         },
     )
-    values = {
+    values: dict[str, NDArray[Any] | None] = {
         "model.embed_tokens.weight": weights.embedding.rows(0, c.vocab),
         "lm_head.weight": weights.output.rows(0, c.vocab),
         "model.norm.weight": weights.final_norm,
@@ -181,7 +186,8 @@ def run(model: Any, ids: Sequence[int], given: Mapping[str, NDArray[np.int8]] | 
 def scaled(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Activations (n, k) as they are before they are rounded to int8: the largest of a token is 127."""
     largest = np.abs(x).max(axis=1, keepdims=True)
-    return x * (np.float32(127) / np.maximum(largest, np.float32(1e-5)))
+    wide: NDArray[np.float32] = x * (np.float32(127) / np.maximum(largest, np.float32(1e-5)))
+    return wide
 
 
 def save(model: Any, folder: Path, form: str) -> Path:

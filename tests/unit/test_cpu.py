@@ -242,7 +242,7 @@ def test_quota_limits_threads(tmp_path: Path, limit: str, threads: int) -> None:
 
 
 def cache_files(cpu: int, *caches: tuple[int, str, str, str]) -> dict[str, str]:
-    files = {}
+    files: dict[str, str] = {}
     for index, (level, kind, size, shared) in enumerate(caches):
         folder = f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"
         files |= {f"{folder}/level": f"{level}\n", f"{folder}/type": f"{kind}\n"}
@@ -437,7 +437,7 @@ def test_supported_systems_pass() -> None:
 
 
 def test_isas_in_order_with_their_vocabularies() -> None:
-    vocabularies = {isa.name: isa.vocabulary for isa in load_isas()}
+    vocabularies = {isa.name: isa.headers for isa in load_isas()}
     assert tuple(vocabularies) == X86 + ARM
     assert vocabularies == {
         "scalar": ("scalar",),

@@ -43,7 +43,7 @@ def test_goldens_can_be_read(digests: ModuleType) -> None:
     assert algorithms == {"direct", "wide", "split", "panel", "tiles", "mmla"}
     texts = [path.read_text(encoding="utf-8") for path in digests.GOLDEN.glob("*.c")]
     assert sum(text.count("\n") for text in texts) < 4000
-    assert not [text for text in texts if "struct bitgen_matmul {" in text or "WORD vb vb_load" in text]
+    assert not [text for text in texts if "struct bitgen_matmul {" in text or "OP vb vb_load" in text]
 
 
 def test_a_changed_text_is_seen(digests: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,13 @@ import pytest
 from broken_kernels import RIGHT, Broken, source_of, spec_of
 from libraries import users_toolchain
 
-from bitgen.api import Workshop
 from bitgen.bundle import read_bundle
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.units import table_values
 from bitgen.bundle.write import write_library
 from bitgen.cli import main
 from bitgen.cpu import CAP_VARIABLE, Cpu, accepted_isas, capped, detect_cpu, find_isa, load_isas, target_cpu
+from bitgen.environment import Environment
 from bitgen.errors import BitgenError, UnsupportedError, UsageError
 from bitgen.measure import LocalRunner, Status
 from bitgen.runtime import KernelTable, load
@@ -90,17 +90,17 @@ def test_recordings_and_named_targets_are_not_capped(
 
 def test_levels_the_fingerprint_and_refusals_are_those_of_the_small_cpu(cap: Callable[[str], None]) -> None:
     large, kernel = (
-        Workshop(),
+        Environment(),
         space_for("i2s", find_isa("scalar", load_isas()), N1, Shape(64, 64), detect_cpu()).default,
     )
     before = large.fingerprints(kernel)
     cap("scalar")
-    small = Workshop()
+    small = Environment()
     assert [isa.name for isa in accepted_isas(small.cpu, small.isas)] == ["scalar"]
     assert small.isa(None).name == "scalar"
     assert (small.fingerprints(kernel) == before) == (BEST == "scalar")
     by_hand = replace(large.cpu, features=small.cpu.features, sve_bytes=small.cpu.sve_bytes)
-    assert Workshop(target=by_hand).fingerprints(kernel) == small.fingerprints(kernel), (
+    assert Environment(target=by_hand).fingerprints(kernel) == small.fingerprints(kernel), (
         "as if the CPU were like that"
     )
     for level in ACCEPTED[1:]:

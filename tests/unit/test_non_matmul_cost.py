@@ -1,23 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-import libraries
-import pytest
+from pathlib import Path
 
 from bitgen.formats.config import find_model
 from bitgen.inference.non_matmul_cost import non_matmul_cost
 
 
-def test_the_rest_of_the_step_grows_with_layers_and_vocabulary(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    library = libraries.built_library(tmp_path_factory)
+def test_the_rest_of_the_step_grows_with_layers_and_vocabulary(bundle: Path) -> None:
     small = replace(
         find_model("3B"), hidden=256, ffn=512, layers=2, heads=4, kv_heads=4, head_dim=64, vocab=2000
     )
     deep, wide = replace(small, layers=200), replace(small, vocab=40000)
-    times = [non_matmul_cost(preset, library, 1, (1, 32)) for preset in (small, deep, wide)]
+    times = [non_matmul_cost(preset, bundle, 1, (1, 32)) for preset in (small, deep, wide)]
     for found in times:
         assert set(found) == {1, 32}
         assert 0 < found[32] < found[1]  # of a prompt only the last token has logits

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,7 +253,8 @@ def test_pack_refuses(w: np.ndarray, told: str, function: Callable[[np.ndarray],
 def test_unpack_refuses_other_sizes(layout: Layout) -> None:
     shape = Shape(20, 70)
     packed = pack(layout, np.zeros((20, 70), np.int8))
-    for wrong in (packed[:-1], np.append(packed, packed[:1]), packed.astype(np.int8)):
+    other: Any = packed.astype(np.int8)
+    for wrong in (packed[:-1], np.append(packed, packed[:1]), other):
         with pytest.raises(BitgenError, match=rf"20x70 in {layout.name} take {len(packed)} bytes"):
             unpack(layout, wrong, shape)
 

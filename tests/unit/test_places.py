@@ -10,27 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from model_files import preset_yaml
 
 pytestmark = pytest.mark.slow  # two checks and a tune in processes of their own
 ROOT = Path(__file__).parents[2]
 TOYS = ROOT / "tests" / "data" / "places"
-MODEL = """\
-name: toy-model
-aliases: []
-hidden: 64
-ffn: 96
-layers: 1
-heads: 4
-kv_heads: 4
-head_dim: 16
-vocab: 256
-rope_theta: 10000.0
-activation: silu
-sub_norms: true
-tied_head: true
-norm_eps: 1.0e-5
-architecture: bitnet
-"""
+MODEL = preset_yaml("toy-model", hidden=64, ffn=96, layers=1, heads=4, kv_heads=4, head_dim=16, vocab=256)
 
 
 @pytest.fixture(scope="module")

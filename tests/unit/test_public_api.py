@@ -76,11 +76,14 @@ OWNERS: dict[str, Any] = {
 }
 
 
+STARS: dict[Any, str] = {inspect.Parameter.VAR_KEYWORD: "**", inspect.Parameter.VAR_POSITIONAL: "*"}
+
+
 def arguments(call: Any) -> list[str]:
     """The parameters of a callable as they are listed above."""
     found: list[str] = []
     for parameter in inspect.signature(call).parameters.values():
-        stars = {parameter.VAR_KEYWORD: "**", parameter.VAR_POSITIONAL: "*"}.get(parameter.kind, "")
+        stars = STARS.get(parameter.kind, "")
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
             found.append("*")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"

@@ -15,7 +15,8 @@ FLOOR = f32(1e-5)
 
 def quantize(*values: float) -> tuple[list[int], np.float32]:
     xq, x_scale = quantize_activations(np.array([values], f32))
-    assert (xq.dtype, x_scale.dtype, x_scale.shape) == (np.int8, np.float32, (1,))
+    assert (xq.dtype, x_scale.dtype) == (np.dtype(np.int8), np.dtype(f32))
+    assert x_scale.shape == (1,)
     return [int(v) for v in xq[0]], x_scale[0]
 
 

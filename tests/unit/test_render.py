@@ -24,12 +24,12 @@ from bitgen.measure.harness import unit_of
 from bitgen.render import (
     Source,
     inherits,
-    parse_vocabulary,
+    ops_used,
+    parse_ops,
     render_kernel,
     render_quantize,
     render_tables,
-    vocabulary,
-    words_used,
+    vector_ops,
 )
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Layout, Regime, Shape
@@ -117,7 +117,7 @@ def test_text_tells_nothing_of_this_machine_and_has_no_conditions() -> None:
 
 def test_text_is_tidy() -> None:
     for source in everything():
-        heads = [prototype.split("(")[0] + "(" for prototype in source.prototypes]
+        heads = [f" * {source.name}", *(prototype.split("(")[0] + "(" for prototype in source.prototypes)]
         depth = 0
         for number, line in enumerate(source.text.splitlines(), 1):
             where = f"{source.name}:{number}: {line}"
@@ -173,7 +173,7 @@ def test_clang_accepts_it_without_a_warning(isa: str, tmp_path: Path) -> None:
     files = []
     for i, source in enumerate(for_compiling(isa)):
         files.append(tmp_path / f"{i}.c")
-        files[-1].write_text(unit_of(source).checked_text)
+        files[-1].write_text(unit_of(source).text)
     flags = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", *ISAS[isa].cc_flags]
     run = subprocess.run([clang, *flags, *files], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[:3000]
@@ -244,23 +244,23 @@ def test_the_hint_says_where_prefetched_lines_go(family: str) -> None:
         assert {name for name in words if re.search(rf"\b{name}\(w", text)} == {word}
 
 
-def test_only_the_words_that_are_used_are_in_the_text() -> None:
+def test_only_the_ops_that_are_used_are_in_the_text() -> None:
     for source in everything(0):
-        words = vocabulary(source.isa)
+        ops = vector_ops(source.isa)
         body = source.text[source.text.index("struct bitgen_matmul {") :]
-        needed = set(words_used(words, body))
-        for name in set(words) - {"types", "includes", "vt"}:
-            definition = rf"^(WORD \w+ {name}\(|typedef .*\b{name};)"
+        needed = set(ops_used(ops, body))
+        for name in set(ops) - {"types", "includes", "vt"}:
+            definition = rf"^(OP \w+ {name}\(|typedef .*\b{name};)"
             assert (re.search(definition, source.text, re.MULTILINE) is not None) == (name in needed)
 
 
-def test_parse_vocabulary() -> None:
-    assert parse_vocabulary("no word\n//: one\na\n\n//: two\nb\nc\n") == {"one": "a\n", "two": "b\nc\n"}
-    assert words_used({"a": "b(1)", "b": "x", "c": "a"}, "int f = a(2);") == ["a", "b"]
+def test_parse_ops() -> None:
+    assert parse_ops("no word\n//: one\na\n\n//: two\nb\nc\n") == {"one": "a\n", "two": "b\nc\n"}
+    assert ops_used({"a": "b(1)", "b": "x", "c": "a"}, "int f = a(2);") == ["a", "b"]
 
 
 def test_inherited_kernels() -> None:
-    """VBMI changes words that only T5 and the table builders use, VNNI some that every kernel uses."""
+    """VBMI changes ops that only T5 and the table builders use, VNNI some that every kernel uses."""
     for family in ("i2s", "tl1", "tl2"):
         for regime in REGIMES:
             assert inherits(default(family, "avx512_vbmi", regime)) == "avx512_vnni"

@@ -22,7 +22,7 @@ from bitgen.inference.sampling import (
     uniform,
 )
 
-ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
+ALL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
 
 
 def draw(logits: Any, count: int = 1, text: Any = (), **options: Any) -> list[int]:
@@ -143,7 +143,7 @@ def test_a_draw_is_what_the_definition_says(seed: int, k: int, p: float, min_p: 
 
 def test_repetition_penalty_counts_recent_tokens_once() -> None:
     logits = [2.0, 1.5, -1.0, -1.2]
-    options = {"temperature": 0.0, "repeat_penalty": 1.5}
+    options: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.5}
     assert draw(logits, text=[0, 0], **options) == [1]  # 2 / 1.5 < 1.5
     assert draw(logits, text=[0, 1], **options) == [0]
     assert draw(logits, text=[0, 3, 3], repeat_last_n=2, **options) == [0]

@@ -511,7 +511,7 @@ def test_only_exports_are_visible(chain: Toolchain, tmp_path: Path) -> None:
     assert b"libtwo.so.0\0" in out.read_bytes()
     ffi = cffi.FFI()
     ffi.cdef("int f(void); int g(void);")
-    lib = ffi.dlopen(str(out))
+    lib: Any = ffi.dlopen(str(out))
     assert lib.g() == 4
     with pytest.raises(AttributeError):
         _ = lib.f
@@ -562,7 +562,8 @@ def test_an_output_folder_that_cannot_be_written(chain: Toolchain, tmp_path: Pat
 def build(request: pytest.FixtureRequest) -> Callable[[Toolchain, Sequence[Unit]], Path]:
     if request.param is build_module and not python_headers():
         pytest.skip("this Python came without its headers")
-    return request.param
+    made: Build = request.param
+    return made
 
 
 Build = Callable[[Toolchain, Sequence[Unit]], Path]

@@ -6,17 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from synthetic import fingerprints
-from test_store import LARGE, R16, R32, WIDE, of_layout, others, tuning
+from synthetic import WIDE, fingerprints
+from test_store import LARGE, R16, R32, of_layout, others, tuning
 
 from bitgen import __version__, winners
-from bitgen.api import Workshop, choices_for
+from bitgen.api import choices_for
 from bitgen.bundle import KernelEntry, read_bundle
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
+from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.formats.config import find_model
 from bitgen.llm import library_for
 from bitgen.measure import Job
+from bitgen.paths import winners_dir
 from bitgen.space import space_for
 from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
@@ -88,18 +90,18 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     """Without a tune of its own, a machine builds what was committed for its family."""
     monkeypatch.setenv("BITGEN_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(winners, "winners_dir", lambda: tmp_path)
-    workshop, preset = Workshop(), find_model("3B")
-    isa, shape = workshop.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
-    assert choices_for(preset, workshop, isa) == []
-    point = next(s for s in workshop.space("i2s", isa, "n1", shape) if s.layout == R16)
+    env, preset = Environment(), find_model("3B")
+    isa, shape = env.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
+    assert choices_for(preset, env, isa) == []
+    point = next(s for s in env.space("i2s", isa, "n1", shape) if s.layout == R16)
     knobs = tuple((name, 99 if name == "streams" else value) for name, value in point.schedule)
     outdated = replace(point, schedule=Schedule(point.schedule.algorithm, knobs))
-    tuned = tuning([(point, 2), (outdated, 1)], made=workshop.fingerprints)
+    tuned = tuning([(point, 2), (outdated, 1)], made=env.fingerprints)
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
-    export_winners(store, workshop.fingerprints, workshop.cpu, workshop.isas, tmp_path)
-    assert len(family_winners(workshop.cpu.family, tmp_path)) == 2
-    assert choices_for(preset, workshop, isa) == [KernelEntry(point, shape, 2)]
-    assert (near := nearest_winners(workshop.cpu, workshop.isas))
+    export_winners(store, env.fingerprints, env.cpu, env.isas, tmp_path)
+    assert len(family_winners(env.cpu.family, tmp_path)) == 2
+    assert choices_for(preset, env, isa) == [KernelEntry(point, shape, 2)]
+    assert (near := nearest_winners(env.cpu, env.isas))
     assert near.why == "this CPU's family"
 
 
@@ -110,14 +112,14 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
 ) -> None:
     """Untuned, a model's first run builds the committed kernels of its shapes; the next one finds them."""
     monkeypatch.setattr(winners, "winners_dir", lambda: tmp_path)
-    workshop, preset = Workshop(), find_model("TriLM-99M")
-    isa, shape = workshop.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
-    point = workshop.space("t5", isa, "n1", shape).default
-    tuned = tuning([(point, 1)], point.layout, made=workshop.fingerprints)
+    env, preset = Environment(), find_model("TriLM-99M")
+    isa, shape = env.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
+    point = env.space("t5", isa, "n1", shape).default
+    tuned = tuning([(point, 1)], point.layout, made=env.fingerprints)
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
     untuned = library_for(preset)
     assert untuned.parent.name.startswith("untuned-")
-    export_winners(store, workshop.fingerprints, workshop.cpu, workshop.isas, tmp_path)
+    export_winners(store, env.fingerprints, env.cpu, env.isas, tmp_path)
     said: list[str] = []
     library = library_for(preset, said.append)
     assert said == [f"building the kernels of {preset.alias}, once"]
@@ -132,7 +134,7 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
 
 
 def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
-    for path in sorted(winners.winners_dir().glob("*.json")):
+    for path in sorted(winners_dir().glob("*.json")):
         data = json.loads(path.read_text())
         assert data["cpu_family"] == path.stem
         assert set(data["tuned_on"]) == {"cpu", "compiler", "templates", "version"}

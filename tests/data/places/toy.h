@@ -2,7 +2,7 @@
 
 //: vw_sub
 // w[i] = a[i] - b[i] mod 2^32, as a sum
-WORD vw vw_sub(vw a, vw b) {
+OP vw vw_sub(vw a, vw b) {
     for (int i = 0; i < 16; ++i) a.w[i] = (int32_t)((uint32_t)a.w[i] + (~(uint32_t)b.w[i] + 1u));
     return a;
 }

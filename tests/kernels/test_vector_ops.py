@@ -1,6 +1,6 @@
-"""Every word of every ISA level that this CPU or an emulator runs, against its meaning written down in numpy.
+"""Every op of every ISA level that this CPU or an emulator runs, against its meaning written down in numpy.
 
-For each word a C wrapper with one signature is generated: block and scalar arguments are read from memory,
+For each op a C wrapper with one signature is generated: block and scalar arguments are read from memory,
 pointer arguments point into a page between two forbidden ones. Three types have no form in memory: flags (vm)
 are made by vb_test and read by vb_select, sums of products (vp) are made by vp_add and read by vw_widen,
 activations (vx) are made by vx_load and read by vw_dot4_field.
@@ -15,23 +15,23 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import foreign
 import numpy as np
 import pytest
-from float_words import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
+from float_ops import FLOAT_DOMAINS, FLOAT_EXTENTS, FLOAT_MEANINGS, FLOAT_RANGES
 from libraries import shared_cache
 from loaded import load_units
 
 from bitgen.cpu import ANY_ARCH, Isa, Rejected, detect_cpu, load_isas, resolve_isas
 from bitgen.paths import templates_dir
-from bitgen.render import parse_vocabulary, vocabulary
+from bitgen.render import parse_ops, vector_ops
 from bitgen.toolchain import CompileError, Compiler, Prototype, Toolchain, Unit, find_compilers
 
 pytestmark = pytest.mark.slow
 
-DATA = Path(__file__).parents[1] / "data" / "vocabulary_harness"
+DATA = Path(__file__).parents[1] / "data" / "vector_ops_harness"
 ISA_FILES = sorted((templates_dir() / "isa").glob("*.h"))
 ISAS = load_isas()
 DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu(), ISAS)}
@@ -39,7 +39,7 @@ DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu
 EMULATED_ISAS = [isa for isa in ISAS if isa.arch in (ANY_ARCH, "aarch64")]
 COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
 NOT_FUNCTIONS = {"includes", "types", "vt", "vp", "vx"}
-HELPERS = ("neon_", "sve_")  # how the names of a level's own functions begin, which its words share
+HELPERS = ("neon_", "sve_")  # how the names of a level's own functions begin, which its ops share
 CANARY = 0xA5
 DTYPES = {
     "vb": np.uint8,
@@ -65,7 +65,7 @@ class Signature:
 
     @classmethod
     def of(cls, text: str) -> Signature:
-        match = re.search(r"^WORD\s+(\w+)\s+(\w+)\(([^)]*)\)", text, re.MULTILINE)
+        match = re.search(r"^OP\s+(\w+)\s+(\w+)\(([^)]*)\)", text, re.MULTILINE)
         assert match, text
         params = [p.strip() for p in match[3].split(",") if p.strip() != "void"]
         split = [re.fullmatch(r"(.*?\W)(\w+)", p) for p in params]
@@ -73,35 +73,36 @@ class Signature:
 
 
 def signatures(isa_name: str, tiles: bool = False) -> dict[str, Signature]:
-    """Of the words of a level, or of those for tiles, which have a test of their own."""
-    words = vocabulary(isa_name)
+    """Of the ops of a level, or of those for tiles, which have a test of their own."""
+    ops = vector_ops(isa_name)
     return {
         name: Signature.of(text)
-        for name, text in words.items()
+        for name, text in ops.items()
         if name not in NOT_FUNCTIONS and not name.startswith(HELPERS) and name.startswith("vt_") == tiles
     }
 
 
 TILES = signatures("scalar", tiles=True)
 MMLA_PART = (templates_dir() / "isa" / "scalar.h").read_text().partition("//== Products of 2 x 8")[2]
-MMLA_NAMES = set(parse_vocabulary(MMLA_PART))
+MMLA_NAMES = set(parse_ops(MMLA_PART))
 MMLA = {name: signature for name, signature in signatures("scalar").items() if name in MMLA_NAMES}
 SCALAR = {name: signature for name, signature in signatures("scalar").items() if name not in MMLA}
 
 
-def words_of(isa: Isa) -> dict[str, Signature]:
-    """The words that a level must have, without those for tiles."""
+def ops_of(isa: Isa) -> dict[str, Signature]:
+    """The ops that a level must have, without those for tiles."""
     return {**SCALAR, **(MMLA if isa.mmla else {})}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What the words mean. Arguments are arrays of the block's elements, numpy scalars, and for a pointer the
+# What the ops mean. Arguments are arrays of the block's elements, numpy scalars, and for a pointer the
 # bytes that may be touched: a function that stores changes them in place.
 
 MEANINGS: dict[str, Callable[..., Any]] = {}
+Meaning = TypeVar("Meaning", bound=Callable[..., Any])
 
 
-def meaning(function: Callable[..., Any]) -> Callable[..., Any]:
+def meaning(function: Meaning) -> Meaning:
     MEANINGS[function.__name__] = function
     return function
 
@@ -217,14 +218,15 @@ def vb_lut_low(table: Array, idx: Array) -> Array:
 @meaning
 def vh_pairs(u: Array, s: Array) -> Array:
     sums = (i64(u) * i64(s.view(np.int8))).reshape(32, 2).sum(axis=1)
-    exact = sums.astype(np.int16)
+    exact: Array = sums.astype(np.int16)
     assert np.array_equal(exact, sums)  # that no legal input saturates
     return exact
 
 
 def products(u: Any, s: Array) -> Array:
     """Sums of four products: int64 (16,)."""
-    return (i64(np.asarray(u)) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1)
+    sums: Array = (i64(np.asarray(u)) * i64(s.view(np.int8))).reshape(16, 4).sum(axis=1)
+    return sums
 
 
 def field(x: Array, f: int) -> Array:
@@ -326,7 +328,7 @@ MEANINGS.update(
 )
 
 # ---------------------------------------------------------------------------------------------------------
-# What the words are tried on.
+# What the ops are tried on.
 
 EDGES: dict[str, list[Any]] = {
     "vb": [0, 1, 0x0F, 0x55, 127, 128, 129, 255],
@@ -454,7 +456,7 @@ def complete(
             args[name] = SCALARS[kind](args.get(name, anything))
     for kind, name in signature.params:  # last, because a count may decide how many bytes there are
         if "*" in kind:
-            size = EXTENTS.get(signature.name, lambda _: 64)(args)
+            size = EXTENTS[signature.name](args) if signature.name in EXTENTS else 64
             reads = "const" in kind
             args[name] = rng.integers(0, 256, size, np.uint8) if reads else np.full(size, CANARY, np.uint8)
     if signature.name == "vb_field":
@@ -506,7 +508,7 @@ def wrapper(signature: Signature, function: str, constant: int | None = None) ->
     return f"void {function}(void *const *arg, void *out)\n{{\n{body}\n}}\n"
 
 
-# The words for tiles only mean something together. rows0, rows1, the numbers of three tiles; contents.
+# The ops for tiles only mean something together. rows0, rows1, the numbers of three tiles; contents.
 TILE_WRAPPERS = {
     "product": """\
     int n[5];
@@ -540,12 +542,12 @@ TILE_WRAPPERS = {
 
 
 def unit_of(isa: Isa) -> Unit:
-    """All words of a level, each behind its wrappers."""
-    words = dict(vocabulary(isa.name))
-    head = ["#include <stdint.h>", "#include <string.h>", words.pop("includes"), words.pop("types")]
-    head.insert(3, "#define WORD static inline __attribute__((always_inline, unused))")
+    """All ops of a level, each behind its wrappers."""
+    ops = dict(vector_ops(isa.name))
+    head = ["#include <stdint.h>", "#include <string.h>", ops.pop("includes"), ops.pop("types")]
+    head.insert(3, "#define OP static inline __attribute__((always_inline, unused))")
     prototypes, bodies = [], []
-    for signature in words_of(isa).values():
+    for signature in ops_of(isa).values():
         names = [name for kind, name in signature.params if (kind, name) in CONSTANTS]
         counts = RANGES[signature.name, names[0]] if names else [None]
         for constant in counts:
@@ -556,7 +558,7 @@ def unit_of(isa: Isa) -> Unit:
     for name, body in TILE_WRAPPERS.items() if isa.tiles else ():
         prototypes.append(Prototype.parse(f"void test_{name}__{isa.name}(void *const *arg, void *out)"))
         bodies.append(f"void test_{name}__{isa.name}(void *const *arg, void *out)\n{{\n{body}}}\n")
-    text = "\n".join([*head, *words.values(), *bodies])
+    text = "\n".join([*head, *ops.values(), *bodies])
     return Unit(f"vocabulary_{isa.name}", text, isa, tuple(prototypes))
 
 
@@ -567,7 +569,7 @@ GUARDED = Unit(
         Prototype.parse("int64_t page_bytes(void)"),
         Prototype.parse("uint8_t *guarded_page(void)"),
         Prototype.parse(
-            "int guarded_call(void (*word)(void *const *arg, void *out), void *const *arg, void *out)"
+            "int guarded_call(void (*op)(void *const *arg, void *out), void *const *arg, void *out)"
         ),
     ),
 )
@@ -587,7 +589,7 @@ def toolchain_of_words(compiler: Compiler) -> Toolchain:
 
 
 class Harness:
-    """The words of all levels that run here, compiled by one compiler."""
+    """The ops of all levels that run here, compiled by one compiler."""
 
     def __init__(self, toolchain: Toolchain) -> None:
         isas = [decision.isa for decision in DECISIONS.values() if not isinstance(decision, Rejected)]
@@ -599,7 +601,7 @@ class Harness:
         assert self.page, "no memory for a guarded page"
 
     def run(self, function: str, args: list[Any], is_pointer: list[bool], offset: int) -> Outcome:
-        """Call with the pointer argument (no word has two) at ``offset`` of the page, canaries all around."""
+        """Call with the pointer argument (no op has two) at ``offset`` of the page, canaries all around."""
         ffi = self.kernels.ffi
         page = np.frombuffer(ffi.buffer(self.page, self.page_bytes), np.uint8)
         page[:] = CANARY
@@ -614,8 +616,8 @@ class Harness:
                 pointers.append(ffi.cast("void *", alive[-1].ctypes.data))
         out = np.full(64, CANARY, np.uint8)
         argv = ffi.new("void *[]", pointers or [ffi.NULL])
-        word = self.kernels.function(function)
-        number = self.kernels.lib.guarded_call(word, argv, ffi.cast("void *", out.ctypes.data))
+        op = self.kernels.function(function)
+        number = self.kernels.lib.guarded_call(op, argv, ffi.cast("void *", out.ctypes.data))
         around = np.delete(page, slice(offset, offset + size))
         return Outcome(number, out, page[offset : offset + size].copy(), bool((around != CANARY).any()))
 
@@ -636,7 +638,7 @@ class Call:
 
 
 class Emulated:
-    """The words of each level of another architecture as a program of its own, run by an emulator."""
+    """The ops of each level of another architecture as a program of its own, run by an emulator."""
 
     page_bytes = 4096
 
@@ -664,8 +666,8 @@ class Emulated:
         unit = unit_of(isa)
         functions = [function.name for function in unit.functions]
         table = "".join(f"void {name}(void *const *arg, void *out);\n" for name in functions)
-        table += f"void (*const words[])(void *const *arg, void *out) = {{{', '.join(functions)}}};\n"
-        units = [unit, GUARDED, Unit("words", table), Unit("foreign", (DATA / "foreign.c").read_text())]
+        table += f"void (*const ops[])(void *const *arg, void *out) = {{{', '.join(functions)}}};\n"
+        units = [unit, GUARDED, Unit("ops", table), Unit("foreign", (DATA / "foreign.c").read_text())]
         objects = self.toolchain.compile_objects(units)
         failed = next((one for one in objects if isinstance(one, CompileError)), None)
         if failed:
@@ -680,7 +682,7 @@ class Emulated:
 
 
 def record(call: Call, functions: list[str]) -> bytes:
-    """A call as data/vocabulary_harness/foreign.c reads it."""
+    """A call as data/vector_ops_harness/foreign.c reads it."""
     pointer, memory, values = -1, b"", []
     for i, (value, here) in enumerate(zip(call.args, call.is_pointer, strict=True)):
         if here:
@@ -733,27 +735,27 @@ def fault_of(outcome: Outcome, expected: Any, memories: list[Array]) -> str | No
     return next((f"not {memory}" for memory in memories if not np.array_equal(outcome.memory, memory)), None)
 
 
-def each_word(isas: list[Isa]) -> Any:
-    pairs = [pytest.param(isa, word, id=f"{isa.name}-{word}") for isa in isas for word in words_of(isa)]
-    return pytest.mark.parametrize(("isa", "word"), pairs)
+def each_word(isas: list[Isa]) -> pytest.MarkDecorator:
+    pairs = [pytest.param(isa, op, id=f"{isa.name}-{op}") for isa in isas for op in ops_of(isa)]
+    return pytest.mark.parametrize(("isa", "op"), pairs)
 
 
 @each_word(list(ISAS))
-def test_word_means_what_numpy_says(harness: Harness, isa: Isa, word: str) -> None:
+def test_word_means_what_numpy_says(harness: Harness, isa: Isa, op: str) -> None:
     decision = DECISIONS[isa.name]
     if isinstance(decision, Rejected):
         pytest.skip(f"cannot run {isa.name} here: {decision.reason}")
-    try_word(harness, isa, words_of(isa)[word])
+    try_op(harness, isa, ops_of(isa)[op])
 
 
 @pytest.mark.skipif(foreign.why_not() is not None, reason=f"{foreign.why_not()}")
 @each_word(EMULATED_ISAS)
-def test_word_means_what_numpy_says_on_an_emulated_cpu(emulated: Emulated, isa: Isa, word: str) -> None:
-    try_word(emulated, isa, words_of(isa)[word])
+def test_word_means_what_numpy_says_on_an_emulated_cpu(emulated: Emulated, isa: Isa, op: str) -> None:
+    try_op(emulated, isa, ops_of(isa)[op])
 
 
-def try_word(harness: Harness | Emulated, isa: Isa, signature: Signature) -> None:
-    """Call one word with everything `argument_lists` has, at several places of the page."""
+def try_op(harness: Harness | Emulated, isa: Isa, signature: Signature) -> None:
+    """Call one op with everything `argument_lists` has, at several places of the page."""
     kinds, names = [kind for kind, _ in signature.params], [name for _, name in signature.params]
     is_pointer = ["*" in kind for kind in kinds]
     calls, wanted = [], []
@@ -842,29 +844,29 @@ def test_every_word_has_a_meaning() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-def test_every_level_has_the_words_of_scalar(isa: Isa) -> None:
-    own = {name for name in vocabulary(isa.name) if not name.startswith(HELPERS)}
+def test_every_level_has_the_ops_of_scalar(isa: Isa) -> None:
+    own = {name for name in vector_ops(isa.name) if not name.startswith(HELPERS)}
     of_tiles = {"vt", *TILES}
-    assert own | of_tiles | set(MMLA) == set(vocabulary("scalar"))
+    assert own | of_tiles | set(MMLA) == set(vector_ops("scalar"))
     assert own & of_tiles == (of_tiles if isa.tiles else set())
-    assert signatures(isa.name) == words_of(isa)
+    assert signatures(isa.name) == ops_of(isa)
     assert signatures(isa.name, tiles=True) == (TILES if isa.tiles else {})
 
 
 @pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: path.name)
-def test_a_file_holds_words_and_no_preprocessor(path: Path) -> None:
-    assert path.stem in {name for isa in ISAS for name in isa.vocabulary}
+def test_a_file_holds_ops_and_no_preprocessor(path: Path) -> None:
+    assert path.stem in {name for isa in ISAS for name in isa.headers}
     text = path.read_text()
     marks = re.findall(r"^//: (\w+)$", text, re.MULTILINE)
-    assert len(marks) == len(set(marks)) == len(parse_vocabulary(text)), "a word is defined twice"
+    assert len(marks) == len(set(marks)) == len(parse_ops(text)), "a op is defined twice"
     directives = set(re.findall(r"^\s*#\s*(\w+)", text, re.MULTILINE))
     assert directives <= {"include"}, "no #if: what an ISA level has is decided by its file"
 
 
 @pytest.mark.parametrize("path", ISA_FILES, ids=lambda path: path.name)
 def test_a_comment_names_no_word(path: Path) -> None:
-    """The renderer takes every name in a word's text for a use, and would write that word out too."""
-    words = {name for isa in ISAS for name in vocabulary(isa.name)} - NOT_FUNCTIONS
-    for name, text in parse_vocabulary(path.read_text()).items():
+    """The renderer takes every name in a op's text for a use, and would write that op out too."""
+    ops = {name for isa in ISAS for name in vector_ops(isa.name)} - NOT_FUNCTIONS
+    for name, text in parse_ops(path.read_text()).items():
         comments = " ".join(re.findall(r"//(.*)", text))
-        assert not words & set(re.findall(r"\w+", comments)), f"in the comment of {name}"
+        assert not ops & set(re.findall(r"\w+", comments)), f"in the comment of {name}"

@@ -1,7 +1,7 @@
-/* The words of a CPU that is not this one: an emulator runs this program. Records come in on stdin, answers go
+/* The ops of a CPU that is not this one: an emulator runs this program. Records come in on stdin, answers go
  * out on stdout, both of native integers:
  *
- *     in   int32 word, argument count, pointer argument (-1: none), offset in the page, bytes behind the pointer;
+ *     in   int32 op, argument count, pointer argument (-1: none), offset in the page, bytes behind the pointer;
  *          64 bytes for each argument; the bytes behind the pointer
  *     out  int32 signal, int32 whether bytes around the pointer's changed; 64 bytes of result; the bytes behind
  *          the pointer
@@ -10,12 +10,12 @@
 #include <stdio.h>
 #include <string.h>
 
-typedef void word(void *const *arg, void *out);
+typedef void op(void *const *arg, void *out);
 
 int64_t page_bytes(void);
 uint8_t *guarded_page(void);
-int guarded_call(word *w, void *const *arg, void *out);
-extern word *const words[];
+int guarded_call(op *w, void *const *arg, void *out);
+extern op *const ops[];
 
 enum { CANARY = 0xA5, MAX_ARGUMENTS = 8, MAX_BYTES = 4096 };
 
@@ -43,7 +43,7 @@ int main(void)
         for (int32_t i = 0; i < count; ++i) pointers[i] = i == head[2] ? page + offset : args[i];
         uint8_t out[64] __attribute__((aligned(64)));
         memset(out, CANARY, sizeof out);
-        int32_t answer[2] = {guarded_call(words[head[0]], pointers, out), 0};
+        int32_t answer[2] = {guarded_call(ops[head[0]], pointers, out), 0};
         answer[1] = strayed(page, size, offset, offset + bytes);
         fwrite(answer, sizeof answer, 1, stdout);
         fwrite(out, sizeof out, 1, stdout);

@@ -1,4 +1,4 @@
-/* Call a word with memory between two pages that nobody may touch, and live to tell. */
+/* Call a op with memory between two pages that nobody may touch, and live to tell. */
 #define _DEFAULT_SOURCE
 #include <setjmp.h>
 #include <signal.h>
@@ -24,7 +24,7 @@ uint8_t *guarded_page(void)
 }
 
 /* 0, or the signal that ended the call. */
-int guarded_call(void (*word)(void *const *arg, void *out), void *const *arg, void *out)
+int guarded_call(void (*op)(void *const *arg, void *out), void *const *arg, void *out)
 {
     static const int numbers[] = {SIGSEGV, SIGBUS, SIGILL};
     struct sigaction ours = {.sa_handler = on_signal}, before[3];
@@ -32,7 +32,7 @@ int guarded_call(void (*word)(void *const *arg, void *out), void *const *arg, vo
         sigaction(numbers[i], &ours, &before[i]);
     int number = sigsetjmp(rescue, 1);
     if (number == 0)
-        word(arg, out);
+        op(arg, out);
     for (int i = 0; i < 3; ++i)
         sigaction(numbers[i], &before[i], NULL);
     return number;

@@ -1,4 +1,4 @@
-"""Prove kernels exact: every schedule of the spaces against numpy, ragged shapes and overflow edges."""
+"""Verify kernels exact: every schedule of the spaces against numpy, ragged shapes and overflow edges."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import argparse
 from bitgen.cli.arguments import add_compiler, add_spaces
 from bitgen.errors import BitgenError
 
-SUMMARY = "prove every schedule exact against numpy"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_spaces(parser, "all this CPU runs")
-    parser.add_argument("--sample", type=int, help="only so many schedules of each space, drawn by --seed")
+    parser.add_argument("--sample", type=int, help="only so many schedules of each space, sampled by --seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--inherited", action="store_true", help="also kernels with the text of their level's parent"
@@ -21,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitgen.api import check
+    from bitgen.api import verify
     from bitgen.cli.progress import ProgressBar
 
     with ProgressBar() as line:
-        counts = check(
+        counts = verify(
             isas=args.isa,
             families=args.family,
             regimes=args.regime,
@@ -33,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             inherit=not args.inherited,
             cc=args.cc,
-            progress=lambda seen: line.show(str(seen)),
+            progress=line.show,
         )
-    for proof in counts.failures:
-        print(f"{proof.spec.name}: {proof.status.value}: {proof.detail}")
+    for failed in counts.failures:
+        print(f"{failed.spec.name}: {failed.status.value}: {failed.detail}")
     print(counts)
     return 0 if counts.exact else BitgenError.exit_code

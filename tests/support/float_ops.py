@@ -1,4 +1,4 @@
-"""The meaning of the float words (templates/isa/*.h) in numpy; test_vocabulary.py tries them."""
+"""The meaning of the float ops (templates/isa/*.h) in numpy; test_vector_ops.py tries them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def greater(a: Array, b: Array) -> Array:
 def tree(combine: Callable[[Array, Array], Array], v: Array) -> Array:
     while len(v) > 1:
         v = combine(v[: len(v) // 2], v[len(v) // 2 :])
-    return v[0]
+    top: Array = v[0]
+    return top
 
 
 def to_f16(p: Array, v: Array) -> None:

@@ -1,4 +1,4 @@
-"""What every step needs: the CPU, ISA levels, a compiler, the records."""
+"""What every step works with: the CPU, ISA levels, a compiler, the records."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from bitgen.toolchain import Toolchain, find_compiler, find_cross_compiler
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What every step needs: this CPU, the ISA levels, a compiler, and the folder of records.
+class Environment:
+    """What every step works with: this CPU, the ISA levels, a compiler, and the folder of records.
 
     ``cc`` names a compiler (None: $CC, gcc, clang, zig); ``logs`` is the folder of records. ``target`` is the
     CPU to build for, None: this machine's.

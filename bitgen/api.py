@@ -1,0 +1,458 @@
+"""The steps of bitgen as functions: tune, build, load, verify, render, time, export. The CLI calls these.
+
+::
+
+    import bitgen
+
+    result = bitgen.tune("3B")                 # records go to tune_logs/, winners are in result.winners
+    bundle = bitgen.build("3B")                # generated/3B-<cpu family>/: library, header, manifest
+    table = bitgen.load(bundle)                # or bitgen.load(): the best library for this CPU
+    linear = table.linear(w, scale)            # w int8 (m, k) in {-1, 0, 1}
+    y = linear(x)                              # x float32 (n, k) -> float32 (n, m)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from bitgen.cpu import Isa, accepted_isas, detect_cpu, find_isa, target_cpu
+from bitgen.environment import Environment, check_threads
+from bitgen.errors import BitgenError, UsageError
+from bitgen.formats.config import ModelPreset
+from bitgen.formats.open import preset_of
+from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Rates, Status
+from bitgen.paths import ensure_dir, generated_dir, tune_logs_dir
+from bitgen.progress import Progress, Report
+from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
+from bitgen.space import Space
+from bitgen.spec import (
+    FAMILIES,
+    LARGE,
+    REGIMES,
+    KernelSpec,
+    Layout,
+    Shape,
+    family_named,
+    regime_named,
+    regime_of,
+)
+from bitgen.store import RecordStore
+from bitgen.winners import export_winners, family_winners, nearest_winners
+
+if TYPE_CHECKING:
+    from bitgen.bundle import KernelEntry
+    from bitgen.measure.verify import SweepCounts
+    from bitgen.runtime import KernelTable
+    from bitgen.search import TuneOptions, TuningResult
+
+# Schedules depend on the shape only through cache blocks; where no shape is given, this one stands for it.
+ANY_SHAPE = Shape(4096, 4096)
+
+
+# ---- tune ----
+
+
+def tune(
+    model: str | ModelPreset,
+    *,
+    isas: Iterable[str] = (),
+    families: Iterable[str] = (),
+    regimes: Iterable[str] = (),
+    threads: Iterable[int] | Literal["auto"] = (),
+    objective: str | None = None,
+    seed: int = 0,
+    trials: int | None = None,
+    timeout_s: float | None = None,
+    quick: bool = False,
+    fresh: bool = False,
+    dry_run: bool = False,
+    cc: str | None = None,
+    logs: Path | None = None,
+    progress: Report | None = None,
+) -> TuningResult:
+    """Find the fastest exact kernels for a model on this machine and record them.
+
+    What is left out comes from configs/search.yaml, the CPU (its best ISA level, all usable threads) and the
+    model. Of several ``threads`` ("auto": all usable cores, three quarters and half of them) the fastest for
+    the whole step becomes the default of the library that is built. A second call continues: what the
+    records know is not measured again, unless ``fresh``.
+
+    ``dry_run`` is a smoke test: two kernels of each family and regime, each verified and timed once, and
+    nothing is recorded. Its times mean nothing; it shows that a machine (or an emulator) can be tuned on.
+    """
+    from bitgen.search import TuneOptions
+
+    options = TuneOptions(
+        isas=tuple(isas),
+        families=tuple(families),
+        regimes=tuple(regimes),
+        threads="auto" if threads == "auto" else tuple(threads),
+        objective=objective,
+        seed=seed,
+        trials=trials,
+        timeout_s=timeout_s,
+        quick=quick,
+        fresh=fresh,
+        smoke=dry_run,
+        cc=cc,
+        logs=logs,
+    )
+    return tune_with(model, options, progress)
+
+
+def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report | None = None) -> TuningResult:
+    """`tune` with its options as a record, which the command line makes."""
+    from bitgen.measure.runner import LocalRunner, TimingPolicy
+    from bitgen.search import Session, load_search_config, plan_for
+    from bitgen.search import tune as search
+
+    env = Environment(options.cc, options.logs)
+    cpu, preset, config = env.cpu, preset_of(model), load_search_config()
+    levels = [env.isa(name) for name in options.isas] or [env.isa(None)]
+    plan = plan_for(preset, cpu, levels, config, options)
+    check_threads(plan.threads, cpu)
+    near = nearest_winners(cpu, env.isas)
+    policy = None
+    with contextlib.ExitStack() as stack:
+        if options.smoke:
+            plan, config, policy = plan.smoke(), config.smoke(), TimingPolicy.smoke()
+            store = RecordStore(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "smoke.jsonl")
+        else:
+            ensure_dir(tune_logs_dir(options.logs))  # found out now, not after the first measurement
+            store = env.store
+        runner = stack.enter_context(LocalRunner(env.toolchain, cpu, policy=policy))
+        session = Session(
+            config=config,
+            family_winners=tuple(winner.spec for winner in near.winners) if near else (),
+            started_from=f"winners of {near.cpu_family} ({near.why})" if near else "",
+            rest_ns=_rest_ns(preset, {name: regime.n for name, regime in config.regimes.items()}),
+            fresh=options.fresh,
+            progress=progress,
+        )
+        return search(plan, runner, store, env.fingerprints, env.space, session)
+
+
+def _rest_ns(preset: ModelPreset, n: Mapping[str, int]) -> Callable[[str, int], float]:
+    """What a token takes outside the matrices, measured by the forward pass of an untuned library."""
+
+    @cache
+    def on(threads: int) -> Mapping[int, float]:
+        from bitgen.inference.non_matmul_cost import non_matmul_cost
+
+        return non_matmul_cost(preset, untuned_library(), threads, tuple(n.values()))
+
+    return lambda regime, threads: on(threads)[n[regime]]
+
+
+def export(*, cc: str | None = None, logs: Path | None = None, out: Path | None = None) -> Path:
+    """Write this machine's winners as schedules of its CPU family; returns the file.
+
+    Without ``out`` that is ``winners/`` in the folder of records: in a checkout the one that is committed.
+    BitgenError when nothing was tuned here with this compiler and version.
+    """
+    env = Environment(cc, logs)
+    if not any(record.current(env.fingerprints) for record in env.store.tunings):
+        raise BitgenError("there are no current winners to export: run bitgen tune --model NAME first")
+    folder = out if out is not None else tune_logs_dir(logs) / "winners"
+    return export_winners(env.store, env.fingerprints, env.cpu, env.isas, folder)
+
+
+# ---- build and load ----
+
+
+def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEntry]:
+    """The kernels of a model's shapes: tuned here, else committed for this CPU family; else none.
+
+    A shape without any runs on the default kernels that every library holds.
+    """
+    from bitgen.bundle import KernelEntry
+
+    store = env.store
+    committed = family_winners(env.cpu.family)
+    choices: list[KernelEntry] = []
+    for shape in model.shapes:
+        tuned = {
+            winner.threads
+            for record in store.tunings
+            if record.shape == shape
+            for winner in record.current(env.fingerprints)
+        }
+        found = [
+            KernelEntry(winner.spec, shape, winner.threads)
+            for threads in sorted(tuned)
+            for regime in REGIMES
+            if (winner := store.best(shape, regime.name, threads, env.fingerprints))
+            and winner.spec.isa == isa.name
+        ]
+        found = found or [
+            KernelEntry(winner.spec, shape, winner.threads)
+            for winner in committed
+            if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, env, isa)
+        ]
+        choices += dict.fromkeys(found)
+    return choices
+
+
+def _is_legal(winner: Job, env: Environment, isa: Isa) -> bool:
+    """Whether a committed schedule is one of today's: the knobs of a family change with its templates."""
+    space = env.space(winner.spec.family, isa, winner.spec.regime, winner.shape)
+    return not space.broken(winner.spec)
+
+
+def build(
+    model: str | ModelPreset,
+    *,
+    isa: str | None = None,
+    cc: str | None = None,
+    out: Path | None = None,
+    logs: Path | None = None,
+    name: str | None = None,
+    target: str | None = None,
+    system: str | None = None,
+) -> Path:
+    """Write the kernel library of a model: a folder with library, header, manifest and the C text.
+
+    The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
+    defaults. Beside the forward step for every model there is one for this model's sizes. Returns the folder,
+    ``<out>/<model>-<cpu family>``.
+
+    ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
+    there. A library that this machine cannot run is written without being tried.
+    """
+    from bitgen.bundle.contents import Target
+    from bitgen.bundle.write import write_library
+
+    cpu = target_cpu(target, system or platform.system()) if target else None
+    env = Environment(cc, logs, cpu)
+    preset = preset_of(model)
+    level = env.isa(isa)
+    choices = choices_for(preset, env, level)
+    return write_library(
+        choices,
+        env.toolchain,
+        generated_dir(out),
+        name or f"{preset.alias}-{env.cpu.family}",
+        Target.of(env.cpu, level.name, env.isas),
+        model=preset.alias,
+        sizes=preset.step_sizes,
+        fingerprint=_fingerprint(choices, env),
+        threads=env.store.best_threads(preset.shapes, env.fingerprints) if choices else 0,
+        check=env.runs(level),
+    )
+
+
+def _fingerprint(choices: Sequence[KernelEntry], env: Environment) -> str | None:
+    """Stands for the fingerprints of all chosen kernels; None without any."""
+    digests = [env.fingerprints(choice.spec).digest for choice in choices]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16] if digests else None
+
+
+def load(path: str | Path | None = None, threads: int | None = None) -> KernelTable:
+    """Open a kernel library: a .so, a bundle folder, or without a path the best one built or installed here.
+
+    Where there is none yet, an untuned library of default kernels is built once (seconds) and kept.
+    """
+    from bitgen.bundle import all_bundles, choose_bundle, refused_features
+    from bitgen.runtime import load as open_library
+
+    if path is not None:
+        return open_library(path, threads)
+    cpu = detect_cpu()
+    bundle, _ = choose_bundle(all_bundles()[0], cpu, refused_features(cpu))
+    return open_library(untuned_library() if bundle is None else bundle.path, threads)
+
+
+def untuned_library() -> Path:
+    from bitgen.bundle.contents import Target
+    from bitgen.bundle.write import write_library
+
+    env = Environment()
+    target = Target.of(env.cpu, None, env.isas)
+    return write_library((), env.toolchain, generated_dir(), f"untuned-{env.cpu.family}", target)
+
+
+# ---- render ----
+
+
+def legal_space(
+    family: str, *, isa: str | None = None, shape: str | None = None, regime: str = "n1"
+) -> Space:
+    """The legal schedules of a family; ``isa`` may be a level that this CPU cannot run."""
+    env = Environment()
+    level = find_isa(isa, env.isas) if isa else env.isa(None)
+    at = Shape.parse(shape) if shape else ANY_SHAPE
+    return env.space(family_named(family).name, level, regime, at)
+
+
+def render_source(
+    family: str,
+    *,
+    shape: str | None = None,
+    isa: str | None = None,
+    regime: str = "n1",
+    row_block: int | None = None,
+    algorithm: str | None = None,
+    knobs: Sequence[str] = (),
+    model: str | None = None,
+) -> Source:
+    """The C text of one kernel: the default schedule of its space, with ``knobs`` ("name=value") set.
+
+    ``family`` may also be quantize, tables such as tl1_tables or tl5_wide_tables, or step: the forward step
+    for every model, or for the sizes of ``model``. BitgenError quotes the rules that a schedule breaks.
+    """
+    if model is not None and family != "step":
+        raise UsageError("only the forward step is made for a model: bitgen render step --model NAME")
+    level = isa or Environment().isa(None).name
+    if family == "step":
+        return render_step(level, preset_of(model).step_sizes if model else None)
+    if family == "quantize":
+        return render_quantize(level)
+    if family.endswith("_tables"):
+        stem = family.removesuffix("_tables")
+        kinds = (kind for known in FAMILIES.values() for kind, _ in known.tables)
+        kind = next((kind for kind in kinds if stem.endswith(f"_{kind}")), None)
+        return render_tables(stem.removesuffix(f"_{kind}"), level, kind or algorithm)
+    space = legal_space(family, isa=level, shape=shape, regime=regime)
+    start = next((s for s in (space.default, *space) if algorithm in (None, s.schedule.algorithm)), None)
+    if start is None:
+        space.knobs(algorithm or "")  # raises, naming the algorithms there are
+        raise UsageError(f"no legal schedule uses {algorithm}")
+    layout = Layout(space.family, row_block) if row_block else start.layout
+    spec = space.make(start.schedule.algorithm, layout, {**dict(start.schedule), **_parse_knobs(knobs)})
+    space.check(spec, local=False)
+    fixed = Shape.parse(shape) if shape else None
+    return render_kernel(KernelSpec(spec.family, spec.isa, spec.regime, layout, spec.schedule, fixed))
+
+
+def _parse_knobs(knobs: Sequence[str]) -> dict[str, int]:
+    values = {}
+    for knob in knobs:
+        name, sep, value = knob.partition("=")
+        if not sep or not re.fullmatch(r"-?[0-9]+", value.strip()):
+            raise UsageError(f"knob {knob!r}: write it as name=integer, for example streams=4")
+        values[name.strip()] = int(value)
+    return values
+
+
+# ---- verify and time ----
+
+
+def verify(
+    *,
+    isas: Sequence[str] = (),
+    families: Sequence[str] = (),
+    regimes: Sequence[str] = (),
+    sample: int | None = None,
+    seed: int = 0,
+    inherit: bool = True,
+    cc: str | None = None,
+    progress: Report | None = None,
+) -> SweepCounts:
+    """Compare every schedule of the spaces (or ``sample`` of each) with numpy, on all levels of this CPU.
+
+    ``inherit``: what has the text of its level's parent is counted there and not compiled again.
+    """
+    from bitgen.measure.runner import LocalRunner
+    from bitgen.measure.verify import exact_sweep
+
+    if sample is not None and sample < 1:
+        raise UsageError(f"--sample must be at least 1, not {sample}")
+    env = Environment(cc)
+    levels = [env.isa(name) for name in isas] or list(accepted_isas(env.cpu, env.isas))
+    with LocalRunner(env.toolchain, env.cpu) as runner:
+        return exact_sweep(
+            runner,
+            env.cpu,
+            [level.name for level in levels],
+            [family_named(name).name for name in families] or list(FAMILIES),
+            sample,
+            seed,
+            [regime_named(name) for name in regimes] or REGIMES,
+            progress,
+            inherit,
+        )
+
+
+check = verify  # its name until it was called what it does
+
+
+@dataclass(frozen=True)
+class KernelTiming(Rates):
+    """A kernel timed in interleaved rounds with the untuned default, its ``baseline``; medians for one call.
+
+    ``limit_ns`` is the roofline of this run: reading the packed weights once, or the int8 operations at the
+    peak of the ISA level, whichever takes longer.
+    """
+
+    measurement: Measurement
+    baseline: Measurement
+    tuned: bool
+    limit_ns: float
+
+
+def bench_kernels(
+    model: str | ModelPreset,
+    *,
+    tokens: Sequence[int] = (1, 8, 128, 512),
+    threads: int | None = None,
+    rounds: int = 9,
+    isa: str | None = None,
+    cc: str | None = None,
+    logs: Path | None = None,
+    progress: Report | None = None,
+) -> list[KernelTiming]:
+    """Time what the model would run, tuned or not, against the default of each space; small n cold."""
+    from bitgen.measure.runner import LocalRunner
+
+    env = Environment(cc, logs)
+    preset = preset_of(model)
+    level, count = env.isa(isa), env.cpu.usable_threads if threads is None else threads
+    check_threads([count], env.cpu)
+    if rounds < 1 or min(tokens, default=0) < 1:
+        raise UsageError("numbers of tokens and of rounds must be at least 1")
+    chosen = {
+        (choice.shape, choice.spec.regime): choice.spec
+        for choice in choices_for(preset, env, level)
+        if choice.threads <= count
+    }
+    raced: list[KernelTiming] = []
+    with LocalRunner(env.toolchain, env.cpu) as runner:
+        peak = runner.machine_peak(count, [level.name])
+        for shape, n in product(preset.shapes, tokens):
+            if progress:
+                total = len(preset.shapes) * len(tokens)
+                progress(Progress(f"{shape.name}, n = {n}", len(raced), total, "races"))
+            regime = regime_of(n)
+            default = env.space("i2s", level, regime.name, shape).default
+            tuned = chosen.get((shape, regime.name))
+            spec = tuned or default
+            job = RaceJob((spec, default), shape, n, count, rounds, regime is not LARGE)
+            race = runner.race(job)
+            if spec not in race or default not in race:
+                raise BitgenError(f"{shape.name}, n = {n}: {'; '.join(race.dropped.values())}")
+            raced.append(_timing_of(peak, job, race, tuned is not None))
+    return raced
+
+
+def _timing_of(peak: MachinePeak, job: RaceJob, race: Race, tuned: bool) -> KernelTiming:
+    from bitgen.search import roofline_ns
+
+    timed, baseline = (
+        Measurement(Job(spec, job.shape, job.n, job.threads, job.cold), Status.OK, times_ns=tuple(race[spec]))
+        for spec in job.specs
+    )
+    layout, isa = timed.job.spec.layout, timed.job.spec.isa
+    own_read = layout.packed_bytes(job.shape) / timed.median_ns if job.cold else 0.0
+    fastest_read = max(peak.best_dram_gbs, race.read_gbs or 0.0, own_read)
+    limit_ns = roofline_ns(layout, job.shape, job.n, job.cold, fastest_read, peak.peak_gops[isa])
+    return KernelTiming(timed, baseline, tuned, limit_ns)

@@ -1,0 +1,117 @@
+"""What is installed: one receipt for each distribution, and the folder that it names.
+
+::
+
+    INSTALLED/3B.json                   the receipt: version, folder, who signed it
+    INSTALLED/3B-1f0c..-k3j2/           the distribution; a folder that no receipt names is a leftover
+
+Writing the receipt is what installs (`bitgen.bundle.install`): a distribution is there whole or not at all.
+Reading needs no cryptography: the signature was checked when it came in, and only its owner can write here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+
+from bitgen.bundle.index import INDEX_NAME, Index, parse_index, require_entry
+from bitgen.bundle.manifest import MANIFEST_NAME, Bundle, Origin, find_bundles, read_bundle, sha256_of
+from bitgen.errors import BitgenError, FileError
+from bitgen.paths import generated_dir, installed_dir
+from bitgen.records import load, load_json
+from bitgen.trust import Revocations, TrustStore, require_private
+
+FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{16}-[0-9a-f]{8}")  # name, index, a random number
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """An installed distribution: its ``folder`` beside the receipt, the ``key_id`` of who signed it."""
+
+    name: str
+    version: str
+    folder: str
+    index_sha256: str
+    key_id: str | None
+
+    def __post_init__(self) -> None:
+        if not FOLDER.fullmatch(self.folder):
+            raise FileError(f"{self.folder!r} is no folder beside it")
+
+    @property
+    def signed(self) -> str:
+        """Who signed it, for people."""
+        return f"signed by {self.key_id}" if self.key_id else "unsigned"
+
+
+def receipts() -> tuple[list[Receipt], list[BitgenError]]:
+    """What is installed, by name, and what is wrong with damaged receipts."""
+    found: list[Receipt] = []
+    errors: list[BitgenError] = []
+    for file in sorted(installed_dir().glob("*.json")):
+        try:
+            found.append(load(Receipt, load_json(file), str(file)))
+        except BitgenError as error:
+            errors.append(error)
+    return found, errors
+
+
+def find_receipt(name: str) -> Receipt | None:
+    """The receipt of what is installed under ``name``."""
+    return next((receipt for receipt in receipts()[0] if receipt.name == name), None)
+
+
+def index_of(receipt: Receipt) -> Index:
+    """The index of an installed distribution. FileError when it is not the one that was verified."""
+    file = installed_dir() / receipt.folder / INDEX_NAME
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise FileError(f"cannot read {file}: {error.strerror or error}") from error
+    if hashlib.sha256(data).hexdigest() != receipt.index_sha256:
+        raise FileError(f"{file} is not the index that was installed: install it again")
+    return parse_index(data, str(file))
+
+
+def find_installed() -> tuple[list[Bundle], list[BitgenError]]:
+    """The installed bundles, and why others must not be used: damaged, of another ABI, revoked."""
+    found, errors = receipts()
+    bundles: list[Bundle] = []
+    if not found and not errors:
+        return [], []
+    try:
+        require_private(installed_dir())
+        revoked = TrustStore().revoked()
+    except BitgenError as error:
+        return [], [error]
+    for receipt in found:
+        try:
+            bundles += _bundles_of(receipt, revoked)
+        except BitgenError as error:
+            errors.append(FileError(f"{receipt.name} {receipt.version}: {error.message}"))
+    if errors and receipts()[0] != found:  # another process installed meanwhile
+        return find_installed()
+    return bundles, errors
+
+
+def _bundles_of(receipt: Receipt, revoked: Revocations) -> list[Bundle]:
+    if reason := revoked.reason(receipt.key_id, receipt.index_sha256):
+        raise FileError(f"{reason}; bitgen bundle remove {receipt.name}")
+    folder = installed_dir() / receipt.folder
+    made = []
+    for entry in index_of(receipt).bundles:
+        if sha256_of(folder / entry.path / MANIFEST_NAME) != entry.manifest:
+            raise FileError(f"the manifest of {entry.path} is not the one its index names: install it again")
+        bundle = read_bundle(folder / entry.path)
+        require_entry(entry, bundle, folder)
+        made.append(
+            replace(bundle, origin=Origin(receipt.name, receipt.version, receipt.key_id, entry.label))
+        )
+    return made
+
+
+def all_bundles() -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles that were built here, then the installed ones, and what is wrong with the damaged ones."""
+    (own, own_errors), (others, other_errors) = find_bundles(generated_dir()), find_installed()
+    return own + others, own_errors + other_errors

@@ -1,0 +1,182 @@
+"""Bundles from elsewhere: install, list, remove and verify them, see which this CPU gets, and make them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bitgen.cli.options import add_isa_cap
+from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+if TYPE_CHECKING:
+    from bitgen.bundle import Bundle
+
+PASSPHRASE_VARIABLE = "BITGEN_KEY_PASSPHRASE"  # noqa: S105 - a name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add_isa_cap(sub)
+        return sub
+
+    install = action("install", "install a signed zip, a folder, or what is at an https address")
+    install.add_argument("source", metavar="SOURCE", help="x.zip, https://... or a folder with index.json")
+    install.add_argument("--allow-unsigned", action="store_true", help="take it without any signature")
+    install.add_argument("--downgrade", action="store_true", help="also one older than what is installed")
+    add_output(action("list", "what is installed, and who signed it"))
+    action("remove", "remove what is installed").add_argument("name", metavar="NAME")
+    verify = action("verify", "check the signature and every file of a zip or folder")
+    verify.add_argument("path", metavar="PATH", type=Path)
+    verify.add_argument("--allow-unsigned", action="store_true", help="check the files of an unsigned one")
+    add_output(action("pick", "which bundle this CPU gets and why, with its kernels"))
+    pack = action("pack", "put built bundles into a distribution with an index, and sign it")
+    pack.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="bundles, or one distribution")
+    pack.add_argument("-o", "--out", required=True, type=Path, help="x.zip, or a new folder")
+    pack.add_argument("--name", help="of the distribution (default: the model of its bundles)")
+    pack.add_argument("--release", metavar="VERSION", help="its version (default: that of bitgen)")
+    pack.add_argument("--sign", metavar="KEY", type=Path, help="secret key made by `bitgen trust keygen`")
+
+
+def run(args: argparse.Namespace) -> None:
+    {
+        "install": _install,
+        "list": _list,
+        "remove": _remove,
+        "verify": _verify,
+        "pick": _pick,
+        "pack": _pack,
+    }[args.action](args)
+
+
+def _install(args: argparse.Namespace) -> None:
+    from bitgen.bundle.install import install
+
+    receipt = install(
+        args.source, allow_unsigned=args.allow_unsigned, downgrade=args.downgrade, report=_to_stderr
+    )
+    print(f"{receipt.name} {receipt.version} installed, {receipt.signed}; `bitgen bundle pick` shows its use")
+
+
+def _list(args: argparse.Namespace) -> None:
+    from bitgen.bundle.installed import index_of, receipts
+
+    found, errors = receipts()
+    rows = []
+    for receipt in found:
+        index = index_of(receipt)
+        bundles = ", ".join(f"{entry.path} ({entry.label})" for entry in index.bundles)
+        rows.append((receipt.name, receipt.version, receipt.key_id, bundles, receipt.index_sha256))
+    columns = (
+        Column("name", "bundle"),
+        Column("version", "version"),
+        Column("key", "signed by"),
+        Column("bundles", "for"),
+        Column("index", "sha256 of its index"),
+    )
+    print(render_tables([Table("installed", columns, rows)], args.output))
+    if errors:
+        raise errors[0]
+
+
+def _remove(args: argparse.Namespace) -> None:
+    from bitgen.bundle.install import remove
+
+    receipt = remove(args.name, _to_stderr)
+    print(f"{receipt.name} {receipt.version} removed")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from bitgen.bundle.install import verify
+
+    verified = verify(args.path, allow_unsigned=args.allow_unsigned)
+    index = verified.index
+    print(f"{index.name} {index.version}: {len(index.bundles)} bundles, {len(index.files)} files as indexed")
+    print(f"signed by {verified.key_id}" if verified.key_id else "unsigned: nobody vouches for it")
+    print(f"sha256 of its index: {verified.sha256}")
+
+
+def _pick(args: argparse.Namespace) -> None:
+    from bitgen.bundle import all_bundles, choose_bundle, ranked, refused_features
+    from bitgen.cli.show import library_table
+    from bitgen.cpu import accepted_isas, detect_cpu, load_isas
+
+    (bundles, errors), cpu = all_bundles(), detect_cpu()
+    chosen, decisions = choose_bundle(bundles, cpu, refused_features(cpu))
+    rows: list[tuple[object, ...]] = []
+    for rank, (decision, above) in enumerate(ranked(decisions, cpu), 1):
+        reason = "; ".join(filter(None, (decision.reason, above)))
+        state = "chosen" if decision.bundle == chosen else "accepted"
+        rows.append((*_whence(decision.bundle), state, rank, reason))
+    for decision in decisions:
+        if not decision.accepted:
+            rows.append((*_whence(decision.bundle), "rejected", None, decision.reason))
+    rows += [("-", "-", "-", "-", "rejected", None, error.message) for error in errors]
+    columns = (
+        Column("bundle", "bundle"),
+        Column("from", "from"),
+        Column("key", "signed by"),
+        Column("bitgen", "made by bitgen"),
+        Column("state", "state"),
+        Column("rank", "rank", "d"),
+        Column("reason", "why"),
+    )
+    tables = [Table("candidates", columns, rows)]
+    level = None
+    if chosen is not None:
+        runs = [isa.name for isa in accepted_isas(cpu, load_isas())]
+        level = next((name for name in runs if name in chosen.manifest.isas), None)
+        tables.append(library_table(chosen.path))
+    if args.output == "text":
+        path = f"{chosen.path}, ISA level {level}" if chosen else "none; the first use builds one"
+        print(f"this CPU ({cpu.family}) gets {path}\n")
+    facts = {"chosen": str(chosen.path) if chosen else None, "isa": level, "family": cpu.family}
+    print(render_tables(tables, args.output, facts))
+
+
+def _whence(bundle: Bundle) -> tuple[str, str, str, str]:
+    """Its folder, what it came with, who signed that, and which bitgen made it."""
+    origin, age = bundle.origin, bundle.manifest.bitgen_version
+    if origin is None:
+        return bundle.path.name, "built here", "-", age
+    return bundle.path.name, f"{origin.name} {origin.version}", origin.key_id or "unsigned", age
+
+
+def _pack(args: argparse.Namespace) -> None:
+    from bitgen.bundle.pack import pack
+    from bitgen.errors import FileError
+    from bitgen.trust import signatures
+
+    signer = None
+    if args.sign is not None:
+        try:
+            secret = args.sign.read_bytes()
+        except OSError as error:
+            raise FileError(f"cannot read {args.sign}: {error.strerror or error}") from error
+        signer = signatures().Signer(secret, passphrase(secret, str(args.sign)), str(args.sign))
+    packed = pack(args.folders, args.out, name=args.name, version=args.release, signer=signer)
+    index = packed.index
+    print(f"{packed.path}: {index.name} {index.version}, {len(index.bundles)} bundles")
+    print("signed" if packed.signed else "unsigned: who installs it must say --allow-unsigned")
+    print(f"sha256 of its index: {packed.sha256}")
+
+
+def passphrase(secret: bytes, where: str) -> bytes | None:
+    """What opens a secret key: from the environment or the terminal; None for one that is not encrypted."""
+    if b"ENCRYPTED" not in secret.partition(b"\n")[0]:
+        return None
+    given = os.environ.get(PASSPHRASE_VARIABLE)
+    if given is None:
+        import getpass
+
+        given = getpass.getpass(f"Passphrase of {where}: ")
+    return given.encode()
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
