@@ -255,7 +255,7 @@ class Scheduler:
         self._running = {slot: each for slot, each in self._running.items() if each.finish is None}
 
     def _place(self, sequence: Sequence) -> int:
-        """Give a sequence the free slot with most of its tokens, of equals the one that was used least lately."""
+        """Give a sequence the free slot that holds most of its tokens, of equals the least recently used."""
         free = [slot for slot in range(len(self._held)) if slot not in self._running]
         slot = max(free, key=lambda slot: (self._common(slot, sequence), -self._used[slot]))
         self._placed += 1

@@ -24,7 +24,7 @@ class Request:
     ``max_tokens`` None goes on until the model ends or the context is full. The answer ends before the first
     of the ``stop`` texts. ``lookup`` drafts tokens from the text so far, to check several in a forward pass.
     ``logprobs`` keeps the log-probability of every sampled token beside as many of the likeliest ones, and
-    with ``score_prompt`` of the prompt's tokens too. What the KV cache holds is reused for its ``owner`` only.
+    with ``score_prompt`` of the prompt's tokens too. The KV cache is shared within one ``owner``.
     """
 
     prompt: tuple[int, ...]
