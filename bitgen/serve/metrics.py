@@ -49,7 +49,7 @@ class Metrics:
         """Count what a step did."""
         job = update.job
         self._generated.inc(len(update.tokens))
-        if update.tokens and job.sampled == len(update.tokens):
+        if update.first:
             self._started(job)
         if update.finish is not None and job.submitted is not None and job.ended is not None:
             self._whole.labels(update.finish).observe(job.ended - job.submitted)

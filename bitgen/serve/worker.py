@@ -35,6 +35,7 @@ class Update(NamedTuple):
     scores: Sequence[Score] = ()
     finish: Ended | None = None
     error: str = ""
+    first: bool = False  # of its job; the job itself may be further when this is read
 
 
 @dataclass(eq=False)
@@ -185,7 +186,8 @@ class Worker:
         updates = []
         for sequence, text in events:
             job = jobs[sequence]
-            if job.first is None:
+            first = job.first is None
+            if first:
                 job.first, job.computed = now, sequence.computed
             tokens = sequence.tokens[job.sampled :]
             job.sampled = len(sequence.tokens)
@@ -193,10 +195,11 @@ class Worker:
             scores = sequence.scores[seen:]
             self._seen[job] = seen + len(scores)
             if sequence.finish is None:
-                updates.append(Update(job, text, tokens, scores))
+                updates.append(Update(job, text, tokens, scores, first=first))
                 continue
             del self._running[job]
-            updates.append(self._end(job, sequence.finish)._replace(text=text, tokens=tokens, scores=scores))
+            ended = self._end(job, sequence.finish)
+            updates.append(ended._replace(text=text, tokens=tokens, scores=scores, first=first))
         return updates
 
     def _fail(self, error: Exception) -> list[Update]:
