@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.common import add_model, open_llm
+from bitgen.cli.arguments import add_model, open_llm
 from bitgen.errors import BitgenError, UsageError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from bitgen.serve.app import Settings
     from bitgen.serve.guard import Access
 
-SUMMARY = "serve a model over HTTP"
 _PARALLEL_MAX = 64
 
 
