@@ -195,6 +195,17 @@ def test_a_prefix_is_reused_within_one_owner_only() -> None:
     assert [job.reused for job in (first, again, other)] == [0, 89, 0]
 
 
+def test_a_shorter_prompt_copies_its_part_of_one_that_runs() -> None:
+    house = House(2)
+    long = house.submit(request(90, tokens=40, ignore_end=True))
+    for _ in range(12):
+        house.worker.turn()
+    short = house.submit(request(40))
+    house.finish()
+    assert short.reused == 39
+    assert [house.texts[job] for job in (long, short)] == [alone(job.request) for job in (long, short)]
+
+
 def test_texts_of_one_prompt_compute_it_once() -> None:
     house = House(4)
     jobs = [house.submit(request(90, seed=seed)) for seed in range(4)]
