@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +160,7 @@ class Client:
 
 
 @asynccontextmanager
-async def running(engine: FakeEngine | None = None, **settings: Any) -> Any:
+async def running(engine: FakeEngine | None = None, **settings: Any) -> AsyncIterator[Client]:
     """A client of a server whose engine thread runs; nothing may be left when it ends."""
     engine = engine or FakeEngine()
     loop = asyncio.get_running_loop()

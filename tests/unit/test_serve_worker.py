@@ -220,7 +220,11 @@ def test_log_probabilities_are_of_the_prompt_too_and_do_not_depend_on_parts() ->
         house = House(1, token_s)
         scores: list[Any] = []
         wanted = request(90, logprobs=2, score_prompt=True, ignore_end=True)
-        job = Job(wanted, lambda update, scores=scores: scores.extend(update.scores))
+
+        def deliver(update: Update, scores: list[Any] = scores) -> None:
+            scores.extend(update.scores)
+
+        job = Job(wanted, deliver)
         house.worker.submit(job)
         while not house.worker.idle:
             house.worker.turn()

@@ -187,7 +187,7 @@ def test_metrics_count() -> None:
 # ---- What is wrong ----
 
 WRONG: list[tuple[str, Any, str | None]] = []
-for _field, _values in {
+_FIELDS: dict[str, list[Any]] = {
     "prompt": [
         None,
         5,
@@ -224,16 +224,17 @@ for _field, _values in {
     "frequency_penalty": ["1", 0.5],
     "suffix": ["x", 5],
     "best_of": [2, "1"],
-}.items():
+}
+for _field, _values in _FIELDS.items():
     WRONG += [(COMPLETIONS, {**ASK, _field: value}, _field) for value in _values]
-for _messages in (
+_MESSAGES: list[Any] = [
     None, 5, "hi", {}, [], [5], [None], [{}], [{"role": "user", "content": 5}], [{"role": 5, "content": "a"}],
     [{"role": "wizard", "content": "a"}], [{"role": "tool", "content": "a"}], [{"content": "a"}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": [{}]}],
     [{"role": "user", "content": [5]}],
-):  # fmt: skip
-    WRONG.append((CHAT, {"messages": _messages}, "messages"))
+]  # fmt: skip
+WRONG += [(CHAT, {"messages": each}, "messages") for each in _MESSAGES]
 WRONG += [
     (CHAT, {**TALK, name: value}, name)
     for name, value in (
