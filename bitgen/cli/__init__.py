@@ -35,6 +35,7 @@ COMMANDS = {
     "trust": "make, add, list and revoke the keys that sign bundles",
     "run": "continue a text with a model",
     "chat": "talk with a model",
+    "serve": "serve a model over HTTP",
     "perplexity": "how well a model predicts a text",
     "convert": "Hugging Face folder -> GGUF",
     "inspect": "what a model file holds",

@@ -139,8 +139,8 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def open_llm(args: argparse.Namespace) -> LLM:
-    """The model of the arguments; what its user should know goes to standard error."""
+def open_llm(args: argparse.Namespace, *, batch: int = 1) -> LLM:
+    """The model of the arguments, for ``batch`` sequences; notes for its user go to standard error."""
     from bitgen.cli.progress import ProgressBar
     from bitgen.llm import LLM
 
@@ -152,6 +152,7 @@ def open_llm(args: argparse.Namespace) -> LLM:
             context=args.context,
             kv=args.kv,
             head=args.head,
+            batch=batch,
             progress=line.show,
         )
     for note in llm.notes:

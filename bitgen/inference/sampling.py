@@ -34,6 +34,8 @@ _COEFFICIENTS = tuple(1 / math.factorial(i) for i in range(13, -1, -1))
 _GROUP = 64  # logits of which a search looks at the largest first
 _LOWEST = -700.0  # exp of less counts as 0
 
+SAMPLING_VERSION = 1  # goes up when the same logits and seed give another token than before
+
 
 def exp(x: Doubles) -> Doubles:
     """e^x for x <= 700, within 2 units in the last place; 0 below -700. Multiplications and additions only.
@@ -62,6 +64,25 @@ def log_softmax_at(logits: Floats, i: int) -> float:
     x = logits.astype(np.float64)
     top = float(x.max())
     return float(x[i]) - top - math.log(total(exp(x - top)))
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-probability of a token, and the likeliest tokens in its place with theirs, falling."""
+
+    token: int
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+
+
+def score_of(logits: Floats, token: int, k: int) -> Score:
+    """What the model thought of ``token`` before any sampling; logits float32 (vocab), ``k`` best tokens."""
+    x = logits.astype(np.float64)
+    top = float(x.max())
+    rest = math.log(total(exp(x - top)))
+    places = _sorted_top(x, min(k, len(x))) if k else ()
+    best = tuple((int(i), float(x[i]) - top - rest) for i in places)
+    return Score(token, float(x[token]) - top - rest, best)
 
 
 @dataclass(frozen=True)

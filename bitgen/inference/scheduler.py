@@ -11,13 +11,16 @@
 The scheduler is the only caller of the engine. It keeps what the engine's KV cache holds, so a prompt that
 starts like the last one costs only its new part. Every sequence samples its tokens by itself, from logits
 that do not depend on what else is computed: a text is the same alone, in a batch, and with drafts.
+
+Prompts are computed whole, one after the other, while the sequences that run wait; with `max_stall_s` set
+they are computed in parts that take no longer, a step of all that run between two parts.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -37,6 +40,8 @@ _CHUNK = 512  # prompt tokens a forward pass at most; Ctrl-C and progress are se
 # What a pass of a prompt may take. Another one reads the weights again: 1.5 % of 128 tokens of a 3B.
 _CHUNK_S = 1.5
 _CHUNK_MIN = 64  # below this the kernels for many tokens do not pay
+_PART_MIN = 16  # tokens of a part at least, however long they take: the kernels for few tokens end here
+_OLDEST_EVERY = 4  # of so many parts one is of the prompt that came first, the others of the shortest
 _LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
 _SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
 
@@ -108,16 +113,29 @@ class Scheduler:
     """Runs sequences on an engine, from one thread.
 
     As many run at once as the engine has slots; the others wait in the order in which they came. Without a
-    tokenizer it computes plain tokens only (`forward`, `score`).
+    tokenizer it computes plain tokens only (`forward`, `score`). ``max_stall_s`` None computes prompts whole.
     """
 
-    def __init__(self, engine: EngineProtocol, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        engine: EngineProtocol,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_stall_s: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.engine = engine
         self.timings = Timings()
+        self.max_stall_s = max_stall_s
+        self._clock = clock
         self._tokenizer = tokenizer
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # slot -> sequence
         self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each slot
+        self._owner = [""] * engine.max_batch  # whose request computed them
+        self._used = [0] * engine.max_batch  # when a slot was last given away, in placements
+        self._placed = 0
+        self._parts = 0
         # The engine may hold more than is written down here, never less: what another scheduler left, and
         # what a Ctrl-C in the middle of a pass, a copy or a truncation leaves.
         self._unsure = True
@@ -145,13 +163,30 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     def step(self) -> list[Event]:
-        """The prompt of the next sequence that waits, or else the next token of all that run."""
+        """The prompt of the next sequence that waits, or else the next token of all that run.
+
+        With ``max_stall_s``: the next token of all whose prompt is computed, then a part of another's prompt.
+        """
+        if self.max_stall_s is not None:
+            return self._interleaved()
         if self._waiting and len(self._running) < self.engine.max_batch:
-            events = self._start(self._waiting.popleft())
+            slot, events = self._place(self._waiting.popleft()), []
+            while self._lacking(slot):
+                events = self._fill(slot)
         else:
-            events = self._decode() if self._running else []
-        self._running = {slot: each for slot, each in self._running.items() if each.finish is None}
+            events = self._decode(self._running) if self._running else []
+        self._drop_finished()
         return events
+
+    @property
+    def idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not self._running and not self._waiting
+
+    @property
+    def room(self) -> int:
+        """How many more sequences could run now."""
+        return self.engine.max_batch - len(self._running) - len(self._waiting)
 
     def run(self, requests: Items[Request], progress: Report | None = None) -> Iterator[Event]:
         """Submit all, and step until they are finished."""
@@ -202,34 +237,109 @@ class Scheduler:
             if sequence.finish is None and sequence not in inside:
                 self.resume(sequence)
 
-    def _start(self, sequence: Sequence) -> list[Event]:
-        """Compute the prompt of a sequence and sample its first token, or compute again what it lost."""
-        known = sequence.whole if not sequence.tokens else sequence.whole[:-1]
-        slot = self._slot(known)
-        self._running[slot] = sequence
-        if sequence.tokens:
-            self._compute(slot, known)
-            return []
-        started = time.perf_counter()
-        computed, logits = self._compute(slot, known, sequence.progress, wanted=True)
-        self.timings.prompt_tokens += computed
-        self.timings.prompt_s += time.perf_counter() - started
-        return [Event(sequence, self._sample(sequence, logits[0]))]
+    def _interleaved(self) -> list[Event]:
+        while self._waiting and len(self._running) < self.engine.max_batch:
+            self._place(self._waiting.popleft())
+        ready = {slot: each for slot, each in self._running.items() if not self._lacking(slot)}
+        events = self._decode(ready) if ready else []
+        self._drop_finished()
+        lacking = [slot for slot in self._running if self._lacking(slot)]  # in the order in which they came
+        if lacking:
+            self._parts += 1
+            oldest = self._parts % _OLDEST_EVERY == 0
+            events += self._fill(lacking[0] if oldest else min(lacking, key=self._lacking))
+            self._drop_finished()
+        return events
 
-    def _decode(self) -> list[Event]:
-        """One token, or several of a draft that are accepted, for every running sequence."""
-        started = time.perf_counter()
-        room = max(0, FEW // len(self._running) - 1)
+    def _drop_finished(self) -> None:
+        self._running = {slot: each for slot, each in self._running.items() if each.finish is None}
+
+    def _place(self, sequence: Sequence) -> int:
+        """Give a sequence the free slot that holds most of its tokens, of equals the least recently used."""
+        free = [slot for slot in range(len(self._held)) if slot not in self._running]
+        slot = max(free, key=lambda slot: (self._common(slot, sequence), -self._used[slot]))
+        self._placed += 1
+        self._used[slot] = self._placed
+        self._running[slot] = sequence
+        if not sequence.tokens:  # cancelled in its prompt, maybe: that starts over
+            sequence.computed = 0
+            sequence.scores.clear()
+        self._forget(slot, self._common(slot, sequence))
+        self._owner[slot] = sequence.request.owner
+        return slot
+
+    def _common(self, slot: int, sequence: Sequence) -> int:
+        """How many tokens that a slot holds spare a sequence their computation."""
+        request = sequence.request
+        if request.owner != self._owner[slot] or (request.score_prompt and not sequence.tokens):
+            return 0
+        most = len(sequence.whole) - 1  # the last token is computed for its logits
+        return min(_common(self._held[slot], sequence.whole), most)
+
+    def _lacking(self, slot: int) -> int:
+        """How many tokens a running sequence has before one that it decodes; 0 when it decodes."""
+        sequence = self._running[slot]
+        lacking = len(sequence.whole) - len(self._held[slot])
+        return lacking - 1 if sequence.tokens else lacking
+
+    def _fill(self, slot: int) -> list[Event]:
+        """Compute a part of a prompt, and sample the first token after its last part.
+
+        A sequence that was cancelled and resumed has tokens: what it lost is computed again.
+        """
+        sequence = self._running[slot]
+        fresh, scored = not sequence.tokens, sequence.request.score_prompt and not sequence.tokens
+        self._share(slot, sequence)
+        started = self._clock()
+        tokens = sequence.whole if fresh else sequence.whole[:-1]
+        at = len(self._held[slot])
+        if at >= len(tokens):  # it was shared
+            return []
+        if fresh and sequence.progress:
+            sequence.progress(Progress("reading the prompt", at, len(tokens), "tokens"))
+        size = min(self._chunk(), self._logits_most()) if scored else self._chunk()
+        part = tokens[at : at + size]
+        last = fresh and at + len(part) == len(tokens)
+        logits = self.forward([Row(slot, part, [scored] * (len(part) - 1) + [scored or last])])
+        if scored:
+            for row, token in zip(logits, tokens[at + 1 : at + len(part) + 1], strict=False):
+                sequence.score(row, token)
+        if not fresh:
+            return []
+        sequence.computed += len(part)
+        self.timings.prompt_tokens += len(part)
+        self.timings.prompt_s += self._clock() - started
+        if not last:
+            return []
+        if sequence.progress:
+            sequence.progress(Progress("reading the prompt", len(tokens), len(tokens), "tokens"))
+        return [Event(sequence, self._sample(sequence, logits[-1]))]
+
+    def _share(self, slot: int, sequence: Sequence) -> None:
+        """Where another slot holds much more of a sequence, make its slot a copy of that."""
+        best = max(range(len(self._held)), key=lambda other: self._common(other, sequence))
+        common = self._common(best, sequence)
+        if common >= len(self._held[slot]) + _SHARED_MIN:
+            self._forget(slot, 0)
+            self._unsure = True
+            self.engine.copy(best, slot)
+            self._held[slot] = list(self._held[best])
+            self._forget(slot, common)
+
+    def _decode(self, running: Mapping[int, Sequence]) -> list[Event]:
+        """One token, or several of a draft that are accepted, for every one of the ``running`` sequences."""
+        started = self._clock()
+        room = max(0, FEW // len(running) - 1)
         rows = []
-        for slot, sequence in self._running.items():
+        for slot, sequence in running.items():
             spare = self.engine.context - len(sequence.whole)
             rows.append(Row(slot, [sequence.whole[-1], *sequence.draft(min(room, spare))]))
         logits = self.forward(rows)
         self.timings.steps += 1
-        self.timings.step_s += time.perf_counter() - started
+        self.timings.step_s += self._clock() - started
         events, at = [], 0
         for slot, fed, _ in rows:
-            sequence = self._running[slot]
+            sequence = running[slot]
             pieces = []
             for row, draft in enumerate([*fed[1:], None]):
                 pieces.append(self._sample(sequence, logits[at + row]))
@@ -246,10 +356,10 @@ class Scheduler:
         return events
 
     def _sample(self, sequence: Sequence, logits: Floats) -> str:
-        started = time.perf_counter()
+        started = self._clock()
         piece = sequence.sample(None, logits, self.engine.context)
         self.timings.sampled += 1
-        self.timings.sample_s += time.perf_counter() - started
+        self.timings.sample_s += self._clock() - started
         return piece
 
     # ---- Plain tokens ----
@@ -261,7 +371,8 @@ class Scheduler:
         """
         self.check(ids)
         self._forget(0, 0)
-        most = max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
+        self._owner[0] = ""
+        most = self._logits_most()
         at = 0
         while at < len(ids):
             self._only(())
@@ -288,7 +399,7 @@ class Scheduler:
             for slot, held in enumerate(self._held):
                 self.engine.truncate(slot, len(held))
         self._unsure = True
-        started = time.perf_counter()
+        started = self._clock()
         logits = self.engine.forward(
             np.array(tokens, np.int32),
             np.array(positions, np.int32),
@@ -298,54 +409,34 @@ class Scheduler:
         for slot, part, _ in rows:
             self._held[slot] += part
         self._unsure = False
-        if len(tokens) >= _CHUNK_MIN:
-            self._token_s = max(1e-9, (time.perf_counter() - started) / len(tokens))
+        if len(tokens) >= (_CHUNK_MIN if self.max_stall_s is None else _PART_MIN):
+            self._token_s = max(1e-9, (self._clock() - started) / len(tokens))
         return logits
 
     # ---- The KV cache ----
 
-    def _slot(self, tokens: Items[int]) -> int:
-        """A free slot, the one that already holds most of ``tokens``.
-
-        Where a slot in use holds much more of them, the free one becomes a copy of that.
-        """
-        common = [_common(held, tokens) for held in self._held]
-        slot = max((i for i in range(len(common)) if i not in self._running), key=common.__getitem__)
-        best = max(range(len(common)), key=common.__getitem__)
-        if common[best] >= common[slot] + _SHARED_MIN:
-            self._forget(slot, 0)
-            self._unsure = True
-            self.engine.copy(best, slot)
-            self._held[slot] = list(self._held[best])
-        return slot
-
-    def _compute(
-        self, slot: int, tokens: Items[int], progress: Report | None = None, *, wanted: bool = False
-    ) -> tuple[int, Floats]:
-        """Make a slot hold ``tokens`` and nothing else; how many had to be computed.
-
-        With ``wanted`` also the logits (1, vocab) after the last of them.
-        """
-        known = min(_common(self._held[slot], tokens), len(tokens) - (1 if wanted else 0))
-        self._forget(slot, known)
-        logits = np.empty((0, 0), np.float32)
-        at = known
-        while at < len(tokens):
-            if progress:
-                progress(Progress("reading the prompt", at, len(tokens), "tokens"))
+    def _compute(self, slot: int, tokens: Items[int]) -> None:
+        """Make a slot hold ``tokens`` and nothing else."""
+        self._forget(slot, _common(self._held[slot], tokens))
+        while len(self._held[slot]) < len(tokens):
+            at = len(self._held[slot])
             part = tokens[at : at + self._chunk()]
-            at += len(part)
-            last = wanted and at == len(tokens)
-            logits = self.forward([Row(slot, part, [False] * (len(part) - 1) + [last])])
-        if progress:
-            progress(Progress("reading the prompt", len(tokens), len(tokens), "tokens"))
-        return len(tokens) - known, logits
+            self.forward([Row(slot, part, [False] * len(part))])
 
     def _chunk(self) -> int:
-        """How many prompt tokens to compute at once, so that Ctrl-C is soon seen."""
+        """How many prompt tokens to compute at once, so that Ctrl-C or other sequences soon get a turn."""
+        if self.max_stall_s is None:
+            least, seconds, unknown = _CHUNK_MIN, _CHUNK_S, 2 * _CHUNK_MIN
+        else:
+            least, seconds, unknown = _PART_MIN, self.max_stall_s, _PART_MIN
         if self._token_s is None:
-            return 2 * _CHUNK_MIN
-        return min(_CHUNK, max(1, int(_CHUNK_S / self._token_s / _CHUNK_MIN)) * _CHUNK_MIN)
+            return unknown
+        most = int(min(_CHUNK, seconds / self._token_s))
+        return max(least, most // _CHUNK_MIN * _CHUNK_MIN if most >= _CHUNK_MIN else most)
+
+    def _logits_most(self) -> int:
+        """How many tokens may have all of their logits at once."""
+        return max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
 
     def _forget(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens of a slot."""

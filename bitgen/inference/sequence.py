@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.inference.drafts import PromptLookupDrafter
-from bitgen.inference.sampling import Ids, Sampler, Sampling
+from bitgen.inference.sampling import Ids, Sampler, Sampling, Score, score_of
 from bitgen.progress import Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -23,6 +23,8 @@ class Request:
 
     ``max_tokens`` None goes on until the model ends or the context is full. The answer ends before the first
     of the ``stop`` texts. ``lookup`` drafts tokens from the text so far, to check several in a forward pass.
+    ``logprobs`` keeps the log-probability of every sampled token beside as many of the likeliest ones, and
+    with ``score_prompt`` of the prompt's tokens too. The KV cache is shared within one ``owner``.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +33,9 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
     lookup: bool = False
+    logprobs: int | None = None
+    score_prompt: bool = False
+    owner: str = ""
 
 
 class Sequence:
@@ -45,6 +50,8 @@ class Sequence:
         self.tokens: list[int] = []  # sampled, the token that ended it included
         self.text = ""
         self.finish: Finish | None = None
+        self.computed = 0  # tokens of the prompt that the KV cache did not hold
+        self.scores: list[Score] = []  # of the prompt from its second token on, if asked for, and of `tokens`
         self.whole = list(request.prompt)  # and what was sampled; the last token has not been computed yet
         self._sampler = Sampler(request.sampling)
         self._tokenizer = tokenizer
@@ -70,9 +77,15 @@ class Sequence:
         if self._drafter is not None:
             self._drafter.learn(drafted, accepted)
 
+    def score(self, logits: NDArray[np.float32], token: int) -> None:
+        """Keep what the model thought of ``token``, whatever the sampler makes of its logits."""
+        self.scores.append(score_of(logits, token, self.request.logprobs or 0))
+
     def sample(self, ids: Ids | None, logits: NDArray[np.float32], context: int) -> str:
         """Sample the next token (see `Sampler.choose`); the text that is ready to be shown."""
         token = self._sampler.choose(ids, logits, self.whole, len(self.tokens))
+        if self.request.logprobs is not None:
+            self.score(logits, token)
         self.tokens.append(token)
         self.whole.append(token)
         if self._drafter is not None:

@@ -1,0 +1,251 @@
+"""What clients get: the bodies and events of chats and completions, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import msgspec
+
+from bitgen.inference.sampling import Score
+from bitgen.serve.worker import Job, Update
+from bitgen.tokenizer.tokenizer import Tokenizer, TokenStream
+
+FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+
+def event(body: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+@dataclass
+class Choice:
+    """One text as it comes in."""
+
+    job: Job
+    parts: list[str] = field(default_factory=list)
+    scores: list[Score | None] = field(default_factory=list)
+    finish: str | None = None
+    stream: TokenStream | None = None  # of the tokens whose log-probabilities were written
+    offset: int = 0  # characters of these
+
+
+class Answer:
+    """Collects updates and puts them into words; a subclass for each endpoint knows its shape."""
+
+    prefix: ClassVar[str]
+    whole: ClassVar[str]  # the object of a body
+    part: ClassVar[str]  # and of an event
+
+    def __init__(self, jobs: Sequence[Job], model: str, fingerprint: str, tokenizer: Tokenizer) -> None:
+        self.choices = [Choice(job) for job in jobs]
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": fingerprint,
+        }
+
+    # ---- What the subclasses say ----
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """What a streamed choice starts with."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def message(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
+        """Of the tokens of ``scores``, which come after what was written of ``choice`` before."""
+        raise NotImplementedError
+
+    # ---- Updates in, bodies out ----
+
+    def take(self, update: Update) -> list[Score | None]:
+        """Keep an update; the scores of its tokens."""
+        choice = self.choices[update.job.index]
+        scores: list[Score | None] = list(update.scores)
+        if update.finish == "end":
+            scores = scores[:-1]  # the token that ends a text is no part of it
+        if scores and not choice.scores and update.job.request.score_prompt:
+            scores.insert(0, None)  # the first token follows nothing
+        choice.parts.append(update.text)
+        choice.scores += scores
+        if update.finish is not None:
+            choice.finish = FINISH[update.finish]
+        return scores
+
+    def events(self, update: Update) -> list[dict[str, Any]]:
+        """Keep an update; the choices of the events that it is streamed as."""
+        scores, index = self.take(update), update.job.index
+        choice = self.choices[index]
+        events = []
+        if update.text or scores:
+            logprobs = self.logprobs(choice, scores)
+            events.append(_choice(index, self.delta(update.text), logprobs))
+        if choice.finish is not None:
+            end = _choice(index, self.delta(""), None, choice.finish)
+            events.append({**end, "seed": choice.job.seed})
+        return events
+
+    def chunk(self, choice: dict[str, Any] | None, usage: bool) -> dict[str, Any]:
+        """The event of a part of a choice, or with None the one of the usage."""
+        choices = [] if choice is None else [choice]
+        body: dict[str, Any] = {**self._head, "object": self.part, "choices": choices}
+        if usage:
+            body["usage"] = None if choice else self.usage()
+        if choice is not None and choice["finish_reason"]:
+            body["timings"] = timings(self.choices[choice["index"]].job)
+        return body
+
+    def body(self) -> dict[str, Any]:
+        """The whole answer."""
+        choices = []
+        for index, choice in enumerate(self.choices):
+            logprobs = self.logprobs(choice, choice.scores)
+            found = _choice(index, self.message("".join(choice.parts)), logprobs, choice.finish)
+            choices.append({**found, "seed": choice.job.seed})
+        return {
+            **self._head,
+            "object": self.whole,
+            "choices": choices,
+            "usage": self.usage(),
+            "timings": timings(self.choices[0].job),
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens of each prompt once, and of all texts."""
+        jobs = [choice.job for choice in self.choices]
+        prompt = sum(
+            len(ids) for ids in {id(job.request.prompt): job.request.prompt for job in jobs}.values()
+        )
+        sampled = sum(job.sampled for job in jobs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": sampled,
+            "total_tokens": prompt + sampled,
+            "prompt_tokens_details": {"cached_tokens": min(prompt, sum(job.reused for job in jobs[:1]))},
+        }
+
+    def _written(self, token: int) -> str:
+        return self._tokenizer.piece(token, special=True).decode("utf-8", "replace")
+
+
+class ChatAnswer(Answer):
+    """Of a chat."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, index: int) -> dict[str, Any]:
+        return _choice(index, {"delta": {"role": "assistant", "content": ""}})
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def message(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
+        if choice.job.request.logprobs is None:
+            return None
+        entries = []
+        for score in scores:
+            if score is not None:
+                best = [self._entry(token, logprob) for token, logprob in score.best]
+                entries.append({**self._entry(score.token, score.logprob), "top_logprobs": best})
+        return {"content": entries, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        written = list(self._tokenizer.piece(token, special=True))
+        return {"token": self._written(token), "logprob": logprob, "bytes": written}
+
+
+class CompletionAnswer(Answer):
+    """Of a completion; ``echoes`` are the texts of the prompts, by choice, or None."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        model: str,
+        fingerprint: str,
+        tokenizer: Tokenizer,
+        echoes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(jobs, model, fingerprint, tokenizer)
+        self._echoes = echoes
+        if echoes is not None:
+            for choice, echo in zip(self.choices, echoes, strict=True):
+                choice.parts.append(echo)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        if self._echoes is None:
+            return None
+        return _choice(index, {"text": self._echoes[index]})
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    message = delta
+
+    def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
+        """``text_offset`` counts the characters before a token."""
+        request = choice.job.request
+        if request.logprobs is None:
+            return None
+        tokens = [score.token if score else request.prompt[0] for score in scores]
+        choice.stream = choice.stream or self._tokenizer.stream()
+        offsets = []
+        for token in tokens:
+            offsets.append(choice.offset)
+            choice.offset += len(choice.stream.feed(token))
+        best: list[dict[str, float] | None] = []
+        for score in scores:
+            if score is None:
+                best.append(None)
+                continue
+            table: dict[str, float] = {}
+            for token, logprob in (*score.best, (score.token, score.logprob)):
+                name = self._written(token)  # tokens that are written alike: the likelier one counts
+                table[name] = max(logprob, table.get(name, logprob))
+            best.append(table)
+        return {
+            "tokens": [self._written(token) for token in tokens],
+            "token_logprobs": [score.logprob if score else None for score in scores],
+            "top_logprobs": best,
+            "text_offset": offsets,
+        }
+
+
+def _choice(
+    index: int, text: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, **text, "logprobs": logprobs, "finish_reason": finish}
+
+
+def timings(job: Job) -> dict[str, Any]:
+    """What llama.cpp says of an answer, in its words; ``queue_ms`` is how long it waited for its turn."""
+    first, ended = job.first or job.ended or 0.0, job.ended or 0.0
+    started, submitted = job.started or ended, job.submitted or 0.0
+    prompt_s, later_s = first - started, ended - first
+    return {
+        "queue_ms": 1e3 * (started - submitted),
+        "cache_n": job.reused,
+        "prompt_n": job.computed,
+        "prompt_ms": 1e3 * prompt_s,
+        "prompt_per_second": job.computed / prompt_s if prompt_s > 0 else 0.0,
+        "predicted_n": job.sampled,
+        "predicted_ms": 1e3 * later_s,
+        "predicted_per_second": (job.sampled - 1) / later_s if later_s > 0 else 0.0,
+    }

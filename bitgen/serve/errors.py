@@ -1,0 +1,62 @@
+"""What a client is told when something is wrong: OpenAI's shape, everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    501: "not_implemented_error",
+    503: "unavailable_error",
+}
+RETRY_AFTER_S = 1
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer that is an error. ``param`` names the field that is wrong, ``extra`` are more keys."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        kind = self.extra.get("type", _TYPES.get(self.status, "server_error"))
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": {**error, **{key: value for key, value in self.extra.items() if key != "type"}}}
+
+    def headers(self) -> dict[str, str]:
+        """``Retry-After`` where trying again helps; clients of OpenAI try again after every 5xx otherwise."""
+        if self.status in (429, 503):
+            return {"retry-after": str(RETRY_AFTER_S)}
+        return {"x-should-retry": "false"} if self.status >= 500 else {}
+
+
+def context_error(prompt: int, context: int) -> ApiError:
+    """A prompt that does not fit, in the words that clients of OpenAI and of llama.cpp look for."""
+    return ApiError(
+        400,
+        f"request ({prompt} tokens) exceeds the available context size ({context} tokens): this model's "
+        f"maximum context length is {context} tokens",
+        code="context_length_exceeded",
+        extra={"type": "exceed_context_size_error", "n_prompt_tokens": prompt, "n_ctx": context},
+    )
+
+
+def draining() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="draining")
+
+
+def stopped() -> ApiError:
+    return ApiError(503, "the server was shut down before the answer was complete", code="shutdown")

@@ -1,0 +1,151 @@
+"""The process: engine thread, event loop, signals, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from bitgen.errors import FileError, InterruptError
+from bitgen.inference.sampling import SAMPLING_VERSION
+from bitgen.serve.app import Service, Settings, make_app
+from bitgen.serve.guard import Guard
+from bitgen.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from bitgen.llm import LLM
+
+_HEADERS_S = 10.0  # until the first request of a connection has its headers
+_LAST_S = 2.0  # for the last words of streams that were cut
+_BLOCKS, _BLOCK = 64, 1 << 16  # of a file, for its fingerprint
+
+
+class _Protocol(H11Protocol):
+    """A connection that says nothing is closed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_HEADERS_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if not getattr(self, "scope", None):  # no request yet, which uvicorn's annotation leaves out
+            self.transport.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its own signals, which would cut streams."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(llm: LLM, settings: Settings, listening: socket.socket, drain_s: float) -> int:
+    """Serve until a signal; the exit code. The caller closes ``llm``."""
+    return asyncio.run(_serve(llm, settings, listening, drain_s))
+
+
+async def _serve(llm: LLM, settings: Settings, listening: socket.socket, drain_s: float) -> int:
+    loop = asyncio.get_running_loop()
+    worker = Worker(llm.scheduler, loop.call_soon_threadsafe)
+    service = Service(llm, worker, settings)
+    app = make_app(service)
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(_LAST_S),
+    )
+    server = _Uvicorn(config)
+    code = 0
+    tasks: set[asyncio.Task[None]] = set()
+
+    def leave(signum: int) -> None:
+        nonlocal code
+        if service.draining:
+            os._exit(128 + signum)
+        code = InterruptError.exit_code if signum == signal.SIGINT else 0
+        service.draining = True
+        print(
+            f"bitgen: shutting down: {len(service.jobs)} texts may take {drain_s:g} s more; a second signal "
+            "ends at once",
+            file=sys.stderr,
+            flush=True,
+        )
+        tasks.add(loop.create_task(drain()))
+
+    async def drain() -> None:
+        await _until_idle(app, drain_s)
+        service.cut()
+        await _until_idle(app, _LAST_S)
+        server.should_exit = True
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, leave, signum)
+    worker.thread.start()
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        service.close()
+        worker.stop()
+        worker.thread.join()  # it ends with its step: the engine's memory is in use until then
+    return code
+
+
+async def _until_idle(app: Guard, seconds: float) -> None:
+    """Wait until nobody waits for an answer, for so long at most."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while app.active and loop.time() < end:
+        await asyncio.sleep(0.02)
+
+
+def fingerprint_of(path: Path, *details: str) -> str:
+    """What answers depend on beside the request: the model's bytes (samples), how it is run, sampling.
+
+    ``path`` is a file, or a folder whose files count. It does not depend on names, places or times.
+    """
+    digest = hashlib.sha256(" ".join((f"sampling {SAMPLING_VERSION}", *details)).encode())
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
+    try:
+        for file in files:
+            size = file.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            with file.open("rb") as data:
+                for i in range(_BLOCKS):
+                    data.seek(i * size // _BLOCKS)
+                    digest.update(data.read(_BLOCK))
+    except OSError as error:
+        raise FileError(f"cannot read {error.filename}: {error.strerror or error}") from error
+    return f"fp_{digest.hexdigest()[:16]}"
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """API keys, one a line; # starts a comment. FileError when others could read them."""
+    try:
+        mode = path.stat().st_mode
+        lines = path.read_text(encoding="ascii").splitlines()
+    except UnicodeDecodeError:
+        raise FileError(f"{path} holds more than ASCII: keys are sent in a header") from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from None
+    if mode & 0o077:
+        raise FileError(f"{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
+    keys = tuple(key for line in lines if (key := line.partition("#")[0].strip()))
+    if not keys:
+        raise FileError(f"{path} holds no key")
+    return keys

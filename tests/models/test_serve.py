@@ -1,0 +1,295 @@
+"""`bitgen serve -m tiny` as a process: foreign clients, load, signals, and what goes wrong at the start."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from libraries import built_library
+
+from bitgen.llm import LLM
+
+httpx = pytest.importorskip("httpx", reason="httpx is not installed (the extra test)")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed (the extra serve)")
+pytestmark = pytest.mark.slow
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:8080"  # of the guide
+ASK: dict[str, Any] = {"prompt": "In the beginning", "max_tokens": 40, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built_library(tmp_path_factory)
+
+
+class Server:
+    """A process, the lines of its standard error, and where it listens."""
+
+    def __init__(self, library: Path, home: Path, *flags: str) -> None:
+        self.lines: list[str] = []
+        command = [sys.executable, "-m", "bitgen", "serve", "-m", "tiny", "-t", "1", "--port", "0"]
+        self.process = subprocess.Popen(
+            [*command, "--library", str(library), *flags],
+            env={**os.environ, "BITGEN_HOME": str(home)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self.wait_for(r"on (http://\S+)$")[1]
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(line.rstrip() for line in iter(self.process.stderr.readline, ""))
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in list(self.lines):
+                if found := re.search(pattern, line):
+                    return found
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"no line like {pattern!r} in {self.lines}")
+
+    def send(self, signum: int) -> None:
+        self.process.send_signal(signum)
+
+    def ended(self, seconds: float = 20) -> int:
+        return self.process.wait(seconds)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def server(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with Server(library, tmp_path_factory.mktemp("home"), "--parallel", "4") as server:
+        yield server
+
+
+def text_of(url: str, body: dict[str, Any]) -> str:
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    if not body.get("stream"):
+        return str(reply.json()["choices"][0]["text"])
+    events = [line[6:] for line in reply.text.split("\n\n") if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def test_it_says_what_the_engine_says(server: Server, library: Path, bitgen_home: Path) -> None:
+    assert bitgen_home
+    with LLM("tiny", library=library, threads=1) as llm:
+        expected = "".join(llm.generate("In the beginning", max_tokens=40, seed=7))
+    assert text_of(server.url, ASK) == text_of(server.url, {**ASK, "stream": True}) == expected
+
+
+def test_the_soak_has_no_wrong_byte(server: Server) -> None:
+    """Eight connections, seeded, some of which leave: every text is the one its request gets alone."""
+    rng = random.Random(3)
+    starts = ["In the beginning", "And Moses said unto", "The king of Israel", "In the beginning " * 60]
+    bodies = [
+        {
+            "prompt": rng.choice(starts),
+            "max_tokens": rng.choice([1, 8, 40]),
+            "seed": rng.randint(0, 2),
+            "temperature": rng.choice([0, 1.0]),
+            "stream": rng.random() < 0.5,
+            "lookup": rng.random() < 0.3,
+        }
+        for _ in range(120)
+    ]
+    keys = [json.dumps({**body, "stream": False, "lookup": False}) for body in bodies]
+    alone = {key: text_of(server.url, json.loads(key)) for key in dict.fromkeys(keys)}
+
+    def ask(i: int) -> bool:
+        if i % 5 == 0:
+            body = {**bodies[i], "stream": True, "max_tokens": 200}
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+                next(reply.iter_bytes(), b"")
+            return True
+        return text_of(server.url, bodies[i]) == alone[keys[i]]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(len(bodies))))
+    assert idle(server.url)
+
+
+def idle(url: str) -> bool:
+    for _ in range(200):
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        if {"bitgen_requests_running 0.0", "bitgen_requests_waiting 0.0"} <= set(lines):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
+    body = {**ASK, "max_tokens": 400, "ignore_eos": True}
+    for _ in range(6):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=httpx.Timeout(10, read=0.02))
+    assert idle(server.url)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_lines_of_the_guide_run(server: Server) -> None:
+    lines = [line for line in GUIDE.splitlines() if line.startswith("curl ")]
+    assert len(lines) >= 8
+    for line in lines:
+        command = shlex.split(line.replace(ADDRESS, server.url))
+        done = subprocess.run([*command, "--fail-with-body"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        assert done.stdout
+
+
+def test_the_python_lines_of_the_guide_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai", reason="openai is not installed")
+    code = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert code
+    exec(code[1].replace(ADDRESS, server.url), {})  # noqa: S102
+    assert len(capsys.readouterr().out) > 20
+
+
+def test_the_client_of_openai(server: Server) -> None:
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    messages = [{"role": "user", "content": "Who was Moses?"}]
+    whole = client.chat.completions.create(model="x", messages=messages, max_tokens=12, seed=1, n=2)
+    assert len({choice.message.content for choice in whole.choices}) == 2
+    assert whole.usage.completion_tokens == sum(c.finish_reason == "length" for c in whole.choices) * 12 or (
+        whole.usage.completion_tokens < 24
+    )
+    parts = list(
+        client.chat.completions.create(
+            model="x",
+            messages=messages,
+            max_tokens=12,
+            seed=1,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content
+    assert parts[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+    scored = client.completions.create(model="x", prompt="In the", max_tokens=1, logprobs=2, echo=True)
+    assert scored.choices[0].logprobs.token_logprobs[0] is None
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="x", prompt="the " * 600)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.completions.create(model="x", prompt="a", temperature=-1)
+    assert wrong.value.param == "temperature"
+    with pytest.raises(openai.APIStatusError) as missing:
+        client.embeddings.create(model="x", input="a")
+    assert missing.value.status_code == 501
+
+
+# ---- The end ----
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_lets_texts_end(library: Path, tmp_path: Path, signum: int, code: int) -> None:
+    with Server(library, tmp_path) as server:
+        expected = text_of(server.url, {**ASK, "max_tokens": 400})
+        body = {**ASK, "max_tokens": 400, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+            parts = reply.iter_text()
+            text = next(parts)
+            server.send(signum)
+            server.wait_for("shutting down")
+            refused = httpx.post(f"{server.url}/v1/completions", json=ASK)
+            text += "".join(parts)
+        assert refused.status_code == 503 or not text
+        events = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
+        assert events.pop() == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
+        assert server.ended() == code
+        assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_what_is_not_done_in_time_is_told(library: Path, tmp_path: Path) -> None:
+    with Server(library, tmp_path, "--drain", "0") as server:
+        body = {**ASK, "max_tokens": 480, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as reply:
+            parts = reply.iter_text()
+            text = next(parts)
+            server.send(signal.SIGTERM)
+            text += "".join(parts)
+        assert text.endswith("data: [DONE]\n\n")
+        assert '"code":"shutdown"' in text
+        assert server.ended() == 0
+
+
+def test_the_second_signal_ends_at_once(library: Path, tmp_path: Path) -> None:
+    with Server(library, tmp_path) as server:
+        body = {**ASK, "max_tokens": 480, "ignore_eos": True, "stream": True}
+        many = {**body, "n": 4}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=many, timeout=60) as reply:
+            parts = reply.iter_text()
+            text = next(parts)
+            server.send(signal.SIGTERM)
+            server.wait_for("shutting down")
+            server.send(signal.SIGTERM)
+            with pytest.raises(httpx.RemoteProtocolError):
+                text += "".join(parts)
+        assert server.ended(5) == 128 + signal.SIGTERM
+        assert "[DONE]" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "code"),
+    [
+        (["-m", "no-such.gguf"], "no-such.gguf", 5),
+        (["-m", "tiny", "--host", "0.0.0.0"], "give --api-key-file, or --insecure", 2),  # noqa: S104
+        (["-m", "tiny", "--api-key-file", "nothing"], "cannot read nothing", 5),
+        (["-m", "tiny", "--parallel", "65"], "--parallel must be 1 to 64", 2),
+        (["-m", "tiny", "--max-tokens", "0"], "--max-tokens must be 1 or more", 2),
+        (["-m", "tiny", "--port", "70000"], "--port must be 0 to 65535", 2),
+    ],
+)
+def test_what_is_wrong_at_the_start_is_one_line(
+    flags: list[str], message: str, code: int, bitgen_home: Path
+) -> None:
+    assert bitgen_home
+    command = [sys.executable, "-m", "bitgen", "serve", "--port", "0", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_busy_port_names_the_process_that_has_it(server: Server, bitgen_home: Path) -> None:
+    assert bitgen_home
+    port = server.url.rpartition(":")[2]
+    command = [sys.executable, "-m", "bitgen", "serve", "-m", "tiny", "--port", port]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert f"(process {server.process.pid})" in done.stderr
+    assert done.stderr.count("\n") == 1

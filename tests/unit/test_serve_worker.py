@@ -1,0 +1,263 @@
+"""Jobs in, texts out: whatever arrives, leaves or waits, each text is the one its request gets alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import FakeEngine, fake_llm
+
+from bitgen.errors import BitgenError
+from bitgen.inference.sampling import Sampling
+from bitgen.inference.sequence import Request
+from bitgen.serve.worker import Job, Update, Worker
+
+LETTERS = range(262, 280)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    """Prompts of one seed start alike."""
+    rng = random.Random(seed)
+    return tuple(rng.choice(LETTERS) for _ in range(length))
+
+
+def request(length: int = 8, text: int = 0, seed: int = 1, tokens: int = 6, **changes: Any) -> Request:
+    sampling = Sampling(temperature=changes.pop("temperature", 1.0), seed=seed)
+    return Request(prompt(length, text), max_tokens=tokens, sampling=sampling, **changes)
+
+
+class House:
+    """A worker that is turned by hand."""
+
+    def __init__(self, batch: int = 2, token_s: float = 0.0, max_stall_s: float = 0.25) -> None:
+        self.engine = FakeEngine(batch, token_s=token_s)
+        self.scheduler = fake_llm(self.engine, max_stall_s).scheduler
+        self.worker = Worker(self.scheduler, lambda call: call(), self.engine.clock)
+        self.texts: dict[Job, str] = {}
+        self.ends: dict[Job, str] = {}
+        self.order: list[Job] = []
+
+    def submit(self, wanted: Request) -> Job:
+        def deliver(update: Update) -> None:
+            assert update.job not in self.ends, "an update after the last"
+            if update.tokens and not self.texts[update.job]:
+                self.order.append(update.job)
+            self.texts[update.job] += update.text
+            if update.finish is not None:
+                self.ends[update.job] = update.finish
+
+        job = Job(wanted, deliver)
+        self.texts[job] = ""
+        self.worker.submit(job)
+        return job
+
+    def finish(self) -> None:
+        for _ in range(10_000):
+            if self.worker.idle:
+                break
+            self.worker.turn()
+        assert self.worker.idle
+        assert self.scheduler.idle
+        assert not self.worker._seen
+        assert set(self.ends) == set(self.texts)
+
+
+def alone(wanted: Request) -> str:
+    house = House(1)
+    job = house.submit(wanted)
+    house.finish()
+    return house.texts[job]
+
+
+requests = st.builds(
+    request,
+    length=st.sampled_from([1, 3, 17, 40, 90, 250]),
+    text=st.integers(0, 1),
+    seed=st.integers(0, 2),
+    tokens=st.integers(1, 12),
+    temperature=st.sampled_from([0.0, 1.0]),
+    stop=st.sampled_from([(), ("e",), ("th", "a n")]),
+    lookup=st.booleans(),
+    owner=st.sampled_from(["", "a", "b"]),
+    logprobs=st.sampled_from([None, 2]),
+    score_prompt=st.booleans(),
+    ignore_end=st.booleans(),
+)
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), requests),
+        st.tuples(st.just("turn"), st.integers(1, 4)),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=150)
+@given(actions=actions, batch=st.integers(1, 4), token_s=st.sampled_from([0.0, 0.004, 0.02]))
+def test_a_text_does_not_depend_on_the_load(actions: list[Any], batch: int, token_s: float) -> None:
+    """Arrivals, cancels, evictions, shared prefixes and parts of any size are invisible."""
+    house = House(batch, token_s)
+    jobs: list[Job] = []
+    cancelled: set[Job] = set()
+    for what, value in actions:
+        if what == "submit":
+            jobs.append(house.submit(value))
+        elif what == "turn":
+            for _ in range(value):
+                house.worker.turn()
+        elif jobs:
+            job = jobs[value % len(jobs)]
+            cancelled.add(job)
+            house.worker.cancel(job)
+    house.finish()
+    for job in jobs:
+        expected = alone(job.request)
+        if house.ends[job] == "cancelled":
+            assert job in cancelled
+            assert expected.startswith(house.texts[job])
+        else:
+            assert house.texts[job] == expected
+
+
+def test_the_fake_engine_notices_a_wrong_cache() -> None:
+    """What the property test is worth: a prefix of another text changes what comes."""
+    assert alone(request(40, text=0)) != alone(request(40, text=1))
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_a_cancel_frees_within_one_turn(queued: bool) -> None:
+    house = House(1)
+    first = house.submit(request(tokens=50, ignore_end=True))
+    second = house.submit(request(tokens=3, ignore_end=True))
+    house.worker.turn()
+    gone, stays = (second, first) if queued else (first, second)
+    house.worker.cancel(gone)
+    house.worker.turn()
+    assert house.ends[gone] == "cancelled"
+    assert len(house.worker.snapshot.running) == 1
+    house.finish()
+    assert house.ends[stays] == "length"
+    assert house.texts[stays] == alone(stays.request)
+
+
+def test_a_long_prompt_delays_a_running_text_by_max_stall_and_a_step() -> None:
+    stall, token_s = 0.25, 0.004
+    house = House(2, token_s, stall)
+    house.submit(request(4, tokens=100, ignore_end=True))
+    for _ in range(3):
+        house.worker.turn()
+    house.submit(request(250, text=1, tokens=2, ignore_end=True))
+    before = house.engine.clock.now
+    longest = 0.0
+    while not house.worker.idle:
+        house.worker.turn()
+        longest = max(longest, house.engine.clock.now - before)
+        before = house.engine.clock.now
+    parts = [tokens for _, tokens in house.engine.passes if tokens > 2]
+    assert sum(parts) == 254
+    assert len(parts) > 4
+    assert longest <= stall + 2 * token_s + 1e-9
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    stall, token_s = 0.25, 0.01
+    house = House(2, token_s, stall)
+    house.submit(request(250, text=1, tokens=2, ignore_end=True))
+    for _ in range(3):
+        house.worker.turn()
+    short = house.submit(request(20, tokens=2, ignore_end=True))
+    house.finish()
+    assert house.order[0] is short
+    assert short.first is not None
+    assert short.submitted is not None
+    assert short.first - short.submitted <= 20 * token_s + 2 * stall
+
+
+def test_owners_take_turns() -> None:
+    house = House(1)
+    greedy = [house.submit(request(owner="a", tokens=1)) for _ in range(5)]
+    modest = house.submit(request(owner="b", tokens=1))
+    house.finish()
+    assert house.order.index(modest) == 1
+    assert [job for job in house.order if job is not modest] == greedy
+
+
+def test_a_prefix_is_reused_within_one_owner_only() -> None:
+    house = House(2)
+    first = house.submit(request(90, owner="a"))
+    house.finish()
+    again, other = house.submit(request(90, owner="a")), house.submit(request(90, owner="b"))
+    house.finish()
+    assert [job.reused for job in (first, again, other)] == [0, 89, 0]
+
+
+def test_a_shorter_prompt_copies_its_part_of_one_that_runs() -> None:
+    house = House(2)
+    long = house.submit(request(90, tokens=40, ignore_end=True))
+    for _ in range(12):
+        house.worker.turn()
+    short = house.submit(request(40))
+    house.finish()
+    assert short.reused == 39
+    assert [house.texts[job] for job in (long, short)] == [alone(job.request) for job in (long, short)]
+
+
+def test_texts_of_one_prompt_compute_it_once() -> None:
+    house = House(4)
+    jobs = [house.submit(request(90, seed=seed)) for seed in range(4)]
+    house.finish()
+    assert sum(job.computed for job in jobs) == 90 + 3
+    assert len({house.texts[job] for job in jobs}) == 4
+
+
+def test_log_probabilities_are_of_the_prompt_too_and_do_not_depend_on_parts() -> None:
+    found = []
+    for token_s in (0.0, 0.02):  # in one part, and in many
+        house = House(1, token_s)
+        scores: list[Any] = []
+        wanted = request(90, logprobs=2, score_prompt=True, ignore_end=True)
+
+        def deliver(update: Update, scores: list[Any] = scores) -> None:
+            scores.extend(update.scores)
+
+        job = Job(wanted, deliver)
+        house.worker.submit(job)
+        while not house.worker.idle:
+            house.worker.turn()
+        assert [score.token for score in scores[:89]] == list(wanted.prompt[1:])
+        assert len(scores) == 89 + 6
+        found.append(scores)
+    assert found[0] == found[1]
+
+
+def test_a_step_that_fails_ends_those_that_run_and_no_others() -> None:
+    house = House(1)
+    first, second = house.submit(request()), house.submit(request(tokens=2, ignore_end=True))
+
+    def fail() -> None:
+        house.engine.before = lambda: None
+        raise BitgenError("infinity in the logits")
+
+    house.engine.before = fail
+    house.finish()
+    assert [house.ends[job] for job in (first, second)] == ["error", "length"]
+    assert house.texts[second] == alone(second.request)
+
+
+def test_nothing_is_left_of_ten_thousand_requests() -> None:
+    house = House(4)
+    rng = random.Random(5)
+    for i in range(10_000):
+        job = house.submit(request(rng.choice([1, 5]), seed=i, tokens=1))
+        if i % 3 == 0:
+            house.worker.cancel(job)
+        if i % 4 == 0:
+            house.worker.turn()
+    house.finish()
+    assert len(house.ends) == 10_000
+    assert not house.worker._running
+    assert not house.worker._waiting
