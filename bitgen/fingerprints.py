@@ -48,7 +48,7 @@ def fingerprints(cpu: Cpu, isas: Iterable[Isa], toolchain: Toolchain) -> Fingerp
     """The fingerprints of kernels on ``cpu``. One that cannot be rendered has no ``kernel``."""
     version = toolchain.compiler.version.splitlines()[0]
     compilers = {isa.name: f"{version} {_digest(toolchain.fingerprint(isa))}" for isa in isas}
-    own = f"{cpu.family} {cpu.model_name} {_digest(sorted(cpu.features))}"
+    own = cpu_text(cpu)
     texts = [text for unit in harness_units(cpu.arch) for text in (unit.text, *dict(unit.headers).values())]
     harness = _digest([_NOT_CODE.sub(" ", text) for text in texts])
 
@@ -65,6 +65,11 @@ def fingerprints(cpu: Cpu, isas: Iterable[Isa], toolchain: Toolchain) -> Fingerp
         return Fingerprint(own, compilers.get(spec.isa, ""), digest, harness)
 
     return fingerprint
+
+
+def cpu_text(cpu: Cpu) -> str:
+    """The part of a fingerprint that stands for ``cpu``: its family, its model, a digest of its features."""
+    return f"{cpu.family} {cpu.model_name} {_digest(sorted(cpu.features))}"
 
 
 def _helpers(isa: str, family: str, algorithm: str | None) -> list[str]:

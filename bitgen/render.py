@@ -1,4 +1,4 @@
-"""Spec -> C text: the only module that imports jinja2.
+"""Spec -> C text: the only module that reads kernel templates.
 
 The text is a pure function of the spec: no date, host or path is in it, so golden files, content hashes and
 diffs are honest. C knows instructions (templates/isa/*.h), Jinja knows counts (templates/kernels/*.c.j2).

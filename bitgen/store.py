@@ -1,4 +1,4 @@
-"""What was learnt: append-only records of trials, races and winners, and "the best for this?".
+"""What was learnt: append-only records of trials, races, peaks and winners, and "the best for this?".
 
 One JSON object a line. A line is written by a single ``write`` to a file opened for appending, under a lock,
 so the file survives what can happen to a long run:
@@ -29,7 +29,7 @@ import msgspec
 
 from bitgen.errors import BitgenError, FileError
 from bitgen.fingerprints import Fingerprint, Fingerprints
-from bitgen.measure import Job, Measurement, Race, RaceJob, Status
+from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Status
 from bitgen.paths import ensure_dir
 from bitgen.records import dump, load
 from bitgen.spec import LARGE, KernelSpec, Layout, Shape, regime_named
@@ -154,8 +154,18 @@ class TuningRecord:
         return [winner for winner in self.winners if winner.fingerprint == fingerprints(winner.spec)]
 
 
-Record = TrialRecord | RaceRecord | TuningRecord
-_KINDS: dict[str, type[Record]] = {c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord)}
+@dataclass(frozen=True)
+class PeakRecord:
+    """What a tune's probes found the machine to reach; ``cpu`` as in a `Fingerprint`. No search reads it."""
+
+    kind: ClassVar[str] = "peak"
+    cpu: str
+    peak: MachinePeak
+    time: float = field(default_factory=now)
+
+
+Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord
+_KINDS: dict[str, type[Record]] = {c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord)}
 
 
 class RecordStore:
@@ -173,6 +183,7 @@ class RecordStore:
         """Read the file again: another process may have appended to it."""
         self.skipped = self.outdated = 0
         self.tunings: list[TuningRecord] = []
+        self.peaks: list[PeakRecord] = []
         self._trials: dict[tuple[Fingerprint, tuple[Any, ...]], TrialRecord] = {}
         self._races: dict[tuple[tuple[str, ...], tuple[Any, ...]], RaceRecord] = {}
         for record in self._read():
@@ -194,6 +205,10 @@ class RecordStore:
     def trials(self) -> Iterator[TrialRecord]:
         """The newest trial of every job under every fingerprint."""
         yield from self._trials.values()
+
+    def races(self) -> Iterator[RaceRecord]:
+        """The newest record of every block of every race."""
+        yield from self._races.values()
 
     def layout(self, shape: Shape, fingerprints: Fingerprints) -> Layout | None:
         """The layout the newest tune chose for ``shape``; one that saw less overrules none that saw more.
@@ -275,6 +290,8 @@ class RecordStore:
             self._trials[record.fingerprint, record.measurement.job.key] = record
         elif isinstance(record, RaceRecord):
             self._races[record.fingerprints, record.job.key] = record
+        elif isinstance(record, PeakRecord):
+            self.peaks.append(record)
         else:
             self.tunings.append(record)
 

@@ -59,6 +59,7 @@ ROOMS = (
     Room("bitgen/search/", 1350),
     Room("bitgen/store.py", 400, ("bitgen/winners.py",)),
     Room("bitgen/trust/", 500),
+    Room("bitgen/report/", 700),
     Room("bitgen/bundle/", 1450, ("bitgen/bundle.py", "bitgen/library/")),
     Room("bitgen/runtime.py", 350),
     Room("bitgen/formats/", 2350, ("bitgen/model/",)),

@@ -26,6 +26,7 @@ COMMANDS = {
     "models": "the presets of configs/models/ with their distinct shapes",
     "render": "readable C of one kernel, or of the forward pass, on standard output",
     "tune": "find this machine's fastest kernels for a model",
+    "report": "write a page with plots and tables of what a tune measured",
     "build": "write the kernel library of a model",
     "bench": "time a model in tokens a second, or its kernels against defaults and roofline",
     "show": "what is tuned, and what a library contains",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.arguments import PRESET_HELP, add_compiler, add_logs, add_spaces
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
-from bitgen.errors import BitgenError
+from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:
     from bitgen.search import TuneOptions, TuningResult
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="smoke test: verify and time two kernels of each family once, record nothing",
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write a page about the tune at its end (bitgen report)"
+    )
     add_compiler(parser)
     add_logs(parser)
     add_output(parser)
@@ -45,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from bitgen.api import tune_with
     from bitgen.cli.progress import ProgressBar
 
+    _check_report(args)
     with ProgressBar() as line:
         result = tune_with(args.model, options_of(args), line.show)
     if args.dry_run:
@@ -52,7 +57,20 @@ def run(args: argparse.Namespace) -> int:
     print(render_tables([*winner_tables(result)], args.output))
     if args.output == "text":
         print(f"\n{summary(result)}")
+    if args.report:
+        from bitgen.report import write_report
+
+        page = write_report(model=args.model, logs=args.logs, out=args.report)
+        print(f"bitgen: the report is {page}", file=sys.stderr)
     return 0
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    """UsageError or FileError before the tune, not after it."""
+    if args.report and args.dry_run:
+        raise UsageError("--report needs records, and --dry-run writes none")
+    if args.report and (args.report.is_dir() or not args.report.parent.is_dir()):
+        raise FileError(f"cannot write {args.report}: it is a folder, or its folder is not there")
 
 
 def _show_dry_run(result: TuningResult, output: str) -> int:

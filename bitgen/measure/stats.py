@@ -108,6 +108,20 @@ def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
     return statistics.median(t / r for t, r in zip(times, reference, strict=False))
 
 
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """The distribution-free interval of the median: from the k-th smallest to the k-th largest of n values.
+
+    k is the largest with 2 * P(Binomial(n, 1/2) < k) <= 1 - confidence; None where there is none (n < 6 for
+    0.95).
+    """
+    ordered, n = sorted(values), len(values)
+    below, k = 0, 0
+    while k < n and 2 * (below + math.comb(n, k)) <= (1 - confidence) * 2**n:
+        below += math.comb(n, k)
+        k += 1
+    return (ordered[k - 1], ordered[n - k]) if k else None
+
+
 def _doubled_ranks(values: Sequence[float]) -> list[int]:
     """Twice the rank of each value, so that the mean rank of a tie is a whole number."""
     ordered = sorted(values)

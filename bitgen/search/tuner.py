@@ -39,7 +39,7 @@ from bitgen.search.plan import (
 from bitgen.search.race import finalists_of, run_race
 from bitgen.search.result import GroupReport, ThreadCost, TuningResult, formats_of, rows_of
 from bitgen.spec import KernelSpec, Layout, Shape
-from bitgen.store import RecordStore, TuningRecord
+from bitgen.store import PeakRecord, RecordStore, TuningRecord
 
 _LEAST_REPEAT_NS = 5e6  # a runner repeats a short call at least this long
 _LEAST_TURN_S = 5.0  # left for another turn: in less, compiling would take the most of it
@@ -116,6 +116,8 @@ class _Tune:
             self._limits[threads] = self._cache.runner.machine_peak(threads, [i.name for i in plan.isas])
             self._read_gbs[threads] = self._limits[threads].best_dram_gbs
             self._peak_gops[threads] = dict(self._limits[threads].peak_gops)
+            cpu = self._fingerprints(groups[0].points[0]).cpu
+            self._store.append(PeakRecord(cpu, self._limits[threads]))
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
         self._store.reload()
         stale = self._store.stale(self._fingerprints)
