@@ -812,7 +812,7 @@ def test_pick_gives_a_reason_for_every_candidate(
     rows = {row["bundle"]: (row["state"], row["rank"], row["reason"]) for row in picked["candidates"]}
     assert rows["own"] == ("chosen", 1, "tuned, for this CPU family")
     assert rows["mine"] == ("accepted", 2, "tuned, for this CPU family; the one above was built here")
-    searched = "the one above has kernels that were searched for"
+    searched = "the one above has better tuned kernels"
     assert rows["own-untuned"] == ("accepted", 3, f"untuned, for this CPU family; {searched}")
     assert rows["plain"][:2] == ("accepted", 4)
     above = "the one above is for this CPU family"
