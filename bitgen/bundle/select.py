@@ -24,7 +24,7 @@ class Decision:
 # What ranks bundles that a CPU runs, most important first, each with what the better one is.
 _RANKS = (
     "is for this CPU family",
-    "has kernels that were searched for",
+    "has better tuned kernels",
     "was built here",
     "uses more of the CPU",
     "is of a newer bitgen",

@@ -57,7 +57,7 @@ def distribution(
     return pack([bundle], out, version=version, signer=signer)
 
 
-def rewritten(archive: Path, out: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
+def rewritten(archive: Path, out: Path, change: Callable[[dict[str, bytes]], object]) -> Path:
     """The zip with its files (name -> bytes) changed."""
     with zipfile.ZipFile(archive) as before:
         files = {name: before.read(name) for name in before.namelist()}

@@ -20,10 +20,13 @@ from bitgen.bundle import (
     choose_bundle,
     describe,
     find_bundles,
+    ranked,
     read_bundle,
+    refused_features,
     require_runnable,
     sha256_of,
 )
+from bitgen.bundle.manifest import Label, Origin
 from bitgen.cpu import Cache, Cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.records import dump
@@ -210,6 +213,48 @@ def test_an_acceptance_says_why() -> None:
         "b: accepted, untuned, for haswell, which also runs here",
     ]
     require_runnable(decisions[0].bundle, cpu())
+
+
+def installed(name: str, label: Label, **changes: Any) -> Bundle:
+    return replace(bundle(name, **changes), origin=Origin("3B", "1.0", "A" * 16, label))
+
+
+def test_what_was_built_here_comes_before_what_was_installed() -> None:
+    big = cpu("zen2", AVX512)
+    wide = installed("installed", "tuned", **WIDE)
+    assert choose_bundle([wide, bundle("own")], big)[0] == bundle("own")
+    assert choose_bundle([wide, bundle("own", **UNTUNED)], big)[0] == wide
+    assert choose_bundle([bundle("own", cpu_family="haswell"), wide], big)[0] == wide
+
+
+def test_accepted_bundles_are_ranked_each_with_what_the_one_above_has_more() -> None:
+    given = [
+        installed("default", "default"),
+        installed("moved", "transferred"),
+        installed("old", "tuned", bitgen_version="0.0.9"),
+        installed("new", "tuned", bitgen_version="0.0.10"),
+        installed("same", "tuned", bitgen_version="0.0.10"),
+        installed("wide", "tuned", **WIDE),
+    ]
+    decisions = choose_bundle(given, cpu())[1]
+    assert [(d.bundle.path.name, why) for d, why in ranked(decisions, cpu())] == [
+        ("new", ""),
+        ("same", "the one above was found first"),
+        ("old", "the one above is of a newer bitgen"),
+        ("moved", "the one above has better tuned kernels"),
+        ("default", "the one above has better tuned kernels"),
+    ]
+    assert decisions[1].reason == "tuned on another CPU family, for this CPU family"
+
+
+def test_what_the_system_refuses_is_a_reason() -> None:
+    tiles = cpu("sapphirerapids", (*AVX2, "amx_tile"))
+    of = bundle("b", isas={"amx_int8": (*AVX2, "amx_tile")})
+    assert choose_bundle([of], tiles)[0] == of
+    chosen, (decision,) = choose_bundle([of], tiles, frozenset({"amx_tile"}))
+    assert chosen is None
+    assert decision.reason == "the system refuses amx_tile to this process"
+    assert refused_features(cpu()) == frozenset()
 
 
 def test_bundles_are_found_and_damaged_ones_reported(write: Callable[..., Path], tmp_path: Path) -> None:
