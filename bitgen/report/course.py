@@ -7,7 +7,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from bitgen.measure import EarlyStopping, Status
+from bitgen.measure import EarlyStopping
 from bitgen.report.parts import (
     MAX_POINTS,
     MAX_ROWS,
@@ -27,12 +27,10 @@ from bitgen.search.choose import Slot
 from bitgen.spec import KernelSpec, Shape
 from bitgen.store import Record, TrialRecord
 
-_FAILED = [status for status in Status if status is not Status.OK]
 _SPACES = (
     "space; first|first ms|.3f; best|best ms|.3f; kernels|kernels|d; pruned|pruned early|d; "
-    "partly|not on every shape|d; "
-    + "; ".join(f"{status.name.lower()}|{status.value}|d" for status in _FAILED)
-    + "; raced|raced|d; left|left the race early|d; dropped|dropped in it|d"
+    "partly|not on every shape|d; failed|failed|d; raced|raced|d; left|left the race early|d; "
+    "dropped|dropped in it|d"
 )
 _SPREAD = "stage; regime; kernels|kernels|d; median|median %|.1f; p90|p90 %|.1f; worst|worst %|.1f"
 _SECONDS = "seconds of the tune"
@@ -113,22 +111,20 @@ def _best_so_far(tune: Tune, trials: Sequence[TrialRecord]) -> list[tuple[float,
 
 
 def _fates(tune: Tune, trials: Sequence[TrialRecord]) -> list[int]:
-    """Kernels timed, pruned early, timed on some shapes only, and failed, by status."""
+    """Kernels timed, pruned early, timed on some shapes only, and failed."""
     rule = EarlyStopping()
     by_kernel: dict[KernelSpec, list[TrialRecord]] = defaultdict(list)
     for trial in trials:
         by_kernel[trial.measurement.job.spec].append(trial)
-    failed: Counter[Status] = Counter()
-    pruned = partly = 0
+    pruned = partly = failed = 0
     for own in by_kernel.values():
         measurements = [trial.measurement for trial in own]
-        bad = next((m.status for m in measurements if not m.ok), None)
-        if bad:
-            failed[bad] += 1
+        if not all(m.ok for m in measurements):
+            failed += 1
         else:
             pruned += any(rule.should_prune(m.times_ns, m.against_ns) for m in measurements)
             partly += len({m.job.shape for m in measurements}) < len(tune.decisions)
-    return [len(by_kernel), pruned, partly, *(failed[status] for status in _FAILED)]
+    return [len(by_kernel), pruned, partly, failed]
 
 
 def _raced(tune: Tune, slot: Slot, family: str, isa: str) -> tuple[int, int, int]:

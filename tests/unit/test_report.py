@@ -170,9 +170,9 @@ def test_the_history_only_falls_and_tells_who_was_eliminated(one: Tune) -> None:
         assert part.table
         keys = [key for key, _, _ in part.table.columns]
         rows = [dict(zip(keys, row, strict=True)) for row in part.table.rows]
-        assert sum(row["incorrect"] for row in rows) > 0
-        assert all(row["crashed"] == row["dropped"] == 0 for row in rows)
-        assert all(0 < row["pruned"] + row["incorrect"] + row["partly"] <= row["kernels"] for row in rows)
+        assert sum(row["failed"] for row in rows) > 0
+        assert all(row["dropped"] == 0 for row in rows)
+        assert all(0 < row["pruned"] + row["failed"] + row["partly"] <= row["kernels"] for row in rows)
         assert all(row["raced"] >= row["left"] for row in rows)
     failures = history.parts[-1].table
     assert failures
