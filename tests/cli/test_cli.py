@@ -738,6 +738,6 @@ def test_an_interrupt_of_any_command(
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.models, "run", interrupted)
+    monkeypatch.setattr("bitgen.cli.models.run", interrupted)
     assert main(["models"]) == InterruptError.exit_code
     assert capsys.readouterr().err == "bitgen: interrupted\n"

@@ -478,7 +478,7 @@ def test_a_sweep_counts_schedules_and_cases(tmp_path: Path) -> None:
             regimes=[N1],
             progress=seen.append,
         )
-    assert counts.exact, counts.failures
+    assert not counts.failures
     assert counts.schedules == 2
     assert [(each.done, each.total) for each in seen] == [(1, 2), (2, 2)]
     assert counts.cases >= 2 * len(cases_of("n1", deep=True))

@@ -12,12 +12,14 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from bitgen.cli import COMMANDS, parser
+from bitgen.cli.options import add_isa_cap
 from bitgen.formats.inspect import facts as model_facts
 
 LISTED = Path(__file__).parents[1] / "data" / "cli_options.txt"
@@ -63,17 +65,27 @@ def facts(literal: ast.AST) -> Iterator[str]:
             yield from (f"{key.value!s}:" for key in node.keys if isinstance(key, ast.Constant))
 
 
+def blocks_of(name: str, of: argparse.ArgumentParser) -> Iterator[list[str]]:
+    """A parser's options, then those of its actions."""
+    yield [name, *options(of)]
+    for nested in (a for a in of._actions if isinstance(a, argparse._SubParsersAction)):
+        for action, child in nested.choices.items():
+            yield from blocks_of(f"{name} {action}", child)
+
+
 def listing() -> str:
-    top = parser()
-    (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
-    blocks = [["bitgen", *options(top)]]
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
+    blocks = [["bitgen", *options(parser())]]
+    for name in COMMANDS:
+        module = import_module(f"bitgen.cli.{name}")
+        command = argparse.ArgumentParser()
+        module.add_arguments(command)
+        add_isa_cap(command)
         found = {*keys(module)}
         if name == "inspect":
             found |= {*facts(ast.parse(inspect.getsource(model_facts)))}
-        blocks.append([f"bitgen {name}", *options(commands.choices[name])])
-        blocks[-1] += textwrap.wrap(", ".join(sorted(found)), 100)
+        own = list(blocks_of(f"bitgen {name}", command))
+        own[0] += textwrap.wrap(", ".join(sorted(found)), 100)
+        blocks += own
     return "\n\n".join("\n    ".join(block) for block in blocks) + "\n"
 
 

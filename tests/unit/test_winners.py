@@ -19,6 +19,7 @@ from bitgen.formats.config import find_model
 from bitgen.llm import library_for
 from bitgen.measure import Job
 from bitgen.paths import winners_dir
+from bitgen.progress import Progress
 from bitgen.space import space_for
 from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
@@ -120,9 +121,9 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     untuned = library_for(preset)
     assert untuned.parent.name.startswith("untuned-")
     export_winners(store, env.fingerprints, env.cpu, env.isas, tmp_path)
-    said: list[str] = []
+    said: list[Progress] = []
     library = library_for(preset, said.append)
-    assert said == [f"building the kernels of {preset.alias}, once"]
+    assert [each.text for each in said] == [f"building the kernels of {preset.alias}, once"]
     kernels = read_bundle(library).manifest.kernels
     assert [kernel.spec for kernel in kernels if kernel.shape == shape] == [point]
     assert library_for(preset, said.append) == library
