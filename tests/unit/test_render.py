@@ -123,7 +123,7 @@ def test_text_is_tidy() -> None:
             where = f"{source.name}:{number}: {line}"
             assert line == line.rstrip(), where
             assert "\t" not in line, where
-            assert len(line) <= WIDTH or line.startswith(tuple(heads)), where
+            assert len(line) <= WIDTH or line.startswith((*heads, f" * {source.name}")), where
             if not line.startswith((" *", "//", "/*")):
                 assert not re.search(r"\((c|i)\)|\+ 0\b|\b[01] \* \w", line), where
             if re.match(r"\s*\}", line):
