@@ -155,6 +155,7 @@ def for_compiling(isa: str) -> list[Source]:
     return [*sources, render_quantize(isa), *(render_tables(family, isa, kind) for family, kind in TABLED)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", HERE)
 def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
     if not any(c.kind == "gcc" for c in compilers()):
@@ -165,6 +166,7 @@ def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
         assert isinstance(made, Path), f"{source.name}: {made}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", HERE)
 def test_clang_accepts_it_without_a_warning(isa: str, tmp_path: Path) -> None:
     clang = shutil.which("clang")
