@@ -182,7 +182,7 @@ def merge_naively(text: str, ids: dict[str, int], scores: Sequence[float]) -> li
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_pieces_are_merged_as_defined(data: st.DataObject) -> None:
     symbol = st.sampled_from([*"abc", SPACE])

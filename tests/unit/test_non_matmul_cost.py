@@ -3,10 +3,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from bitgen.formats.config import find_model
 from bitgen.inference.non_matmul_cost import non_matmul_cost
 
 
+@pytest.mark.slow  # it needs a library with tuned kernels, and times it
 def test_the_rest_of_the_step_grows_with_layers_and_vocabulary(bundle: Path) -> None:
     small = replace(
         find_model("3B"), hidden=256, ffn=512, layers=2, heads=4, kv_heads=4, head_dim=64, vocab=2000

@@ -123,7 +123,7 @@ def test_text_is_tidy() -> None:
             where = f"{source.name}:{number}: {line}"
             assert line == line.rstrip(), where
             assert "\t" not in line, where
-            assert len(line) <= WIDTH or line.startswith(tuple(heads)), where
+            assert len(line) <= WIDTH or line.startswith((*heads, f" * {source.name}")), where
             if not line.startswith((" *", "//", "/*")):
                 assert not re.search(r"\((c|i)\)|\+ 0\b|\b[01] \* \w", line), where
             if re.match(r"\s*\}", line):
@@ -155,6 +155,7 @@ def for_compiling(isa: str) -> list[Source]:
     return [*sources, render_quantize(isa), *(render_tables(family, isa, kind) for family, kind in TABLED)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", HERE)
 def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
     if not any(c.kind == "gcc" for c in compilers()):
@@ -165,6 +166,7 @@ def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
         assert isinstance(made, Path), f"{source.name}: {made}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", HERE)
 def test_clang_accepts_it_without_a_warning(isa: str, tmp_path: Path) -> None:
     clang = shutil.which("clang")

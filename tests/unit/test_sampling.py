@@ -32,7 +32,7 @@ def draw(logits: Any, count: int = 1, text: Any = (), **options: Any) -> list[in
     return [sampler.choose(None, values, text, position) for position in range(count)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.floats(-700, 700))
 def test_exp_is_right_to_two_units_in_the_last_place(x: float) -> None:
     expected = math.exp(x)
@@ -164,7 +164,7 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_all_tokens_sorted() -> Non
         assert np.array_equal(x, logits[ids])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     x=arrays(
         np.float32,

@@ -174,6 +174,7 @@ def test_small_spaces_are_enumerated_and_large_ones_modelled() -> None:
     assert isinstance(proposer_for(points, (), 0, "tpe", len(points)), TpeProposer)
 
 
+@pytest.mark.slow
 def test_tpe_finds_better_points_than_chance() -> None:
     points = Grid("i2s", SCALAR, "n1", LARGE_AXES).points
     ranks = []
@@ -196,7 +197,8 @@ def test_the_known_optimum_is_found_in_an_enumerated_space(tmp_path: Path) -> No
     assert result.outcomes == {"ok": 4 * 54}
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_the_search_comes_near_the_optimum_in_a_large_noisy_space(tmp_path: Path, seed: int) -> None:
     asked_for = plan(seed=seed, trials=100, regimes=("n1",))
     result = go(tmp_path / "r", asked_for, runner(asked_for, LARGE_AXES, 0.03, seed), LARGE_AXES)
@@ -901,6 +903,7 @@ def test_ten_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     assert result.rows == undisturbed.rows
 
 
+@pytest.mark.slow
 def test_a_kill_after_any_record_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = plan(trials=12)
     inner = runner(asked_for)
