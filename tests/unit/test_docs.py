@@ -196,3 +196,16 @@ def test_scripts_and_tests_that_are_run_exist() -> None:
                 r"(?:python|pytest)[^&#\n]*? ((?:benchmarks|tests|tools)/[\w/.]+)", block.text
             ):
                 assert (ROOT / place).exists(), f"{name_of(page)}:{block.line}: {place}"
+
+
+PLACES = (
+    r"\b(?:bitgen|benchmarks|configs|csrc|docs|examples|models|templates|tests|tools|tune_logs)/[\w./-]*\w/?"
+)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "lab" not in page.parts], ids=name_of)
+def test_files_that_are_named_exist(page: Path) -> None:
+    for code in re.findall(r"`([^`]+)`", read(page)[0]):
+        for place in re.findall(PLACES, code):
+            if re.fullmatch(PLACES, code) and not re.search(r"[A-Z]{4}", place):
+                assert (ROOT / place).exists(), f"{name_of(page)}: {place}"
