@@ -40,7 +40,7 @@ def chunk(family: str, w: np.ndarray) -> np.ndarray:
 
 
 @layouts
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(w=matrices)
 def test_unpack_undoes_pack(layout: Layout, w: np.ndarray) -> None:
     packed = pack(layout, w)
@@ -53,7 +53,7 @@ def test_unpack_undoes_pack(layout: Layout, w: np.ndarray) -> None:
 
 
 @layouts
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(w=matrices)
 def test_padding_is_zero_weights(layout: Layout, w: np.ndarray) -> None:
     k_chunk = FAMILIES[layout.family].k_chunk
