@@ -45,7 +45,7 @@ __all__ = [
     "sweep",
 ]
 
-# numpy, the renderer and the toolchain: who reads records or replays them does not pay for these.
+# The renderer and the toolchain: who reads records or replays them does not pay for these.
 _LAZY = {
     **dict.fromkeys(("LocalRunner", "TimingPolicy", "Verification"), "runner"),
     **dict.fromkeys(("SweepCounts", "exact_sweep", "sweep"), "verify"),

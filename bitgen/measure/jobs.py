@@ -1,6 +1,6 @@
 """What is asked of a measurement and what it answers: frozen records that validate themselves.
 
-Nothing here compiles, forks or imports numpy, so a reader of records pays nothing for the machinery.
+Nothing here compiles, forks or renders, so a reader of records pays nothing for the machinery.
 """
 
 from __future__ import annotations

@@ -144,11 +144,15 @@ def test_a_sweep_of_nothing_fails(runner: LocalRunner) -> None:
 @pytest.mark.parametrize(
     ("family", "old", "new"),
     [
-        ("i2s", "vw_sub(acc0_0_0, x_sum0)", "acc0_0_0"),
-        ("tl1", "hi0_0 = vh_add(hi0_0,", "hi0_0 = vh_add(vh_zero(),"),
-        ("tl2", "vw_add(acc0_0, bias0)", "acc0_0"),
+        ("i2s", "vw_sub(acc, vw_splat(a->x_sum[token]))", "acc"),
+        ("tl1", "hi_r0_t0 = vh_add(hi_r0_t0,", "hi_r0_t0 = vh_add(vh_zero(),"),
+        ("tl2", "vw_add(acc_r0_t0, ones0)", "acc_r0_t0"),
         ("t5", "vb_avg(vb_avg(packed0, vb_splat(0)), packed0)", "packed0"),
-        ("tl5", "const vb lo = vb_flip(vb_lut128(table, v), negative)", "const vb lo = vb_lut128(table, v)"),
+        (
+            "tl5",
+            "const vb low = vb_flip(vb_lut128(table, v), negative)",
+            "const vb low = vb_lut128(table, v)",
+        ),
     ],
 )
 def test_a_wrong_kernel_is_found(
