@@ -174,8 +174,11 @@ def test_clang_accepts_it_without_a_warning(isa: str, tmp_path: Path) -> None:
         pytest.skip("clang is not installed")
     files = []
     for i, source in enumerate(for_compiling(isa)):
+        unit = unit_of(source)
         files.append(tmp_path / f"{i}.c")
-        files[-1].write_text(unit_of(source).text)
+        files[-1].write_text(unit.text)
+        for name, text in unit.headers:
+            (tmp_path / name).write_text(text)
     flags = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only", *ISAS[isa].cc_flags]
     run = subprocess.run([clang, *flags, *files], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[:3000]
@@ -247,7 +250,7 @@ def test_the_hint_says_where_prefetched_lines_go(family: str) -> None:
 
 
 def test_only_the_ops_that_are_used_are_in_the_text() -> None:
-    for source in everything(0):
+    for source in everything():
         ops = vector_ops(source.isa)
         body = source.text[source.text.index("struct bitgen_matmul {") :]
         needed = set(ops_used(ops, body))
