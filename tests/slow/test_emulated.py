@@ -90,7 +90,7 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
 
 
 # What runs on an emulated CPU: the words these levels add, the default kernels of all families and regimes, a
-# whole model. `python tests/support/emulated.py bitgen check --isa amx_int8` runs every schedule.
+# whole model. `python tests/support/emulated.py bitgen verify --isa amx_int8` runs every schedule.
 # (suite, level): file, which of its tests, how many they are.
 SUITES = {
     ("ops", "avx_vnni"): (

@@ -2,7 +2,7 @@
 
     python tests/support/arm_sweep.py [LEVEL ...]
 
-from the root of a checkout, with bitgen installed. For each level it prints what `bitgen check` prints on
+from the root of a checkout, with bitgen installed. For each level it prints what `bitgen verify` prints on
 x86. Kernels that have the text of their level's parent are counted, not compiled again.
 """
 

@@ -1,7 +1,7 @@
 """A CPU that is not here: AMX-INT8 and AVX-VNNI carried out in software (data/emulator), for a whole process.
 
     python tests/support/emulated.py pytest tests/kernels/test_exact.py -k amx_int8
-    python tests/support/emulated.py bitgen check --isa avx_vnni
+    python tests/support/emulated.py bitgen verify --isa avx_vnni
 
 The process and its children run with the emulator preloaded and find the features in /proc/cpuinfo. A library
 they build asks cpuid, which cannot be emulated, so it asks for a feature that every CPU has instead.
