@@ -237,7 +237,12 @@ def test_load_json_rejects(tmp_path: Path, content: bytes, message: str) -> None
 
 
 SPEC = KernelSpec(
-    "i2s", "avx2", "n1", Layout("i2s", 16), Schedule("direct", (("streams", 2), ("prefetch_hint", 1))), Shape(32, 64)
+    "i2s",
+    "avx2",
+    "n1",
+    Layout("i2s", 16),
+    Schedule("direct", (("streams", 2), ("prefetch_hint", 1))),
+    Shape(32, 64),
 )
 
 
