@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.options import add_isa_cap
+from bitgen.cli.options import add_actions
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 if TYPE_CHECKING:
@@ -18,13 +18,7 @@ PASSPHRASE_VARIABLE = "BITGEN_KEY_PASSPHRASE"  # noqa: S105 - a name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        add_isa_cap(sub)
-        return sub
-
+    action = add_actions(parser)
     install = action("install", "install a signed zip, a folder, or what is at an https address")
     install.add_argument("source", metavar="SOURCE", help="x.zip, https://... or a folder with index.json")
     install.add_argument("--allow-unsigned", action="store_true", help="take it without any signature")

@@ -7,18 +7,12 @@ import os
 from pathlib import Path
 
 from bitgen.cli.bundle import PASSPHRASE_VARIABLE
-from bitgen.cli.options import add_isa_cap
+from bitgen.cli.options import add_actions
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def action(name: str, text: str) -> argparse.ArgumentParser:
-        sub = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        add_isa_cap(sub)
-        return sub
-
+    action = add_actions(parser)
     add = action("add", "trust the owner of a key: what it signed may run here")
     add.add_argument("key", metavar="KEY", help="a file of minisign (x.pub), or the line in it (RW...)")
     add_output(action("list", "the keys that are trusted, and what was revoked"))
