@@ -29,7 +29,7 @@ import msgspec
 
 from bitgen.errors import BitgenError, FileError
 from bitgen.fingerprints import Fingerprint, Fingerprints
-from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Status
+from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Status, Timed
 from bitgen.paths import ensure_dir
 from bitgen.records import dump, load
 from bitgen.spec import LARGE, KernelSpec, Layout, Shape, regime_named
@@ -96,7 +96,7 @@ class RaceRecord:
 
 
 @dataclass(frozen=True)
-class Winner:
+class Winner(Timed):
     """The fastest kernel of one layout for a shape, a regime and a thread count.
 
     ``measurement`` are its times in a race, ``baseline`` those of the family's untuned default in the same
@@ -108,20 +108,8 @@ class Winner:
     fingerprint: Fingerprint
 
     @property
-    def spec(self) -> KernelSpec:
-        return self.measurement.job.spec
-
-    @property
     def regime(self) -> str:
         return self.spec.regime
-
-    @property
-    def threads(self) -> int:
-        return self.measurement.job.threads
-
-    @property
-    def time_ns(self) -> float:
-        return self.measurement.median_ns
 
     @property
     def default_ns(self) -> float | None:

@@ -19,6 +19,7 @@ from bitgen.measure.jobs import (
     Rates,
     Runner,
     Status,
+    Timed,
 )
 from bitgen.measure.stats import EarlyStopping
 
@@ -39,6 +40,7 @@ __all__ = [
     "Runner",
     "Status",
     "SweepCounts",
+    "Timed",
     "TimingPolicy",
     "Verification",
     "exact_sweep",

@@ -181,15 +181,13 @@ class MachinePeak:
         return max(self.dram_gbs, key=lambda name: self.dram_gbs[name])
 
 
-class Rates:
-    """What the time of a ``measurement`` means: rates, and the share of the roofline that it reaches."""
+class Timed:
+    """A record with a ``measurement``: which kernel that was of, and its time."""
 
-    if TYPE_CHECKING:  # the fields of the records
+    if TYPE_CHECKING:  # a field of the records
 
         @property
         def measurement(self) -> Measurement: ...
-        @property
-        def limit_ns(self) -> float: ...
 
     @property
     def spec(self) -> KernelSpec:
@@ -211,6 +209,15 @@ class Rates:
     def time_ns(self) -> float:
         """The median time of one call."""
         return self.measurement.median_ns
+
+
+class Rates(Timed):
+    """What the time of a ``measurement`` means: rates, and the share of the roofline that it reaches."""
+
+    if TYPE_CHECKING:  # a field of the records
+
+        @property
+        def limit_ns(self) -> float: ...
 
     @property
     def weight_gbs(self) -> float:
