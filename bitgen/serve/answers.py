@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ class Choice:
     offset: int = 0  # characters of these
 
 
-class Answer:
+class Answer(ABC):
     """Collects updates and puts them into words; a subclass for each endpoint knows its shape."""
 
     prefix: ClassVar[str]
@@ -55,19 +56,19 @@ class Answer:
 
     # ---- What the subclasses say ----
 
+    @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
         """What a streamed choice starts with."""
-        raise NotImplementedError
 
-    def delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def delta(self, text: str) -> dict[str, Any]: ...
 
-    def message(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def message(self, text: str) -> dict[str, Any]: ...
 
+    @abstractmethod
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
         """Of the tokens of ``scores``, which come after what was written of ``choice`` before."""
-        raise NotImplementedError
 
     # ---- Updates in, bodies out ----
 
