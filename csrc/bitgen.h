@@ -321,8 +321,8 @@ BITGEN_API int32_t bitgen_work_bytes(const bitgen_context *ctx, const struct bit
  * the sines. The angle is rounded to float as PyTorch does; sine and cosine are computed in double by the library. */
 BITGEN_API int32_t bitgen_rope(const float *inverse_frequency, int64_t half, int64_t begin, int64_t end, float *table);
 
-/* One step: fills the cache at the tokens' positions and gives each row what it wants. times_ns (BITGEN_STAGES) gets the time of each stage added, or is NULL. After BITGEN_ERROR_NOT_FINITE
- * the cache at these positions is undefined. */
+/* One step: fills the cache at the tokens' positions and gives each row what it wants. times_ns (BITGEN_STAGES) gets
+ * the time of each stage added, or is NULL. After BITGEN_ERROR_NOT_FINITE the cache at these positions is undefined. */
 BITGEN_API int32_t bitgen_step(bitgen_context *ctx, const struct bitgen_model *model,
                                const struct bitgen_tokens *tokens, int64_t *times_ns);
 
