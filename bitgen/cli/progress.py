@@ -26,6 +26,7 @@ class ProgressBar:
     def __init__(self) -> None:
         self._bar: Bar | None = None
         self._started = time.monotonic()
+        self._total = 0.0  # of the work that is shown in lines
         self._last = 0.0
         self._kept = ""  # what was too soon to print; the last of it is how far the work came
 
@@ -51,9 +52,14 @@ class ProgressBar:
 
     def _line(self, progress: Progress) -> str:
         done, total = progress.done, progress.total
+        if self._total and total != self._total:  # other work, with a speed of its own
+            self._started = time.monotonic()
+        self._total = total
         spent = time.monotonic() - self._started
-        left = f", {spent * (total / done - 1):.0f} s left" if 0 < done < total else ""
-        return f"{progress}{left}"
+        if not 0 < done < total:
+            return str(progress)
+        left = total - done if progress.unit == "seconds" else spent * (total / done - 1)
+        return f"{progress}, {left:.0f} s left"
 
     def _draw(self, progress: Progress) -> None:
         text, done, total, unit = progress

@@ -46,6 +46,13 @@ def test_lines_elsewhere_tell_the_share_and_the_time_left(
     assert capsys.readouterr().err == "checking: 25%, 60 s left\ndone: 100%\n"
 
 
+def test_of_a_budget_in_seconds_the_rest_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar() as bar:
+        bar.show(Progress("probing", 1, 480, "seconds"))
+        bar.show(Progress("searching", 0.5, 480, "seconds"))
+    assert capsys.readouterr().err == "probing: 0%, 479 s left\nsearching: 0%, 480 s left\n"
+
+
 def test_the_last_line_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar() as bar:
         bar.show(Progress("packing"))
