@@ -18,7 +18,7 @@ from bitgen.bundle.manifest import MANIFEST_NAME, KernelEntry, Manifest, is_bund
 from bitgen.bundle.units import library_units_of
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.hostcode import SYSTEMS, host_headers
-from bitgen.paths import HOME_VARIABLE, ensure_dir
+from bitgen.paths import HOME_VARIABLE, cache_dir, ensure_dir
 from bitgen.records import dump
 from bitgen.spec import StepSizes
 from bitgen.toolchain import (
@@ -197,7 +197,8 @@ def _move(made: Path, folder: Path, replaced: Path) -> None:
     """Put the finished folder in its place; programs that have the old library open keep it."""
     from filelock import FileLock  # 35 ms that only a build pays
 
-    with FileLock(folder.parent / ".bitgen.lock"):  # processes take turns
+    # Processes take turns. The lock stays behind where filelock does not remove it: not in the user's folder.
+    with FileLock(ensure_dir(cache_dir()) / "replace.lock"):
         if folder.exists():
             folder.rename(replaced)
         try:

@@ -333,7 +333,7 @@ def test_build_makes_a_library_that_python_loads(built: Path, workplace: Path) -
     ((title, rows),) = json.loads(shown).items()
     assert title.startswith("libbitgen-tiny")
     assert re.search(
-        r"; a step for hidden \d+, q_rows \d+, ffn \d+, head_dim \d+, and one for every model$", title
+        r"; a forward pass for hidden \d+, q_rows \d+, ffn \d+, head_dim \d+, and one for every model$", title
     )
     assert len(list((built / "src").glob("bitgen_step_hidden*"))) == 1
     assert {row["role"] for row in rows} == {"tuned", "default", "portable"}

@@ -641,9 +641,11 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     weights = random_weights(small_config(layers=1), 1)
     ids = ids_of(weights.config, 5)
     expected = feed(Engine(weights, tables()), ids)
-    bitgen_home.write_text("a file where the folder should be")
+    blocked = bitgen_home.parent / "blocked"
+    blocked.write_text("a file where the folder should be")
+    monkeypatch.setenv("BITGEN_HOME", str(blocked))
     assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
-    bitgen_home.unlink()
+    monkeypatch.setenv("BITGEN_HOME", str(bitgen_home))
 
     def full(self: Any, data: Any) -> int:
         raise OSError(28, "No space left on device")

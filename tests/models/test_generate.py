@@ -19,6 +19,7 @@ from bitgen.inference.conversation import Conversation
 from bitgen.inference.drafts import PromptLookupDrafter
 from bitgen.inference.engine import Memory
 from bitgen.inference.perplexity import perplexity
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import StopFilter
 from bitgen.llm import LLM
 from bitgen.progress import Progress
@@ -232,13 +233,11 @@ def test_long_prompts_are_computed_in_parts_with_progress() -> None:
 @pytest.mark.parametrize(
     ("token_s", "parts"), [(0.01, [128] * 5), (0.02, [128, *[64] * 8]), (9, [128, *[64] * 8])]
 )
-def test_parts_of_a_prompt_take_a_second_or_so(
-    token_s: float, parts: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_a_prompt_take_a_second_or_so(token_s: float, parts: list[int]) -> None:
     engine = Scripted([5], context=2000)
     llm = LLM.over(engine, engine.config, piece_data())
-    monkeypatch.setattr("bitgen.inference.scheduler.time.perf_counter", lambda: token_s * sum(engine.calls))
-    list(llm.scheduler.run([llm.request([5] * 640, max_tokens=1)]))
+    scheduler = Scheduler(engine, llm.tokenizer, clock=lambda: token_s * sum(engine.calls))
+    list(scheduler.run([llm.request([5] * 640, max_tokens=1)]))
     assert engine.calls == parts
 
 
