@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -161,7 +161,8 @@ class LLM:
 
         A prompt is a text or a list of token ids. Options: ``max_tokens`` (128; None: until the context is
         full), ``stop`` (a text or several), ``lookup``, ``ignore_end``, and the fields of `Sampling`
-        (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, seed).
+        (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, frequency_penalty,
+        presence_penalty, logit_bias, seed); ``logit_bias`` may be a mapping of tokens.
         """
         if not hasattr(prompt, "__len__"):
             raise UsageError(
@@ -209,6 +210,9 @@ class LLM:
         if unknown:
             known = ", ".join(("max_tokens", "stop", "lookup", "ignore_end", *Sampling.__dataclass_fields__))
             raise UsageError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
+        bias = sampling.get("logit_bias", ())
+        sampling["logit_bias"] = tuple(bias.items() if isinstance(bias, Mapping) else bias)
+        self._checked([token for token, _ in sampling["logit_bias"]])
         ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids and isinstance(prompt, str):
             start = next((i for i in (self.tokenizer.bos, self.tokenizer.eos) if i is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -96,6 +97,20 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
     group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="1: none (1.0)")
     group.add_argument("--repeat-last-n", type=int, default=64, metavar="N", help="-1: the whole text (64)")
     group.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="X", help="for each time it was said (0.0)"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="X", help="for what was said at all (0.0)"
+    )
+    group.add_argument(
+        "-l",
+        "--logit-bias",
+        action="append",
+        default=[],
+        metavar="ID+X",
+        help="add X to the logit of a token (ID-X: take it off); repeatable",
+    )
+    group.add_argument(
         "-s", "--seed", type=int, default=-1, help="the same seed gives the same text (-1: any)"
     )
     group.add_argument(
@@ -128,6 +143,9 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         min_p=args.min_p,
         repeat_penalty=args.repeat_penalty,
         repeat_last_n=args.repeat_last_n,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        logit_bias=tuple(map(_bias, args.logit_bias)),
         seed=None if args.seed < 0 else args.seed,
     )
     return {
@@ -137,6 +155,16 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "ignore_end": args.ignore_eos,
         "lookup": args.lookup,
     }
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """The token and the number of ID+X or ID-X."""
+    from bitgen.errors import UsageError
+
+    found = re.fullmatch(r"(\d+)([+-]\d+(?:\.\d*)?)", text)
+    if not found:
+        raise UsageError(f"--logit-bias is a token id, + or -, and a number, as in 15043-1.5, not {text!r}")
+    return int(found[1]), float(found[2])
 
 
 def open_llm(args: argparse.Namespace, *, batch: int = 1) -> LLM:

@@ -12,8 +12,8 @@ of the library: every float operation has one order (templates/step), every inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Context, Decimal
 from typing import Any, Literal, TypeAlias, overload
 
@@ -26,11 +26,11 @@ from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
+from bitgen.inference.wants import Answer, Best, Chosen, Floats, Hidden, Logits, Nothing, Want
 from bitgen.inference.weight_cache import PackedLayer, pack_model, packed_bytes, quantize_lm_head
 from bitgen.progress import Report
 from bitgen.runtime import KernelTable, aligned_bytes
 
-Floats: TypeAlias = NDArray[np.float32]
 Ints: TypeAlias = NDArray[np.int32]
 Kv: TypeAlias = Literal["f16", "f32", "q8"]
 Head: TypeAlias = Literal["exact", "q8"]
@@ -38,64 +38,11 @@ Head: TypeAlias = Literal["exact", "q8"]
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
 
-
 _WANT_HIDDEN, _WANT_LOGITS, _WANT_BEST = (
     getattr(constants, f"BITGEN_WANT_{name}") for name in ("HIDDEN", "LOGITS", "BEST")
 )
 _TOKENS_SIZE, _ROW_SIZE = (ffi.sizeof(f"struct bitgen_{name}") for name in ("tokens", "row"))
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """A token whose keys and values only fill the cache."""
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """The state that the head reads: after the last norm, float32 (hidden)."""
-
-
-@dataclass(frozen=True)
-class Logits:
-    """All logits, float32 (vocab)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Best:
-    """The ``k`` best logits of the allowed tokens, and the logits of the ``named`` ones.
-
-    First ``bias`` (token -> what is added, finite) is added to the logits, then tokens that are not
-    ``allowed``, bool (vocab), are left out; None: all are. Named tokens need not be allowed.
-    """
-
-    k: int
-    allowed: NDArray[np.bool_] | None = None
-    bias: Mapping[int, float] = field(default_factory=dict)
-    named: Sequence[int] = ()
-
-
-Want: TypeAlias = Nothing | Hidden | Logits | Best
 _OUTPUTS = {Hidden: ("hidden", _WANT_HIDDEN), Logits: ("vocab", _WANT_LOGITS)}  # sizes in ModelConfig
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """What `Best` gives: ids int32 (k), their logits float32 (k), falling, the lower id first among equals.
-
-    There are fewer than k where fewer tokens are allowed. ``named`` float32 has the logits of its ids.
-    """
-
-    ids: NDArray[np.int32]
-    logits: Floats
-    named: Floats
-
-    def trimmed(self) -> Chosen:
-        """Without the places that no allowed token was left for: C gives them the id -1."""
-        count = int((self.ids >= 0).sum())
-        return replace(self, ids=self.ids[:count], logits=self.logits[:count])
-
-
-Answer: TypeAlias = Floats | Chosen | None
 
 
 @dataclass(frozen=True)
@@ -395,7 +342,8 @@ class Engine:
         work = 0
         for tokens in (FEW, PREFILL):  # few tokens may need more: threads then share heads of attention
             tokens = min(tokens, self.context * self.max_batch)
-            self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, 0, size))
+            best = tokens if tokens <= FEW else 0
+            self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, best, size))
             work = max(work, int(size[0]))
         work += self.context * config.head_dim * 4  # RoPE
         weights = packed_bytes(self.weights, self.table)

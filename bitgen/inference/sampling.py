@@ -1,16 +1,17 @@
 """From logits to the next token: the same seed gives the same text, on every machine.
 
-In order, as in llama.cpp: repetition penalty, top-k, top-p, min-p, temperature, sample. Everything after the
-logits is double precision in one fixed order: exp is our own (`exp`), sums run from left to right, over
-tokens in the order of their ids or, where top-k or top-p sorted them, of their logits, equals by id. The
-random number is a function of the seed and the position in the sequence alone, so a token does not depend on
-how many were computed at once.
+In order: bias, mask, penalties, top-k, top-p, min-p, temperature, sample. Everything after the logits is
+double precision in one fixed order: exp is our own (`exp`), sums run from left to right, over tokens in the
+order of their ids or, where top-k or top-p sorted them, of their logits, equals by id. The random number is a
+function of the seed and the position in the sequence alone, so a token does not depend on how many were
+computed at once.
 """
 
 from __future__ import annotations
 
 import math
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -19,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import UsageError
+from bitgen.inference.wants import Best, Chosen, Floats, Logits
 
 Doubles: TypeAlias = NDArray[np.float64]
-Floats: TypeAlias = NDArray[np.float32]
 Ids: TypeAlias = NDArray[np.int32]
 Places: TypeAlias = NDArray[np.intp]
+Mask: TypeAlias = NDArray[np.bool_]
 
 # ln 2 in two parts: k * _LN2_HIGH is exact for |k| < 2^20 (the high part ends in 21 zero bits).
 _LN2_HIGH = float.fromhex("0x1.62e42feep-1")
@@ -33,6 +35,8 @@ _LOG2_E = float.fromhex("0x1.71547652b82fep+0")
 _COEFFICIENTS = tuple(1 / math.factorial(i) for i in range(13, -1, -1))
 _GROUP = 64  # logits of which a search looks at the largest first
 _LOWEST = -700.0  # exp of less counts as 0
+_BEST_MAX = 512  # candidates; more of them are all logits
+BIASES_MAX = 1000
 
 SAMPLING_VERSION = 1  # goes up when the same logits and seed give another token than before
 
@@ -90,8 +94,10 @@ class Sampling:
     """How the next token is chosen; the defaults are llama.cpp's.
 
     ``temperature`` 0 takes the most likely token (of equals the one with the lowest id); ``top_k`` 0 keeps
-    all; ``top_p`` 1 and ``min_p`` 0 keep all; ``repeat_penalty`` 1 penalises nothing, ``repeat_last_n`` -1
-    looks at the whole text. ``seed`` None means one that nobody knows.
+    all; ``top_p`` 1 and ``min_p`` 0 keep all. ``repeat_penalty`` 1, ``frequency_penalty`` 0 and
+    ``presence_penalty`` 0 penalise nothing; they look at the last ``repeat_last_n`` tokens of prompt and
+    text, -1: at all. ``logit_bias`` are pairs of a token and what is added to its logit. ``seed`` None means
+    one that nobody knows.
     """
 
     temperature: float = 0.8
@@ -100,6 +106,9 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -114,11 +123,24 @@ class Sampling:
                 math.isfinite(self.repeat_penalty) and self.repeat_penalty > 0,
             ),
             ("repeat_last_n", "-1 or more", self.repeat_last_n >= -1),
+            ("frequency_penalty", "between -2 and 2", -2 <= self.frequency_penalty <= 2),
+            ("presence_penalty", "between -2 and 2", -2 <= self.presence_penalty <= 2),
             ("seed", "between 0 and 2^64 - 1", self.seed is None or 0 <= self.seed < 1 << 64),
         )
         for name, wanted, holds in rules:
             if not holds:
                 raise UsageError(f"{name} must be {wanted}, not {getattr(self, name)}")
+        if len(self.logit_bias) > BIASES_MAX:
+            raise UsageError(f"logit_bias has {BIASES_MAX} tokens at most, not {len(self.logit_bias)}")
+        for token, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                raise UsageError(f"logit_bias must be between -100 and 100, not {bias} (token {token})")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens of the text so far count."""
+        neutral = (self.repeat_penalty, self.frequency_penalty, self.presence_penalty) == (1, 0, 0)
+        return self.repeat_last_n != 0 and not neutral
 
 
 GREEDY = Sampling(temperature=0, seed=0)
@@ -143,11 +165,50 @@ class Sampler:
         self.sampling = sampling
         self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
 
+    def want(self, text: Sequence[int], vocab: int, allowed: Mask | None = None) -> Best | Logits:
+        """What to ask of the row before the next token: no more than decides it.
+
+        ``allowed``, bool (vocab), are the tokens that it may be; None: all.
+        """
+        s = self.sampling
+        k = 1 if s.temperature == 0 else s.top_k
+        recent = self._recent(text)
+        most = k + 1 + len(recent)  # one more tells that some are left out, which fixes the order of sums
+        if k == 0 or most > min(_BEST_MAX, vocab):
+            return Logits()
+        return Best(most, allowed, dict(s.logit_bias), sorted(recent))
+
+    def take(
+        self, answer: Floats | Chosen, text: Sequence[int], position: int, allowed: Mask | None = None
+    ) -> int:
+        """The next token, from what `want` asked for, or from all logits."""
+        s = self.sampling
+        if isinstance(answer, Chosen):
+            ids, logits = answer.ids, answer.logits
+            extra = [
+                (token, logit)
+                for token, logit in zip(sorted(self._recent(text)), answer.named, strict=True)
+                if (allowed is None or allowed[token]) and token not in ids
+            ]
+            if extra:
+                ids = np.concatenate([ids, np.array([token for token, _ in extra], np.int32)])
+                logits = np.concatenate([logits, np.array([logit for _, logit in extra], np.float32)])
+            return self.choose(ids, logits, text, position)
+        logits = answer
+        if s.logit_bias:
+            logits = logits.copy()
+            for token, bias in s.logit_bias:
+                logits[token] += np.float32(bias)
+        if allowed is None:
+            return self.choose(None, logits, text, position)
+        places = np.flatnonzero(allowed).astype(np.int32)
+        return self.choose(places, logits[places], text, position)
+
     def choose(self, ids: Ids | None, logits: Floats, text: Sequence[int], position: int) -> int:
-        """The next token.
+        """The next token, after bias and mask.
 
         ``ids`` int32 (n) names the candidates, each once, in any order; None: the whole vocabulary.
-        ``logits`` float32 (n), not NaN, are theirs; ``text`` the tokens so far, for the repetition penalty;
+        ``logits`` float32 (n), not NaN, are theirs; ``text`` the tokens so far, for the penalties;
         ``position`` the number of tokens already sampled.
         """
         s = self.sampling
@@ -168,21 +229,37 @@ class Sampler:
             place = int(places[min(int(np.searchsorted(sums, wanted, side="right")), len(places) - 1)])
         return place if ids is None else int(ids[place])
 
-    def _penalised(self, ids: Ids | None, logits: Floats, text: Sequence[int]) -> Floats:
-        """Positive logits of recent tokens divided, negative ones multiplied by the penalty."""
+    def _recent(self, text: Sequence[int]) -> Counter[int]:
+        """How often each token that is penalised is there."""
         s = self.sampling
-        if s.repeat_penalty == 1 or s.repeat_last_n == 0:
+        if not s.penalises:
+            return Counter()
+        return Counter(text if s.repeat_last_n < 0 else text[-s.repeat_last_n :])
+
+    def _penalised(self, ids: Ids | None, logits: Floats, text: Sequence[int]) -> Floats:
+        """Positive logits of recent tokens divided, negative ones multiplied by the repeat penalty.
+
+        Then the presence penalty is taken off, and the frequency penalty times the count of the token.
+        """
+        s = self.sampling
+        recent = self._recent(text)
+        if not recent:
             return logits
-        recent = text if s.repeat_last_n < 0 else text[-s.repeat_last_n :]
-        places = np.array(sorted(set(recent)), np.int64)  # np.unique would import numpy.ma: 20 ms
+        tokens = np.array(sorted(recent), np.int64)  # np.unique would import numpy.ma: 20 ms
+        counts = np.array([recent[token] for token in tokens.tolist()], np.float32)
         if ids is None:
-            places = places[(places >= 0) & (places < len(logits))]
+            known = (tokens >= 0) & (tokens < len(logits))
+            places = tokens[known]
         else:
-            found = np.minimum(np.searchsorted(ids, places), len(ids) - 1)
-            places = found[ids[found] == places]
+            found = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
+            known = ids[found] == tokens
+            places = found[known]
         penalty = np.float32(s.repeat_penalty)
         logits = logits.copy()
-        logits[places] = np.where(logits[places] <= 0, logits[places] * penalty, logits[places] / penalty)
+        x = np.where(logits[places] <= 0, logits[places] * penalty, logits[places] / penalty)
+        if s.frequency_penalty or s.presence_penalty:
+            x -= counts[known] * np.float32(s.frequency_penalty) + np.float32(s.presence_penalty)
+        logits[places] = x
         return logits
 
     def _most_likely(self, logits: Floats) -> tuple[Places, Doubles]:

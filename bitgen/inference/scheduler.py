@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from bitgen.formats.config import Floats, ModelConfig
 from bitgen.inference import FEW
 from bitgen.inference.engine import Memory
 from bitgen.inference.sequence import Request, Sequence
+from bitgen.inference.wants import Answer, Chosen, Logits, Nothing, Want
 from bitgen.progress import Progress, Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -46,6 +47,9 @@ _LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
 _SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
 
 
+Ints: TypeAlias = NDArray[np.int32]
+
+
 class EngineProtocol(Protocol):
     """What runs the model: `bitgen.inference.engine.Engine`, or a stand-in."""
 
@@ -55,13 +59,11 @@ class EngineProtocol(Protocol):
     context: int  # positions of a sequence
     max_batch: int  # sequences
 
-    def forward(
-        self,
-        tokens: NDArray[np.int32],
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
-        outputs: NDArray[np.bool_],
-    ) -> Floats: ...
+    @overload
+    def forward(self, tokens: Ints, positions: Ints, sequences: Ints, wants: NDArray[np.bool_]) -> Floats: ...
+
+    @overload
+    def forward(self, tokens: Ints, positions: Ints, sequences: Ints, wants: Items[Want]) -> list[Answer]: ...
 
     def truncate(self, sequence: int, length: int) -> None: ...
 
@@ -300,9 +302,12 @@ class Scheduler:
         size = min(self._chunk(), self._logits_most()) if scored else self._chunk()
         part = tokens[at : at + size]
         last = fresh and at + len(part) == len(tokens)
-        logits = self.forward([Row(slot, part, [scored] * (len(part) - 1) + [scored or last])])
+        wants: list[Want] = [Logits() if scored else Nothing()] * len(part)
+        if last and not scored:
+            wants[-1] = sequence.want(self.engine.config.vocab)
+        answers = self._answers([Row(slot, part)], wants)
         if scored:
-            for row, token in zip(logits, tokens[at + 1 : at + len(part) + 1], strict=False):
+            for row, token in zip(answers, tokens[at + 1 : at + len(part) + 1], strict=False):
                 sequence.score(row, token)
         if not fresh:
             return []
@@ -313,7 +318,7 @@ class Scheduler:
             return []
         if sequence.progress:
             sequence.progress(Progress("reading the prompt", len(tokens), len(tokens), "tokens"))
-        return [Event(sequence, self._sample(sequence, logits[-1]))]
+        return [Event(sequence, self._sample(sequence, answers[-1]))]
 
     def _share(self, slot: int, sequence: Sequence) -> None:
         """Where another slot holds much more of a sequence, make its slot a copy of that."""
@@ -330,20 +335,21 @@ class Scheduler:
         """One token, or several of a draft that are accepted, for every one of the ``running`` sequences."""
         started = self._clock()
         room = max(0, FEW // len(running) - 1)
-        rows = []
+        rows, wants = [], []
         for slot, sequence in running.items():
-            spare = self.engine.context - len(sequence.whole)
-            rows.append(Row(slot, [sequence.whole[-1], *sequence.draft(min(room, spare))]))
-        logits = self.forward(rows)
+            draft = sequence.draft(min(room, self.engine.context - len(sequence.whole)))
+            rows.append(Row(slot, [sequence.whole[-1], *draft]))
+            wants += [sequence.want(self.engine.config.vocab, draft[:i]) for i in range(len(draft) + 1)]
+        answers = self._answers(rows, wants)
         self.timings.steps += 1
         self.timings.step_s += self._clock() - started
         events, at = [], 0
         for slot, fed, _ in rows:
             sequence = running[slot]
             pieces = []
-            for row, draft in enumerate([*fed[1:], None]):
-                pieces.append(self._sample(sequence, logits[at + row]))
-                if sequence.finish or sequence.whole[-1] != draft:
+            for row, drafted in enumerate([*fed[1:], None]):
+                pieces.append(self._sample(sequence, answers[at + row]))
+                if sequence.finish or sequence.whole[-1] != drafted:
                     break
             at += len(fed)
             self.timings.step_tokens += len(pieces)
@@ -355,9 +361,9 @@ class Scheduler:
             events.append(Event(sequence, "".join(pieces)))
         return events
 
-    def _sample(self, sequence: Sequence, logits: Floats) -> str:
+    def _sample(self, sequence: Sequence, answer: Floats | Chosen) -> str:
         started = self._clock()
-        piece = sequence.sample(None, logits, self.engine.context)
+        piece = sequence.sample(answer, self.engine.context)
         self.timings.sampled += 1
         self.timings.sample_s += self._clock() - started
         return piece
@@ -391,27 +397,33 @@ class Scheduler:
 
     def forward(self, rows: Items[Row]) -> Floats:
         """One forward pass: logits float32 (wanted, vocab), in the order of ``rows`` and their tokens."""
+        outputs = [flag for _, part, flags in rows for flag in (flags or [True] * len(part))]
+        logits: Floats = self._run(rows, np.array(outputs, np.bool_))
+        return logits
+
+    def _answers(self, rows: Items[Row], wants: Items[Want]) -> list[Any]:
+        """The same for whatever each token wants: floats for `Logits`, `Chosen` for `Best`."""
+        answers: list[Any] = self._run(rows, wants)
+        return answers
+
+    def _run(self, rows: Items[Row], wants: Any) -> Any:
         tokens = [token for _, part, _ in rows for token in part]
         positions = [len(self._held[slot]) + i for slot, part, _ in rows for i in range(len(part))]
         slots = [slot for slot, part, _ in rows for _ in part]
-        outputs = [flag for _, part, flags in rows for flag in (flags or [True] * len(part))]
         if self._unsure:
             for slot, held in enumerate(self._held):
                 self.engine.truncate(slot, len(held))
         self._unsure = True
         started = self._clock()
-        logits = self.engine.forward(
-            np.array(tokens, np.int32),
-            np.array(positions, np.int32),
-            np.array(slots, np.int32),
-            np.array(outputs, np.bool_),
+        answers = self.engine.forward(
+            np.array(tokens, np.int32), np.array(positions, np.int32), np.array(slots, np.int32), wants
         )
         for slot, part, _ in rows:
             self._held[slot] += part
         self._unsure = False
         if len(tokens) >= (_CHUNK_MIN if self.max_stall_s is None else _PART_MIN):
             self._token_s = max(1e-9, (self._clock() - started) / len(tokens))
-        return logits
+        return answers
 
     # ---- The KV cache ----
 

@@ -6,11 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bitgen.inference.drafts import PromptLookupDrafter
-from bitgen.inference.sampling import Ids, Sampler, Sampling, Score, score_of
+from bitgen.inference.sampling import Sampler, Sampling, Score, score_of
+from bitgen.inference.wants import Best, Chosen, Floats, Logits
 from bitgen.progress import Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -77,15 +75,21 @@ class Sequence:
         if self._drafter is not None:
             self._drafter.learn(drafted, accepted)
 
-    def score(self, logits: NDArray[np.float32], token: int) -> None:
+    def score(self, logits: Floats, token: int) -> None:
         """Keep what the model thought of ``token``, whatever the sampler makes of its logits."""
         self.scores.append(score_of(logits, token, self.request.logprobs or 0))
 
-    def sample(self, ids: Ids | None, logits: NDArray[np.float32], context: int) -> str:
-        """Sample the next token (see `Sampler.choose`); the text that is ready to be shown."""
-        token = self._sampler.choose(ids, logits, self.whole, len(self.tokens))
+    def want(self, vocab: int, drafted: Iterable[int] = ()) -> Best | Logits:
+        """What the row of the last token has to give, after ``drafted`` tokens that are not sure yet."""
         if self.request.logprobs is not None:
-            self.score(logits, token)
+            return Logits()
+        return self._sampler.want([*self.whole, *drafted] if drafted else self.whole, vocab)
+
+    def sample(self, answer: Floats | Chosen, context: int) -> str:
+        """Sample the next token from what `want` asked for; the text that is ready to be shown."""
+        token = self._sampler.take(answer, self.whole, len(self.tokens))
+        if self.request.logprobs is not None and not isinstance(answer, Chosen):
+            self.score(answer, token)
         self.tokens.append(token)
         self.whole.append(token)
         if self._drafter is not None:

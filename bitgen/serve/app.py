@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Write: TypeAlias = Callable[[bytes], Awaitable[None]]
+_IGNORED_MAX, _NAME_MAX = 100, 40  # names of fields that the log mentions, and their characters
 _NOBODY = 499  # the client left: the log and the metrics see it, nobody else does
 
 
@@ -80,7 +82,9 @@ class Service:
         self.draining = False
         self.jobs: set[Job] = set()  # that the worker has not ended
         self.exchanges: set[Exchange] = set()
-        self.limits = messages.Limits(choices=self.parallel, max_tokens=settings.max_tokens)
+        self.limits = messages.Limits(
+            choices=self.parallel, vocab=llm.config.vocab, max_tokens=settings.max_tokens
+        )
         self.started = int(time.time())
         self._text = ThreadPoolExecutor(1, thread_name_prefix="bitgen-text")
 
@@ -255,6 +259,7 @@ class Endpoints:
         self._llm = service.llm
         self._settings = service.settings
         self._page = _read_page()
+        self._ignored: set[str] = set()
 
     def routes(self) -> list[Route]:
         get = {
@@ -356,7 +361,18 @@ class Endpoints:
             raise ApiError(408, f"the body did not come within {self._settings.body_s:g} s") from None
         except ClientDisconnect:
             raise ApiError(_NOBODY, "the client left") from None
-        return messages.read(raw, kind)
+        body = messages.read(raw, kind)
+        self._note_ignored(messages.unknown_fields(raw, kind))
+        return body
+
+    def _note_ignored(self, names: set[str]) -> None:
+        """Name each field that is ignored once in the log; a client that makes up names cannot fill it."""
+        fresh = sorted(name for name in names - self._ignored if len(name) <= _NAME_MAX)
+        fresh = fresh[: _IGNORED_MAX - len(self._ignored)]
+        self._ignored.update(fresh)
+        if fresh and self._settings.log is not None:
+            shown = ", ".join(fresh).encode("unicode_escape").decode()
+            print(f"bitgen: fields of requests that are ignored: {shown}", file=sys.stderr, flush=True)
 
     # ---- The server ----
 

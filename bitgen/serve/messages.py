@@ -7,7 +7,7 @@ cannot be honoured is an error that names it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -127,6 +127,7 @@ class Limits:
     """What one request may ask for."""
 
     choices: int  # n
+    vocab: int  # tokens
     max_tokens: int | None = None  # of an answer
 
 
@@ -148,6 +149,11 @@ def read(raw: bytes, kind: type[T]) -> T:
     except msgspec.DecodeError as error:
         at = re.search(r"\(byte (\d+)\)", str(error))
         raise ApiError(400, str(error), _field(raw, int(at[1]) if at else len(raw))) from None
+
+
+def unknown_fields(raw: bytes, kind: type[Any]) -> set[str]:
+    """The names in a body, which `read` took, that ``kind`` does not have."""
+    return set(msgspec.json.decode(raw, type=dict[str, msgspec.Raw])) - set(kind.__struct_fields__)
 
 
 def _field(raw: bytes, at: int) -> str | None:
@@ -251,9 +257,6 @@ def _wanted(body: Body, limits: Limits, name: str, max_tokens: int | None) -> Re
     check(max_tokens is None or max_tokens >= 1, f"{name} must be 1 or more, not {max_tokens}", name)
     if limits.max_tokens is not None:
         max_tokens = min(limits.max_tokens, limits.max_tokens if max_tokens is None else max_tokens)
-    for penalty in ("presence_penalty", "frequency_penalty"):
-        check(not getattr(body, penalty), f"{penalty} is not supported: use repeat_penalty", penalty)
-    check(not body.logit_bias, "logit_bias is not supported", "logit_bias")
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     check(len(stops) <= STOPS_MAX, f"stop has {STOPS_MAX} texts at most", "stop")
     longest = max(map(len, stops), default=0)
@@ -261,24 +264,35 @@ def _wanted(body: Body, limits: Limits, name: str, max_tokens: int | None) -> Re
     return Request(
         prompt=(),
         max_tokens=max_tokens,
-        sampling=_sampling(body),
+        sampling=_sampling(body, limits.vocab),
         stop=stops,
         ignore_end=bool(body.ignore_eos),
         lookup=bool(body.lookup),
     )
 
 
-def _sampling(body: Body) -> Sampling:
-    given = {name: getattr(body, name) for name in Sampling.__dataclass_fields__ if hasattr(body, name)}
+def _sampling(body: Body, vocab: int) -> Sampling:
+    given: dict[str, Any] = {
+        name: getattr(body, name) for name in Sampling.__dataclass_fields__ if hasattr(body, name)
+    }
     if body.repetition_penalty is not None:
         given["repeat_penalty"] = body.repetition_penalty
     for name in ("top_k", "seed"):  # -1 is what llama.cpp and vLLM call all, and any
         if given[name] == -1:
             given[name] = 0 if name == "top_k" else None
+    given["logit_bias"] = _biases(body.logit_bias or {}, vocab)
     try:
         return Sampling(**{name: value for name, value in given.items() if value is not None})
     except BitgenError as error:
         raise ApiError(400, error.message, error.message.partition(" ")[0]) from None
+
+
+def _biases(given: Mapping[str, float], vocab: int) -> tuple[tuple[int, float], ...]:
+    """OpenAI writes the ids of tokens as texts."""
+    for name in given:
+        known = name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab
+        check(known, f"logit_bias: {name[:20]!r} is no token of this model (0 to {vocab - 1})", "logit_bias")
+    return tuple((int(name), bias) for name, bias in given.items())
 
 
 def _choices(body: Body, wanted: Request, prompts: Sequence[tuple[int, ...]]) -> list[Request]:

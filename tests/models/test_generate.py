@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
+from wanted import answers_wants
 
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig
@@ -45,6 +46,7 @@ class Scripted:
     head_bytes: int = 0
     head_error: float = 0.0
 
+    @answers_wants
     def forward(self, tokens: Any, positions: Any, sequences: Any, outputs: Any) -> Any:
         self.calls.append(len(tokens))
         logits = np.zeros((int(outputs.sum()), self.config.vocab), np.float32)

@@ -15,8 +15,9 @@ from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
-from bitgen.inference.engine import PREFILL, Best, Chosen, Engine, Hidden, Logits, Nothing, Want
+from bitgen.inference.engine import PREFILL, Engine
 from bitgen.inference.synthetic import random_weights
+from bitgen.inference.wants import Best, Chosen, Hidden, Logits, Nothing, Want
 from bitgen.runtime import KernelTable, load
 
 LEVEL = accepted_isas(detect_cpu(), load_isas())[0].name

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from wanted import answers_wants
 
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.quants import DENSE
@@ -137,13 +138,14 @@ class ReferenceEngine:
     def memory_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    @answers_wants
     def forward(
         self,
         tokens: NDArray[np.int32],
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
         outputs: NDArray[np.bool_],
-    ) -> NDArray[np.float32]:
+    ) -> Any:
         """Logits float32 (outputs.sum(), vocab) of the tokens chosen by ``outputs``."""
         tokens, positions = np.asarray(tokens, np.int32), np.asarray(positions, np.int32)
         self.calls.append(len(tokens))
@@ -218,6 +220,7 @@ def logits_of(weights: Weights, ids: Sequence[int], **options: Any) -> NDArray[n
     """Logits float32 (len(ids), vocab) of one text."""
     n = len(ids)
     engine = ReferenceEngine(weights, context=n, max_batch=1, **options)
-    return engine.forward(
+    logits: NDArray[np.float32] = engine.forward(
         np.asarray(ids, np.int32), np.arange(n, dtype=np.int32), np.zeros(n, np.int32), np.ones(n, bool)
     )
+    return logits

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from reference_model import small_config
 from text_models import piece_data
+from wanted import answers_wants
 
 from bitgen.inference.engine import Memory
 from bitgen.inference.scheduler import Scheduler
@@ -46,6 +47,7 @@ class FakeEngine:
         self.before: Callable[[], None] = lambda: None
         self.memory, self.head_bytes, self.head_error = Memory(0, 0, 0), 0, 0.0
 
+    @answers_wants
     def forward(self, tokens: Any, positions: Any, sequences: Any, outputs: Any) -> Any:
         self.before()
         self.passes.append((len(set(sequences.tolist())), len(tokens)))

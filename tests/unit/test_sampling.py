@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from wanted import best_of
 
 from bitgen.errors import BitgenError
 from bitgen.inference.sampling import (
@@ -21,6 +22,7 @@ from bitgen.inference.sampling import (
     total,
     uniform,
 )
+from bitgen.inference.wants import Best
 
 ALL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
 
@@ -152,6 +154,52 @@ def test_repetition_penalty_counts_recent_tokens_once() -> None:
     assert draw([-1.0, -1.2], text=[0], **options) == [1]  # negative logits move away from 0
 
 
+def test_presence_counts_once_and_frequency_each_time_after_the_repeat_penalty() -> None:
+    logits = [2.0, 1.5, -1.0]
+    greedy: dict[str, Any] = {"temperature": 0.0}
+    assert draw(logits, text=[0, 0], presence_penalty=0.4, **greedy) == [0]  # 2 - 0.4 > 1.5
+    assert draw(logits, text=[0, 0], frequency_penalty=0.4, **greedy) == [1]  # 2 - 0.8 < 1.5
+    assert draw(logits, text=[0, 0, 2], frequency_penalty=0.4, repeat_last_n=2, **greedy) == [0]
+    assert draw(logits, text=[2], presence_penalty=-2.0, **greedy) == [0]  # -1 + 2 < 2
+    assert draw(logits, text=[2, 2], frequency_penalty=-2.0, **greedy) == [2]
+    assert draw([4.0, 1.1], text=[0], repeat_penalty=2.0, presence_penalty=1.0, **greedy) == [1]  # 4 / 2 - 1
+
+
+def test_a_bias_is_added_before_anything_else() -> None:
+    logits = np.array([2.0, 1.5, -1.0, 0.0], np.float32)
+    sampler = Sampler(Sampling(temperature=0, logit_bias=((2, 50.0), (0, -100.0))))
+    assert sampler.take(logits, (), 0) == 2
+    assert sampler.take(logits, (), 0, np.array([True, True, False, True])) == 1
+    halved = Sampler(Sampling(temperature=0, logit_bias=((2, 2.5),), repeat_penalty=2.0))
+    assert halved.take(logits, [0, 1, 2], 0) == 0  # 2 / 2 against (-1 + 2.5) / 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.7, 1.5]),
+    st.sampled_from([1, 3, 7, 59, 60, 80]),
+    st.sampled_from([0.5, 0.9, 1.0]),
+    st.sampled_from([{}, {"repeat_penalty": 1.7}, {"presence_penalty": -2.0}, {"frequency_penalty": 1.3}]),
+    st.sampled_from([None, 1, 5, 40]),
+)
+def test_what_is_asked_of_a_row_decides_as_all_logits_do(
+    seed: int, temperature: float, k: int, p: float, penalty: dict[str, float], count: int | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (2 * rng.standard_normal(60)).astype(np.float32).round(1)  # with equals
+    text = rng.integers(0, 60, 9).tolist()
+    allowed = None if count is None else np.isin(np.arange(60), rng.choice(60, count, replace=False))
+    bias = tuple((int(token), 3.0) for token in rng.choice(60, seed % 3, replace=False))
+    sampler = Sampler(
+        Sampling(temperature, k, p, logit_bias=bias, seed=seed, **{"repeat_last_n": -1, **penalty})
+    )
+    want = sampler.want(text, 60, allowed)
+    answer = best_of(logits, want) if isinstance(want, Best) else logits
+    assert sampler.take(answer, text, 2, allowed) == sampler.take(logits, text, 2, allowed)
+    assert isinstance(want, Best) == (k + 1 + len(sampler._recent(text)) <= 60 or temperature == 0)
+
+
 def test_the_nucleus_of_a_large_vocabulary_is_that_of_all_tokens_sorted() -> None:
     rng = np.random.default_rng(1)
     for spread in (0.01, 1.0, 5.0):  # nearly all tokens, some, few
@@ -211,6 +259,11 @@ def test_log_softmax_is_the_log_of_the_probability() -> None:
         ({"repeat_penalty": 0}, "repeat_penalty must be greater than 0"),
         ({"repeat_last_n": -2}, "repeat_last_n must be -1 or more"),
         ({"seed": -1}, "seed must be between"),
+        ({"presence_penalty": 2.5}, "presence_penalty must be between -2 and 2"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty must be between -2 and 2"),
+        ({"logit_bias": ((3, 101.0),)}, r"logit_bias must be between -100 and 100, not 101.0 \(token 3\)"),
+        ({"logit_bias": ((3, math.nan),)}, "logit_bias must be"),
+        ({"logit_bias": ((3, 1.0),) * 1001}, "logit_bias has 1000 tokens at most"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

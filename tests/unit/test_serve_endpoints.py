@@ -219,9 +219,9 @@ _FIELDS: dict[str, list[Any]] = {
     "stream_options": [5, [], {"include_usage": 5}],
     "echo": [1, "true"],
     "model": [5, [], {}],
-    "logit_bias": [{"5": 1}, [], {"a": "b"}],
-    "presence_penalty": ["1", 0.5],
-    "frequency_penalty": ["1", 0.5],
+    "logit_bias": [[], {"5": "b"}, {"a": 1}, {"-1": 1}, {"99999": 1}, {"5": 101}, {"5": None}, {"\u0665": 1}],
+    "presence_penalty": ["1", 2.5, -3, True],
+    "frequency_penalty": ["1", 2.5, 10**30],
     "suffix": ["x", 5],
     "best_of": [2, "1"],
 }
@@ -283,17 +283,44 @@ def test_a_hundred_wrong_bodies_are_told_what_is_wrong() -> None:
     asyncio.run(ask())
 
 
-def test_what_is_not_known_is_ignored() -> None:
+def test_what_is_not_known_is_ignored_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     extra = {
         "user": "me",
         "metadata": {"a": [1]},
         "service_tier": "auto",
+        "\x1b[31m": 1,
         "logit_bias": {},
         "tools": [],
         "xyz": 1,
     }
     extra |= {"presence_penalty": 0, "response_format": {"type": "text"}, "seed": -1, "top_k": -1, "n": None}
-    assert once("POST", CHAT, {**TALK, **extra}).status == 200
+
+    async def ask() -> None:
+        async with running(log="text") as client:
+            for _ in range(2):
+                assert (await client.post(CHAT, {**TALK, **extra})).status == 200
+
+    asyncio.run(ask())
+    said = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
+    names = r"\x1b[31m, metadata, service_tier, user, xyz"
+    assert said == [f"bitgen: fields of requests that are ignored: {names}"]
+
+
+def test_bias_and_penalties_change_a_text() -> None:
+    def tokens(**fields: Any) -> list[int]:
+        choice = once("POST", COMPLETIONS, {**ASK, "max_tokens": 30, "temperature": 0, **fields})
+        text = choice.json["choices"][0]["text"]
+        ids: list[int] = once("POST", "/tokenize", {"prompt": text, "add_special_tokens": False}).json[
+            "tokens"
+        ]
+        return ids
+
+    plain = tokens()
+    assert set(tokens(logit_bias={"270": 100})) <= {270, 259}  # a space is put before a text
+    assert 270 not in tokens(logit_bias={"270": -100})
+    assert max(map(plain.count, plain)) > 2
+    hard = tokens(frequency_penalty=2, presence_penalty=2, repeat_last_n=-1)
+    assert max(map(hard.count, hard)) < max(map(plain.count, plain))
 
 
 @pytest.mark.parametrize(
