@@ -191,9 +191,8 @@ def test_what_is_asked_of_a_row_decides_as_all_logits_do(
     text = rng.integers(0, 60, 9).tolist()
     allowed = None if count is None else np.isin(np.arange(60), rng.choice(60, count, replace=False))
     bias = tuple((int(token), 3.0) for token in rng.choice(60, seed % 3, replace=False))
-    sampler = Sampler(
-        Sampling(temperature, k, p, logit_bias=bias, seed=seed, **{"repeat_last_n": -1, **penalty})
-    )
+    options: dict[str, Any] = {"repeat_last_n": -1, "logit_bias": bias, **penalty}
+    sampler = Sampler(Sampling(temperature, k, p, seed=seed, **options))
     want = sampler.want(text, 60, allowed)
     answer = best_of(logits, want) if isinstance(want, Best) else logits
     assert sampler.take(answer, text, 2, allowed) == sampler.take(logits, text, 2, allowed)
