@@ -28,7 +28,7 @@ from bitgen.formats.architectures import architecture_of
 from bitgen.formats.config import Floats, ModelConfig, find_model
 from bitgen.formats.convert import file_matrices, gguf_metadata
 from bitgen.formats.gguf import U32, NewTensor, write_gguf
-from bitgen.formats.quants import encode_tq
+from bitgen.formats.ternary import encode_blocks
 from bitgen.formats.weights import TernaryMatrix, Weights
 from bitgen.inference.synthetic import random_weights
 
@@ -170,7 +170,7 @@ def _matrix(name: str, matrix: TernaryMatrix, kind: str, scale: Floats | None) -
             elif kind == "Q4_0":
                 yield _q4_0(w, scale)
             else:
-                yield encode_tq(kind.lower(), w, np.broadcast_to(scale, (len(w),)))
+                yield encode_blocks(kind.lower(), w, scale)
 
     number = _F16 if kind == "F16" else LLAMA_TYPES[kind][0]
     return NewTensor(name, (m, k), number, m * (k // block) * size, chunks)

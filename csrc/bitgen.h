@@ -188,7 +188,7 @@ BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, co
  * A decoder of ternary matrices, as BitNet b1.58 and Llama-like models with BitLinear are:
  *
  *   x = embedding[token]
- *   of each layer:  q, k, v = qkv(norm(x));  q, k = rope(q, k);  x += o(sub_norm(attention(q, cache of k, v)))
+ *   of each layer:  q, k, v = qkv(norm(x));  q, k = rope(head_norm(q, k));  x += o(sub_norm(attention(q, cache of k, v)))
  *                   gate, up = gate_up(norm(x));                 x += down(sub_norm(act(gate) * up))
  *   logits = head(norm(x))
  *
@@ -253,6 +253,7 @@ struct bitgen_layer {
     const float *attn_norm, *ffn_norm; /* (hidden) */
     const float *attn_sub_norm;        /* (heads * head_dim), or NULL: none */
     const float *ffn_sub_norm;         /* (ffn), or NULL */
+    const float *q_norm, *k_norm;      /* (head_dim) of each head of q and of k before RoPE, or NULL: none */
 };
 
 struct bitgen_model {

@@ -49,6 +49,8 @@ struct bitgen_step_ops {
     int32_t (*norm_quantize)(float *x, const float *add, const float *weight, float eps, int64_t k, int64_t k_pad,
                              int8_t *xq, float *x_scale, int32_t *x_sum);
     void (*gate[2])(const float *gate_up, int64_t ffn, float *h); /* BITGEN_SILU, BITGEN_RELU2 */
+    void (*head_norm)(float *x, int64_t heads, int64_t head_dim, const float *weight,
+                      float eps); /* of each, in place */
     void (*rotate)(float *x, int64_t heads, int64_t head_dim, const float *turn, float scale);
     /* Key and value of one head at `position` of a chunk, for a cache of type BITGEN_KV_F16, _F32, _I8 */
     void (*store[3])(const float *key, const float *value, int64_t head_dim, int64_t position, uint8_t *chunk);

@@ -1,12 +1,17 @@
-/* Rotates the key-value heads [first, first + heads) of token t of the part, and the heads of q that share them. */
+/* Norms (where the model does) and rotates the key-value heads [first, first + heads) of token t of the part, and the
+ * heads of q that share them. */
 static void rotate_heads(struct step *s, int64_t t, int64_t first, int64_t heads)
 {
     const struct bitgen_model *model = s->model;
     const int64_t hd = model->head_dim, group = model->heads / model->kv_heads;
     const float *turn = model->rope + s->tokens->position[s->token + t] * hd;
     float *q = s->wide + t * (s->q_rows + 2 * s->kv_rows), *k = q + s->q_rows;
-    s->ops->rotate(q + first * group * hd, heads * group, hd, turn, 1.0f / (float)sqrt((double)hd));
-    s->ops->rotate(k + first * hd, heads, hd, turn, 1.0f);
+    q += first * group * hd;
+    k += first * hd;
+    if (s->layer->q_norm) s->ops->head_norm(q, heads * group, hd, s->layer->q_norm, model->norm_eps);
+    if (s->layer->k_norm) s->ops->head_norm(k, heads, hd, s->layer->k_norm, model->norm_eps);
+    s->ops->rotate(q, heads * group, hd, turn, 1.0f / (float)sqrt((double)hd));
+    s->ops->rotate(k, heads, hd, turn, 1.0f);
 }
 
 /* Puts key and value of head h of token t into the cache. */

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from bitgen import __version__
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle.contents import Contents, Target, choose_contents
-from bitgen.bundle.manifest import MANIFEST_NAME, KernelEntry, Label, Manifest, is_bundle, sha256_of
+from bitgen.bundle.manifest import MANIFEST_NAME, KernelEntry, Manifest, is_bundle, sha256_of
 from bitgen.bundle.units import library_units_of
-from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.hostcode import SYSTEMS, host_headers
 from bitgen.paths import HOME_VARIABLE, cache_dir, ensure_dir
@@ -29,6 +27,7 @@ from bitgen.toolchain import (
     Toolchain,
     Unit,
     exports_text,
+    shared_flags,
 )
 from bitgen.toolchain.cache import writing
 
@@ -48,16 +47,12 @@ def write_library(
     fingerprint: str | None = None,
     threads: int = 0,
     check: bool = True,
-    label: Label | None = None,
-    origin: str = "",
-    sources: bool = True,
 ) -> Path:
     """Write the bundle ``out_dir/name`` and return its path; it appears whole or not at all.
 
     ``sizes``: those of ``model``, which gets a forward step of its own; others run on the one for all.
     ``threads``: the fastest number on the cores of ``target``, the default wherever as many are usable; 0: no
-    such number is known. ``label`` and ``origin`` say how the choices were found (see `Manifest`); without
-    ``sources`` the C text stays out, and programs load the library by its own name.
+    such number is known.
     ``check`` executes the library in a child process before it is kept: features that a hypervisor only
     advertises show there. An older bundle of this name is replaced. BitgenError: a name that cannot be a
     file's, a folder of this name that is no bundle, a read-only or full disk, a kernel that does not compile
@@ -77,58 +72,47 @@ def write_library(
         tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent, ignore_cleanup_errors=True) as scratch,
     ):
         made = Path(scratch) / name
-        about = _About(name, model, fingerprint, label, origin, sources)
-        _write(made, contents, toolchain, about)
+        _write(made, contents, toolchain, name, model, fingerprint)
         if check:
-            _execute(made, contents.target)
+            _execute(made)
         _move(made, folder, Path(scratch) / "replaced")
     return folder
 
 
-@dataclass(frozen=True)
-class _About:
-    """What a manifest says besides the contents, as `write_library` is given it."""
-
-    name: str
-    model: str | None
-    fingerprint: str | None
-    label: Label | None
-    origin: str
-    sources: bool
-
-
-def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About) -> None:
+def _write(
+    folder: Path,
+    contents: Contents,
+    toolchain: Toolchain,
+    name: str,
+    model: str | None,
+    fingerprint: str | None,
+) -> None:
     """The files of the bundle, below the new folder ``folder``."""
     folder.mkdir()
-    target, library = contents.target, library_name(about.name, contents.target.cpu.os)
+    target, library = contents.target, library_name(name, contents.target.cpu.os)
     units = library_units_of(contents)
-    soname = f"{library}.{ABI_VERSION}" if about.sources else library
+    soname = f"{library}.{ABI_VERSION}"
     public = dict(host_headers(target.cpu.arch))["bitgen.h"]
     exports = tuple(re.findall(r"^BITGEN_API [^(]*?\b(bitgen_\w+)\(", public, flags=re.MULTILINE))
     toolchain.link_shared(toolchain.objects(units), folder / library, soname=soname, exports=exports)
-    if soname != library:
-        (folder / soname).symlink_to(library)
+    (folder / soname).symlink_to(library)
     (folder / "bitgen.h").write_text(public, encoding="utf-8")
-    (folder / "bitgen.pc").write_text(pkg_config(about.name), encoding="utf-8")
-    if about.sources:
-        _write_sources(folder / "src", units, toolchain, library, exports)
+    (folder / "bitgen.pc").write_text(pkg_config(name), encoding="utf-8")
+    _write_sources(folder / "src", units, toolchain, library, exports)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     manifest = Manifest(
-        name=about.name,
+        name=name,
         library=library,
         arch=target.cpu.arch,
         system=target.cpu.os,
         cpu_family=target.cpu.family,
-        model=about.model,
+        model=model,
         step=contents.sizes,
-        dispatches=target.universal,
-        label=about.label,
-        origin=about.origin,
         isas={isa.name: tuple(sorted(isa.requires)) for isa in contents.isas},
         kernels=contents.entries,
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         compiler={isa.name: toolchain.fingerprint(isa) for isa in contents.isas},
-        fingerprint=about.fingerprint,
+        fingerprint=fingerprint,
         threads=contents.threads,
         cores=contents.cores,
         bitgen_version=__version__,
@@ -173,7 +157,7 @@ def _write_sources(
         (folder / file).write_text(text, encoding="utf-8")
     system = toolchain.compiler.target
     (folder / EXPORTS_FILE).write_text(exports_text(system, exports), encoding="utf-8")
-    shared = toolchain.shared_flags(f"{library}.{ABI_VERSION}", exports=True)
+    shared = shared_flags(system, soname=f"{library}.{ABI_VERSION}", exports=True)
     lines = [
         "# Makes the library again from the C text beside this file.",
         f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",
@@ -189,29 +173,13 @@ def _write_sources(
     (folder / "Makefile").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _execute(folder: Path, target: Target) -> None:
-    """Run the library's self-test in a child process. BitgenError when it fails or dies.
-
-    A universal library is tested at each of its levels that this CPU runs.
-    """
-    here = accepted_isas(detect_cpu(), target.isas)
-    for cap in [isa.name for isa in here] if target.universal else [None]:
-        _execute_at(folder, cap)
-
-
-def _execute_at(folder: Path, cap: str | None) -> None:
+def _execute(folder: Path) -> None:
+    """Run the library's self-test in a child process. BitgenError when it fails or dies."""
     command = [sys.executable, "-m", "bitgen.runtime", str(folder)]
     package = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, CAP_VARIABLE: cap} if cap else None
     try:
         done = subprocess.run(
-            command,
-            cwd=package,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_CHECK_TIMEOUT_S,
-            check=False,
+            command, cwd=package, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
         raise BitgenError(f"the new library hung in its self-test ({_CHECK_TIMEOUT_S:g} s)") from None

@@ -58,6 +58,11 @@ _SUB_NORMS = {
     ),
     "ffn_sub_norm": Tensor("ffn_sub_norm", ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"), ("ffn",)),
 }
+# Of each head, before RoPE.
+_QK_NORMS = {
+    "q_norm": Tensor("attn_q_norm", ("self_attn.q_norm",), ("head_dim",)),
+    "k_norm": Tensor("attn_k_norm", ("self_attn.k_norm",), ("head_dim",)),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Architecture:
         """Whether there are norms before o and before down."""
         return "attn_sub_norm" in self.norms
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether each head of q and of k has a norm before RoPE."""
+        return "q_norm" in self.norms
+
 
 _RECORDS = (
     # 1bitLLM's BitnetForCausalLM (small n) gates with silu, Microsoft's BitNetForCausalLM with relu^2.
@@ -93,6 +103,14 @@ _RECORDS = (
     Architecture(
         "llama", "silu", _PRE_NORMS, hf_class="LlamaForCausalLM", interleaved=True, master_weights=False
     ),
+    Architecture(
+        "qwen3",
+        "silu",
+        {**_PRE_NORMS, **_QK_NORMS},
+        hf_class="Qwen3ForCausalLM",
+        hf_rope_theta=1000000.0,
+        master_weights=False,
+    ),
 )
 ARCHITECTURES = {record.name: record for record in _RECORDS}
 HF_CLASSES = {record.hf_class: record for record in _RECORDS if record.hf_class is not None}
@@ -103,10 +121,14 @@ def architecture_of(config: ModelConfig) -> Architecture:
     # bitnet-25 and bitnet-b1.58 are one forward pass; the one that current programs write comes first.
     for name in (config.architecture, "bitnet", "bitnet-b1.58", *ARCHITECTURES):
         known = ARCHITECTURES.get(name)
-        if known and (known.activation, known.sub_norms) == (config.activation, config.sub_norms):
+        if known and known.activation == config.activation and _has_norms_of(known, config):
             return known
-    norms = "with" if config.sub_norms else "without"
-    raise FileError(f"no GGUF architecture has {config.activation} {norms} sub-norms")
+    norms = ["sub-norms"] * config.sub_norms + ["norms of q and k"] * config.qk_norm
+    raise FileError(f"no GGUF architecture has {config.activation} with {' and '.join(norms) or 'no others'}")
+
+
+def _has_norms_of(architecture: Architecture, config: ModelConfig) -> bool:
+    return (architecture.sub_norms, architecture.qk_norm) == (config.sub_norms, config.qk_norm)
 
 
 def matrices_of(config: ModelConfig) -> Mapping[str, Tensor]:
@@ -118,9 +140,13 @@ def matrices_of(config: ModelConfig) -> Mapping[str, Tensor]:
 def norms_of(config: ModelConfig) -> Mapping[str, Tensor]:
     """The norms of a layer, whatever its activation."""
     named = ARCHITECTURES.get(config.architecture)
-    if named is not None and named.sub_norms == config.sub_norms:
+    if named is not None and _has_norms_of(named, config):
         return named.norms
-    return {**_PRE_NORMS, **(_SUB_NORMS if config.sub_norms else {})}
+    return {
+        **_PRE_NORMS,
+        **(_SUB_NORMS if config.sub_norms else {}),
+        **(_QK_NORMS if config.qk_norm else {}),
+    }
 
 
 def interleaved_to_half(heads: int, head_dim: int) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError, UsageError, nearest_names
+from bitgen.formats.rope import Yarn
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
 from bitgen.spec import Shape, StepSizes
@@ -57,7 +58,7 @@ class ModelConfig:
     """The hyperparameters of a decoder-only transformer with ternary matrices, in elements.
 
     Rows of q and k are always in the rotate-half convention, whatever the file holds: RoPE turns the pairs
-    (i, i + head_dim / 2) by position * rope_theta^(-2 i / head_dim) / rope_factors[i].
+    (i, i + head_dim / 2) by position * rope_theta^(-2 i / head_dim) / rope_divisors[i].
     FileError when the numbers make no model.
     """
 
@@ -74,9 +75,11 @@ class ModelConfig:
     sub_norms: bool  # an RMSNorm before o (attn_sub_norm, inner_attn_ln) and before down (ffn_sub_norm)
     tied_head: bool  # the LM head is the embedding
     norm_eps: float
-    architecture: str  # as GGUF's general.architecture calls it: bitnet, bitnet-25, bitnet-b1.58, llama
+    architecture: str  # as GGUF's general.architecture calls it: bitnet, llama, qwen3
+    qk_norm: bool = field(default=False, kw_only=True)  # an RMSNorm of each head of q and of k before RoPE
     context: int = field(default=4096, kw_only=True)  # the largest number of positions it was made for
     rope_factors: tuple[float, ...] | None = field(default=None, kw_only=True)  # (head_dim / 2)
+    yarn: Yarn | None = field(default=None, kw_only=True)  # stretches RoPE, on top of rope_factors
 
     def __post_init__(self) -> None:
         for size in _SIZES:
@@ -95,6 +98,20 @@ class ModelConfig:
         factors = self.rope_factors
         if factors is not None and not (len(factors) == half and all(0 < f < math.inf for f in factors)):
             raise FileError(f"rope_factors must be {half} positive numbers")
+
+    @property
+    def rope_divisors(self) -> Floats | None:
+        """What the frequencies of RoPE are divided by, float32 (head_dim / 2); None: nothing."""
+        factors = None if self.rope_factors is None else np.array(self.rope_factors, np.float32)
+        if self.yarn is None:
+            return factors
+        stretched = self.yarn.divisors(self.rope_theta, self.head_dim)
+        return stretched if factors is None else stretched * factors
+
+    @property
+    def rope_scale(self) -> float:
+        """What cosines and sines of RoPE are multiplied by."""
+        return 1.0 if self.yarn is None else self.yarn.scale
 
     @property
     def q_rows(self) -> int:

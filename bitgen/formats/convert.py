@@ -1,15 +1,18 @@
 """Write a model as one GGUF file: `bitgen convert`.
 
-Every weight keeps its value exactly. A matrix is stored in the type asked for where that type can hold it,
-else as F16; a scale that F16 cannot hold goes into a scalar tensor `NAME.scale` beside a matrix of -1, 0, 1,
-as llama.cpp does it. Rows with scales of their own become F16, or F32 where F16 would round them. Embedding
-and head are copied in the format they have.
+Every weight keeps its value exactly. A matrix with a scale a row is stored in the type asked for where that
+type can hold it, else as F16; a scale that F16 cannot hold goes into a scalar tensor `NAME.scale` beside a
+matrix of -1, 0, 1, as llama.cpp does it. Rows with scales of their own become F16, or F32 where F16 would
+round them. A matrix with scales of groups keeps its codes and scales, or is refused with the reason.
+Embedding and head are copied in the format they have, unless they are ternary in groups: then they are as the
+matrices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +29,29 @@ from bitgen.formats.architectures import (
     half_to_interleaved,
 )
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.gguf import BY_ID, U32, NewTensor, write_gguf
 from bitgen.formats.gguf_tokenizer import tokenizer_metadata
+from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
-from bitgen.formats.quants import (
-    DENSE,
+from bitgen.formats.quants import DENSE
+from bitgen.formats.source import Bytes
+from bitgen.formats.ternary import (
     I2_S_BLOCK,
     I2_S_ID,
     TERNARY,
-    Bytes,
+    Ternary,
+    encode_blocks,
     encode_i2_s,
-    encode_tq,
     i2_s_bytes,
 )
-from bitgen.formats.weights import DenseMatrix, LayerWeights, Ternary, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix
 from bitgen.progress import Report
 
-TYPES = ("i2_s", "tq1_0", "tq2_0", "f16")
-# general.file_type: 40 is bitnet.cpp's I2_S, the others are llama.cpp's.
-_FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37, "f16": 1}
+TYPES = ("i2_s", *TERNARY, "f16")
+# general.file_type: 40 is bitnet.cpp's I2_S, 141 and 143 are those of Bonsai's fork, the others
+# llama.cpp's. A file of another type goes without.
+_FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37, "f16": 1, "q1_0": 41, "pq2_0": 141, "ptq1_0": 143}
 _CHUNK_VALUES = 1 << 20  # weights encoded at once
 
 
@@ -80,7 +86,7 @@ def convert(
         raise UsageError(f"{target} is the source itself; write to another file")
     architecture = architecture_of(model.config)
     tokenizer, notes = _tokenizer(model)
-    metadata = {**gguf_metadata(model.config, architecture.name, _FILE_TYPES[kind]), **tokenizer}
+    metadata = {**gguf_metadata(model.config, architecture.name, _FILE_TYPES.get(kind)), **tokenizer}
     tensors = list(_tensors(model, architecture, kind))
     fallback = sum(t.type_id not in (_type_id(kind), DENSE["f32"].id) for t in tensors if "blk." in t.name)
     if fallback:
@@ -95,7 +101,7 @@ def convert(
     return Converted(target, target.stat().st_size, _counts(tensors), tuple(notes))
 
 
-def gguf_metadata(config: ModelConfig, architecture: str, file_type: int) -> dict[str, Any]:
+def gguf_metadata(config: ModelConfig, architecture: str, file_type: int | None) -> dict[str, Any]:
     """What a GGUF file says about a model, apart from its tokenizer."""
     a = architecture
     return {
@@ -103,7 +109,7 @@ def gguf_metadata(config: ModelConfig, architecture: str, file_type: int) -> dic
         "general.type": "model",
         "general.name": config.name or a,
         "general.quantization_version": U32(2),
-        "general.file_type": U32(file_type),
+        **({} if file_type is None else {"general.file_type": U32(file_type)}),
         f"{a}.context_length": U32(config.context),
         f"{a}.embedding_length": U32(config.hidden),
         f"{a}.feed_forward_length": U32(config.ffn),
@@ -115,8 +121,30 @@ def gguf_metadata(config: ModelConfig, architecture: str, file_type: int) -> dic
         f"{a}.attention.layer_norm_rms_epsilon": float(config.norm_eps),
         f"{a}.rope.dimension_count": U32(config.head_dim),
         f"{a}.rope.freq_base": float(config.rope_theta),
-        f"{a}.rope.scaling.type": "none",
+        **_rope_scaling(f"{a}.rope.scaling.", config),
         f"{a}.vocab_size": U32(config.vocab),
+    }
+
+
+def _is_linear(config: ModelConfig) -> bool:
+    """Whether RoPE is scaled by one factor and nothing else."""
+    return config.yarn is None and len(set(config.rope_factors or ())) == 1
+
+
+def _rope_scaling(prefix: str, config: ModelConfig) -> dict[str, Any]:
+    """Metadata of what scales RoPE; divisors of their own are the tensor rope_freqs."""
+    if _is_linear(config) and config.rope_factors:
+        return {f"{prefix}type": "linear", f"{prefix}factor": float(config.rope_factors[0])}
+    if (yarn := config.yarn) is None:
+        return {f"{prefix}type": "none"}
+    plain = replace(yarn, attention=None)
+    return {
+        f"{prefix}type": "yarn",
+        f"{prefix}factor": float(yarn.factor),
+        f"{prefix}original_context_length": U32(yarn.original_context),
+        f"{prefix}attn_factor": yarn.scale / plain.scale,
+        f"{prefix}yarn_beta_fast": float(yarn.beta_fast),
+        f"{prefix}yarn_beta_slow": float(yarn.beta_slow),
     }
 
 
@@ -137,11 +165,11 @@ def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
 
 def _tensors(model: ModelFile, architecture: Architecture, kind: str) -> Iterator[NewTensor]:
     weights, config = model.weights, model.config
-    yield _dense(f"{EMBEDDING.gguf}.weight", weights.embedding)
+    yield from _dense(EMBEDDING.gguf, weights.embedding, kind)
     if weights.lm_head is not None:
-        yield _dense(f"{LM_HEAD.gguf}.weight", weights.lm_head)
+        yield from _dense(LM_HEAD.gguf, weights.lm_head, kind)
     yield _vector(f"{FINAL_NORM.gguf}.weight", weights.final_norm)
-    if config.rope_factors is not None:
+    if config.rope_factors is not None and not _is_linear(config):
         yield _vector("rope_freqs.weight", np.array(config.rope_factors, np.float32))
     for index, layer in enumerate(weights.layers):
         prefix = GGUF_LAYER.format(index)
@@ -167,84 +195,146 @@ def _vector(name: str, values: Floats) -> NewTensor:
     return NewTensor(name, values.shape, DENSE["f32"].id, data.nbytes, lambda: [data.view(np.uint8)])
 
 
-def _dense(name: str, matrix: DenseMatrix) -> NewTensor:
+def _dense(name: str, matrix: DenseMatrix, kind: str) -> Iterator[NewTensor]:
+    """An embedding or a head as it is, or as the other matrices where it is ternary in groups too."""
+    if matrix.type != kind and (kind in TERNARY or matrix.is_ternary):
+        ternary = ternary_matrix(matrix.name, matrix.type, matrix.shape, matrix.data)
+        if matrix.is_ternary or _has_groups(ternary):
+            yield from _ternary(name, ternary, kind)
+            return
     step = max(1, _CHUNK_VALUES // matrix.shape[1])
 
     def chunks() -> Iterator[Bytes]:
         for begin in range(0, matrix.shape[0], step):
             yield np.ascontiguousarray(matrix.data[begin : begin + step])
 
-    return NewTensor(name, matrix.shape, DENSE[matrix.type].id, matrix.data.size, chunks)
+    type_id = (DENSE.get(matrix.type) or TERNARY[matrix.type]).id
+    yield NewTensor(f"{name}.weight", matrix.shape, type_id, matrix.data.size, chunks)
+
+
+def _has_groups(matrix: TernaryMatrix) -> bool:
+    """Whether all of it is ternary, with scales of groups. Most embeddings show at once that they are not."""
+    try:
+        return matrix.group > 0 and all(w is not None for w, _, _ in _rows(matrix))
+    except FileError:
+        return False
 
 
 def _ternary(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]:
     """NAME.weight in ``kind``, or in a type that holds it exactly, and NAME.scale where it needs one."""
+    if matrix.group:
+        yield _in_groups(name, matrix, kind)
+        return
     live = matrix.scale[matrix.scale != 0]
     single = live.size == 0 or bool((live == live[0]).all())
     scale = live[:1] if live.size else np.ones(1, np.float32)
     if kind == "i2_s" and single and matrix.shape.k % I2_S_BLOCK == 0:
         yield _i2_s(name, matrix, scale)
         return
-    with np.errstate(over="ignore"):
-        fits = bool((live.astype(np.float16).astype(np.float32) == live).all())
+    fits = _is_half(live)
     rows = np.broadcast_to(matrix.scale, (matrix.shape.m,))
     if single and not fits:
         yield _vector(name + ".scale", scale)
         rows = np.ones(matrix.shape.m, np.float32)
         fits = True
     if kind in TERNARY and fits and matrix.shape.k % TERNARY[kind].block == 0:
-        size = matrix.shape.m * TERNARY[kind].row_bytes(matrix.shape.k)
-        yield _encoded(name, matrix, TERNARY[kind].id, size, lambda w, b, e: encode_tq(kind, w, rows[b:e]))
+        block = TERNARY[kind].block
+
+        def encode(w: Ternary, begin: int, end: int) -> Bytes:
+            live = w.reshape(len(w), -1, block).any(axis=2)  # blocks of zeros get the scale 0, as from others
+            return encode_blocks(kind, w, np.where(live, rows[begin:end, None], 0), name)
+
+        yield _encoded(name, matrix, kind, encode)
         return
     stored = "f16" if fits else "f32"
     dtype = {"f16": "<f2", "f32": "<f4"}[stored]
-    size = matrix.shape.m * DENSE[stored].row_bytes(matrix.shape.k)
-    yield _encoded(
-        name,
-        matrix,
-        DENSE[stored].id,
-        size,
-        lambda w, b, e: (w * rows[b:e, None]).astype(dtype).view(np.uint8),
-    )
+    yield _encoded(name, matrix, stored, lambda w, b, e: (w * rows[b:e, None]).astype(dtype).view(np.uint8))
+
+
+def _is_half(scale: Floats) -> bool:
+    with np.errstate(over="ignore"):
+        return bool((scale.astype(np.float16).astype(np.float32) == scale).all())
+
+
+def _in_groups(name: str, matrix: TernaryMatrix, kind: str) -> NewTensor:
+    """NAME.weight of a matrix with scales of groups. FileError: ``kind`` cannot hold its codes and scales."""
+    k, group = matrix.shape.k, matrix.group
+
+    def refused(what: str) -> FileError:
+        return FileError(f"{name}.weight cannot be {kind.upper()} without loss: {what}")
+
+    if kind == "i2_s":
+        raise refused(f"it has a scale for each {group} weights, and that type one a tensor")
+    block = DENSE["f16"].block if kind == "f16" else TERNARY[kind].block
+    if k % block:
+        raise refused(f"its rows of {k} weights are no whole blocks of {block}")
+
+    def scales(begin: int, end: int) -> Floats:
+        finer = math.gcd(block, group) if kind != "f16" else group
+        found = matrix.scales(begin, end, finer)
+        if not _is_half(found):
+            raise refused("a scale of it is no f16")
+        if finer == group and kind != "f16":
+            found = found.reshape(len(found), -1, block // group)
+            if not (found == found[..., :1]).all():
+                raise refused(f"scales differ within a block of {block} weights")
+            found = found[..., 0]
+        return found
+
+    def encode(w: Ternary, begin: int, end: int) -> Bytes:
+        if kind == "f16":
+            each = np.repeat(scales(begin, end), group, axis=1)[:, :k]
+            return (w * each).astype("<f2").view(np.uint8)
+        return encode_blocks(kind, w, scales(begin, end), f"{name}.weight")
+
+    return _encoded(name, matrix, kind, encode)
 
 
 def _i2_s(name: str, matrix: TernaryMatrix, scale: Floats) -> NewTensor:
     size = i2_s_bytes(matrix.shape.m * matrix.shape.k)
-    codes = _encoded(name, matrix, I2_S_ID, size, lambda w, _b, _e: encode_i2_s(w))
 
     def chunks() -> Iterator[Bytes]:
-        yield from codes.chunks()
+        for w, _, _ in _rows(matrix):
+            yield encode_i2_s(w)
         tail = np.zeros(32, np.uint8)
         tail[:4] = scale.astype("<f4").view(np.uint8)
         yield tail
 
-    return NewTensor(codes.name, codes.shape, I2_S_ID, size, chunks)
+    return NewTensor(f"{name}.weight", (matrix.shape.m, matrix.shape.k), I2_S_ID, size, chunks)
 
 
 def _encoded(
-    name: str, matrix: TernaryMatrix, type_id: int, size: int, encode: Callable[[Ternary, int, int], Bytes]
+    name: str, matrix: TernaryMatrix, kind: str, encode: Callable[[Ternary, int, int], Bytes]
 ) -> NewTensor:
     shape = matrix.shape
-    step = max(1, _CHUNK_VALUES // shape.k)
+    stored = DENSE.get(kind) or TERNARY[kind]
 
     def chunks() -> Iterator[Bytes]:
-        for begin in range(0, shape.m, step):
-            end = min(begin + step, shape.m)
-            w = matrix.rows(begin, end)
-            if matrix.scale.size > 1:  # a row with scale 0 is zero whatever its codes are
-                w = np.where(matrix.scale[begin:end, None] == 0, np.int8(0), w)
+        for w, begin, end in _rows(matrix):
             yield encode(w, begin, end)
 
-    return NewTensor(name + ".weight", (shape.m, shape.k), type_id, size, chunks)
+    size = shape.m * stored.row_bytes(shape.k)
+    return NewTensor(name + ".weight", (shape.m, shape.k), stored.id, size, chunks)
+
+
+def _rows(matrix: TernaryMatrix) -> Iterator[tuple[Ternary, int, int]]:
+    """All rows in bounded blocks, with where they begin and end."""
+    step = max(1, _CHUNK_VALUES // matrix.shape.k)
+    for begin in range(0, matrix.shape.m, step):
+        end = min(begin + step, matrix.shape.m)
+        w = matrix.rows(begin, end)
+        if not matrix.group and matrix.scale.size > 1:  # a row with scale 0 is zero whatever its codes are
+            w = np.where(matrix.scale[begin:end, None] == 0, np.int8(0), w)
+        yield w, begin, end
 
 
 def _type_id(kind: str) -> int:
-    return I2_S_ID if kind == "i2_s" else TERNARY[kind].id if kind in TERNARY else DENSE[kind].id
+    return I2_S_ID if kind == "i2_s" else (DENSE.get(kind) or TERNARY[kind]).id
 
 
 def _counts(tensors: list[NewTensor]) -> dict[str, int]:
-    names = {I2_S_ID: "i2_s", **{t.id: t.name for t in (*TERNARY.values(), *DENSE.values())}}
     counts: dict[str, int] = {}
     for tensor in tensors:
-        counts[names[tensor.type_id]] = counts.get(names[tensor.type_id], 0) + 1
+        name = "i2_s" if tensor.type_id == I2_S_ID else BY_ID[tensor.type_id].name
+        counts[name] = counts.get(name, 0) + 1
     return counts

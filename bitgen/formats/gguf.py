@@ -11,15 +11,16 @@ import contextlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.formats.quants import BY_ID, FORKS, I2_S_ID, i2_s_bytes
+from bitgen.formats.quants import DENSE, OTHER, BlockType
 from bitgen.formats.source import Bytes, map_file
+from bitgen.formats.ternary import I2_S_ID, TERNARY, i2_s_bytes
 from bitgen.progress import Progress, Report
 
 MAGIC = b"GGUF"
@@ -29,6 +30,13 @@ _STRING_MAX = 1 << 26  # bytes of a string; the largest are tokenizer.json texts
 _STRINGS_MAX = 1 << 22  # strings of one array; the largest vocabularies have 2^18, with twice as many merges
 _HEADER_MAX = 1 << 29  # bytes before the tensor data
 _DIMS_MAX = 4
+
+BY_ID: Mapping[int, BlockType] = {t.id: t for t in (*DENSE.values(), *TERNARY.values(), *OTHER.values())}
+# Types of forks, of whose sizes nothing is said here: bitnet.cpp's tiled packings, ik_llama.cpp's rows with a
+# scale in front.
+FORKS = {37: "i8_s", 38: "tl1", 134: "iq1_bn", 135: "iq2_bn", 335: "iq2_bn_r4"}
+# Three layouts go by the number 42, which llama.cpp gave to the first of them.
+_LAYOUTS_OF_42 = tuple(TERNARY[name] for name in ("q2_0", "pq2_0", "stq1_0"))
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
@@ -174,6 +182,7 @@ def read_gguf(path: Path | str) -> GgufFile:
     infos = [cursor.tensor() for _ in range(tensor_count)]
     start = -(-cursor.at // alignment) * alignment
     tensors = _place(file, infos, start, len(data), alignment)
+    tensors = _decide_42(file, tensors, len(data), alignment)
     return GgufFile(file, version, metadata, tensors, data, min(start, len(data)))
 
 
@@ -197,6 +206,48 @@ def _place(
             raise damaged(path, f"the tensors {previous.name} and {tensor.name} overlap")
         previous = tensor
     return tensors
+
+
+def _decide_42(path: Path, tensors: dict[str, TensorInfo], end: int, alignment: int) -> dict[str, TensorInfo]:
+    """Tensors of type 42 with the type whose layout they have, by the bytes to the next tensor.
+
+    FileError unless exactly one layout fits all of them.
+    """
+    places = sorted(tensors.values(), key=lambda t: t.offset)
+    ends = [t.offset for t in places[1:]] + [end]
+    spans = {
+        tensor.name: (after - tensor.offset, tensor is places[-1])  # to the next tensor, or to the end
+        for tensor, after in zip(places, ends, strict=False)
+        if tensor.type_id == _LAYOUTS_OF_42[0].id
+    }
+    if not spans:
+        return tensors
+
+    def size(layout: BlockType, info: TensorInfo) -> int:
+        return info.values // layout.block * layout.block_bytes
+
+    def fits(layout: BlockType, name: str) -> bool:
+        span, last = spans[name]
+        used = size(layout, tensors[name])
+        if tensors[name].shape[-1] % layout.block:
+            return False
+        # A file may end with its last tensor, without the padding.
+        return -(-used // alignment) * alignment == span or (last and used == span)
+
+    found = [layout for layout in _LAYOUTS_OF_42 if all(fits(layout, name) for name in spans)]
+    if len(found) != 1:
+        name, (span, _) = next(iter(spans.items()))
+        known = ", ".join(f"{t.name.upper()} (blocks of {t.block})" for t in _LAYOUTS_OF_42)
+        what = "none of them fits all" if not found else "more than one fits all"
+        raise FileError(
+            f"{path}: the layout of tensors of type 42 cannot be told: {known} go by that number, and {what} "
+            f"of its {len(spans)} tensors ({name} has {tensors[name].values} weights in {span} bytes)"
+        )
+    (layout,) = found
+    return {
+        name: replace(info, type_id=layout.id, size=size(layout, info)) if name in spans else info
+        for name, info in tensors.items()
+    }
 
 
 class _Cursor:
@@ -276,8 +327,8 @@ class _Cursor:
         if type_id == I2_S_ID:
             return i2_s_bytes(values)
         kind = BY_ID.get(type_id)
-        if kind is None or kind.name == "mxfp4":  # 39 is TL2 in bitnet.cpp's files
-            return None
+        if kind is None or kind.name == "mxfp4" or kind is _LAYOUTS_OF_42[0]:
+            return None  # 39 is TL2 in bitnet.cpp's files; of 42 see _decide_42
         if dims[0] % kind.block:
             raise damaged(self._path, f"rows of {dims[0]} in {name} are no whole blocks of {kind.name}")
         return values // kind.block * kind.block_bytes

@@ -7,6 +7,7 @@ the matrix `NAME.weight` (llama.cpp keeps a scale there that its block formats w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,16 @@ from bitgen.formats.architectures import (
     interleaved_to_half,
 )
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
-from bitgen.formats.gguf import GgufFile, TensorInfo, read_gguf
+from bitgen.formats.gguf import BY_ID, GgufFile, TensorInfo, read_gguf
 from bitgen.formats.matrices import ternary_matrix
-from bitgen.formats.quants import BY_ID, DENSE, I2_S_BLOCK, dequantize
+from bitgen.formats.quants import DENSE, dequantize
+from bitgen.formats.rope import Yarn
 from bitgen.formats.source import Settings, short
+from bitgen.formats.ternary import I2_S_BLOCK, TERNARY
 from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
 
-TERNARY_TYPES = ("i2_s", "tq1_0", "tq2_0", "f32", "f16", "bf16", "q8_0")
-HEAD_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1")
+TERNARY_TYPES = ("i2_s", *TERNARY, "f32", "f16", "bf16", "q8_0")
+HEAD_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1", *TERNARY)
 EMBEDDING_TYPES = (*HEAD_TYPES, "q4_k")  # gathered row by row here, so that any type dequantize knows will do
 _VECTOR_TYPES = ("f32", "f16", "bf16")
 
@@ -57,6 +60,7 @@ def _architecture(file: GgufFile) -> Architecture:
 def gguf_config(file: GgufFile) -> ModelConfig:
     """The hyperparameters. FileError names what is missing or not supported."""
     arch = _architecture(file)
+    _refuse_transforms(file)
     keys = Settings(file.path, file.metadata, arch.name + ".")
     if keys.integer("expert_count", 0):
         raise keys.error("expert_count", "is not 0: mixtures of experts are not supported")
@@ -85,11 +89,23 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         rope_theta=keys.number("rope.freq_base", 10000.0),
         activation=arch.activation,
         sub_norms=arch.sub_norms,
+        qk_norm=arch.qk_norm,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
         rope_factors=_rope_factors(file, keys, head_dim),
+        yarn=_yarn(keys),
     )
+
+
+def _refuse_transforms(file: GgufFile) -> None:
+    """Without the transform that its weights are stored under, a model writes fluent nonsense."""
+    found = [key for key in file.metadata if "hadamard" in key]
+    if found:
+        raise FileError(
+            f"{file.path}: the weights are stored under a Hadamard transform ({short(found[0])}, as in "
+            "Ternary-Bonsai-2), which is not supported",
+        )
 
 
 def _rope_factors(file: GgufFile, keys: Settings, head_dim: int) -> tuple[float, ...] | None:
@@ -103,9 +119,26 @@ def _rope_factors(file: GgufFile, keys: Settings, head_dim: int) -> tuple[float,
     if scaling == "linear" or (scaling == "none" and keys.get("rope.scale_linear") is not None):
         # GGUF readers treat 0 as "not set".
         factors = factors * np.float32(linear or 1.0)
-    elif scaling != "none":
-        raise keys.error("rope.scaling.type", f"is {short(scaling)}; none and linear are supported")
+    elif scaling not in ("none", "yarn"):
+        raise keys.error("rope.scaling.type", f"is {short(scaling)}; none, linear and yarn are supported")
     return None if (factors == 1).all() else tuple(factors.tolist())
+
+
+def _yarn(keys: Settings) -> Yarn | None:
+    if keys.text("rope.scaling.type") != "yarn":
+        return None
+    for key, plain in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
+        if keys.number(f"rope.scaling.{key}", plain) != plain:
+            raise keys.error(f"rope.scaling.{key}", f"is not {plain:g}, which is not supported")
+    factor = keys.number("rope.scaling.factor")
+    context = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
+    betas = keys.number("rope.scaling.yarn_beta_fast", 32.0), keys.number("rope.scaling.yarn_beta_slow", 1.0)
+    attention = keys.number("rope.scaling.attn_factor", 1.0)  # on top of what YaRN makes of the factor
+    try:
+        yarn = Yarn(factor, context, *betas)
+        return yarn if attention == 1 else replace(yarn, attention=yarn.scale * attention)
+    except BitgenError as error:
+        raise keys.error("rope.scaling", f"is not possible: {error.message}") from None
 
 
 # ---- Tensors -------------------------------------------------------------------
@@ -153,7 +186,6 @@ def _unsupported(file: GgufFile, info: TensorInfo, supported: tuple[str, ...]) -
 _WHY = {
     "tl1": " (a packing for one kernel of bitnet.cpp; use the file's I2_S sister)",
     "tl2": " (a packing for one kernel of bitnet.cpp; use the file's I2_S sister)",
-    "q2_0": " (a scale for each group of 128 weights, which is not supported yet)",
     "iq1_bn": " (ik_llama.cpp's own packing; use an I2_S or TQ file of the model)",
     "iq2_bn": " (ik_llama.cpp's own packing; use an I2_S or TQ file of the model)",
     "iq2_bn_r4": " (ik_llama.cpp's own packing; use an I2_S or TQ file of the model)",
@@ -179,7 +211,8 @@ def _dense(file: GgufFile, name: str, shape: tuple[int, int], types: tuple[str, 
     _check_shape(file, info, shape)
     if info.type not in types:
         raise _unsupported(file, info, types)
-    data = file.bytes_of(info).reshape(shape[0], DENSE[info.type].row_bytes(shape[1]))
+    kind = DENSE.get(info.type) or TERNARY[info.type]
+    data = file.bytes_of(info).reshape(shape[0], kind.row_bytes(shape[1]))
     return DenseMatrix(name, info.type, shape, data)
 
 
@@ -194,7 +227,7 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix
             f"{file.path}: {info.name} has {shape[0]}x{shape[1]} weights, no whole blocks of {I2_S_BLOCK}: "
             "I2_S has lost the last ones; convert the model to F16 instead",
         )
-    matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info), str(file.path))
+    matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info))
     if name + ".scale" in file.tensors:
         return matrix.scaled(_vector(file, name + ".scale", 1))
     return matrix
@@ -213,12 +246,26 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
     layers = tuple(_layer(file, config, i, used) for i in range(config.layers))
     extra = [name for name in file.tensors if name not in used and not name.endswith(_IGNORED)]
     if extra:
+        _refuse_embedding_model(file, extra)
         raise FileError(
             f"{file.path}: the tensor {short(extra[0])} ({len(extra)} such) belongs to no "
             f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
         )
     final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
     return Weights(config, embedding, lm_head, final, layers)
+
+
+# Before each of its seven matrices.
+_INPUT_NORMS = tuple(f".{tensor.gguf}_norm_in.weight" for tensor in ARCHITECTURES["qwen3"].matrices.values())
+
+
+def _refuse_embedding_model(file: GgufFile, extra: list[str]) -> None:
+    norms = [name for name in extra if name.endswith(_INPUT_NORMS)]
+    if norms:
+        raise FileError(
+            f"{file.path}: the tensor {short(norms[0])} ({len(norms)} such) norms the input of one matrix: "
+            "this is BitNet-embedding, a model of vectors on Qwen3's architecture, which is not supported",
+        )
 
 
 def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> LayerWeights:

@@ -35,6 +35,7 @@ from bitgen.formats.hf_tokenizer import hf_tokenizer
 from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_matrix
 from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.formats.quants import dequantize
+from bitgen.formats.rope import Yarn, llama3_divisors
 from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder
 from bitgen.formats.source import Settings, read_json, short
 from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
@@ -63,7 +64,6 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         if settings.get(key):
             raise settings.error(key, "is set: biases are not supported")
     tied = settings.get("tie_word_embeddings")
-    theta, factors = _rope(settings, head_dim, architecture.hf_rope_theta)
     return file_config(
         settings.where,
         architecture=architecture.name,
@@ -75,13 +75,13 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         head_dim=head_dim,
         vocab=settings.integer("vocab_size"),
         context=settings.integer("max_position_embeddings"),
-        rope_theta=theta,
         activation=_ACTIVATIONS[act],
         sub_norms=architecture.sub_norms,
+        qk_norm=architecture.qk_norm,
         norm_eps=settings.number("rms_norm_eps"),
         tied_head=f"{LM_HEAD.hf[0]}.weight" not in tensors if tied is None else bool(tied),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
-        rope_factors=factors,
+        **_rope(settings, head_dim, architecture.hf_rope_theta),
     )
 
 
@@ -95,37 +95,38 @@ def _architecture(settings: Settings) -> Architecture:
     return HF_CLASSES[name]
 
 
-def _rope(settings: Settings, head_dim: int, default: float) -> tuple[float, tuple[float, ...] | None]:
-    """(theta, factors that divide the frequencies or None): rope_parameters, or the older rope_scaling."""
+def _rope(settings: Settings, head_dim: int, default: float) -> dict[str, Any]:
+    """rope_theta and what scales RoPE, of a ModelConfig: from rope_parameters, or the older rope_scaling."""
     rope = settings.section("rope_parameters" if settings.get("rope_parameters") else "rope_scaling")
     theta = rope.number("rope_theta", settings.number("rope_theta", default))
     kind = rope.get("rope_type") or rope.get("type") or "default"
+
+    def original() -> int:
+        context = settings.integer("max_position_embeddings")
+        return int(rope.number("original_max_position_embeddings", float(context)))
+
     if kind == "default":
-        return theta, None
+        return {"rope_theta": theta}
     if kind == "linear":
-        return theta, (float(np.float32(rope.number("factor"))),) * (head_dim // 2)
+        factors = (float(np.float32(rope.number("factor"))),) * (head_dim // 2)
+        return {"rope_theta": theta, "rope_factors": factors}
     if kind == "llama3":
-        old = rope.number(
-            "original_max_position_embeddings", float(settings.integer("max_position_embeddings"))
-        )
         scale, low, high = (rope.number(f) for f in ("factor", "low_freq_factor", "high_freq_factor"))
-        return theta, tuple(llama3_factors(theta, head_dim, scale, low, high, old).tolist())
-    raise rope.error("rope_type", f"is {str(kind)[:40]!r}; default, linear and llama3 are supported")
-
-
-def llama3_factors(
-    theta: float, head_dim: int, factor: float, low: float, high: float, old_context: float
-) -> Floats:
-    """Llama 3.1's divisors of the RoPE frequencies, float32 (head_dim / 2).
-
-    Wavelengths above old_context / low are stretched by ``factor``, those below old_context / high stay, and
-    between them 1 / f falls linearly.
-    """
-    if min(theta, factor, low, high, old_context) <= 0 or head_dim < 2 or low == high:
-        raise FileError("the numbers of the llama3 RoPE scaling make no sense")
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((old_context / wavelength - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+        divisors = llama3_divisors(theta, head_dim, scale, low, high, original())
+        return {"rope_theta": theta, "rope_factors": tuple(divisors.tolist())}
+    if kind == "yarn":
+        odd = [key for key in ("mscale", "mscale_all_dim") if rope.get(key)]
+        odd += ["truncate"] if rope.get("truncate") is False else []
+        if odd:
+            raise rope.error(odd[0], f"is {rope.get(odd[0])}, which is not supported")
+        attention = rope.number("attention_factor", 0.0) or None
+        fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+        try:
+            yarn = Yarn(rope.number("factor"), original(), fast, slow, attention)
+        except BitgenError as error:
+            raise FileError(f"{rope.where}: {error.message}") from None
+        return {"rope_theta": theta, "yarn": yarn}
+    raise rope.error("rope_type", f"is {str(kind)[:40]!r}; default, linear, llama3 and yarn are supported")
 
 
 @dataclass(frozen=True)

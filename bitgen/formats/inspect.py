@@ -64,7 +64,7 @@ def token_bytes(model: ModelFile) -> TokenBytes:
 def facts(model: ModelFile) -> dict[str, Any]:
     """The model in a few lines: name -> value."""
     c = model.config
-    scaled = ", frequencies scaled" if c.rope_factors is not None else ""
+    scaled = ", frequencies scaled" if c.rope_divisors is not None else ""
     return {
         "file": str(model.path),
         "container": model.container,
@@ -79,6 +79,7 @@ def facts(model: ModelFile) -> dict[str, Any]:
         "context": c.context,
         "activation": c.activation,
         "sub-norms": "yes" if c.sub_norms else "no",
+        "norms of q and k": "yes" if c.qk_norm else "no",
         "head": f"{model.weights.output.type}, {'tied to the embedding' if c.tied_head else 'its own'}",
         "rope": f"theta {c.rope_theta:g}{scaled}",
         "norm_eps": c.norm_eps,

@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 
 from bitgen.errors import FileError
 from bitgen.formats.config import Floats
-from bitgen.formats.quants import (
-    DENSE,
+from bitgen.formats.quants import DENSE, dequantize
+from bitgen.formats.source import Bytes
+from bitgen.formats.ternary import (
     TERNARY,
     Ternary,
     absmean,
     block_scales,
+    decode_blocks,
     decode_i2_s,
-    decode_tq,
-    dequantize,
     ternary_of_floats,
 )
-from bitgen.formats.source import Bytes
-from bitgen.formats.weights import TernaryMatrix
+from bitgen.formats.weights import GroupScales, TernaryMatrix
 from bitgen.spec import Shape
 
 _CHUNK_VALUES = 1 << 20  # decoded at once while a whole matrix is read for its scales: 4 MB of float32
+_GROUPS = (256, 128, 64, 32)  # sizes of groups that kernels know
 _ABSMEAN_FLOOR = 1e-5
 
 
-def ternary_matrix(
-    name: str, kind: str, shape: tuple[int, ...], data: Bytes, where: str = ""
-) -> TernaryMatrix:
-    """A matrix (m, k) stored as i2_s, tq1_0, tq2_0 or as ternary values in a type for floats."""
+def ternary_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> TernaryMatrix:
+    """A matrix (m, k) stored as i2_s, in blocks with scales, or as ternary values in a type for floats."""
     m, k = shape
     if kind == "i2_s":
         return _i2_s(name, Shape(m, k), data)
     if kind in TERNARY:
-        return _tq(name, kind, Shape(m, k), data.reshape(m, -1), where)
+        return _blocks(name, kind, Shape(m, k), data.reshape(m, -1))
     return _floats(name, kind, Shape(m, k), data.reshape(m, DENSE[kind].row_bytes(k)))
 
 
@@ -51,32 +50,92 @@ def _i2_s(name: str, shape: Shape, data: Bytes) -> TernaryMatrix:
     return TernaryMatrix(name, shape, decode, lambda: scale)
 
 
-def _tq(name: str, kind: str, shape: Shape, data: Bytes, where: str) -> TernaryMatrix:
+def _blocks(name: str, kind: str, shape: Shape, data: Bytes) -> TernaryMatrix:
+    """Blocks with scales. Where those of each row are the same, or zero, it is a scale a row."""
+    block = TERNARY[kind].block
+
+    def scales(begin: int, end: int, group: int) -> Floats | None:
+        found = block_scales(kind, data[begin:end], shape.k)
+        if group:
+            return _merged(found, group // block)
+        first = np.take_along_axis(found, (found != 0).argmax(axis=1)[:, None], axis=1)
+        return first if ((found == 0) | (found == first)).all() else None
+
+    sizes = (0, *(size for size in _GROUPS if size % block == 0 and size <= max(block, 128)))
+    group = cache(lambda: _coarsest(shape, sizes, scales))
+
     def decode(begin: int, end: int) -> Ternary:
-        return decode_tq(kind, data[begin:end], shape.k, name)
+        w = decode_blocks(kind, data[begin:end], shape.k, name)
+        if group() == 0:  # what a scale of zero makes zero is so under the scale of its row
+            dead = block_scales(kind, data[begin:end], shape.k) == 0
+            if dead.any():
+                w.reshape(*dead.shape, block)[dead] = 0
+        return w
 
-    def row_scales(begin: int, end: int) -> Floats:
-        """The one non-zero scale of each row's blocks, 0 where there is none."""
-        scales = block_scales(kind, data[begin:end], shape.k)
-        first = np.take_along_axis(scales, (scales != 0).argmax(axis=1)[:, None], axis=1)
-        if not ((scales == 0) | (scales == first)).all():
-            raise FileError(
-                f"{where}: the scales of {name} ({kind.upper()}) differ within a row: one scale for each "
-                "group of 256 weights is not supported; bitgen needs one a tensor or one a row",
-            )
-        return first[:, 0]
+    return _grouped(name, shape, decode, group, scales)
 
-    return TernaryMatrix(name, shape, decode, lambda: _common_scale(shape, row_scales))
+
+def _merged(scales: Floats, count: int) -> Floats | None:
+    """One scale for each ``count`` blocks of a row; None where they differ, or are no whole groups."""
+    if scales.shape[1] % count:
+        return None
+    runs = scales.reshape(len(scales), -1, count)
+    return runs[..., 0] if (runs == runs[..., :1]).all() else None
 
 
 def _floats(name: str, kind: str, shape: Shape, data: Bytes) -> TernaryMatrix:
+    def read(begin: int, end: int, group: int) -> tuple[Ternary, Floats]:
+        return ternary_of_floats(kind, data[begin:end], shape.k, name, group)
+
+    def scales(begin: int, end: int, group: int) -> Floats | None:
+        try:
+            return read(begin, end, group)[1]
+        except FileError:
+            if group == sizes[-1]:
+                raise
+            return None
+
+    sizes = (0, *(size for size in _GROUPS if size < shape.k))
+    group = cache(lambda: _coarsest(shape, sizes, scales))
+
     def decode(begin: int, end: int) -> Ternary:
-        return ternary_of_floats(kind, data[begin:end], shape.k, name)[0]
+        return read(begin, end, group())[0]
 
-    def row_scales(begin: int, end: int) -> Floats:
-        return ternary_of_floats(kind, data[begin:end], shape.k, name)[1]
+    return _grouped(name, shape, decode, group, scales)
 
-    return TernaryMatrix(name, shape, decode, lambda: _common_scale(shape, row_scales))
+
+_Scales: TypeAlias = Callable[[int, int, int], Floats | None]  # of rows [begin, end), for a size of groups
+
+
+def _grouped(
+    name: str, shape: Shape, decode: Callable[[int, int], Ternary], group: Callable[[], int], scales: _Scales
+) -> TernaryMatrix:
+    def rows_of_scales(begin: int, end: int) -> Floats:
+        found = scales(begin, end, group())
+        if found is None:  # the file changed since its groups were found
+            raise FileError(f"{name}: the scales are not those that were there before; the file has changed")
+        return found
+
+    def find_scale() -> Floats:
+        return _common_scale(shape, lambda begin, end: rows_of_scales(begin, end)[:, 0])
+
+    return TernaryMatrix(name, shape, decode, find_scale, GroupScales(group, rows_of_scales))
+
+
+def _coarsest(shape: Shape, sizes: Sequence[int], scales: _Scales) -> int:
+    """The first of ``sizes``, coarse to fine, in which all rows have a scale a group.
+
+    What fits a size fits every finer one, so that the matrix is read once, and not to its end once only the
+    last size is left.
+    """
+    step = max(1, _CHUNK_VALUES // shape.k)
+    at = 0
+    for begin in range(0, shape.m, step):
+        while scales(begin, min(begin + step, shape.m), sizes[at]) is None:
+            at += 1
+        if at == len(sizes) - 1:
+            break
+    return sizes[at]
 
 
 def _common_scale(shape: Shape, row_scales: Callable[[int, int], Floats]) -> Floats:

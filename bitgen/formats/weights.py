@@ -7,10 +7,11 @@ is a BitgenError of that read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,35 +19,74 @@ from numpy.typing import NDArray
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.formats.quants import DENSE, dequantize
+from bitgen.formats.ternary import TERNARY, Ternary, dequantize_blocks
 from bitgen.spec import Shape
 
-Ternary: TypeAlias = NDArray[np.int8]
+
+@dataclass(frozen=True)
+class GroupScales:
+    """Scales of groups of weights along k.
+
+    ``find_size()`` gives the weights of a group, 0 where a row has one scale only; it may have to read the
+    whole matrix. ``decode(begin, end)`` gives the scales of rows [begin, end), float32 (end - begin, ceil(k /
+    size)).
+    """
+
+    find_size: Callable[[], int]
+    decode: Callable[[int, int], Floats]
 
 
 @dataclass(frozen=True)
 class TernaryMatrix:
-    """W = scale[:, None] * w with w int8 (m, k) in {-1, 0, 1} and scale float32 (m,) or (1,).
+    """W = w times its scales, w int8 (m, k) in {-1, 0, 1}: one a row, or one for each ``group`` along k.
 
-    ``decode(begin, end)`` gives the rows [begin, end) of w. ``find_scale()`` may have to read the whole
-    matrix (values stored as floats), so `scale` calls it when it is first asked for and remembers it; a cache
-    of packed weights should keep the scales too. Both raise BitgenError when the file does not hold what it
-    claims. Any number of threads may read.
+    ``decode(begin, end)`` gives the rows [begin, end) of w. ``find_scale()`` gives the scales of rows, (m,)
+    or (1,) float32; it may have to read the whole matrix (values stored as floats), so `scale` calls it when
+    it is first asked for and remembers it; a cache of packed weights should keep the scales too. ``groups``
+    gives those of groups. All raise BitgenError when the file does not hold what it claims. Any number of
+    threads may read.
     """
 
     name: str  # of the tensor, or of the tensors that were stacked
     shape: Shape
     decode: Callable[[int, int], Ternary] = field(repr=False)
     find_scale: Callable[[], Floats] = field(repr=False)
+    groups: GroupScales | None = field(default=None, repr=False)
+
+    @cached_property
+    def group(self) -> int:
+        """Weights along k that share a scale; 0: all of a row."""
+        return 0 if self.groups is None else self.groups.find_size()
 
     @cached_property
     def scale(self) -> Floats:
-        """float32 (m,), or (1,) for one scale of the whole matrix; finite."""
+        """float32 (m,), or (1,) for one scale of the whole matrix; finite. BitgenError: it has groups."""
+        if self.group:
+            raise BitgenError(f"{self.name} has a scale for each {self.group} weights, not one a row")
         scale = np.ascontiguousarray(self.find_scale(), dtype=np.float32).reshape(-1)
         if scale.size not in (1, self.shape.m):
             raise BitgenError(f"{self.name}: {scale.size} scales for {self.shape.m} rows")
+        scale.flags.writeable = False
+        return self._finite(scale)
+
+    def scales(self, begin: int, end: int, group: int | None = None) -> Floats:
+        """Of the rows [begin, end): float32 (end - begin, ceil(k / group)), (end - begin, 1) for group 0.
+
+        ``group`` is a finer one than that of the matrix, which it must divide; None: the matrix's own.
+        """
+        own, wanted = self.group, self.group if group is None else group
+        if own == 0:
+            scale = self.scale if self.scale.size == 1 else self.scale[begin:end]
+            count = -(-self.shape.k // wanted) if wanted else 1
+            return np.broadcast_to(scale[:, None], (end - begin, count))
+        if self.groups is None or wanted == 0 or own % wanted:
+            raise BitgenError(f"{self.name}: groups of {own} weights are no groups of {wanted}")
+        found = self._finite(self.groups.decode(begin, end))
+        return np.repeat(found, own // wanted, axis=1)[:, : -(-self.shape.k // wanted)]
+
+    def _finite(self, scale: Floats) -> Floats:
         if not np.isfinite(scale).all():
             raise FileError(f"{self.name}: a scale is NaN or infinite; the file is damaged")
-        scale.flags.writeable = False
         return scale
 
     def rows(self, begin: int, end: int) -> Ternary:
@@ -57,24 +97,39 @@ class TernaryMatrix:
             return np.empty((0, self.shape.k), np.int8)
         return self.decode(begin, end)
 
+    def values(self, begin: int, end: int) -> Floats:
+        """W[begin:end], float32 (end - begin, k): each weight times its scale."""
+        scales = self.scales(begin, end)
+        if self.group:
+            scales = np.repeat(scales, self.group, axis=1)[:, : self.shape.k]
+        return self.rows(begin, end) * scales
+
     def scaled(self, factor: Floats) -> TernaryMatrix:
-        """The matrix times ``factor``, float32 (1,)."""
-        return TernaryMatrix(self.name, self.shape, self.decode, lambda: self.scale * factor)
+        """The matrix times ``factor``, float32 (1,) or (m,)."""
+
+        def decode(begin: int, end: int) -> Floats:
+            rows = factor if factor.size == 1 else factor[begin:end]
+            return self.scales(begin, end) * rows[:, None]
+
+        return self._with(self.decode, lambda: self.scale * factor, decode)
 
     def reordered(self, order: NDArray[np.int64]) -> TernaryMatrix:
         """Row i of the result is row order[i]. Cheap where ``order`` moves rows only a short way."""
         if sorted(order.tolist()) != list(range(self.shape.m)):
             raise BitgenError(f"{self.name}: not an order of its {self.shape.m} rows")
 
-        def decode(begin: int, end: int) -> Ternary:
-            wanted = order[begin:end]
-            low = int(wanted.min())
-            return self.rows(low, int(wanted.max()) + 1)[wanted - low]
+        def moved(read: Callable[[int, int], NDArray[Any]]) -> Callable[[int, int], NDArray[Any]]:
+            def decode(begin: int, end: int) -> NDArray[Any]:
+                wanted = order[begin:end]
+                low = int(wanted.min())
+                return read(low, int(wanted.max()) + 1)[wanted - low]
+
+            return decode
 
         def find_scale() -> Floats:
             return self.scale if self.scale.size == 1 else self.scale[order]
 
-        return TernaryMatrix(self.name, self.shape, decode, find_scale)
+        return self._with(moved(self.rows), find_scale, moved(self.scales))
 
     def slice(self, begin: int, end: int) -> TernaryMatrix:
         """The rows [begin, end) as a matrix, with one scale where all of them share it."""
@@ -86,34 +141,62 @@ class TernaryMatrix:
         def decode(first: int, last: int) -> Ternary:
             return self.rows(begin + first, begin + last)
 
-        return TernaryMatrix(self.name, Shape(end - begin, self.shape.k), decode, find_scale)
+        def scales(first: int, last: int) -> Floats:
+            return self.scales(begin + first, begin + last)
+
+        return replace(self._with(decode, find_scale, scales), shape=Shape(end - begin, self.shape.k))
+
+    def _with(
+        self,
+        decode: Callable[[int, int], Ternary],
+        find_scale: Callable[[], Floats],
+        scales: Callable[[int, int], Floats],
+    ) -> TernaryMatrix:
+        """The same matrix, its rows or scales changed."""
+        groups = None if self.groups is None else GroupScales(lambda: self.group, scales)
+        return TernaryMatrix(self.name, self.shape, decode, find_scale, groups)
 
     @classmethod
     def stack(cls, parts: Sequence[TernaryMatrix]) -> TernaryMatrix:
-        """The rows of all ``parts``, one below the other, with one scale a row."""
+        """The rows of all ``parts``, one below the other, with a scale a row, or groups that fit all."""
         k = parts[0].shape.k
         if any(part.shape.k != k for part in parts):
             raise BitgenError(f"{', '.join(part.name for part in parts)}: they do not share their input")
         starts = np.cumsum([0, *(part.shape.m for part in parts)]).tolist()
 
-        def decode(begin: int, end: int) -> Ternary:
+        def joined(begin: int, end: int, read: Callable[[TernaryMatrix, int, int], NDArray[Any]]) -> Any:
             blocks = []
             for part, start in zip(parts, starts, strict=False):
                 low, high = max(begin, start), min(end, start + part.shape.m)
                 if low < high:
-                    blocks.append(part.rows(low - start, high - start))
+                    blocks.append(read(part, low - start, high - start))
             return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
         def find_scale() -> Floats:
             return np.concatenate([np.broadcast_to(part.scale, (part.shape.m,)) for part in parts])
 
-        return cls("+".join(part.name for part in parts), Shape(starts[-1], k), decode, find_scale)
+        @cache
+        def find_size() -> int:
+            return math.gcd(*(part.group for part in parts))
+
+        def scales(begin: int, end: int) -> Floats:
+            made: Floats = joined(begin, end, lambda part, low, high: part.scales(low, high, find_size()))
+            return made
+
+        return cls(
+            "+".join(part.name for part in parts),
+            Shape(starts[-1], k),
+            lambda begin, end: joined(begin, end, cls.rows),
+            find_scale,
+            None if all(part.groups is None for part in parts) else GroupScales(find_size, scales),
+        )
 
     @classmethod
-    def of(cls, w: Ternary, scale: Floats | float, name: str = "w") -> TernaryMatrix:
-        """A matrix in memory: for tests and random models."""
+    def of(cls, w: Ternary, scale: Floats | float, name: str = "w", group: int = 0) -> TernaryMatrix:
+        """A matrix in memory, scale (1,), (m,), or (m, ceil(k / group)): for tests and random models."""
         values = np.atleast_1d(np.asarray(scale, np.float32))
-        return cls(name, Shape(*w.shape), lambda begin, end: w[begin:end], lambda: values)
+        groups = GroupScales(lambda: group, lambda begin, end: values[begin:end]) if group else None
+        return cls(name, Shape(*w.shape), lambda begin, end: w[begin:end], lambda: values, groups)
 
 
 @dataclass(frozen=True)
@@ -121,7 +204,8 @@ class DenseMatrix:
     """An embedding or an LM head (rows, cols) in the format of its file.
 
     ``data`` uint8 (rows, row_bytes) is a view of the mapped file: touching a row reads that row. ``type`` is
-    one of quants.DENSE: f32, f16, bf16, q8_0, q6_k, q4_0, q4_1 (and q4_k, for embeddings only).
+    one of quants.DENSE (f32, f16, bf16, q8_0, q6_k, q4_0, q4_1; q4_k, for embeddings only), or ternary in
+    blocks, one of ternary.TERNARY.
     """
 
     name: str
@@ -131,7 +215,8 @@ class DenseMatrix:
 
     def __post_init__(self) -> None:
         rows, cols = self.shape
-        if self.data.dtype != np.uint8 or self.data.shape != (rows, DENSE[self.type].row_bytes(cols)):
+        kind = DENSE.get(self.type) or TERNARY[self.type]
+        if self.data.dtype != np.uint8 or self.data.shape != (rows, kind.row_bytes(cols)):
             raise BitgenError(f"{self.name}: {self.data.shape} bytes are not {rows} x {cols} of {self.type}")
 
     def row(self, i: int) -> Floats:
@@ -143,13 +228,23 @@ class DenseMatrix:
         """Rows [begin, end), float32 (end - begin, cols), dequantised exactly."""
         if not 0 <= begin <= end <= self.shape[0]:
             raise BitgenError(f"{self.name}: there are no rows {begin}..{end} in {self.shape[0]}")
-        return dequantize(self.type, self.data[begin:end], self.shape[1])
+        return self._values(self.data[begin:end])
 
     def gather(self, ids: NDArray[np.integer]) -> Floats:
         """The rows of ``ids``, float32 (len(ids), cols)."""
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.shape[0]:
             raise BitgenError(f"token ids must be 0..{self.shape[0] - 1}")
-        return dequantize(self.type, self.data[ids], self.shape[1])
+        return self._values(self.data[ids])
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether it is ternary in blocks with scales."""
+        return self.type in TERNARY
+
+    def _values(self, data: NDArray[np.uint8]) -> Floats:
+        if self.is_ternary:
+            return dequantize_blocks(self.type, data, self.shape[1], self.name)
+        return dequantize(self.type, data, self.shape[1])
 
     @classmethod
     def of(cls, values: Floats, name: str = "dense") -> DenseMatrix:
@@ -171,6 +266,8 @@ class LayerWeights:
     ffn_norm: Floats  # (hidden)
     attn_sub_norm: Floats | None = None  # (q_rows), before o
     ffn_sub_norm: Floats | None = None  # (ffn), before down
+    q_norm: Floats | None = None  # (head_dim), of each head of q before RoPE
+    k_norm: Floats | None = None  # (head_dim), of each head of k
 
     @classmethod
     def of(cls, matrices: Mapping[str, TernaryMatrix], norms: Mapping[str, Floats]) -> LayerWeights:

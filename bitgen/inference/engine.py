@@ -316,6 +316,8 @@ class Engine:
         table = self._ffi.from_buffer("float[]", self._rope)
         half = self.config.head_dim // 2
         self.table.check(self._lib.bitgen_rope(frequency, half, self._rope_ready, end, table))
+        if self.config.rope_scale != 1:
+            self._rope.reshape(-1, 2 * half)[self._rope_ready : end] *= np.float32(self.config.rope_scale)
         self._rope_ready = end
 
     # ---- Setting up ----
@@ -418,7 +420,7 @@ class Engine:
 
 
 def inverse_frequencies(config: ModelConfig) -> Floats:
-    """1 / rope_theta^(2 i / head_dim) / rope_factors[i], float32 (head_dim / 2), rounded as PyTorch does.
+    """1 / rope_theta^(2 i / head_dim) / rope_divisors[i], float32 (head_dim / 2), rounded as PyTorch does.
 
     The power is computed with 30 decimal digits, not by the machine's libm: the same bits everywhere.
     """
@@ -426,8 +428,8 @@ def inverse_frequencies(config: ModelConfig) -> Floats:
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = [float(exact.power(Decimal(config.rope_theta), Decimal(float(e)))) for e in exponents]
     inverse = np.float32(1) / np.array(powers, np.float32)
-    if config.rope_factors is not None:
-        inverse /= np.array(config.rope_factors, np.float32)
+    if config.rope_divisors is not None:
+        inverse /= config.rope_divisors
     return inverse
 
 

@@ -128,7 +128,7 @@ def test_rows_with_scales_of_their_own_are_kept(tmp_path: Path) -> None:
 def test_the_architecture_follows_the_forward_pass() -> None:
     assert architecture_of(small_config("bitnet-25")).name == "bitnet-25"
     assert architecture_of(replace(small_config("bitnet-b1.58"), activation="silu")).name == "bitnet"
-    with pytest.raises(BitgenError, match="no GGUF architecture has relu2 without sub-norms"):
+    with pytest.raises(BitgenError, match="no GGUF architecture has relu2 with no others"):
         architecture_of(replace(small_config("llama"), activation="relu2"))
 
 
@@ -137,7 +137,7 @@ def test_the_architecture_follows_the_forward_pass() -> None:
     [
         ("no/such/m.gguf", "i2_s", "there is no folder", FileError.exit_code),
         (".", "i2_s", "is a folder", FileError.exit_code),
-        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean tq2_0 or tq1_0", UsageError.exit_code),
+        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean q2_0 or q1_0 or tq2_0", UsageError.exit_code),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, out: str, kind: str, message: str, code: int) -> None:

@@ -41,6 +41,9 @@ CONFIGS = {
     "no sub-norms, heads of 100, one key head": small_config(
         sub_norms=False, tied_head=False, head_dim=100, heads=5, kv_heads=1, layers=1
     ),
+    "norms of q and k, heads of 52": small_config(
+        sub_norms=False, qk_norm=True, head_dim=52, heads=3, kv_heads=1, norm_eps=1e-6, layers=1
+    ),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }
 
@@ -117,10 +120,7 @@ def test_every_level_gives_the_bits_of_the_exact_model(tables: Any, config: str,
 
 @pytest.mark.parametrize("preset", load_models(), ids=lambda preset: preset.name)
 def test_every_presets_architecture_small_and_ragged(tables: Any, preset: ModelPreset) -> None:
-    """The preset's heads, groups and norms; hidden 100, and a ragged ffn (1.3B's own, 5460).
-
-    A qwen3 preset is a shape to tune for: its norms of q and k are of a model that no file gives bitgen.
-    """
+    """The preset's heads, groups and norms; hidden 100, and a ragged ffn (1.3B's own, 5460)."""
     ffn = preset.ffn if preset.ffn % 16 else preset.ffn * 100 // preset.hidden - 1
     group = preset.heads // preset.kv_heads
     config = replace(preset, layers=2, context=64, hidden=100, ffn=ffn, heads=2 * group, kv_heads=2, vocab=97)

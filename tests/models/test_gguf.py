@@ -22,7 +22,7 @@ from bitgen.errors import BitgenError
 from bitgen.formats.architectures import half_to_interleaved, interleaved_to_half
 from bitgen.formats.gguf import U32, NewTensor, read_gguf, write_gguf
 from bitgen.formats.open import open_model
-from bitgen.formats.quants import TERNARY, encode_tq
+from bitgen.formats.ternary import TERNARY, encode_blocks
 
 WIDE = {"hidden": 256, "ffn": 512, "heads": 4, "head_dim": 64, "layers": 1}  # sizes that every type can hold
 
@@ -283,21 +283,20 @@ def tq_rows(kind: str, scales: np.ndarray, seed: int = 0) -> NewTensor:
     """blk.0.ffn_down of (256, 512) with a scale for each block of 256: scales (256, 2)."""
     w = np.random.default_rng(seed).integers(-1, 2, (256, 512), dtype=np.int8)
     w[:, ::256] = 1  # no block of zeros
-    data = encode_tq(kind, w, np.ones(256, np.float32)).reshape(256, 2, -1)
+    data = encode_blocks(kind, w, np.float32(1)).reshape(256, 2, -1)
     data[..., -2:] = scales.astype("<f2")[..., None].view(np.uint8)
     return tensor("blk.0.ffn_down.weight", data, TERNARY[kind].id, (256, 512))
 
 
 @pytest.mark.parametrize("kind", ["tq1_0", "tq2_0"])
-def test_group_scales_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_scales_that_differ_within_a_row_are_those_of_groups(tmp_path: Path, kind: str) -> None:
     scales = np.ones((256, 2), np.float32)
     scales[200, 1] = 0.5
     path = rewritten(tmp_path / "m.gguf", WIDE, replaced("blk.0.ffn_down.weight", tq_rows(kind, scales)))
     down = open_model(path).weights.layers[0].down
-    with pytest.raises(
-        BitgenError, match=rf"scales of blk\.0\.ffn_down\.weight \({kind.upper()}\) differ within a row"
-    ):
-        _ = down.scale
+    factor = np.float32(plain_model(small_config("llama", **WIDE)).scale["blk.0.ffn_down"])
+    assert down.group == 256
+    assert np.array_equal(down.scales(190, 210), (scales * factor)[190:210])
 
 
 @pytest.mark.parametrize("kind", ["tq1_0", "tq2_0"])
@@ -342,13 +341,13 @@ def test_a_model_that_is_not_ternary_is_refused_when_it_is_read(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("type_id", "name"),
-    [(37, "I8_S"), (38, "TL1"), (42, "Q2_0"), (135, "IQ2_BN"), (12, "Q4_K"), (99, "TYPE 99")],
+    [(37, "I8_S"), (38, "TL1"), (135, "IQ2_BN"), (12, "Q4_K"), (99, "TYPE 99")],
 )
 def test_types_that_are_not_supported_are_named(tmp_path: Path, type_id: int, name: str) -> None:
     change = replaced("blk.0.ffn_down.weight", info("blk.0.ffn_down.weight", (256, 512), type_id, 144 * 512))
     message = refused(rewritten(tmp_path / "m.gguf", WIDE, change))
     assert f"blk.0.ffn_down.weight is stored as {name}" in message
-    assert "bitgen reads I2_S, TQ1_0, TQ2_0, F32, F16, BF16, Q8_0 there" in message
+    assert "bitgen reads I2_S, TQ1_0, TQ2_0, Q1_0, Q2_0, STQ1_0, PQ2_0, PTQ1_0, F32," in message
 
 
 @pytest.mark.parametrize(
@@ -455,7 +454,11 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
             {"general.architecture": "mamba"},
             "the architecture 'mamba' is not supported; bitgen runs bitnet, bitnet-25, bitnet-b1.58, llama",
         ),
-        ({"general.architecture": "qwen3"}, "the architecture 'qwen3' is not supported; bitgen runs bitnet,"),
+        (
+            {"general.architecture": "gemma3"},
+            "the architecture 'gemma3' is not supported; bitgen runs bitnet,",
+        ),
+        ({"prism.hadamard.version": 1}, "under a Hadamard transform ('prism.hadamard.version', as in"),
         ({"general.architecture": "bad\x1b[31m"}, "the architecture 'bad\\x1b[31m' is not supported"),
         (
             {"bitnet.attention.head_count": "four"},
@@ -466,8 +469,8 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
         ({"bitnet.attention.key_length": U32(1 << 31)}, "heads of 2147483648 are not possible"),
         ({"bitnet.rope.dimension_count": U32(4)}, "bitnet.rope.dimension_count is 4 with heads of 6"),
         (
-            {"bitnet.rope.scaling.type": "yarn"},
-            "bitnet.rope.scaling.type is 'yarn'; none and linear are supported",
+            {"bitnet.rope.scaling.type": "longrope"},
+            "bitnet.rope.scaling.type is 'longrope'; none, linear and yarn are supported",
         ),
         ({"bitnet.rope.freq_base": float("nan")}, "rope_theta must be greater than 0 and finite, found nan"),
         ({"bitnet.expert_count": U32(8)}, "mixtures of experts are not supported"),

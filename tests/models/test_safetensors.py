@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from model_files import (
 from bitgen.errors import BitgenError
 from bitgen.formats.convert import convert
 from bitgen.formats.open import open_model
+from bitgen.formats.rope import Yarn
 from bitgen.formats.safetensors import read_folder, read_safetensors
 from bitgen.formats.sentencepiece_file import read_tokenizer_model
 
@@ -326,7 +328,7 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
             "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
         ),
         (
-            {"architectures": ["Qwen3ForCausalLM"]},
+            {"architectures": ["Qwen3MoeForCausalLM"]},
             "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
         ),
         ({"architectures": None}, "architectures is None"),
@@ -336,7 +338,9 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
         ({"head_dim": 1 << 40}, "heads of 1099511627776 are not possible"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; silu and relu2 are supported"),
         ({"attention_bias": True}, "attention_bias is set: biases are not supported"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "numbers of the yarn RoPE scaling make no"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": 1}}, "mscale is 1, which is not"),
         ({"rope_scaling": 5}, "rope_scaling is no object"),
         ({"rms_norm_eps": float("nan")}, "norm_eps must be greater than 0 and finite, found nan"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; bitnet is supported"),
@@ -391,7 +395,7 @@ def test_llama3_factors_are_those_of_transformers(head_dim: int) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from bitgen.formats.hf import llama3_factors
+    from bitgen.formats.rope import llama3_divisors
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
@@ -400,8 +404,26 @@ def test_llama3_factors_are_those_of_transformers(head_dim: int) -> None:
     )
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 500000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
-    factors = llama3_factors(500000.0, head_dim, 8.0, 1.0, 4.0, 8192.0)
+    factors = llama3_divisors(500000.0, head_dim, 8.0, 1.0, 4.0, 8192.0)
     assert np.allclose(plain / factors, expected.numpy(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 0.7}])
+@pytest.mark.parametrize("theta", [10000.0, 5000000.0])
+def test_yarn_is_that_of_transformers(theta: float, changes: dict[str, float]) -> None:
+    pytest.importorskip("torch", reason="torch is the oracle")
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16384, **changes}
+    config = transformers.Qwen3Config(head_dim=128, rope_parameters={**rope, "rope_theta": theta})
+    expected, scale = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    fast, slow = changes.get("beta_fast", 32.0), changes.get("beta_slow", 1.0)
+    yarn = Yarn(4.0, 16384, fast, slow, changes.get("attention_factor"))
+    plain = theta ** -(np.arange(0, 128, 2) / 128)
+    assert np.allclose(plain / yarn.divisors(theta, 128), expected.numpy(), rtol=2e-6)
+    assert math.isclose(yarn.scale, scale)
+    assert (yarn.divisors(theta, 128) > 1.001).any()
 
 
 # ---- tokenizer ----

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from model_files import plain_model, small_config, write_folder, write_model
-from mutations import hf_folder, read_everything
+from mutations import TYPES, hf_folder, read_everything
 
 from bitgen.errors import BitgenError
 from bitgen.formats.gguf import ALIGNMENT, read_gguf
@@ -41,10 +41,13 @@ def counts() -> dict[str, dict[str, int]]:
 
 def test_mutations_are_refused_or_load(counts: dict[str, dict[str, int]]) -> None:
     mutated = {kind: found for kind, found in counts.items() if "prefix" not in kind}
-    assert len(mutated) == 12
+    assert len(mutated) == 12 + 2 * len(TYPES)
     for kind, found in mutated.items():
         assert sum(found.values()) == COUNT, kind
         assert set(found) <= {"valid", "refused", "refused by the tokenizer"}
+    for kind in TYPES:
+        assert mutated[f"GGUF {kind}, one number"]["refused"], kind
+        assert mutated[f"GGUF {kind}, one byte"]["valid"], kind
     for kind in ("GGUF llama, one byte", "GGUF bitnet, one number", "config.json, one value"):
         assert mutated[kind]["refused"], kind
         assert mutated[kind]["valid"], kind
@@ -52,7 +55,7 @@ def test_mutations_are_refused_or_load(counts: dict[str, dict[str, int]]) -> Non
 
 def test_every_prefix_is_refused(counts: dict[str, dict[str, int]]) -> None:
     prefixes = {kind: found for kind, found in counts.items() if "prefix" in kind}
-    assert len(prefixes) == 3
+    assert len(prefixes) == 3 + len(TYPES)
     for kind, found in prefixes.items():
         assert set(found) <= {"refused", "refused by the tokenizer"}, kind
         assert sum(found.values()) > 400

@@ -144,13 +144,16 @@ def exact_logits(weights: Weights, ids: Any, kv: str = "f16", steps: Steps | Non
 def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps) -> Floats:
     c, n = weights.config, len(ids)
     angle = (np.arange(n, dtype=F)[:, None] * inverse_frequencies(c)).astype(np.float64)
-    turn = np.cos(angle).astype(F), np.sin(angle).astype(F)
+    turn = np.cos(angle).astype(F) * F(c.rope_scale), np.sin(angle).astype(F) * F(c.rope_scale)
     x = weights.embedding.gather(ids)
     for number, layer in enumerate(weights.layers):
         qkv = linear(layer.qkv, norm(x, layer.attn_norm, c.norm_eps), steps, f"{number}.qkv")
         q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
-        q = rotate(q.reshape(n, c.heads, -1), turn, F(1) / F(np.sqrt(c.head_dim)))
-        k = rotate(k.reshape(n, c.kv_heads, -1), turn, F(1))
+        q, k = q.reshape(n, c.heads, -1), k.reshape(n, c.kv_heads, -1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = norm(q, layer.q_norm, c.norm_eps), norm(k, layer.k_norm, c.norm_eps)
+        q = rotate(q, turn, F(1) / F(np.sqrt(c.head_dim)))
+        k = rotate(k, turn, F(1))
         inner = attention(q, kept(k, kv), kept(v.reshape(n, c.kv_heads, -1), kv)).reshape(n, -1)
         if layer.attn_sub_norm is not None:
             inner = norm(inner, layer.attn_sub_norm, c.norm_eps)

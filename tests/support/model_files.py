@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from bitgen.errors import FileError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.gguf import U32, NewTensor, write_gguf
 from bitgen.formats.open import open_model
-from bitgen.formats.quants import DENSE, I2_S_ID, TERNARY, encode_i2_s, encode_tq
+from bitgen.formats.quants import DENSE
+from bitgen.formats.ternary import I2_S_ID, TERNARY, encode_blocks, encode_i2_s
 
 Ternary = NDArray[np.int8]
 
@@ -31,7 +32,7 @@ class Plain:
 
     config: ModelConfig
     w: dict[str, Ternary] = field(default_factory=dict)  # "blk.0.attn_q" -> int8
-    scale: dict[str, float] = field(default_factory=dict)
+    scale: dict[str, Any] = field(default_factory=dict)  # float, or float32 (m, groups of 128)
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # norms, with ".weight"
     embedding: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     head: NDArray[np.float32] | None = None
@@ -51,7 +52,8 @@ def small_config(architecture: str = "bitnet", **changes: Any) -> ModelConfig:
         "context": 64,
         "rope_theta": 10000.0,
         "activation": "relu2" if architecture in ("bitnet-25", "bitnet-b1.58") else "silu",
-        "sub_norms": architecture != "llama",
+        "sub_norms": architecture not in ("llama", "qwen3"),
+        "qk_norm": architecture == "qwen3",
         "norm_eps": 1e-5,
         "tied_head": architecture != "llama",
         "name": "small",
@@ -93,6 +95,37 @@ def shape_of(config: ModelConfig, matrix: str) -> tuple[int, int]:
     }[matrix]
 
 
+GROUP = 128
+# What a Ternary Bonsai file is in, small: groups of 128, and of 256 for the types with larger blocks.
+GROUPED = {"hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2, "head_dim": 128, "layers": 1, "vocab": 259}
+
+
+def grouped_model(seed: int = 0, group: int = GROUP, **changes: Any) -> Plain:
+    """A qwen3 whose matrices have a scale for each ``group`` weights, f16; its embedding and head too."""
+    model = plain_model(small_config("qwen3", **{**GROUPED, **changes}), seed)
+    rng = np.random.default_rng(seed + 1)
+
+    def scales(w: NDArray[Any]) -> NDArray[np.float32]:
+        runs = rng.uniform(0.01, 0.1, (len(w), w.shape[1] // group)).astype(np.float16).astype(np.float32)
+        return np.repeat(runs, group // GROUP, axis=1)
+
+    for key, w in model.w.items():
+        model.scale[key] = scales(w)
+    names = ["token_embd"] if model.head is None else ["token_embd", "output"]
+    for name in names:
+        model.w[name] = rng.integers(-1, 2, model.embedding.shape, dtype=np.int8)
+        model.scale[name] = scales(model.w[name])
+    model.embedding = values_of(model, "token_embd")
+    model.head = None if model.head is None else values_of(model, "output")
+    return model
+
+
+def values_of(model: Plain, key: str) -> NDArray[np.float32]:
+    """A matrix of `grouped_model`, each weight times its scale."""
+    values: NDArray[np.float32] = model.w[key] * np.repeat(model.scale[key], GROUP, axis=1)
+    return values
+
+
 def plain_model(config: ModelConfig, seed: int = 0) -> Plain:
     rng = np.random.default_rng(seed)
     model = Plain(config)
@@ -104,6 +137,8 @@ def plain_model(config: ModelConfig, seed: int = 0) -> Plain:
         norms = {"attn_norm": config.hidden, "ffn_norm": config.hidden}
         if config.sub_norms:
             norms |= {"attn_sub_norm": config.q_rows, "ffn_sub_norm": config.ffn}
+        if config.qk_norm:
+            norms |= {"attn_q_norm": config.head_dim, "attn_k_norm": config.head_dim}
         for name, size in norms.items():
             model.vectors[f"blk.{i}.{name}.weight"] = rng.uniform(0.5, 1.5, size).astype(np.float32)
     model.vectors["output_norm.weight"] = rng.uniform(0.5, 1.5, config.hidden).astype(np.float32)
@@ -147,6 +182,7 @@ def gguf_metadata(config: ModelConfig, tokens: list[str] | None = None) -> dict[
         f"{a}.block_count": U32(config.layers),
         f"{a}.attention.head_count": U32(config.heads),
         f"{a}.attention.head_count_kv": U32(config.kv_heads),
+        f"{a}.attention.key_length": U32(config.head_dim),
         f"{a}.attention.layer_norm_rms_epsilon": config.norm_eps,
         f"{a}.rope.dimension_count": U32(config.head_dim),
         f"{a}.rope.freq_base": config.rope_theta,
@@ -175,16 +211,29 @@ def tensor(
     )
 
 
-def ternary_tensors(name: str, w: Ternary, scale: float, kind: str) -> list[NewTensor]:
-    """A matrix as ``kind``: i2_s, tq1_0, tq2_0, f32, f16, bf16, q8_0, or f16+scale."""
+def ternary_tensors(name: str, w: Ternary, scale: Any, kind: str) -> list[NewTensor]:
+    """A matrix as ``kind``: i2_s, tq1_0, tq2_0, f32, f16, bf16, q8_0, or f16+scale.
+
+    ``scale`` is a number, or an array of those of groups for f32, f16 and the types of blocks, q2_0@128 among
+    them: the older layout of that number.
+    """
     shape = (w.shape[0], w.shape[1])
     weight = name + ".weight"
+    if not isinstance(scale, float):
+        layout = TERNARY.get("pq2_0" if kind == "q2_0@128" else kind)
+        if layout is None:
+            values = w * np.repeat(scale, GROUP, axis=1)
+            return [tensor(weight, values.astype({"f32": np.float32, "f16": np.float16}[kind]))]
+        step = max(1, layout.block // GROUP)
+        each = np.repeat(scale[:, ::step], max(1, GROUP // layout.block), axis=1)
+        type_id = TERNARY["q2_0"].id if kind == "q2_0@128" else layout.id
+        return [tensor(weight, encode_blocks(layout.name, w, each), type_id, shape)]
     if kind == "i2_s":
         tail = np.zeros(32, np.uint8)
         tail[:4] = np.array([scale], "<f4").view(np.uint8)
         return [tensor(weight, np.concatenate([encode_i2_s(w), tail]), I2_S_ID, shape)]
     if kind in TERNARY:
-        data = encode_tq(kind, w, np.ones(len(w), np.float32))
+        data = encode_blocks(kind, w, np.float32(1))
         return [
             tensor(weight, data, TERNARY[kind].id, shape),
             tensor(name + ".scale", np.array([scale], np.float32)),
@@ -210,16 +259,22 @@ def q8_0(w: Ternary, scale: float) -> NDArray[np.uint8]:
 
 
 def write_model(
-    path: Path, model: Plain, kind: str = "f16+scale", metadata: Mapping[str, Any] | None = None
+    path: Path,
+    model: Plain,
+    kind: str = "f16+scale",
+    metadata: Mapping[str, Any] | None = None,
+    more: Sequence[NewTensor] = (),
 ) -> Path:
-    """The model as a GGUF file, written by our own writer."""
-    tensors = [tensor("token_embd.weight", model.embedding.astype(np.float16))]
-    if model.head is not None:
+    """The model as a GGUF file, written by our own writer, ``more`` tensors first."""
+    tensors = []
+    if "token_embd" not in model.w:
+        tensors.append(tensor("token_embd.weight", model.embedding.astype(np.float16)))
+    if model.head is not None and "output" not in model.w:
         tensors.append(tensor("output.weight", model.head.astype(np.float16)))
     for key in model.w:
         tensors += ternary_tensors(key, stored_rows(model, key), model.scale[key], kind)
     tensors += [tensor(name, values) for name, values in model.vectors.items()]
-    write_gguf(path, {**gguf_metadata(model.config), **(metadata or {})}, tensors)
+    write_gguf(path, {**gguf_metadata(model.config), **(metadata or {})}, [*more, *tensors])
     return path
 
 
@@ -237,8 +292,15 @@ HF_NAMES = {
     "ffn_norm": "post_attention_layernorm",
     "attn_sub_norm": "self_attn.attn_sub_norm",
     "ffn_sub_norm": "mlp.ffn_sub_norm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }
-HF_CLASSES = {"bitnet": "BitnetForCausalLM", "bitnet-b1.58": "BitNetForCausalLM", "llama": "LlamaForCausalLM"}
+HF_CLASSES = {
+    "bitnet": "BitnetForCausalLM",
+    "bitnet-b1.58": "BitNetForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def hf_name(key: str) -> str:
@@ -313,7 +375,7 @@ def write_folder(
     quantization: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The model as a folder. ``form``: "packed" with weight_scale = scale, or "floats"."""
+    """The model as a folder. ``form``: "packed" with weight_scale = scale, "floats", or "groups" (Bonsai)."""
     folder.mkdir(exist_ok=True)
     tensors: dict[str, tuple[str, NDArray[Any]]] = {
         "model.embed_tokens.weight": ("F16", model.embedding.astype(np.float16)),
@@ -322,8 +384,12 @@ def write_folder(
     if model.head is not None:
         tensors["lm_head.weight"] = ("F16", model.head.astype(np.float16))
     for key, w in model.w.items():
+        if not key.startswith("blk."):  # the embedding, as floats above
+            continue
         name = hf_name(key) + ".weight"
-        if form == "packed":
+        if form == "groups":
+            tensors[name] = ("F16", values_of(model, key).astype(np.float16))
+        elif form == "packed":
             tensors[name] = ("U8", pack_rows(w))
             tensors[name + "_scale"] = ("F32", np.array([model.scale[key]], np.float32))
         else:

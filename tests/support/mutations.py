@@ -22,11 +22,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from model_files import plain_model, small_config, write_folder, write_model
+import numpy as np
+from model_files import plain_model, small_config, tensor, write_folder, write_model
 
 from bitgen.errors import BitgenError
 from bitgen.formats.inspect import facts, metadata_lines, token_bytes, type_uses
 from bitgen.formats.open import open_model
+from bitgen.formats.ternary import TERNARY
 from bitgen.tokenizer.data import TokenizerData
 
 SECONDS_A_FILE = 10
@@ -42,7 +44,7 @@ def read_everything(path: Path) -> TokenizerData:
     facts(model), list(metadata_lines(model)), type_uses(model), token_bytes(model)
     for layer in model.weights.layers:
         for matrix in layer.matrices:
-            assert matrix.scale.size in (1, matrix.shape.m)
+            assert np.isfinite(matrix.scales(0, matrix.shape.m)).all()
             w = matrix.rows(0, matrix.shape.m)
             assert w.min() >= -1
             assert w.max() <= 1
@@ -176,6 +178,28 @@ def gguf_file(folder: Path, architecture: str = "llama") -> tuple[Path, int]:
     return path, read_gguf(path).header_bytes
 
 
+def typed_file(folder: Path, kind: str) -> tuple[Path, int]:
+    """A small GGUF file with a matrix of ``kind`` ("42 NAME": by that number), and its header's size."""
+    from bitgen.formats.gguf import read_gguf
+
+    layout = TERNARY[kind.removeprefix("42 ")]
+    model = plain_model(small_config("qwen3", **{**TINY, "ffn": 256}))
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (TINY["hidden"], layout.row_bytes(256)), dtype=np.uint8)
+    data.reshape(-1, layout.block_bytes)[:, layout.scale_at + 1] &= 0x3F  # no infinity
+    if "q2_0" in kind:
+        data[data & data >> 1 & 0x55 != 0] = 0  # no code 3
+    path = folder / f"{kind}.gguf"
+    type_id = 42 if kind.startswith("42 ") else layout.id
+    del model.w["blk.0.ffn_down"]
+    shape = (TINY["hidden"], 256)
+    write_model(path, model, more=[tensor("blk.0.ffn_down.weight", data, type_id, shape)])
+    return path, read_gguf(path).header_bytes
+
+
+TYPES = (*TERNARY, "42 pq2_0", "42 stq1_0")
+
+
 def hf_folder(folder: Path) -> Path:
     return write_folder(folder / "hf", plain_model(small_config("bitnet-b1.58", **TINY)), "packed", OFFLINE)
 
@@ -205,6 +229,13 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
             results[f"{text}, one character"] = mutations(hf, hf / text, one_character(content, count, rng))
         for text in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
             results[f"{text}, one value"] = json_values(hf, hf / text, count, rng)
+        for kind in TYPES:
+            file, size = typed_file(folder, kind)
+            use_tokenizer(read_everything(file))
+            content = file.read_bytes()
+            results[f"GGUF {kind}, one byte"] = mutations(file, file, one_byte(content, count, rng, size))
+            results[f"GGUF {kind}, one number"] = mutations(file, file, one_number(content, count, rng, size))
+            results[f"GGUF {kind}, every prefix"] = prefixes(file, file, size)
         results |= {
             "GGUF llama, every prefix": prefixes(path, path),
             "model.safetensors, every prefix": prefixes(hf, hf / "model.safetensors"),
@@ -213,10 +244,15 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
     return {kind: dict(counts) for kind, counts in results.items()}
 
 
-def prefixes(path: Path, damaged: Path) -> Counter[str]:
-    """Every length of ``damaged`` from its own down to 0; the file is spent afterwards."""
+def prefixes(path: Path, damaged: Path, header: int | None = None) -> Counter[str]:
+    """Every length of ``damaged`` from its own down to 0; the file is spent afterwards.
+
+    Where the size of the ``header`` is given, lengths beyond it are taken in steps.
+    """
     counts: Counter[str] = Counter()
-    for length in range(damaged.stat().st_size - 1, -1, -1):
+    size = damaged.stat().st_size
+    lengths = range(size) if header is None else [*range(header), *range(header, size, 61), size - 1]
+    for length in sorted(lengths, reverse=True):
         os.truncate(damaged, length)
         counts[outcome(path)] += 1
     return counts

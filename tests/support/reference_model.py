@@ -77,13 +77,12 @@ def rope(x: Doubles, positions: NDArray[np.int32], config: ModelConfig) -> Doubl
     """x (n, heads, head_dim): the pairs (i, i + head_dim / 2) turned by position * frequency."""
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-np.arange(half) / half)
-    if config.rope_factors is not None:
-        frequency = frequency / config.rope_factors
+    if config.rope_divisors is not None:
+        frequency = frequency / config.rope_divisors
     angle = positions[:, None, None] * frequency  # (n, 1, half)
     a, b = x[..., :half], x[..., half:]
-    return np.concatenate(
-        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1
-    )
+    cos, sin = np.cos(angle) * config.rope_scale, np.sin(angle) * config.rope_scale
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def activate(gate: Doubles, up: Doubles, activation: str) -> Doubles:
@@ -175,8 +174,10 @@ class ReferenceEngine:
         n = len(x)
         qkv = self._linear(f"{number}.qkv", layer.qkv, rms_norm(x, layer.attn_norm, eps))
         q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
-        q = rope(q.reshape(n, c.heads, c.head_dim), positions, c)
-        k = rope(k.reshape(n, c.kv_heads, c.head_dim), positions, c)
+        q, k = q.reshape(n, c.heads, c.head_dim), k.reshape(n, c.kv_heads, c.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+        q, k = rope(q, positions, c), rope(k, positions, c)
         self.keys[sequences, number, positions] = k
         self.values[sequences, number, positions] = v.reshape(n, c.kv_heads, c.head_dim)
         rows = [self._attend(number, *each) for each in zip(q, positions, sequences, strict=True)]

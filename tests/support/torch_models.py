@@ -39,6 +39,9 @@ _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fr
            "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
 def _sizes(hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, **more: Any) -> dict[str, Any]:
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     return {**_SIZES, **dict(zip(names, (hidden, ffn, heads, kv_heads, head_dim), strict=True)), **more}
@@ -53,6 +56,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "8B": ("Llama", _sizes(100, 150, 4, 2, 26, rope_parameters=_LLAMA3)),
     "Falcon3": ("Llama", _sizes(102, 230, 3, 1, 256, rms_norm_eps=1e-6,
                                 rope_parameters={"rope_type": "default", "rope_theta": 1000042.0})),
+    "Bonsai": ("Qwen3", _sizes(100, 150, 4, 2, 128, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                               rope_parameters=YARN)),
     "TriLM": ("Llama", _sizes(100, 128, 5, 5, 20)),
 }  # fmt: skip
 

@@ -32,6 +32,8 @@ def test_nearest_names_ignores_case_and_finds_parts() -> None:
         ("Falcon3-3B", ["5120x3072", "3072x3072", "18432x3072", "3072x9216"]),
         ("Falcon3-7B", ["5120x3072", "3072x3072", "46080x3072", "3072x23040"]),
         ("Falcon3-10B", ["5120x3072", "3072x3072", "46080x3072", "3072x23040"]),
+        ("Bonsai-1.7B", ["4096x2048", "2048x2048", "12288x2048", "2048x6144"]),
+        ("Bonsai-4B", ["6144x2560", "2560x4096", "19456x2560", "2560x9728"]),
         ("Bonsai-8B", ["6144x4096", "4096x4096", "24576x4096", "4096x12288"]),
         ("TriLM-99M", ["1536x512", "512x512", "2560x512", "512x1280"]),
         ("100B", ["24576x8192", "8192x8192", "91136x8192", "8192x45568"]),
@@ -48,7 +50,7 @@ def test_every_preset_is_stored_under_its_alias_and_sorted_by_size() -> None:
     models = load_models()
     files = {file.stem for file in (configs_dir() / "models").glob("*.yaml")}
     assert {model.alias for model in models} == files
-    assert len(models) >= 12
+    assert len(models) >= 14
     sizes = [model.ternary_weights for model in models]
     assert sizes == sorted(sizes)
 
