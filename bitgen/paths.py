@@ -52,6 +52,12 @@ def models_dir(package: Path = _PACKAGE) -> Path:
     return _data_dir("models", Path("models"), package)
 
 
+def shipped_bundles_dir(package: Path = _PACKAGE) -> Path | None:
+    """The folder with the kernel libraries of a platform's wheel; None where bitgen came without any."""
+    folder = package / "_data" / "bundles"
+    return folder if folder.is_dir() else None
+
+
 def generated_dir(override: str | os.PathLike[str] | None = None) -> Path:
     """The folder that gets emitted libraries, headers and C sources; not created here."""
     return _output_dir("generated", override)

@@ -109,6 +109,13 @@ def nearest_winners(cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None) -
     return FamilyWinners(best.cpu_family, best.traits, best.winners, why)
 
 
+def committed_shapes(arch: str, folder: Path | None = None) -> tuple[Shape, ...]:
+    """The shapes that some family of an architecture has winners for, in order."""
+    found = (_winners(path) for path in (winners_dir() if folder is None else folder).glob("*.json"))
+    shapes = {job.shape for known in found if known and known.traits.arch == arch for job in known.winners}
+    return tuple(sorted(shapes))
+
+
 def export_winners(
     store: RecordStore, fingerprints: Fingerprints, cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None
 ) -> Path:

@@ -94,12 +94,7 @@ static int32_t sve_bytes(void)
 
 /* --- the table of kernels --- */
 
-static uint64_t missing_features(void)
-{
-    uint64_t needed = 0;
-    for (int32_t i = 0; i < bitgen_isa_count; ++i) needed |= bitgen_isas[i].features;
-    return needed & ~cpu_features();
-}
+static uint64_t missing_features(void) { return bitgen_required_features & ~cpu_features(); }
 
 static char missing_text[1024];
 
@@ -159,12 +154,13 @@ static const struct bitgen_step_ops *select_ops(uint64_t features)
     return bitgen_step_levels[i].ops;
 }
 
-/* The lower the better for a context of `threads`: kernels tuned for the same number, for the nearest lower one,
- * for the nearest higher one; then in the order of the table. */
+/* The lower the better for a context of `threads`: of a better ISA level; then kernels tuned for the same number, for
+ * the nearest lower one, for the nearest higher one; then in the order of the table. */
 static int64_t rank_of(const struct bitgen_entry *entry, int32_t threads)
 {
-    if (!entry->threads) return 4 * THREADS_MAX;
-    return entry->threads <= threads ? threads - entry->threads : 2 * THREADS_MAX + entry->threads;
+    const int64_t level = (int64_t)8 * THREADS_MAX * entry->kernel->isa_id;
+    if (!entry->threads) return level + 4 * THREADS_MAX;
+    return level + (entry->threads <= threads ? threads - entry->threads : 2 * THREADS_MAX + entry->threads);
 }
 
 /* The entries whose ISA level runs on a CPU with these features, best first. */
@@ -209,7 +205,7 @@ static const struct bitgen_entry *entry_for(const struct bitgen_context *ctx, co
 /* --- contexts --- */
 
 /* The features a context may use. Tile registers must be asked for, before there are threads: a process that is
- * refused them is one without, which is an error unless portable kernels are allowed. */
+ * refused them is one without, which is an error where the library requires them and portable kernels are not allowed. */
 static int32_t usable_features(uint32_t flags, uint64_t *features)
 {
     *features = flags & BITGEN_ONLY_GENERIC ? 0 : cpu_features();
@@ -218,7 +214,7 @@ static int32_t usable_features(uint32_t flags, uint64_t *features)
         if (!(bitgen_isas[i].features & ~*features)) tiles |= bitgen_isas[i].tiles;
     if (!tiles || !bitgen_ask_for_tiles()) return BITGEN_OK;
     *features &= ~tiles;
-    return flags & BITGEN_ALLOW_GENERIC ? BITGEN_OK : BITGEN_ERROR_TILES;
+    return flags & BITGEN_ALLOW_GENERIC || !(tiles & bitgen_required_features) ? BITGEN_OK : BITGEN_ERROR_TILES;
 }
 
 static int32_t default_threads(void)

@@ -31,8 +31,11 @@ struct bitgen_isa {
 extern const char bitgen_version_text[];
 extern const struct bitgen_layout bitgen_layouts[];
 extern const int32_t bitgen_layout_count;
-extern const struct bitgen_isa bitgen_isas[]; /* indexed by isa_id */
+extern const struct bitgen_isa bitgen_isas[]; /* indexed by isa_id, the best first */
 extern const int32_t bitgen_isa_count;
+
+/* The features that a CPU must have: those of all levels in a library for one CPU family, none in one for every CPU. */
+extern const uint64_t bitgen_required_features;
 extern const struct bitgen_entry bitgen_entries[]; /* tuned ones, untuned ones (best level first), portable ones */
 extern const int32_t bitgen_entry_count;
 

@@ -110,6 +110,14 @@ def level_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return partial(step_levels.level_library, tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def universal_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that holds every ISA level this CPU runs and chooses among them when it is loaded."""
+    import step_levels
+
+    return step_levels.universal_library(tmp_path_factory)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How much was proven exact and what was found against oracles, also from parallel workers."""
     passed = terminalreporter.getreports("passed")

@@ -2,7 +2,8 @@
 
 Beside the chosen kernels a library always holds, for each layout that occurs and for I2_S, kernels of the
 target's ISA level with default schedules and portable ones: every shape is served, tuned or not. SVE leaves
-the length of registers to the system: a library with kernels for one length holds others for the rest.
+the length of registers to the system: a library with kernels for one length holds others for the rest. The
+universal library of an architecture holds all of its ISA levels.
 """
 
 from __future__ import annotations
@@ -12,23 +13,28 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
-from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas
-from bitgen.errors import BitgenError
+from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
+from bitgen.errors import BitgenError, UnsupportedError
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
 from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
+BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a library is for: a CPU (its family, features and caches) and the ISA level of default kernels."""
+    """What a library is for: a CPU (its family, features and caches) and the ISA level of default kernels.
+
+    ``universal``: every CPU of its architecture, with all ISA levels; one is chosen when it is loaded.
+    """
 
     cpu: Cpu
     isa: Isa
     isas: tuple[Isa, ...]
+    universal: bool = False
 
     @classmethod
     def of(cls, cpu: Cpu, isa: str | None = None, isas: Sequence[Isa] | None = None) -> Target:
@@ -36,6 +42,33 @@ class Target:
         known = tuple(load_isas() if isas is None else isas)
         best = accepted_isas(cpu, known)
         return cls(cpu, find_isa(isa, known) if isa else best[0], known)
+
+    @classmethod
+    def every(cls, arch: str, system: str, isas: Sequence[Isa] | None = None) -> Target:
+        """Every CPU of an architecture, at the levels among ``isas`` (None: all)."""
+        known = tuple(load_isas() if isas is None else isas)
+        if arch not in BASELINES:
+            raise UnsupportedError(f"there is no host code for {arch}; there is for {', '.join(BASELINES)}")
+        best = [isa for isa in known if isa.generic or isa.arch == arch][-1]
+        return cls(target_cpu(BASELINES[arch], system), best, known, universal=True)
+
+    @cached_property
+    def levels(self) -> tuple[Isa, ...]:
+        """The levels with default kernels for every shape, best first; `scalar` comes besides."""
+        if self.universal:
+            return tuple(isa for isa in reversed(self.isas) if isa.arch == self.cpu.arch)
+        return (self.isa, *self.other_lengths)
+
+    def cpu_of(self, isa: Isa) -> Cpu:
+        """The CPU whose caches default schedules of a level are chosen for.
+
+        That of the library; for a universal one the first known CPU whose best level it is.
+        """
+        if not self.universal:
+            return self.cpu
+        known = (target_cpu(name, self.cpu.os) for name in target_names())
+        same = (cpu for cpu in known if cpu.arch == self.cpu.arch)
+        return next((cpu for cpu in same if accepted_isas(cpu, self.isas)[0] == isa), self.cpu)
 
     @cached_property
     def other_lengths(self) -> tuple[Isa, ...]:
@@ -95,9 +128,8 @@ class Contents:
 
     @cached_property
     def steps(self) -> tuple[Source, ...]:
-        """The step of every model: at the target's ISA level, for registers of other lengths, portable."""
-        target = self.target
-        levels = dict.fromkeys(isa.name for isa in (target.isa, *target.other_lengths, target.scalar))
+        """The step of every model, for each level of the target."""
+        levels = dict.fromkeys(isa.name for isa in (*self.target.levels, self.target.scalar))
         return tuple(render_step(name) for name in levels)
 
     @cached_property
@@ -108,6 +140,11 @@ class Contents:
     @cached_property
     def features(self) -> tuple[str, ...]:
         return tuple(sorted({feature for isa in self.isas for feature in isa.requires}))
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Those of `features` without which a CPU cannot use the library."""
+        return () if self.target.universal else self.features
 
     @cached_property
     def sources(self) -> tuple[Source, ...]:
@@ -125,13 +162,15 @@ class Contents:
 def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     """The entries of a library with these ``choices``: tuned, then defaults, then portable ones.
 
-    BitgenError when the choices for one shape and thread count read different layouts: its weights are packed
-    once and serve every n.
+    In a universal library the entries of one ISA level come together, those of better levels first.
+    BitgenError when the choices for one shape, thread count and level read different layouts: its weights are
+    packed once and serve every n.
     """
-    layout_of: dict[tuple[Shape, int], Layout] = {}
+    layout_of: dict[tuple[Shape, int, str], Layout] = {}
     for choice in choices:
         if choice.shape is not None:
-            layout = layout_of.setdefault((choice.shape, choice.threads), choice.spec.layout)
+            slot = (choice.shape, choice.threads, choice.spec.isa)
+            layout = layout_of.setdefault(slot, choice.spec.layout)
             if layout != choice.spec.layout:
                 names = f"{layout.name} and {choice.spec.layout.name}"
                 raise BitgenError(f"kernels for {choice.shape.name} read two layouts, {names}")
@@ -140,13 +179,15 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
     entries = [choice for choice in choices if choice.shape]
     entries += [choice for choice in choices if not choice.shape]
-    levels = [(isa, DEFAULT) for isa in (target.isa, *target.other_lengths)]
-    for isa, role in (*levels, (target.scalar, PORTABLE)):
+    for isa, role in (*((isa, DEFAULT) for isa in target.levels), (target.scalar, PORTABLE)):
         entries += [
             KernelEntry(_default_spec(layout, regime.name, isa, target, choices), role=role)
             for layout in layouts
             for regime in REGIMES
         ]
+    if target.universal:
+        order = [isa.name for isa in (*target.levels, target.scalar)]
+        entries.sort(key=lambda entry: order.index(entry.spec.isa))
     rendered = [replace(entry, sha256=render_kernel(entry.spec).digest) for entry in entries]
     return Contents(target, tuple(dict.fromkeys(rendered)))
 
@@ -155,7 +196,7 @@ def _default_spec(
     layout: Layout, regime: str, isa: Isa, target: Target, choices: Sequence[KernelEntry]
 ) -> KernelSpec:
     """A kernel for every shape of a layout: the space's default, else the first legal point that reads it."""
-    space = space_for(layout.family, isa, regime_named(regime), _ANY_SHAPE, target.cpu)
+    space = space_for(layout.family, isa, regime_named(regime), _ANY_SHAPE, target.cpu_of(isa))
     default = replace(space.default, layout=layout)
     if not space.broken(default):
         return default

@@ -15,10 +15,19 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 
+from bitgen import __version__
 from bitgen.bundle.index import INDEX_NAME, Index, parse_index, require_entry
-from bitgen.bundle.manifest import MANIFEST_NAME, Bundle, Origin, find_bundles, read_bundle, sha256_of
+from bitgen.bundle.manifest import (
+    MANIFEST_NAME,
+    WHEEL,
+    Bundle,
+    Origin,
+    find_bundles,
+    read_bundle,
+    sha256_of,
+)
 from bitgen.errors import BitgenError, FileError
-from bitgen.paths import generated_dir, installed_dir
+from bitgen.paths import generated_dir, installed_dir, shipped_bundles_dir
 from bitgen.records import load, load_json
 from bitgen.trust import Revocations, TrustStore, require_private
 
@@ -111,7 +120,20 @@ def _bundles_of(receipt: Receipt, revoked: Revocations) -> list[Bundle]:
     return made
 
 
+def find_shipped() -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles that came in the wheel of bitgen. They are trusted as the wheel is."""
+    folder = shipped_bundles_dir()
+    if folder is None:
+        return [], []
+    bundles, errors = find_bundles(folder)
+    return [replace(b, origin=Origin("bitgen", __version__, None, b.label, WHEEL)) for b in bundles], errors
+
+
 def all_bundles() -> tuple[list[Bundle], list[BitgenError]]:
-    """The bundles that were built here, then the installed ones, and what is wrong with the damaged ones."""
-    (own, own_errors), (others, other_errors) = find_bundles(generated_dir()), find_installed()
-    return own + others, own_errors + other_errors
+    """The bundles built here, the installed ones, those of a wheel, and what is wrong with damaged ones."""
+    bundles: list[Bundle] = []
+    errors: list[BitgenError] = []
+    for found, wrong in (find_bundles(generated_dir()), find_installed(), find_shipped()):
+        bundles += found
+        errors += wrong
+    return bundles, errors

@@ -21,6 +21,7 @@ from bitgen.spec import KernelSpec, Shape, StepSizes
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 
+WHEEL = "in bitgen's wheel"  # whoever trusts bitgen trusts it
 TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 Label: TypeAlias = Literal["tuned", "transferred", "default"]  # how a bundle's kernels were found
 
@@ -63,7 +64,9 @@ class Manifest:
     its sha256; ``compiler`` is JSON-able and for people; ``fingerprint`` is the digest of the tuning records'
     fingerprint, None for an untuned library. ``threads`` are the fastest on a machine of ``cores`` usable
     cores, and the default there; 0: not compared. ``step`` are the sizes of the models that have a forward
-    step of their own in it; None: all share one.
+    step of their own in it; None: all share one. ``dispatches``: the library is for every CPU and takes the
+    best of its levels that the one it is loaded on runs. ``label``: how the kernels of shapes were found;
+    None: tuned where there are any. ``origin`` says it for people.
     """
 
     name: str
@@ -81,13 +84,17 @@ class Manifest:
     threads: int = 0
     cores: int = 0
     step: StepSizes | None = None
+    dispatches: bool = False
+    label: Label | None = None
+    origin: str = ""
     abi_version: int = ABI_VERSION
     format: int = MANIFEST_FORMAT
 
     @property
     def features(self) -> frozenset[str]:
         """Everything a CPU needs to run the library."""
-        return frozenset(feature for features in self.isas.values() for feature in features)
+        levels = [frozenset(features) for features in self.isas.values()]
+        return frozenset.intersection(*levels) if self.dispatches else frozenset().union(*levels)
 
     @property
     def is_tuned(self) -> bool:
@@ -96,12 +103,21 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Origin:
-    """What an installed bundle is part of: ``key_id`` is that of the key that signed it, None: nobody's."""
+    """What a bundle from elsewhere is part of: ``key_id`` is that of the key that signed it, None: nobody's.
+
+    ``trust``: why it may be used without a signature, for people.
+    """
 
     name: str
     version: str
     key_id: str | None
     label: Label
+    trust: str = "unsigned"
+
+    @property
+    def signed(self) -> str:
+        """Who vouches for it."""
+        return self.key_id or self.trust
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ class Bundle:
         """How its kernels were found: the index's word for an installed one, else its manifest's."""
         if self.origin is not None:
             return self.origin.label
-        return "tuned" if self.manifest.is_tuned else "default"
+        return self.manifest.label or ("tuned" if self.manifest.is_tuned else "default")
 
     @property
     def library(self) -> Path:

@@ -94,6 +94,8 @@ def judge(bundle: Bundle, cpu: Cpu, refused: Set[str] = frozenset()) -> Decision
     if withheld := sorted(manifest.features & refused):
         reason = f"the system refuses {', '.join(withheld)} to this process"
         return Decision(bundle, False, reason)
+    if manifest.dispatches:
+        return Decision(bundle, True, f"it serves every {manifest.arch} CPU with the best of its ISA levels")
     where = (
         "this CPU family"
         if manifest.cpu_family == cpu.family

@@ -37,6 +37,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
         "tuned": {"threads": contents.threads, "cores": contents.cores},
         "prototypes": [prototype for source in contents.sources for prototype in source.prototypes],
         "layouts": [{"family": FAMILIES[lay.family], "row_block": lay.row_block} for lay in layouts],
+        "required": sum(bit[f] for f in contents.required),
         "isas": [
             {
                 "name": isa.name,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitgen import __version__
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle.contents import Contents, Target, choose_contents
-from bitgen.bundle.manifest import MANIFEST_NAME, KernelEntry, Manifest, is_bundle, sha256_of
+from bitgen.bundle.manifest import MANIFEST_NAME, KernelEntry, Label, Manifest, is_bundle, sha256_of
 from bitgen.bundle.units import library_units_of
+from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.hostcode import SYSTEMS, host_headers
 from bitgen.paths import HOME_VARIABLE, cache_dir, ensure_dir
@@ -27,7 +29,6 @@ from bitgen.toolchain import (
     Toolchain,
     Unit,
     exports_text,
-    shared_flags,
 )
 from bitgen.toolchain.cache import writing
 
@@ -47,12 +48,16 @@ def write_library(
     fingerprint: str | None = None,
     threads: int = 0,
     check: bool = True,
+    label: Label | None = None,
+    origin: str = "",
+    sources: bool = True,
 ) -> Path:
     """Write the bundle ``out_dir/name`` and return its path; it appears whole or not at all.
 
     ``sizes``: those of ``model``, which gets a forward step of its own; others run on the one for all.
     ``threads``: the fastest number on the cores of ``target``, the default wherever as many are usable; 0: no
-    such number is known.
+    such number is known. ``label`` and ``origin`` say how the choices were found (see `Manifest`); without
+    ``sources`` the C text stays out, and programs load the library by its own name.
     ``check`` executes the library in a child process before it is kept: features that a hypervisor only
     advertises show there. An older bundle of this name is replaced. BitgenError: a name that cannot be a
     file's, a folder of this name that is no bundle, a read-only or full disk, a kernel that does not compile
@@ -72,47 +77,58 @@ def write_library(
         tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent, ignore_cleanup_errors=True) as scratch,
     ):
         made = Path(scratch) / name
-        _write(made, contents, toolchain, name, model, fingerprint)
+        about = _About(name, model, fingerprint, label, origin, sources)
+        _write(made, contents, toolchain, about)
         if check:
-            _execute(made)
+            _execute(made, contents.target)
         _move(made, folder, Path(scratch) / "replaced")
     return folder
 
 
-def _write(
-    folder: Path,
-    contents: Contents,
-    toolchain: Toolchain,
-    name: str,
-    model: str | None,
-    fingerprint: str | None,
-) -> None:
+@dataclass(frozen=True)
+class _About:
+    """What a manifest says besides the contents, as `write_library` is given it."""
+
+    name: str
+    model: str | None
+    fingerprint: str | None
+    label: Label | None
+    origin: str
+    sources: bool
+
+
+def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About) -> None:
     """The files of the bundle, below the new folder ``folder``."""
     folder.mkdir()
-    target, library = contents.target, library_name(name, contents.target.cpu.os)
+    target, library = contents.target, library_name(about.name, contents.target.cpu.os)
     units = library_units_of(contents)
-    soname = f"{library}.{ABI_VERSION}"
+    soname = f"{library}.{ABI_VERSION}" if about.sources else library
     public = dict(host_headers(target.cpu.arch))["bitgen.h"]
     exports = tuple(re.findall(r"^BITGEN_API [^(]*?\b(bitgen_\w+)\(", public, flags=re.MULTILINE))
     toolchain.link_shared(toolchain.objects(units), folder / library, soname=soname, exports=exports)
-    (folder / soname).symlink_to(library)
+    if soname != library:
+        (folder / soname).symlink_to(library)
     (folder / "bitgen.h").write_text(public, encoding="utf-8")
-    (folder / "bitgen.pc").write_text(pkg_config(name), encoding="utf-8")
-    _write_sources(folder / "src", units, toolchain, library, exports)
+    (folder / "bitgen.pc").write_text(pkg_config(about.name), encoding="utf-8")
+    if about.sources:
+        _write_sources(folder / "src", units, toolchain, library, exports)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     manifest = Manifest(
-        name=name,
+        name=about.name,
         library=library,
         arch=target.cpu.arch,
         system=target.cpu.os,
         cpu_family=target.cpu.family,
-        model=model,
+        model=about.model,
         step=contents.sizes,
+        dispatches=target.universal,
+        label=about.label,
+        origin=about.origin,
         isas={isa.name: tuple(sorted(isa.requires)) for isa in contents.isas},
         kernels=contents.entries,
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         compiler={isa.name: toolchain.fingerprint(isa) for isa in contents.isas},
-        fingerprint=fingerprint,
+        fingerprint=about.fingerprint,
         threads=contents.threads,
         cores=contents.cores,
         bitgen_version=__version__,
@@ -157,7 +173,7 @@ def _write_sources(
         (folder / file).write_text(text, encoding="utf-8")
     system = toolchain.compiler.target
     (folder / EXPORTS_FILE).write_text(exports_text(system, exports), encoding="utf-8")
-    shared = shared_flags(system, soname=f"{library}.{ABI_VERSION}", exports=True)
+    shared = toolchain.shared_flags(f"{library}.{ABI_VERSION}", exports=True)
     lines = [
         "# Makes the library again from the C text beside this file.",
         f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",
@@ -173,13 +189,29 @@ def _write_sources(
     (folder / "Makefile").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _execute(folder: Path) -> None:
-    """Run the library's self-test in a child process. BitgenError when it fails or dies."""
+def _execute(folder: Path, target: Target) -> None:
+    """Run the library's self-test in a child process. BitgenError when it fails or dies.
+
+    A universal library is tested at each of its levels that this CPU runs.
+    """
+    here = accepted_isas(detect_cpu(), target.isas)
+    for cap in [isa.name for isa in here] if target.universal else [None]:
+        _execute_at(folder, cap)
+
+
+def _execute_at(folder: Path, cap: str | None) -> None:
     command = [sys.executable, "-m", "bitgen.runtime", str(folder)]
     package = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, CAP_VARIABLE: cap} if cap else None
     try:
         done = subprocess.run(
-            command, cwd=package, capture_output=True, text=True, timeout=_CHECK_TIMEOUT_S, check=False
+            command,
+            cwd=package,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_CHECK_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise BitgenError(f"the new library hung in its self-test ({_CHECK_TIMEOUT_S:g} s)") from None

@@ -138,7 +138,7 @@ def _whence(bundle: Bundle) -> tuple[str, str, str, str]:
     origin, age = bundle.origin, bundle.manifest.bitgen_version
     if origin is None:
         return bundle.path.name, "built here", "-", age
-    return bundle.path.name, f"{origin.name} {origin.version}", origin.key_id or "unsigned", age
+    return bundle.path.name, f"{origin.name} {origin.version}", origin.signed, age
 
 
 def _pack(args: argparse.Namespace) -> None:

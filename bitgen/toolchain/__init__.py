@@ -18,6 +18,7 @@ from bitgen.toolchain.compiler import (
     find_compilers,
     find_cross_compiler,
     find_cross_compilers,
+    release_compiler,
 )
 from bitgen.toolchain.linker import EXPORTS_FILE, exports_text, shared_flags
 from bitgen.toolchain.module import build_library, build_module, declarations_of, python_headers
@@ -40,5 +41,6 @@ __all__ = [
     "find_cross_compiler",
     "find_cross_compilers",
     "python_headers",
+    "release_compiler",
     "shared_flags",
 ]

@@ -83,6 +83,7 @@ class Toolchain:
 
     ``timeout_s`` is the limit of one run of the compiler, ``jobs`` how many run at once. ``werror`` makes
     every warning an error (for tests: a user's newer compiler has warnings nobody has seen yet).
+    ``strip``: libraries that `link_shared` makes have no names besides the exported ones.
     ``extra_flags`` go to compiler and linker alike, last, for example ``-fsanitize=address``.
     """
 
@@ -91,6 +92,7 @@ class Toolchain:
     timeout_s: float = 120.0
     jobs: int = 2
     werror: bool = False
+    strip: bool = False
     extra_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -160,7 +162,7 @@ class Toolchain:
         an undefined symbol included; BitgenError when ``out`` cannot be written.
         """
         target = self.compiler.target
-        shared = shared_flags(target, undefined=self._sanitized, soname=soname, exports=exports is not None)
+        shared = self.shared_flags(soname, exports=exports is not None)
         ensure_dir(out.parent)
         advice = f"choose another folder with --out or {HOME_VARIABLE}"
         with (
@@ -171,6 +173,11 @@ class Toolchain:
                 (Path(folder) / EXPORTS_FILE).write_text(exports_text(target, exports))
             flags = (*self._link_base, *shared, *libs)
             return self.link_into(Path(folder), out.stem, objects, flags).replace(out)
+
+    def shared_flags(self, soname: str | None, *, exports: bool) -> tuple[str, ...]:
+        """What makes a shared library of objects, without compiler flags; see `linker.shared_flags`."""
+        target, undefined = self.compiler.target, self._sanitized
+        return shared_flags(target, undefined=undefined, soname=soname, exports=exports, strip=self.strip)
 
     def link_flags(self, *, undefined: bool) -> tuple[str, ...]:
         """All flags of a library for this process; ``undefined``: it may use symbols of Python."""

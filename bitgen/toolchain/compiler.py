@@ -47,7 +47,8 @@ _KIND_FLAGS = {
         "-fno-tree-reassoc",
     ),
     "clang": (),
-    "zig": ("-fno-sanitize=undefined",),  # zig turns UBSan traps on by itself
+    # zig turns UBSan traps and debug information, which names folders, on by itself.
+    "zig": ("-fno-sanitize=undefined", "-g0"),
 }
 
 # zig cc compiles for the CPU it runs on unless told otherwise; gcc and clang start from the baseline.
@@ -153,21 +154,27 @@ def find_compiler(name: str | None = None, probe_timeout_s: float = PROBE_TIMEOU
     return found[0]
 
 
-# (architecture, system) -> what gcc and clang, and what zig call it.
+# (architecture, system) -> what gcc and clang, and what zig call it. zig links against any version of the C
+# library, so that what it makes runs on every Linux of the last twelve years.
 _TRIPLES = {
-    ("aarch64", "Linux"): ("aarch64-linux-gnu", "aarch64-linux-gnu"),
-    ("x86_64", "Linux"): ("x86_64-linux-gnu", "x86_64-linux-gnu"),
+    ("aarch64", "Linux"): ("aarch64-linux-gnu", "aarch64-linux-gnu.2.17"),
+    ("x86_64", "Linux"): ("x86_64-linux-gnu", "x86_64-linux-gnu.2.17"),
     ("aarch64", "Darwin"): (None, "aarch64-macos"),
     ("x86_64", "Darwin"): (None, "x86_64-macos"),
 }
 
 
-def find_cross_compilers(arch: str, system: str, probe_timeout_s: float = PROBE_TIMEOUT_S) -> list[Compiler]:
+def find_cross_compilers(
+    arch: str, system: str, probe_timeout_s: float = PROBE_TIMEOUT_S, *, libc: str = "gnu"
+) -> list[Compiler]:
     """The compilers of this machine that make code for another, in order of preference; runs none of them.
 
-    clang is one where gcc's cross compiler is, whose linker and C library it uses.
+    clang is one where gcc's cross compiler is, whose linker and C library it uses. ``libc`` musl: of Linux
+    with that C library, which zig has.
     """
     triple, zig_triple = _TRIPLES[arch, system]
+    if libc == "musl":
+        triple, zig_triple = None, f"{arch}-linux-musl"
     found = []
     if triple and shutil.which(f"{triple}-gcc"):
         found.append(Compiler("gcc", (f"{triple}-gcc",), probe_timeout_s))
@@ -199,6 +206,20 @@ def find_cross_compiler(
         message = f"--cc {name!r} makes code for {compiler.target}, not for {arch}"
         raise ToolchainError(message)
     return compiler
+
+
+def release_compiler(arch: str, system: str, name: str | None = None, *, libc: str = "gnu") -> Compiler:
+    """The compiler of released libraries: ``name``, else zig, which pip pins by hash, else the first found.
+
+    BitgenError when there is none.
+    """
+    if name is not None and libc == "gnu":
+        return find_cross_compiler(arch, system, name)
+    found = find_cross_compilers(arch, system, libc=libc)
+    found.sort(key=lambda compiler: compiler.kind != "zig")
+    if not found:
+        raise ToolchainError(_no_cross_compiler(arch, system))
+    return found[0]
 
 
 def normal_machine(triple: str) -> str:

@@ -13,25 +13,33 @@ def is_mach_o(target: str) -> bool:
 
 
 def shared_flags(
-    target: str, *, undefined: bool = False, soname: str | None = None, exports: bool = False
+    target: str,
+    *,
+    undefined: bool = False,
+    soname: str | None = None,
+    exports: bool = False,
+    strip: bool = False,
 ) -> tuple[str, ...]:
     """The flags that make a shared library.
 
     ``undefined``: symbols may stay open until it is loaded (Python's own, in an extension module).
     ``soname``: the name that programs linked with it will look for. ``exports``: only what `exports_text`
-    names is visible; that text lies in ``EXPORTS_FILE`` in the linker's folder.
+    names is visible; that text lies in ``EXPORTS_FILE`` in the linker's folder. ``strip``: without the
+    names of all other functions.
     """
     if is_mach_o(target):
         optional = (
             (undefined, "-Wl,-undefined,dynamic_lookup"),
             (soname is not None, f"-Wl,-install_name,@rpath/{soname}"),
             (exports, f"-Wl,-exported_symbols_list,{EXPORTS_FILE}"),
+            (strip, "-Wl,-x"),
         )
         return ("-shared", *(flag for wanted, flag in optional if wanted))
     optional = (
         (not undefined, "-Wl,-z,defs"),
         (soname is not None, f"-Wl,-soname,{soname}"),
         (exports, f"-Wl,--version-script={EXPORTS_FILE}"),
+        (strip, "-Wl,-s"),
     )
     return ("-shared", "-Wl,-z,noexecstack", *(flag for wanted, flag in optional if wanted))
 

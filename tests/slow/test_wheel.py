@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import step_levels
 
 from bitgen import __version__
-from bitgen.cpu import accepted_isas, detect_cpu, load_isas
+from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, load_isas
+from bitgen.errors import FileError
+from bitgen.paths import models_dir
 
 ROOT = Path(__file__).parents[2]
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
@@ -110,3 +114,74 @@ def test_output_goes_to_the_users_cache(site: Path, tmp_path: Path) -> None:
 def test_the_entry_point(site: Path, tmp_path: Path) -> None:
     (script,) = (site / "bin").glob("bitgen")
     assert run(site, tmp_path, str(script), "--version") == f"bitgen {__version__}\n"
+
+
+# ---- the wheel of a platform: its kernel library inside, and no compiler anywhere
+
+
+@pytest.fixture(scope="module")
+def platform_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pip unpacks of the wheel for this platform, made as a release makes it."""
+    if sys.platform != "linux":
+        pytest.skip("wheels with a library are made for Linux")
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed: without it a wheel needs the network")
+    made = tmp_path_factory.mktemp("platform")
+    library = step_levels.universal_library(tmp_path_factory, sources=False)
+    script = ROOT / "tools" / "wheels.py"
+    command = [sys.executable, str(script), "--bundle", str(library), "-o", str(made)]
+    done = subprocess.run(command, cwd=made, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = made.glob("*.whl")
+    assert re.fullmatch(
+        rf"bitgen-{__version__}-py3-none-manylinux_\d+_\d+_\w+(\.manylinux2014_\w+)?.whl", wheel.name
+    )
+    assert wheel.stat().st_size < 10_000_000
+    pip("install", "--no-deps", "--no-index", "--target", made / "site", wheel, cwd=made)
+    return made / "site"
+
+
+def run_without_compiler(
+    site: Path, home: Path, *argv: str, text: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """A command of the installed tool with an empty search path; what it writes is below ``home``."""
+    env = {"PYTHONPATH": str(site), "HOME": str(home), "PATH": "/nonexistent", "LANG": "C.UTF-8"}
+    env |= {key: value for key, value in os.environ.items() if key == CAP_VARIABLE}
+    command = [sys.executable, "-m", "bitgen", *argv]
+    return subprocess.run(
+        command, cwd=home, env=env, input=text, capture_output=True, text=True, check=False, timeout=600
+    )
+
+
+def test_text_perplexity_bench_and_chat_without_a_compiler(platform_site: Path, tmp_path: Path) -> None:
+    example = json.loads((models_dir() / "tiny.json").read_text(encoding="utf-8"))["greedy"][0]
+    prompt, count = example["prompt"], str(len(example["tokens"]))
+    commands = (
+        ["run", "-m", "tiny", "--temp", "0", "--no-perf", "-p", prompt, "-n", count],
+        ["perplexity", "-m", "tiny", "-c", "64", "-f", "-"],
+        ["bench", "-m", "tiny", "-p", "8", "-n", "4", "-r", "1"],
+        ["chat", "-m", "tiny", "-n", "4"],
+    )
+    said = []
+    for command in commands:
+        done = run_without_compiler(platform_site, tmp_path, *command, text="In the beginning. " * 40)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0].strip() == (prompt + example["text"]).strip()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in written} == {".packed"}, "weights, and nothing that was compiled"
+
+
+def test_the_bundle_of_a_wheel_is_trusted_as_the_wheel_is(platform_site: Path, tmp_path: Path) -> None:
+    done = run_without_compiler(platform_site, tmp_path, "bundle", "pick", "-o", "json")
+    picked = json.loads(done.stdout)
+    assert Path(picked["chosen"]).is_relative_to(platform_site)
+    assert picked["isa"] == BEST
+    (candidate,) = picked["candidates"]
+    assert (candidate["key"], candidate["state"]) == ("in bitgen's wheel", "chosen")
+    library = next(Path(picked["chosen"]).glob("*.so"))
+    library.chmod(0o777)
+    done = run_without_compiler(platform_site, tmp_path, "run", "-m", "tiny", "-p", "x", "-n", "1")
+    library.chmod(0o755)
+    assert (done.returncode, done.stdout) == (FileError.exit_code, "")
+    assert "every user can write to it" in done.stderr

@@ -1,8 +1,9 @@
-"""Untuned libraries of every ISA level this CPU runs, built once a session."""
+"""Untuned libraries of every ISA level this CPU runs, and one with all of them, built once a session."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from libraries import session_folder, users_toolchain
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
-from bitgen.cpu import Rejected, cap_note, detect_cpu, load_isas, resolve_isas
+from bitgen.cpu import Rejected, accepted_isas, cap_note, detect_cpu, load_isas, resolve_isas
 
 LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
 
@@ -30,3 +31,19 @@ def _library(folder: Path, level: str) -> Path:
     out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
     target = Target.of(detect_cpu(), level)
     return write_library((), users_toolchain(), out, f"step-{level}", target, check=False)
+
+
+def universal_library(factory: pytest.TempPathFactory, *, sources: bool = True) -> Path:
+    """The bundle of a universal library with the levels that this CPU runs, and no winners."""
+    return _universal(session_folder(factory), sources)
+
+
+@cache
+def _universal(folder: Path, sources: bool) -> Path:
+    out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    cpu, isas = detect_cpu(), load_isas()
+    held = [isa for isa in isas if isa in accepted_isas(cpu, isas)]
+    target = Target.every(cpu.arch, cpu.os, held)
+    name = f"universal-{cpu.arch}" if sources else f"slim-{cpu.arch}"
+    toolchain = replace(users_toolchain(), strip=True)
+    return write_library((), toolchain, out, name, target, check=False, sources=sources)

@@ -1,0 +1,96 @@
+"""The kernels that a release has for a CPU that need not be here: from committed winners, and how they came.
+
+Winners of the CPU's family are *tuned*. A family that nobody measured gets those of the nearest one, moved
+to its ISA level: the same layout, algorithm and knobs where they are legal there, else the legal schedule
+with the nearest knobs. They are *transferred*, and a shape that no family has winners for runs on *default*
+schedules. The result is a function of the winners' files, so a release can be built again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bitgen.bundle.contents import Target
+from bitgen.bundle.manifest import KernelEntry, Label
+from bitgen.cpu import Cpu, Isa
+from bitgen.measure import Job
+from bitgen.space import space_for
+from bitgen.spec import KernelSpec, Shape, regime_named
+from bitgen.winners import committed_shapes, nearest_winners
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Kernels for shapes, by ISA level and shape; how they were found, in a word and for people."""
+
+    entries: tuple[KernelEntry, ...]
+    label: Label
+    origin: str
+
+
+def committed_kernels(target: Target, shapes: Iterable[Shape], folder: Path | None = None) -> Chosen:
+    """The kernels of ``shapes`` for a family's library, at its level, or at each level of a universal one.
+
+    ``folder``: of the winners (default: those that are committed).
+    """
+    wanted = tuple(dict.fromkeys(shapes))
+    levels = target.levels if target.universal else (target.isa,)
+    parts = [_at_level(target.cpu_of(isa), isa, wanted, target.isas, folder) for isa in levels]
+    entries = tuple(entry for part in parts for entry in part.entries)
+    if not target.universal:
+        return parts[0]
+    found = [f"{isa.name}: {part.origin}" for isa, part in zip(levels, parts, strict=True)]
+    # Whatever its levels were measured on, a CPU of this library may be of any family.
+    return Chosen(entries, "transferred" if entries else "default", "; ".join(found))
+
+
+def every_committed_shape(arch: str, folder: Path | None = None) -> tuple[Shape, ...]:
+    """The shapes that some family of the architecture has winners for: what a universal library holds."""
+    return committed_shapes(arch, folder)
+
+
+def _at_level(
+    cpu: Cpu, isa: Isa, shapes: Sequence[Shape], isas: Sequence[Isa], folder: Path | None
+) -> Chosen:
+    near = nearest_winners(cpu, isas, folder)
+    if near is None:
+        return Chosen((), "default", f"no family of {cpu.arch} has winners: default schedules")
+    entries: list[KernelEntry] = []
+    moved = False
+    for shape in shapes:
+        jobs = [job for job in near.winners if job.shape == shape]
+        own = [job for job in jobs if job.spec.isa == isa.name]
+        specs = [_legal(job, isa, cpu) for job in own or jobs]
+        if specs and None not in specs:
+            moved = moved or not own or any(spec != job.spec for spec, job in zip(specs, own, strict=True))
+            kept = zip(own or jobs, specs, strict=True)
+            entries += [KernelEntry(spec, shape, job.threads) for job, spec in kept if spec]
+    if not entries:
+        return Chosen((), "default", "no family has winners for these shapes: default schedules")
+    tuned = near.cpu_family == cpu.family and not moved
+    origin = f"winners of {near.cpu_family}"
+    if near.cpu_family != cpu.family:
+        origin += f" ({near.why})"
+    if moved:
+        origin += f", moved to {isa.name}"
+    return Chosen(tuple(dict.fromkeys(entries)), "tuned" if tuned else "transferred", origin)
+
+
+def _legal(job: Job, isa: Isa, cpu: Cpu) -> KernelSpec | None:
+    """A winner on another level or other caches: itself where it is legal, else the nearest that is."""
+    spec = replace(job.spec, isa=isa.name)
+    space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu)
+    if not space.broken(spec):
+        return spec
+    alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
+    return min(alike, key=lambda point: _distance(point, spec), default=None)
+
+
+def _distance(spec: KernelSpec, other: KernelSpec) -> tuple[bool, float]:
+    """Another algorithm before any knob, then powers of two between the knobs that both have."""
+    mine, theirs = dict(spec.schedule), dict(other.schedule)
+    steps = sum(abs(math.log2((mine[key] + 1) / (theirs[key] + 1))) for key in mine.keys() & theirs.keys())
+    return spec.schedule.algorithm != other.schedule.algorithm, steps

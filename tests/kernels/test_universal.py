@@ -1,0 +1,132 @@
+"""One library for every CPU of an architecture: each level of it computes, and features alone choose it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_c_example import CC, WARNINGS, compile_program
+
+from bitgen.bundle import judge, read_bundle
+from bitgen.bundle.contents import Target, choose_contents
+from bitgen.bundle.elf import Requirements, read_requirements
+from bitgen.bundle.transfer import committed_kernels, every_committed_shape
+from bitgen.bundle.units import table_values
+from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, load_isas, target_cpu
+from bitgen.errors import FileError
+from bitgen.reference import ternary_matmul
+from bitgen.runtime import load
+
+ROOT = Path(__file__).parents[2]
+ISAS = load_isas()
+LEVELS = [isa.name for isa in accepted_isas(detect_cpu(), ISAS)]
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="ELF is Linux's")
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+def test_it_holds_every_level_best_first_and_requires_none(arch: str) -> None:
+    target = Target.every(arch, "Linux")
+    contents = choose_contents((), target)
+    levels = [isa.name for isa in reversed(ISAS) if isa.arch == arch]
+    assert [isa.name for isa in contents.isas] == [*levels, "scalar"]
+    values = table_values(contents)
+    assert values["required"] == 0
+    assert [step["isa"] for step in values["steps"]] == [*levels, "scalar"]
+
+
+def test_winners_of_the_nearest_family_serve_the_levels_nobody_measured() -> None:
+    target = Target.every("x86_64", "Linux")
+    shapes = every_committed_shape("x86_64")
+    chosen = committed_kernels(target, shapes)
+    assert chosen.label == "transferred"
+    assert {entry.spec.isa for entry in chosen.entries} == {isa.name for isa in target.levels}
+    assert {entry.shape for entry in chosen.entries} == set(shapes)
+    assert "avx2: winners of zen4 (the nearest family to haswell" in chosen.origin
+    entries = choose_contents(chosen.entries, target).entries
+    order = [entry.spec.isa for entry in entries]
+    assert order == sorted(order, key=[*(isa.name for isa in target.levels), "scalar"].index)
+
+
+def test_a_family_is_labelled_by_who_was_measured() -> None:
+    shapes = every_committed_shape("x86_64")
+    own = committed_kernels(Target.of(target_cpu("zen4")), shapes)
+    assert (own.label, own.origin) == ("tuned", "winners of zen4")
+    near = committed_kernels(Target.of(target_cpu("zen2")), shapes)
+    assert near.label == "transferred"
+    assert "moved to avx2" in near.origin
+    none = committed_kernels(Target.of(target_cpu("cortex-a76")), shapes)
+    assert (none.label, none.entries) == ("default", ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cap", LEVELS)
+def test_each_level_is_chosen_by_features_and_exact(
+    universal_library: Path, cap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CAP_VARIABLE, cap)
+    assert judge(read_bundle(universal_library), detect_cpu()).accepted
+    rng = np.random.default_rng(1)
+    w, xq = rng.integers(-1, 2, (100, 500), np.int8), rng.integers(-128, 128, (20, 500), np.int8)
+    with load(universal_library, 2) as table:
+        linear = table.linear(w, 1.0)
+        for n in (1, 5, 20):
+            assert linear.kernel(n).isa == cap
+            assert np.array_equal(linear.accumulate(xq[:n]), ternary_matmul(xq[:n], w))
+
+
+@pytest.mark.slow
+@LINUX
+@pytest.mark.parametrize(
+    ("core", "level"), [("Nehalem", "scalar"), ("Haswell", "avx2"), ("EPYC", "avx2"), ("max", "avx2")]
+)
+def test_emulated_cpus_get_their_level(
+    universal_library: Path, core: str, level: str, tmp_path: Path
+) -> None:
+    """No word of Python: what the library sees is the emulated CPU's cpuid."""
+    emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+    if detect_cpu().arch != "x86_64" or emulator is None:
+        pytest.skip("needs x86-64 and its emulator: apt-get install qemu-user")
+    source = ROOT / "examples" / "c" / "example.c"
+    program = compile_program(source, universal_library, tmp_path, CC, *WARNINGS)
+    environment = {"PATH": "/nonexistent"}
+    done = subprocess.run(
+        [emulator, "-cpu", core, program], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("OK: 1500 values equal those of the naive loop\n")
+    held = level if level in LEVELS else "scalar"
+    assert done.stdout.splitlines()[0].endswith(f"__{held}")
+
+
+@pytest.mark.slow
+@LINUX
+def test_the_tag_of_a_wheel_is_what_the_library_asks_for(universal_library: Path, tmp_path: Path) -> None:
+    library = read_bundle(universal_library).library
+    found = read_requirements(library)
+    assert found.arch == detect_cpu().arch
+    assert "libc.so.6" in found.needed
+    assert found.glibc is not None
+    assert found.wheel_tag.startswith(f"py3-none-manylinux_{found.glibc[0]}_{max(17, found.glibc[1])}_")
+    data = library.read_bytes()
+    for size in (0, 5, 64, len(data) // 2):
+        (tmp_path / "cut.so").write_bytes(data[:size])
+        with pytest.raises(FileError, match="is no shared library"):
+            read_requirements(tmp_path / "cut.so")
+
+
+@pytest.mark.parametrize(
+    ("versions", "needed", "tag"),
+    [
+        ({"GLIBC_2.2.5", "GLIBC_2.17"}, "libc.so.6", "manylinux_2_17_x86_64.manylinux2014_x86_64"),
+        ({"GLIBC_2.3.4"}, "libc.so.6", "manylinux_2_17_x86_64.manylinux2014_x86_64"),
+        ({"GLIBC_2.34", "GLIBC_2.4"}, "libc.so.6", "manylinux_2_34_x86_64"),
+        (set(), "libc.so", "musllinux_1_2_x86_64"),
+    ],
+)
+def test_wheel_tags(versions: set[str], needed: str, tag: str) -> None:
+    asks = Requirements("x86_64", (needed,), tuple((needed, version) for version in sorted(versions)))
+    assert asks.wheel_tag == f"py3-none-{tag}"
