@@ -285,13 +285,16 @@ def untuned_library() -> Path:
 
 
 def legal_space(
-    family: str, *, isa: str | None = None, shape: str | None = None, regime: str = "n1"
+    family: str, *, isa: str | None = None, shape: str | None = None, regime: str = "n1", group: int = 0
 ) -> Space:
-    """The legal schedules of a family; ``isa`` may be a level that this CPU cannot run."""
+    """The legal schedules of a family; ``isa`` may be a level that this CPU cannot run.
+
+    ``group``: weights along k that share a scale (0: scales lie outside the weights).
+    """
     env = Environment()
     level = find_isa(isa, env.isas) if isa else env.isa(None)
     at = Shape.parse(shape) if shape else ANY_SHAPE
-    return env.space(family_named(family).name, level, regime, at)
+    return env.space(family_named(family).name, level, regime, at, group)
 
 
 def render_source(
@@ -304,9 +307,11 @@ def render_source(
     algorithm: str | None = None,
     knobs: Sequence[str] = (),
     model: str | None = None,
+    group: int = 0,
 ) -> Source:
     """The C text of one kernel: the default schedule of its space, with ``knobs`` ("name=value") set.
 
+    ``group``: weights along k that share a scale (0: scales lie outside the weights).
     ``family`` may also be quantize, tables such as tl1_tables or tl5_wide_tables, or step: the forward step
     for every model, or for the sizes of ``model``. BitgenError quotes the rules that a schedule breaks.
     """
@@ -322,12 +327,12 @@ def render_source(
         kinds = (kind for known in FAMILIES.values() for kind, _ in known.tables)
         kind = next((kind for kind in kinds if stem.endswith(f"_{kind}")), None)
         return render_tables(stem.removesuffix(f"_{kind}"), level, kind or algorithm)
-    space = legal_space(family, isa=level, shape=shape, regime=regime)
+    space = legal_space(family, isa=level, shape=shape, regime=regime, group=group)
     start = next((s for s in (space.default, *space) if algorithm in (None, s.schedule.algorithm)), None)
     if start is None:
         space.knobs(algorithm or "")  # raises, naming the algorithms there are
         raise UsageError(f"no legal schedule uses {algorithm}")
-    layout = Layout(space.family, row_block) if row_block else start.layout
+    layout = Layout(space.family, row_block, group) if row_block else start.layout
     spec = space.make(start.schedule.algorithm, layout, {**dict(start.schedule), **_parse_knobs(knobs)})
     space.check(spec, local=False)
     fixed = Shape.parse(shape) if shape else None
@@ -357,10 +362,12 @@ def verify(
     inherit: bool = True,
     cc: str | None = None,
     progress: Report | None = None,
+    group: int = 0,
 ) -> SweepCounts:
     """Compare every schedule of the spaces (or ``sample`` of each) with numpy, on all levels of this CPU.
 
-    ``inherit``: what has the text of its level's parent is counted there and not compiled again.
+    ``inherit``: what has the text of its level's parent is counted there and not compiled again. ``group``:
+    weights along k that share a scale, of the families that have such layouts (0: scales lie outside).
     """
     from bitgen.measure.runner import LocalRunner
     from bitgen.measure.verify import exact_sweep
@@ -374,12 +381,14 @@ def verify(
             runner,
             env.cpu,
             [level.name for level in levels],
-            [family_named(name).name for name in families] or list(FAMILIES),
+            [family_named(name).name for name in families]
+            or [name for name, family in FAMILIES.items() if not group or group in family.groups],
             sample,
             seed,
             [regime_named(name) for name in regimes] or REGIMES,
             progress,
             inherit,
+            group,
         )
 
 

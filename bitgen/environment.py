@@ -68,8 +68,8 @@ class Environment:
         """The named ISA level, which this CPU must run; None: the best one it runs."""
         return require_isa(name, self.cpu, self.isas) if name else accepted_isas(self.cpu, self.isas)[0]
 
-    def space(self, family: str, isa: Isa, regime: str, shape: Shape) -> Space:
-        return space_for(family, isa, regime_named(regime), shape, self.cpu)
+    def space(self, family: str, isa: Isa, regime: str, shape: Shape, group: int = 0) -> Space:
+        return space_for(family, isa, regime_named(regime), shape, self.cpu, group)
 
 
 def check_threads(counts: Iterable[int], cpu: Cpu) -> None:

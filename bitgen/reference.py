@@ -1,14 +1,18 @@
 """The oracle, in plain numpy: what every kernel must equal, and what the bytes of every layout mean.
 
 ``pack(layout, w)`` takes w int8 (m, k) in {-1, 0, 1} and gives uint8 (layout.packed_bytes,). The matrix is
-padded with zero weights to whole row blocks and chunks. In all layouts a sub-block is 16 rows, a lane is 16
+padded with zero weights to whole row blocks and chunks (whole groups where scales lie among the weights, and
+scales 0). In all layouts a sub-block is 16 rows, a lane is 16
 bytes, and a chunk is followed by the same chunk of the next sub-block of its row block (tl5: of the next
 four). What a chunk's bytes are says the file of its family in bitgen/families.
 
-``y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])`` with ``acc[n, m] = sum_k w[m, k] * xq[n, k]``.
+``y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])`` with ``acc[n, m] = sum_k w[m, k] * xq[n, k]``;
+with a scale for each group of weights along k the sum over groups of `scale_groups`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +32,19 @@ def check_ternary(w: Ternary) -> Shape:
     return shape
 
 
-def pack(layout: Layout, w: Ternary) -> Bytes:
-    """Pack w int8 (m, k) -> uint8 (layout.packed_bytes,)."""
+def pack(
+    layout: Layout, w: Ternary, scales: NDArray[np.float32] | None = None, *, half: bool = True
+) -> Bytes:
+    """Pack w int8 (m, k) -> uint8 (layout.packed_bytes,).
+
+    ``scales`` float32 (m, groups), of a layout with groups; ``half``: stored as half floats, which must hold
+    them exactly, else as floats.
+    """
     shape = check_ternary(w)
+    if layout.group:
+        if scales is None or scales.shape != (shape.m, layout.groups(shape.k)):
+            raise BitgenError(f"{layout.name} needs scales ({shape.m}, {layout.groups(shape.k)})")
+        return _pack_groups(layout, w, scales.astype(np.float16) if half else scales)
     family, chunks = FAMILIES[layout.family], layout.chunks(shape.k)
     padded = np.zeros((ceil_to(shape.m, layout.row_block), chunks * family.k_chunk), np.int8)
     padded[: shape.m, : shape.k] = w
@@ -43,8 +57,21 @@ def pack(layout: Layout, w: Ternary) -> Bytes:
     return np.ascontiguousarray(blocks).reshape(-1)
 
 
+def _pack_groups(layout: Layout, w: Ternary, scales: NDArray[np.floating]) -> Bytes:
+    """Of each row block and group the chunks of its sub-blocks, then their scales."""
+    (m, k), family = w.shape, FAMILIES[layout.family]
+    rows, groups = ceil_to(m, layout.row_block), layout.groups(k)
+    padded, scale = np.zeros((rows, layout.columns(k)), np.int8), np.zeros((rows, groups), scales.dtype)
+    padded[:m, :k], scale[:m] = w, scales
+    # (blocks, chunks, sub-blocks, 16 rows, k_chunk)
+    tiles = padded.reshape(-1, layout.sub_blocks, 16, layout.chunks(k), family.k_chunk)
+    codes = family.encode(tiles.transpose(0, 3, 1, 2, 4)).reshape(rows // layout.row_block, groups, -1)
+    lines = scale.reshape(-1, layout.row_block, groups).transpose(0, 2, 1)
+    return np.concatenate([codes, np.ascontiguousarray(lines).view(np.uint8)], axis=2).reshape(-1)
+
+
 def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
-    """The inverse of ``pack``: uint8 (layout.packed_bytes,) -> int8 (m, k)."""
+    """The inverse of ``pack`` without scales: uint8 (layout.packed_bytes,) -> int8 (m, k)."""
     if packed.dtype != np.uint8 or packed.size != layout.packed_bytes(shape):
         raise BitgenError(
             f"packed weights of {shape.name} in {layout.name} take {layout.packed_bytes(shape)} bytes, "
@@ -98,3 +125,77 @@ def linear(x: NDArray[np.float32], w: NDArray[np.int8], w_scale: NDArray[np.floa
     """The whole BitLinear product: quantise, multiply exactly, scale."""
     xq, x_scale = quantize_activations(x)
     return scale_output(ternary_matmul(xq, w), x_scale, w_scale)
+
+
+# ---- weights with a scale for each group along k
+
+
+def _split_groups(x: NDArray[Any], group: int) -> NDArray[Any]:
+    """X (n, k) -> (n, groups, group), zeros behind k."""
+    n, k = x.shape
+    padded = np.zeros((n, ceil_to(k, group)), x.dtype)
+    padded[:, :k] = x
+    return padded.reshape(n, -1, group)
+
+
+def group_sums(xq: NDArray[np.int8], group: int) -> NDArray[np.int32]:
+    """The sums of the activations of each group: xq int8 (n, k) -> int32 (n, groups)."""
+    sums: NDArray[np.int32] = _split_groups(xq, group).sum(axis=2, dtype=np.int32)
+    return sums
+
+
+def quantize_groups(x: NDArray[np.float32], group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantise x float32 (n, k) by groups of ``group`` along k -> (xq int8 (n, k), x_scale (n, groups)).
+
+    The rule of `quantize_activations` for each group of each token.
+    """
+    groups = _split_groups(x, group)
+    xq, x_scale = quantize_activations(groups.reshape(-1, group))
+    return xq.reshape(len(x), -1)[:, : x.shape[1]], x_scale.reshape(groups.shape[:2])
+
+
+def fused_multiply_add(
+    a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """``a * b + c`` in float32 with one rounding.
+
+    A product of two float32 is exact in float64; their sum is rounded to odd there (53 bits are more than
+    twice 24 and 2), so that rounding to float32 afterwards is the only rounding that counts.
+    """
+    p, y = a.astype(np.float64) * b, c.astype(np.float64)
+    total = p + y
+    back = total - p
+    error = (p - (total - back)) + (y - back)  # exact: total + error = p + y
+    even = total.view(np.int64) & 1 == 0
+    odd = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    with np.errstate(over="ignore"):
+        return odd.astype(np.float32)
+
+
+def scale_groups(
+    xq: NDArray[np.int8],
+    w: NDArray[np.int8],
+    x_scale: NDArray[np.float32],
+    w_scale: NDArray[np.float32],
+    group: int,
+) -> NDArray[np.float32]:
+    """Multiply in groups: y float32 (n, m) of xq int8 (n, k), w int8 (m, k).
+
+    ``y = 0; for g = 0, 1, ...: y = fma((float)acc[:, :, g], w_scale[m, g] * x_scale[n, g], y)`` with x_scale
+    (n, groups), w_scale (m, groups), the integer sums exact and each scale product rounded first.
+    """
+    check_ternary(w)
+    y = np.zeros((len(xq), len(w)), np.float32)
+    x_parts, w_parts = _split_groups(xq, group), _split_groups(w, group)
+    for g in range(x_parts.shape[1]):
+        acc = x_parts[:, g].astype(np.float64) @ w_parts[:, g].T.astype(np.float64)
+        y = fused_multiply_add(acc.astype(np.float32), w_scale[None, :, g] * x_scale[:, None, g], y)
+    return y
+
+
+def grouped_linear(
+    x: NDArray[np.float32], w: NDArray[np.int8], w_scale: NDArray[np.float32], group: int
+) -> NDArray[np.float32]:
+    """The whole product of weights in groups: quantise, multiply exactly, scale and add in order."""
+    xq, x_scale = quantize_groups(x, group)
+    return scale_groups(xq, w, x_scale, w_scale, group)

@@ -169,6 +169,12 @@ class Tile:
         size = FAMILIES[self.layout.family].chunk_bytes
         return _plus(stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte)
 
+    def scale(self, r: int, stream: str = "w{}") -> str:
+        """The address of a sub-block's scales, behind all chunks of a group of its row block."""
+        which, sub_block = divmod(r, self.layout.sub_blocks)
+        codes = self.layout.sub_blocks * FAMILIES[self.layout.family].group_bytes(self.layout.group)
+        return _plus(stream.format(which), codes, _times(16 * sub_block, "scale_bytes"))
+
     def trailer(self, r: int) -> str:
         """The address of a sub-block's trailer, behind all chunks of its row block."""
         which, sub_block = divmod(r, self.layout.sub_blocks)
@@ -216,12 +222,11 @@ def render_kernel(spec: KernelSpec) -> Source:
         f"templates/isa/{isa.headers[-1]}.h:",
         *_continued(render_command(spec)),
         "",
-        "acc[n, m] = sum over k of w[m, k] * xq[n, k]            w in {-1, 0, 1}, xq int8, acc int32, exact",
-        "y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])  one order of operations on every ISA",
+        *_formulas(spec),
         "",
         f"shape      {spec.shape.name if spec.shape else 'any m x k: both are arguments'}",
         f"tokens     n = {regime.n_min} .. {last}",
-        f"weights    {family.title}, {family.bits_a_weight:.3f} bits a weight; "
+        f"weights    {family.title}, {spec.layout.bits_a_weight:.3f} bits a weight; "
         f"row blocks of {spec.layout.row_block}, chunks of {family.k_chunk} along k",
         *_labelled(
             "schedule", f"{spec.schedule.algorithm}: {', '.join(f'{k} = {v}' for k, v in spec.schedule)}"
@@ -241,6 +246,23 @@ def render_kernel(spec: KernelSpec) -> Source:
     }
     text = _expand(f"kernels/{spec.family}.c.j2", isa, banner, values)
     return Source(spec.name, text, spec.isa, (spec.prototype, spec.scratch_prototype))
+
+
+def _formulas(spec: KernelSpec) -> tuple[str, ...]:
+    """What a kernel computes, for its banner."""
+    if not spec.layout.group:
+        return (
+            "acc[n, m] = sum over k of w[m, k] * xq[n, k]            "
+            "w in {-1, 0, 1}, xq int8, acc int32, exact",
+            "y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])  one order of operations on every ISA",
+        )
+    return (
+        f"acc[n, m, g] = sum over k of group g, {spec.layout.group} columns, of w[m, k] * xq[n, k]",
+        "                                                        w in {-1, 0, 1}, xq int8, acc int32, exact",
+        "y[n, m] = 0; for g = 0, 1, ...: y[n, m] = "
+        "fma((float)acc[n, m, g], w_scale[m, g] * x_scale[n, g], y[n, m])",
+        "                                                        one order of operations on every ISA",
+    )
 
 
 def inherits(spec: KernelSpec) -> str | None:
@@ -283,10 +305,11 @@ def _continued(command: str) -> list[str]:
 def render_command(spec: KernelSpec) -> str:
     """The command that makes the file again."""
     shape = f" --shape {spec.shape.name}" if spec.shape else ""
+    group = f" --group {spec.layout.group}" if spec.layout.group else ""
     knobs = " ".join(f"--knob {k}={v}" for k, v in spec.schedule)
     return (
         f"bitgen render {spec.family}{shape} --isa {spec.isa} --regime {spec.regime} "
-        f"--row-block {spec.layout.row_block} --algorithm {spec.schedule.algorithm} {knobs}"
+        f"--row-block {spec.layout.row_block}{group} --algorithm {spec.schedule.algorithm} {knobs}"
     )
 
 

@@ -4,6 +4,7 @@ Nothing here compiles, renders or searches::
 
     table = load("generated/3B-zen5")
     linear = table.linear(w, scale)      # w int8 (m, k) in {-1, 0, 1}, scale a float or float32 (m,)
+    linear = table.linear(w, scale, group=128)     # scale float32 (m, ceil(k / 128))
     y = linear(x)                        # x float32 (n, k) -> float32 (n, m)
     acc = linear.accumulate(xq)          # xq int8 (n, k) -> int32 (n, m), exact
 
@@ -21,12 +22,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.abi import ABI_VERSION, ffi
+from bitgen.abi import ABI_VERSION, constants, ffi
 from bitgen.bundle import Bundle, is_bundle, read_bundle, require_runnable
 from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
+from bitgen.families.base import GROUPS
+from bitgen.reference import grouped_linear, ternary_matmul
 from bitgen.reference import linear as reference_linear
-from bitgen.reference import ternary_matmul
 from bitgen.spec import REGIMES, Shape
 from bitgen.trust import open_private
 
@@ -189,13 +191,21 @@ class KernelTable:
         """What the library holds: tuned kernels, then defaults, then portable ones."""
         return tuple(self._kernel(i) for i in range(self._lib.bitgen_kernel_count()))
 
-    def linear(self, w: NDArray[np.int8], scale: float | Floats) -> Linear:
+    def linear(self, w: NDArray[np.int8], scale: float | Floats, *, group: int = 0) -> Linear:
         """Pack ``w`` int8 (m, k) in {-1, 0, 1}; ``scale`` is a float or float32 (m,), one a row.
 
+        With ``group``, 32, 64, 128 or 256, it is float32 (m, ceil(k / group)), one for each so many weights
+        along k, and activations are quantised by the same groups.
         ArgumentTypeError, ArgumentValueError (BitgenErrors) name the argument that is wrong.
         """
         _check_array("w", w, np.int8, (2,))
         shape = Shape(*w.shape)
+        if group:
+            checked = _group_scales(scale, shape, group)
+            groups = Groups.of(checked, group)
+            packed = aligned_bytes(self.packed_bytes(shape, groups))
+            self.pack_rows(w, 0, shape, packed, groups, checked)
+            return Linear(self, shape, packed, np.empty(0, np.float32), group)
         scales = _scales(scale, shape.m)
         packed = aligned_bytes(self.packed_bytes(shape))
         self.pack_rows(w, 0, shape, packed)
@@ -203,33 +213,48 @@ class KernelTable:
 
     # ---- Packed weights, for those who keep them elsewhere than in a `Linear` ----
 
-    def layout_name(self, shape: Shape) -> str:
-        """The layout that weights of this shape are packed in, for example "i2s_r16"."""
-        header = ffi.new("struct bitgen_packed_header *")
-        self.check(self._lib.bitgen_packed_layout(self._context, shape.m, shape.k, header))
-        return f"{_text(header.family)}_r{header.row_block}"
+    def layout_name(self, shape: Shape, groups: Groups | None = None) -> str:
+        """The layout that weights of this shape are packed in, for example "i2s_r16" or "i2s_r16_g128"."""
+        lib, header = self._lib, ffi.new("struct bitgen_packed_header *")
+        if groups is None:
+            code = lib.bitgen_packed_layout(self._context, shape.m, shape.k, header)
+        else:
+            code = lib.bitgen_group_packed_layout(self._context, shape.m, shape.k, *groups.native, header)
+        self.check(code)
+        return f"{_text(header.family)}_r{header.row_block}" + (f"_g{header.group}" if groups else "")
 
-    def packed_bytes(self, shape: Shape) -> int:
+    def packed_bytes(self, shape: Shape, groups: Groups | None = None) -> int:
         """Bytes of packed weights of this shape."""
-        size = ffi.new("size_t *")
-        self.check(self._lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size))
+        lib, size = self._lib, ffi.new("size_t *")
+        if groups is None:
+            code = lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size)
+        else:
+            code = lib.bitgen_group_packed_bytes(self._context, shape.m, shape.k, *groups.native, size)
+        self.check(code)
         return int(size[0])
 
-    def pack_rows(self, w: NDArray[np.int8], begin: int, shape: Shape, packed: NDArray[np.uint8]) -> None:
+    def pack_rows(
+        self,
+        w: NDArray[np.int8],
+        begin: int,
+        shape: Shape,
+        packed: NDArray[np.uint8],
+        groups: Groups | None = None,
+        scales: Floats | None = None,
+    ) -> None:
         """Pack rows of a matrix, from ``begin`` on, w int8 (rows, k), into ``packed`` (64-byte aligned).
 
-        Call it with all rows in order, each ``begin`` a multiple of 256; ``packed`` is valid after the last.
+        ``scales`` float32 (rows, groups along k), of weights in groups. Call it with all rows in order, each
+        ``begin`` a multiple of 256; ``packed`` is valid after the last.
         """
-        code = self._lib.bitgen_pack_rows(
-            self._context,
-            ffi.from_buffer("int8_t[]", w),
-            begin,
-            begin + w.shape[0],
-            shape.m,
-            shape.k,
-            ffi.from_buffer("uint8_t[]", packed),
-            packed.size,
-        )
+        rows = (begin, begin + w.shape[0], shape.m, shape.k)
+        out = (ffi.from_buffer("uint8_t[]", packed), packed.size)
+        codes = ffi.from_buffer("int8_t[]", w)
+        if groups is None or scales is None:
+            code = self._lib.bitgen_pack_rows(self._context, codes, *rows, *out)
+        else:
+            values = ffi.from_buffer("float[]", scales)
+            code = self._lib.bitgen_pack_group_rows(self._context, codes, values, *rows, *groups.native, *out)
         self.check(code)
 
     def is_packed(self, packed: NDArray[np.uint8], shape: Shape) -> bool:
@@ -259,6 +284,8 @@ class KernelTable:
             raise BitgenError("the kernel table is closed")
         if code == lib.BITGEN_ERROR_NOT_FINITE:
             raise ArgumentValueError("x holds NaN or infinity")
+        if code == lib.BITGEN_ERROR_SCALES:
+            raise ArgumentValueError(f"scale: {message}")
         if code == lib.BITGEN_ERROR_NOT_TERNARY:
             raise ArgumentValueError("w must hold -1, 0 and 1 only")
         raise (BusyError if code == lib.BITGEN_ERROR_BUSY else BitgenError)(f"{self.path.name}: {message}")
@@ -279,17 +306,39 @@ class KernelTable:
         )
 
 
+@dataclass(frozen=True)
+class Groups:
+    """A scale for each ``group`` weights along k; ``half``: stored as half floats, else as floats."""
+
+    group: int
+    half: bool = True
+
+    @classmethod
+    def of(cls, scales: Floats, group: int) -> Groups:
+        """Those of ``scales``, all of one matrix: half floats where each is one exactly."""
+        with np.errstate(over="ignore"):
+            return cls(group, bool((scales == scales.astype(np.float16)).all()))
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """(group, scale type) as the library's functions take them."""
+        return self.group, constants.BITGEN_SCALE_F16 if self.half else constants.BITGEN_SCALE_F32
+
+
 class Linear:
     """Packed weights with their scales: y = x w^T. Made by `KernelTable.linear`."""
 
-    def __init__(self, table: KernelTable, shape: Shape, packed: NDArray[np.uint8], scales: Floats) -> None:
+    def __init__(
+        self, table: KernelTable, shape: Shape, packed: NDArray[np.uint8], scales: Floats, group: int = 0
+    ) -> None:
         self.table = table
         self.shape = shape
         self.packed = packed  # (packed bytes,), 64-byte aligned: header and blocks
-        self.scales = scales  # (1,) or (m,)
+        self.scales = scales  # (1,) or (m,); (0,) of weights in groups
+        self.group = group  # weights along k that share a scale; 0: scales lie outside
         # Made once: a pointer into an array costs 0.4 us, and these two never move.
         self._packed = ffi.from_buffer("uint8_t[]", packed)
-        self._scales = ffi.from_buffer("float[]", scales)
+        self._scales = ffi.NULL if group else ffi.from_buffer("float[]", scales)
 
     def __call__(self, x: Floats) -> Floats:
         """Y of x: float32 (n, k) -> (n, m), or (k,) -> (m,). NaN and infinity raise ArgumentValueError."""
@@ -311,7 +360,7 @@ class Linear:
         return y if x.ndim == 2 else y[0]
 
     def accumulate(self, xq: NDArray[np.int8]) -> NDArray[np.int32]:
-        """The exact integers of xq: int8 (n, k) -> int32 (n, m), or (k,) -> (m,)."""
+        """The exact integers of xq: int8 (n, k) -> int32 (n, m), or (k,) -> (m,); not in groups."""
         n = self._tokens("xq", xq, np.int8)
         acc = np.empty((n, self.shape.m), np.int32)
         table = self.table
@@ -372,6 +421,18 @@ def _scales(scale: Any, m: int) -> Floats:
         return _finite(np.array([scale], np.float32))
 
 
+def _group_scales(scale: Any, shape: Shape, group: int) -> Floats:
+    """The weight scales of groups as they are, float32 (m, groups)."""
+    if group not in GROUPS:
+        raise ArgumentValueError(f"group must be one of {', '.join(map(str, GROUPS))}, not {group!r}")
+    _check_array("scale", scale, np.float32, (2,))
+    wanted = (shape.m, -(-shape.k // group))
+    if scale.shape != wanted:
+        raise ArgumentValueError(f"scale must have the shape {wanted}, not {scale.shape}")
+    checked: Floats = scale
+    return _finite(checked)
+
+
 def _finite(scale: Floats) -> Floats:
     if not np.isfinite(scale).all():
         raise ArgumentValueError("scale holds NaN or infinity")
@@ -410,6 +471,22 @@ def self_test(table: KernelTable, seed: int = 0) -> int:
             if not exact or not np.array_equal(linear(x)[:, rows], reference_linear(x, w[rows], scale[rows])):
                 raise BitgenError(f"{linear.kernel(n).name} computes wrong results for {shape.name}, n = {n}")
             count += 2
+    return count + _test_groups(table, rng)
+
+
+def _test_groups(table: KernelTable, rng: np.random.Generator) -> int:
+    """The same of weights in groups, whose last one is not whole; scales are half floats, then floats."""
+    count, shape = 0, Shape(33, 200)
+    w = rng.integers(-1, 2, (shape.m, shape.k), dtype=np.int8)
+    for group in GROUPS:
+        scale = rng.uniform(0.5, 2, (shape.m, -(-shape.k // group))).astype(np.float32)
+        for scales in (scale.astype(np.float16).astype(np.float32), scale):
+            linear = table.linear(w, scales, group=group)
+            for n in (regime.n_min for regime in REGIMES):
+                x = rng.normal(size=(n, shape.k)).astype(np.float32)
+                if not np.array_equal(linear(x), grouped_linear(x, w, scales, group)):
+                    raise BitgenError(f"{linear.kernel(n).name} computes wrong results, n = {n}")
+                count += 1
     return count
 
 

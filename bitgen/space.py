@@ -16,8 +16,8 @@ from bitgen.cpu import Cpu, Isa
 from bitgen.errors import UsageError, unknown
 from bitgen.families import FAMILIES, Family
 from bitgen.families.algorithms import UNPACKING, presets_of
-from bitgen.families.base import INT16_MAX, INT16_MIN, Axes, Check, Int16Sums, told
-from bitgen.spec import K_MAX, KernelSpec, Layout, Regime, Schedule, Shape
+from bitgen.families.base import INT16_MAX, INT16_MIN, Axes, Check, Int16Sums, Knobs, told
+from bitgen.spec import K_MAX, KernelSpec, Layout, Regime, Schedule, Shape, ceil_to
 
 
 @dataclass(frozen=True)
@@ -113,22 +113,34 @@ class Space:
         return self.known_good[0]
 
 
-def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> Space:
-    """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes."""
+def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, group: int = 0) -> Space:
+    """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes.
+
+    ``group``: weights along k that share a scale; 0: scales lie outside. UsageError where the family has no
+    such layout.
+    """
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     facts = FAMILIES[family]
     axes = facts.axes(isa, regime)
-    layouts = tuple(Layout(family, rows) for rows in ((16, 32) if facts.rows == 16 else (facts.rows,)))
+    if group:
+        facts.require_group(group)
+        axes = {
+            name: _grouped_axes(facts, name, group, own)
+            for name, own in axes.items()
+            if facts.algorithm(name).grouped
+        }
+    layouts = tuple(Layout(family, rows, group) for rows in ((16, 32) if facts.rows == 16 else (facts.rows,)))
     presets = (
         KernelSpec(
             family,
             isa.name,
             regime.name,
-            Layout(family, max(preset.row_block, facts.rows)),
-            Schedule(preset.algorithm, tuple(preset.knobs.items())),
+            Layout(family, max(preset.row_block, facts.rows), group),
+            Schedule(preset.algorithm, tuple(_grouped(facts, preset.algorithm, group, preset.knobs).items())),
         )
         for preset in presets_of(facts, isa, regime)
+        if preset.algorithm in axes
     )
     return Space(
         family=family,
@@ -139,8 +151,28 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu) -> 
         axes=axes,
         presets=tuple(presets),
         bounds=tuple(_bounds(facts, isa, regime, layouts, axes)),
-        rules=tuple(_rules(facts, isa, axes, shape, cpu)),
+        rules=(*_rules(facts, isa, axes, shape, cpu), *(_group_rules(facts, group) if group else ())),
     )
+
+
+def _grouped(family: Family, algorithm: str, group: int, knobs: Knobs) -> Knobs:
+    """Knobs made to fit groups: int16 sums end with a group, blocks along k hold whole groups."""
+    turns = family.algorithm(algorithm).turns(family, group)
+    fitting = dict(knobs)
+    if group and "widen_every" in knobs:
+        fitting["widen_every"] = min(knobs["widen_every"], turns)
+    if group and "kc" in knobs:
+        fitting["kc"] = ceil_to(knobs["kc"], group)
+    return fitting
+
+
+def _grouped_axes(family: Family, algorithm: str, group: int, axes: Axes) -> Axes:
+    """The values of each knob that fit groups, see `_grouped`."""
+    fits = {
+        name: dict.fromkeys(_grouped(family, algorithm, group, {name: value})[name] for value in values)
+        for name, values in axes.items()
+    }
+    return {name: tuple(values) for name, values in fits.items()}
 
 
 # ---- What makes a schedule legal
@@ -202,6 +234,20 @@ def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu
         )
 
 
+def _group_rules(family: Family, group: int) -> Iterator[Rule]:
+    yield Rule(
+        f"int16 sums end with a group of {group} weights: a smaller widen_every",
+        lambda s: (
+            s.schedule.get("widen_every", 0)
+            <= family.algorithm(s.schedule.algorithm).turns(family, s.layout.group)
+        ),
+    )
+    yield Rule(
+        f"kc must be 0 (all of k) or a multiple of the group, {group}",
+        lambda s: s.schedule.get("kc", 0) % group == 0,
+    )
+
+
 def _of(algorithm: str, holds: Callable[[KernelSpec], bool]) -> Callable[[KernelSpec], bool]:
     """What holds for the schedules of one algorithm; others are no matter of it."""
     return lambda s: s.schedule.algorithm != algorithm or holds(s)
@@ -251,4 +297,6 @@ def headroom_lines(spec: KernelSpec) -> list[str]:
     sums, family = int16_sums(spec), FAMILIES[spec.family]
     lines = [f"int16: {sums}, within {INT16_MIN} .. {INT16_MAX}"] if sums else []
     share, most = family.algorithm(spec.schedule.algorithm).int32_share(family, dict(spec.schedule))
+    if spec.layout.group:
+        return [*lines, f"int32: {share} of a group of {spec.layout.group} x {most} is below 2^31"]
     return [*lines, f"int32: {share} of k x {most} is below 2^31 for k <= {K_MAX}"]

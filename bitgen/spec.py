@@ -37,37 +37,61 @@ class Layout:
     The matrix is padded with zero weights to whole row blocks of ``row_block`` rows and whole chunks of
     ``family.k_chunk`` columns. A row block is contiguous: its chunks in order of k, each made of
     ``row_block / 16`` sub-blocks of 16 rows, then the trailers of its sub-blocks.
+
+    ``group``: of each row so many weights along k share a scale, and the matrix is padded to whole groups;
+    behind the chunks of a group lie the scales of its sub-blocks, 16 half floats or floats each, and there
+    are no trailers. 0: scales lie outside, one for the tensor or for each row.
     """
 
     family: str
     row_block: int
+    group: int = 0
 
     def __post_init__(self) -> None:
-        rows = family_named(self.family).rows
-        if self.row_block < rows or self.row_block % rows:
-            message = f"row_block {self.row_block}: it must be a positive multiple of {rows}"
+        family = family_named(self.family)
+        if self.row_block < family.rows or self.row_block % family.rows:
+            message = f"row_block {self.row_block}: it must be a positive multiple of {family.rows}"
             raise UsageError(message)
+        if self.group:
+            family.require_group(self.group)
 
     @property
     def name(self) -> str:
-        return f"{self.family}_r{self.row_block}"
+        return f"{self.family}_r{self.row_block}" + (f"_g{self.group}" if self.group else "")
 
     @property
     def sub_blocks(self) -> int:
         return self.row_block // 16
 
     def chunks(self, k: int) -> int:
-        """Chunks along k: ceil(k / k_chunk)."""
-        return -(-k // FAMILIES[self.family].k_chunk)
+        """Chunks along k: ceil(k / k_chunk); with groups those of whole groups."""
+        k_chunk = FAMILIES[self.family].k_chunk
+        return self.groups(k) * self.group // k_chunk if self.group else -(-k // k_chunk)
 
-    def block_bytes(self, k: int) -> int:
-        """Bytes of one row block, a multiple of 32."""
+    def groups(self, k: int) -> int:
+        """Groups along k: ceil(k / group); 0 without."""
+        return -(-k // self.group) if self.group else 0
+
+    def columns(self, k: int) -> int:
+        """Activations that a kernel reads, zeros behind k: whole groups; without groups k."""
+        return self.groups(k) * self.group if self.group else k
+
+    def block_bytes(self, k: int, scale_bytes: int = 2) -> int:
+        """Bytes of one row block, a multiple of 32; ``scale_bytes``: of a scale of a group."""
         f = FAMILIES[self.family]
+        if self.group:
+            return self.sub_blocks * self.groups(k) * (f.group_bytes(self.group) + 16 * scale_bytes)
         return self.sub_blocks * (self.chunks(k) * f.chunk_bytes + f.trailer_bytes)
 
-    def packed_bytes(self, shape: Shape) -> int:
+    def packed_bytes(self, shape: Shape, scale_bytes: int = 2) -> int:
         """Bytes of the whole packed matrix."""
-        return -(-shape.m // self.row_block) * self.block_bytes(shape.k)
+        return -(-shape.m // self.row_block) * self.block_bytes(shape.k, scale_bytes)
+
+    @property
+    def bits_a_weight(self) -> float:
+        """Storage without padding, scales in half floats, in bits a weight."""
+        f = FAMILIES[self.family]
+        return 8 * (f.group_bytes(self.group) + 32) / (16 * self.group) if self.group else f.bits_a_weight
 
 
 # Knobs of recorded schedules that have another name today: old -> new. Records, committed winners, manifests
@@ -148,7 +172,7 @@ class KernelSpec:
     def name(self) -> str:
         """A C identifier that tells everything; it is printed, never parsed."""
         shape = f"_{self.shape.name}" if self.shape else ""
-        layout = f"r{self.layout.row_block}"
+        layout = self.layout.name.removeprefix(f"{self.family}_")
         return f"bitgen_{self.family}{shape}_{self.regime}_{layout}_{self.schedule.name}__{self.isa}"
 
     @property

@@ -65,7 +65,9 @@ enum bitgen_error {
     BITGEN_ERROR_TOKENS = 18,          /* a token, position or sequence is out of range */
     BITGEN_ERROR_TILES = 19,           /* the system refuses the tile registers (AMX) to this process */
     BITGEN_ERROR_ISA_CAP = 20,         /* the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU */
-    BITGEN_ERROR_STRUCT = 21           /* the size that a struct carries is not the library's */
+    BITGEN_ERROR_STRUCT = 21,          /* the size that a struct carries is not the library's */
+    BITGEN_ERROR_SCALES = 22,          /* a scale of a group is not finite, or no half float and stored as one */
+    BITGEN_ERROR_GROUPS = 23           /* weights in groups have no integer sums over all of k */
 };
 
 /* Flags of bitgen_context_create: */
@@ -94,12 +96,12 @@ struct bitgen_packed_header {
     char family[16];         /* "i2s", "tl1", ... and zeros */
     int64_t m, k;
     uint64_t bytes;      /* of the packed weights, this header included */
-    uint32_t scale_type; /* of scales among the weights: BITGEN_SCALE_F32 */
+    uint32_t scale_type; /* of scales among the weights, of enum bitgen_scale_type */
     uint32_t group;      /* weights along k that share such a scale; 0: there are none */
 };
 
 /* The format of scales. */
-enum bitgen_scale_type { BITGEN_SCALE_F32 = 0 };
+enum bitgen_scale_type { BITGEN_SCALE_F32 = 0, BITGEN_SCALE_F16 = 1 };
 
 #define BITGEN_PACKED_MAGIC 0x4b5041504e544942
 #define BITGEN_LAYOUT_VERSION 1
@@ -166,6 +168,35 @@ BITGEN_API int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_
 BITGEN_API int32_t bitgen_check_packed(const bitgen_context *ctx, const void *packed, size_t packed_bytes, int64_t m,
                                        int64_t k);
 
+/* --- weights in groups -------------------------------------------------------------------------------------
+ *
+ * Each run of `group` weights along k (32, 64, 128 or 256; the last of a row may be shorter) has a scale of its own,
+ * which is packed behind its weights, as a half float (BITGEN_SCALE_F16) or a float. Activations are quantised by the
+ * same groups: x_scale and xq of each as above, of its own absmax. The integer sum of a group is exact, and
+ *
+ *   y[n, m] = 0;  for g = 0, 1, ...:  y[n, m] = fma((float)acc[n, m, g], w_scale[m, g] * x_scale[n, g], y[n, m])
+ *
+ * in this order, so y is the same on every CPU, for every n and every number of threads. bitgen_check_packed and
+ * bitgen_kernel_choice serve these weights too; bitgen_matmul takes them with w_scale NULL and w_scale_count 0. */
+
+/* Which type holds `count` scales exactly: BITGEN_SCALE_F16 where each is a half float, else BITGEN_SCALE_F32. */
+BITGEN_API int32_t bitgen_group_scale_type(const float *scales, int64_t count, int32_t *scale_type);
+
+/* As bitgen_packed_bytes and bitgen_packed_layout, for weights with a scale for each `group` along k. */
+BITGEN_API int32_t bitgen_group_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group,
+                                             int32_t scale_type, size_t *bytes);
+BITGEN_API int32_t bitgen_group_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group,
+                                              int32_t scale_type, struct bitgen_packed_header *header);
+
+/* As bitgen_pack, with scales (m, ceil(k / group)) in the type that bitgen_group_scale_type gives. */
+BITGEN_API int32_t bitgen_pack_groups(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t m, int64_t k,
+                                      int64_t group, void *packed, size_t packed_bytes);
+
+/* As bitgen_pack_rows: w and scales hold the rows [row_begin, row_end). */
+BITGEN_API int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t row_begin,
+                                          int64_t row_end, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+                                          void *packed, size_t packed_bytes);
+
 /* --- multiplication --------------------------------------------------------------------------------------- */
 
 /* The index of the kernel that multiplies these packed weights with n tokens. */
@@ -175,11 +206,12 @@ BITGEN_API int32_t bitgen_kernel_choice(const bitgen_context *ctx, const void *p
 BITGEN_API int32_t bitgen_quantize(bitgen_context *ctx, const float *x, int64_t n, int64_t k, int8_t *xq,
                                    float *x_scale);
 
-/* y (n, m) = x (n, k) * w^T. w_scale has w_scale_count values: 1 for the tensor, or m, one a row. */
+/* y (n, m) = x (n, k) * w^T. w_scale has w_scale_count values: 1 for the tensor, or m, one a row; NULL and 0 for
+ * weights in groups. */
 BITGEN_API int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
                                  const float *x, int64_t n, int64_t m, int64_t k, float *y);
 
-/* acc (n, m) = xq (n, k) * w^T, the exact integers; xq may hold any int8, -128 too. */
+/* acc (n, m) = xq (n, k) * w^T, the exact integers; xq may hold any int8, -128 too. Not of weights in groups. */
 BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n, int64_t m,
                                      int64_t k, int32_t *acc);
 
@@ -232,7 +264,7 @@ struct bitgen_matrix {
     const void *packed;
     const float *scale;
     int64_t scale_count; /* 1 or rows */
-    int32_t scale_type;  /* BITGEN_SCALE_F32 */
+    int32_t scale_type;  /* of `scale`: BITGEN_SCALE_F32 */
     int32_t group;       /* weights along k that share a scale; 0: all of a row */
 };
 

@@ -27,6 +27,7 @@ static struct bitgen_kernel host_kernel(const struct harness_kernel *k)
         .trailer_bytes = k->trailer_bytes,
         .table_bytes = k->table_bytes,
         .row_grain = k->row_grain,
+        .group = k->group,
     };
     /* ISO C has no conversion from void * to a function; POSIX guarantees that the bits are the same. */
     memcpy(&kernel.run, &k->run, sizeof kernel.run);
@@ -175,8 +176,8 @@ static int32_t run_lane(struct bitgen_context *ctx, struct harness_lane *lane, c
         const struct bitgen_call call = {
             .kernel = kernel,
             .w = lane->w + lane->w_next * lane->w_step,
-            .w_scale = lane->w_scale,
-            .w_scale_stride = 1,
+            .w_scale = kernel->group ? NULL : lane->w_scale,
+            .w_scale_stride = kernel->group ? 2 : 1,
             .x = lane->x,
             .y = lane->y,
             .m = lane->m,

@@ -8,6 +8,7 @@ struct harness_kernel {
     void *tables;   /* void (const int8_t *, int64_t k, uint8_t *), NULL when it reads no tables */
     int32_t n_min, n_max;
     int32_t row_block, k_chunk, chunk_bytes, trailer_bytes, table_bytes, row_grain;
+    int32_t group; /* weights along k that share a scale, among the weights in half floats; 0: scales lie outside */
 };
 
 /* Shared with the parent, which reads it when this process is gone. */

@@ -9,7 +9,9 @@
 #include "bitgen_config.h"
 #include "pool.h"
 
-/* The argument of every kernel: a file of its own, because generated kernels hold its text and include nothing. */
+/* The argument of every kernel: a file of its own, because generated kernels hold its text and include nothing.
+ * Of weights in groups x_sum and x_scale are (n, groups), w_scale and acc are NULL, and w_scale_stride is the bytes of a
+ * scale among the weights, 2 or 4. */
 #include "matmul.h"
 
 /* One kernel and what the host must know to feed it. */
@@ -19,6 +21,7 @@ struct bitgen_kernel {
     int32_t regime, n_min, n_max;       /* the tokens of one call it is for; n_max INT32_MAX: no bound */
     int32_t row_block, k_chunk;         /* of its layout */
     int32_t chunk_bytes, trailer_bytes; /* of 16 rows */
+    int32_t group;                      /* weights along k that share a scale; 0: scales lie outside the weights */
     int32_t table_bytes;                /* of the lookup tables of one token and one chunk; 0: it reads none */
     int32_t row_grain;                  /* rows a claim of work should have a multiple of; a multiple of row_block */
     void (*run)(const struct bitgen_matmul *a);
@@ -51,15 +54,15 @@ struct bitgen_context {
 /* One multiplication. One of x, xq and rows is given, and one of y and acc; not x with acc, nor xq with y. */
 struct bitgen_call {
     const struct bitgen_kernel *kernel;
-    const uint8_t *w; /* packed weights without the header, 64-byte aligned */
-    const float *w_scale;
-    int64_t w_scale_stride; /* 0: one scale; 1: one a row */
+    const uint8_t *w;       /* packed weights without the header, 64-byte aligned */
+    const float *w_scale;   /* NULL of weights in groups */
+    int64_t w_scale_stride; /* 0: one scale; 1: one a row; of weights in groups the bytes of a scale among them */
     const float *x;         /* (n, k) */
     const int8_t *xq;       /* (n, k) */
     float *y;               /* (n, m) */
     int32_t *acc;           /* (n, m) */
     int64_t m, k, n;
-    const int8_t *rows; /* (n, bitgen_x_stride(k)) as kernels read them, with x_sum and x_scale (n) */
+    const int8_t *rows; /* (n, bitgen_row_stride(k, group)) as kernels read them, with x_sum and x_scale (n, groups) */
     const int32_t *x_sum;
     const float *x_scale;
 };
@@ -84,3 +87,16 @@ int32_t bitgen_reserve(struct bitgen_buffer *buffer, int64_t bytes);
 
 /* Bytes between two rows of padded int8 activations. */
 int64_t bitgen_x_stride(int64_t k);
+
+/* The same for kernels that read whole groups of `group` activations; 0: there are no groups. */
+int64_t bitgen_row_stride(int64_t k, int64_t group);
+
+/* Scales and sums of a token's activations: one, or one for each group. */
+static inline int64_t bitgen_groups(int64_t k, int64_t group) { return group ? (k + group - 1) / group : 1; }
+
+typedef int32_t bitgen_quantizer(const float *x, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale, int32_t *x_sum);
+
+/* x (k) of one token -> xq (stride), x_scale and x_sum (groups): each group by itself. 1 where NaN or infinity comes
+ * up, else 0. */
+int32_t bitgen_quantize_row(bitgen_quantizer *quantize, const float *x, int64_t k, int64_t group, int64_t stride,
+                            int8_t *xq, float *x_scale, int32_t *x_sum);

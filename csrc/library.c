@@ -48,6 +48,8 @@ const char *bitgen_error_message(int32_t code)
         [BITGEN_ERROR_TOKENS] = "a token, position or sequence is out of range",
         [BITGEN_ERROR_STRUCT] =
             "a struct has another size than in this library: set its size, or compile with its header",
+        [BITGEN_ERROR_SCALES] = "a scale of a group is not finite, or no half float and to be stored as one",
+        [BITGEN_ERROR_GROUPS] = "weights with a scale for each group have no integer sums over all of k",
         [BITGEN_ERROR_TILES] = "the system refuses this process the tile registers (AMX) of its CPU",
         [BITGEN_ERROR_ISA_CAP] =
             "the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU's architecture",
@@ -182,12 +184,15 @@ static int32_t select_entries(struct bitgen_context *ctx, uint64_t features)
 static int serves_shape(const struct bitgen_entry *entry, int64_t m, int64_t k)
 { return entry->m == 0 || (entry->m == m && entry->k == k); }
 
-/* The layout weights of (m, k) are packed in: that of the first kernel for this shape. */
-static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, int64_t m, int64_t k)
+/* The layout weights of (m, k) with scales of `group` (0: outside) are packed in: that of the first kernel for them;
+ * NULL when no layout has such groups. */
+static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, int64_t m, int64_t k, int64_t group)
 {
-    int32_t i = 0;
-    while (!serves_shape(ctx->entries[i], m, k)) ++i; /* the portable kernels serve every shape */
-    return ctx->entries[i]->layout;
+    for (int32_t i = 0; i < ctx->entry_count; ++i) { /* the portable kernels serve every shape */
+        const struct bitgen_entry *entry = ctx->entries[i];
+        if (entry->layout->group == group && serves_shape(entry, m, k)) return entry->layout;
+    }
+    return NULL;
 }
 
 /* The kernel for n tokens of weights (m, k) in a layout. */
@@ -265,9 +270,9 @@ static int32_t check_tokens(int64_t n, int64_t m, int64_t k)
     return n <= PTRDIFF_MAX / 4 / widest ? BITGEN_OK : BITGEN_ERROR_SHAPE;
 }
 
-static size_t packed_bytes(const struct bitgen_layout *layout, int64_t m, int64_t k)
+static size_t packed_bytes(const struct bitgen_layout *layout, int64_t scale_type, int64_t m, int64_t k)
 {
-    int64_t blocks = bitgen_layout_bytes(layout, m, k);
+    int64_t blocks = bitgen_layout_bytes(layout, bitgen_scale_bytes(scale_type), m, k);
     return HEADER_BYTES + (size_t)(blocks + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
@@ -284,12 +289,15 @@ static int32_t read_header(const void *packed, const struct bitgen_layout **layo
     if (header->magic != BITGEN_PACKED_MAGIC) return BITGEN_ERROR_NOT_PACKED;
     if (header->layout_version != BITGEN_LAYOUT_VERSION) return BITGEN_ERROR_LAYOUT_VERSION;
     if (check_shape(header->m, header->k)) return BITGEN_ERROR_NOT_PACKED;
-    if (header->scale_type != BITGEN_SCALE_F32 || header->group) return BITGEN_ERROR_LAYOUT;
+    if (header->scale_type > BITGEN_SCALE_F16) return BITGEN_ERROR_LAYOUT;
+    if (header->scale_type != BITGEN_SCALE_F32 && !header->group) return BITGEN_ERROR_LAYOUT;
     for (int32_t i = 0; i < bitgen_layout_count; ++i) {
         *layout = &bitgen_layouts[i];
         if (strncmp(header->family, (*layout)->family, sizeof header->family)) continue;
         if (header->row_block != (uint32_t)(*layout)->row_block) continue;
-        return header->bytes == packed_bytes(*layout, header->m, header->k) ? BITGEN_OK : BITGEN_ERROR_NOT_PACKED;
+        if (header->group != (uint32_t)(*layout)->group) continue;
+        const size_t bytes = packed_bytes(*layout, header->scale_type, header->m, header->k);
+        return header->bytes == bytes ? BITGEN_OK : BITGEN_ERROR_NOT_PACKED;
     }
     return BITGEN_ERROR_LAYOUT;
 }
@@ -306,16 +314,20 @@ static int32_t check_weights(const void *packed, int64_t m, int64_t k, const str
 
 /* --- weights --- */
 
-int32_t bitgen_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, size_t *bytes)
+/* The layout for weights of (m, k) in groups of `group`, 0: not in groups. */
+static int32_t find_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+                           const struct bitgen_layout **layout)
 {
-    if (!ctx || !bytes) return BITGEN_ERROR_NULL;
     int32_t code = check_shape(m, k);
-    if (!code) *bytes = packed_bytes(layout_for(ctx, m, k), m, k);
-    return code;
+    if (code) return code;
+    if (scale_type != BITGEN_SCALE_F32 && scale_type != BITGEN_SCALE_F16) return BITGEN_ERROR_ARGUMENT;
+    *layout = layout_for(ctx, m, k, group);
+    return *layout ? BITGEN_OK : BITGEN_ERROR_ARGUMENT;
 }
 
 /* What opens packed weights of (m, k). */
-static struct bitgen_packed_header header_of(const struct bitgen_layout *layout, int64_t m, int64_t k)
+static struct bitgen_packed_header header_of(const struct bitgen_layout *layout, int32_t scale_type, int64_t m,
+                                             int64_t k)
 {
     struct bitgen_packed_header header = {
         .magic = BITGEN_PACKED_MAGIC,
@@ -323,29 +335,70 @@ static struct bitgen_packed_header header_of(const struct bitgen_layout *layout,
         .row_block = (uint32_t)layout->row_block,
         .m = m,
         .k = k,
-        .bytes = packed_bytes(layout, m, k),
+        .bytes = packed_bytes(layout, scale_type, m, k),
+        .scale_type = (uint32_t)scale_type,
+        .group = (uint32_t)layout->group,
     };
     strncpy(header.family, layout->family, sizeof header.family - 1);
     return header;
 }
 
-int32_t bitgen_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, struct bitgen_packed_header *header)
+static int32_t tell_bytes(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+                          size_t *bytes)
 {
-    if (!ctx || !header) return BITGEN_ERROR_NULL;
-    int32_t code = check_shape(m, k);
-    if (!code) *header = header_of(layout_for(ctx, m, k), m, k);
+    const struct bitgen_layout *layout;
+    if (!ctx || !bytes) return BITGEN_ERROR_NULL;
+    int32_t code = find_layout(ctx, m, k, group, scale_type, &layout);
+    if (!code) *bytes = packed_bytes(layout, scale_type, m, k);
     return code;
 }
 
-int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin, int64_t row_end, int64_t m, int64_t k,
-                         void *packed, size_t bytes)
+static int32_t tell_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+                           struct bitgen_packed_header *header)
 {
-    if (!ctx || !w) return BITGEN_ERROR_NULL;
+    const struct bitgen_layout *layout;
+    if (!ctx || !header) return BITGEN_ERROR_NULL;
+    int32_t code = find_layout(ctx, m, k, group, scale_type, &layout);
+    if (!code) *header = header_of(layout, scale_type, m, k);
+    return code;
+}
+
+int32_t bitgen_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, size_t *bytes)
+{ return tell_bytes(ctx, m, k, 0, BITGEN_SCALE_F32, bytes); }
+
+int32_t bitgen_group_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+                                  size_t *bytes)
+{ return group ? tell_bytes(ctx, m, k, group, scale_type, bytes) : BITGEN_ERROR_ARGUMENT; }
+
+int32_t bitgen_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, struct bitgen_packed_header *header)
+{ return tell_layout(ctx, m, k, 0, BITGEN_SCALE_F32, header); }
+
+int32_t bitgen_group_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+                                   struct bitgen_packed_header *header)
+{ return group ? tell_layout(ctx, m, k, group, scale_type, header) : BITGEN_ERROR_ARGUMENT; }
+
+int32_t bitgen_group_scale_type(const float *scales, int64_t count, int32_t *scale_type)
+{
+    if (!scales || !scale_type) return BITGEN_ERROR_NULL;
+    if (count < 1) return BITGEN_ERROR_SHAPE;
+    uint16_t half;
+    int64_t i = 0;
+    while (i < count && bitgen_is_half(scales[i], &half)) ++i;
+    *scale_type = i == count ? BITGEN_SCALE_F16 : BITGEN_SCALE_F32;
+    return BITGEN_OK;
+}
+
+/* The rows [row_begin, row_end) of (m, k); `weights` has these rows only. */
+static int32_t pack_rows(bitgen_context *ctx, struct bitgen_weights weights, int64_t group, int64_t row_begin,
+                         int64_t row_end, int64_t m, void *packed, size_t bytes)
+{
+    const int32_t scale_type = (int32_t)weights.scale_type;
+    const int64_t k = weights.k;
+    const struct bitgen_layout *layout;
     int32_t code = check_address(packed);
-    if (!code) code = check_shape(m, k);
+    if (!code) code = find_layout(ctx, m, k, group, scale_type, &layout);
     if (code) return code;
-    const struct bitgen_layout *layout = layout_for(ctx, m, k);
-    size_t needed = packed_bytes(layout, m, k);
+    size_t needed = packed_bytes(layout, scale_type, m, k);
     if (bytes < needed) return BITGEN_ERROR_BUFFER_SIZE;
     if (row_begin < 0 || row_begin >= row_end || row_end > m || row_begin % layout->row_block ||
         (row_end < m && row_end % layout->row_block))
@@ -357,13 +410,42 @@ int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin
         memset(packed, 0, HEADER_BYTES);
         memset((uint8_t *)packed + needed - ALIGNMENT, 0, ALIGNMENT);
     }
-    uint8_t *blocks = (uint8_t *)packed + HEADER_BYTES + bitgen_layout_bytes(layout, row_begin, k);
-    code = bitgen_pack_layout(ctx->pool, layout, w, row_end - row_begin, k, blocks);
+    const int64_t before = bitgen_layout_bytes(layout, bitgen_scale_bytes(scale_type), row_begin, k);
+    weights.m = row_end - row_begin;
+    code = bitgen_pack_layout(ctx->pool, layout, &weights, (uint8_t *)packed + HEADER_BYTES + before);
     bitgen_leave(ctx);
     if (code || row_end < m) return code;
-    struct bitgen_packed_header header = header_of(layout, m, k);
+    struct bitgen_packed_header header = header_of(layout, scale_type, m, k);
     memcpy(packed, &header, sizeof header);
     return BITGEN_OK;
+}
+
+int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin, int64_t row_end, int64_t m, int64_t k,
+                         void *packed, size_t bytes)
+{
+    if (!ctx || !w) return BITGEN_ERROR_NULL;
+    const struct bitgen_weights weights = {.w = w, .k = k};
+    return pack_rows(ctx, weights, 0, row_begin, row_end, m, packed, bytes);
+}
+
+int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t row_begin,
+                               int64_t row_end, int64_t m, int64_t k, int64_t group, int32_t scale_type, void *packed,
+                               size_t bytes)
+{
+    if (!ctx || !w || !scales) return BITGEN_ERROR_NULL;
+    if (!group) return BITGEN_ERROR_ARGUMENT;
+    const struct bitgen_weights weights = {.w = w, .scales = scales, .scale_type = scale_type, .k = k};
+    return pack_rows(ctx, weights, group, row_begin, row_end, m, packed, bytes);
+}
+
+int32_t bitgen_pack_groups(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t m, int64_t k,
+                           int64_t group, void *packed, size_t bytes)
+{
+    int32_t scale_type;
+    if (check_shape(m, k)) return BITGEN_ERROR_SHAPE;
+    if (group < 1) return BITGEN_ERROR_ARGUMENT;
+    int32_t code = bitgen_group_scale_type(scales, m * bitgen_groups(k, group), &scale_type);
+    return code ? code : bitgen_pack_group_rows(ctx, w, scales, 0, m, m, k, group, scale_type, packed, bytes);
 }
 
 int32_t bitgen_pack(bitgen_context *ctx, const int8_t *w, int64_t m, int64_t k, void *packed, size_t bytes)
@@ -376,7 +458,7 @@ int32_t bitgen_check_packed(const bitgen_context *ctx, const void *packed, size_
     if (bytes < HEADER_BYTES) return BITGEN_ERROR_BUFFER_SIZE;
     int32_t code = check_weights(packed, m, k, &layout);
     if (code) return code;
-    return bytes < packed_bytes(layout, m, k) ? BITGEN_ERROR_BUFFER_SIZE : BITGEN_OK;
+    return bytes < ((const struct bitgen_packed_header *)packed)->bytes ? BITGEN_ERROR_BUFFER_SIZE : BITGEN_OK;
 }
 
 /* --- multiplication --- */
@@ -404,23 +486,30 @@ int32_t bitgen_choose_kernel(const struct bitgen_context *ctx, const void *packe
     return code;
 }
 
-/* The part that bitgen_matmul and bitgen_accumulate share; `call` has its inputs and outputs. */
-static int32_t multiply(bitgen_context *ctx, const void *packed, struct bitgen_call *call)
+/* Scales of groups lie among the weights and take no others; `call` has its kernel, and w_scale as it was given. */
+static int32_t place_scales(const void *packed, struct bitgen_call *call, int64_t w_scale_count)
 {
-    int32_t code = bitgen_choose_kernel(ctx, packed, call->m, call->k, call->n, &call->kernel);
-    if (code) return code;
-    call->w = (const uint8_t *)packed + HEADER_BYTES;
-    return bitgen_run(ctx, call);
+    if (call->kernel->group) {
+        if (call->w_scale || w_scale_count) return BITGEN_ERROR_SCALE_COUNT;
+        call->w_scale_stride = bitgen_scale_bytes(((const struct bitgen_packed_header *)packed)->scale_type);
+        return BITGEN_OK;
+    }
+    if (!call->w_scale) return BITGEN_ERROR_NULL;
+    if (w_scale_count != 1 && w_scale_count != call->m) return BITGEN_ERROR_SCALE_COUNT;
+    call->w_scale_stride = w_scale_count > 1;
+    return BITGEN_OK;
 }
 
 int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
                       const float *x, int64_t n, int64_t m, int64_t k, float *y)
 {
-    if (!ctx || !w_scale || !x || !y) return BITGEN_ERROR_NULL;
-    if (w_scale_count != 1 && w_scale_count != m) return BITGEN_ERROR_SCALE_COUNT;
-    struct bitgen_call call = {
-        .w_scale = w_scale, .w_scale_stride = w_scale_count > 1, .x = x, .y = y, .m = m, .k = k, .n = n};
-    return multiply(ctx, packed, &call);
+    if (!ctx || !x || !y) return BITGEN_ERROR_NULL;
+    struct bitgen_call call = {.w_scale = w_scale, .x = x, .y = y, .m = m, .k = k, .n = n};
+    int32_t code = bitgen_choose_kernel(ctx, packed, m, k, n, &call.kernel);
+    if (!code) code = place_scales(packed, &call, w_scale_count);
+    if (code) return code;
+    call.w = (const uint8_t *)packed + HEADER_BYTES;
+    return bitgen_run(ctx, &call);
 }
 
 int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n, int64_t m, int64_t k,
@@ -428,7 +517,11 @@ int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t 
 {
     if (!ctx || !xq || !acc) return BITGEN_ERROR_NULL;
     struct bitgen_call call = {.xq = xq, .acc = acc, .m = m, .k = k, .n = n};
-    return multiply(ctx, packed, &call);
+    int32_t code = bitgen_choose_kernel(ctx, packed, m, k, n, &call.kernel);
+    if (code) return code;
+    if (call.kernel->group) return BITGEN_ERROR_GROUPS;
+    call.w = (const uint8_t *)packed + HEADER_BYTES;
+    return bitgen_run(ctx, &call);
 }
 
 struct quantizing {

@@ -99,17 +99,39 @@ static const struct {
 struct packing {
     const struct bitgen_layout *layout;
     pack_cell *pack;
-    const int8_t *w;
-    int64_t m, k;
+    const struct bitgen_weights *weights;
     uint8_t *blocks;
-    _Atomic int32_t not_ternary;
+    _Atomic int32_t not_ternary, bad_scales;
 };
 
-static int64_t block_bytes(const struct bitgen_layout *layout, int64_t k)
-{ return layout->row_block / ROWS * (ceil_div(k, layout->k_chunk) * layout->chunk_bytes + layout->trailer_bytes); }
+static int64_t block_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t k)
+{
+    int64_t chunks = ceil_div(k, layout->k_chunk) * layout->chunk_bytes + layout->trailer_bytes;
+    int64_t groups = bitgen_groups(k, layout->group) * (layout->group_bytes + ROWS * scale_bytes);
+    return layout->row_block / ROWS * (layout->group ? groups : chunks);
+}
 
-int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t m, int64_t k)
-{ return ceil_div(m, layout->row_block) * block_bytes(layout, k); }
+int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t m, int64_t k)
+{ return ceil_div(m, layout->row_block) * block_bytes(layout, scale_bytes, k); }
+
+int bitgen_is_half(float value, uint16_t *half)
+{
+    uint32_t bits, rest;
+    memcpy(&bits, &value, 4);
+    const uint32_t magnitude = bits & 0x7fffffff, exponent = magnitude >> 23,
+                   fraction = (magnitude & 0x7fffff) | 0x800000;
+    *half = (uint16_t)(bits >> 16 & 0x8000);
+    if (magnitude == 0) return 1;
+    if (exponent < 127 - 24 || exponent > 127 + 15) return 0;
+    if (exponent > 127 - 15) { /* a normal number: the fraction has 10 bits */
+        *half |= (uint16_t)((exponent - 112) << 10 | (magnitude >> 13 & 0x3ff));
+        rest = fraction & 0x1fff;
+    } else { /* a multiple of 2^-24 */
+        *half |= (uint16_t)(fraction >> (126 - exponent));
+        rest = fraction & ((1u << (126 - exponent)) - 1);
+    }
+    return !rest;
+}
 
 /* Four weights to codes, byte by byte in one word. Where one is not -1, 0 or 1: zero weights, and *bad. */
 static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
@@ -128,11 +150,12 @@ static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
  * the matrix has none. */
 static void gather(const struct packing *p, int64_t row, int64_t column, uint8_t *codes, uint32_t *bad)
 {
-    int64_t width = p->layout->k_chunk, columns = p->k - column < width ? p->k - column : width;
+    const struct bitgen_weights *from = p->weights;
+    int64_t width = p->layout->k_chunk, columns = from->k - column < width ? from->k - column : width;
     for (int64_t r = 0; r < ROWS; ++r, codes += width) {
         int64_t i = 0;
-        if (row + r < p->m) {
-            const int8_t *w = p->w + (row + r) * p->k + column;
+        if (row + r < from->m) {
+            const int8_t *w = from->w + (row + r) * from->k + column;
             for (; i + 4 <= columns; i += 4) encode(w + i, codes + i, bad);
             if (i < columns) {
                 int8_t rest[4] = {0};
@@ -145,36 +168,87 @@ static void gather(const struct packing *p, int64_t row, int64_t column, uint8_t
     }
 }
 
+/* The scales of rows row .. row + 15 and a group: 0 where the matrix has no such row. Returns 1 where one is not finite,
+ * or no half float where it must be one. */
+static int32_t pack_scales(const struct bitgen_weights *from, int64_t row, int64_t g, int64_t groups, uint8_t *cell)
+{
+    int32_t bad = 0;
+    for (int64_t r = row; r < row + ROWS; ++r) {
+        const float scale = r < from->m ? from->scales[r * groups + g] : 0.0f;
+        const int half = from->scale_type == BITGEN_SCALE_F16;
+        uint16_t bits = 0;
+        bad |= !(scale - scale == 0.0f) || (half && !bitgen_is_half(scale, &bits));
+        if (half) memcpy(cell + 2 * (r - row), &bits, 2);
+        else memcpy(cell + 4 * (r - row), &scale, 4);
+    }
+    return bad;
+}
+
+/* One row block of weights in groups: of each the chunks of its sub-blocks, then their scales. */
+static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint32_t *bad)
+{
+    const struct bitgen_layout *layout = p->layout;
+    const struct bitgen_weights *from = p->weights;
+    const int64_t subs = layout->row_block / ROWS, groups = bitgen_groups(from->k, layout->group);
+    const int64_t scale_bytes = bitgen_scale_bytes(from->scale_type), row = block * layout->row_block;
+    int32_t bad_scales = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = g * layout->group;
+        for (int64_t column = first; column < first + layout->group; column += layout->k_chunk)
+            for (int64_t sub = 0; sub < subs; ++sub, cell += layout->chunk_bytes) {
+                uint8_t codes[ROWS * K_CHUNK_MAX];
+                int32_t trailer[ROWS];
+                gather(p, row + sub * ROWS, column, codes, bad);
+                p->pack(codes, cell, trailer, sub);
+            }
+        for (int64_t sub = 0; sub < subs; ++sub, cell += ROWS * scale_bytes)
+            bad_scales |= pack_scales(from, row + sub * ROWS, g, groups, cell);
+    }
+    return bad_scales;
+}
+
+/* One row block whose scales lie outside: its chunks, then the trailers of its sub-blocks. */
+static void pack_block(struct packing *p, int64_t block, int64_t bytes, uint32_t *bad)
+{
+    const struct bitgen_layout *layout = p->layout;
+    const int64_t subs = layout->row_block / ROWS, k = p->weights->k;
+    for (int64_t sub = 0; sub < subs; ++sub) {
+        uint8_t *cell = p->blocks + block * bytes + sub * layout->chunk_bytes;
+        int64_t row = block * layout->row_block + sub * ROWS;
+        int32_t trailer[ROWS] = {0};
+        for (int64_t column = 0; column < k; column += layout->k_chunk, cell += subs * layout->chunk_bytes) {
+            uint8_t codes[ROWS * K_CHUNK_MAX];
+            gather(p, row, column, codes, bad);
+            p->pack(codes, cell, trailer, sub);
+        }
+        uint8_t *end_of_chunks = p->blocks + (block + 1) * bytes - subs * layout->trailer_bytes;
+        if (layout->trailer_bytes) memcpy(end_of_chunks + sub * layout->trailer_bytes, trailer, sizeof trailer);
+    }
+}
+
 static void pack_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct packing *p = arg;
-    const struct bitgen_layout *layout = p->layout;
-    int64_t bytes = block_bytes(layout, p->k), subs = layout->row_block / ROWS;
+    const int64_t bytes = block_bytes(p->layout, bitgen_scale_bytes(p->weights->scale_type), p->weights->k);
     uint32_t bad = 0;
+    int32_t bad_scales = 0;
     (void)worker;
-    for (int64_t block = begin; block < end; ++block)
-        for (int64_t sub = 0; sub < subs; ++sub) {
-            uint8_t *cell = p->blocks + block * bytes + sub * layout->chunk_bytes;
-            int64_t row = block * layout->row_block + sub * ROWS;
-            int32_t trailer[ROWS] = {0};
-            for (int64_t column = 0; column < p->k; column += layout->k_chunk, cell += subs * layout->chunk_bytes) {
-                uint8_t codes[ROWS * K_CHUNK_MAX];
-                gather(p, row, column, codes, &bad);
-                p->pack(codes, cell, trailer, sub);
-            }
-            uint8_t *end_of_chunks = p->blocks + (block + 1) * bytes - subs * layout->trailer_bytes;
-            if (layout->trailer_bytes) memcpy(end_of_chunks + sub * layout->trailer_bytes, trailer, sizeof trailer);
-        }
+    for (int64_t block = begin; block < end; ++block) {
+        if (p->layout->group) bad_scales |= pack_groups(p, block, p->blocks + block * bytes, &bad);
+        else pack_block(p, block, bytes, &bad);
+    }
     if (bad) atomic_store_explicit(&p->not_ternary, 1, memory_order_relaxed);
+    if (bad_scales) atomic_store_explicit(&p->bad_scales, 1, memory_order_relaxed);
 }
 
-int32_t bitgen_pack_layout(struct bitgen_pool *pool, const struct bitgen_layout *layout, const int8_t *w, int64_t m,
-                           int64_t k, uint8_t *blocks)
+int32_t bitgen_pack_layout(struct bitgen_pool *pool, const struct bitgen_layout *layout,
+                           const struct bitgen_weights *weights, uint8_t *blocks)
 {
-    struct packing p = {.layout = layout, .w = w, .m = m, .k = k, .blocks = blocks};
+    struct packing p = {.layout = layout, .weights = weights, .blocks = blocks};
     for (size_t i = 0; i < sizeof packers / sizeof *packers; ++i)
         if (!strcmp(packers[i].family, layout->family)) p.pack = packers[i].pack;
-    int64_t items = ceil_div(m, layout->row_block);
-    bitgen_pool_run(pool, pack_body, &p, items, 1 + (1 << 16) / (layout->row_block * k));
+    int64_t items = ceil_div(weights->m, layout->row_block);
+    bitgen_pool_run(pool, pack_body, &p, items, 1 + (1 << 16) / (layout->row_block * weights->k));
+    if (atomic_load_explicit(&p.bad_scales, memory_order_relaxed)) return BITGEN_ERROR_SCALES;
     return atomic_load_explicit(&p.not_ternary, memory_order_relaxed) ? BITGEN_ERROR_NOT_TERNARY : BITGEN_OK;
 }

@@ -35,6 +35,23 @@ int64_t bitgen_x_stride(int64_t k)
     return stride % 2048 ? stride : stride + BITGEN_X_ALIGN;
 }
 
+int64_t bitgen_row_stride(int64_t k, int64_t group)
+{ return bitgen_x_stride(group ? bitgen_groups(k, group) * group : k); }
+
+int32_t bitgen_quantize_row(bitgen_quantizer *quantize, const float *x, int64_t k, int64_t group, int64_t stride,
+                            int8_t *xq, float *x_scale, int32_t *x_sum)
+{
+    if (!group) return quantize(x, k, stride, xq, x_scale, x_sum);
+    const int64_t groups = bitgen_groups(k, group);
+    int32_t found = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = g * group;
+        found |= quantize(x + at, min64(group, k - at), group, xq + at, x_scale + g, x_sum + g);
+    }
+    memset(xq + groups * group, 0, (size_t)(stride - groups * group));
+    return found;
+}
+
 int32_t bitgen_reserve(struct bitgen_buffer *buffer, int64_t bytes)
 {
     if (bytes <= buffer->bytes) return BITGEN_OK;
@@ -107,11 +124,14 @@ static void activations_body(void *arg, int32_t worker, int64_t begin, int64_t e
     struct batch *batch = arg;
     const struct bitgen_matmul *a = &batch->a;
     (void)worker;
+    const int64_t group = batch->kernel->group, groups = bitgen_groups(a->k, group);
     for (int64_t t = begin; t < end; ++t) {
         int8_t *xq = (int8_t *)a->x + t * a->x_stride;
-        int32_t *x_sum = (int32_t *)a->x_sum + t;
+        int32_t *x_sum = (int32_t *)a->x_sum + t * groups;
+        float *x_scale = (float *)a->x_scale + t * groups;
+        const float *x = batch->x ? batch->x + t * a->k : NULL;
         if (batch->xq) copy_token(batch->xq + t * a->k, a->k, a->x_stride, xq, x_sum);
-        else if (batch->kernel->quantize(batch->x + t * a->k, a->k, a->x_stride, xq, (float *)a->x_scale + t, x_sum))
+        else if (bitgen_quantize_row(batch->kernel->quantize, x, a->k, group, a->x_stride, xq, x_scale, x_sum))
             atomic_store_explicit(&batch->not_finite, 1, memory_order_relaxed);
     }
 }
@@ -135,16 +155,17 @@ static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     const struct batch *batch = arg;
     struct bitgen_matmul a = batch->a;
+    const int64_t groups = bitgen_groups(a.k, batch->kernel->group);
     a.scratch = batch->scratch + worker * batch->scratch_stride;
     /* Items run through the rows of the first token group, then of the next: a claim may reach into another. */
     while (begin < end) {
-        int64_t group = begin / batch->row_items, first = begin % batch->row_items;
+        int64_t part = begin / batch->row_items, first = begin % batch->row_items;
         int64_t count = min64(end - begin, batch->row_items - first);
-        int64_t token = group * batch->token_item;
+        int64_t token = part * batch->token_item;
         a.n = min64(batch->token_item, batch->a.n - token);
         a.x = batch->a.x + token * a.x_stride;
-        a.x_sum = batch->a.x_sum + token;
-        a.x_scale = batch->a.x_scale + token;
+        a.x_sum = batch->a.x_sum + token * groups;
+        a.x_scale = batch->a.x_scale + token * groups;
         if (batch->a.tables) a.tables = batch->a.tables + token * a.table_stride;
         if (batch->a.acc) a.acc = batch->a.acc + token * a.out_stride;
         if (batch->a.y) a.y = batch->a.y + token * a.out_stride;
@@ -163,9 +184,9 @@ static int64_t table_stride(const struct bitgen_kernel *kernel, int64_t k)
 static int32_t reserve_work(struct bitgen_context *ctx, const struct bitgen_call *call, int64_t n,
                             int64_t scratch_stride)
 {
-    int64_t k = call->k, own = call->rows ? 0 : n;
-    if (bitgen_reserve(&ctx->x, own * bitgen_x_stride(k)) || bitgen_reserve(&ctx->x_sum, own * 4) ||
-        bitgen_reserve(&ctx->x_scale, own * 4) || bitgen_reserve(&ctx->tables, n * table_stride(call->kernel, k)) ||
+    int64_t k = call->k, group = call->kernel->group, own = call->rows ? 0 : n, scales = own * bitgen_groups(k, group);
+    if (bitgen_reserve(&ctx->x, own * bitgen_row_stride(k, group)) || bitgen_reserve(&ctx->x_sum, scales * 4) ||
+        bitgen_reserve(&ctx->x_scale, scales * 4) || bitgen_reserve(&ctx->tables, n * table_stride(call->kernel, k)) ||
         bitgen_reserve(&ctx->scratch, ctx->threads * scratch_stride))
         return BITGEN_ERROR_MEMORY;
     return BITGEN_OK;
@@ -207,7 +228,7 @@ static int32_t run_batch(struct bitgen_context *ctx, const struct bitgen_call *c
                          int64_t scratch_stride)
 {
     const struct bitgen_kernel *kernel = call->kernel;
-    int64_t stride = bitgen_x_stride(call->k);
+    int64_t stride = bitgen_row_stride(call->k, kernel->group), groups = bitgen_groups(call->k, kernel->group);
     struct batch batch = {
         .kernel = kernel,
         .x = call->x ? call->x + begin * call->k : NULL,
@@ -218,9 +239,9 @@ static int32_t run_batch(struct bitgen_context *ctx, const struct bitgen_call *c
             {
                 .w = call->w,
                 .x = call->rows ? call->rows + begin * stride : ctx->x.data,
-                .x_sum = call->rows ? call->x_sum + begin : ctx->x_sum.data,
+                .x_sum = call->rows ? call->x_sum + begin * groups : ctx->x_sum.data,
                 .tables = kernel->table_bytes ? ctx->tables.data : NULL,
-                .x_scale = call->rows ? call->x_scale + begin : ctx->x_scale.data,
+                .x_scale = call->rows ? call->x_scale + begin * groups : ctx->x_scale.data,
                 .w_scale = call->w_scale,
                 .acc = call->acc ? call->acc + begin * call->m : NULL,
                 .y = call->y ? call->y + begin * call->m : NULL,
@@ -243,7 +264,7 @@ static int32_t run_batch(struct bitgen_context *ctx, const struct bitgen_call *c
 int32_t bitgen_run_entered(struct bitgen_context *ctx, const struct bitgen_call *call)
 {
     const struct bitgen_kernel *kernel = call->kernel;
-    int64_t token_bytes = bitgen_x_stride(call->k) + table_stride(kernel, call->k);
+    int64_t token_bytes = bitgen_row_stride(call->k, kernel->group) + table_stride(kernel, call->k);
     int64_t batches = ceil_div(call->n, max64(BATCH_MIN, BATCH_BYTES / token_bytes));
     int64_t largest = ceil_div(call->n, batches);
     int64_t scratch_stride = ceil_div(kernel->scratch(call->m, call->k, largest), 64) * 64;

@@ -142,6 +142,7 @@ static int32_t prepare(struct step *s, const struct bitgen_matrix *matrix, int64
     if (matrix->scale_count != 1 && matrix->scale_count != m) return BITGEN_ERROR_SCALE_COUNT;
     int32_t code = bitgen_choose_kernel(s->ctx, matrix->packed, m, k, s->n, &s->kernel);
     if (code) return code;
+    if (s->kernel->group != matrix->group) return BITGEN_ERROR_MODEL;
     const struct bitgen_packed_header *header = matrix->packed;
     bitgen_pool_ahead(s->ctx->pool, header + 1, (int64_t)header->bytes - HEADER_BYTES);
     return BITGEN_OK;

@@ -10,6 +10,7 @@ struct bitgen_layout {
     const char *family;
     int32_t row_block, k_chunk;         /* rows and columns of a block's chunk */
     int32_t chunk_bytes, trailer_bytes; /* of 16 rows */
+    int32_t group, group_bytes;         /* weights along k that share a scale, and their codes of 16 rows; 0: none do */
 };
 
 /* A kernel and the shape and number of threads it was tuned for; 0 0 0: it serves every shape. */
@@ -78,13 +79,28 @@ int32_t bitgen_sve_bytes(void);
 /* Physical cores this process may use: within its affinity and its control group's quota, at least 1 (cores.c). */
 int32_t bitgen_usable_cores(void);
 
-/* Bytes of packed weights of (m, k) without the header (pack.c). */
-int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t m, int64_t k);
+/* Bytes of packed weights of (m, k) without the header; scale_bytes: of a group's scale of a row (pack.c). */
+int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t m, int64_t k);
 
 /* Checks packed weights of (m, k) and chooses the kernel that multiplies them with n tokens (library.c). */
 int32_t bitgen_choose_kernel(const struct bitgen_context *ctx, const void *packed, int64_t m, int64_t k, int64_t n,
                              const struct bitgen_kernel **kernel);
 
-/* Packs w (m, k) into `blocks`, on the threads of the pool: BITGEN_OK or BITGEN_ERROR_NOT_TERNARY (pack.c). */
-int32_t bitgen_pack_layout(struct bitgen_pool *pool, const struct bitgen_layout *layout, const int8_t *w, int64_t m,
-                           int64_t k, uint8_t *blocks);
+/* Bytes of a scale among weights in groups, of an enum bitgen_scale_type. */
+static inline int64_t bitgen_scale_bytes(int64_t scale_type) { return scale_type == BITGEN_SCALE_F16 ? 2 : 4; }
+
+/* Whether a float is a half float, whose bits go to *half (pack.c). */
+int bitgen_is_half(float value, uint16_t *half);
+
+/* Weights (m, k), and with groups their scales (m, groups) and how they are stored. */
+struct bitgen_weights {
+    const int8_t *w;
+    const float *scales;
+    int64_t scale_type; /* of enum bitgen_scale_type */
+    int64_t m, k;
+};
+
+/* Packs weights into `blocks`, on the threads of the pool: BITGEN_OK, BITGEN_ERROR_NOT_TERNARY or BITGEN_ERROR_SCALES
+ * (pack.c). */
+int32_t bitgen_pack_layout(struct bitgen_pool *pool, const struct bitgen_layout *layout,
+                           const struct bitgen_weights *weights, uint8_t *blocks);

@@ -15,11 +15,13 @@ from functools import cached_property
 from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.errors import BitgenError, UnsupportedError
+from bitgen.families.base import GROUPS
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
-from bitgen.spec import REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
+from bitgen.spec import LARGE, REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
+COMMON_GROUP = 128  # of weights in groups: every library has kernels of its ISA level for these
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
 BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 
@@ -117,6 +119,12 @@ class Contents:
     def specs(self) -> tuple[KernelSpec, ...]:
         return tuple(dict.fromkeys(entry.spec for entry in self.entries))
 
+    @property
+    def any_n(self) -> frozenset[KernelSpec]:
+        """Kernels for many tokens that serve fewer too: the portable ones of weights in groups."""
+        portable = (entry.spec for entry in self.entries if entry.role == PORTABLE and not entry.shape)
+        return frozenset(spec for spec in portable if spec.layout.group and spec.regime == LARGE.name)
+
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
         return tuple(dict.fromkeys(spec.layout for spec in self.specs))
@@ -177,6 +185,7 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     generic = [choice.spec.layout for choice in choices if choice.shape is None]
     layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT])
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
+    layouts |= dict.fromkeys([replace(DEFAULT_LAYOUT, group=COMMON_GROUP)])
     entries = [choice for choice in choices if choice.shape]
     entries += [choice for choice in choices if not choice.shape]
     for isa, role in (*((isa, DEFAULT) for isa in target.levels), (target.scalar, PORTABLE)):
@@ -184,7 +193,13 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
             KernelEntry(_default_spec(layout, regime.name, isa, target, choices), role=role)
             for layout in layouts
             for regime in REGIMES
+            if role != PORTABLE or not layout.group
         ]
+    # One portable kernel serves every n of weights in groups: what is slow need not make libraries large.
+    grouped = [layout for layout in layouts if layout.group]
+    for layout in dict.fromkeys([*grouped, *(replace(DEFAULT_LAYOUT, group=group) for group in GROUPS)]):
+        spec = _default_spec(layout, LARGE.name, target.scalar, target, choices)
+        entries.append(KernelEntry(spec, role=PORTABLE))
     if target.universal:
         order = [isa.name for isa in (*target.levels, target.scalar)]
         entries.sort(key=lambda entry: order.index(entry.spec.isa))
@@ -196,7 +211,7 @@ def _default_spec(
     layout: Layout, regime: str, isa: Isa, target: Target, choices: Sequence[KernelEntry]
 ) -> KernelSpec:
     """A kernel for every shape of a layout: the space's default, else the first legal point that reads it."""
-    space = space_for(layout.family, isa, regime_named(regime), _ANY_SHAPE, target.cpu_of(isa))
+    space = space_for(layout.family, isa, regime_named(regime), _ANY_SHAPE, target.cpu_of(isa), layout.group)
     default = replace(space.default, layout=layout)
     if not space.broken(default):
         return default

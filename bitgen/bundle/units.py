@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from bitgen import __version__
 from bitgen.bundle.contents import Contents
 from bitgen.cpu import cap_rows
 from bitgen.hostcode import kernel_unit, library_units, row_grain, step_headers
-from bitgen.spec import FAMILIES, REGIMES, KernelSpec, regime_named
+from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, regime_named
 from bitgen.toolchain import Prototype, Unit
 
 
@@ -36,7 +36,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
         "version": __version__,
         "tuned": {"threads": contents.threads, "cores": contents.cores},
         "prototypes": [prototype for source in contents.sources for prototype in source.prototypes],
-        "layouts": [{"family": FAMILIES[lay.family], "row_block": lay.row_block} for lay in layouts],
+        "layouts": [_layout_values(layout) for layout in layouts],
         "required": sum(bit[f] for f in contents.required),
         "isas": [
             {
@@ -56,7 +56,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
             }
             for row in cap_rows(contents.target.cpu.arch, contents.target.isas)
         ],
-        "kernels": [_kernel_values(spec, isa_names) for spec in specs],
+        "kernels": [_kernel_values(spec, isa_names, contents.any_n) for spec in specs],
         "steps": [
             {
                 "isa": step.isa,
@@ -78,7 +78,18 @@ def table_values(contents: Contents) -> dict[str, Any]:
     }
 
 
-def _kernel_values(spec: KernelSpec, isa_names: Sequence[str]) -> dict[str, Any]:
+def _layout_values(layout: Layout) -> dict[str, Any]:
+    family = FAMILIES[layout.family]
+    group_bytes = family.group_bytes(layout.group) if layout.group else 0
+    return {
+        "family": family,
+        "row_block": layout.row_block,
+        "group": layout.group,
+        "group_bytes": group_bytes,
+    }
+
+
+def _kernel_values(spec: KernelSpec, isa_names: Sequence[str], any_n: Set[KernelSpec]) -> dict[str, Any]:
     tables = spec.tables_prototype
     regime = regime_named(spec.regime)
     return {
@@ -86,6 +97,7 @@ def _kernel_values(spec: KernelSpec, isa_names: Sequence[str]) -> dict[str, Any]
         "family": FAMILIES[spec.family],
         "isa_id": isa_names.index(spec.isa),
         "regime": regime,
+        "n_min": 1 if spec in any_n else regime.n_min,
         "regime_id": REGIMES.index(regime),
         "table_bytes": spec.table_bytes,
         "row_grain": row_grain(spec),

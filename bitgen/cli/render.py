@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regime", default="n1", help="n1, small (2..16 tokens) or large (17 and more); default n1"
     )
     parser.add_argument("--row-block", type=int, help="rows of a row block of the layout: 16 or 32")
+    parser.add_argument(
+        "--group",
+        type=int,
+        default=0,
+        help="weights along k that share a scale: 32, 64, 128 or 256 (default: scales lie outside)",
+    )
     parser.add_argument("--algorithm", help="direct, panel, ... (default: that of the default schedule)")
     parser.add_argument(
         "--knob",
@@ -31,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from bitgen.api import legal_space, render_source
 
     if args.list:
-        space = legal_space(args.family, isa=args.isa, shape=args.shape, regime=args.regime)
+        space = legal_space(args.family, isa=args.isa, shape=args.shape, regime=args.regime, group=args.group)
         for spec in space:
             print(f"{spec.layout.name} {spec.schedule.name}{'  (default)' if spec == space.default else ''}")
         return
@@ -44,5 +50,6 @@ def run(args: argparse.Namespace) -> None:
         algorithm=args.algorithm,
         knobs=args.knob,
         model=args.model,
+        group=args.group,
     )
     print(source.text, end="")

@@ -15,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inherited", action="store_true", help="also kernels with the text of their level's parent"
     )
+    parser.add_argument(
+        "--group", type=int, default=0, help="kernels of weights with a scale for each 32, 64, 128 or 256"
+    )
     add_compiler(parser)
 
 
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
             inherit=not args.inherited,
             cc=args.cc,
             progress=line.show,
+            group=args.group,
         )
     for failed in counts.failures:
         print(f"{failed.spec.name}: {failed.status.value}: {failed.detail}")

@@ -65,6 +65,7 @@ class Multiply(Algorithm):
     ``first``: by capabilities the default's knobs for one token; ``ahead``: its prefetch distance.
     """
 
+    grouped: ClassVar[bool] = True
     first: SmallTable = field(default=(), compare=False)
     ahead: int = 0
 
@@ -224,6 +225,11 @@ class Lookup(Algorithm):
 @dataclass(frozen=True)
 class Panel(Algorithm):
     """Rows are unpacked to bytes that serve every token."""
+
+    grouped: ClassVar[bool] = True
+
+    def turns(self, family: Family, group: int) -> int:
+        return group // 4
 
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         if regime is N1:

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.cpu import Isa
+from bitgen.errors import UsageError
 from bitgen.shapes import Regime
 
 Bytes = NDArray[np.uint8]
@@ -21,7 +23,7 @@ Check = tuple[str, Callable[[Knobs, int], bool]]  # what is told when a schedule
 
 X_MIN, X_MAX = -128, 127  # int8 activations
 INT16_MIN, INT16_MAX = -32768, 32767
-GROUPS = (16, 32, 64, 128, 256)  # lengths along k that may share a scale
+GROUPS = (32, 64, 128, 256)  # weights along k that may share a scale
 
 # Values a knob may have at all; an algorithm narrows some. Counts multiply the code of a kernel; sizes
 # (bytes, rows, columns, steps) end far above every useful value.
@@ -70,8 +72,11 @@ class Algorithm(ABC):
     """A way to multiply: its knobs on an ISA level, and what a schedule of it needs.
 
     ``table_bytes``: of the lookup tables it reads for one token and one chunk; 0: it multiplies.
-    ``constants``: names for the template that builds those tables.
+    ``constants``: names for the template that builds those tables. ``grouped``: it also multiplies weights
+    with a scale for each group.
     """
+
+    grouped: ClassVar[bool] = False
 
     name: str
     table_bytes: int = 0
@@ -98,6 +103,10 @@ class Algorithm(ABC):
         """What the values of a schedule must be together, beside what holds for every algorithm."""
         del family, isa, axes
         return iter(())
+
+    def turns(self, family: Family, group: int) -> int:
+        """Turns of the inner loop that a group takes: the most that ``widen_every`` can be there."""
+        return group // family.k_chunk
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
         """The int16 partial sums of a schedule; None when every product goes to int32 at once."""
@@ -209,7 +218,26 @@ class Family:
     @property
     def groups(self) -> tuple[int, ...]:
         """Of `GROUPS` the lengths that are whole chunks: where scales of groups can lie behind them."""
+        if not self.algorithms[0].grouped:  # its own: one token needs it
+            return ()
         return tuple(length for length in GROUPS if length % self.k_chunk == 0)
+
+    def require_group(self, group: int) -> None:
+        """UsageError with the reason where no layout of it has a scale for each ``group`` weights."""
+        if group in self.groups:
+            return
+        if self.groups:
+            known = told(self.groups)
+            raise UsageError(f"{self.title} has scales for groups of {known} weights, not {group}")
+        whole = any(length % self.k_chunk == 0 for length in GROUPS)
+        why = (
+            "it adds sums of int16 over all of k" if whole else f"no group is whole chunks of {self.k_chunk}"
+        )
+        raise UsageError(f"{self.title} has no layout with scales for groups of weights: {why}")
+
+    def group_bytes(self, group: int) -> int:
+        """Bytes of the codes of 16 rows and a group."""
+        return group // self.k_chunk * self.chunk_bytes
 
 
 def told(values: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bitgen.measure.guarded import Guarded, guarded_copy
 from bitgen.measure.harness import Harness
-from bitgen.reference import pack, scale_output, ternary_matmul
+from bitgen.reference import group_sums, pack, scale_groups, scale_output, ternary_matmul
 from bitgen.spec import K_MAX, LARGE, N1, SMALL, Layout, Shape, ceil_to, family_named, x_stride
 
 Int8 = NDArray[np.int8]
@@ -213,8 +213,11 @@ class Checks:
     def _fill(self, call: Any, case: Case) -> None:
         m, k, n = case.shape.m, case.shape.k, case.n
         a = call.call
-        a.m, a.k, a.n, a.x_stride = m, k, n, x_stride(k)
+        a.m, a.k, a.n, a.x_stride = m, k, n, x_stride(self._layout.columns(k))
         a.out_stride = m if case.floats else m + 3  # three columns nobody may write
+        if self._layout.group:
+            self._fill_groups(call, case)
+            return
         a.w_scale_stride = n % 2  # a scale a row, and one for the tensor
         w_name, x_name = (_input_name(case, part) for part in (0, 1))
         a.w = self._input(
@@ -229,7 +232,38 @@ class Checks:
         what = ("y" if case.floats else "acc", case.name, m, k, n)
         call.expected = self._input("const void *", what, lambda: _expected(case))
         call.floats = case.floats
-        half = -(-m // self._layout.row_block) // 2 * self._layout.row_block
+        self._split(call, case)
+
+    def _fill_groups(self, call: Any, case: Case) -> None:
+        """Weights in groups give floats only: scales of 1 show the integers, while those are below 2^24."""
+        layout, a, (m, k, n) = self._layout, call.call, (case.shape.m, case.shape.k, case.n)
+        half = n % 2 == 1  # half floats among the weights, and floats
+        a.w_scale_stride = 2 if half else 4
+        w_name, x_name = (_input_name(case, part) for part in (0, 1))
+        weights = ("w", w_name, m, k, case.floats, half)
+        a.w = self._input(
+            "const uint8_t *",
+            weights,
+            lambda: pack(layout, case_weights(case), _group_scales(layout, case, half), half=half),
+            64,
+        )
+        columns = layout.columns(k)
+        a.x = self._input(
+            "const int8_t *", ("x", x_name, n, k), lambda: _padded(case_activations(case), columns), 64
+        )
+        a.x_sum = self._input(
+            "const int32_t *", ("sum", x_name, n, k), lambda: group_sums(case_activations(case), layout.group)
+        )
+        a.x_scale = self._input(
+            "const float *", ("xs", n, k, case.floats), lambda: _token_scales(layout, case)
+        )
+        what = ("y", case.name, m, k, n, case.floats)
+        call.expected = self._input("const void *", what, lambda: _expected_groups(layout, case, half))
+        call.floats = True
+        self._split(call, case)
+
+    def _split(self, call: Any, case: Case) -> None:
+        half = -(-case.shape.m // self._layout.row_block) // 2 * self._layout.row_block
         call.split = half if case.split else 0
 
     def _input(
@@ -253,9 +287,9 @@ def _input_name(case: Case, part: int) -> object:
     return EDGES[case.name][part] if case.name in EDGES else case.name
 
 
-def _padded(xq: Int8) -> Int8:
+def _padded(xq: Int8, columns: int = 0) -> Int8:
     n, k = xq.shape
-    padded = np.zeros((n, x_stride(k)), np.int8)
+    padded = np.zeros((n, x_stride(max(k, columns))), np.int8)
     padded[:, :k] = xq
     return padded
 
@@ -267,6 +301,26 @@ def _sums(xq: Int8) -> NDArray[np.int32]:
 
 def _scales(count: int) -> NDArray[np.float32]:
     return _rng(count).uniform(0.001, 0.1, count).astype(np.float32)
+
+
+def _group_scales(layout: Layout, case: Case, half: bool) -> NDArray[np.float32]:
+    """Scales (m, groups) of a case, half floats or not: its random ones, or ones."""
+    shape = (case.shape.m, layout.groups(case.shape.k))
+    if not case.floats:
+        return np.ones(shape, np.float32)
+    scales = _scales(shape[0] * shape[1]).reshape(shape)
+    return scales.astype(np.float16).astype(np.float32) if half else scales
+
+
+def _token_scales(layout: Layout, case: Case) -> NDArray[np.float32]:
+    """The same of the activations, (n, groups)."""
+    shape = (case.n, layout.groups(case.shape.k))
+    return _scales(shape[0] * shape[1]).reshape(shape) if case.floats else np.ones(shape, np.float32)
+
+
+def _expected_groups(layout: Layout, case: Case, half: bool) -> NDArray[np.float32]:
+    x_scale, w_scale = _token_scales(layout, case), _group_scales(layout, case, half)
+    return scale_groups(case_activations(case), case_weights(case), x_scale, w_scale, layout.group)
 
 
 def _expected(case: Case) -> NDArray[Any]:

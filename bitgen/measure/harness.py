@@ -63,10 +63,11 @@ class Functions:
     scaled: bool = False
     tile_registers: bool = False
     table_bytes: int = 0
+    group: int = 0
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.family, self.row_block)
+        return Layout(self.family, self.row_block, self.group)
 
 
 def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
@@ -81,6 +82,7 @@ def functions_of(spec: KernelSpec, library: Path, support: Path) -> Functions:
         tables=Prototype.parse(spec.tables_prototype).name if spec.tables_prototype else None,
         table_bytes=spec.table_bytes,
         row_block=spec.layout.row_block,
+        group=spec.layout.group,
         family=spec.family,
         row_grain=row_grain(spec),
         n_min=regime.n_min,
@@ -150,5 +152,6 @@ class Harness:
                 "trailer_bytes": family.trailer_bytes,
                 "table_bytes": functions.table_bytes,
                 "row_grain": functions.row_grain,
+                "group": functions.group,
             },
         )

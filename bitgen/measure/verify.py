@@ -72,11 +72,12 @@ def all_points(
     families: Sequence[str],
     regimes: Sequence[Regime] = REGIMES,
     shapes: Sequence[Shape] = SHAPES,
+    group: int = 0,
 ) -> list[KernelSpec]:
-    """Every schedule that is legal for one of ``shapes``, each once."""
+    """Every schedule that is legal for one of ``shapes``, each once; ``group``: see `space_for`."""
     levels = load_isas()
     spaces = (
-        space_for(family, find_isa(isa, levels), regime, shape, cpu)
+        space_for(family, find_isa(isa, levels), regime, shape, cpu, group)
         for isa in isas
         for family in families
         for regime in regimes
@@ -109,6 +110,7 @@ def exact_sweep(
     regimes: Sequence[Regime] = REGIMES,
     progress: Report | None = None,
     inherit: bool = True,
+    group: int = 0,
 ) -> SweepCounts:
     """Verify every schedule of the spaces of ``isas`` x ``families`` x ``regimes``, or ``sample`` of each.
 
@@ -116,7 +118,7 @@ def exact_sweep(
     and not compiled again; ``inherit`` False compiles it all the same, with the flags of its own level.
     """
     if sample is None:
-        points = all_points(cpu, isas, families, regimes)
+        points = all_points(cpu, isas, families, regimes, group=group)
         own = own_points(points) if inherit else points
         counts = sweep(runner, own, progress=progress)
         counts.inherited = len(points) - len(own)
@@ -126,6 +128,6 @@ def exact_sweep(
     for isa in isas:
         for family in families:
             for regime in regimes:
-                points = all_points(cpu, [isa], [family], [regime])
+                points = all_points(cpu, [isa], [family], [regime], group=group)
                 chosen += draw.sample(points, min(sample, len(points)))
     return sweep(runner, chosen, progress=progress)

@@ -34,7 +34,7 @@ from bitgen.measure.cases import Case, Checks, cases_of, longest_cases, shape_ca
 from bitgen.measure.guarded import Guarded, Pool, Pools
 from bitgen.measure.harness import Functions, Harness
 from bitgen.measure.stats import EarlyStopping
-from bitgen.reference import pack, quantize_activations, scale_output, ternary_matmul
+from bitgen.reference import grouped_linear, pack, quantize_activations, scale_output, ternary_matmul
 from bitgen.spec import Layout, Shape, ceil_to, regime_of
 
 # Row blocks of random weights that a pool repeats: enough that no cache line of weights comes twice in a row.
@@ -139,6 +139,15 @@ LOADING, CHECKING, TIMING, DONE = range(4)
 
 
 @dataclass(frozen=True)
+class _Weights:
+    """w (rows, k), and with groups of weights along k their scales (rows, groups)."""
+
+    w: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    group: int
+
+
+@dataclass(frozen=True)
 class _Inputs:
     """x (n, k), w_scale (m) and what the whole matmul must give, y (n, m)."""
 
@@ -163,7 +172,7 @@ class Workbench:
         self._cold_bytes = cold_bytes
         self._pools = Pools(harness)
         self._checks: dict[Hashable, Checks] = {}
-        self._units: dict[tuple[Layout, int], tuple[NDArray[np.int8], NDArray[np.uint8]]] = {}
+        self._units: dict[tuple[Layout, int], tuple[_Weights, NDArray[np.uint8]]] = {}
         self._inputs: OrderedDict[Hashable, _Inputs] = OrderedDict()
         self._contenders: list[_Contender] = []
         self._to_check: list[tuple[Checks, ...]] = []
@@ -300,20 +309,23 @@ class Workbench:
     def _contender(self, functions: Functions, timing: Timing) -> _Contender:
         """The weights and activations of one kernel."""
         layout, shape, n = functions.layout, timing.shape, timing.n
-        w, packed = self._unit(layout, shape.k)
+        weights, packed = self._unit(layout, shape.k)
         # Each copy starts with the unit's first row block, so that every copy has the same product.
         step = ceil_to(layout.packed_bytes(shape), packed.size)
         copies = -(-self._cold_bytes // step) + 1 if timing.cold else 1
         pool = self._pools.get((layout, shape.k), copies * step, lambda: packed)
-        key = (layout.row_block, shape, n)  # of a row block's weights, not of how they are packed
-        return _Contender(pool, step, copies, self._kept(key, lambda: _inputs(w, shape, n)))
+        # of a row block's weights, not of how they are packed
+        key = (layout.row_block, layout.group, shape, n)
+        return _Contender(pool, step, copies, self._kept(key, lambda: _inputs(weights, shape, n)))
 
-    def _unit(self, layout: Layout, k: int) -> tuple[NDArray[np.int8], NDArray[np.uint8]]:
+    def _unit(self, layout: Layout, k: int) -> tuple[_Weights, NDArray[np.uint8]]:
         """Random weights (rows of a few row blocks, k), as they are and packed."""
         if (layout, k) not in self._units:
             rows = _UNIT_BLOCKS * layout.row_block
-            w = np.random.default_rng((rows, k)).integers(-1, 2, (rows, k), dtype=np.int8)
-            self._units[layout, k] = (w, pack(layout, w))
+            rng = np.random.default_rng((rows, k))
+            w = rng.integers(-1, 2, (rows, k), dtype=np.int8)
+            scales = rng.uniform(0.001, 0.1, (rows, layout.groups(k))).astype(np.float16).astype(np.float32)
+            self._units[layout, k] = (_Weights(w, scales, layout.group), pack(layout, w, scales))
         return self._units[layout, k]
 
     def _kept(self, key: Hashable, make: Callable[[], _Inputs]) -> _Inputs:
@@ -325,14 +337,19 @@ class Workbench:
         return self._inputs[key]
 
 
-def _inputs(w: NDArray[np.int8], shape: Shape, n: int) -> _Inputs:
-    """``w`` (rows, k) is repeated along m, and so is its product."""
+def _inputs(weights: _Weights, shape: Shape, n: int) -> _Inputs:
+    """The weights (rows, k) are repeated along m, and so is their product."""
+    w = weights.w
     rng = np.random.default_rng((shape.m, shape.k, n))
     x = rng.standard_normal((n, shape.k), np.float32)
     w_scale = rng.uniform(0.001, 0.1, shape.m).astype(np.float32)
+    times = (1, -(-shape.m // len(w)))
+    if weights.group:
+        y = grouped_linear(x, w, weights.scales, weights.group)
+        return _Inputs(x, w_scale, np.ascontiguousarray(np.tile(y, times)[:, : shape.m]))
     xq, x_scale = quantize_activations(x)
     acc = ternary_matmul(xq, w)
-    repeated = np.tile(acc, (1, -(-shape.m // len(w))))[:, : shape.m]
+    repeated = np.tile(acc, times)[:, : shape.m]
     return _Inputs(x, w_scale, scale_output(repeated, x_scale, w_scale))
 
 

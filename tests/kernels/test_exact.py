@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_specs import chosen, edges, for_one_shape
+from exact_specs import SHAPE, chosen, edges, for_one_shape
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from libraries import toolchain_of
@@ -86,6 +86,21 @@ def test_schedules_are_exact(
     assert counts.schedules == len(specs)
     assert {spec.regime for spec in specs} == {regime.name for regime in REGIMES}
     assert counts.cases >= sum(len(cases_of(spec.regime, deep=True)) for spec in specs)
+
+
+@levels
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.groups])
+def test_schedules_of_weights_in_groups_are_exact(
+    family: str, isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
+) -> None:
+    """Defaults, presets and a sample at the group size of models; defaults at the others."""
+    isa, sizes = runnable(isa_name), FAMILIES[family].groups
+    specs = [spec for regime in REGIMES for spec in chosen(family, isa, regime, CPU, SAMPLE, SEED, 128)]
+    specs += [space_for(family, isa, regime, SHAPE, CPU, g).default for g in sizes for regime in REGIMES]
+    specs = list(dict.fromkeys(specs))
+    counts = sweep(runner, specs)
+    report(counts, request)
+    assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
 
 
 @levels

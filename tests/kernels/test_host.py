@@ -181,10 +181,11 @@ PACK_TEST = """
 int32_t test_pack(const char *family, int32_t row_block, int32_t k_chunk, int32_t chunk_bytes,
                   int32_t trailer_bytes, const int8_t *w, int64_t m, int64_t k, uint8_t *blocks)
 {
-    const struct bitgen_layout layout = {family, row_block, k_chunk, chunk_bytes, trailer_bytes};
+    const struct bitgen_layout layout = {family, row_block, k_chunk, chunk_bytes, trailer_bytes, 0, 0};
+    const struct bitgen_weights weights = {.w = w, .m = m, .k = k};
     struct bitgen_pool *pool;
     if (bitgen_pool_create(&pool, 2)) return -1;
-    int32_t code = bitgen_pack_layout(pool, &layout, w, m, k, blocks);
+    int32_t code = bitgen_pack_layout(pool, &layout, &weights, blocks);
     bitgen_pool_destroy(pool);
     return code;
 }

@@ -55,16 +55,19 @@ def portable(cpu: Cpu) -> Target:
 
 def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> None:
     contents = choose_contents(libraries.choices(cpu), Target.of(cpu))
-    assert contents.layouts == (TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT)
+    plain = (TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT)
+    grouped = [replace(DEFAULT_LAYOUT, group=group) for group in (128, 32, 64, 256)]
+    assert contents.layouts == (*plain, *grouped)
     generic = {
         (e.spec.layout, e.spec.regime, e.spec.isa, e.role) for e in contents.entries if e.role != TUNED
     }
+    native = contents.target.isa.name
     assert generic == {
-        (layout, regime.name, isa, role)
-        for layout in contents.layouts
-        for regime in REGIMES
-        for isa, role in ((contents.target.isa.name, DEFAULT), ("scalar", PORTABLE))
+        *((layout, regime.name, native, DEFAULT) for layout in (*plain, grouped[0]) for regime in REGIMES),
+        *((layout, regime.name, "scalar", PORTABLE) for layout in plain for regime in REGIMES),
+        *((layout, LARGE.name, "scalar", PORTABLE) for layout in grouped),
     }
+    assert contents.any_n == {e.spec for e in contents.entries if e.role == PORTABLE and e.spec.layout.group}
     roles = [entry.role for entry in contents.entries]
     assert roles == sorted(roles, key=[TUNED, DEFAULT, PORTABLE].index)
     assert [(e.shape, e.threads) for e in contents.entries if e.role == TUNED] == [
@@ -74,8 +77,8 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
 
 def test_a_scalar_library_holds_each_kernel_once(portable: Target) -> None:
     contents = choose_contents([], portable)
-    assert [entry.spec.isa for entry in contents.entries] == ["scalar"] * 6
-    assert len(contents.specs) == 3
+    assert {entry.spec.isa for entry in contents.entries} == {"scalar"}
+    assert len(contents.specs) == 3 + 3 + 3, "I2_S; in groups of 128; portable in groups of 32, 64 and 256"
     assert len({source.name for source in contents.sources}) == len(contents.sources)
 
 
@@ -148,7 +151,7 @@ def test_only_the_public_functions_are_visible(bundle: Path) -> None:
     }
     declared = {name for name in public if re.search(rf"BITGEN_API [^;]*\b{name}\(", header)}
     assert {line.split()[-1] for line in listed.splitlines()} == declared
-    assert len(declared) == 25
+    assert len(declared) == 30
 
 
 def test_generated_files_hold_no_conditionals_and_no_paths(bundle: Path) -> None:

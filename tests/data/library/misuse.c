@@ -143,12 +143,12 @@ static void check_table(void)
 
 static void check_messages(void)
 {
-    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_STRUCT; ++i) {
+    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_GROUPS; ++i) {
         CHECK(strlen(bitgen_error_message(i)) > 5);
         CHECK(strcmp(bitgen_error_message(i), "unknown error code"));
     }
     CHECK(!strcmp(bitgen_error_message(-1), "unknown error code"));
-    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_STRUCT + 1), "unknown error code"));
+    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_GROUPS + 1), "unknown error code"));
 }
 
 enum { M = 20, K = 100, N = 3 };
@@ -222,8 +222,10 @@ static void check_headers(bitgen_context *ctx, const struct buffer *packed)
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     h = right, h.scale_type = 1;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_LAYOUT);
-    h = right, h.group = 64;
+    h = right, h.group = 100;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_LAYOUT);
+    h = right, h.group = 64; /* there are such weights, of another size */
+    CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     h = right, h.bytes += 64;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     CHECK(with_header(ctx, packed, &right) == BITGEN_OK);
@@ -292,6 +294,50 @@ static void check_multiplying(bitgen_context *ctx, const void *packed)
 }
 
 /* Threads of the context that a child makes. An emulator that cannot start threads in one asks for 1: `misuse 1`. */
+static float scales[M * ((K + 31) / 32)];
+
+/* Weights in groups; `bytes`: enough for them. */
+static void check_groups(bitgen_context *ctx)
+{
+    static float y[N * M];
+    static int32_t acc[N * M];
+    int32_t type;
+    size_t halves = 0, floats = 0;
+    struct bitgen_packed_header h;
+    for (size_t i = 0; i < sizeof scales / sizeof *scales; ++i) scales[i] = 0.5f;
+    CHECK(bitgen_group_scale_type(scales, M, &type) == BITGEN_OK && type == BITGEN_SCALE_F16);
+    CHECK(bitgen_group_scale_type(NULL, M, &type) == BITGEN_ERROR_NULL);
+    CHECK(bitgen_group_scale_type(scales, 0, &type) == BITGEN_ERROR_SHAPE);
+    CHECK(bitgen_group_packed_bytes(ctx, M, K, 32, BITGEN_SCALE_F16, &halves) == BITGEN_OK);
+    CHECK(bitgen_group_packed_bytes(ctx, M, K, 32, BITGEN_SCALE_F32, &floats) == BITGEN_OK && floats > halves);
+    for (int64_t group = -1; group < 300; ++group) {
+        const int known = group == 32 || group == 64 || group == 128 || group == 256;
+        const int32_t code = bitgen_group_packed_bytes(ctx, M, K, group, BITGEN_SCALE_F16, &halves);
+        CHECK(code == (known ? BITGEN_OK : BITGEN_ERROR_ARGUMENT));
+    }
+    CHECK(bitgen_group_packed_bytes(ctx, M, K, 32, 2, &halves) == BITGEN_ERROR_ARGUMENT);
+    CHECK(bitgen_group_packed_bytes(ctx, M, K, 32, BITGEN_SCALE_F16, &halves) == BITGEN_OK);
+    CHECK(bitgen_group_packed_layout(ctx, M, K, 32, BITGEN_SCALE_F16, &h) == BITGEN_OK && h.group == 32);
+    CHECK(bitgen_group_packed_layout(ctx, M, K, 0, BITGEN_SCALE_F16, &h) == BITGEN_ERROR_ARGUMENT);
+    struct buffer packed = make(halves, 64, 0);
+    CHECK(bitgen_pack_groups(ctx, w, NULL, M, K, 32, packed.data, halves) == BITGEN_ERROR_NULL);
+    CHECK(bitgen_pack_groups(ctx, w, scales, M, K, 0, packed.data, halves) == BITGEN_ERROR_ARGUMENT);
+    CHECK(bitgen_pack_groups(ctx, w, scales, M, K, 32, packed.data, halves - 1) == BITGEN_ERROR_BUFFER_SIZE);
+    scales[1] = 0.1f; /* no half float: needs more than `halves` */
+    CHECK(bitgen_pack_groups(ctx, w, scales, M, K, 32, packed.data, halves) == BITGEN_ERROR_BUFFER_SIZE);
+    CHECK(bitgen_pack_group_rows(ctx, w, scales, 0, M, M, K, 32, BITGEN_SCALE_F16, packed.data, halves) ==
+          BITGEN_ERROR_SCALES);
+    CHECK(bitgen_check_packed(ctx, packed.data, halves, M, K) == BITGEN_ERROR_NOT_PACKED);
+    scales[1] = 0.5f;
+    CHECK(bitgen_pack_groups(ctx, w, scales, M, K, 32, packed.data, halves) == BITGEN_OK && intact(&packed));
+    CHECK(bitgen_check_packed(ctx, packed.data, halves, M, K) == BITGEN_OK);
+    CHECK(bitgen_matmul(ctx, packed.data, w_scale, M, x, N, M, K, y) == BITGEN_ERROR_SCALE_COUNT);
+    CHECK(bitgen_matmul(ctx, packed.data, NULL, 1, x, N, M, K, y) == BITGEN_ERROR_SCALE_COUNT);
+    CHECK(bitgen_matmul(ctx, packed.data, NULL, 0, x, N, M, K, y) == BITGEN_OK);
+    CHECK(bitgen_accumulate(ctx, packed.data, xq, N, M, K, acc) == BITGEN_ERROR_GROUPS);
+    free(packed.memory);
+}
+
 static int child_threads = 2;
 
 static void check_fork(bitgen_context *ctx, void *packed, size_t bytes)
@@ -381,6 +427,7 @@ int main(int argc, char **argv)
     check_packing(ctx, &packed, bytes);
     check_headers(ctx, &packed);
     check_multiplying(ctx, packed.data);
+    check_groups(ctx);
     check_fork(ctx, packed.data, bytes);
     check_busy(ctx);
     CHECK(intact(&packed));
