@@ -28,7 +28,7 @@ from pathlib import Path
 
 from bitgen.cpu import load_isas, target_cpu
 from bitgen.hostcode import step_headers
-from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Tiles
+from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Pairs, Tiles
 from bitgen.render import matmul_struct, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space, space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, StepSizes
@@ -104,7 +104,7 @@ def single_texts() -> dict[str, str]:
         texts[f"quantize/{isa}"] = render_quantize(isa)
         texts[f"step/{isa}"] = render_step(isa)
         texts[f"step_sized/{isa}"] = render_step(isa, SIZES)
-        probes: dict[str, Dot4 | Fma | Tiles] = {"dot4": Dot4(isa), "fma": Fma(isa)}
+        probes: dict[str, Dot4 | Fma | Pairs | Tiles] = {"dot4": Dot4(isa), "fma": Fma(isa), "pairs": Pairs(isa)}
         if level.tile_registers:
             probes["tiles"] = Tiles(isa)
         texts |= {f"probe/{name}/{isa}": probe.source() for name, probe in probes.items()}

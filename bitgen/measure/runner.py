@@ -37,7 +37,7 @@ from bitgen.measure.probes import (
     Fma,
     ReadPattern,
     build_probes,
-    peak_probe,
+    peak_probes,
 )
 from bitgen.measure.stats import EarlyStopping
 from bitgen.measure.worker import Outcome, Task, Timing
@@ -379,7 +379,7 @@ class LocalRunner:
     def _measure_peak(self, threads: int, isas: Sequence[str]) -> MachinePeak:
         if not isas:
             raise BitgenError("name at least one ISA level whose peak is to be measured")
-        dots = [peak_probe(isa) for isa in isas]
+        dots = [probe for isa in isas for probe in peak_probes(isa)]
         # Every level reads as fast as memory gives; the first one named is the strongest.
         sources = [*(p.source(isas[0]) for p in PATTERNS), *(dot.source() for dot in dots)]
         probes = build_probes(self._toolchain, sources)
@@ -387,11 +387,11 @@ class LocalRunner:
         read_ns = self._probe_ns(reads, READ_SHAPE, threads, True)
         peak_ns = self._probe_ns(peaks, DOT_SHAPE, threads, False)
         read_bytes = LAYOUT.packed_bytes(READ_SHAPE)
-        return MachinePeak(
-            threads,
-            {p.name: read_bytes / t for p, t in zip(PATTERNS, read_ns, strict=True)},
-            {dot.isa: dot.operations / t for dot, t in zip(dots, peak_ns, strict=True)},
-        )
+        peak_gops = dict.fromkeys(isas, 0.0)
+        for dot, ns in zip(dots, peak_ns, strict=True):
+            peak_gops[dot.isa] = max(peak_gops[dot.isa], dot.operations / ns)
+        dram_gbs = {p.name: read_bytes / ns for p, ns in zip(PATTERNS, read_ns, strict=True)}
+        return MachinePeak(threads, dram_gbs, peak_gops)
 
     def _probe_ns(self, probes: Sequence[Functions], shape: Shape, threads: int, cold: bool) -> list[float]:
         """Nanoseconds a call of each probe: the median of interleaved rounds."""

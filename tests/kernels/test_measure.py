@@ -41,7 +41,7 @@ from bitgen.measure import (
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
 from bitgen.measure.jobs import batches
 from bitgen.measure.lock import MachineLock
-from bitgen.measure.probes import Fma, build_probes, peak_probe
+from bitgen.measure.probes import Fma, build_probes, peak_probes
 from bitgen.progress import Progress
 from bitgen.records import dump, load
 from bitgen.reference import ternary_matmul
@@ -436,7 +436,7 @@ def test_the_peak_of_tiles_is_probed(runner: LocalRunner) -> None:
     """A whole call for 16 rows: the probe asks for the registers and gives them back."""
     if not find_isa("amx_int8", load_isas()).requires <= detect_cpu().features:
         pytest.skip("this CPU lacks amx_int8")
-    probe = peak_probe("amx_int8")
+    (probe,) = peak_probes("amx_int8")
     assert probe.source().text.count("vt_dot4(&t") == 4
     built = build_probes(toolchain_of(), [probe.source()])
     (nanoseconds,) = runner._probe_ns(built, Shape(16, 64), 1, False)
