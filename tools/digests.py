@@ -104,7 +104,8 @@ def single_texts() -> dict[str, str]:
         texts[f"quantize/{isa}"] = render_quantize(isa)
         texts[f"step/{isa}"] = render_step(isa)
         texts[f"step_sized/{isa}"] = render_step(isa, SIZES)
-        probes: dict[str, Dot4 | Fma | Pairs | Tiles] = {"dot4": Dot4(isa), "fma": Fma(isa), "pairs": Pairs(isa)}
+        probes: dict[str, Dot4 | Fma | Pairs | Tiles]
+        probes = {"dot4": Dot4(isa), "fma": Fma(isa), "pairs": Pairs(isa)}
         if level.tile_registers:
             probes["tiles"] = Tiles(isa)
         texts |= {f"probe/{name}/{isa}": probe.source() for name, probe in probes.items()}

@@ -84,7 +84,7 @@ class Dot4(_Sums):
 
 @dataclass(frozen=True)
 class Pairs(_Sums):
-    """Multiply-adds of int8 through int16 sums that are widened rarely, as kernels of ternary weights add them.
+    """Multiply-adds of int8 through int16 sums that are widened rarely, as ternary kernels add them.
 
     Where no instruction adds four products to an int32 this beats `Dot4`: vpmaddubsw, vpaddw on AVX2 against
     vpmaddubsw, vpmaddwd, vpaddd.
