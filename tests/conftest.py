@@ -12,6 +12,7 @@ from pathlib import Path
 
 import emulated
 import pytest
+from exact_specs import DEEP_VARIABLE
 from hypothesis import HealthCheck, settings
 from libraries import CACHE_VARIABLE, share_cache
 
@@ -59,8 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/slow is slow; elsewhere a test says so itself."""
+    """Everything in tests/slow is slow; elsewhere a test says so itself. Deep tests are for `.ci/deep`."""
+    deep = pytest.mark.skip(reason=f"takes minutes: .ci/deep tests runs it ({DEEP_VARIABLE}=1)")
     for item in items:
+        if item.get_closest_marker("deep") and not os.environ.get(DEEP_VARIABLE):
+            item.add_marker(deep)
         if item.path.is_relative_to(Path(__file__).parent / "slow"):
             item.add_marker(pytest.mark.slow)
 

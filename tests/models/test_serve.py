@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -224,9 +225,9 @@ def test_a_signal_lets_texts_end(library: Path, tmp_path: Path, signum: int, cod
             text = next(parts)
             server.send(signum)
             server.wait_for("shutting down")
-            refused = httpx.post(f"{server.url}/v1/completions", json=ASK)
+            with contextlib.suppress(httpx.ConnectError):  # the text may have ended, and with it the server
+                assert httpx.post(f"{server.url}/v1/completions", json=ASK).status_code == 503
             text += "".join(parts)
-        assert refused.status_code == 503 or not text
         events = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
         assert events.pop() == "[DONE]"
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected

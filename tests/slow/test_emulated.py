@@ -105,10 +105,12 @@ SUITES = {
         "amx_int8 and (one_shape or drawn_problems and not n1)",
         1 + 2 * len(FAMILIES),
     ),
-    ("probes", "amx_int8"): ("kernels/test_measure.py", "peak_of_tiles", 3),
+    ("probes", "amx_int8"): ("kernels/test_measure.py", "peak_of_tiles", 1),
     ("models", "avx_vnni"): ("models/test_engine.py", "exact_model and f32 and relu2 and avx_vnni", 1),
     ("models", "amx_int8"): ("models/test_engine.py", "exact_model and f32 and relu2 and amx_int8", 1),
 }
+
+DEEP = {("kernels", "avx_vnni"), ("models", "avx_vnni"), ("models", "amx_int8")}
 
 
 def needs(level: str) -> pytest.MarkDecorator:
@@ -121,7 +123,13 @@ def needs(level: str) -> pytest.MarkDecorator:
     not emulated.lacking(), reason="this CPU has AMX and AVX-VNNI: the tests run without help"
 )
 @pytest.mark.parametrize(
-    ("suite", "level"), [pytest.param(*key, marks=needs(key[1]), id="-".join(key)) for key in SUITES]
+    ("suite", "level"),
+    [
+        pytest.param(
+            *key, marks=[needs(key[1]), *([pytest.mark.deep] if key in DEEP else [])], id="-".join(key)
+        )
+        for key in SUITES
+    ],
 )
 def test_suites_pass_on_an_emulated_cpu(
     suite: str, level: str, emulator: Path, request: pytest.FixtureRequest

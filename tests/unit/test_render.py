@@ -155,6 +155,7 @@ def for_compiling(isa: str) -> list[Source]:
     return [*sources, render_quantize(isa), *(render_tables(family, isa, kind) for family, kind in TABLED)]
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", HERE)
 def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
@@ -167,7 +168,10 @@ def test_gcc_accepts_it_without_a_warning(isa: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(
+    "isa",
+    [pytest.param(isa, marks=[] if isa in ("avx2", "amx_int8") else [pytest.mark.deep]) for isa in HERE],
+)
 def test_clang_accepts_it_without_a_warning(isa: str, tmp_path: Path) -> None:
     clang = shutil.which("clang")
     if clang is None:
