@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from bitgen.inference.sampling import Score
+from bitgen.serve.tools import CallFilter
 from bitgen.serve.worker import Job, Update
 from bitgen.tokenizer.tokenizer import Tokenizer, TokenStream
 
@@ -35,6 +36,10 @@ class Choice:
     finish: str | None = None
     stream: TokenStream | None = None  # of the tokens whose log-probabilities were written
     offset: int = 0  # characters of these
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
 
 
 class Answer(ABC):
@@ -64,7 +69,7 @@ class Answer(ABC):
     def delta(self, text: str) -> dict[str, Any]: ...
 
     @abstractmethod
-    def message(self, text: str) -> dict[str, Any]: ...
+    def message(self, choice: Choice) -> dict[str, Any]: ...
 
     @abstractmethod
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
@@ -72,8 +77,16 @@ class Answer(ABC):
 
     # ---- Updates in, bodies out ----
 
-    def take(self, update: Update) -> list[Score | None]:
-        """Keep an update; the scores of its tokens."""
+    def sift(self, update: Update) -> Update:
+        """The update with the part of its text that is content."""
+        return update
+
+    def take(self, update: Update) -> None:
+        """Keep an update."""
+        self._keep(self.sift(update))
+
+    def _keep(self, update: Update) -> list[Score | None]:
+        """The scores of the tokens."""
         choice = self.choices[update.job.index]
         scores: list[Score | None] = list(update.scores)
         if update.finish == "end":
@@ -83,12 +96,17 @@ class Answer(ABC):
         choice.parts.append(update.text)
         choice.scores += scores
         if update.finish is not None:
-            choice.finish = FINISH[update.finish]
+            choice.finish = self.finish_reason(update)
         return scores
+
+    def finish_reason(self, update: Update) -> str:
+        """Why a text that is whole ended."""
+        return FINISH[update.finish or ""]
 
     def events(self, update: Update) -> list[dict[str, Any]]:
         """Keep an update; the choices of the events that it is streamed as."""
-        scores, index = self.take(update), update.job.index
+        update = self.sift(update)
+        scores, index = self._keep(update), update.job.index
         choice = self.choices[index]
         events = []
         if update.text or scores:
@@ -114,7 +132,7 @@ class Answer(ABC):
         choices = []
         for index, choice in enumerate(self.choices):
             logprobs = self.logprobs(choice, choice.scores)
-            found = _choice(index, self.message("".join(choice.parts)), logprobs, choice.finish)
+            found = _choice(index, self.message(choice), logprobs, choice.finish)
             choices.append({**found, "seed": choice.job.seed})
         return {
             **self._head,
@@ -153,8 +171,8 @@ class ChatAnswer(Answer):
     def delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
 
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def message(self, choice: Choice) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
 
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
         if choice.job.request.logprobs is None:
@@ -169,6 +187,43 @@ class ChatAnswer(Answer):
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         written = list(self._tokenizer.piece(token, special=True))
         return {"token": self._written(token), "logprob": logprob, "bytes": written}
+
+
+class ToolAnswer(ChatAnswer):
+    """Of a chat whose model may call functions: a text that is made of calls becomes these."""
+
+    def __init__(
+        self, jobs: Sequence[Job], model: str, fingerprint: str, tokenizer: Tokenizer, names: Sequence[str]
+    ) -> None:
+        super().__init__(jobs, model, fingerprint, tokenizer)
+        self._filters = [CallFilter(names) for _ in jobs]
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in jobs]
+
+    def events(self, update: Update) -> list[dict[str, Any]]:
+        """The calls come before the end, whole: each with its place among them."""
+        index = update.job.index
+        events = super().events(update)
+        calls = self._calls[index] if update.finish is not None else []
+        parts = [{"index": i, **call} for i, call in enumerate(calls)]
+        return [*(_choice(index, {"delta": {"tool_calls": [part]}}) for part in parts), *events]
+
+    def sift(self, update: Update) -> Update:
+        index = update.job.index
+        text = self._filters[index].feed(update.text)
+        if update.finish is not None:
+            rest, calls = self._filters[index].close()
+            self._calls[index] = [call.body() for call in calls]
+            text += rest
+        return update._replace(text=text)
+
+    def finish_reason(self, update: Update) -> str:
+        return "tool_calls" if self._calls[update.job.index] else super().finish_reason(update)
+
+    def message(self, choice: Choice) -> dict[str, Any]:
+        found = super().message(choice)
+        if calls := self._calls[choice.job.index]:
+            found["message"] |= {"content": choice.text or None, "tool_calls": calls}
+        return found
 
 
 class CompletionAnswer(Answer):
@@ -198,7 +253,8 @@ class CompletionAnswer(Answer):
     def delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    message = delta
+    def message(self, choice: Choice) -> dict[str, Any]:
+        return self.delta(choice.text)
 
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
         """``text_offset`` counts the characters before a token."""

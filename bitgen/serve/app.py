@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -29,7 +30,7 @@ from bitgen import __version__
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.sequence import Request
 from bitgen.serve import messages
-from bitgen.serve.answers import DONE, PING, Answer, ChatAnswer, CompletionAnswer, event
+from bitgen.serve.answers import DONE, PING, Answer, ChatAnswer, CompletionAnswer, ToolAnswer, event
 from bitgen.serve.errors import ApiError, draining, stopped
 from bitgen.serve.guard import Access, Guard
 from bitgen.serve.messages import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -307,7 +308,10 @@ class Endpoints:
         self._service.model(body.model)
         limits = self._service.limits
         requests = await self._service.in_thread(messages.chat_requests, body, self._llm, limits)
-        return await self._service.answer(http, requests, ChatAnswer, body)
+        if not body.callable_tools:
+            return await self._service.answer(http, requests, ChatAnswer, body)
+        names = [tool.function.name for tool in body.callable_tools]
+        return await self._service.answer(http, requests, partial(ToolAnswer, names=names), body)
 
     async def embeddings(self, http: HttpRequest) -> Response:
         del http
