@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import msgspec
 
 from bitgen.inference.sampling import Score
+from bitgen.serve.errors import ApiError
 from bitgen.serve.tools import CallFilter
 from bitgen.serve.worker import Job, Update
 from bitgen.tokenizer.tokenizer import Tokenizer, TokenStream
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
 
 
 def event(body: Any) -> bytes:
@@ -43,20 +43,70 @@ class Choice:
 
 
 class Answer(ABC):
-    """Collects updates and puts them into words; a subclass for each endpoint knows its shape."""
+    """Collects updates and puts them into words, whole or as a stream; a subclass for each shape."""
+
+    media_type: ClassVar[str] = "text/event-stream"
+    ping: ClassVar[bytes] = b": ping\n\n"  # into a stream that is silent
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.choices = [Choice(job) for job in jobs]
+
+    @property
+    def running(self) -> bool:
+        """Whether a text has not ended."""
+        return any(choice.finish is None for choice in self.choices)
+
+    @abstractmethod
+    def take(self, update: Update) -> None:
+        """Keep an update."""
+
+    @abstractmethod
+    def body(self) -> dict[str, Any]:
+        """The whole answer."""
+
+    @abstractmethod
+    def begin(self) -> bytes:
+        """What a stream starts with."""
+
+    @abstractmethod
+    def feed(self, update: Update) -> bytes:
+        """Keep an update; its part of a stream."""
+
+    @abstractmethod
+    def fail(self, error: ApiError) -> bytes:
+        """What a stream ends with that fails."""
+
+    @abstractmethod
+    def end(self) -> bytes:
+        """What a stream ends with."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What answers say beside their texts; ``usage`` at the end of a stream too."""
+
+    model: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    usage: bool = False
+
+
+class ChoicesAnswer(Answer):
+    """Of chats and completions: choices with their texts."""
 
     prefix: ClassVar[str]
     whole: ClassVar[str]  # the object of a body
     part: ClassVar[str]  # and of an event
 
-    def __init__(self, jobs: Sequence[Job], model: str, fingerprint: str, tokenizer: Tokenizer) -> None:
-        self.choices = [Choice(job) for job in jobs]
-        self._tokenizer = tokenizer
+    def __init__(self, jobs: Sequence[Job], head: Head) -> None:
+        super().__init__(jobs)
+        self._tokenizer = head.tokenizer
+        self._usage = head.usage
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
+            "model": head.model,
+            "system_fingerprint": head.fingerprint,
         }
 
     # ---- What the subclasses say ----
@@ -82,8 +132,20 @@ class Answer(ABC):
         return update
 
     def take(self, update: Update) -> None:
-        """Keep an update."""
         self._keep(self.sift(update))
+
+    def begin(self) -> bytes:
+        opening = [self.opening(index) for index in range(len(self.choices))]
+        return b"".join(event(self.chunk(choice)) for choice in opening if choice)
+
+    def feed(self, update: Update) -> bytes:
+        return b"".join(event(self.chunk(choice)) for choice in self.events(update))
+
+    def fail(self, error: ApiError) -> bytes:
+        return event(error.body()) + DONE
+
+    def end(self) -> bytes:
+        return (event(self.chunk(None)) if self._usage else b"") + DONE
 
     def _keep(self, update: Update) -> list[Score | None]:
         """The scores of the tokens."""
@@ -117,18 +179,17 @@ class Answer(ABC):
             events.append({**end, "seed": choice.job.seed})
         return events
 
-    def chunk(self, choice: dict[str, Any] | None, usage: bool) -> dict[str, Any]:
+    def chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         """The event of a part of a choice, or with None the one of the usage."""
         choices = [] if choice is None else [choice]
         body: dict[str, Any] = {**self._head, "object": self.part, "choices": choices}
-        if usage:
+        if self._usage:
             body["usage"] = None if choice else self.usage()
         if choice is not None and choice["finish_reason"]:
             body["timings"] = timings(self.choices[choice["index"]].job)
         return body
 
     def body(self) -> dict[str, Any]:
-        """The whole answer."""
         choices = []
         for index, choice in enumerate(self.choices):
             logprobs = self.logprobs(choice, choice.scores)
@@ -160,7 +221,7 @@ class Answer(ABC):
         return self._tokenizer.piece(token, special=True).decode("utf-8", "replace")
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     """Of a chat."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -192,10 +253,8 @@ class ChatAnswer(Answer):
 class ToolAnswer(ChatAnswer):
     """Of a chat whose model may call functions: a text that is made of calls becomes these."""
 
-    def __init__(
-        self, jobs: Sequence[Job], model: str, fingerprint: str, tokenizer: Tokenizer, names: Sequence[str]
-    ) -> None:
-        super().__init__(jobs, model, fingerprint, tokenizer)
+    def __init__(self, jobs: Sequence[Job], head: Head, names: Sequence[str]) -> None:
+        super().__init__(jobs, head)
         self._filters = [CallFilter(names) for _ in jobs]
         self._calls: list[list[dict[str, Any]]] = [[] for _ in jobs]
 
@@ -226,20 +285,13 @@ class ToolAnswer(ChatAnswer):
         return found
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """Of a completion; ``echoes`` are the texts of the prompts, by choice, or None."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        model: str,
-        fingerprint: str,
-        tokenizer: Tokenizer,
-        echoes: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(jobs, model, fingerprint, tokenizer)
+    def __init__(self, jobs: Sequence[Job], head: Head, echoes: Sequence[str] | None = None) -> None:
+        super().__init__(jobs, head)
         self._echoes = echoes
         if echoes is not None:
             for choice, echo in zip(self.choices, echoes, strict=True):

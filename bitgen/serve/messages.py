@@ -10,9 +10,10 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from bitgen.errors import BitgenError, UsageError
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, knows_tools
@@ -38,6 +39,10 @@ _ROLES = {
 }
 _SEEDS = 1 << 64
 
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)]
 T = TypeVar("T")
 
 
@@ -66,23 +71,23 @@ class Body(msgspec.Struct, kw_only=True):
     """The fields that chats and completions have in common."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    n: int | None = None
+    max_tokens: Positive | None = None
+    n: Positive | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Share | None = None
     repeat_penalty: float | None = None
     repetition_penalty: float | None = None
-    repeat_last_n: int | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1)] | None = None
     ignore_eos: bool | None = None
     lookup: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
     response_format: ResponseFormat | None = None
     json_schema: Any = None  # as llama.cpp's server takes it
@@ -98,7 +103,7 @@ class CompletionBody(Body, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Count | None = None
     suffix: str | None = None
     best_of: int | None = None
 
@@ -106,14 +111,14 @@ class CompletionBody(Body, kw_only=True):
 class Part(msgspec.Struct):
     """A part of a message's content."""
 
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str | None = None
 
 
 class ChatMessage(msgspec.Struct):
     """A message, its content a text or parts."""
 
-    role: str
+    role: Annotated[str, Meta(extra_json_schema={"enum": list(_ROLES)})]
     content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -124,9 +129,9 @@ class ChatBody(Body, kw_only=True):
     """Of ``/v1/chat/completions``."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Count | None = None
     tools: list[Tool] | None = None
     tool_choice: str | NamedTool | None = None
     parallel_tool_calls: bool | None = None  # a model that is made to call makes one call
@@ -206,10 +211,9 @@ def completion_requests(body: CompletionBody, llm: LLM, limits: Limits) -> list[
     check(not body.suffix, "suffix is not supported", "suffix")
     check(body.best_of in (None, body.choices), "best_of other than n is not supported", "best_of")
     k = body.logprobs
-    check(k is None or 0 <= k <= LOGPROBS_MAX, f"logprobs must be 0 to {LOGPROBS_MAX}, not {k}", "logprobs")
     tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     wanted = replace(
-        _wanted(body, limits, "max_tokens", tokens),
+        _wanted(body, limits, tokens),
         logprobs=k,
         score_prompt=bool(body.echo) and k is not None,
         **_grammar(body, llm),
@@ -224,11 +228,9 @@ def completion_requests(body: CompletionBody, llm: LLM, limits: Limits) -> list[
 def chat_requests(body: ChatBody, llm: LLM, limits: Limits) -> list[Request]:
     """A request for each choice."""
     k = body.top_logprobs or 0
-    check(0 <= k <= LOGPROBS_MAX, f"top_logprobs must be 0 to {LOGPROBS_MAX}, not {k}", "top_logprobs")
     check(not k or bool(body.logprobs), "top_logprobs needs logprobs", "top_logprobs")
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    wanted = replace(_wanted(body, limits, name, given), logprobs=k if body.logprobs else None)
+    wanted = replace(_wanted(body, limits, given), logprobs=k if body.logprobs else None)
     wanted = replace(wanted, **(_forced_call(body, llm) or _grammar(body, llm)))
     if llm.template_text == BUILT_IN["plain"]:
         wanted = replace(wanted, stop=(*wanted.stop, *PLAIN_STOP))
@@ -349,11 +351,10 @@ def _checked(ids: Sequence[int], llm: LLM, param: str) -> tuple[int, ...]:
         raise ApiError(400, error.message, param) from None
 
 
-def _wanted(body: Body, limits: Limits, name: str, max_tokens: int | None) -> Request:
+def _wanted(body: Body, limits: Limits, max_tokens: int | None) -> Request:
     """All of a request but its prompt."""
     n = body.choices
-    check(1 <= n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
-    check(max_tokens is None or max_tokens >= 1, f"{name} must be 1 or more, not {max_tokens}", name)
+    check(n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
     if limits.max_tokens is not None:
         max_tokens = min(limits.max_tokens, limits.max_tokens if max_tokens is None else max_tokens)
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

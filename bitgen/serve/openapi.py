@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
 
 from bitgen import __version__
 
@@ -40,20 +43,29 @@ class Error(msgspec.Struct):
     error: ErrorDetail
 
 
-def document(gets: Mapping[str, str], posts: Mapping[str, tuple[str, type[Any] | None]]) -> dict[str, Any]:
-    """OpenAPI 3.1: path -> what it is for, and for POST the struct of its body."""
-    kinds = [kind for _, kind in posts.values() if kind is not None]
-    schemas, components = msgspec.json.schema_components([Error, *kinds], ref_template=_REF)
-    of_kind = dict(zip(kinds, schemas[1:], strict=True))
+class Endpoint(NamedTuple):
+    """A method and a path, what answers, what it is for, and the struct of the body that it takes."""
+
+    method: str
+    path: str  # as starlette's routes are written
+    call: Callable[[Request], Awaitable[Response]]
+    summary: str
+    body: type[msgspec.Struct] | None = None
+
+
+def document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    kinds = [each.body for each in endpoints if each.body is not None]
+    (error, *schemas), components = msgspec.json.schema_components([Error, *kinds], ref_template=_REF)
+    schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, Any] = {}
-    for path, summary in gets.items():
-        paths.setdefault(path, {})["get"] = _operation(path, summary, schemas[0])
-    for path, (summary, kind) in posts.items():
-        operation = _operation(path, summary, schemas[0])
-        if kind is not None:
-            content = {"application/json": {"schema": of_kind[kind]}}
+    for each in endpoints:
+        operation = _operation(each, error)
+        if each.body is not None:
+            content = {"application/json": {"schema": schema_of[each.body]}}
             operation["requestBody"] = {"required": True, "content": content}
-        paths.setdefault(path, {})["post"] = operation
+        path = each.path.replace(":path", "")
+        paths.setdefault(path, {})[each.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": "bitgen", "version": __version__},
@@ -66,13 +78,15 @@ def document(gets: Mapping[str, str], posts: Mapping[str, tuple[str, type[Any] |
     }
 
 
-def _operation(path: str, summary: str, error: Any) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, error: Any) -> dict[str, Any]:
     wrong = {"application/json": {"schema": error}}
     responses: dict[str, Any] = {"200": {"description": "as asked"}}
     responses |= {status: {"description": text, "content": wrong} for status, text in _STATUSES.items()}
-    operation: dict[str, Any] = {"summary": summary, "responses": responses}
-    if "{" in path:
-        name = path[path.index("{") + 1 : path.index("}")]
-        parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        operation["parameters"] = [parameter]
+    operation: dict[str, Any] = {"summary": endpoint.summary, "responses": responses}
+    names = re.findall(r"{(\w+)", endpoint.path)
+    if names:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+            for name in names
+        ]
     return operation
