@@ -153,8 +153,8 @@ def test_the_client_of_openai(server: Server) -> None:
     assert parts[-1].usage.prompt_tokens == whole.usage.prompt_tokens
     scored = client.completions.create(model="x", prompt="In the", max_tokens=1, logprobs=2, echo=True)
     assert scored.choices[0].logprobs.token_logprobs[0] is None
-    schema = {"type": "object", "properties": {"to": {"type": "integer"}}, "required": ["to"]}
-    schema["additionalProperties"] = False
+    schema: dict[str, Any] = {"type": "object", "properties": {"to": {"type": "integer"}}}
+    schema |= {"required": ["to"], "additionalProperties": False}
     if importlib.util.find_spec("llguidance"):
         tool = {"type": "function", "function": {"name": "count", "parameters": schema}}
         options = {"model": "x", "messages": messages, "tools": [tool], "tool_choice": "required", "seed": 1}
