@@ -200,8 +200,8 @@ def test_a_spoilt_head_is_found_where_it_is_read(weights: Weights, table: Kernel
     [
         (Best(-1), "k must be 0 to 150"),
         (Best(151), "k must be 0 to 150"),
-        (Best(1, allowed=np.ones(149, bool)), r"allowed must be bool \(150,\)"),
-        (Best(1, allowed=np.ones(150, np.uint8)), r"allowed must be bool \(150,\)"),
+        (Best(1, allowed=np.ones(4, np.uint32)), r"allowed must be uint32 \(5,\)"),
+        (Best(1, allowed=np.ones(5, np.uint8)), r"allowed must be uint32 \(5,\)"),
         (Best(1, bias={150: 1.0}), "token 150 is not in the vocabulary of 150"),
         (Best(1, bias={3: float("nan")}), "a bias must be finite"),
         (Best(1, bias={3: 1e39}), "a bias must be finite"),
