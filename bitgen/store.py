@@ -68,7 +68,6 @@ class RaceRecord:
     times_ns: tuple[tuple[float, ...], ...]
     dropped: tuple[str, ...]
     read_ns_a_byte: tuple[float, ...]
-    peak_gops: dict[str, float] = field(default_factory=dict)
     time: float = field(default_factory=now)
 
     def __post_init__(self) -> None:
@@ -83,7 +82,6 @@ class RaceRecord:
             times_ns=tuple(tuple(race.get(spec, ())) for spec in job.specs),
             dropped=tuple(race.dropped.get(spec, "") for spec in job.specs),
             read_ns_a_byte=tuple(race.read_ns_a_byte),
-            peak_gops=dict(race.peak_gops),
         )
 
     @property
@@ -94,7 +92,6 @@ class RaceRecord:
             {spec: row for spec, row in times if row},
             {spec: reason for spec, reason in dropped if reason},
             self.read_ns_a_byte,
-            self.peak_gops,
         )
 
 
@@ -201,27 +198,32 @@ class RecordStore:
         """The newest record of every block of every race."""
         yield from self._races.values()
 
-    def layout(self, shape: Shape, fingerprints: Fingerprints) -> Layout | None:
+    def layout(self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None) -> Layout | None:
         """The layout the newest tune chose for ``shape``; one that saw less overrules none that saw more.
 
         A tune of n = 1 alone, or of one family, knows nothing of what its layout costs a prompt, or of what
-        another family would have cost. Of a tune that holds in part the part counts.
+        another family would have cost. Of a tune that holds in part the part counts. ``isa``: only winners
+        of this ISA level count.
         """
-        records = [(r, winners) for r, winners in self._newest(shape, fingerprints) if _serves(r, winners)]
+        newest = self._newest(shape, fingerprints, isa)
+        records = [(r, winners) for r, winners in newest if _serves(r, winners)]
         seen = [frozenset((w.regime, w.spec.family) for w in winners) for _, winners in records]
-        newest = (r for (r, _), own in zip(records, seen, strict=True) if not any(own < o for o in seen))
-        return next((record.layout for record in newest), None)
+        widest = (r for (r, _), own in zip(records, seen, strict=True) if not any(own < o for o in seen))
+        return next((record.layout for record in widest), None)
 
-    def best(self, shape: Shape, regime: str, threads: int, fingerprints: Fingerprints) -> Winner | None:
+    def best(
+        self, shape: Shape, regime: str, threads: int, fingerprints: Fingerprints, isa: str | None = None
+    ) -> Winner | None:
         """The winner for ``shape`` in the layout chosen last, or None where nothing valid is recorded.
 
         Keyed by thread count: the nearest one that is not higher than ``threads`` serves, the newest first.
         An older tune fills in for a regime that the newest one left out, as long as it reads that layout.
+        ``isa``: only winners of this ISA level count.
         """
         regime_named(regime)
-        layout = self.layout(shape, fingerprints)
+        layout = self.layout(shape, fingerprints, isa)
         found: Winner | None = None
-        for _, winners in self._newest(shape, fingerprints):
+        for _, winners in self._newest(shape, fingerprints, isa):
             for winner in winners:
                 fits = winner.spec.layout == layout and winner.regime == regime and winner.threads <= threads
                 if fits and (found is None or winner.threads > found.threads):
@@ -253,12 +255,14 @@ class RecordStore:
         return list(dict.fromkeys(w.spec for w in winners if w.fingerprint != fingerprints(w.spec)))
 
     def _newest(
-        self, shape: Shape, fingerprints: Fingerprints
+        self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None
     ) -> Iterator[tuple[TuningRecord, list[Winner]]]:
-        """The tunes of ``shape`` of which something still holds, and what, the newest first."""
+        """The tunes of ``shape`` of which something still holds (on ``isa``), and what, the newest first."""
         for record in reversed(self.tunings):
-            if record.shape == shape and (winners := record.current(fingerprints)):
-                yield record, winners
+            if record.shape == shape:
+                winners = [w for w in record.current(fingerprints) if isa in (None, w.spec.isa)]
+                if winners:
+                    yield record, winners
 
     # ---- writing ----
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitgen.cli.arguments import add_logs
 from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+if TYPE_CHECKING:
+    from bitgen.fingerprints import Fingerprints
+    from bitgen.store import RecordStore, TuningRecord, Winner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,31 +67,28 @@ def library_table(path: Path) -> Table:
 
 
 def _tuned_table(logs: Path | None, cc: str | None) -> Table:
-    """The newest decision for every shape; a stale one tells why its timing does not count."""
+    """One winner for every use; a stale one tells why its timing does not count."""
     from bitgen.environment import Environment
 
     env = Environment(cc, logs)
-    newest = {(r.shape, *(w.fingerprint for w in r.winners)): r for r in env.store.tunings}
     rows = []
-    for record in newest.values():
-        for winner in record.winners:
-            if winner.spec.layout == record.layout:
-                changed = winner.fingerprint.differences(env.fingerprints(winner.spec))
-                ratio = winner.time_ns / winner.default_ns if winner.default_ns else None
-                rows.append(
-                    (
-                        record.shape.name,
-                        winner.measurement.job.n,
-                        winner.threads,
-                        winner.spec.isa,
-                        winner.spec.layout.name,
-                        winner.spec.schedule.name,
-                        winner.time_ns / 1e3,
-                        ratio,
-                        record.objective,
-                        f"stale: other {', '.join(changed)}" if changed else "current",
-                    )
-                )
+    for record, winner in newest_winners(env.store, env.fingerprints):
+        changed = winner.fingerprint.differences(env.fingerprints(winner.spec))
+        ratio = winner.time_ns / winner.default_ns if winner.default_ns else None
+        rows.append(
+            (
+                record.shape.name,
+                winner.measurement.job.n,
+                winner.threads,
+                winner.spec.isa,
+                winner.spec.layout.name,
+                winner.spec.schedule.name,
+                winner.time_ns / 1e3,
+                ratio,
+                record.objective,
+                f"stale: other {', '.join(changed)}" if changed else "current",
+            )
+        )
     columns = (
         Column("shape", "m x k"),
         Column("n", "n", "d"),
@@ -100,6 +102,21 @@ def _tuned_table(logs: Path | None, cc: str | None) -> Table:
         Column("state", "state"),
     )
     return Table("tuned", columns, rows)
+
+
+def newest_winners(store: RecordStore, fingerprints: Fingerprints) -> list[tuple[TuningRecord, Winner]]:
+    """For a shape, regime, thread count, ISA level, CPU and compiler: what a build takes, else the newest."""
+    found: dict[tuple[object, ...], tuple[TuningRecord, Winner]] = {}
+    for record in store.tunings:
+        for winner in record.winners:
+            if winner.spec.layout != record.layout:
+                continue
+            use, made = (record.shape, winner.regime, winner.threads), winner.fingerprint
+            key = (*use, winner.spec.isa, made.cpu, made.compiler)
+            taken = store.best(*use, fingerprints, winner.spec.isa) if key in found else None
+            if taken is None or found[key][1] != taken:
+                found[key] = record, winner
+    return list(found.values())
 
 
 def _bundles_table() -> Table:

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from synthetic import FINGERPRINT, SCALAR, TALL, WIDE, Grid, fingerprints, measured
 
+from bitgen.cli.show import newest_winners
 from bitgen.errors import BitgenError, FileError
 from bitgen.fingerprints import Fingerprint, Fingerprints
 from bitgen.measure import Job, Measurement, Race, RaceJob, Status
@@ -240,6 +241,29 @@ def test_best_follows_the_layout_of_the_newest_tune(tmp_path: Path) -> None:
         assert opened.layout(WIDE, fingerprints) == R32
         assert opened.best(WIDE, "large", 1, fingerprints) is None  # the only one known reads another layout
         assert opened.best(TALL, "n1", 1, fingerprints) is None
+
+
+def test_a_tune_of_another_isa_level_hides_no_winner(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r.jsonl")
+    wide, narrow = replace(of_layout(R16), isa="avx2"), of_layout(R32)
+    store.append(tuning([(wide, 1)], R16))
+    store.append(tuning([(narrow, 1)], R32))
+    for isa, expected in (("avx2", wide), ("scalar", narrow), (None, narrow)):
+        found = store.best(WIDE, "n1", 1, fingerprints, isa)
+        assert found is not None
+        assert found.spec == expected
+
+
+def test_show_has_one_winner_for_each_use(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r.jsonl")
+    store.append(tuning([(of_layout(R16), 1), (of_layout(R16), 2)], R16))
+    store.append(tuning([(of_layout(R32), 1)], R32))
+    shown = newest_winners(store, fingerprints)
+    assert [(w.threads, w.spec) for _, w in shown] == [(1, of_layout(R32)), (2, of_layout(R16))]
+    store.append(tuning([(of_layout(R16, i=1), 1), (of_layout(R16, LARGE), 1)], R16))
+    store.append(tuning([(of_layout(R32), 1)], R32))  # overruled: it saw less
+    shown = newest_winners(store, fingerprints)
+    assert [w.spec for _, w in shown if w.threads == 1 and w.regime == "n1"] == [of_layout(R16, i=1)]
 
 
 def test_an_older_tune_fills_in_for_a_regime_in_the_same_layout(tmp_path: Path) -> None:
