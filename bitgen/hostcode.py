@@ -32,7 +32,7 @@ def row_grain(spec: KernelSpec) -> int:
 
     A kernel takes any multiple of its row block; less than this wastes streams or unpacked panels.
     """
-    knobs = dict(spec.schedule)
+    knobs = spec.knobs
     return max(knobs.get("streams", 1) * spec.layout.row_block, knobs.get("mc", 0))
 
 

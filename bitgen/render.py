@@ -195,8 +195,9 @@ def _expand(template: str, isa: Isa, banner: Sequence[str], values: Mapping[str,
     """Banner, includes, the vector ops that the body uses, and the body."""
     try:
         body = _template(template).render(isa=isa, **values)
-    except jinja2.UndefinedError as error:  # a schedule lacks a knob
-        raise BitgenError(f"{template}: {error}") from error
+    except jinja2.UndefinedError as error:
+        hint = "a macro that also serves algorithms without this knob asks schedule.get(KNOB, VALUE)"
+        raise BitgenError(f"{template}: {error}; {hint}") from error
     # What macros leave behind: no empty line within a function, one between two.
     body = re.sub(r"\n\n+(?= )", "\n", re.sub(r"\n{3,}", "\n\n", body))
     ops = vector_ops(isa.name)
@@ -242,7 +243,7 @@ def render_kernel(spec: KernelSpec) -> Source:
         "tile": Tile(spec.layout, regime.n_max == 1),
         "tiles": _token_tiles(spec),
         **family.constants,
-        **dict(spec.schedule),
+        **spec.knobs,
     }
     text = _expand(f"kernels/{spec.family}.c.j2", isa, banner, values)
     return Source(spec.name, text, spec.isa, (spec.prototype, spec.scratch_prototype))

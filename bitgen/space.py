@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import product
 
 from bitgen.cpu import Cpu, Isa
-from bitgen.errors import UsageError, unknown
+from bitgen.errors import BitgenError, UsageError, unknown
 from bitgen.families import FAMILIES, Family
 from bitgen.families.algorithms import UNPACKING, presets_of
 from bitgen.families.base import INT16_MAX, INT16_MIN, Axes, Check, Int16Sums, Knobs, told
@@ -67,10 +67,14 @@ class Space:
         if unknown:
             names = ", ".join(sorted(unknown))
             raise UsageError(f"{algorithm} has no knob {names}; it has {', '.join(knobs)}")
-        missing = set(knobs) - set(values)
+        off = FAMILIES[self.family].algorithm(algorithm).off
+        given = {**off, **values}
+        missing = set(knobs) - set(given)
         if missing:
             raise UsageError(f"{algorithm} needs a value for {', '.join(sorted(missing))}")
-        schedule = Schedule(algorithm, tuple((name, int(values[name])) for name in knobs))
+        schedule = Schedule(
+            algorithm, tuple((name, int(given[name])) for name in knobs if given[name] != off.get(name))
+        )
         return KernelSpec(self.family, self.isa.name, self.regime.name, layout, schedule)
 
     def broken(self, spec: KernelSpec) -> list[Rule]:
@@ -109,8 +113,19 @@ class Space:
 
     @property
     def default(self) -> KernelSpec:
-        """The schedule used where nothing was tuned. Every space has one."""
+        """The schedule used where nothing was tuned. BitgenError when no preset of the family is legal."""
+        if not self.known_good:
+            raise BitgenError(self._why_no_default())
         return self.known_good[0]
+
+    def _why_no_default(self) -> str:
+        """For who adds a knob or a level: the first preset, and what it breaks."""
+        where = f"{self.family} on {self.isa.name} for {self.regime.name}"
+        if not self.presets:
+            return f"{where} has no preset, so it has no default schedule"
+        first = self.presets[0]
+        rules = "; ".join(rule.text for rule in self.broken(first))
+        return f"{where} has no legal preset; the first, {first.schedule.name}, breaks: {rules}"
 
 
 def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, group: int = 0) -> Space:
@@ -186,8 +201,9 @@ def _bounds(
         lambda s: (s.family, s.isa, s.regime) == (family.name, isa.name, regime.name),
     )
     yield Rule(
-        f"it must have all knobs of one of {', '.join(axes)}",
-        lambda s: tuple(name for name, _ in s.schedule) == tuple(axes.get(s.schedule.algorithm, ("",))),
+        "it must have all knobs of its algorithm, in order: "
+        + "; ".join(f"{name} has {', '.join(knobs)}" for name, knobs in axes.items()),
+        lambda s: s.schedule.algorithm in axes and _names_its_knobs(family, axes[s.schedule.algorithm], s),
     )
     yield Rule(
         f"row_block must be one of {', '.join(str(layout.row_block) for layout in layouts)}",
@@ -195,7 +211,7 @@ def _bounds(
     )
     for algorithm, knobs in axes.items():
         for knob in knobs:
-            values = family.algorithm(algorithm).domain(knob)
+            values = family.algorithm(algorithm).domain(knob) or knobs[knob]
             text = f"{knob} of {algorithm} must be {told(values)}"
             yield Rule(text, _of(algorithm, _within(knob, values)))
 
@@ -253,18 +269,26 @@ def _of(algorithm: str, holds: Callable[[KernelSpec], bool]) -> Callable[[Kernel
     return lambda s: s.schedule.algorithm != algorithm or holds(s)
 
 
+def _names_its_knobs(family: Family, knobs: Axes, spec: KernelSpec) -> bool:
+    """Whether a schedule has the knobs of its algorithm, and those that are off nowhere."""
+    off = family.algorithm(spec.schedule.algorithm).off
+    values = spec.knobs
+    wanted = (name for name in knobs if name not in off or values[name] != off[name])
+    return tuple(name for name, _ in spec.schedule) == tuple(wanted)
+
+
 def _within(knob: str, values: Sequence[int]) -> Callable[[KernelSpec], bool]:
     return lambda s: s.schedule.get(knob, values[0]) in values
 
 
 def _checked(algorithm: str, check: Check) -> Rule:
     text, holds = check
-    return Rule(text, _of(algorithm, lambda s: holds(dict(s.schedule), s.layout.row_block)))
+    return Rule(text, _of(algorithm, lambda s: holds(s.knobs, s.layout.row_block)))
 
 
 def _registers(family: Family, isa: Isa, spec: KernelSpec) -> int:
     algorithm = family.algorithm(spec.schedule.algorithm)
-    return algorithm.registers(family, isa, dict(spec.schedule), spec.layout.row_block)
+    return algorithm.registers(family, isa, spec.knobs, spec.layout.row_block)
 
 
 def _panel_rows_divide(spec: KernelSpec) -> bool:
@@ -289,14 +313,14 @@ def _panel_bytes(spec: KernelSpec, k: int) -> int:
 def int16_sums(spec: KernelSpec) -> Int16Sums | None:
     """The int16 partial sums of a kernel; None when every product goes to int32 at once."""
     family = FAMILIES[spec.family]
-    return family.algorithm(spec.schedule.algorithm).int16_sums(family, dict(spec.schedule))
+    return family.algorithm(spec.schedule.algorithm).int16_sums(family, spec.knobs)
 
 
 def headroom_lines(spec: KernelSpec) -> list[str]:
     """The bounds of a kernel's accumulators as arithmetic."""
     sums, family = int16_sums(spec), FAMILIES[spec.family]
     lines = [f"int16: {sums}, within {INT16_MIN} .. {INT16_MAX}"] if sums else []
-    share, most = family.algorithm(spec.schedule.algorithm).int32_share(family, dict(spec.schedule))
+    share, most = family.algorithm(spec.schedule.algorithm).int32_share(family, spec.knobs)
     if spec.layout.group:
         return [*lines, f"int32: {share} of a group of {spec.layout.group} x {most} is below 2^31"]
     return [*lines, f"int32: {share} of k x {most} is below 2^31 for k <= {K_MAX}"]

@@ -176,6 +176,11 @@ class KernelSpec:
         return f"bitgen_{self.family}{shape}_{self.regime}_{layout}_{self.schedule.name}__{self.isa}"
 
     @property
+    def knobs(self) -> dict[str, int]:
+        """The value of every knob, also of those that the schedule leaves out (`Algorithm.off`)."""
+        return {**FAMILIES[self.family].algorithm(self.schedule.algorithm).off, **dict(self.schedule)}
+
+    @property
     def prototype(self) -> str:
         return f"void {self.name}(const struct bitgen_matmul *a)"
 

@@ -27,6 +27,7 @@ from functools import cache
 from pathlib import Path
 
 from bitgen.cpu import load_isas, target_cpu
+from bitgen.errors import BitgenError
 from bitgen.hostcode import step_headers
 from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Pairs, Tiles
 from bitgen.render import matmul_struct, render_kernel, render_quantize, render_step, render_tables
@@ -233,6 +234,14 @@ def main() -> int:
         "--points", type=int, default=0, metavar="N", help="with --write: N kernels of every space besides"
     )
     args = parser.parse_args()
+    try:
+        return _run(args)
+    except BitgenError as error:  # a template or a space that does not hold together
+        sys.exit(f"digests: {error}")
+
+
+def _run(args: argparse.Namespace) -> int:
+    """0, or 1 when --check found a change."""
     if args.update:
         update()
     elif args.diff:

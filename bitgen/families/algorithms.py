@@ -31,7 +31,7 @@ each kind, not a search.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -276,7 +276,7 @@ class Tiles(Algorithm):
             "pack": (0, 1),
         }
 
-    def domain(self, knob: str) -> range | tuple[int, ...]:
+    def domain(self, knob: str) -> Sequence[int]:
         return {"mr": (16, 32, 64), "nr": (16, 32)}.get(knob) or super().domain(knob)
 
     def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
@@ -316,7 +316,7 @@ class Mmla(Algorithm):
             "kc": (0, 960),
         }
 
-    def domain(self, knob: str) -> range | tuple[int, ...]:
+    def domain(self, knob: str) -> Sequence[int]:
         return range(4, 17, 2) if knob == "nr" else super().domain(knob)  # tokens go by twos
 
     def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:

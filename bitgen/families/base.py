@@ -26,17 +26,20 @@ INT16_MIN, INT16_MAX = -32768, 32767
 GROUPS = (32, 64, 128, 256)  # weights along k that may share a scale
 
 # Values a knob may have at all; an algorithm narrows some. Counts multiply the code of a kernel; sizes
-# (bytes, rows, columns, steps) end far above every useful value.
+# (bytes, rows, columns, steps) end far above every useful value. A knob that is not here may have the values
+# of its axis.
 COUNT, SIZE = range(1, 17), range((1 << 20) + 1)
-DOMAINS: Mapping[str, range] = {
+DOMAINS: Mapping[str, Sequence[int]] = {
     "streams": COUNT,
     "nr": COUNT,
     "unroll": COUNT,
     "accumulators": range(1, 5),
     "prefetch_hint": range(3),
     "mr": range(16, 257, 16),
-    "ahead": range(2),
-    "pack": range(2),
+    "mc": SIZE,
+    "kc": SIZE,
+    "widen_every": SIZE,
+    "prefetch": SIZE,
 }
 
 
@@ -82,6 +85,10 @@ class Algorithm(ABC):
     table_bytes: int = 0
     constants: Mapping[str, object] = field(default_factory=dict, compare=False)
 
+    # Of knobs that were added later, the value with which the C is what it was before. A schedule leaves such
+    # a knob out at that value, so names, presets, records and digests of older kernels stay as they are.
+    off: ClassVar[Knobs] = {}
+
     @abstractmethod
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         """The values worth searching of each knob; empty where the algorithm is not offered."""
@@ -95,9 +102,9 @@ class Algorithm(ABC):
         del family, isa, regime
         return iter(())
 
-    def domain(self, knob: str) -> range | tuple[int, ...]:
-        """Every value that a knob may have."""
-        return DOMAINS.get(knob, SIZE)
+    def domain(self, knob: str) -> Sequence[int]:
+        """Every value that a knob may have; empty: those of its axis."""
+        return DOMAINS.get(knob, ())
 
     def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
         """What the values of a schedule must be together, beside what holds for every algorithm."""

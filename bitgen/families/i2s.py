@@ -14,8 +14,8 @@ from bitgen.families.base import Bytes, Family, Ternary
 
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)[:, None]
 
-# The default for one token. NEON and SVE by instructions a weight (docs/arm.md): two streams of NEON do not
-# stay in its registers. Prefetch distances were measured for two streams (docs/performance.md).
+# The default for one token. NEON and SVE by instructions a weight (docs/reference/arm.md): two streams of
+# NEON do not stay in its registers. Prefetch distances: docs/reference/performance.md.
 _FIRST: SmallTable = (
     ({"vector_bytes": 64, "native_dot4": True, "code_max": 128}, {"streams": 2, "accumulators": 4}),
     ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accumulators": 3}),

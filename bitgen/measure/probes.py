@@ -66,9 +66,10 @@ class _Sums:
 class Dot4(_Sums):
     """Multiply-adds of int8: the peak that matmuls are compared with."""
 
-    def operations(self, shape: Shape) -> int:
-        """Multiplies and adds of one call with weights of ``shape``."""
-        return -(-shape.m // 16) * self.turns * self.chains * self.products * 2
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * self.chains * self.products * 2
 
     @property
     def products(self) -> int:
@@ -97,9 +98,10 @@ class Pairs(_Sums):
     def turns(self) -> int:
         return 1 if isas()[self.isa].generic else 2000 // PAIRS_WIDEN_EVERY
 
-    def operations(self, shape: Shape) -> int:
-        """Multiplies and adds of one call with weights of ``shape``."""
-        return -(-shape.m // 16) * self.turns * PAIRS_WIDEN_EVERY * self.chains * 64 * 2
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * PAIRS_WIDEN_EVERY * self.chains * 64 * 2
 
     def source(self) -> Source:
         knobs = {"chains": self.chains, "turns": self.turns, "widen_every": PAIRS_WIDEN_EVERY}
@@ -113,9 +115,10 @@ class Tiles:
     isa: str
     turns: int = 400  # for each 16 rows; a call of `DOT_SHAPE` takes about 1.5 ms at 4 TOPS
 
-    def operations(self, shape: Shape) -> int:
-        """Multiplies and adds of one call with weights of ``shape``."""
-        return -(-shape.m // 16) * self.turns * 4 * 2 * 16 * 16 * 64
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * 4 * 2 * 16 * 16 * 64
 
     def source(self) -> Source:
         return render_probe("tiles", self.isa, turns=self.turns)
@@ -125,18 +128,16 @@ class Tiles:
 class Fma(_Sums):
     """Multiply-adds of float32, 16 in an op: the peak that attention is compared with."""
 
-    def operations(self, shape: Shape) -> int:
-        """Multiplies and adds of one call with weights of ``shape``."""
-        return -(-shape.m // 16) * self.turns * self.chains * 2 * 16
+    @property
+    def operations(self) -> int:
+        """Multiplies and adds of one call of `DOT_SHAPE`."""
+        return DOT_SHAPE.m // 16 * self.turns * self.chains * 2 * 16
 
     def source(self) -> Source:
         return render_probe("fma", self.isa, chains=self.chains, turns=self.turns)
 
 
-PeakProbe = Dot4 | Pairs | Tiles
-
-
-def peak_probes(isa: str) -> tuple[PeakProbe, ...]:
+def peak_probes(isa: str) -> tuple[Dot4 | Pairs | Tiles, ...]:
     """Every way to multiply that may be the fastest of an ISA level: its peak is the best of them."""
     return (Tiles(isa),) if isas()[isa].tile_registers else (Dot4(isa), Pairs(isa))
 

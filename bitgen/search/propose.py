@@ -108,7 +108,7 @@ class _Coordinates:
         seen: dict[str, dict[str, set[int]]] = {}
         for spec in points:
             axes = seen.setdefault(spec.schedule.algorithm, {})
-            for knob, value in spec.schedule:
+            for knob, value in spec.knobs.items():
                 axes.setdefault(knob, set()).add(value)
         self._values = {
             algorithm: {knob: sorted(values) for knob, values in axes.items() if len(values) > 1}
@@ -122,10 +122,10 @@ class _Coordinates:
         return self._params[spec]
 
     def _params_of(self, spec: KernelSpec) -> dict[str, str | int]:
-        algorithm = spec.schedule.algorithm
+        algorithm, own = spec.schedule.algorithm, spec.knobs
         params: dict[str, str | int] = {"algorithm": algorithm, "layout": spec.layout.name}
         for knob, values in self._values[algorithm].items():
-            params[f"{algorithm}.{knob}"] = values.index(spec.schedule[knob])
+            params[f"{algorithm}.{knob}"] = values.index(own[knob])
         return params
 
     def distributions(self, params: Mapping[str, str | int]) -> dict[str, BaseDistribution]:
