@@ -23,6 +23,7 @@ from pathlib import Path
 from bitgen.bundle.elf import read_requirements
 from bitgen.bundle.make import make_universal
 from bitgen.bundle.manifest import read_bundle
+from bitgen.bundle.wheel import slim
 from bitgen.errors import BitgenError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for platform in () if args.bundle else args.platform or PLATFORMS:
                 arch, libc = platform.split("-")
                 folder = Path(scratch) / platform
-                bundles.append(make_universal(arch, folder, libc=libc, cc=args.cc, sources=False))
+                bundles.append(make_universal(arch, folder, libc=libc, cc=args.cc))
             for bundle in bundles:
-                made = wheel_with(bundle, args.out)
+                made = wheel_with(
+                    slim(bundle, Path(scratch) / f"slim-{bundle.parent.name}" / bundle.name), args.out
+                )
                 print(f"{made} ({made.stat().st_size:,} bytes)")
     except BitgenError as error:
         print(f"wheels: {error.message}", file=sys.stderr)

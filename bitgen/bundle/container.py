@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -153,13 +153,18 @@ def open_container(path: Path) -> Iterator[Container]:
 
 
 def write_zip(folder: Path, names: Collection[str], path: Path) -> None:
-    """Put files of a folder into a zip: sorted, all of one time and mode, so equal files give equal bytes."""
+    """Put files of a folder into a zip; see `write_archive`."""
+    write_archive({name: (folder / name).read_bytes() for name in names}, path)
+
+
+def write_archive(files: Mapping[str, bytes], path: Path) -> None:
+    """Write a zip of files: sorted, all of one time and mode, so equal files give equal bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name in sorted(names):
+        for name, data in sorted(files.items()):
             entry = zipfile.ZipInfo(name, _TIME)
             entry.create_system, entry.external_attr = 3, (stat.S_IFREG | 0o644) << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, (folder / name).read_bytes())
+            archive.writestr(entry, data)
 
 
 # ---- https ---------------------------------------------------------------------

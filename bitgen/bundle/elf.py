@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from bitgen.errors import FileError
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 _DYNAMIC, _VERNEED = 6, 0x6FFFFFFE
 _NEEDED = 1
+_NUMBER = re.compile(r"\d+")
 _GLIBC = re.compile(r"GLIBC_(\d+(?:\.\d+)+)")
 
 
@@ -41,6 +43,13 @@ class Requirements:
         major, minor = max((self.glibc or (2, 17))[:2], (2, 17))
         older = f".manylinux2014_{self.arch}" if (major, minor) == (2, 17) else ""
         return f"py3-none-manylinux_{major}_{minor}_{self.arch}{older}"
+
+
+def common_tag(libraries: Sequence[Requirements]) -> str:
+    """The tag of a wheel that holds all of the ``libraries``, of one architecture and C library."""
+    return max(
+        (library.wheel_tag for library in libraries), key=lambda tag: [*map(int, _NUMBER.findall(tag))]
+    )
 
 
 def read_requirements(path: Path) -> Requirements:

@@ -82,11 +82,18 @@ def verify_index(container: Container, *, allow_unsigned: bool = False) -> Verif
     return Verified(parse_index(data, name), data, signature)
 
 
-def verify(path: Path, *, allow_unsigned: bool = False) -> Verified:
-    """Check everything that `install` checks but what this CPU can run, and keep nothing."""
+def verify(
+    path: Path, *, allow_unsigned: bool = False, examine: Callable[[Bundle], object] | None = None
+) -> Verified:
+    """Check everything that `install` checks but what this CPU can run, and keep nothing.
+
+    ``examine`` is called with each bundle once all of them are as their index says.
+    """
     with open_container(path) as container, tempfile.TemporaryDirectory(prefix="bitgen-verify-") as scratch:
         verified = verify_index(container, allow_unsigned=allow_unsigned)
-        _receive(container, verified, Path(scratch) / "files")
+        for bundle in _receive(container, verified, Path(scratch) / "files"):
+            if examine is not None:
+                examine(bundle)
     return verified
 
 

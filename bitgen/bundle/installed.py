@@ -14,11 +14,15 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 
 from bitgen import __version__
-from bitgen.bundle.index import INDEX_NAME, Index, parse_index, require_entry
+from bitgen.bundle.index import INDEX_NAME, SIGNATURE_NAME, Index, parse_index, require_entry
 from bitgen.bundle.manifest import (
     MANIFEST_NAME,
+    PACKAGE,
     WHEEL,
     Bundle,
     Origin,
@@ -29,8 +33,9 @@ from bitgen.bundle.manifest import (
 from bitgen.errors import BitgenError, FileError
 from bitgen.paths import generated_dir, installed_dir, shipped_bundles_dir
 from bitgen.records import load, load_json
-from bitgen.trust import Revocations, TrustStore, require_private
+from bitgen.trust import Revocations, Signature, TrustStore, require_private
 
+GROUP = "bitgen.bundles"  # of entry points: packages of bundles
 FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{16}-[0-9a-f]{8}")  # name, index, a random number
 
 
@@ -107,16 +112,19 @@ def find_installed() -> tuple[list[Bundle], list[BitgenError]]:
 def _bundles_of(receipt: Receipt, revoked: Revocations) -> list[Bundle]:
     if reason := revoked.reason(receipt.key_id, receipt.index_sha256):
         raise FileError(f"{reason}; bitgen bundle remove {receipt.name}")
-    folder = installed_dir() / receipt.folder
+    origin = Origin(receipt.name, receipt.version, receipt.key_id, "default")
+    return _indexed(index_of(receipt), installed_dir() / receipt.folder, origin)
+
+
+def _indexed(index: Index, folder: Path, origin: Origin) -> list[Bundle]:
+    """The bundles of an index in ``folder``, each as its manifest and the index say alike."""
     made = []
-    for entry in index_of(receipt).bundles:
+    for entry in index.bundles:
         if sha256_of(folder / entry.path / MANIFEST_NAME) != entry.manifest:
             raise FileError(f"the manifest of {entry.path} is not the one its index names: install it again")
         bundle = read_bundle(folder / entry.path)
         require_entry(entry, bundle, folder)
-        made.append(
-            replace(bundle, origin=Origin(receipt.name, receipt.version, receipt.key_id, entry.label))
-        )
+        made.append(replace(bundle, origin=replace(origin, label=entry.label)))
     return made
 
 
@@ -129,11 +137,44 @@ def find_shipped() -> tuple[list[Bundle], list[BitgenError]]:
     return [replace(b, origin=Origin("bitgen", __version__, None, b.label, WHEEL)) for b in bundles], errors
 
 
-def all_bundles() -> tuple[list[Bundle], list[BitgenError]]:
-    """The bundles built here, the installed ones, those of a wheel, and what is wrong with damaged ones."""
+def find_packages() -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles in packages that name themselves in the entry point group bitgen.bundles.
+
+    They are trusted as a package is: who installs one lets it run. Nothing of it is imported here, and what
+    is revoked is refused.
+    """
     bundles: list[Bundle] = []
     errors: list[BitgenError] = []
-    for found, wrong in (find_bundles(generated_dir()), find_installed(), find_shipped()):
-        bundles += found
-        errors += wrong
+    for entry in entry_points(group=GROUP):
+        try:
+            bundles += _packaged(entry)
+        except BitgenError as error:
+            errors.append(FileError(f"the package {entry.value}: {error.message}"))
     return bundles, errors
+
+
+def _packaged(entry: EntryPoint) -> list[Bundle]:
+    spec = find_spec(entry.value) if entry.value.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise FileError("there is no such package")
+    folder = Path(spec.submodule_search_locations[0])
+    try:
+        data = (folder / INDEX_NAME).read_bytes()
+    except OSError as error:
+        raise FileError(f"cannot read its {INDEX_NAME}: {error.strerror or error}") from error
+    key_id = None
+    if (folder / SIGNATURE_NAME).is_file():
+        signature = (folder / SIGNATURE_NAME).read_bytes()
+        key_id = Signature.parse(signature, SIGNATURE_NAME).key_id
+    if reason := TrustStore().revoked().reason(key_id, hashlib.sha256(data).hexdigest()):
+        raise FileError(reason)
+    index = parse_index(data, str(folder / INDEX_NAME))
+    origin = Origin(entry.value, index.version, None, "default", PACKAGE)
+    return _indexed(index, folder, origin)
+
+
+def all_bundles() -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles built here, installed, in packages, in bitgen's wheel; what is wrong with damaged ones."""
+    places = (find_bundles(generated_dir()), find_installed(), find_packages(), find_shipped())
+    bundles = [bundle for found, _ in places for bundle in found]
+    return bundles, [error for _, wrong in places for error in wrong]

@@ -21,6 +21,7 @@ from bitgen.spec import KernelSpec, Shape, StepSizes
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 
+PACKAGE = "a package of pip"  # whoever installs one lets it run
 WHEEL = "in bitgen's wheel"  # whoever trusts bitgen trusts it
 TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 Label: TypeAlias = Literal["tuned", "transferred", "default"]  # how a bundle's kernels were found

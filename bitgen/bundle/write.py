@@ -50,14 +50,14 @@ def write_library(
     check: bool = True,
     label: Label | None = None,
     origin: str = "",
-    sources: bool = True,
+    release: bool = False,
 ) -> Path:
     """Write the bundle ``out_dir/name`` and return its path; it appears whole or not at all.
 
     ``sizes``: those of ``model``, which gets a forward step of its own; others run on the one for all.
     ``threads``: the fastest number on the cores of ``target``, the default wherever as many are usable; 0: no
-    such number is known. ``label`` and ``origin`` say how the choices were found (see `Manifest`); without
-    ``sources`` the C text stays out, and programs load the library by its own name.
+    such number is known. ``label`` and ``origin`` say how the choices were found (see `Manifest`). A
+    ``release`` goes into zips and wheels, which hold no links: programs load the library by its own name.
     ``check`` executes the library in a child process before it is kept: features that a hypervisor only
     advertises show there. An older bundle of this name is replaced. BitgenError: a name that cannot be a
     file's, a folder of this name that is no bundle, a read-only or full disk, a kernel that does not compile
@@ -77,7 +77,7 @@ def write_library(
         tempfile.TemporaryDirectory(prefix=f".{name}-", dir=parent, ignore_cleanup_errors=True) as scratch,
     ):
         made = Path(scratch) / name
-        about = _About(name, model, fingerprint, label, origin, sources)
+        about = _About(name, model, fingerprint, label, origin, release)
         _write(made, contents, toolchain, about)
         if check:
             _execute(made, contents.target)
@@ -94,7 +94,7 @@ class _About:
     fingerprint: str | None
     label: Label | None
     origin: str
-    sources: bool
+    release: bool
 
 
 def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About) -> None:
@@ -102,16 +102,15 @@ def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About
     folder.mkdir()
     target, library = contents.target, library_name(about.name, contents.target.cpu.os)
     units = library_units_of(contents)
-    soname = f"{library}.{ABI_VERSION}" if about.sources else library
+    soname = library if about.release else f"{library}.{ABI_VERSION}"
     public = dict(host_headers(target.cpu.arch))["bitgen.h"]
-    exports = tuple(re.findall(r"^BITGEN_API [^(]*?\b(bitgen_\w+)\(", public, flags=re.MULTILINE))
+    exports = exported(public)
     toolchain.link_shared(toolchain.objects(units), folder / library, soname=soname, exports=exports)
     if soname != library:
         (folder / soname).symlink_to(library)
     (folder / "bitgen.h").write_text(public, encoding="utf-8")
     (folder / "bitgen.pc").write_text(pkg_config(about.name), encoding="utf-8")
-    if about.sources:
-        _write_sources(folder / "src", units, toolchain, library, exports)
+    _write_sources(folder / "src", units, toolchain, soname, exports)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     manifest = Manifest(
         name=about.name,
@@ -137,6 +136,11 @@ def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
+def exported(header: str) -> tuple[str, ...]:
+    """The functions that a public header declares: what a library leaves visible."""
+    return tuple(re.findall(r"^BITGEN_API [^(]*?\b(bitgen_\w+)\(", header, flags=re.MULTILINE))
+
+
 def library_name(name: str, system: str) -> str:
     """The file name of a library: libbitgen-NAME.so, or .dylib."""
     if system not in SYSTEMS:
@@ -154,7 +158,7 @@ def pkg_config(name: str) -> str:
             "Name: bitgen",
             f"Description: exact matrix kernels for ternary weights ({name})",
             f"Version: {__version__}",
-            f"Libs: -L${{libdir}} -lbitgen-{name}",
+            f"Libs: -L${{libdir}} -lbitgen-{name} -Wl,-rpath,${{libdir}}",
             f"Libs.private: {' '.join(DEFAULT_LIBS)}",
             "Cflags: -I${includedir}",
             "",
@@ -163,7 +167,7 @@ def pkg_config(name: str) -> str:
 
 
 def _write_sources(
-    folder: Path, units: Sequence[Unit], toolchain: Toolchain, library: str, exports: Sequence[str]
+    folder: Path, units: Sequence[Unit], toolchain: Toolchain, soname: str, exports: Sequence[str]
 ) -> None:
     """The C text, and a Makefile that makes the library of it without bitgen."""
     folder.mkdir()
@@ -173,7 +177,8 @@ def _write_sources(
         (folder / file).write_text(text, encoding="utf-8")
     system = toolchain.compiler.target
     (folder / EXPORTS_FILE).write_text(exports_text(system, exports), encoding="utf-8")
-    shared = toolchain.shared_flags(f"{library}.{ABI_VERSION}", exports=True)
+    library = soname.removesuffix(f".{ABI_VERSION}")
+    shared = toolchain.shared_flags(soname, exports=True)
     lines = [
         "# Makes the library again from the C text beside this file.",
         f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitgen.cli.arguments import PRESET_HELP
 from bitgen.cli.options import add_actions
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
 if TYPE_CHECKING:
     from bitgen.bundle import Bundle
+    from bitgen.bundle.pack import Signer
 
 PASSPHRASE_VARIABLE = "BITGEN_KEY_PASSPHRASE"  # noqa: S105 - a name
 
@@ -28,7 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = action("verify", "check the signature and every file of a zip or folder")
     verify.add_argument("path", metavar="PATH", type=Path)
     verify.add_argument("--allow-unsigned", action="store_true", help="check the files of an unsigned one")
+    verify.add_argument("--rebuild", action="store_true", help="build the libraries again from their C text")
     add_output(action("pick", "which bundle this CPU gets and why, with its kernels"))
+    make = action("make", "make the bundles of CPU families from committed winners: a folder, zips, wheels")
+    make.add_argument("-m", "--model", required=True, help=PRESET_HELP)
+    make.add_argument(
+        "--families", required=True, help="zen4,neoverse-v1,universal-x86_64,... (see --target)"
+    )
+    make.add_argument("-o", "--out", required=True, type=Path, help="folder that gets them")
+    make.add_argument("--release", metavar="VERSION", help="its version (default: that of bitgen)")
+    make.add_argument("--sign", metavar="KEY", type=Path, help="secret key made by `bitgen trust keygen`")
+    make.add_argument("--cc", help="C compiler (default: zig, else a cross compiler that is here)")
     pack = action("pack", "put built bundles into a distribution with an index, and sign it")
     pack.add_argument("folders", metavar="FOLDER", nargs="+", type=Path, help="bundles, or one distribution")
     pack.add_argument("-o", "--out", required=True, type=Path, help="x.zip, or a new folder")
@@ -44,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         "remove": _remove,
         "verify": _verify,
         "pick": _pick,
+        "make": _make,
         "pack": _pack,
     }[args.action](args)
 
@@ -88,11 +101,18 @@ def _remove(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from bitgen.bundle.install import verify
 
-    verified = verify(args.path, allow_unsigned=args.allow_unsigned)
+    examine = _rebuild if args.rebuild else None
+    verified = verify(args.path, allow_unsigned=args.allow_unsigned, examine=examine)
     index = verified.index
     print(f"{index.name} {index.version}: {len(index.bundles)} bundles, {len(index.files)} files as indexed")
     print(f"signed by {verified.key_id}" if verified.key_id else "unsigned: nobody vouches for it")
     print(f"sha256 of its index: {verified.sha256}")
+
+
+def _rebuild(bundle: Bundle) -> None:
+    from bitgen.bundle.rebuild import rebuild
+
+    print(f"{bundle.path.name}: built again, the same library, sha256 {rebuild(bundle)}", flush=True)
 
 
 def _pick(args: argparse.Namespace) -> None:
@@ -141,18 +161,60 @@ def _whence(bundle: Bundle) -> tuple[str, str, str, str]:
     return bundle.path.name, f"{origin.name} {origin.version}", origin.signed, age
 
 
-def _pack(args: argparse.Namespace) -> None:
-    from bitgen.bundle.pack import pack
+def _make(args: argparse.Namespace) -> None:
+    from bitgen import __version__
+    from bitgen.bundle.make import Release, make_release
+    from bitgen.cli.progress import ProgressBar
+    from bitgen.formats.open import preset_of
+
+    names = tuple(name.strip() for name in args.families.split(",") if name.strip())
+    release = Release(preset_of(args.model), names, args.release or __version__, args.cc)
+    signer = _signer(args.sign)
+    with ProgressBar() as line:
+        made = make_release(release, args.out, signer=signer, progress=line.show)
+    rows = [
+        (
+            b.manifest.name,
+            b.manifest.system,
+            b.manifest.arch,
+            b.label,
+            b.library.stat().st_size,
+            b.manifest.origin,
+        )
+        for b in made.bundles
+    ]
+    columns = (
+        Column("bundle", "bundle"),
+        Column("os", "system"),
+        Column("arch", "architecture"),
+        Column("label", "kernels"),
+        Column("bytes", "bytes", ",d"),
+        Column("origin", "from"),
+    )
+    print(render_tables([Table("bundles", columns, rows)], "text"))
+    print(f"\n{made.folder.path}: {'signed' if made.folder.signed else 'unsigned'}")
+    for path in made.containers:
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def _signer(key: Path | None) -> Signer | None:
     from bitgen.errors import FileError
     from bitgen.trust import signatures
 
-    signer = None
-    if args.sign is not None:
-        try:
-            secret = args.sign.read_bytes()
-        except OSError as error:
-            raise FileError(f"cannot read {args.sign}: {error.strerror or error}") from error
-        signer = signatures().Signer(secret, passphrase(secret, str(args.sign)), str(args.sign))
+    if key is None:
+        return None
+    try:
+        secret = key.read_bytes()
+    except OSError as error:
+        raise FileError(f"cannot read {key}: {error.strerror or error}") from error
+    signer: Signer = signatures().Signer(secret, passphrase(secret, str(key)), str(key))
+    return signer
+
+
+def _pack(args: argparse.Namespace) -> None:
+    from bitgen.bundle.pack import pack
+
+    signer = _signer(args.sign)
     packed = pack(args.folders, args.out, name=args.name, version=args.release, signer=signer)
     index = packed.index
     print(f"{packed.path}: {index.name} {index.version}, {len(index.bundles)} bundles")

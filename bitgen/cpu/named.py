@@ -11,6 +11,8 @@ from bitgen.errors import unknown
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
 
+_VENDORS = {"AMD": "AuthenticAMD", "Intel": "GenuineIntel"}  # as cpuid names them
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -33,7 +35,7 @@ class _Entry:
         return Cpu(
             os=system,
             arch=self.arch,
-            vendor=self.model_name.partition(" ")[0],
+            vendor=_VENDORS.get(maker := self.model_name.partition(" ")[0], maker),
             model_name=self.model_name,
             family=self.family,
             features=self.features,

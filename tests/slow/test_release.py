@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
+import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import libraries
 import pytest
+from distributions import rewritten
 
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.elf import read_requirements
 from bitgen.bundle.units import library_units_of
-from bitgen.cpu import load_isas
+from bitgen.cpu import CAP_VARIABLE, load_isas
 from bitgen.toolchain import Compiler, Toolchain, find_cross_compilers, release_compiler
 
+ROOT = Path(__file__).parents[2]
 WIDE = re.compile(r"%[yz]mm|%k[1-7]")  # registers that only AVX and AVX-512 have
 
 
@@ -61,3 +69,97 @@ def test_the_release_compiler_asks_for_old_symbols_only(arch: str, tmp_path: Pat
     assert asks.glibc is not None
     assert asks.glibc <= (2, 17)
     assert asks.wheel_tag == f"py3-none-manylinux_2_17_{arch}.manylinux2014_{arch}"
+
+
+# ---- bitgen bundle make
+
+
+TARGET = {"x86_64": "x86-64", "aarch64": "armv8-a"}.get(platform.machine(), "")
+NATIVE = pytest.mark.skipif(
+    sys.platform != "linux" or not TARGET or not (shutil.which("gcc") or shutil.which("clang")),
+    reason="needs Linux and gcc or clang",
+)
+
+
+def bitgen(home: Path, *argv: str | Path, umask: int = 0o022, **environment: str) -> str:
+    env = {**os.environ, "BITGEN_HOME": str(home), **environment}
+    env.pop(CAP_VARIABLE, None)
+    command = [sys.executable, "-m", "bitgen", *map(str, argv)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, umask=umask, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def make(home: Path, out: Path, umask: int = 0o022, **environment: str) -> list[Path]:
+    """A release of scalar kernels alone, each file of it by name."""
+    cc = "gcc" if shutil.which("gcc") else "clang"
+    words = ("--model", "TriLM-99M", "--families", TARGET, "--cc", cc, "--release", "1.2.0")
+    said = bitgen(home, "bundle", "make", *words, "-o", out, umask=umask, **environment)
+    assert "default" in said
+    return sorted(path for path in out.iterdir() if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release")
+    make(libraries.share_cache(folder / "home"), folder / "dist")
+    return folder / "dist"
+
+
+@NATIVE
+def test_builds_in_other_folders_times_and_umasks_give_the_same_bytes(release: Path, tmp_path: Path) -> None:
+    """The second build shares nothing with the first: it compiles everything again."""
+    again = make(tmp_path / "other home", tmp_path / "elsewhere", 0o077, TZ="Asia/Tokyo", LC_ALL="C")
+    first = {path.name: path.read_bytes() for path in release.iterdir() if path.is_file()}
+    assert len(first) == 2, "a zip and a wheel"
+    assert {path.name: path.read_bytes() for path in again} == first
+
+
+@NATIVE
+def test_anybody_can_build_a_release_again(release: Path, tmp_path: Path) -> None:
+    (archive,) = release.glob("*.zip")
+    home = tmp_path / "home"
+    said = bitgen(home, "bundle", "verify", "--rebuild", "--allow-unsigned", archive)
+    assert f"TriLM-99M-{TARGET}: built again, the same library, sha256 " in said
+
+    def sha(data: bytes) -> bytes:
+        return hashlib.sha256(data).hexdigest().encode()
+
+    def edit(files: dict[str, bytes]) -> None:
+        """Another C text, and every digest above it as it should be: only a second build can tell."""
+        folder, before = f"TriLM-99M-{TARGET}", dict(files)
+        source = f"{folder}/src/library.c"
+        files[source] = files[source].replace(b"no error", b"no harm")
+        assert files[source] != before[source]
+        for name in (source, f"{folder}/manifest.json", "provenance.json"):
+            for above in (f"{folder}/manifest.json", "provenance.json", "index.json"):
+                files[above] = files[above].replace(sha(before[name]), sha(files[name]))
+
+    changed = rewritten(archive, tmp_path / "changed.zip", edit)
+    with pytest.raises(
+        AssertionError, match=r"built again from its C text with .* the library has the sha256"
+    ):
+        bitgen(home, "bundle", "verify", "--rebuild", "--allow-unsigned", changed)
+
+
+@NATIVE
+def test_pip_installs_a_wheel_of_bundles_and_bitgen_reads_it_in_place(release: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("needs pip")
+    (wheel,) = release.glob("*.whl")
+    assert wheel.name.startswith("bitgen_kernels_trilm_99m-1.2.0-py3-none-manylinux_2_")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(site), str(wheel)], check=True)
+    assert not list(site.rglob("*.c")), "C text is in the zip"
+    picked = json.loads(bitgen(tmp_path, "bundle", "pick", "-o", "json", PYTHONPATH=str(site)))
+    (candidate,) = picked["candidates"]
+    assert Path(picked["chosen"]) == site / "bitgen_kernels_trilm_99m" / f"TriLM-99M-{TARGET}"
+    assert (candidate["from"], candidate["key"]) == ("bitgen_kernels_trilm_99m 1.2.0", "a package of pip")
+    index = hashlib.sha256((site / "bitgen_kernels_trilm_99m" / "index.json").read_bytes()).hexdigest()
+    bitgen(tmp_path, "trust", "revoke", index)
+    picked = json.loads(bitgen(tmp_path, "bundle", "pick", "-o", "json", PYTHONPATH=str(site)))
+    assert picked["chosen"] is None
+    assert "this index was revoked" in picked["candidates"][0]["reason"]

@@ -127,7 +127,7 @@ def platform_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed: without it a wheel needs the network")
     made = tmp_path_factory.mktemp("platform")
-    library = step_levels.universal_library(tmp_path_factory, sources=False)
+    library = step_levels.universal_library(tmp_path_factory)
     script = ROOT / "tools" / "wheels.py"
     command = [sys.executable, str(script), "--bundle", str(library), "-o", str(made)]
     done = subprocess.run(command, cwd=made, capture_output=True, text=True, check=False)

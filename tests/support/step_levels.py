@@ -33,17 +33,17 @@ def _library(folder: Path, level: str) -> Path:
     return write_library((), users_toolchain(), out, f"step-{level}", target, check=False)
 
 
-def universal_library(factory: pytest.TempPathFactory, *, sources: bool = True) -> Path:
+def universal_library(factory: pytest.TempPathFactory) -> Path:
     """The bundle of a universal library with the levels that this CPU runs, and no winners."""
-    return _universal(session_folder(factory), sources)
+    return _universal(session_folder(factory))
 
 
 @cache
-def _universal(folder: Path, sources: bool) -> Path:
+def _universal(folder: Path) -> Path:
     out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
     cpu, isas = detect_cpu(), load_isas()
     held = [isa for isa in isas if isa in accepted_isas(cpu, isas)]
     target = Target.every(cpu.arch, cpu.os, held)
-    name = f"universal-{cpu.arch}" if sources else f"slim-{cpu.arch}"
+    name = f"universal-{cpu.arch}"
     toolchain = replace(users_toolchain(), strip=True)
-    return write_library((), toolchain, out, name, target, check=False, sources=sources)
+    return write_library((), toolchain, out, name, target, check=False, release=True)
