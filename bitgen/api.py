@@ -398,8 +398,9 @@ check = verify  # its name until it was called what it does
 class KernelTiming(Rates):
     """A kernel timed in interleaved rounds with the untuned default, its ``baseline``; medians for one call.
 
-    ``limit_ns`` is the roofline of this run: reading the packed weights once, or the int8 operations at the
-    peak of the ISA level, whichever takes longer.
+    ``limit_ns`` is the roofline by the probes of the same rounds: reading the packed weights once, or the
+    int8 operations at the peak of the ISA level, whichever takes longer. A kernel that beats it shows that a
+    faster way to read or to multiply is missing among the probes.
     """
 
     measurement: Measurement
@@ -460,7 +461,7 @@ def _timing_of(peak: MachinePeak, job: RaceJob, race: Race, tuned: bool) -> Kern
         for spec in job.specs
     )
     layout, isa = timed.job.spec.layout, timed.job.spec.isa
-    own_read = layout.packed_bytes(job.shape) / timed.median_ns if job.cold else 0.0
-    fastest_read = max(peak.best_dram_gbs, race.read_gbs or 0.0, own_read)
-    limit_ns = roofline_ns(layout, job.shape, job.n, job.cold, fastest_read, peak.peak_gops[isa])
+    read_gbs = race.read_gbs or peak.best_dram_gbs
+    peak_gops = race.peak_gops.get(isa) or peak.peak_gops[isa]
+    limit_ns = roofline_ns(layout, job.shape, job.n, job.cold, read_gbs, peak_gops)
     return KernelTiming(timed, baseline, tuned, limit_ns)

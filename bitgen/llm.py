@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, overload
@@ -29,6 +29,7 @@ from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
 from bitgen.inference.engine import Head, Kv
 from bitgen.inference.generation import Generation
+from bitgen.inference.grammar import Grammars
 from bitgen.inference.opening import context_for, find_library, open_engine, tuned_shapes
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
@@ -38,6 +39,7 @@ from bitgen.runtime import KernelTable, load
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
 
+_OPTIONS = ("max_tokens", "stop", "lookup", "ignore_end", "schema")  # beside those of Sampling
 Prompt: TypeAlias = "str | Sequence[int]"
 
 
@@ -160,9 +162,10 @@ class LLM:
         """Continue a text: one prompt gives a `Generation`, a list of prompts the list of their texts.
 
         A prompt is a text or a list of token ids. Options: ``max_tokens`` (128; None: until the context is
-        full), ``stop`` (a text or several), ``lookup``, ``ignore_end``, and the fields of `Sampling`
-        (temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n, frequency_penalty,
-        presence_penalty, logit_bias, seed); ``logit_bias`` may be a mapping of tokens.
+        full), ``stop`` (a text or several), ``lookup``, ``ignore_end``, ``schema`` (a JSON schema that the
+        text follows; the extra json), and the fields of `Sampling` (temperature, top_k, top_p, min_p,
+        repeat_penalty, repeat_last_n, frequency_penalty, presence_penalty, logit_bias, seed); ``logit_bias``
+        may be a mapping of tokens.
         """
         if not hasattr(prompt, "__len__"):
             raise UsageError(
@@ -201,6 +204,7 @@ class LLM:
         stop: str | Iterable[str] = (),
         lookup: bool = False,
         ignore_end: bool = False,
+        schema: Any = None,
         **sampling: Any,
     ) -> Request:
         """What `generate` runs. UsageError names an option that is wrong."""
@@ -208,7 +212,7 @@ class LLM:
             raise UsageError(f"max_tokens must be 1 or more, not {max_tokens}")
         unknown = set(sampling) - set(Sampling.__dataclass_fields__)
         if unknown:
-            known = ", ".join(("max_tokens", "stop", "lookup", "ignore_end", *Sampling.__dataclass_fields__))
+            known = ", ".join((*_OPTIONS, *Sampling.__dataclass_fields__))
             raise UsageError(f"unknown option {', '.join(sorted(unknown))}; there are {known}")
         bias = sampling.get("logit_bias", ())
         sampling["logit_bias"] = tuple(bias.items() if isinstance(bias, Mapping) else bias)
@@ -225,7 +229,13 @@ class LLM:
             stop=_texts(stop),
             ignore_end=ignore_end,
             lookup=lookup,
+            grammar=None if schema is None else self.grammars.json_schema(schema),
         )
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars of this model's tokens. BitgenError without llguidance."""
+        return Grammars(self.tokenizer, self.config.vocab)
 
     # ---- Chat ----
 
@@ -234,12 +244,13 @@ class LLM:
         """The model's chat template, or the built-in one that fits its vocabulary."""
         return self.template or BUILT_IN[template_for(self.tokenizer.ids)]
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids of a conversation, up to where the assistant is to speak."""
+    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        """The ids of a conversation, up to where the assistant is to speak; ``tools``: see `render_chat`."""
         tokenizer = self.tokenizer
         text = render_chat(
             self.template_text,
             messages,
+            tools=tools,
             bos=tokenizer.token(tokenizer.bos),
             eos=tokenizer.token(tokenizer.eos),
         )

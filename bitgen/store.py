@@ -68,6 +68,7 @@ class RaceRecord:
     times_ns: tuple[tuple[float, ...], ...]
     dropped: tuple[str, ...]
     read_ns_a_byte: tuple[float, ...]
+    peak_gops: dict[str, float] = field(default_factory=dict)
     time: float = field(default_factory=now)
 
     def __post_init__(self) -> None:
@@ -82,6 +83,7 @@ class RaceRecord:
             times_ns=tuple(tuple(race.get(spec, ())) for spec in job.specs),
             dropped=tuple(race.dropped.get(spec, "") for spec in job.specs),
             read_ns_a_byte=tuple(race.read_ns_a_byte),
+            peak_gops=dict(race.peak_gops),
         )
 
     @property
@@ -92,6 +94,7 @@ class RaceRecord:
             {spec: row for spec, row in times if row},
             {spec: reason for spec, reason in dropped if reason},
             self.read_ns_a_byte,
+            self.peak_gops,
         )
 
 

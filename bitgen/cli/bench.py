@@ -191,7 +191,7 @@ _KERNEL_COLUMNS = (
     Column("time_us", "us", ",.1f"),
     Column("weight_gbs", "GB/s", ".1f"),
     Column("gops", "GOP/s", ",.0f"),
-    Column("limit_share", "% of limit", ".0%", "of roofline"),
+    Column("limit_share", "% of limit", ".0%", "of roofline", of_limit=True),
     Column("over_default", "time/default", ".2f", "speedup", is_speedup=True),
     Column("state", "state"),
 )

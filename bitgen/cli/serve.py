@@ -12,8 +12,8 @@ from bitgen.errors import BitgenError, UsageError
 
 if TYPE_CHECKING:
     from bitgen.llm import LLM
-    from bitgen.serve.app import Settings
     from bitgen.serve.guard import Access
+    from bitgen.serve.service import Settings
 
 _PARALLEL_MAX = 64
 
@@ -122,8 +122,8 @@ def _access(args: argparse.Namespace) -> Access:
 
 def _settings(args: argparse.Namespace, llm: LLM, access: Access) -> Settings:
     from bitgen.formats.open import open_model
-    from bitgen.serve.app import Settings
     from bitgen.serve.server import fingerprint_of
+    from bitgen.serve.service import Settings
 
     path = open_model(args.model).path
     names = [name.strip() for name in (args.alias or "").split(",") if name.strip()]

@@ -24,7 +24,7 @@ class Column:
     """A column: the key in JSON and CSV, the heading for people, and how a value is written for them.
 
     ``text`` is another heading in plain text; there a ratio of times, below 1 where it is faster, is shown as
-    the speedup that it is, if the column ``is_speedup``.
+    the speedup that it is, if the column ``is_speedup``. A share above 1 ``of_limit`` is no share of a limit.
     """
 
     key: str
@@ -32,10 +32,13 @@ class Column:
     form: str = ""
     text: str = ""
     is_speedup: bool = False
+    of_limit: bool = False
 
     def show(self, value: Any) -> str:
         if value is None:
             return "-"
+        if self.of_limit and value > 1:
+            return "> limit"
         return format(value, self.form) if self.form else str(value)
 
     def show_text(self, value: Any) -> str:

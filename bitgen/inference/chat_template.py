@@ -7,6 +7,7 @@ its steps and its output, and can read nothing but the messages.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +19,10 @@ from typing import Any, TypeAlias
 
 from bitgen.errors import BitgenError, FileError, UsageError
 
-Message: TypeAlias = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}; templates that know tools look for more
+Message: TypeAlias = Mapping[str, Any]
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 _STEPS_MAX = 400_000  # lines of compiled template; a long conversation takes some ten thousand
 _SECONDS_MAX = 10.0
 _TEXT_MAX = 1 << 24  # characters; a context of 131072 tokens has half a million
@@ -69,9 +71,17 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def render_chat(
-    template: str, messages: Sequence[Message], *, bos: str = "", eos: str = "", answer: bool = True
+    template: str,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Any] = (),
+    bos: str = "",
+    eos: str = "",
+    answer: bool = True,
 ) -> str:
     """The prompt for ``messages``; ``answer`` ends it where the assistant is to speak.
+
+    ``tools`` are functions in OpenAI's shape, for a template that knows them (`knows_tools`).
 
     FileError when the template is wrong, refuses the messages, or runs away.
     """
@@ -82,6 +92,7 @@ def render_chat(
         compiled = _compile(template)
         stream = compiled.generate(
             messages=[dict(message) for message in messages],
+            tools=list(tools) or None,
             add_generation_prompt=answer,
             bos_token=bos,
             eos_token=eos,
@@ -106,6 +117,11 @@ def render_chat(
         raise FileError(f"the chat template of the model fails: {error}") from error
     except (RecursionError, MemoryError) as error:
         raise _runs_away("runs away") from error
+
+
+def knows_tools(template: str) -> bool:
+    """Whether a template says anything about tools."""
+    return re.search(r"\btools\b", template) is not None
 
 
 @lru_cache(maxsize=8)

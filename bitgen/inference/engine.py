@@ -241,12 +241,12 @@ class Engine:
         struct.want, struct.best = _WANT_BEST, want.k
         struct.ids, struct.out = pointer("int32_t[]", chosen.ids), pointer("float[]", chosen.logits)
         if want.allowed is not None:
-            if want.allowed.shape != (vocab,) or want.allowed.dtype != np.bool_:
-                raise BitgenError(f"allowed must be bool ({vocab},), one for each token of the vocabulary")
-            bits = np.zeros(-(-vocab // 32) * 4, np.uint8)
-            packed = np.packbits(want.allowed, bitorder="little")
-            bits[: packed.size] = packed
-            struct.allowed = pointer("uint32_t[]", bits.view(np.uint32))
+            words = -(-vocab // 32)
+            if want.allowed.shape != (words,) or want.allowed.dtype != np.uint32:
+                raise BitgenError(
+                    f"allowed must be uint32 ({words},), a bit for each token of the vocabulary"
+                )
+            struct.allowed = pointer("uint32_t[]", np.ascontiguousarray(want.allowed))
         struct.bias_count, struct.named_count = len(want.bias), len(want.named)
         if want.bias:
             self._check_tokens(list(want.bias))

@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import UsageError
-from bitgen.inference.wants import Best, Chosen, Floats, Logits
+from bitgen.inference.wants import Best, Chosen, Floats, Logits, Mask, is_allowed, unpack_mask
 
 Doubles: TypeAlias = NDArray[np.float64]
 Ids: TypeAlias = NDArray[np.int32]
 Places: TypeAlias = NDArray[np.intp]
-Mask: TypeAlias = NDArray[np.bool_]
 
 # ln 2 in two parts: k * _LN2_HIGH is exact for |k| < 2^20 (the high part ends in 21 zero bits).
 _LN2_HIGH = float.fromhex("0x1.62e42feep-1")
@@ -168,7 +167,7 @@ class Sampler:
     def want(self, text: Sequence[int], vocab: int, allowed: Mask | None = None) -> Best | Logits:
         """What to ask of the row before the next token: no more than decides it.
 
-        ``allowed``, bool (vocab), are the tokens that it may be; None: all.
+        ``allowed`` are the tokens that it may be; None: all.
         """
         s = self.sampling
         k = 1 if s.temperature == 0 else s.top_k
@@ -188,7 +187,7 @@ class Sampler:
             extra = [
                 (token, logit)
                 for token, logit in zip(sorted(self._recent(text)), answer.named, strict=True)
-                if (allowed is None or allowed[token]) and token not in ids
+                if is_allowed(allowed, token) and token not in ids
             ]
             if extra:
                 ids = np.concatenate([ids, np.array([token for token, _ in extra], np.int32)])
@@ -201,7 +200,7 @@ class Sampler:
                 logits[token] += np.float32(bias)
         if allowed is None:
             return self.choose(None, logits, text, position)
-        places = np.flatnonzero(allowed).astype(np.int32)
+        places = np.flatnonzero(unpack_mask(allowed, len(logits))).astype(np.int32)
         return self.choose(places, logits[places], text, position)
 
     def choose(self, ids: Ids | None, logits: Floats, text: Sequence[int], position: int) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from bitgen.errors import BitgenError
 from bitgen.inference.drafts import PromptLookupDrafter
+from bitgen.inference.grammar import Grammar
 from bitgen.inference.sampling import Sampler, Sampling, Score, score_of
-from bitgen.inference.wants import Best, Chosen, Floats, Logits
+from bitgen.inference.wants import Best, Chosen, Floats, Logits, Mask
 from bitgen.progress import Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
-Finish: TypeAlias = Literal["end", "stop", "length", "context"]
+Finish: TypeAlias = Literal["end", "stop", "length", "context", "error"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Request:
     ``max_tokens`` None goes on until the model ends or the context is full. The answer ends before the first
     of the ``stop`` texts. ``lookup`` drafts tokens from the text so far, to check several in a forward pass.
     ``logprobs`` keeps the log-probability of every sampled token beside as many of the likeliest ones, and
-    with ``score_prompt`` of the prompt's tokens too. The KV cache is shared within one ``owner``.
+    with ``score_prompt`` of the prompt's tokens too. A text with a ``grammar`` follows it, and ends where it
+    is complete. The KV cache is shared within one ``owner``.
     """
 
     prompt: tuple[int, ...]
@@ -33,13 +37,15 @@ class Request:
     lookup: bool = False
     logprobs: int | None = None
     score_prompt: bool = False
+    grammar: Grammar | None = None
     owner: str = ""
 
 
 class Sequence:
     """One request as it runs: its tokens and its text so far, and why it ended (``finish``, None before).
 
-    ``progress`` counts the tokens of its prompt as they are computed.
+    ``progress`` counts the tokens of its prompt as they are computed. ``error`` says why it failed by itself,
+    which is no error of the others that run.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer, progress: Report | None = None) -> None:
@@ -48,6 +54,7 @@ class Sequence:
         self.tokens: list[int] = []  # sampled, the token that ended it included
         self.text = ""
         self.finish: Finish | None = None
+        self.error = ""
         self.computed = 0  # tokens of the prompt that the KV cache did not hold
         self.scores: list[Score] = []  # of the prompt from its second token on, if asked for, and of `tokens`
         self.whole = list(request.prompt)  # and what was sampled; the last token has not been computed yet
@@ -55,6 +62,8 @@ class Sequence:
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
         self._stop = StopFilter(request.stop)
+        self._grammar = request.grammar.start() if request.grammar else None
+        self._allowed: Mask | None = None  # of the next token, once it was asked for
         self._drafter = PromptLookupDrafter(request.prompt) if request.lookup else None
 
     @property
@@ -65,11 +74,11 @@ class Sequence:
     def draft(self, most: int) -> list[int]:
         """Up to ``most`` tokens that may come next."""
         request = self.request
-        if self._drafter is None:
-            return []
         if request.max_tokens is not None:
             most = min(most, request.max_tokens - len(self.tokens) - 1)
-        return self._drafter.draft(self.whole, most)
+        if self._grammar is not None:
+            return self._grammar.forced()[: max(0, most)]
+        return [] if self._drafter is None else self._drafter.draft(self.whole, most)
 
     def learn(self, drafted: int, accepted: int) -> None:
         if self._drafter is not None:
@@ -79,15 +88,34 @@ class Sequence:
         """Keep what the model thought of ``token``, whatever the sampler makes of its logits."""
         self.scores.append(score_of(logits, token, self.request.logprobs or 0))
 
-    def want(self, vocab: int, drafted: Iterable[int] = ()) -> Best | Logits:
+    def want(self, vocab: int, drafted: Items[int] = ()) -> Best | Logits:
         """What the row of the last token has to give, after ``drafted`` tokens that are not sure yet."""
+        mask = self._mask(drafted)
+        if not drafted:
+            self._allowed = mask
         if self.request.logprobs is not None:
             return Logits()
-        return self._sampler.want([*self.whole, *drafted] if drafted else self.whole, vocab)
+        return self._sampler.want([*self.whole, *drafted] if drafted else self.whole, vocab, mask)
+
+    def _mask(self, drafted: Items[int] = ()) -> Mask | None:
+        """The tokens that its grammar lets come next; None for all, and when it fails."""
+        if self._grammar is None or self.error:
+            return None
+        if self._allowed is not None and not drafted:
+            return self._allowed
+        try:
+            return self._grammar.allowed(drafted)
+        except BitgenError as error:
+            self.error = error.message
+            return None
 
     def sample(self, answer: Floats | Chosen, context: int) -> str:
         """Sample the next token from what `want` asked for; the text that is ready to be shown."""
-        token = self._sampler.take(answer, self.whole, len(self.tokens))
+        mask = self._mask()
+        if self.error:
+            self.finish = "error"
+            return ""
+        token = self._sampler.take(answer, self.whole, len(self.tokens), mask)
         if self.request.logprobs is not None and not isinstance(answer, Chosen):
             self.score(answer, token)
         self.tokens.append(token)
@@ -96,15 +124,27 @@ class Sequence:
             self._drafter.add(self.whole)
         if token in self._tokenizer.end_ids and not self.request.ignore_end:
             return self._end("end")
+        goes_on = self._grammar is None or self._follow(token)
         piece = self._stop.feed(self._stream.feed(token))
         if self._stop.stopped:
             self.finish = "stop"
+        elif not goes_on:
+            piece += self._end("error" if self.error else "stop")
         elif self.request.max_tokens is not None and len(self.tokens) >= self.request.max_tokens:
             piece += self._end("length")
         elif len(self.whole) > context:
             piece += self._end("context")
         self.text += piece
         return piece
+
+    def _follow(self, token: int) -> bool:
+        """Take a token into the grammar; False when the text ends with it."""
+        self._allowed = None
+        try:
+            return self._grammar is not None and self._grammar.take(token)
+        except BitgenError as error:
+            self.error = error.message
+            return False
 
     def _end(self, finish: Finish) -> str:
         last = self._stop.feed(self._stream.close()) + self._stop.close()

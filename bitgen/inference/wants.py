@@ -10,6 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
+Mask: TypeAlias = NDArray[np.uint32]  # a bit a token: id % 32 of word id / 32
+
+
+def pack_mask(allowed: NDArray[np.bool_]) -> Mask:
+    """A mask of bool (vocab)."""
+    padded = np.zeros(-(-len(allowed) // 32) * 32, np.bool_)
+    padded[: len(allowed)] = allowed
+    return np.packbits(padded, bitorder="little").view(np.uint32)
+
+
+def unpack_mask(mask: Mask, vocab: int) -> NDArray[np.bool_]:
+    """Bool (vocab) of a mask."""
+    return np.unpackbits(mask.view(np.uint8), count=vocab, bitorder="little").view(np.bool_)
+
+
+def is_allowed(mask: Mask | None, token: int) -> bool:
+    """Whether a mask lets a token pass; None lets all."""
+    return mask is None or bool(mask[token // 32] >> np.uint32(token % 32) & np.uint32(1))
 
 
 @dataclass(frozen=True)
@@ -32,11 +50,11 @@ class Best:
     """The ``k`` best logits of the allowed tokens, and the logits of the ``named`` ones.
 
     First ``bias`` (token -> what is added, finite) is added to the logits, then tokens that are not
-    ``allowed``, bool (vocab), are left out; None: all are. Named tokens need not be allowed.
+    ``allowed`` are left out; None: all are. Named tokens need not be allowed.
     """
 
     k: int
-    allowed: NDArray[np.bool_] | None = None
+    allowed: Mask | None = None
     bias: Mapping[int, float] = field(default_factory=dict)
     named: Sequence[int] = ()
 

@@ -66,10 +66,9 @@ class _Sums:
 class Dot4(_Sums):
     """Multiply-adds of int8: the peak that matmuls are compared with."""
 
-    @property
-    def operations(self) -> int:
-        """Multiplies and adds of one call of `DOT_SHAPE`."""
-        return DOT_SHAPE.m // 16 * self.turns * self.chains * self.products * 2
+    def operations(self, shape: Shape) -> int:
+        """Multiplies and adds of one call with weights of ``shape``."""
+        return -(-shape.m // 16) * self.turns * self.chains * self.products * 2
 
     @property
     def products(self) -> int:
@@ -98,10 +97,9 @@ class Pairs(_Sums):
     def turns(self) -> int:
         return 1 if isas()[self.isa].generic else 2000 // PAIRS_WIDEN_EVERY
 
-    @property
-    def operations(self) -> int:
-        """Multiplies and adds of one call of `DOT_SHAPE`."""
-        return DOT_SHAPE.m // 16 * self.turns * PAIRS_WIDEN_EVERY * self.chains * 64 * 2
+    def operations(self, shape: Shape) -> int:
+        """Multiplies and adds of one call with weights of ``shape``."""
+        return -(-shape.m // 16) * self.turns * PAIRS_WIDEN_EVERY * self.chains * 64 * 2
 
     def source(self) -> Source:
         knobs = {"chains": self.chains, "turns": self.turns, "widen_every": PAIRS_WIDEN_EVERY}
@@ -115,10 +113,9 @@ class Tiles:
     isa: str
     turns: int = 400  # for each 16 rows; a call of `DOT_SHAPE` takes about 1.5 ms at 4 TOPS
 
-    @property
-    def operations(self) -> int:
-        """Multiplies and adds of one call of `DOT_SHAPE`."""
-        return DOT_SHAPE.m // 16 * self.turns * 4 * 2 * 16 * 16 * 64
+    def operations(self, shape: Shape) -> int:
+        """Multiplies and adds of one call with weights of ``shape``."""
+        return -(-shape.m // 16) * self.turns * 4 * 2 * 16 * 16 * 64
 
     def source(self) -> Source:
         return render_probe("tiles", self.isa, turns=self.turns)
@@ -128,16 +125,18 @@ class Tiles:
 class Fma(_Sums):
     """Multiply-adds of float32, 16 in an op: the peak that attention is compared with."""
 
-    @property
-    def operations(self) -> int:
-        """Multiplies and adds of one call of `DOT_SHAPE`."""
-        return DOT_SHAPE.m // 16 * self.turns * self.chains * 2 * 16
+    def operations(self, shape: Shape) -> int:
+        """Multiplies and adds of one call with weights of ``shape``."""
+        return -(-shape.m // 16) * self.turns * self.chains * 2 * 16
 
     def source(self) -> Source:
         return render_probe("fma", self.isa, chains=self.chains, turns=self.turns)
 
 
-def peak_probes(isa: str) -> tuple[Dot4 | Pairs | Tiles, ...]:
+PeakProbe = Dot4 | Pairs | Tiles
+
+
+def peak_probes(isa: str) -> tuple[PeakProbe, ...]:
     """Every way to multiply that may be the fastest of an ISA level: its peak is the best of them."""
     return (Tiles(isa),) if isas()[isa].tile_registers else (Dot4(isa), Pairs(isa))
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from bitgen.measure.probes import (
     PATTERNS,
     READ_SHAPE,
     Fma,
+    PeakProbe,
     ReadPattern,
     build_probes,
     peak_probes,
@@ -160,7 +161,8 @@ class LocalRunner:
     def race(self, job: RaceJob) -> Race:
         """Time kernels in interleaved rounds; one that fails on the way is dropped and the race restarts.
 
-        A cold race has the reading probe as a contender.
+        The probes of what limits it take part: of reading memory in a cold race, of multiplying where there
+        are several tokens.
         """
         self._lock.acquire()
         self._candidates.compile(job.specs)
@@ -177,8 +179,14 @@ class LocalRunner:
                 self._verified |= set(contenders) - set(failed)
             if not failed:
                 times = dict(zip(contenders, outcome.times_ns, strict=False))
-                read = outcome.times_ns[-1] if job.cold else ()
-                return Race(times, dropped, tuple(t / LAYOUT.packed_bytes(job.shape) for t in read))
+                probed = outcome.times_ns[len(contenders) :]
+                read = probed[-1] if job.cold else ()
+                return Race(
+                    times,
+                    dropped,
+                    tuple(t / LAYOUT.packed_bytes(job.shape) for t in read),
+                    _peak_gops(_peaks_beside(contenders, job), probed, job.shape),
+                )
             self._verified -= set(failed)
             if not self._isolated(outcome, tuple(contenders)):
                 dropped |= failed
@@ -202,7 +210,7 @@ class LocalRunner:
         self._lock.acquire()
         probe = Fma(isa)
         functions = self._probe(probe.source())
-        return probe.operations / self._probe_ns([functions], DOT_SHAPE, threads, False)[0]
+        return probe.operations(DOT_SHAPE) / self._probe_ns([functions], DOT_SHAPE, threads, False)[0]
 
     def verify(self, specs: Sequence[KernelSpec], deep: bool = True) -> Iterator[Verification]:
         """Whether each kernel is exact, without timing it; several share a process."""
@@ -313,6 +321,9 @@ class LocalRunner:
 
     def _race_once(self, contenders: Mapping[KernelSpec, Functions], job: RaceJob) -> Outcome:
         kernels, checks = list(contenders.values()), [self._level(spec) for spec in contenders]
+        beside = [self._probe(probe.source()) for probe in _peaks_beside(contenders, job)]
+        kernels += beside
+        checks += [None] * len(beside)
         if job.cold:
             isa = next(iter(contenders)).isa
             kernels.append(self._probe(self._best_pattern(job.threads).source(isa)))
@@ -387,9 +398,7 @@ class LocalRunner:
         read_ns = self._probe_ns(reads, READ_SHAPE, threads, True)
         peak_ns = self._probe_ns(peaks, DOT_SHAPE, threads, False)
         read_bytes = LAYOUT.packed_bytes(READ_SHAPE)
-        peak_gops = dict.fromkeys(isas, 0.0)
-        for dot, ns in zip(dots, peak_ns, strict=True):
-            peak_gops[dot.isa] = max(peak_gops[dot.isa], dot.operations / ns)
+        peak_gops = _peak_gops(dots, [(ns,) for ns in peak_ns], DOT_SHAPE)
         dram_gbs = {p.name: read_bytes / ns for p, ns in zip(PATTERNS, read_ns, strict=True)}
         return MachinePeak(threads, dram_gbs, peak_gops)
 
@@ -412,6 +421,23 @@ def _cold_bytes(cpu: Cpu) -> int:
     """Bytes of weights that calls rotate through, so that each call reads its own from memory."""
     llc = min(cpu.llc_total_bytes, max(cpu.llc_bytes, _LLC_BYTES_MAX))
     return max(2 * llc, min(_POOL_CACHES * llc, _POOL_BYTES))
+
+
+def _peaks_beside(contenders: Iterable[KernelSpec], job: RaceJob) -> list[PeakProbe]:
+    """The probes of multiplying that take part in a race: of one token a kernel only reads."""
+    levels = dict.fromkeys(spec.isa for spec in contenders) if job.n > 1 else {}
+    return [probe for isa in levels for probe in peak_probes(isa)]
+
+
+def _peak_gops(
+    probes: Sequence[PeakProbe], times_ns: Sequence[Sequence[float]], shape: Shape
+) -> dict[str, float]:
+    """By ISA level the rate of its fastest probe, each timed on ``shape``, in 10^9 operations a second."""
+    found: dict[str, float] = {}
+    for probe, times in zip(probes, times_ns, strict=False):
+        gops = probe.operations(shape) / statistics.median(times)
+        found[probe.isa] = max(found.get(probe.isa, 0.0), gops)
+    return found
 
 
 def _specs(job: Job) -> set[KernelSpec]:

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import msgspec
 
 from bitgen.inference.sampling import Score
+from bitgen.serve.errors import ApiError
+from bitgen.serve.tools import CallFilter
 from bitgen.serve.worker import Job, Update
 from bitgen.tokenizer.tokenizer import Tokenizer, TokenStream
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
 
 
 def event(body: Any) -> bytes:
@@ -36,22 +37,76 @@ class Choice:
     stream: TokenStream | None = None  # of the tokens whose log-probabilities were written
     offset: int = 0  # characters of these
 
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
 
 class Answer(ABC):
-    """Collects updates and puts them into words; a subclass for each endpoint knows its shape."""
+    """Collects updates and puts them into words, whole or as a stream; a subclass for each shape."""
+
+    media_type: ClassVar[str] = "text/event-stream"
+    ping: ClassVar[bytes] = b": ping\n\n"  # into a stream that is silent
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.choices = [Choice(job) for job in jobs]
+
+    @property
+    def running(self) -> bool:
+        """Whether a text has not ended."""
+        return any(choice.finish is None for choice in self.choices)
+
+    @abstractmethod
+    def take(self, update: Update) -> None:
+        """Keep an update."""
+
+    @abstractmethod
+    def body(self) -> dict[str, Any]:
+        """The whole answer."""
+
+    @abstractmethod
+    def begin(self) -> bytes:
+        """What a stream starts with."""
+
+    @abstractmethod
+    def feed(self, update: Update) -> bytes:
+        """Keep an update; its part of a stream."""
+
+    @abstractmethod
+    def fail(self, error: ApiError) -> bytes:
+        """What a stream ends with that fails."""
+
+    @abstractmethod
+    def end(self) -> bytes:
+        """What a stream ends with."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What answers say beside their texts; ``usage`` at the end of a stream too."""
+
+    model: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    usage: bool = False
+
+
+class ChoicesAnswer(Answer):
+    """Of chats and completions: choices with their texts."""
 
     prefix: ClassVar[str]
     whole: ClassVar[str]  # the object of a body
     part: ClassVar[str]  # and of an event
 
-    def __init__(self, jobs: Sequence[Job], model: str, fingerprint: str, tokenizer: Tokenizer) -> None:
-        self.choices = [Choice(job) for job in jobs]
-        self._tokenizer = tokenizer
+    def __init__(self, jobs: Sequence[Job], head: Head) -> None:
+        super().__init__(jobs)
+        self._tokenizer = head.tokenizer
+        self._usage = head.usage
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
+            "model": head.model,
+            "system_fingerprint": head.fingerprint,
         }
 
     # ---- What the subclasses say ----
@@ -64,7 +119,7 @@ class Answer(ABC):
     def delta(self, text: str) -> dict[str, Any]: ...
 
     @abstractmethod
-    def message(self, text: str) -> dict[str, Any]: ...
+    def message(self, choice: Choice) -> dict[str, Any]: ...
 
     @abstractmethod
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
@@ -72,8 +127,28 @@ class Answer(ABC):
 
     # ---- Updates in, bodies out ----
 
-    def take(self, update: Update) -> list[Score | None]:
-        """Keep an update; the scores of its tokens."""
+    def sift(self, update: Update) -> Update:
+        """The update with the part of its text that is content."""
+        return update
+
+    def take(self, update: Update) -> None:
+        self._keep(self.sift(update))
+
+    def begin(self) -> bytes:
+        opening = [self.opening(index) for index in range(len(self.choices))]
+        return b"".join(event(self.chunk(choice)) for choice in opening if choice)
+
+    def feed(self, update: Update) -> bytes:
+        return b"".join(event(self.chunk(choice)) for choice in self.events(update))
+
+    def fail(self, error: ApiError) -> bytes:
+        return event(error.body()) + DONE
+
+    def end(self) -> bytes:
+        return (event(self.chunk(None)) if self._usage else b"") + DONE
+
+    def _keep(self, update: Update) -> list[Score | None]:
+        """The scores of the tokens."""
         choice = self.choices[update.job.index]
         scores: list[Score | None] = list(update.scores)
         if update.finish == "end":
@@ -83,12 +158,17 @@ class Answer(ABC):
         choice.parts.append(update.text)
         choice.scores += scores
         if update.finish is not None:
-            choice.finish = FINISH[update.finish]
+            choice.finish = self.finish_reason(update)
         return scores
+
+    def finish_reason(self, update: Update) -> str:
+        """Why a text that is whole ended."""
+        return FINISH[update.finish or ""]
 
     def events(self, update: Update) -> list[dict[str, Any]]:
         """Keep an update; the choices of the events that it is streamed as."""
-        scores, index = self.take(update), update.job.index
+        update = self.sift(update)
+        scores, index = self._keep(update), update.job.index
         choice = self.choices[index]
         events = []
         if update.text or scores:
@@ -99,22 +179,21 @@ class Answer(ABC):
             events.append({**end, "seed": choice.job.seed})
         return events
 
-    def chunk(self, choice: dict[str, Any] | None, usage: bool) -> dict[str, Any]:
+    def chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         """The event of a part of a choice, or with None the one of the usage."""
         choices = [] if choice is None else [choice]
         body: dict[str, Any] = {**self._head, "object": self.part, "choices": choices}
-        if usage:
+        if self._usage:
             body["usage"] = None if choice else self.usage()
         if choice is not None and choice["finish_reason"]:
             body["timings"] = timings(self.choices[choice["index"]].job)
         return body
 
     def body(self) -> dict[str, Any]:
-        """The whole answer."""
         choices = []
         for index, choice in enumerate(self.choices):
             logprobs = self.logprobs(choice, choice.scores)
-            found = _choice(index, self.message("".join(choice.parts)), logprobs, choice.finish)
+            found = _choice(index, self.message(choice), logprobs, choice.finish)
             choices.append({**found, "seed": choice.job.seed})
         return {
             **self._head,
@@ -142,7 +221,7 @@ class Answer(ABC):
         return self._tokenizer.piece(token, special=True).decode("utf-8", "replace")
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     """Of a chat."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -153,8 +232,8 @@ class ChatAnswer(Answer):
     def delta(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text} if text else {}}
 
-    def message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def message(self, choice: Choice) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
 
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
         if choice.job.request.logprobs is None:
@@ -171,20 +250,48 @@ class ChatAnswer(Answer):
         return {"token": self._written(token), "logprob": logprob, "bytes": written}
 
 
-class CompletionAnswer(Answer):
+class ToolAnswer(ChatAnswer):
+    """Of a chat whose model may call functions: a text that is made of calls becomes these."""
+
+    def __init__(self, jobs: Sequence[Job], head: Head, names: Sequence[str]) -> None:
+        super().__init__(jobs, head)
+        self._filters = [CallFilter(names) for _ in jobs]
+        self._calls: list[list[dict[str, Any]]] = [[] for _ in jobs]
+
+    def events(self, update: Update) -> list[dict[str, Any]]:
+        """The calls come before the end, whole: each with its place among them."""
+        index = update.job.index
+        events = super().events(update)
+        calls = self._calls[index] if update.finish is not None else []
+        parts = [{"index": i, **call} for i, call in enumerate(calls)]
+        return [*(_choice(index, {"delta": {"tool_calls": [part]}}) for part in parts), *events]
+
+    def sift(self, update: Update) -> Update:
+        index = update.job.index
+        text = self._filters[index].feed(update.text)
+        if update.finish is not None:
+            rest, calls = self._filters[index].close()
+            self._calls[index] = [call.body() for call in calls]
+            text += rest
+        return update._replace(text=text)
+
+    def finish_reason(self, update: Update) -> str:
+        return "tool_calls" if self._calls[update.job.index] else super().finish_reason(update)
+
+    def message(self, choice: Choice) -> dict[str, Any]:
+        found = super().message(choice)
+        if calls := self._calls[choice.job.index]:
+            found["message"] |= {"content": choice.text or None, "tool_calls": calls}
+        return found
+
+
+class CompletionAnswer(ChoicesAnswer):
     """Of a completion; ``echoes`` are the texts of the prompts, by choice, or None."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        model: str,
-        fingerprint: str,
-        tokenizer: Tokenizer,
-        echoes: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(jobs, model, fingerprint, tokenizer)
+    def __init__(self, jobs: Sequence[Job], head: Head, echoes: Sequence[str] | None = None) -> None:
+        super().__init__(jobs, head)
         self._echoes = echoes
         if echoes is not None:
             for choice, echo in zip(self.choices, echoes, strict=True):
@@ -198,7 +305,8 @@ class CompletionAnswer(Answer):
     def delta(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    message = delta
+    def message(self, choice: Choice) -> dict[str, Any]:
+        return self.delta(choice.text)
 
     def logprobs(self, choice: Choice, scores: Sequence[Score | None]) -> dict[str, Any] | None:
         """``text_offset`` counts the characters before a token."""

@@ -6,29 +6,43 @@ cannot be honoured is an error that names it.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
+from msgspec import Meta
 
-from bitgen.errors import BitgenError
-from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP
+from bitgen.errors import BitgenError, UsageError
+from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, knows_tools
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.sequence import Request
 from bitgen.serve.errors import ApiError, context_error
+from bitgen.serve.tools import NAME, TOOLS_MAX, NamedTool, Tool, ToolCall, plain_messages, tell
 
 if TYPE_CHECKING:
+    from bitgen.inference.grammar import Grammar
     from bitgen.llm import LLM
 
 STOPS_MAX, STOP_CHARACTERS_MAX = 16, 256
 LOGPROBS_MAX = 20
 PROMPTS_MAX = 64  # of one request
 COMPLETION_TOKENS = 16  # what OpenAI's completions make where nobody says how many
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 _SEEDS = 1 << 64
 
+Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)]
 T = TypeVar("T")
 
 
@@ -38,28 +52,45 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
+class JsonSchema(msgspec.Struct):
+    """A schema with its name."""
+
+    name: str | None = None
+    schema: Any = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """OpenAI's ``response_format``: text, json_object, json_schema."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
 class Body(msgspec.Struct, kw_only=True):
     """The fields that chats and completions have in common."""
 
     model: str | None = None
-    max_tokens: int | None = None
-    n: int | None = None
+    max_tokens: Positive | None = None
+    n: Positive | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Share | None = None
     repeat_penalty: float | None = None
     repetition_penalty: float | None = None
-    repeat_last_n: int | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1)] | None = None
     ignore_eos: bool | None = None
     lookup: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
+    json_schema: Any = None  # as llama.cpp's server takes it
 
     @property
     def choices(self) -> int:
@@ -72,7 +103,7 @@ class CompletionBody(Body, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Count | None = None
     suffix: str | None = None
     best_of: int | None = None
 
@@ -80,27 +111,35 @@ class CompletionBody(Body, kw_only=True):
 class Part(msgspec.Struct):
     """A part of a message's content."""
 
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str | None = None
 
 
 class ChatMessage(msgspec.Struct):
     """A message, its content a text or parts."""
 
-    role: str
+    role: Annotated[str, Meta(extra_json_schema={"enum": list(_ROLES)})]
     content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
 
 class ChatBody(Body, kw_only=True):
     """Of ``/v1/chat/completions``."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    top_logprobs: Count | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedTool | None = None
+    parallel_tool_calls: bool | None = None  # a model that is made to call makes one call
+
+    @property
+    def callable_tools(self) -> Sequence[Tool]:
+        """The tools that the model may call."""
+        return () if self.tool_choice == "none" else self.tools or ()
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -172,12 +211,12 @@ def completion_requests(body: CompletionBody, llm: LLM, limits: Limits) -> list[
     check(not body.suffix, "suffix is not supported", "suffix")
     check(body.best_of in (None, body.choices), "best_of other than n is not supported", "best_of")
     k = body.logprobs
-    check(k is None or 0 <= k <= LOGPROBS_MAX, f"logprobs must be 0 to {LOGPROBS_MAX}, not {k}", "logprobs")
     tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     wanted = replace(
-        _wanted(body, limits, "max_tokens", tokens),
+        _wanted(body, limits, tokens),
         logprobs=k,
         score_prompt=bool(body.echo) and k is not None,
+        **_grammar(body, llm),
     )
     prompts = []
     for prompt in _prompts(body.prompt):
@@ -188,42 +227,104 @@ def completion_requests(body: CompletionBody, llm: LLM, limits: Limits) -> list[
 
 def chat_requests(body: ChatBody, llm: LLM, limits: Limits) -> list[Request]:
     """A request for each choice."""
-    format_ = (body.response_format or {}).get("type", "text")
-    check(format_ == "text", f"response_format {format_!r} is not supported", "response_format")
-    check(not body.tools or body.tool_choice == "none", "tools are not supported", "tools")
     k = body.top_logprobs or 0
-    check(0 <= k <= LOGPROBS_MAX, f"top_logprobs must be 0 to {LOGPROBS_MAX}, not {k}", "top_logprobs")
     check(not k or bool(body.logprobs), "top_logprobs needs logprobs", "top_logprobs")
     given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    wanted = replace(_wanted(body, limits, name, given), logprobs=k if body.logprobs else None)
+    wanted = replace(_wanted(body, limits, given), logprobs=k if body.logprobs else None)
+    wanted = replace(wanted, **(_forced_call(body, llm) or _grammar(body, llm)))
     if llm.template_text == BUILT_IN["plain"]:
         wanted = replace(wanted, stop=(*wanted.stop, *PLAIN_STOP))
-    return _choices(body, wanted, [_checked(chat_ids(body.messages, llm), llm, "messages")])
+    return _choices(
+        body, wanted, [_checked(chat_ids(body.messages, llm, body.callable_tools), llm, "messages")]
+    )
 
 
-def chat_ids(messages: Sequence[ChatMessage], llm: LLM) -> list[int]:
+def _grammar(body: Body, llm: LLM) -> dict[str, Any]:
+    """The fields of a request whose text follows a schema."""
+    schema, param = body.json_schema, "json_schema"
+    if body.response_format is not None and body.response_format.type != "text":
+        kind, param = body.response_format.type, "response_format"
+        check(kind in ("json_object", "json_schema"), f"response_format {kind!r} is not known", param)
+        given = body.response_format.json_schema
+        schema = {"type": "object"} if kind == "json_object" else given and given.schema
+        check(schema is not None, "response_format needs json_schema.schema", param)
+    if schema is None:
+        return {}
+    return {"grammar": _made(param, lambda: llm.grammars.json_schema(schema)), "ignore_end": False}
+
+
+def _forced_call(body: ChatBody, llm: LLM) -> dict[str, Any]:
+    """The fields of a request whose text has to be a call; none where it need not be."""
+    tools, choice = body.callable_tools, body.tool_choice
+    check(len(tools) <= TOOLS_MAX, f"a request has {TOOLS_MAX} tools at most", "tools")
+    for i, tool in enumerate(tools):
+        at = f"tools[{i}]"
+        check(tool.type == "function", f"{at} is of the type {tool.type!r}; known is function", at)
+        named = NAME.fullmatch(tool.function.name)
+        check(bool(named), f"{at} needs a name of 1 to 64 letters, digits, _ or -", f"{at}.function.name")
+    if choice is None or choice in ("auto", "none"):
+        return {}
+    check(bool(tools), "tool_choice needs tools", "tool_choice")
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        tools = [tool for tool in tools if tool.function.name == name]
+        check(bool(tools), f"tool_choice names {name[:64]!r}, which is no tool", "tool_choice")
+    else:
+        check(choice == "required", f"tool_choice {choice[:64]!r} is not known", "tool_choice")
+    pairs = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in tools]
+    return {"grammar": _made("tools", lambda: llm.grammars.calls(pairs)), "ignore_end": False}
+
+
+def _made(param: str, make: Callable[[], Grammar]) -> Grammar:
+    try:
+        return make()
+    except UsageError as error:
+        raise ApiError(400, error.message, param) from None
+    except BitgenError as error:  # llguidance is missing
+        raise ApiError(501, error.message, param) from None
+
+
+def chat_ids(messages: Sequence[ChatMessage], llm: LLM, tools: Sequence[Tool] = ()) -> list[int]:
     """The prompt of a conversation."""
     check(bool(messages), "a chat needs at least one message", "messages")
-    plain = []
-    for i, message in enumerate(messages):
-        at = f"messages[{i}]"
-        check(
-            message.role in _ROLES,
-            f"{at} has the role {message.role!r}; known are {', '.join(_ROLES)}",
-            f"{at}.role",
-        )
-        parts = [Part("text", message.content)] if not isinstance(message.content, list) else message.content
-        for part in parts:
-            check(
-                part.type == "text", f"{at}: content of type {part.type!r} is not supported", f"{at}.content"
-            )
-            check(part.text is not None, f"{at} has no text", f"{at}.content")
-        plain.append({"role": _ROLES[message.role], "content": "".join(part.text or "" for part in parts)})
+    given = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    native = knows_tools(llm.template_text)
+    if not native:
+        given = plain_messages(given)
+        given = tell(given, tools) if tools else given
     try:
-        return llm.chat_prompt(plain)
+        return llm.chat_prompt(given, msgspec.to_builtins(tools) if native else ())
     except BitgenError as error:
         raise ApiError(400, error.message, "messages") from None
+
+
+def _message(message: ChatMessage, at: str) -> dict[str, Any]:
+    """A message as templates take it."""
+    role, content = message.role, message.content
+    check(role in _ROLES, f"{at} has the role {role[:40]!r}; known are {', '.join(_ROLES)}", f"{at}.role")
+    if content is None and message.tool_calls:
+        content = ""
+    for part in [Part("text", content)] if not isinstance(content, list) else content:
+        kind = part.type[:40]
+        check(kind == "text", f"{at}: content of type {kind!r} is not supported", f"{at}.content")
+        check(part.text is not None, f"{at} has no text", f"{at}.content")
+    text = content if isinstance(content, str) else "".join(part.text or "" for part in content or ())
+    found: dict[str, Any] = {"role": _ROLES[role], "content": text}
+    for name in ("name", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            found[name] = value
+    if message.tool_calls:
+        found["tool_calls"] = [_call(call) for call in message.tool_calls]
+    return found
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    """A call whose arguments are an object where they can be read, as templates expect."""
+    arguments: Any = call.function.arguments
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        arguments = msgspec.json.decode(arguments)
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": call.type, "function": function}
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> Sequence[str | list[int]]:
@@ -250,11 +351,10 @@ def _checked(ids: Sequence[int], llm: LLM, param: str) -> tuple[int, ...]:
         raise ApiError(400, error.message, param) from None
 
 
-def _wanted(body: Body, limits: Limits, name: str, max_tokens: int | None) -> Request:
+def _wanted(body: Body, limits: Limits, max_tokens: int | None) -> Request:
     """All of a request but its prompt."""
     n = body.choices
-    check(1 <= n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
-    check(max_tokens is None or max_tokens >= 1, f"{name} must be 1 or more, not {max_tokens}", name)
+    check(n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
     if limits.max_tokens is not None:
         max_tokens = min(limits.max_tokens, limits.max_tokens if max_tokens is None else max_tokens)
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())

@@ -18,8 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bitgen.errors import FileError, InterruptError
 from bitgen.inference.sampling import SAMPLING_VERSION
-from bitgen.serve.app import Service, Settings, make_app
+from bitgen.serve.app import make_app
 from bitgen.serve.guard import Guard
+from bitgen.serve.service import Service, Settings
 from bitgen.serve.worker import Worker
 
 if TYPE_CHECKING:

@@ -198,7 +198,7 @@ class Worker:
                 updates.append(Update(job, text, tokens, scores, first=first))
                 continue
             del self._running[job]
-            ended = self._end(job, sequence.finish)
+            ended = self._end(job, sequence.finish)._replace(error=sequence.error)
             updates.append(ended._replace(text=text, tokens=tokens, scores=scores, first=first))
         return updates
 

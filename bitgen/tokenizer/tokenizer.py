@@ -99,6 +99,11 @@ class Tokenizer:
         except (IndexError, KeyError):  # models have more rows of logits than there are tokens
             return b""
 
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that print nothing."""
+        return self._hidden
+
     def encode(self, text: str, *, special: bool = True, parse: bool = True) -> list[int]:
         """The ids of ``text``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import threading
@@ -68,3 +69,11 @@ def test_a_table_is_never_folded_or_cut(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(lines[2]) == {"-"}
     assert lines[3].split() == ["x" * 300, "1.2"]
     assert lines[4].split() == ["[y]", "-"]
+
+
+def test_a_share_beyond_a_limit_is_no_share() -> None:
+    column = Column("limit_share", "% of limit", ".0%", of_limit=True)
+    assert [column.show(share) for share in (0.5, 1, 1.01, None)] == ["50%", "100%", "> limit", "-"]
+    assert json.loads(render_tables([Table("t", [column], [[1.25]])], "json")) == {
+        "t": [{"limit_share": 1.25}]
+    }

@@ -417,6 +417,8 @@ def test_a_race_interleaves_drops_who_fails_and_times_the_memory(runner: LocalRu
     assert race.read_gbs is not None
     warm = runner.race(RaceJob((good,), SHAPE, 1, 1, rounds=2))
     assert warm.read_gbs is None
+    assert not warm.peak_gops, "one token multiplies no faster than memory reads"
+    assert runner.race(RaceJob((good,), SHAPE, 8, 1, rounds=2)).peak_gops["scalar"] > 0
     assert runner.race(RaceJob(specs[1:3], SHAPE, 1, 1, rounds=2)) == Race(
         {}, {s: race.dropped[s] for s in specs[1:3]}
     )

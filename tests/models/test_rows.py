@@ -17,7 +17,7 @@ from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference.engine import PREFILL, Engine
 from bitgen.inference.synthetic import random_weights
-from bitgen.inference.wants import Best, Chosen, Hidden, Logits, Nothing, Want
+from bitgen.inference.wants import Best, Chosen, Hidden, Logits, Nothing, Want, pack_mask, unpack_mask
 from bitgen.runtime import KernelTable, load
 
 LEVEL = accepted_isas(detect_cpu(), load_isas())[0].name
@@ -58,7 +58,7 @@ def best_of(logits: Any, want: Best) -> tuple[Any, Any, Any]:
         biased[token] += np.float32(value)
     order = np.lexsort((np.arange(biased.size), -biased))
     if want.allowed is not None:
-        order = order[want.allowed[order]]
+        order = order[unpack_mask(want.allowed, biased.size)[order]]
     order = order[: want.k]
     return order, biased[order], biased[list(want.named)]
 
@@ -66,7 +66,7 @@ def best_of(logits: Any, want: Best) -> tuple[Any, Any, Any]:
 def few_allowed(vocab: int, *tokens: int) -> Any:
     allowed = np.zeros(vocab, bool)
     allowed[list(tokens)] = True
-    return allowed
+    return pack_mask(allowed)
 
 
 BESTS = {
@@ -74,12 +74,12 @@ BESTS = {
     "some": Best(10),
     "all": Best(150),
     "none but named": Best(0, named=(3, 149, 3)),
-    "allowed": Best(7, allowed=np.arange(150) % 3 == 0),
+    "allowed": Best(7, allowed=pack_mask(np.arange(150) % 3 == 0)),
     "fewer allowed than asked for": Best(20, allowed=few_allowed(150, 0, 31, 32, 33, 149)),
-    "none allowed": Best(4, allowed=np.zeros(150, bool), named=(5,)),
+    "none allowed": Best(4, allowed=pack_mask(np.zeros(150, bool)), named=(5,)),
     "bias": Best(9, bias={4: 100.0, 7: -100.0, 149: 50.5}, named=(4, 7, 8)),
     "bias, allowed, named": Best(
-        5, allowed=np.arange(150) > 70, bias={2: 1e30, 100: -3.0, 80: 3.0}, named=(2, 100, 0)
+        5, allowed=pack_mask(np.arange(150) > 70), bias={2: 1e30, 100: -3.0, 80: 3.0}, named=(2, 100, 0)
     ),
     "equal by bias": Best(150, bias=dict.fromkeys(range(150), 1e30)),
 }
@@ -120,7 +120,7 @@ MIXED: list[Want] = [
     Best(2, named=(1,)),
     Logits(),
     Hidden(),
-    Best(4, allowed=np.arange(150) < 9),
+    Best(4, allowed=pack_mask(np.arange(150) < 9)),
     Nothing(),
     Logits(),
 ]
@@ -191,7 +191,7 @@ def test_a_spoilt_head_is_found_where_it_is_read(weights: Weights, table: Kernel
     rows[140] = np.inf
     spoilt = replace(weights, lm_head=DenseMatrix.of(rows))
     with pytest.raises(BitgenError, match="NaN or infinity"):
-        run(spoilt, table, [Best(1, allowed=np.arange(150) < 10)] * N)
+        run(spoilt, table, [Best(1, allowed=pack_mask(np.arange(150) < 10))] * N)
     assert len(run(spoilt, table, [Hidden()] * N)) == N
 
 
@@ -200,8 +200,8 @@ def test_a_spoilt_head_is_found_where_it_is_read(weights: Weights, table: Kernel
     [
         (Best(-1), "k must be 0 to 150"),
         (Best(151), "k must be 0 to 150"),
-        (Best(1, allowed=np.ones(149, bool)), r"allowed must be bool \(150,\)"),
-        (Best(1, allowed=np.ones(150, np.uint8)), r"allowed must be bool \(150,\)"),
+        (Best(1, allowed=np.ones(4, np.uint32)), r"allowed must be uint32 \(5,\)"),
+        (Best(1, allowed=np.ones(5, np.uint8)), r"allowed must be uint32 \(5,\)"),
         (Best(1, bias={150: 1.0}), "token 150 is not in the vocabulary of 150"),
         (Best(1, bias={3: float("nan")}), "a bias must be finite"),
         (Best(1, bias={3: 1e39}), "a bias must be finite"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
-import os
 import random
 import re
 import shlex
@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 from libraries import built_library
+from processes import Server
 
 from bitgen.llm import LLM
 
@@ -36,54 +36,6 @@ ASK: dict[str, Any] = {"prompt": "In the beginning", "max_tokens": 40, "seed": 7
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built_library(tmp_path_factory)
-
-
-class Server:
-    """A process, the lines of its standard error, and where it listens."""
-
-    def __init__(self, library: Path, home: Path, *flags: str) -> None:
-        self.lines: list[str] = []
-        command = [sys.executable, "-m", "bitgen", "serve", "-m", "tiny", "-t", "1", "--port", "0"]
-        self.process = subprocess.Popen(
-            [*command, "--library", str(library), *flags],
-            env={**os.environ, "BITGEN_HOME": str(home)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.url = self.wait_for(r"on (http://\S+)$")[1]
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(line.rstrip() for line in iter(self.process.stderr.readline, ""))
-
-    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            for line in list(self.lines):
-                if found := re.search(pattern, line):
-                    return found
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.01)
-        raise AssertionError(f"no line like {pattern!r} in {self.lines}")
-
-    def send(self, signum: int) -> None:
-        self.process.send_signal(signum)
-
-    def ended(self, seconds: float = 20) -> int:
-        return self.process.wait(seconds)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +153,16 @@ def test_the_client_of_openai(server: Server) -> None:
     assert parts[-1].usage.prompt_tokens == whole.usage.prompt_tokens
     scored = client.completions.create(model="x", prompt="In the", max_tokens=1, logprobs=2, echo=True)
     assert scored.choices[0].logprobs.token_logprobs[0] is None
+    schema: dict[str, Any] = {"type": "object", "properties": {"to": {"type": "integer"}}}
+    schema |= {"required": ["to"], "additionalProperties": False}
+    if importlib.util.find_spec("llguidance"):
+        tool = {"type": "function", "function": {"name": "count", "parameters": schema}}
+        options = {"model": "x", "messages": messages, "tools": [tool], "tool_choice": "required", "seed": 1}
+        called = client.chat.completions.create(**options).choices[0].message.tool_calls[0].function
+        assert list(json.loads(called.arguments)) == ["to"]
+        streamed = [part.choices[0].delta for part in client.chat.completions.create(**options, stream=True)]
+        (call,) = [call for delta in streamed for call in delta.tool_calls or ()]
+        assert (call.function.name, call.function.arguments) == ("count", called.arguments)
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="x", prompt="the " * 600)
     assert refused.value.code == "context_length_exceeded"

@@ -18,7 +18,8 @@ from wanted import answers_wants
 from bitgen.inference.engine import Memory
 from bitgen.inference.scheduler import Scheduler
 from bitgen.llm import LLM
-from bitgen.serve.app import Service, Settings, make_app
+from bitgen.serve.app import make_app
+from bitgen.serve.service import Service, Settings
 from bitgen.serve.worker import Worker
 
 VOCAB = len(piece_data().tokens)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.inference.wants import Best, Chosen, Nothing
+from bitgen.inference.wants import Best, Chosen, Nothing, unpack_mask
 
 
 def best_of(logits: Any, want: Best) -> Chosen:
@@ -18,7 +18,7 @@ def best_of(logits: Any, want: Best) -> Chosen:
         biased[token] += np.float32(value)
     order = np.lexsort((np.arange(biased.size), -biased))
     if want.allowed is not None:
-        order = order[want.allowed[order]]
+        order = order[unpack_mask(want.allowed, biased.size)[order]]
     order = order[: want.k]
     return Chosen(order.astype(np.int32), biased[order], biased[list(want.named)])
 

@@ -22,7 +22,7 @@ from bitgen.inference.sampling import (
     total,
     uniform,
 )
-from bitgen.inference.wants import Best
+from bitgen.inference.wants import Best, pack_mask
 
 ALL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # nothing is left out
 
@@ -169,7 +169,7 @@ def test_a_bias_is_added_before_anything_else() -> None:
     logits = np.array([2.0, 1.5, -1.0, 0.0], np.float32)
     sampler = Sampler(Sampling(temperature=0, logit_bias=((2, 50.0), (0, -100.0))))
     assert sampler.take(logits, (), 0) == 2
-    assert sampler.take(logits, (), 0, np.array([True, True, False, True])) == 1
+    assert sampler.take(logits, (), 0, pack_mask(np.array([True, True, False, True]))) == 1
     halved = Sampler(Sampling(temperature=0, logit_bias=((2, 2.5),), repeat_penalty=2.0))
     assert halved.take(logits, [0, 1, 2], 0) == 0  # 2 / 2 against (-1 + 2.5) / 2
 
@@ -189,7 +189,9 @@ def test_what_is_asked_of_a_row_decides_as_all_logits_do(
     rng = np.random.default_rng(seed)
     logits = (2 * rng.standard_normal(60)).astype(np.float32).round(1)  # with equals
     text = rng.integers(0, 60, 9).tolist()
-    allowed = None if count is None else np.isin(np.arange(60), rng.choice(60, count, replace=False))
+    allowed = (
+        None if count is None else pack_mask(np.isin(np.arange(60), rng.choice(60, count, replace=False)))
+    )
     bias = tuple((int(token), 3.0) for token in rng.choice(60, seed % 3, replace=False))
     options: dict[str, Any] = {"repeat_last_n": -1, "logit_bias": bias, **penalty}
     sampler = Sampler(Sampling(temperature, k, p, seed=seed, **options))

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import json
 import random
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from serving import Client, FakeEngine, Reply, running
 
 from bitgen.errors import BitgenError, FileError, UsageError
+from bitgen.inference.grammar import GrammarState
 from bitgen.serve.guard import Access
+from bitgen.serve.messages import ChatBody, ChatMessage, chat_ids
 from bitgen.serve.ports import holder, is_loopback, listen
 from bitgen.serve.server import fingerprint_of, read_keys
+from bitgen.serve.tools import CallFilter, Tool
 
+HAS_LLGUIDANCE = importlib.util.find_spec("llguidance") is not None
+with_schemas = pytest.mark.skipif(not HAS_LLGUIDANCE, reason="llguidance is not installed (the extra json)")
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ASK: dict[str, Any] = {"prompt": "the end", "max_tokens": 8, "seed": 5, "ignore_eos": True}
 TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 5}
@@ -229,19 +238,50 @@ for _field, _values in _FIELDS.items():
     WRONG += [(COMPLETIONS, {**ASK, _field: value}, _field) for value in _values]
 _MESSAGES: list[Any] = [
     None, 5, "hi", {}, [], [5], [None], [{}], [{"role": "user", "content": 5}], [{"role": 5, "content": "a"}],
-    [{"role": "wizard", "content": "a"}], [{"role": "tool", "content": "a"}], [{"content": "a"}],
+    [{"role": "wizard", "content": "a"}], [{"role": "tool"}], [{"content": "a"}],
     [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
     [{"role": "user", "content": [{"type": "text"}]}], [{"role": "user", "content": [{}]}],
     [{"role": "user", "content": [5]}],
 ]  # fmt: skip
 WRONG += [(CHAT, {"messages": each}, "messages") for each in _MESSAGES]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "hand",
+        "description": "Gives a hand",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"enum": ["the", "an"]}, "often": {"$ref": "#/$defs/count"}},
+            "required": ["to", "often"],
+            "additionalProperties": False,
+            "$defs": {"count": {"type": "integer", "minimum": 1, "maximum": 9}},
+        },
+    },
+}
+WRONG += [
+    (CHAT, {**TALK, "tools": [TOOL], "tool_choice": choice}, "tool_choice")
+    for choice in ("wizard", {"type": "function", "function": {"name": "foot"}})
+]
 WRONG += [
     (CHAT, {**TALK, name: value}, name)
     for name, value in (
         ("tools", [{"type": "function"}]),
         ("tools", 5),
+        ("tools", [TOOL] * 129),
+        ("tools", [{"type": "retrieval", "function": {"name": "a"}}]),
+        ("tools", [{"type": "function", "function": {"name": "a b"}}]),
+        ("tools", [{"type": "function", "function": {"name": "a", "parameters": 5}}]),
+        ("tool_choice", "required"),
+        ("tool_choice", 5),
         ("response_format", {"type": "json_schema"}),
         ("response_format", "json"),
+        ("response_format", {"type": "wizard"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": 5}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "wizard"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://a/b"}}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {"const": "a" * 70_000}}}),
+        ("json_schema", []),
         ("top_logprobs", 5),
         ("max_completion_tokens", 0),
         ("logprobs", 5),
@@ -273,6 +313,8 @@ def test_a_hundred_wrong_bodies_are_told_what_is_wrong() -> None:
     async def ask() -> None:
         async with running() as client:
             for path, body, field in WRONG:
+                if field in ("response_format", "json_schema", "tools") and not HAS_LLGUIDANCE:
+                    continue
                 reply = await client.post(path, body)
                 assert reply.status == 400, (body, reply.status, reply.content)
                 found = error(reply)
@@ -368,6 +410,163 @@ def test_an_engine_that_fails_is_a_500_that_is_not_tried_again() -> None:
     assert stream.events[-2]["error"]["message"] == "NaN in the logits"
     assert stream.events[-1] == "[DONE]"
     assert after.status == 200
+
+
+# ---- Schemas and tools ----
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+
+
+def roomy() -> FakeEngine:
+    """For prompts that tell of tools."""
+    return FakeEngine(context=1024)
+
+
+@with_schemas
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("fields", [{"response_format": FORMAT}, {"json_schema": SCHEMA}])
+def test_a_text_follows_its_schema(path: str, fields: Any) -> None:
+    body = {**(ASK if path == COMPLETIONS else TALK), "max_tokens": 200, "n": 3, **fields}
+    reply = once("POST", path, body)
+    texts = [choice.get("text") or choice["message"]["content"] for choice in reply.json["choices"]]
+    for text in texts:
+        found = json.loads(text)
+        assert set(found) == {"name", "age"}
+        assert len(found["name"]) <= 9
+        assert found["age"] <= 99
+    assert len(set(texts)) == 3
+    assert {choice["finish_reason"] for choice in reply.json["choices"]} == {"stop"}
+    alone = once("POST", path, {**body, "n": 1, "logprobs": 2 if path == COMPLETIONS else True})
+    choice = alone.json["choices"][0]
+    assert (choice.get("text") or choice["message"]["content"]) == texts[0]  # all logits, masked in numpy
+
+
+@with_schemas
+def test_an_object_is_json_and_what_is_cut_is_told() -> None:
+    body = {**TALK, "response_format": {"type": "json_object"}, "max_tokens": 200, "top_k": 0}
+    assert isinstance(json.loads(once("POST", CHAT, body).json["choices"][0]["message"]["content"]), dict)
+    cut = once("POST", CHAT, {**body, "response_format": FORMAT, "max_tokens": 4}).json["choices"][0]
+    assert cut["message"]["content"].startswith("{")
+    assert cut["finish_reason"] == "length"
+
+
+@with_schemas
+def test_a_text_whose_grammar_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, count = GrammarState.allowed, iter(range(100))
+
+    def fail(self: GrammarState, drafted: Any = ()) -> Any:
+        if next(count) == 3:
+            raise BitgenError("too complex")
+        return allowed(self, drafted)
+
+    monkeypatch.setattr(GrammarState, "allowed", fail)
+
+    async def ask() -> list[Reply]:
+        async with running() as client:
+            bodies = [{**TALK, "response_format": FORMAT}, TALK]
+            return list(await asyncio.gather(*(client.post(CHAT, body) for body in bodies)))
+
+    failed, other = asyncio.run(ask())
+    assert (failed.status, error(failed)["message"]) == (500, "too complex")
+    assert other.json["choices"] == once("POST", CHAT, TALK).json["choices"]
+
+
+def test_without_llguidance_a_schema_is_501(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    reply = once("POST", CHAT, {**TALK, "response_format": FORMAT})
+    assert (reply.status, error(reply)["param"]) == (501, "response_format")
+    assert "pip install 'bitgen[json]'" in error(reply)["message"]
+    assert once("POST", CHAT, {**TALK, "tools": [TOOL]}, engine=roomy()).status == 200
+
+
+@with_schemas
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "hand"}}])
+def test_a_model_that_has_to_call_calls(choice: Any) -> None:
+    body = {**TALK, "tools": [TOOL], "tool_choice": choice, "max_tokens": 100}
+    found = once("POST", CHAT, body, engine=roomy()).json["choices"][0]
+    (call,) = found["message"]["tool_calls"]
+    assert (found["finish_reason"], found["message"]["content"]) == ("tool_calls", None)
+    assert (call["type"], call["function"]["name"], call["id"][:5]) == ("function", "hand", "call_")
+    arguments = json.loads(call["function"]["arguments"])
+    assert arguments["to"] in ("the", "an")
+    assert 1 <= arguments["often"] <= 9
+    *events, done = once("POST", CHAT, {**body, "stream": True}, engine=roomy()).events
+    assert done == "[DONE]"
+    deltas = [event["choices"][0]["delta"] for event in events]
+    (streamed,) = [each for delta in deltas for each in delta.get("tool_calls", ())]
+    assert (streamed["index"], streamed["function"]) == (0, call["function"])
+    assert not any(delta.get("content") for delta in deltas)
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_model_that_may_call_and_does_not_just_answers() -> None:
+    plain = once("POST", CHAT, {**TALK, "tools": [TOOL], "tool_choice": "none"}, engine=roomy()).json[
+        "choices"
+    ][0]
+    assert plain["message"] == once("POST", CHAT, TALK).json["choices"][0]["message"]
+    reply = once("POST", CHAT, {**TALK, "tools": [TOOL]}, engine=roomy())
+    whole = reply.json["choices"][0]
+    assert whole["message"]["content"]
+    assert "tool_calls" not in whole["message"]
+    events = once("POST", CHAT, {**TALK, "tools": [TOOL], "stream": True}, engine=roomy()).events[:-1]
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in events)
+    assert text == whole["message"]["content"]
+
+
+def test_calls_and_results_are_told_to_a_template_that_knows_none() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "hand", "arguments": '{"to": "an"}'}}
+    talk = [
+        {"role": "system", "content": "be short"},
+        *TALK["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "done"},
+    ]
+
+    async def ask() -> str:
+        async with running() as client:
+            body = ChatBody(messages=msgspec.convert(talk, list[ChatMessage]))
+            tools = msgspec.convert([TOOL], list[Tool])
+            return client.service.llm.tokenizer.decode(chat_ids(body.messages, client.service.llm, tools))
+
+    text = asyncio.run(ask())
+    assert text.startswith("be short\n\nYou may call one of these functions.")
+    assert '{"name": "hand", "description": "Gives a hand", "parameters"' in text
+    assert 'Assistant: {"name": "hand", "arguments": {"to": "an"}}\nUser: Result: done\nAssistant:' in text
+
+
+CALL = '{"name": "hand", "arguments": {"to": "the"}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (CALL, 1),
+        (f"\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{CALL}</tool_call>", 2),
+        (f"<|python_tag|>{CALL.replace('arguments', 'parameters')}; {CALL}", 2),
+        (CALL.replace("hand", "foot"), 0),
+        (CALL + " and so on", 0),
+        ("{ is a brace", 0),
+        ("<tool", 0),
+        ("plain", 0),
+        ("  ", 0),
+        ('{"name": ["hand"]}', 0),
+        ("[" * 5000, 0),
+    ],
+)
+def test_a_text_is_calls_or_content_however_it_is_cut(text: str, calls: int) -> None:
+    for size in (1, 3, 7, len(text)):
+        sieve = CallFilter(["hand"])
+        shown = [sieve.feed(text[at : at + size]) for at in range(0, len(text), size)]
+        rest, found = sieve.close()
+        assert len(found) == calls
+        assert "".join(shown) + rest == ("" if calls else text)
+        assert all((call.name, json.loads(call.arguments)) == ("hand", {"to": "the"}) for call in found)
 
 
 # ---- Load, and clients that leave ----
