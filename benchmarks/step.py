@@ -16,6 +16,7 @@ import argparse
 import itertools
 import statistics
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,13 +45,14 @@ def stages_ns(engine: Engine, n: int, position: int) -> dict[str, int]:
 
 
 def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environment: Environment) -> Table:
-    weights = random_weights(config)
+    positions = max(args.context + 1, args.prompt)
+    weights = random_weights(replace(config, context=max(config.context, positions)))
     level = environment.isa(None).name
     with (
         load(args.library or library_for(weights.config), threads) as table,
         LocalRunner(environment.toolchain, environment.cpu) as runner,
     ):
-        engine = open_engine(weights, table, context=max(args.context + 1, args.prompt))
+        engine = open_engine(weights, table, context=positions)
         prompt = [stages_ns(engine, args.prompt, 0) for _ in range(args.rounds + 1)][1:]
         fma = statistics.median(runner.fma_gflops(threads, level) for _ in range(args.rounds))
         # Memory changes from second to second: a probe before and after a few steps, and the larger counts.

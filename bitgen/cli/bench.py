@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="steps of one token; 0: none (128). With --kernels: tokens at once (1,8,128,512)",
     )
+    parser.add_argument(
+        "-d", "--n-depth", default="0", metavar="LIST", help="tokens that the KV cache holds before (0)"
+    )
     parser.add_argument("-b", "--batch", default="1", metavar="LIST", help="sequences that step at once (1)")
     parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
@@ -62,12 +65,12 @@ def _run_model(args: argparse.Namespace) -> None:
 
     prompts = [n for n in numbers("-p", args.n_prompt, 0) if n]
     steps = [n for n in numbers("-n", args.n_gen or "128", 0) if n]
-    batches = numbers("-b", args.batch, 1)
+    batches, depths = numbers("-b", args.batch, 1), numbers("-d", args.n_depth, 0)
     threads = numbers("-t", args.threads, 1) if args.threads else [None]
     repeats = 5 if args.repetitions is None else args.repetitions
     if not (prompts or steps) or repeats < 1:
         raise UsageError("nothing to time: -p or -n, and -r, must be at least 1")
-    context = max((*prompts, *steps))
+    context = max((*prompts, *steps)) + max(depths)
     rows = []
     with ProgressBar() as line:
         model = _open(args.model, context)
@@ -89,6 +92,7 @@ def _run_model(args: argparse.Namespace) -> None:
                     prompts=prompts,
                     steps=steps,
                     batches=batches,
+                    depths=depths,
                     repeats=repeats,
                     progress=line.show,
                 ):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bitgen.cpu.features import hwcap_features
@@ -119,22 +119,48 @@ def cgroup_cpu_quota(root: Path) -> float | None:
 
     A limit of any ancestor holds for its children, so the smallest one counts.
     """
-    quotas = []
+    quotas = map(_quota_of, _cgroup_folders(root, "cpu", ("cpu", "cpu,cpuacct", "cpuacct,cpu")))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take without swapping; None when the system does not tell.
+
+    What /proc/meminfo calls available, or less where a cgroup (v1 or v2) allows less; pages of files that the
+    system would give up count as free in both.
+    """
+    found = re.search(r"^MemAvailable: +(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    rooms = [_room_of(folder) for folder in _cgroup_folders(root, "memory", ("memory",))]
+    known = [room for room in rooms if room is not None] + ([int(found[1]) << 10] if found else [])
+    return min(known, default=None)
+
+
+def _room_of(folder: Path) -> int | None:
+    """The bytes that a cgroup still allows; None where it has no limit."""
+    limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+    used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+    if not (limit.isdigit() and used.isdigit()):
+        return None  # "max", or another folder
+    files = re.findall(r"^(?:in)?active_file (\d+)$", _read(folder / "memory.stat"), re.MULTILINE)
+    return max(0, int(limit) - int(used) + sum(map(int, files)))
+
+
+def _cgroup_folders(root: Path, controller: str, mounts: Sequence[str]) -> Iterator[Path]:
+    """The folders of this process's cgroup and of its ancestors: of version 2, and of v1's ``mounts``."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
-            bases = ["unified", ""]
-        elif "cpu" in controllers.split(","):
-            bases = ["cpu", "cpu,cpuacct", "cpuacct,cpu"]
+            bases: Sequence[str] = ("unified", "")
+        elif controller in controllers.split(","):
+            bases = mounts
         else:
             continue
         # Inside a container the path may name a folder only the host sees; then its ancestors still count.
         parts = [part for part in path.split("/") if part not in ("", "..")]
         for base in bases:
             for depth in range(len(parts), -1, -1):
-                quotas.append(_quota_of(root.joinpath("sys/fs/cgroup", base, *parts[:depth])))
-    return min((quota for quota in quotas if quota is not None), default=None)
+                yield root.joinpath("sys/fs/cgroup", base, *parts[:depth])
 
 
 def _quota_of(folder: Path) -> float | None:

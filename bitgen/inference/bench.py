@@ -17,7 +17,7 @@ from bitgen.progress import Progress, Report
 class Run:
     """One test, repeated: ``seconds`` for ``tokens`` tokens each time, all sequences together."""
 
-    test: str  # pp512, tg128
+    test: str  # pp512, tg128, tg128 @ d4096
     batch: int
     threads: int
     tokens: int
@@ -45,26 +45,34 @@ def bench_engine(
     prompts: Sequence[int],
     steps: Sequence[int],
     batches: Sequence[int] = (1,),
+    depths: Sequence[int] = (0,),
     repeats: int = 5,
     progress: Report | None = None,
 ) -> Iterator[Run]:
     """Time ``pp<N>`` for each of ``prompts`` and ``tg<N>`` for each of ``steps`` and ``batches``.
 
-    Each test runs once before it is timed. Tokens are random, and nothing is sampled.
+    Each behind each of ``depths`` tokens that the KV cache holds already, ``@ d<N>`` in the test's name. Each
+    test runs once before it is timed. Tokens are random, and nothing is sampled.
     """
     rng, scheduler = np.random.default_rng(0), Scheduler(engine)
     tests = [(f"pp{n}", 1, n) for n in prompts] + [(f"tg{n}", batch, n) for n in steps for batch in batches]
-    for index, (test, batch, n) in enumerate(tests):
+    behind = [(f"{test} @ d{d}" if d else test, batch, n, d) for d in depths for test, batch, n in tests]
+    for index, (test, batch, n, depth) in enumerate(behind):
+        scheduler.clear()
+        if depth:
+            before = rng.integers(0, engine.config.vocab, (batch, depth)).tolist()
+            for slot, tokens in enumerate(before):
+                scheduler.forward([Row(slot, tokens, [False] * depth)])
         seconds = []
         for repeat in range(repeats + 1):
             if progress:
                 title = f"{test}, {batch} at once, {threads} threads"
-                progress(Progress(title, index * (repeats + 1) + repeat, len(tests) * (repeats + 1), "runs"))
-            scheduler.clear()
-            tokens = rng.integers(0, engine.config.vocab, (n, batch), dtype=np.int32)
+                progress(Progress(title, index * (repeats + 1) + repeat, len(behind) * (repeats + 1), "runs"))
+            scheduler.clear(keep=depth)
+            tokens = rng.integers(0, engine.config.vocab, (n, batch), dtype=np.int32).tolist()
             run = _prompt if test.startswith("pp") else _steps
             started = time.perf_counter()
-            run(scheduler, tokens.tolist())
+            run(scheduler, tokens)
             seconds.append(time.perf_counter() - started)
         yield Run(test, batch, threads, n * batch, tuple(seconds[1:]))
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, constants, ffi
+from bitgen.cpu.linux import available_memory
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
@@ -67,6 +68,23 @@ class Memory:
         return self.weights + self.cache + self.work
 
 
+def check_fits(memory: Memory, mapped: bool) -> None:
+    """BitgenError when there is not that much memory, before any work; without a check the system kills.
+
+    ``mapped`` weights lie in a file, whose pages the system can give up.
+    """
+    available = available_memory()
+    needed = memory.total - (memory.weights if mapped else 0)
+    if available is not None and needed > available:
+        parts = [f"KV cache {memory.cache >> 20:,}", f"work {memory.work >> 20:,}"]
+        parts[:0] = [] if mapped else [f"packed weights {memory.weights >> 20:,}"]
+        raise BitgenError(
+            f"too little memory: {needed >> 20:,} MiB are needed ({', '.join(parts)}), "
+            f"{available >> 20:,} MiB are available; ask for a smaller context, fewer sequences or keys and "
+            "values of 8 bits, or use a library whose kernels pack weights in fewer bits"
+        )
+
+
 class Engine:
     """A model ready to run, with a KV cache of ``max_batch`` sequences of up to ``context`` positions.
 
@@ -103,6 +121,7 @@ class Engine:
             raise BitgenError(f"kv must be f16, f32 or q8, head exact or q8, not {kv!r}, {head!r}")
         self._sizes(kv)
         self.memory = self._plan(head)
+        check_fits(self.memory, mapped=fingerprint is not None)
         # What C reads must live as long as its addresses: everything is kept in these two.
         self._alive: list[Any] = []
         self._set_weights(pack_model(weights, table, fingerprint, progress), head, fingerprint, progress)

@@ -389,11 +389,11 @@ class Scheduler:
             if len(logits):
                 yield logits
 
-    def clear(self) -> None:
-        """Forget everything the KV cache holds; sequences that run wait until their own run goes on."""
+    def clear(self, keep: int = 0) -> None:
+        """Forget what each slot holds behind ``keep`` positions; sequences that run wait for theirs."""
         self._only(())
         for slot in range(self.engine.max_batch):
-            self._forget(slot, 0)
+            self._forget(slot, keep)
 
     def forward(self, rows: Items[Row]) -> Floats:
         """One forward pass: logits float32 (wanted, vocab), in the order of ``rows`` and their tokens."""

@@ -320,6 +320,9 @@ def test_bench_times_prompts_steps_and_batches(
     ]
     assert all(row["avg_ts"] > 0 and row["stddev_ts"] >= 0 for row in rows)
     assert len({row["streamed_mib"] for row in rows}) == 1
+    deep = ["-p", "8", "-n", "4", "-d", "0,64", "-b", "2", "-t", "1", "-r", "1", "-o", "json"]
+    rows = json.loads(out_of(capsys, "bench", *arguments, *deep)[0])["bench"]
+    assert [row["test"] for row in rows] == ["pp8", "tg4", "pp8 @ d64", "tg4 @ d64"]
     assert (
         "context must be 1 to 128"
         in out_of(capsys, "bench", *arguments, "-p", "999", code=UsageError.exit_code)[1]

@@ -26,6 +26,7 @@ from bitgen.cpu import (
 )
 from bitgen.cpu.features import hwcap_features
 from bitgen.cpu.linux import (
+    available_memory,
     cgroup_cpu_quota,
     detect_linux,
     parse_cpu_list,
@@ -229,6 +230,46 @@ def test_affinity_limits_threads_not_cores(tmp_path: Path) -> None:
 )
 def test_cgroup_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
     assert cgroup_cpu_quota(write(tmp_path, files)) == quota
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, None),
+        ({"proc/meminfo": "MemTotal:  9 kB\nMemAvailable:       4 kB\n"}, 4096),
+        (  # a cgroup allows less; its pages of files can be given up
+            {
+                "proc/meminfo": "MemAvailable: 4 kB\n",
+                "proc/self/cgroup": "0::/a\n",
+                "sys/fs/cgroup/a/memory.max": "3000\n",
+                "sys/fs/cgroup/a/memory.current": "2500\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 700\nactive_file 11\n",
+            },
+            1211,
+        ),
+        (  # no limit here, the parent's is used up; version 1 below
+            {
+                "proc/meminfo": "MemAvailable: 4 kB\n",
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "1\n",
+                "sys/fs/cgroup/a/memory.max": "10\n",
+                "sys/fs/cgroup/a/memory.current": "12\n",
+            },
+            0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "3:memory:/m\n",
+                "sys/fs/cgroup/memory/m/memory.limit_in_bytes": "100\n",
+                "sys/fs/cgroup/memory/m/memory.usage_in_bytes": "60\n",
+            },
+            40,
+        ),
+    ],
+)
+def test_available_memory(tmp_path: Path, files: dict[str, str], available: int | None) -> None:
+    assert available_memory(write(tmp_path, files)) == available
 
 
 @pytest.mark.parametrize(("limit", "threads"), [("250000", 2), ("50000", 1), ("900000", 4), ("max", 4)])
