@@ -13,7 +13,7 @@ import msgspec
 
 from bitgen.inference.sampling import Score
 from bitgen.serve.errors import ApiError
-from bitgen.serve.tools import CallFilter
+from bitgen.serve.tools import Call, CallFilter
 from bitgen.serve.worker import Job, Update
 from bitgen.tokenizer.tokenizer import Tokenizer, TokenStream
 
@@ -89,6 +89,31 @@ class Head:
     fingerprint: str
     tokenizer: Tokenizer
     usage: bool = False
+
+
+class SingleAnswer(Answer):
+    """Of one text, which may be calls of the functions in ``names``."""
+
+    def __init__(self, jobs: Sequence[Job], names: Sequence[str] = ()) -> None:
+        super().__init__(jobs)
+        self.calls: list[Call] = []
+        self._filter = CallFilter(names) if names else None
+
+    def take(self, update: Update) -> None:
+        self.absorb(update)
+
+    def absorb(self, update: Update) -> str:
+        """Keep an update; its part of the text that is content."""
+        choice, text = self.choices[0], update.text
+        if self._filter is not None:
+            text = self._filter.feed(text)
+        if update.finish is not None:
+            choice.finish = FINISH[update.finish]
+            if self._filter is not None:
+                rest, self.calls = self._filter.close()
+                text += rest
+        choice.parts.append(text)
+        return text
 
 
 class ChoicesAnswer(Answer):

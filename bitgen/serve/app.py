@@ -23,7 +23,9 @@ from bitgen.serve.answers import ChatAnswer, CompletionAnswer, Head, ToolAnswer
 from bitgen.serve.errors import ApiError, draining
 from bitgen.serve.guard import Guard
 from bitgen.serve.messages import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from bitgen.serve.ollama import OllamaEndpoints
 from bitgen.serve.openapi import Endpoint
+from bitgen.serve.responses import ResponsesEndpoints
 from bitgen.serve.service import Maker, Service, json_response
 
 
@@ -86,8 +88,7 @@ class Endpoints:
 
     def _head(self, body: Body) -> Head:
         usage = bool(body.stream_options and body.stream_options.include_usage)
-        model, fingerprint = self._service.model(body.model), self._settings.fingerprint
-        return Head(model, fingerprint, self._llm.tokenizer, usage)
+        return self._service.head(body.model, usage)
 
     async def embeddings(self, http: HttpRequest) -> Response:
         del http
@@ -213,7 +214,8 @@ def _read_page() -> tuple[str, str]:
 
 def make_app(service: Service) -> Guard:
     """The ASGI application."""
-    endpoints = Endpoints(service).all()
+    parts = (Endpoints(service), ResponsesEndpoints(service), OllamaEndpoints(service))
+    endpoints = [endpoint for part in parts for endpoint in part.all()]
     described = openapi.document(endpoints)
 
     async def describe(http: HttpRequest) -> Response:

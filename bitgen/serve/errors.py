@@ -36,6 +36,11 @@ class ApiError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": {**error, **{key: value for key, value in self.extra.items() if key != "type"}}}
 
+    def plain_body(self) -> dict[str, Any]:
+        """The same as clients of Ollama read it: the error is a text."""
+        error = self.body()["error"]
+        return {"error": error.pop("message"), **error}
+
     def headers(self) -> dict[str, str]:
         """``Retry-After`` where trying again helps; clients of OpenAI try again after every 5xx otherwise."""
         if self.status in (429, 503):

@@ -112,16 +112,17 @@ class Guard:
             else:
                 await self._app(scope, receive, answer)
         except ApiError as error:
-            await error_response(error)(scope, receive, answer)
+            await error_response(error, scope)(scope, receive, answer)
         except HTTPException as error:
-            refused = error_response(ApiError(error.status_code, f"{scope['path'][:100]}: {error.detail}"))
+            told = ApiError(error.status_code, f"{scope['path'][:100]}: {error.detail}")
+            refused = error_response(told, scope)
             refused.headers.update(error.headers or {})
             await refused(scope, receive, answer)
         except Exception as error:
             print(f"bitgen: request {request_id}: {type(error).__name__}", file=sys.stderr)
             failed = ApiError(500, "the server failed; its log names this request id", code="internal")
             if not status:  # else it is too late for an answer
-                await error_response(failed)(scope, receive, answer)
+                await error_response(failed, scope)(scope, receive, answer)
         finally:
             self.active -= 1
             self._responded(status)
@@ -130,16 +131,17 @@ class Guard:
     def _refusal(self, scope: Scope, headers: Headers, origin: str | None, host: str) -> Response | None:
         access = self._access
         if not access.host_allowed(host):
-            return error_response(ApiError(403, "this Host is not served here (--allowed-host)"))
+            return error_response(ApiError(403, "this Host is not served here (--allowed-host)"), scope)
         if origin is not None and not access.origin_allowed(origin, host):
-            return error_response(ApiError(403, "this Origin is not allowed (--cors-origin)"))
+            return error_response(ApiError(403, "this Origin is not allowed (--cors-origin)"), scope)
         if scope["method"] == "OPTIONS":
             wanted = headers.get("access-control-request-headers", "authorization, content-type")
             allowed = {"access-control-allow-methods": _METHODS, "access-control-max-age": "600"}
             return Response(status_code=204, headers={**allowed, "access-control-allow-headers": wanted})
         owner = access.owner(headers)
         if owner is None and scope["path"] not in PUBLIC:
-            refused = error_response(ApiError(401, "a valid API key is needed", code="invalid_api_key"))
+            needed = ApiError(401, "a valid API key is needed", code="invalid_api_key")
+            refused = error_response(needed, scope)
             refused.headers["www-authenticate"] = "Bearer"
             return refused
         scope.setdefault("state", {})["owner"] = owner
@@ -158,8 +160,10 @@ class Guard:
         print(line, file=sys.stderr, flush=True)
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers())
+def error_response(error: ApiError, scope: Scope) -> JSONResponse:
+    """In the shape of the path's dialect."""
+    body = error.plain_body() if scope["path"].startswith("/api/") else error.body()
+    return JSONResponse(body, error.status, error.headers())
 
 
 def _name_of(url: str) -> str | None:

@@ -39,6 +39,10 @@ _ROLES = {
 }
 _SEEDS = 1 << 64
 
+Role: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": list(_ROLES)})]
+Temperature: TypeAlias = Annotated[float, Meta(ge=0)]
+TopK: TypeAlias = Annotated[int, Meta(ge=-1)]
+LastN: TypeAlias = Annotated[int, Meta(ge=-1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
@@ -77,13 +81,13 @@ class Body(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: int | None = None
-    temperature: Annotated[float, Meta(ge=0)] | None = None
+    temperature: Temperature | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: TopK | None = None
     min_p: Share | None = None
     repeat_penalty: float | None = None
     repetition_penalty: float | None = None
-    repeat_last_n: Annotated[int, Meta(ge=-1)] | None = None
+    repeat_last_n: LastN | None = None
     ignore_eos: bool | None = None
     lookup: bool | None = None
     presence_penalty: Penalty | None = None
@@ -118,7 +122,7 @@ class Part(msgspec.Struct):
 class ChatMessage(msgspec.Struct):
     """A message, its content a text or parts."""
 
-    role: Annotated[str, Meta(extra_json_schema={"enum": list(_ROLES)})]
+    role: Role
     content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None

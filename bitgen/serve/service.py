@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from bitgen import __version__
 from bitgen.inference.sequence import Request
 from bitgen.serve import messages
-from bitgen.serve.answers import Answer
+from bitgen.serve.answers import Answer, Head
 from bitgen.serve.errors import ApiError, draining, stopped
 from bitgen.serve.guard import Access
 from bitgen.serve.metrics import Metrics
@@ -137,6 +137,10 @@ class Service:
             message = f"there is no model {asked[:100]!r}; there is {', '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
         return asked or names[0]
+
+    def head(self, asked: str | None, usage: bool = False) -> Head:
+        """What answers say beside their texts."""
+        return Head(self.model(asked), self.settings.fingerprint, self.llm.tokenizer, usage)
 
     # ---- Bodies ----
 

@@ -174,6 +174,33 @@ def test_the_client_of_openai(server: Server) -> None:
     assert missing.value.status_code == 501
 
 
+def test_the_client_of_openai_for_responses(server: Server) -> None:
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    options = {"model": "x", "input": "Who was Moses?", "max_output_tokens": 12, "extra_body": {"seed": 1}}
+    whole = client.responses.create(**options)
+    assert whole.output_text
+    assert whole.usage.output_tokens <= 12
+    with client.responses.stream(**options) as stream:
+        text = "".join(part.delta for part in stream if part.type == "response.output_text.delta")
+        assert text == stream.get_final_response().output_text == whole.output_text
+
+
+def test_the_client_of_ollama(server: Server) -> None:
+    ollama = pytest.importorskip("ollama", reason="ollama is not installed")
+    client = ollama.Client(host=server.url)
+    assert [model.model for model in client.list().models] == ["tiny"]
+    talk, options = [{"role": "user", "content": "Who was Moses?"}], {"num_predict": 12, "seed": 1}
+    whole = client.chat("tiny", messages=talk, options=options)
+    parts = list(client.chat("tiny", messages=talk, options=options, stream=True))
+    assert "".join(part.message.content for part in parts) == whole.message.content
+    assert parts[-1].eval_count == whole.eval_count
+    assert client.generate("tiny", "Who was Moses?", options=options).response == whole.message.content
+    assert client.show("tiny").modelinfo
+    with pytest.raises(ollama.ResponseError, match="makes no embeddings"):
+        client.embed("tiny", "a")
+
+
 # ---- The end ----
 
 

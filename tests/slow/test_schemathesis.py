@@ -85,5 +85,8 @@ def judge(reply: Any) -> None:
     if reply.status_code < 400:
         return
     found = reply.json()["error"]
+    if isinstance(found, str):  # as Ollama's clients read it
+        assert "/api/" in reply.request.url
+        found = {"message": found, **reply.json()}
     assert {"message", "type", "param", "code"} <= set(found)
     assert reply.status_code not in (429, 503) or "retry-after" in reply.headers

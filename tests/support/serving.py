@@ -184,3 +184,13 @@ async def running(engine: FakeEngine | None = None, **settings: Any) -> AsyncIte
         worker.stop()
         await asyncio.to_thread(worker.thread.join, 10)
         assert not worker.thread.is_alive()
+
+
+def once(method: str, path: str, body: Any = None, headers: Any = None, **settings: Any) -> Reply:
+    """One request to a server of its own."""
+
+    async def ask() -> Reply:
+        async with running(**settings) as client:
+            return await client.ask(method, path, body, headers)
+
+    return asyncio.run(ask())

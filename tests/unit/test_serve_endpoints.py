@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from serving import Client, FakeEngine, Reply, running
+from serving import Client, FakeEngine, Reply, once, running
 
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.inference.grammar import GrammarState
@@ -29,14 +29,6 @@ with_schemas = pytest.mark.skipif(not HAS_LLGUIDANCE, reason="llguidance is not 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ASK: dict[str, Any] = {"prompt": "the end", "max_tokens": 8, "seed": 5, "ignore_eos": True}
 TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 5}
-
-
-def once(method: str, path: str, body: Any = None, headers: Any = None, **settings: Any) -> Reply:
-    async def ask() -> Reply:
-        async with running(**settings) as client:
-            return await client.ask(method, path, body, headers)
-
-    return asyncio.run(ask())
 
 
 def error(reply: Reply) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""The same texts in other shapes: `/v1/responses` and Ollama's API, on a fake engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import pytest
+from serving import FakeEngine, Reply, once
+
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 5}
+TOOL = {"name": "hand", "parameters": {"type": "object", "properties": {"to": {"enum": ["the"]}}}}
+TOOL["parameters"] |= {"required": ["to"], "additionalProperties": False}  # type: ignore[operator]
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {"age": {"enum": [1, 22]}}, "required": ["age"]}
+SCHEMA["additionalProperties"] = False
+with_schemas = pytest.mark.skipif(
+    importlib.util.find_spec("llguidance") is None, reason="llguidance is not installed (the extra json)"
+)
+
+
+def expected(**fields: Any) -> str:
+    choice = once("POST", CHAT, {**TALK, **fields}).json["choices"][0]
+    return str(choice["message"]["content"])
+
+
+def roomy() -> FakeEngine:
+    return FakeEngine(context=1024)
+
+
+# ---- Responses ----
+
+
+def typed(reply: Reply) -> list[Any]:
+    """The events of a stream; their names and numbers are right."""
+    found = []
+    for number, block in enumerate(reply.content.decode().strip().split("\n\n")):
+        name, data = block.split("\n")
+        body = json.loads(data.removeprefix("data: "))
+        assert (name, body["sequence_number"]) == (f"event: {body['type']}", number)
+        found.append(body)
+    return found
+
+
+def test_a_response_is_the_answer_of_a_chat() -> None:
+    body = {"input": "hello", "instructions": "be short", "max_output_tokens": 8, "seed": 5}
+    whole = once("POST", RESPONSES, body).json
+    talk = [{"role": "system", "content": "be short"}, *TALK["messages"]]
+    text = expected(messages=talk)
+    (item,) = whole["output"]
+    assert (item["type"], item["role"], item["content"][0]["text"]) == ("message", "assistant", text)
+    assert (whole["object"], whole["status"]) == ("response", "incomplete")
+    assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert whole["usage"]["output_tokens"] == 8
+    assert whole["usage"]["total_tokens"] == whole["usage"]["input_tokens"] + 8
+    parts = [{"type": "input_text", "text": "hel"}, {"type": "input_text", "text": "lo"}]
+    items = [
+        {"role": "developer", "content": "be short"},
+        {"type": "message", "role": "user", "content": parts},
+    ]
+    again = once("POST", RESPONSES, {**body, "input": items, "instructions": None}).json
+    assert again["output"][0]["content"][0]["text"] == text
+
+
+def test_the_events_of_a_response() -> None:
+    events = typed(
+        once("POST", RESPONSES, {"input": "hello", "max_output_tokens": 8, "seed": 5, "stream": True})
+    )
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert set(kinds[4:-4]) == {"output_text.delta"}
+    assert "".join(event["delta"] for event in events[4:-4]) == expected() == events[-4]["text"]
+    assert events[-1]["response"]["output"] == [events[-2]["item"]]
+
+
+@with_schemas
+def test_a_response_may_be_a_call_or_follow_a_schema() -> None:
+    body = {"input": "hello", "seed": 5, "tools": [{"type": "function", **TOOL}], "tool_choice": "required"}
+    (call,) = once("POST", RESPONSES, body, engine=roomy()).json["output"]
+    assert (call["type"], call["name"], call["arguments"]) == ("function_call", "hand", '{"to": "the"}')
+    events = typed(once("POST", RESPONSES, {**body, "stream": True}, engine=roomy()))
+    kinds = [event["type"].removeprefix("response.") for event in events[2:]]
+    parts = ["function_call_arguments.delta", "function_call_arguments.done"]
+    assert kinds == ["output_item.added", *parts, "output_item.done", "completed"]
+    talk = [
+        {"role": "user", "content": "hello"},
+        {"type": "function_call", "call_id": "1", "name": "hand", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "done"},
+    ]
+    assert once("POST", RESPONSES, {"input": talk, "max_output_tokens": 2}).status == 200
+    form = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
+    text = once("POST", RESPONSES, {"input": "hello", "text": form}).json["output"][0]["content"][0]["text"]
+    assert json.loads(text)["age"] in (1, 22)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": []}, "messages"),
+        ({"input": [{"type": "reasoning"}]}, "input[0].type"),
+        ({"input": [{"content": "a"}]}, "input[0].role"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
+        ({"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"input": "a", "background": True}, "background"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": "a", "text": {"format": {"type": "grammar"}}}, "response_format"),
+    ],
+)
+def test_wrong_responses_are_named(body: Any, param: str) -> None:
+    reply = once("POST", RESPONSES, body)
+    assert (reply.status, reply.json["error"]["param"]) == (400, param)
+
+
+# ---- Ollama ----
+
+
+def lines(reply: Reply) -> list[Any]:
+    return [json.loads(line) for line in reply.content.splitlines()]
+
+
+def test_an_ollama_chat_is_the_answer_of_a_chat() -> None:
+    body = {
+        "model": "fake",
+        "messages": TALK["messages"],
+        "options": {"num_predict": 8, "seed": 5, "num_ctx": 9},
+    }
+    reply = once("POST", "/api/chat", body)
+    assert reply.headers["content-type"] == "application/x-ndjson"
+    *parts, last = lines(reply)
+    assert "".join(part["message"]["content"] for part in parts) == expected()
+    assert [part["done"] for part in parts] == [False] * len(parts)
+    assert (last["done"], last["done_reason"], last["eval_count"]) == (True, "length", 8)
+    assert last["total_duration"] >= last["eval_duration"] >= 0
+    whole = once("POST", "/api/chat", {**body, "stream": False}).json
+    assert (whole["message"]["content"], whole["done"]) == (expected(), True)
+    generated = once("POST", "/api/generate", {**body, "prompt": "hello", "stream": False}).json
+    assert generated["response"] == expected()
+    raw = once("POST", "/api/generate", {**body, "prompt": "the end", "raw": True, "stream": False}).json
+    plain = once("POST", "/v1/completions", {"prompt": "the end", "max_tokens": 8, "seed": 5}).json
+    assert raw["response"] == plain["choices"][0]["text"]
+
+
+@with_schemas
+def test_an_ollama_chat_may_be_a_call_or_follow_a_schema() -> None:
+    body = {"model": "fake", "messages": TALK["messages"], "stream": False, "format": SCHEMA}
+    assert json.loads(once("POST", "/api/chat", body).json["message"]["content"])["age"] in (1, 22)
+    said = once(
+        "POST", "/api/generate", {"model": "fake", "prompt": "hello", "format": "json", "stream": False}
+    )
+    assert said.json["response"].startswith("{")
+    call = {"function": {"name": "hand", "arguments": {"to": "the"}}}
+    talk = [
+        *body["messages"],
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "done"},
+    ]
+    tools = [{"type": "function", "function": TOOL}]
+    reply = once(
+        "POST", "/api/chat", {**body, "messages": talk, "format": None, "tools": tools}, engine=roomy()
+    )
+    assert reply.status == 200
+
+
+def test_what_ollama_clients_ask_beside_texts() -> None:
+    listed = once("GET", "/api/tags").json["models"]
+    assert [model["name"] for model in listed] == ["fake"]
+    assert once("GET", "/api/ps").json["models"][0]["context_length"] == 256
+    assert once("GET", "/api/version").json["version"]
+    shown = once("POST", "/api/show", {"model": "fake"}).json
+    assert shown["model_info"]["bitnet.context_length"] == 256
+    assert once("POST", "/api/generate", {"model": "fake"}).json["done_reason"] == "load"
+    assert once("POST", "/api/chat", {"model": "fake"}).json["done_reason"] == "load"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("chat", {}, 400, "model"),
+        ("chat", {"model": "a", "messages": [{"role": "user", "images": ["x"]}]}, 400, "messages"),
+        ("chat", {"model": "a", "messages": [{"role": "wizard"}]}, 400, "messages[0].role"),
+        (
+            "generate",
+            {"model": "a", "prompt": "a", "options": {"temperature": -1}},
+            400,
+            "options.temperature",
+        ),
+        (
+            "generate",
+            {"model": "a", "prompt": "a", "options": {"num_predict": 0}},
+            400,
+            "options.num_predict",
+        ),
+        ("generate", {"model": "a", "prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ("generate", {"model": "a", "prompt": "a", "format": "xml"}, 400, "format"),
+        ("embed", {"model": "a", "input": "b"}, 501, None),
+        ("pull", {"model": "a"}, 404, None),
+    ],
+)
+def test_errors_of_ollama_are_texts(path: str, body: Any, status: int, param: str | None) -> None:
+    reply = once("POST", f"/api/{path}", body)
+    assert (reply.status, reply.json["param"]) == (status, param)
+    assert isinstance(reply.json["error"], str)
