@@ -182,8 +182,10 @@ def test_the_client_of_openai_for_responses(server: Server) -> None:
     assert whole.output_text
     assert whole.usage.output_tokens <= 12
     with client.responses.stream(**options) as stream:
-        text = "".join(part.delta for part in stream if part.type == "response.output_text.delta")
-        assert text == stream.get_final_response().output_text == whole.output_text
+        *parts, last = stream
+    text = "".join(part.delta for part in parts if part.type == "response.output_text.delta")
+    assert text == last.response.output_text == whole.output_text
+    assert last.type == f"response.{whole.status}"
 
 
 def test_the_client_of_ollama(server: Server) -> None:
