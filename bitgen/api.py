@@ -262,12 +262,13 @@ def load(path: str | Path | None = None, threads: int | None = None) -> KernelTa
     Where there is none yet, an untuned library of default kernels is built once (seconds) and kept.
     """
     from bitgen.bundle import all_bundles, choose_bundle, refused_features
+    from bitgen.bundle.measured import recall
     from bitgen.runtime import load as open_library
 
     if path is not None:
         return open_library(path, threads)
     cpu = detect_cpu()
-    bundle, _ = choose_bundle(all_bundles()[0], cpu, refused_features(cpu))
+    bundle, _ = choose_bundle(all_bundles()[0], cpu, refused_features(cpu), recall(cpu))
     return open_library(untuned_library() if bundle is None else bundle.path, threads)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from bitgen.bundle.manifest import Bundle
+from bitgen.bundle.measured import Measured
 from bitgen.cpu import Cpu
 from bitgen.errors import UnsupportedError
 
@@ -23,6 +24,7 @@ class Decision:
 
 # What ranks bundles that a CPU runs, most important first, each with what the better one is.
 _RANKS = (
+    "was faster in the last race here",
     "is for this CPU family",
     "has better tuned kernels",
     "was built here",
@@ -34,17 +36,21 @@ _WORTH = {"default": 0, "transferred": 1, "tuned": 2}
 
 
 def choose_bundle(
-    bundles: Iterable[Bundle], cpu: Cpu, refused: Set[str] = frozenset()
+    bundles: Iterable[Bundle],
+    cpu: Cpu,
+    refused: Set[str] = frozenset(),
+    measured: Measured | None = None,
 ) -> tuple[Bundle | None, list[Decision]]:
     """The bundle to use on ``cpu``, None when it runs none of them, and a decision for each.
 
-    Among those it runs: made for this CPU family before others, tuned before untuned, built here before
-    installed, more required features before fewer (they use more of the CPU), of a newer bitgen before an
-    older one, the first given before later ones. ``refused``: see `refused_features`.
+    Among those it runs: the fastest, where all were ``measured``; else made for this CPU family before
+    others, tuned before untuned, built here before installed, more required features before fewer (they use
+    more of the CPU), of a newer bitgen before an older one, the first given before later ones. ``refused``:
+    see `refused_features`.
     """
     decisions = [judge(bundle, cpu, refused) for bundle in bundles]
-    usable = [decision.bundle for decision in decisions if decision.accepted]
-    return max(usable, key=lambda bundle: _preference(bundle, cpu), default=None), decisions
+    found = ranked(decisions, cpu, measured)
+    return found[0][0].bundle if found else None, decisions
 
 
 def _preference(bundle: Bundle, cpu: Cpu) -> tuple[bool, int, bool, int, tuple[int, ...]]:
@@ -54,13 +60,20 @@ def _preference(bundle: Bundle, cpu: Cpu) -> tuple[bool, int, bool, int, tuple[i
     return same, worth, bundle.origin is None, len(manifest.features), age
 
 
-def ranked(decisions: Iterable[Decision], cpu: Cpu) -> list[tuple[Decision, str]]:
+def ranked(
+    decisions: Iterable[Decision], cpu: Cpu, measured: Measured | None = None
+) -> list[tuple[Decision, str]]:
     """Accepted decisions, best first, each with what the one before it has more; empty for the first."""
     accepted = [decision for decision in decisions if decision.accepted]
-    accepted.sort(key=lambda decision: _preference(decision.bundle, cpu), reverse=True)
+    times = [measured.of(decision.bundle) if measured else None for decision in accepted]
+    raced = None not in times  # a bundle that is new since the race makes it void
+
+    def preference(at: int) -> tuple[object, ...]:
+        return (-(times[at] or 0) if raced else 0, *_preference(accepted[at].bundle, cpu))
+
     found, above = [], None
-    for decision in accepted:
-        mine = _preference(decision.bundle, cpu)
+    for at in sorted(range(len(accepted)), key=preference, reverse=True):
+        decision, mine = accepted[at], preference(at)
         pairs = zip(_RANKS, above or mine, mine, strict=True)
         why = next((f"the one above {rank}" for rank, theirs, own in pairs if theirs != own), "")
         found.append((decision, why or ("the one above was found first" if above else "")))

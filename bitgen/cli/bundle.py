@@ -31,7 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("path", metavar="PATH", type=Path)
     verify.add_argument("--allow-unsigned", action="store_true", help="check the files of an unsigned one")
     verify.add_argument("--rebuild", action="store_true", help="build the libraries again from their C text")
-    add_output(action("pick", "which bundle this CPU gets and why, with its kernels"))
+    pick = action("pick", "which bundle this CPU gets and why, with its kernels")
+    how = pick.add_mutually_exclusive_group()
+    how.add_argument(
+        "--measure", action="store_true", help="race those that run here, and remember the winner"
+    )
+    how.add_argument(
+        "--path", action="store_true", help="print the folder of the chosen one, and nothing else"
+    )
+    add_output(pick)
     make = action("make", "make the bundles of CPU families from committed winners: a folder, zips, wheels")
     make.add_argument("-m", "--model", required=True, help=PRESET_HELP)
     make.add_argument(
@@ -117,20 +125,35 @@ def _rebuild(bundle: Bundle) -> None:
 
 def _pick(args: argparse.Namespace) -> None:
     from bitgen.bundle import all_bundles, choose_bundle, ranked, refused_features
+    from bitgen.bundle.measured import recall, remember
     from bitgen.cli.show import library_table
     from bitgen.cpu import accepted_isas, detect_cpu, load_isas
+    from bitgen.errors import UnsupportedError
 
     (bundles, errors), cpu = all_bundles(), detect_cpu()
-    chosen, decisions = choose_bundle(bundles, cpu, refused_features(cpu))
+    refused, measured = refused_features(cpu), recall(cpu)
+    chosen, decisions = choose_bundle(bundles, cpu, refused, measured)
+    if args.measure and chosen is not None:
+        from bitgen.inference.race import race
+
+        measured = race([decision.bundle for decision in decisions if decision.accepted])
+        remember(cpu, measured)
+        chosen, decisions = choose_bundle(bundles, cpu, refused, measured)
+    if args.path:
+        if chosen is None:
+            raise UnsupportedError("no bundle runs on this CPU: bitgen bundle pick tells why")
+        print(chosen.path)
+        return
     rows: list[tuple[object, ...]] = []
-    for rank, (decision, above) in enumerate(ranked(decisions, cpu), 1):
+    for rank, (decision, above) in enumerate(ranked(decisions, cpu, measured), 1):
+        taken = measured.of(decision.bundle)
         reason = "; ".join(filter(None, (decision.reason, above)))
         state = "chosen" if decision.bundle == chosen else "accepted"
-        rows.append((*_whence(decision.bundle), state, rank, reason))
+        rows.append((*_whence(decision.bundle), state, rank, taken / 1e3 if taken else None, reason))
     for decision in decisions:
         if not decision.accepted:
-            rows.append((*_whence(decision.bundle), "rejected", None, decision.reason))
-    rows += [("-", "-", "-", "-", "rejected", None, error.message) for error in errors]
+            rows.append((*_whence(decision.bundle), "rejected", None, None, decision.reason))
+    rows += [("-", "-", "-", "-", "rejected", None, None, error.message) for error in errors]
     columns = (
         Column("bundle", "bundle"),
         Column("from", "from"),
@@ -138,6 +161,7 @@ def _pick(args: argparse.Namespace) -> None:
         Column("bitgen", "made by bitgen"),
         Column("state", "state"),
         Column("rank", "rank", "d"),
+        Column("race_us", "race us", ",.1f"),
         Column("reason", "why"),
     )
     tables = [Table("candidates", columns, rows)]
@@ -148,7 +172,8 @@ def _pick(args: argparse.Namespace) -> None:
         tables.append(library_table(chosen.path))
     if args.output == "text":
         path = f"{chosen.path}, ISA level {level}" if chosen else "none; the first use builds one"
-        print(f"this CPU ({cpu.family}) gets {path}\n")
+        print(f"this CPU ({cpu.family}) gets {path}")
+        print(f"its kernels: {chosen.manifest.origin}\n" if chosen and chosen.manifest.origin else "")
     facts = {"chosen": str(chosen.path) if chosen else None, "isa": level, "family": cpu.family}
     print(render_tables(tables, args.output, facts))
 

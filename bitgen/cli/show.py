@@ -121,10 +121,11 @@ def newest_winners(store: RecordStore, fingerprints: Fingerprints) -> list[tuple
 
 def _bundles_table() -> Table:
     from bitgen.bundle import all_bundles, choose_bundle, refused_features
+    from bitgen.bundle.measured import recall
     from bitgen.cpu import detect_cpu
 
     (bundles, errors), cpu = all_bundles(), detect_cpu()
-    chosen, decisions = choose_bundle(bundles, cpu, refused_features(cpu))
+    chosen, decisions = choose_bundle(bundles, cpu, refused_features(cpu), recall(cpu))
     rows: list[tuple[str, str, str]] = [
         (
             str(d.bundle.path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bitgen.bundle import Bundle, all_bundles, choose_bundle, judge, refused_features
+from bitgen.bundle.measured import recall
 from bitgen.cpu import detect_cpu
 from bitgen.errors import UsageError
 from bitgen.formats.config import ModelConfig
@@ -42,7 +43,7 @@ def find_library(config: ModelConfig) -> Bundle | None:
         return len(tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)))
 
     most = max(map(fitting, bundles), default=0)
-    return choose_bundle([bundle for bundle in bundles if fitting(bundle) == most], cpu)[0]
+    return choose_bundle([b for b in bundles if fitting(b) == most], cpu, refused, recall(cpu))[0]
 
 
 def open_engine(

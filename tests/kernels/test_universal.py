@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.elf import Requirements, read_requirements
 from bitgen.bundle.transfer import committed_kernels, every_committed_shape
 from bitgen.bundle.units import table_values
+from bitgen.cli import main
 from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, load_isas, target_cpu
 from bitgen.errors import FileError
 from bitgen.reference import ternary_matmul
@@ -130,3 +132,20 @@ def test_the_tag_of_a_wheel_is_what_the_library_asks_for(universal_library: Path
 def test_wheel_tags(versions: set[str], needed: str, tag: str) -> None:
     asks = Requirements("x86_64", (needed,), tuple((needed, version) for version in sorted(versions)))
     assert asks.wheel_tag == f"py3-none-{tag}"
+
+
+@pytest.mark.slow
+def test_bundles_race_and_the_winner_is_remembered(
+    universal_library: Path, bundle: Path, bitgen_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (universal_library, bundle):
+        (bitgen_home / "generated").mkdir(exist_ok=True)
+        shutil.copytree(path, bitgen_home / "generated" / path.name, symlinks=True)
+    assert main(["bundle", "pick", "--measure", "-o", "json"]) == 0
+    picked = json.loads(capsys.readouterr().out)["candidates"]
+    times = [row["race_us"] for row in picked if row["state"] != "rejected"]
+    assert len(times) == 2
+    assert times == sorted(times), "the fastest first"
+    assert [row["state"] for row in picked] == ["chosen", "accepted"]
+    assert main(["bundle", "pick", "--path"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == picked[0]["bundle"]

@@ -27,6 +27,7 @@ from bitgen.bundle import (
     sha256_of,
 )
 from bitgen.bundle.manifest import Label, Origin
+from bitgen.bundle.measured import Measured, recall, remember
 from bitgen.cpu import Cache, Cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.records import dump
@@ -245,6 +246,40 @@ def test_accepted_bundles_are_ranked_each_with_what_the_one_above_has_more() -> 
         ("default", "the one above has better tuned kernels"),
     ]
     assert decisions[1].reason == "tuned on another CPU family, for this CPU family"
+
+
+def with_library(name: str, sha256: str, **changes: Any) -> Bundle:
+    return bundle(name, files={"libbitgen-test.so": sha256}, **changes)
+
+
+def test_a_race_decides_where_all_took_part(bitgen_home: Path) -> None:
+    own, other = with_library("own", "a" * 64), with_library("other", "b" * 64, cpu_family="haswell")
+    times = {"a" * 64: 2e6, "b" * 64: 1e6}
+    assert recall(cpu()).of(own) is None
+    remember(cpu(), Measured("a CPU", times))
+    measured = recall(cpu())
+    assert measured.of(other) == 1e6
+    chosen, decisions = choose_bundle([own, other], cpu(), measured=measured)
+    assert chosen == other
+    assert [why for _, why in ranked(decisions, cpu(), measured)] == [
+        "",
+        "the one above was faster in the last race here",
+    ]
+    new = with_library("new", "c" * 64, cpu_family="haswell")
+    assert choose_bundle([own, other, new], cpu(), measured=measured)[0] == own, "the race is void"
+    elsewhere = cpu("zen2", AVX512)
+    assert recall(elsewhere).of(own) is None, "another CPU has raced nothing"
+    (file,) = (bitgen_home / "cache" / "races").iterdir()
+    file.write_text("damaged")
+    assert choose_bundle([own, other], cpu(), measured=recall(cpu()))[0] == own
+
+
+def test_a_library_for_every_cpu_requires_what_all_its_levels_do() -> None:
+    of = bundle("all", isas={"avx512": AVX512, "avx2": AVX2, "scalar": ()}, dispatches=True)
+    chosen, (decision,) = choose_bundle([of], cpu("nehalem", ()))
+    assert chosen == of
+    assert decision.reason == "it serves every x86_64 CPU with the best of its ISA levels"
+    assert not choose_bundle([of], cpu(arch="aarch64"))[1][0].accepted
 
 
 def test_what_the_system_refuses_is_a_reason() -> None:
