@@ -6,7 +6,11 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("family", help="i2s, tl1, tl2, t5 or tl5; or quantize, tl1_tables, tl2_tables, step")
+    parser.add_argument(
+        "family",
+        help="i2s, tl1, tl2, t5 or tl5; or what is no matmul: quantize, step, tl1_tables, tl2_tables, "
+        "tl5_wide_tables, tl5_split_tables",
+    )
     parser.add_argument(
         "-m", "--model", help="of step: fix this model's sizes in the code (default: arguments)"
     )
@@ -15,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--regime", default="n1", help="n1, small (2..16 tokens) or large (17 and more); default n1"
     )
-    parser.add_argument("--row-block", type=int, help="rows of a row block of the layout: 16 or 32")
+    parser.add_argument("--row-block", type=int, help="rows of a row block: 16 or 32, of TL5 64")
     parser.add_argument(
         "--group",
         type=int,
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a schedule knob; may be given again",
+        help="a knob of the schedule (--list shows them); may be given again",
     )
     parser.add_argument("--list", action="store_true", help="list the legal schedules instead")
 

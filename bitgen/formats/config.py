@@ -227,10 +227,8 @@ def find_model(name_or_path: str, models: tuple[ModelPreset, ...] | None = None)
     known = [name for preset in presets for name in (*preset.aliases, preset.name)]
     near = nearest_names(name_or_path, known)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    message = (
-        f"unknown model {name_or_path!r}: {hint}`bitgen models` lists the presets; a .yaml path works too"
-    )
-    raise UsageError(message)
+    others = "`bitgen models` lists the presets; a .yaml file, a model file or tiny works too"
+    raise UsageError(f"unknown model {name_or_path!r}: {hint}{others}")
 
 
 def preset_name(config: ModelConfig) -> str | None:

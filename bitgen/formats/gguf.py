@@ -160,7 +160,8 @@ def read_gguf(path: Path | str) -> GgufFile:
     file = Path(path)
     data = map_file(file)
     if data[:4].tobytes() != MAGIC:
-        raise FileError(f"{file} is no GGUF file: it does not start with the letters GGUF")
+        folder = ": of a Hugging Face model give the folder" if file.suffix == ".safetensors" else ""
+        raise FileError(f"{file} is no GGUF file: it does not start with the letters GGUF{folder}")
     cursor = _Cursor(file, data, 4)
     version = cursor.number(4)
     if version not in (2, 3):

@@ -139,6 +139,14 @@ def test_counts_and_lengths_are_compared_with_the_file(tmp_path: Path, content: 
     assert message in refused(path)
 
 
+def test_a_file_of_a_hugging_face_model_asks_for_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"PK\x03\x04")
+    assert refused(path).endswith(
+        "does not start with the letters GGUF: of a Hugging Face model give the folder"
+    )
+
+
 def info(name: str, shape: tuple[int, ...], type_id: int = 0, size: int = 64) -> NewTensor:
     return NewTensor(name, shape, type_id, size, lambda: [np.zeros(size, np.uint8)])
 
