@@ -84,10 +84,11 @@ def tune(
     try:
         return _Tune(plan, session, cache).run(spaces)
     except KeyboardInterrupt:
-        raise InterruptError(
-            f"interrupted; {cache.recorded} new measurements are in {store.path}, and the same command "
-            "continues from them",
-        ) from None
+        kept = "nothing new was measured"
+        if cache.recorded:
+            kept = f"{cache.recorded} new measurements are in {store.path}, and the same command continues "
+            kept += "from them"
+        raise InterruptError(f"interrupted; {kept}") from None
 
 
 class _Tune:
