@@ -37,6 +37,8 @@ COMMANDS = {
     "run": "continue a text with a model",
     "chat": "talk with a model",
     "serve": "serve a model over HTTP",
+    "pull": "download a model from the Hugging Face hub",
+    "list": "the models on this machine: the hub's cache, LM Studio, Ollama",
     "perplexity": "how well a model predicts a text",
     "convert": "Hugging Face folder -> GGUF",
     "inspect": "what a model file holds",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bitgen.llm import LLM
 
 
+MODEL_HELP = "a .gguf file, a Hugging Face folder, hf:owner/repo[:file], a name of `bitgen list`"
 PRESET_HELP = "a preset (see `bitgen models`), a YAML file or a model file"
 
 
@@ -54,7 +55,7 @@ def add_kv(parser: argparse._ActionsContainer) -> None:
 def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
     """The model and how it runs. ``context`` replaces the default of -c."""
     group = parser.add_argument_group("the model")
-    group.add_argument("-m", "--model", required=True, help="a .gguf file, a Hugging Face folder, or tiny")
+    group.add_argument("-m", "--model", required=True, help=MODEL_HELP)
     group.add_argument("-t", "--threads", type=int, help="threads (default: one a physical core)")
     group.add_argument(
         "-c",

@@ -121,14 +121,16 @@ def _access(args: argparse.Namespace) -> Access:
 
 
 def _settings(args: argparse.Namespace, llm: LLM, access: Access) -> Settings:
+    from bitgen.formats.downloads import is_download
     from bitgen.formats.open import open_model
     from bitgen.serve.server import fingerprint_of
     from bitgen.serve.service import Settings
 
     path = open_model(args.model).path
+    own = args.model.partition(":")[2] if is_download(args.model) else path.stem
     names = [name.strip() for name in (args.alias or "").split(",") if name.strip()]
     return Settings(
-        names=tuple(names or [path.stem]),
+        names=tuple(names or [own]),
         fingerprint=fingerprint_of(path, f"kv {args.kv}", f"head {args.head}", llm.template_text),
         access=access,
         max_queue=args.max_queue,

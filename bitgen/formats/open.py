@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bitgen.errors import BitgenError, FileError, nearest_names
 from bitgen.formats.config import ModelPreset, find_model, load_models
+from bitgen.formats.downloads import find_download, is_download
 from bitgen.formats.gguf_model import read_gguf_model, type_name
 from bitgen.formats.gguf_tokenizer import gguf_tokenizer
 from bitgen.formats.hf import open_folder
@@ -19,10 +20,12 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     """Open a .gguf file, a folder with config.json and safetensors, or a folder with one .gguf file.
 
     A .safetensors file stands for its folder; the name of a model that ships with bitgen (`shipped_model`)
-    for its file, unless there is a file or folder of that name. FileError when there is no
+    for its file, unless there is a file or folder of that name; `bitgen.formats.downloads` knows names with
+    hf:, lmstudio: and ollama: in front. FileError when there is no
     model, when it is damaged, or when it is of a kind that bitgen does not run.
     """
-    file = Path(path).expanduser()
+    name = os.fspath(path)
+    file = find_download(name) if is_download(name) else Path(path).expanduser()
     if not file.exists():
         file = shipped_model(os.fspath(path)) or file
         _refuse_unknown_name(os.fspath(path), file)
@@ -59,8 +62,8 @@ def preset_of(model: str | ModelPreset) -> ModelPreset:
     if isinstance(model, ModelPreset):
         return model
     path = Path(model)
-    is_file = path.suffix.lower() in (".gguf", ".safetensors") or path.is_dir() or shipped_model(model)
-    if not is_file:
+    is_file = path.suffix.lower() in (".gguf", ".safetensors") or path.is_dir()
+    if not is_file and not is_download(model) and not shipped_model(model):
         return find_model(model)
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._")
     return ModelPreset.of(open_model(model).config, safe or "model")
