@@ -83,6 +83,7 @@ print(hashlib.sha256("".join(texts).encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_render_the_same_bytes(tmp_path: Path) -> None:
     digests = set()
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "unit"), str(ROOT / "tests" / "support")))
@@ -202,6 +203,7 @@ def banner_command(text: str) -> list[str]:
     return shlex.split(" ".join(part.removesuffix("\\") for part in joined))
 
 
+@pytest.mark.slow
 def test_the_banners_command_makes_the_file_again(capsys: pytest.CaptureFixture[str]) -> None:
     for source in everything():
         words = banner_command(source.text)
@@ -253,6 +255,7 @@ def test_the_hint_says_where_prefetched_lines_go(family: str) -> None:
         assert {name for name in words if re.search(rf"\b{name}\(w", text)} == {word}
 
 
+@pytest.mark.slow
 def test_only_the_ops_that_are_used_are_in_the_text() -> None:
     for source in everything():
         ops = vector_ops(source.isa)

@@ -248,6 +248,7 @@ def test_a_step_that_fails_ends_those_that_run_and_no_others() -> None:
     assert house.texts[second] == alone(second.request)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_ten_thousand_requests() -> None:
     house = House(4)
     rng = random.Random(5)
