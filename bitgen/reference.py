@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
-from bitgen.families.base import Bytes, Ternary
+from bitgen.families.base import Bytes, Ternary, encode_tail
 from bitgen.spec import FAMILIES, Layout, Shape, ceil_to
 
 
@@ -58,16 +58,22 @@ def pack(
 
 
 def _pack_groups(layout: Layout, w: Ternary, scales: NDArray[np.floating]) -> Bytes:
-    """Of each row block and group the chunks of its sub-blocks, then their scales."""
+    """Of each row block and group the chunks of its sub-blocks, their tails, then their scales."""
     (m, k), family = w.shape, FAMILIES[layout.family]
     rows, groups = ceil_to(m, layout.row_block), layout.groups(k)
     padded, scale = np.zeros((rows, layout.columns(k)), np.int8), np.zeros((rows, groups), scales.dtype)
     padded[:m, :k], scale[:m] = w, scales
+    blocks, whole = rows // layout.row_block, layout.group // family.k_chunk
+    # (blocks, groups, sub-blocks, 16 rows, group)
+    cells = padded.reshape(blocks, layout.sub_blocks, 16, groups, layout.group).transpose(0, 3, 1, 2, 4)
+    tiles = cells[..., : whole * family.k_chunk].reshape(*cells.shape[:4], whole, family.k_chunk)
     # (blocks, chunks, sub-blocks, 16 rows, k_chunk)
-    tiles = padded.reshape(-1, layout.sub_blocks, 16, layout.chunks(k), family.k_chunk)
-    codes = family.encode(tiles.transpose(0, 3, 1, 2, 4)).reshape(rows // layout.row_block, groups, -1)
-    lines = scale.reshape(-1, layout.row_block, groups).transpose(0, 2, 1)
-    return np.concatenate([codes, np.ascontiguousarray(lines).view(np.uint8)], axis=2).reshape(-1)
+    tiles = tiles.transpose(0, 1, 4, 2, 3, 5).reshape(blocks, -1, layout.sub_blocks, 16, family.k_chunk)
+    parts: list[Bytes] = [family.encode(tiles).reshape(blocks, groups, -1)]
+    if family.tail(layout.group):
+        parts.append(encode_tail(cells[..., whole * family.k_chunk :]).reshape(blocks, groups, -1))
+    lines = scale.reshape(blocks, layout.row_block, groups).transpose(0, 2, 1)
+    return np.concatenate([*parts, np.ascontiguousarray(lines).view(np.uint8)], axis=2).reshape(-1)
 
 
 def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:

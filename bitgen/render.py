@@ -169,6 +169,13 @@ class Tile:
         size = FAMILIES[self.layout.family].chunk_bytes
         return _plus(stream.format(which), _times(size * self.layout.sub_blocks, c), size * sub_block + byte)
 
+    def tail(self, r: int, stream: str = "w{}") -> str:
+        """The address of a sub-block's tail, behind all whole chunks of a group of its row block."""
+        which, sub_block = divmod(r, self.layout.sub_blocks)
+        family, group = FAMILIES[self.layout.family], self.layout.group
+        chunks = self.layout.sub_blocks * (group // family.k_chunk) * family.chunk_bytes
+        return _plus(stream.format(which), chunks + 4 * family.tail(group) * sub_block)
+
     def scale(self, r: int, stream: str = "w{}") -> str:
         """The address of a sub-block's scales, behind all chunks of a group of its row block."""
         which, sub_block = divmod(r, self.layout.sub_blocks)

@@ -15,8 +15,8 @@ from itertools import product
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
 from bitgen.families import FAMILIES, Family
-from bitgen.families.algorithms import UNPACKING, presets_of
-from bitgen.families.base import INT16_MAX, INT16_MIN, Axes, Check, Int16Sums, Knobs, told
+from bitgen.families.algorithms import presets_of
+from bitgen.families.base import INT16_MAX, INT16_MIN, UNPACKING, Axes, Check, Int16Sums, Knobs, told
 from bitgen.spec import K_MAX, KernelSpec, Layout, Regime, Schedule, Shape, ceil_to
 
 
@@ -137,14 +137,12 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, gro
     if family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
     facts = FAMILIES[family]
-    axes = facts.axes(isa, regime)
     if group:
         facts.require_group(group)
-        axes = {
-            name: _grouped_axes(facts, name, group, own)
-            for name, own in axes.items()
-            if facts.algorithm(name).grouped
-        }
+        facts = facts.in_groups()
+    axes = facts.axes(isa, regime)
+    if group:
+        axes = {name: _grouped_axes(facts, name, group, own) for name, own in axes.items()}
     layouts = tuple(Layout(family, rows, group) for rows in ((16, 32) if facts.rows == 16 else (facts.rows,)))
     presets = (
         KernelSpec(
@@ -155,7 +153,7 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, gro
             Schedule(preset.algorithm, tuple(_grouped(facts, preset.algorithm, group, preset.knobs).items())),
         )
         for preset in presets_of(facts, isa, regime)
-        if preset.algorithm in axes
+        if preset.algorithm in axes or not group
     )
     return Space(
         family=family,
@@ -238,7 +236,7 @@ def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu
     if "kc" in knobs:
         yield Rule(
             f"kc must be 0 (all of k) or a multiple of the family's chunk, {family.k_chunk}",
-            lambda s: s.schedule.get("kc", 0) % family.k_chunk == 0,
+            lambda s: bool(s.layout.group) or s.schedule.get("kc", 0) % family.k_chunk == 0,
         )
         yield Rule(f"kc must be below k = {shape.k}", lambda s: s.schedule.get("kc", 0) < shape.k, local=True)
     if UNPACKING & axes.keys():

@@ -13,7 +13,7 @@ from bitgen.errors import UsageError
 from bitgen.families import FAMILIES as FAMILIES
 from bitgen.families import Family as Family
 from bitgen.families import family_named as family_named
-from bitgen.families.algorithms import UNPACKING
+from bitgen.families.base import UNPACKING
 from bitgen.records import load
 from bitgen.shapes import K_MAX as K_MAX
 from bitgen.shapes import LARGE as LARGE
@@ -66,7 +66,7 @@ class Layout:
     def chunks(self, k: int) -> int:
         """Chunks along k: ceil(k / k_chunk); with groups those of whole groups."""
         k_chunk = FAMILIES[self.family].k_chunk
-        return self.groups(k) * self.group // k_chunk if self.group else -(-k // k_chunk)
+        return self.groups(k) * (self.group // k_chunk) if self.group else -(-k // k_chunk)
 
     def groups(self, k: int) -> int:
         """Groups along k: ceil(k / group); 0 without."""

@@ -102,11 +102,13 @@ static int64_t prepare(const struct bitgen_kernel *kernel, const struct harness_
     *scratch_bytes = bytes;
 
     if (!kernel->table_bytes) return HARNESS_RIGHT;
-    a->table_stride = (a->k + kernel->k_chunk - 1) / kernel->k_chunk * kernel->table_bytes;
+    const int64_t chunks = bitgen_kernel_chunks(kernel, a->k);
+    a->table_stride = chunks * kernel->table_bytes;
     if (a->n * a->table_stride + EDGE > arena->tables_bytes) return fail(found, HARNESS_TABLES, 0, 0, 0, 0);
     uint8_t *tables = arena->tables_end - a->n * a->table_stride;
     memset(tables - EDGE, CANARY, EDGE);
-    for (int64_t t = 0; t < a->n; ++t) kernel->tables(a->x + t * a->x_stride, a->k, tables + t * a->table_stride);
+    for (int64_t t = 0; t < a->n; ++t)
+        bitgen_build_tables(kernel, a->x + t * a->x_stride, a->k, 0, chunks, tables + t * a->table_stride);
     a->tables = tables;
     return HARNESS_RIGHT;
 }

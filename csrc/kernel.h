@@ -82,6 +82,14 @@ int32_t bitgen_run(struct bitgen_context *ctx, const struct bitgen_call *call);
 /* The same for a caller that has taken the context. */
 int32_t bitgen_run_entered(struct bitgen_context *ctx, const struct bitgen_call *call);
 
+/* Chunks of k: of weights in groups the whole ones of each group. */
+int64_t bitgen_kernel_chunks(const struct bitgen_kernel *kernel, int64_t k);
+
+/* The lookup tables of chunks [begin, end) of a token, x as kernels read it; tables: those of chunk `begin`. `end` is
+ * bitgen_kernel_chunks, or both are multiples of a group's chunks. */
+void bitgen_build_tables(const struct bitgen_kernel *kernel, const int8_t *x, int64_t k, int64_t begin, int64_t end,
+                         uint8_t *tables);
+
 /* At least `bytes` bytes in `buffer`: BITGEN_OK or BITGEN_ERROR_MEMORY. */
 int32_t bitgen_reserve(struct bitgen_buffer *buffer, int64_t bytes);
 

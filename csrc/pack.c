@@ -7,7 +7,7 @@
 
 #include <string.h>
 
-enum { ROWS = 16, K_CHUNK_MAX = 48 };
+enum { ROWS = 16, K_CHUNK_MAX = 48, TAIL = 8 };
 
 /* One chunk of 16 rows: codes (ROWS, k_chunk) -> cell, adding to the trailer; `sub`: which sub-block of its block. */
 typedef void pack_cell(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int64_t sub);
@@ -146,12 +146,12 @@ static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
     memcpy(codes, &x, 4);
 }
 
-/* The codes of rows row .. row + 15 and columns column .. column + k_chunk - 1; 1, the code of a zero weight, where
+/* The codes of rows row .. row + 15 and columns column .. column + width - 1; 1, the code of a zero weight, where
  * the matrix has none. */
-static void gather(const struct packing *p, int64_t row, int64_t column, uint8_t *codes, uint32_t *bad)
+static void gather(const struct bitgen_weights *from, int64_t row, int64_t column, int64_t width, uint8_t *codes,
+                   uint32_t *bad)
 {
-    const struct bitgen_weights *from = p->weights;
-    int64_t width = p->layout->k_chunk, columns = from->k - column < width ? from->k - column : width;
+    int64_t columns = from->k - column < width ? from->k - column : width;
     for (int64_t r = 0; r < ROWS; ++r, codes += width) {
         int64_t i = 0;
         if (row + r < from->m) {
@@ -184,7 +184,17 @@ static int32_t pack_scales(const struct bitgen_weights *from, int64_t row, int64
     return bad;
 }
 
-/* One row block of weights in groups: of each the chunks of its sub-blocks, then their scales. */
+/* The last TAIL weights of a group, as 2-bit codes: byte[i] = V[i] | V[32 + i] << 4 with V[4 r + j] = code[r, j] |
+ * code[r, 4 + j] << 2. */
+static void pack_tail(const uint8_t *codes, uint8_t *cell)
+{
+    uint8_t v[4 * ROWS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < 4; ++j) v[4 * r + j] = (uint8_t)(codes[TAIL * r + j] | codes[TAIL * r + 4 + j] << 2);
+    for (int i = 0; i < 2 * ROWS; ++i) cell[i] = (uint8_t)(v[i] | v[2 * ROWS + i] << 4);
+}
+
+/* One row block of weights in groups: of each the chunks of its sub-blocks, their tails, then their scales. */
 static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint32_t *bad)
 {
     const struct bitgen_layout *layout = p->layout;
@@ -193,13 +203,19 @@ static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint
     const int64_t scale_bytes = bitgen_scale_bytes(from->scale_type), row = block * layout->row_block;
     int32_t bad_scales = 0;
     for (int64_t g = 0; g < groups; ++g) {
-        const int64_t first = g * layout->group;
-        for (int64_t column = first; column < first + layout->group; column += layout->k_chunk)
+        uint8_t codes[ROWS * K_CHUNK_MAX];
+        int64_t column = g * layout->group;
+        const int64_t tail = column + layout->group / layout->k_chunk * layout->k_chunk;
+        for (; column < tail; column += layout->k_chunk)
             for (int64_t sub = 0; sub < subs; ++sub, cell += layout->chunk_bytes) {
-                uint8_t codes[ROWS * K_CHUNK_MAX];
-                int32_t trailer[ROWS];
-                gather(p, row + sub * ROWS, column, codes, bad);
+                int32_t trailer[ROWS] = {0}; /* there are none */
+                gather(from, row + sub * ROWS, column, layout->k_chunk, codes, bad);
                 p->pack(codes, cell, trailer, sub);
+            }
+        if (layout->group % layout->k_chunk)
+            for (int64_t sub = 0; sub < subs; ++sub, cell += 4 * TAIL) {
+                gather(from, row + sub * ROWS, column, TAIL, codes, bad);
+                pack_tail(codes, cell);
             }
         for (int64_t sub = 0; sub < subs; ++sub, cell += ROWS * scale_bytes)
             bad_scales |= pack_scales(from, row + sub * ROWS, g, groups, cell);
@@ -218,7 +234,7 @@ static void pack_block(struct packing *p, int64_t block, int64_t bytes, uint32_t
         int32_t trailer[ROWS] = {0};
         for (int64_t column = 0; column < k; column += layout->k_chunk, cell += subs * layout->chunk_bytes) {
             uint8_t codes[ROWS * K_CHUNK_MAX];
-            gather(p, row, column, codes, bad);
+            gather(p->weights, row, column, layout->k_chunk, codes, bad);
             p->pack(codes, cell, trailer, sub);
         }
         uint8_t *end_of_chunks = p->blocks + (block + 1) * bytes - subs * layout->trailer_bytes;

@@ -136,18 +136,37 @@ static void activations_body(void *arg, int32_t worker, int64_t begin, int64_t e
     }
 }
 
+/* Whole chunks of a group. */
+static int64_t group_chunks(const struct bitgen_kernel *kernel) { return kernel->group / kernel->k_chunk; }
+
+int64_t bitgen_kernel_chunks(const struct bitgen_kernel *kernel, int64_t k)
+{ return kernel->group ? bitgen_groups(k, kernel->group) * group_chunks(kernel) : ceil_div(k, kernel->k_chunk); }
+
+void bitgen_build_tables(const struct bitgen_kernel *kernel, const int8_t *x, int64_t k, int64_t begin, int64_t end,
+                         uint8_t *tables)
+{
+    if (!kernel->group) {
+        const int64_t from = begin * kernel->k_chunk;
+        kernel->tables(x + from, min64(end * kernel->k_chunk, k) - from, tables);
+        return;
+    }
+    const int64_t each = group_chunks(kernel);
+    for (int64_t g = begin / each; g < end / each; ++g, tables += each * kernel->table_bytes)
+        kernel->tables(x + g * kernel->group, each * kernel->k_chunk, tables);
+}
+
 /* Tables of a chunk follow from its activations alone, so a piece of a row is built like a row. */
 static void tables_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     const struct batch *batch = arg;
     const struct bitgen_matmul *a = &batch->a;
-    int64_t k_item = batch->table_item * batch->kernel->k_chunk;
+    const int64_t chunks = bitgen_kernel_chunks(batch->kernel, a->k);
     (void)worker;
     for (int64_t i = begin; i < end; ++i) {
-        int64_t t = i / batch->table_items, piece = i % batch->table_items;
-        uint8_t *tables =
-            (uint8_t *)a->tables + t * a->table_stride + piece * batch->table_item * batch->kernel->table_bytes;
-        batch->kernel->tables(a->x + t * a->x_stride + piece * k_item, min64(k_item, a->k - piece * k_item), tables);
+        int64_t t = i / batch->table_items, first = i % batch->table_items * batch->table_item;
+        uint8_t *tables = (uint8_t *)a->tables + t * a->table_stride + first * batch->kernel->table_bytes;
+        bitgen_build_tables(batch->kernel, a->x + t * a->x_stride, a->k, first,
+                            min64(first + batch->table_item, chunks), tables);
     }
 }
 
@@ -178,7 +197,7 @@ static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 
 /* Bytes of the lookup tables of one token. */
 static int64_t table_stride(const struct bitgen_kernel *kernel, int64_t k)
-{ return ceil_div(k, kernel->k_chunk) * kernel->table_bytes; }
+{ return bitgen_kernel_chunks(kernel, k) * kernel->table_bytes; }
 
 /* Activations, tables and scratch for `n` tokens at a time. */
 static int32_t reserve_work(struct bitgen_context *ctx, const struct bitgen_call *call, int64_t n,
@@ -201,8 +220,9 @@ static void run_activations(struct bitgen_context *ctx, struct batch *batch)
 
 static void run_tables(struct bitgen_context *ctx, struct batch *batch)
 {
-    int64_t chunks = ceil_div(batch->a.k, batch->kernel->k_chunk);
-    batch->table_item = max64(TABLE_WORK / batch->kernel->table_bytes, 1);
+    int64_t chunks = bitgen_kernel_chunks(batch->kernel, batch->a.k);
+    int64_t each = batch->kernel->group ? group_chunks(batch->kernel) : 1; /* a piece is whole groups */
+    batch->table_item = max64(TABLE_WORK / batch->kernel->table_bytes / each, 1) * each;
     batch->table_items = ceil_div(chunks, batch->table_item);
     int64_t items = batch->a.n * batch->table_items;
     bitgen_pool_run(ctx->pool, tables_body, batch, items, max64(items / (ctx->threads * CLAIMS), 1));

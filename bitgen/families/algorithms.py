@@ -65,7 +65,6 @@ class Multiply(Algorithm):
     ``first``: by capabilities the default's knobs for one token; ``ahead``: its prefetch distance.
     """
 
-    grouped: ClassVar[bool] = True
     first: SmallTable = field(default=(), compare=False)
     ahead: int = 0
 
@@ -76,6 +75,10 @@ class Multiply(Algorithm):
         ({"vector_bytes": 16, "native_dot4": True}, {"streams": 1, "nr": 4}),
         ({}, {"streams": 1, "nr": 2}),
     )
+
+    @property
+    def grouped(self) -> bool:
+        return True
 
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         if regime is LARGE:
@@ -226,7 +229,9 @@ class Lookup(Algorithm):
 class Panel(Algorithm):
     """Rows are unpacked to bytes that serve every token."""
 
-    grouped: ClassVar[bool] = True
+    @property
+    def grouped(self) -> bool:
+        return True
 
     def turns(self, family: Family, group: int) -> int:
         return group // 4
@@ -333,7 +338,6 @@ class Mmla(Algorithm):
 
 PANEL, TILES, MMLA = Panel("panel"), Tiles("tiles"), Mmla("mmla")
 UNPACKED = (PANEL, TILES, MMLA)  # weights become bytes first, whatever the family
-UNPACKING = frozenset(one.name for one in UNPACKED)
 
 
 def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:

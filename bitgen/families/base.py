@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import ClassVar
 
@@ -22,8 +22,10 @@ Axes = Mapping[str, tuple[int, ...]]  # knob -> the values that a space offers, 
 Check = tuple[str, Callable[[Knobs, int], bool]]  # what is told when a schedule (knobs, row block) breaks it
 
 X_MIN, X_MAX = -128, 127  # int8 activations
+UNPACKING = frozenset(("panel", "tiles", "mmla"))  # algorithms that make bytes of weights first
 INT16_MIN, INT16_MAX = -32768, 32767
 GROUPS = (32, 64, 128, 256)  # weights along k that may share a scale
+TAIL = 8  # weights behind the whole chunks of a group that 2-bit codes hold
 
 # Values a knob may have at all; an algorithm narrows some. Counts multiply the code of a kernel; sizes
 # (bytes, rows, columns, steps) end far above every useful value. A knob that is not here may have the values
@@ -75,11 +77,8 @@ class Algorithm(ABC):
     """A way to multiply: its knobs on an ISA level, and what a schedule of it needs.
 
     ``table_bytes``: of the lookup tables it reads for one token and one chunk; 0: it multiplies.
-    ``constants``: names for the template that builds those tables. ``grouped``: it also multiplies weights
-    with a scale for each group.
+    ``constants``: names for the template that builds those tables.
     """
-
-    grouped: ClassVar[bool] = False
 
     name: str
     table_bytes: int = 0
@@ -111,6 +110,11 @@ class Algorithm(ABC):
         del family, isa, axes
         return iter(())
 
+    @property
+    def grouped(self) -> bool:
+        """Whether it also multiplies weights with a scale for each group."""
+        return False
+
     def turns(self, family: Family, group: int) -> int:
         """Turns of the inner loop that a group takes: the most that ``widen_every`` can be there."""
         return group // family.k_chunk
@@ -135,7 +139,8 @@ class Family:
     ``encode`` makes int8 weights (blocks, chunks, sub-blocks, 16 rows, k_chunk) uint8 (blocks, chunks,
     sub-blocks, chunk_bytes), in whatever shape of these bytes; ``decode`` undoes it. ``values``: of the same
     weights the numbers (blocks, chunks, sub-blocks, 16 rows, ...) whose negative ones a trailer of 64 bytes
-    counts for each row, behind the chunks of its block. ``constants``: names for its template.
+    counts for each row, behind the chunks of its block. ``tail_weights``: `TAIL` where a group may end
+    with so many weights as 2-bit codes, behind its chunks. ``constants``: names for its template.
     """
 
     name: str
@@ -148,6 +153,7 @@ class Family:
     decode: Callable[[Bytes], Ternary]
     values: Callable[[Ternary], NDArray[np.signedinteger]] | None = None
     rows: int = 16
+    tail_weights: int = 0
     codes: int = 3
     bias: int = 1
     constants: Mapping[str, object] = field(default_factory=dict, compare=False)
@@ -224,10 +230,15 @@ class Family:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Of `GROUPS` the lengths that are whole chunks: where scales of groups can lie behind them."""
-        if not self.algorithms[0].grouped:  # its own: one token needs it
+        """Of `GROUPS` the lengths that are whole chunks, or those and a tail: its scales can lie behind."""
+        own = (one for one in self.algorithms if one.name not in UNPACKING)  # one token needs them
+        if not any(one.grouped for one in own):
             return ()
-        return tuple(length for length in GROUPS if length % self.k_chunk == 0)
+        return tuple(length for length in GROUPS if length % self.k_chunk in (0, self.tail_weights))
+
+    def in_groups(self) -> Family:
+        """The family with the algorithms that multiply weights in groups, and no others."""
+        return replace(self, algorithms=tuple(one for one in self.algorithms if one.grouped))
 
     def require_group(self, group: int) -> None:
         """UsageError with the reason where no layout of it has a scale for each ``group`` weights."""
@@ -236,15 +247,30 @@ class Family:
         if self.groups:
             known = told(self.groups)
             raise UsageError(f"{self.title} has scales for groups of {known} weights, not {group}")
-        whole = any(length % self.k_chunk == 0 for length in GROUPS)
+        whole = any(length % self.k_chunk in (0, self.tail_weights) for length in GROUPS)
         why = (
             "it adds sums of int16 over all of k" if whole else f"no group is whole chunks of {self.k_chunk}"
         )
         raise UsageError(f"{self.title} has no layout with scales for groups of weights: {why}")
 
     def group_bytes(self, group: int) -> int:
-        """Bytes of the codes of 16 rows and a group."""
-        return group // self.k_chunk * self.chunk_bytes
+        """Bytes of the codes of 16 rows and a group: its chunks, then two bits for each weight of a tail."""
+        return group // self.k_chunk * self.chunk_bytes + 4 * self.tail(group)
+
+    def tail(self, group: int) -> int:
+        """Weights of a group behind its whole chunks."""
+        return group % self.k_chunk
+
+
+def encode_tail(weights: Ternary) -> Bytes:
+    """The tail of a group as 2-bit codes: weights (..., 16 rows, 8) -> (..., 32 bytes).
+
+    ``byte[i] = V[i] | V[32 + i] << 4`` with ``V[4 r + j] = (w[r, j] + 1) | (w[r, 4 + j] + 1) << 2``.
+    """
+    codes: Bytes = (weights + 1).astype(np.uint8).reshape(*weights.shape[:-1], 2, 4)  # (..., 16 rows, s, j)
+    fields = np.bitwise_or(codes[..., 0, :], codes[..., 1, :] << np.uint8(2)).reshape(*weights.shape[:-2], 64)
+    packed: Bytes = np.bitwise_or(fields[..., :32], fields[..., 32:] << np.uint8(4))
+    return packed
 
 
 def told(values: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from bitgen.families.algorithms import UNPACKED, Multiply, SmallTable
-from bitgen.families.base import Bytes, Family, Ternary
+from bitgen.families.base import TAIL, Bytes, Family, Ternary
 
 # The default for one token; see i2s.py.
 _FIRST: SmallTable = (
@@ -80,5 +80,6 @@ FAMILY = Family(
     algorithms=(Multiply("direct", first=_FIRST, ahead=6144), *UNPACKED),
     encode=encode,
     decode=decode,
+    tail_weights=TAIL,
     constants={"t5_table": TABLE.tolist()},
 )

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bitgen.cpu import Isa
 from bitgen.families.algorithms import UNPACKED, Lookup, SmallTable
-from bitgen.families.base import Axes, Bytes, Family, Int16Sums, Knobs, Preset, Ternary, first_fit
+from bitgen.families.base import TAIL, Axes, Bytes, Family, Int16Sums, Knobs, Preset, Ternary, first_fit
 from bitgen.shapes import LARGE, N1, Regime
 
 # Sums of the split tables are two digits, low + SPLIT_RADIX * high with high = (11 sum + 128) >> 8.
@@ -116,6 +116,10 @@ class FiveLookup(Lookup):
 
     entries: int = 16
 
+    @property
+    def grouped(self) -> bool:
+        return self.entries == 16  # the wide tables count negative sums over all of k
+
     # Row blocks at once for one token: by capabilities.
     _ONE: ClassVar[SmallTable] = (
         ({"vector_bytes": 64, "lookup_max": 128}, {"streams": 8, "prefetch": 2048}),
@@ -124,8 +128,14 @@ class FiveLookup(Lookup):
         ({}, {"streams": 2, "prefetch": 6144}),
     )
 
+    @staticmethod
+    def _sizes(family: Family, isa: Isa) -> set[int]:
+        """The tables that a level offers, or the smallest, which every level can look up in."""
+        sizes = {one.entries for one in family.algorithms if isinstance(one, FiveLookup)}
+        return sizes & set(isa.lookups) or {min(sizes)}
+
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
-        if regime is LARGE or self.entries not in isa.lookups:
+        if regime is LARGE or self.entries not in self._sizes(family, isa):
             return {}
         wide, widen_every = not isa.generic, self._widest(family)
         return {
@@ -137,7 +147,7 @@ class FiveLookup(Lookup):
         }
 
     def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
-        if self.entries != isa.lookup_max:
+        if self.entries != max(self._sizes(family, isa)):
             return
         widen_every = self._widest(family)
         if regime is N1:
@@ -181,5 +191,6 @@ FAMILY = Family(
     decode=decode,
     values=fives,
     rows=64,
+    tail_weights=TAIL,
     constants={"split_radix": SPLIT_RADIX},
 )

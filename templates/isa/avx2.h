@@ -66,6 +66,12 @@ OP vb vb_quad(const void *p) {
     return (vb){v, v};
 }
 
+//: vb_nibbles
+OP vb vb_nibbles(const void *p) {
+    const __m256i v = _mm256_loadu_si256((const __m256i *)p), low = _mm256_set1_epi8(15);
+    return (vb){_mm256_and_si256(v, low), _mm256_and_si256(_mm256_srli_epi16(v, 4), low)};
+}
+
 //: vb_and
 OP vb vb_and(vb a, vb b) { return (vb){_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
 

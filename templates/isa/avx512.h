@@ -52,6 +52,13 @@ OP vx vx_load(const int8_t *p, int64_t at) { return (vx){p, at}; }
 // vbroadcasti32x4 from memory: a load, no shuffle port.
 OP vb vb_quad(const void *p) { return (vb){_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p))}; }
 
+//: vb_nibbles
+OP vb vb_nibbles(const void *p) {
+    const __m256i v = _mm256_loadu_si256((const __m256i *)p);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(v), _mm256_srli_epi16(v, 4), 1);
+    return (vb){_mm512_and_si512(both, _mm512_set1_epi8(15))};
+}
+
 //: vb_and
 OP vb vb_and(vb a, vb b) { return (vb){_mm512_and_si512(a.v, b.v)}; }
 

@@ -70,6 +70,12 @@ OP vb vb_quad(const void *p) {
     return (vb){v, v, v, v};
 }
 
+//: vb_nibbles
+OP vb vb_nibbles(const void *p) {
+    const uint8x16_t v = vld1q_u8((const uint8_t *)p), w = vld1q_u8((const uint8_t *)p + 16), low = vdupq_n_u8(15);
+    return (vb){v & low, w & low, vshrq_n_u8(v, 4), vshrq_n_u8(w, 4)};
+}
+
 //: vb_and
 OP vb vb_and(vb a, vb b) { return (vb){a.a & b.a, a.b & b.b, a.c & b.c, a.d & b.d}; }
 

@@ -64,6 +64,18 @@ OP vb vb_quad(const void *p) {
     return r;
 }
 
+//: vb_nibbles
+// 32 bytes of p, low halves, then high halves: b[i] = p[i] & 15, b[32 + i] = p[i] >> 4
+OP vb vb_nibbles(const void *p) {
+    vb r;
+    memcpy(r.b, p, 32);
+    for (int i = 0; i < 32; ++i) {
+        r.b[32 + i] = r.b[i] >> 4;
+        r.b[i] &= 15;
+    }
+    return r;
+}
+
 //: vb_and
 OP vb vb_and(vb a, vb b) {
     for (int i = 0; i < 64; ++i) a.b[i] &= b.b[i];

@@ -111,6 +111,23 @@ OP vb vb_quad(const void *p) {
     return r;
 }
 
+//: vb_nibbles
+OP vb vb_nibbles(const void *p) {
+    vb r;
+    if (SVE_PARTS == 1) {
+        const svbool_t first = svwhilelt_b8(0, 32);
+        const sve_u8 v = svld1_u8(first, (const uint8_t *)p), twice = svext_u8(v, v, 32);
+        r.z[0] = svsel_u8(first, v & (uint8_t)15, twice >> (uint8_t)4);
+        return r;
+    }
+    for (int i = 0; i < SVE_PARTS / 2; ++i) {
+        const sve_u8 v = svld1_u8(svptrue_b8(), (const uint8_t *)p + SVE_BYTES * i);
+        r.z[i] = v & (uint8_t)15;
+        r.z[SVE_PARTS / 2 + i] = v >> (uint8_t)4;
+    }
+    return r;
+}
+
 //: vb_and
 OP vb vb_and(vb a, vb b) {
     for (int i = 0; i < SVE_PARTS; ++i) a.z[i] = a.z[i] & b.z[i];

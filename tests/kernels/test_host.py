@@ -179,10 +179,12 @@ def test_every_item_of_a_loop_runs_once(driver: Any, threads: int) -> None:
 
 PACK_TEST = """
 int32_t test_pack(const char *family, int32_t row_block, int32_t k_chunk, int32_t chunk_bytes,
-                  int32_t trailer_bytes, const int8_t *w, int64_t m, int64_t k, uint8_t *blocks)
+                  int32_t trailer_bytes, int32_t group, int32_t group_bytes, const int8_t *w,
+                  const float *scales, int32_t scale_type, int64_t m, int64_t k, uint8_t *blocks)
 {
-    const struct bitgen_layout layout = {family, row_block, k_chunk, chunk_bytes, trailer_bytes, 0, 0};
-    const struct bitgen_weights weights = {.w = w, .m = m, .k = k};
+    const struct bitgen_layout layout = {family, row_block, k_chunk, chunk_bytes, trailer_bytes,
+                                         group, group_bytes};
+    const struct bitgen_weights weights = {w, scales, scale_type, m, k};
     struct bitgen_pool *pool;
     if (bitgen_pool_create(&pool, 2)) return -1;
     int32_t code = bitgen_pack_layout(pool, &layout, &weights, blocks);
@@ -206,6 +208,7 @@ EMPTY_TABLE = {
     "tuned": {"threads": 0, "cores": 0},
     "version": "",
     "prototypes": (),
+    "required": 0,
     "layouts": (),
     "isas": (),
     "isa_caps": (),
@@ -229,6 +232,23 @@ def test_every_layout_is_packed_as_numpy_packs_it(packer: Any, family: str, unit
         assert np.array_equal(blocks, expected)
 
 
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize(("family", "group"), [(name, g) for name, f in FAMILIES.items() for g in f.groups])
+def test_layouts_in_groups_are_packed_as_numpy_packs_them(
+    packer: Any, family: str, group: int, half: bool
+) -> None:
+    facts = FAMILIES[family]
+    layout = Layout(family, 2 * facts.rows, group)
+    rng = np.random.default_rng(4)
+    for m, k in ((1, 1), (33, 95), (150, 384)):
+        w = rng.integers(-1, 2, (m, k), dtype=np.int8)
+        scales = rng.normal(size=(m, layout.groups(k))).astype(np.float32)
+        scales = scales.astype(np.float16).astype(np.float32) if half else scales
+        code, blocks = c_pack(packer, layout, facts, w, scales, half)
+        assert code == 0
+        assert np.array_equal(blocks, pack(layout, w, scales, half=half))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_weight_that_is_not_ternary_is_found(packer: Any, family: str) -> None:
     facts = FAMILIES[family]
@@ -239,15 +259,26 @@ def test_every_weight_that_is_not_ternary_is_found(packer: Any, family: str) -> 
         assert c_pack(packer, layout, facts, w)[0] == NOT_TERNARY, value
 
 
-def c_pack(packer: Any, layout: Layout, facts: Family, w: np.ndarray) -> tuple[int, np.ndarray]:
-    blocks = np.full(layout.packed_bytes(Shape(*w.shape)), 0xA5, np.uint8)
+def c_pack(
+    packer: Any,
+    layout: Layout,
+    facts: Family,
+    w: np.ndarray,
+    scales: np.ndarray | None = None,
+    half: bool = False,
+) -> tuple[int, np.ndarray]:
+    blocks = np.full(layout.packed_bytes(Shape(*w.shape), 2 if half else 4), 0xA5, np.uint8)
     code = packer.lib.test_pack(
         packer.ffi.new("char[]", facts.name.encode()),
         layout.row_block,
         facts.k_chunk,
         facts.chunk_bytes,
         facts.trailer_bytes,
+        layout.group,
+        facts.group_bytes(layout.group) if layout.group else 0,
         packer.ffi.from_buffer("int8_t[]", w),
+        packer.ffi.NULL if scales is None else packer.ffi.from_buffer("float[]", scales),
+        half,
         *w.shape,
         packer.ffi.from_buffer("uint8_t[]", blocks),
     )

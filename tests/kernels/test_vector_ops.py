@@ -162,6 +162,7 @@ MEANINGS.update(
     vf_splat=lambda x: np.full(16, x),
     vb_splat4=lambda p: np.tile(p, 16),
     vb_quad=lambda p: np.tile(p, 4),
+    vb_nibbles=lambda p: np.concatenate([p & 15, p >> 4]),
     vb_lut128=lambda p, idx: p[idx & 127],
     vb_avg=lambda a, b: ((i64(a) + i64(b) + 1) >> 1).astype(np.uint8),
     vb_mirror=lambda v, s: np.where(s >= 128, np.uint8(0xAA) - v, v),
@@ -387,6 +388,7 @@ EXTENTS: dict[str, Callable[[dict[str, Any]], int]] = {
     "prefetch": lambda _: 0,  # so that the address is the forbidden page's
     "vb_splat4": lambda _: 4,
     "vb_quad": lambda _: 16,
+    "vb_nibbles": lambda _: 32,
     "vx_load": lambda args: args["at"] + 16,
     "vb_lut128": lambda _: 128,
     "vb_store_zip4": lambda _: 128,
