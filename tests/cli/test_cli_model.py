@@ -305,6 +305,13 @@ def test_perplexity_prints_its_windows_and_the_result(
     (found,) = json.loads(out_of(capsys, *argv, "-o", "json")[0])["perplexity"]
     assert found["context"] == 32
     assert found["tokens"] == 15 * found["windows"]
+    logits = str(tmp_path / "m.logits")
+    assert (
+        out_of(capsys, *argv, "--chunks", "2", "--save-logits", logits)[0].splitlines()[3].split()[2] == "2"
+    )
+    for other in (logits, arguments[arguments.index("-m") + 1]):
+        out, _ = out_of(capsys, *argv, "--chunks", "2", "--against", other)
+        assert out.splitlines()[3].split()[-3:] == ["0.000e+00", "0.0e+00", "100.000"]
     file.write_text("short")
     assert "two windows of 32" in out_of(capsys, *argv, code=UsageError.exit_code)[1]
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
 from wanted import answers_wants
 
-from bitgen.errors import BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import ModelConfig
 from bitgen.inference.chat_template import BUILT_IN, render_chat
 from bitgen.inference.conversation import Conversation
+from bitgen.inference.divergence import Divergence, LogitsWriter, read_logits
 from bitgen.inference.drafts import PromptLookupDrafter
 from bitgen.inference.engine import Memory
-from bitgen.inference.perplexity import perplexity
+from bitgen.inference.perplexity import ModelReference, perplexity
 from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import StopFilter
 from bitgen.llm import LLM
@@ -439,6 +441,64 @@ def test_a_text_shorter_than_two_windows_has_no_perplexity() -> None:
         next(perplexity(small_llm(), "the end", 999))
     with pytest.raises(BitgenError, match="the windows must be 1 or more, not 0"):
         next(perplexity(small_llm(), "the end", 64, 0))
+
+
+# ---- The distance to another model ----
+
+
+def test_divergence_is_that_of_the_formula(tmp_path: Path) -> None:
+    """KL(P || Q) = sum of P log(P / Q), P of the reference: of a model that runs, and of its file."""
+    text = "the end and the other end of the hand in the sand " * 3
+    llm, other = small_llm(seed=1), small_llm(seed=0)
+    with LogitsWriter(tmp_path / "m.logits") as writer:
+        *_, saved = perplexity(other, text, 32, save=writer)
+    assert saved.divergence is None
+    assert [p.name for p in tmp_path.iterdir()] == ["m.logits"]
+    *_, result = perplexity(llm, text, 32, against=ModelReference(other, "other"))
+    *_, again = perplexity(llm, text, 32, against=read_logits(tmp_path / "m.logits"))
+    assert again == result
+    values, same = [], []
+    ids = llm.tokenizer.encode(text)
+    for start in range(0, len(ids) - 31, 32):
+        window = [1, *ids[start + 1 : start + 32]]
+        p, q = (logits_of(weights(seed), window)[16:31].astype(np.float64) for seed in (0, 1))
+        p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (p, q))
+        values += (p * np.log(p / q)).sum(axis=1).tolist()
+        same += (p.argmax(axis=1) == q.argmax(axis=1)).tolist()
+    assert result.divergence is not None
+    assert len(values) == result.tokens
+    assert math.isclose(result.divergence.mean, np.mean(values), rel_tol=1e-9)
+    assert math.isclose(result.divergence.error, np.std(values) / math.sqrt(len(values) - 1), rel_tol=1e-9)
+    assert result.divergence.same_top == np.mean(same)
+    *_, none = perplexity(other, text, 32, against=read_logits(tmp_path / "m.logits"))
+    assert none.divergence == Divergence(0.0, 0.0, 1.0)
+
+
+def test_logits_of_something_else_are_refused(tmp_path: Path) -> None:
+    text = "the end and the other end of the hand in the sand " * 3
+    path = tmp_path / "m.logits"
+    with LogitsWriter(path) as writer:
+        list(perplexity(small_llm(), text, 32, save=writer))
+    for changed, context, what in (
+        (text, 16, "another context: 32, not 16"),
+        (text.replace("sand", "hand"), 32, "another text, another number of windows"),
+    ):
+        with pytest.raises(FileError, match=what):
+            next(perplexity(small_llm(), changed, context, against=read_logits(path)))
+    content = path.read_bytes()
+    for length in (0, 7, 15, 40, 200, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(FileError):
+            read_logits(path)
+    path.write_bytes(content.replace(b'"rows": 15', b'"rows": -1'))
+    with pytest.raises(FileError, match="is damaged"):
+        read_logits(path)
+
+
+def test_an_interrupted_file_of_logits_is_not_there(tmp_path: Path) -> None:
+    with LogitsWriter(tmp_path / "m.logits") as writer:
+        next(perplexity(small_llm(), "the end and the other end of the hand " * 3, 32, save=writer))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Chat ----
