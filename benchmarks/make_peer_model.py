@@ -4,9 +4,10 @@
 
 The weights are those of `bitgen bench --model 3B`, so all sides run the same model and their logits can be
 compared. llama.cpp's types (TQ1_0, TQ2_0, Q4_0) are written as they are, with the scale of a matrix in every
-block, rounded to f16. ik_llama.cpp's are quantised by the llama-quantize of the package ik-llama-cpp-python
-that PYTHON has installed, from an F16 file (6.7 GB for 3B) that is deleted at the end. Embedding and head
-stay F16. The vocabulary is a dummy.
+block, rounded to f16; the types of Ternary Bonsai files (Q2_0, PQ2_0, PTQ1_0; a preset with groups) with one
+for each block, embedding and head too. ik_llama.cpp's are quantised by the llama-quantize of the package
+ik-llama-cpp-python that PYTHON has installed, from an F16 file (6.7 GB for 3B) that is deleted at the end.
+Embedding and head otherwise stay F16. The vocabulary is a dummy.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bitgen.cli.progress import ProgressBar
 from bitgen.errors import BitgenError
 from bitgen.formats.architectures import architecture_of
 from bitgen.formats.config import Floats, ModelConfig, find_model
-from bitgen.formats.convert import file_matrices, gguf_metadata
+from bitgen.formats.convert import file_matrices, gguf_metadata, model_tensors
 from bitgen.formats.gguf import U32, NewTensor, write_gguf
 from bitgen.formats.ternary import encode_blocks
 from bitgen.formats.weights import TernaryMatrix, Weights
@@ -34,6 +35,7 @@ from bitgen.inference.synthetic import random_weights
 
 _F32, _F16 = 0, 1  # GGUF's numbers
 LLAMA_TYPES = {"Q4_0": (2, 2), "TQ1_0": (34, 36), "TQ2_0": (35, 37)}  # numbers of the tensor and the file
+GROUP_TYPES = {"Q2_0": None, "PQ2_0": 141, "PTQ1_0": 143}  # the number of the file
 _BLOCKS = {"Q4_0": (32, 18), "TQ1_0": (256, 54), "TQ2_0": (256, 66)}  # values and bytes of a block
 _ROWS = 256  # of a matrix that are in memory at once
 _FIND_QUANTIZE = "from ik_llama_cpp.quantize import find_quantize_bin as f; print(f() or '')"
@@ -58,7 +60,9 @@ def make_models(work: Path, config: ModelConfig, kinds: Sequence[str], ik: Path 
     work.mkdir(parents=True, exist_ok=True)
     for kind in [kind for kind in missing if kind in LLAMA_TYPES]:
         write_file(paths[kind], random_weights(config), kind)
-    of_ik = [kind for kind in missing if kind not in LLAMA_TYPES]
+    for kind in [kind for kind in missing if kind in GROUP_TYPES]:
+        write_groups(paths[kind], random_weights(config), kind)
+    of_ik = [kind for kind in missing if kind not in (*LLAMA_TYPES, *GROUP_TYPES)]
     if of_ik:
         if ik is None:
             raise BitgenError(f"{of_ik[0]} is made by ik-llama-cpp-python: name its Python with --ik")
@@ -104,6 +108,15 @@ def write_file(path: Path, weights: Weights, kind: str) -> None:
     metadata = {**_metadata(weights.config, kind), **_vocabulary(weights.config.vocab)}
     with ProgressBar() as bar:
         write_gguf(path, metadata, list(_tensors(weights, kind)), bar.show)
+
+
+def write_groups(path: Path, weights: Weights, kind: str) -> None:
+    """The model with all its matrices of ``kind``, one of GROUP_TYPES, and scales of groups."""
+    architecture = architecture_of(weights.config)
+    metadata = gguf_metadata(weights.config, architecture.name, GROUP_TYPES[kind])
+    tensors = list(model_tensors(weights, architecture, kind.lower()))
+    with ProgressBar() as bar:
+        write_gguf(path, {**metadata, **_vocabulary(weights.config.vocab)}, tensors, bar.show)
 
 
 def _metadata(config: ModelConfig, kind: str) -> dict[str, Any]:

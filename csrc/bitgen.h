@@ -300,6 +300,7 @@ struct bitgen_model {
     const float *rope;                /* (context, head_dim), by bitgen_rope */
     void *cache;                      /* bitgen_cache_bytes bytes, 64-byte aligned, zeros at first */
     const struct bitgen_layer *layer; /* (layers) */
+    struct bitgen_matrix lm_head;     /* (vocab, hidden): logits are those of this matrix; packed NULL: of `head` */
 };
 
 /* What a token's row of a forward pass gives. */

@@ -20,6 +20,8 @@ enum {
     FUSED_TOKENS = 16,     /* up to which a thread rotates, stores and attends head by head */
     HEADS_A_THREAD = 4,    /* items of attention that a thread should have, so that none waits long for the others */
     PAGE = 4096,
+    GROUP_LEAST = 32, /* weights along k that share a scale, at least and at most */
+    GROUP_MOST = 256,
     HEAD_ROWS = 64,       /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
     INLINE_WORK = 1 << 14 /* elements below which a loop over tokens is not worth waking threads */
 };
@@ -78,16 +80,31 @@ static void embed_body(void *arg, int32_t worker, int64_t begin, int64_t end)
                                s->x + t * s->hidden);
 }
 
-/* x += add, norm, quantise: the input of qkv and of gate_up. */
+/* The input of the prepared matrix from token t of the part: x += add, then its norm (where there is a weight), quantised
+ * as the matrix wants it. */
+static void quantize_token(struct step *s, int64_t t, float *x, const float *add, int64_t k)
+{
+    const struct bitgen_step_ops *ops = s->ops;
+    const int64_t group = s->kernel->group, groups = bitgen_groups(k, group), stride = bitgen_row_stride(k, group);
+    const float eps = s->model->norm_eps;
+    int8_t *xq = s->xq + t * stride;
+    float *scale = s->x_scale + t * groups;
+    int32_t *sum = s->x_sum + t * groups;
+    if (s->weight && group)
+        found(s, ops->norm_quantize_groups(x, add, s->weight, eps, k, group, stride, xq, scale, sum));
+    else if (s->weight) found(s, ops->norm_quantize(x, add, s->weight, eps, k, stride, xq, scale, sum));
+    else if (group) found(s, bitgen_quantize_row(s->kernel->quantize, x, k, group, stride, xq, scale, sum));
+    else found(s, ops->quantize(x, k, stride, xq, scale, sum));
+}
+
+/* The input of qkv and of gate_up. */
 static void norm_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    const int64_t k = s->hidden, stride = bitgen_x_stride(k);
     (void)worker;
     for (int64_t t = begin; t < end; ++t) {
-        const int64_t at = (s->row + t) * k;
-        found(s, s->ops->norm_quantize(s->x + at, s->add ? s->add + at : NULL, s->weight, s->model->norm_eps, k, stride,
-                                       s->xq + t * stride, s->x_scale + t, s->x_sum + t));
+        const int64_t at = (s->row + t) * s->hidden;
+        quantize_token(s, t, s->x + at, s->add ? s->add + at : NULL, s->hidden);
     }
 }
 
@@ -95,15 +112,8 @@ static void norm_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 static void inner_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    const int64_t k = s->k, stride = bitgen_x_stride(k);
     (void)worker;
-    for (int64_t t = begin; t < end; ++t) {
-        float *x = s->inner + t * k;
-        int8_t *xq = s->xq + t * stride;
-        found(s, s->weight ? s->ops->norm_quantize(x, NULL, s->weight, s->model->norm_eps, k, stride, xq,
-                                                   s->x_scale + t, s->x_sum + t)
-                           : s->ops->quantize(x, k, stride, xq, s->x_scale + t, s->x_sum + t));
-    }
+    for (int64_t t = begin; t < end; ++t) quantize_token(s, t, s->inner + t * s->k, NULL, s->k);
 }
 
 static void gate_body(void *arg, int32_t worker, int64_t begin, int64_t end)
@@ -129,17 +139,16 @@ static uint32_t largest_bits(const float *x, int64_t n)
     return largest;
 }
 
-#include "step_rows.h"
-
 /* The matrix (m, k) comes next: checks it, chooses its kernel, and lets waiting threads ask for its weights. */
 static int32_t prepare(struct step *s, const struct bitgen_matrix *matrix, int64_t m, int64_t k)
 {
     s->matrix = matrix;
     s->m = m;
     s->k = k;
-    if (!matrix->scale) return BITGEN_ERROR_NULL;
-    if (matrix->scale_type != BITGEN_SCALE_F32 || matrix->group) return BITGEN_ERROR_MODEL;
-    if (matrix->scale_count != 1 && matrix->scale_count != m) return BITGEN_ERROR_SCALE_COUNT;
+    if (matrix->scale_type != BITGEN_SCALE_F32) return BITGEN_ERROR_MODEL;
+    if (!matrix->scale && !matrix->group) return BITGEN_ERROR_NULL;
+    if (matrix->group ? matrix->scale || matrix->scale_count : matrix->scale_count != 1 && matrix->scale_count != m)
+        return BITGEN_ERROR_SCALE_COUNT;
     int32_t code = bitgen_choose_kernel(s->ctx, matrix->packed, m, k, s->n, &s->kernel);
     if (code) return code;
     if (s->kernel->group != matrix->group) return BITGEN_ERROR_MODEL;
@@ -152,11 +161,12 @@ static int32_t prepare(struct step *s, const struct bitgen_matrix *matrix, int64
 static int32_t multiply(struct step *s, float *y)
 {
     const struct bitgen_matrix *matrix = s->matrix;
+    const struct bitgen_packed_header *header = matrix->packed;
     struct bitgen_call call = {
         .kernel = s->kernel,
-        .w = (const uint8_t *)matrix->packed + HEADER_BYTES,
+        .w = (const uint8_t *)(header + 1),
         .w_scale = matrix->scale,
-        .w_scale_stride = matrix->scale_count > 1,
+        .w_scale_stride = matrix->group ? bitgen_scale_bytes(header->scale_type) : matrix->scale_count > 1,
         .rows = s->xq,
         .x_sum = s->x_sum,
         .x_scale = s->x_scale,
@@ -166,10 +176,18 @@ static int32_t multiply(struct step *s, float *y)
         .n = s->n,
     };
     if (atomic_load_explicit(&s->not_finite, memory_order_relaxed)) return BITGEN_ERROR_NOT_FINITE;
-    int32_t code = bitgen_run_entered(s->ctx, &call);
+    return bitgen_run_entered(s->ctx, &call);
+}
+
+/* The same for a matrix of a layer. */
+static int32_t multiply_layer(struct step *s, float *y)
+{
+    const int32_t code = multiply(s, y);
     stage_done(s, BITGEN_STAGE_MATMUL);
     return code;
 }
+
+#include "step_rows.h"
 
 /* Behind the last layer's attention only tokens that want something matter: their rows of x and inner move together, x to
  * `row`, behind those of earlier parts. */
@@ -235,24 +253,24 @@ static int32_t forward_layer(struct step *s, int64_t row)
 
     /* x += o(sub_norm(attention(rope(q), cache of rope(k) and v))), where q, k, v = qkv(norm(x)) */
     if ((code = prepare(s, &layer->qkv, s->q_rows + 2 * s->kv_rows, s->hidden))) return code;
-    norm(s, layer->attn_norm, first ? NULL : s->delta); /* xq (n, hidden) */
-    if ((code = multiply(s, s->wide))) return code;     /* wide (n, q_rows + 2 kv_rows): q, k, v */
+    norm(s, layer->attn_norm, first ? NULL : s->delta);   /* xq (n, hidden) */
+    if ((code = multiply_layer(s, s->wide))) return code; /* wide (n, q_rows + 2 kv_rows): q, k, v */
     make_blocks(s);
     attention(s, last && !s->outputs); /* k, v -> cache; q, cache -> inner (n, q_rows) */
     if (last) keep_outputs(s, row);
     if (!s->n) return BITGEN_OK;
     if ((code = prepare(s, &layer->o, s->hidden, s->q_rows))) return code;
-    sub_norm(s, layer->attn_sub_norm);                                    /* xq (n, q_rows) */
-    if ((code = multiply(s, s->delta + s->row * s->hidden))) return code; /* delta (n, hidden) */
+    sub_norm(s, layer->attn_sub_norm);                                          /* xq (n, q_rows) */
+    if ((code = multiply_layer(s, s->delta + s->row * s->hidden))) return code; /* delta (n, hidden) */
 
     /* x += down(sub_norm(act(gate) * up)), where gate, up = gate_up(norm(x)) */
     if ((code = prepare(s, &layer->gate_up, 2 * s->ffn, s->hidden))) return code;
-    norm(s, layer->ffn_norm, s->delta);             /* xq (n, hidden) */
-    if ((code = multiply(s, s->wide))) return code; /* wide (n, 2 ffn): gate, up */
+    norm(s, layer->ffn_norm, s->delta);                   /* xq (n, hidden) */
+    if ((code = multiply_layer(s, s->wide))) return code; /* wide (n, 2 ffn): gate, up */
     if ((code = prepare(s, &layer->down, s->hidden, s->ffn))) return code;
-    gate(s);                                           /* inner (n, ffn) */
-    sub_norm(s, layer->ffn_sub_norm);                  /* xq (n, ffn) */
-    return multiply(s, s->delta + s->row * s->hidden); /* delta (n, hidden), added by the next norm */
+    gate(s);                                                 /* inner (n, ffn) */
+    sub_norm(s, layer->ffn_sub_norm);                        /* xq (n, ffn) */
+    return multiply_layer(s, s->delta + s->row * s->hidden); /* delta (n, hidden), added by the next norm */
 }
 
 static int32_t run_layer(struct step *s)

@@ -48,6 +48,9 @@ struct bitgen_step_ops {
     int32_t (*norm)(float *x, const float *add, const float *weight, float eps, int64_t k, float *y);
     int32_t (*norm_quantize)(float *x, const float *add, const float *weight, float eps, int64_t k, int64_t k_pad,
                              int8_t *xq, float *x_scale, int32_t *x_sum);
+    /* The norm quantised in groups: x_scale and x_sum (groups), xq (stride), zeros behind the last group. */
+    int32_t (*norm_quantize_groups)(float *x, const float *add, const float *weight, float eps, int64_t k,
+                                    int64_t group, int64_t stride, int8_t *xq, float *x_scale, int32_t *x_sum);
     void (*gate[2])(const float *gate_up, int64_t ffn, float *h); /* BITGEN_SILU, BITGEN_RELU2 */
     void (*head_norm)(float *x, int64_t heads, int64_t head_dim, const float *weight,
                       float eps); /* of each, in place */

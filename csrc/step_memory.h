@@ -86,7 +86,7 @@ static int32_t check_model(const struct bitgen_model *model, const struct bitgen
     if (!tokens->x && model->embedding.type == BITGEN_DENSE_I8) return BITGEN_ERROR_MODEL;
     for (int64_t i = 0; i < model->layers; ++i)
         if (!model->layer[i].attn_norm || !model->layer[i].ffn_norm) return BITGEN_ERROR_NULL;
-    return check_dense(&model->head, model->hidden);
+    return model->lm_head.packed ? BITGEN_OK : check_dense(&model->head, model->hidden);
 }
 
 /* --- work memory --- */
@@ -116,15 +116,15 @@ struct step {
     int64_t n, token, row;
     int64_t outputs, best, part; /* tokens that want something, that want the best; tokens of a part */
     int64_t q_rows, kv_rows, hidden, ffn;
-    float *x;         /* (tokens, hidden) the residual stream */
-    float *delta;     /* (tokens, hidden) what the last matrix gave, not yet added to x */
-    float *wide;      /* (part, largest m) outputs of qkv and of gate_up */
-    float *inner;     /* (part, q_rows or ffn) outputs of attention and of the gate */
-    float *final;     /* (outputs, padded hidden) */
-    float *attention; /* (threads, bitgen_attention_floats) */
-    int8_t *xq;       /* (part) activations as kernels read them */
-    int32_t *x_sum;
-    float *x_scale;
+    float *x;             /* (tokens, hidden) the residual stream */
+    float *delta;         /* (tokens, hidden) what the last matrix gave, not yet added to x */
+    float *wide;          /* (part, largest m) outputs of qkv and of gate_up */
+    float *inner;         /* (part, q_rows or ffn) outputs of attention and of the gate */
+    float *final;         /* (outputs, padded hidden) */
+    float *attention;     /* (threads, bitgen_attention_floats) */
+    int8_t *xq;           /* (part) activations as kernels read them */
+    int32_t *x_sum;       /* (part, groups) */
+    float *x_scale;       /* (part, groups) */
     struct block *blocks; /* of the part */
     int64_t block_count;
     float *parts; /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
@@ -133,6 +133,7 @@ struct step {
     struct run *runs;      /* (outputs) of the head */
     int64_t run_count;
     float *scores;    /* (best, vocab) logits to choose from */
+    float *logits;    /* those that the head makes now */
     const float *add; /* of the current norm */
     const float *weight;
     const struct bitgen_matrix *matrix; /* the one that comes next, (m, k), and its kernel */
@@ -166,7 +167,8 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
 {
     const struct bitgen_model *model = s->model;
     int64_t inner = max64(s->q_rows, s->ffn), widest = max64(s->q_rows + 2 * s->kv_rows, 2 * s->ffn);
-    int64_t stride = max64(bitgen_x_stride(model->hidden), bitgen_x_stride(inner));
+    int64_t longest = max64(model->hidden, inner), groups = bitgen_groups(longest, GROUP_LEAST);
+    int64_t stride = max64(bitgen_x_stride(longest), bitgen_row_stride(longest, GROUP_MOST));
     int64_t used = 0, part = min64(n, s->part);
     s->x = take(base, &used, n * model->hidden * 4);
     s->delta = take(base, &used, n * model->hidden * 4);
@@ -178,8 +180,8 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
     s->scores = take(base, &used, s->best * model->vocab * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);
     s->xq = take(base, &used, part * stride);
-    s->x_sum = take(base, &used, part * 4);
-    s->x_scale = take(base, &used, part * 4);
+    s->x_sum = take(base, &used, part * groups * 4);
+    s->x_scale = take(base, &used, part * groups * 4);
     s->blocks = take(base, &used, part * (int64_t)sizeof *s->blocks);
     s->parts = parts_bytes(s, n) ? take(base, &used, parts_bytes(s, n)) : NULL;
     return used;

@@ -167,20 +167,66 @@ static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     }
 }
 
+/* Rows of `final` as the input of a head that is a matrix. */
+static void quantize_final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    (void)worker;
+    for (int64_t t = begin; t < end; ++t)
+        quantize_token(s, t, s->final + (s->row + t) * ceil_to(s->hidden, FLOATS), NULL, s->hidden);
+}
+
+/* Items are the rows of a run's logits, from row `token` of the run on. */
+static void check_logits_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    (void)worker;
+    for (int64_t t = begin; t < end; ++t)
+        found(s, largest_bits(s->logits + t * s->model->vocab, s->model->vocab) >= INFINITE);
+}
+
+/* Logits of a head that is a ternary matrix, of at most a part of rows at a time: xq holds no more. */
+static int32_t multiply_head(struct step *s)
+{
+    const int64_t vocab = s->model->vocab;
+    s->weight = NULL;
+    for (const struct run *run = s->runs; run < s->runs + s->run_count; ++run)
+        for (int64_t done = 0; done < run->count; done += s->n) {
+            s->n = min64(s->part, run->count - done);
+            s->row = run->first + done;
+            s->logits = run->out + done * vocab;
+            int32_t code = prepare(s, &s->model->lm_head, vocab, s->hidden);
+            if (code) return code;
+            over_tokens(s, quantize_final_body, s->hidden);
+            if ((code = multiply(s, s->logits))) return code;
+            over_tokens(s, check_logits_body, vocab);
+        }
+    return BITGEN_OK;
+}
+
+/* The same of a head in a format of floats. */
+static int32_t multiply_dense_head(struct step *s)
+{
+    const int64_t items = ceil_div(s->model->vocab, HEAD_ROWS);
+    bitgen_pool_run(s->ctx->pool, head_body, s, items, max64(1, items / (16 * s->ctx->threads)));
+    return BITGEN_OK;
+}
+
 /* x + delta of the tokens that want something -> what they want. */
 static int32_t answer_rows(struct step *s)
 {
     struct bitgen_pool *pool = s->ctx->pool;
     const struct bitgen_dense *head = &s->model->head;
+    const int ternary = s->model->lm_head.packed != NULL;
     plan_rows(s);
     s->n = s->outputs;
-    if (s->run_count) bitgen_pool_ahead(pool, head->data, s->model->vocab * head->row_bytes);
+    if (s->run_count && !ternary) bitgen_pool_ahead(pool, head->data, s->model->vocab * head->row_bytes);
     over_tokens(s, final_body, s->hidden);
     stage_done(s, BITGEN_STAGE_NORM);
     if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
     if (!s->run_count) return BITGEN_OK;
-    const int64_t items = ceil_div(s->model->vocab, HEAD_ROWS);
-    bitgen_pool_run(pool, head_body, s, items, max64(1, items / (16 * s->ctx->threads)));
+    const int32_t code = ternary ? multiply_head(s) : multiply_dense_head(s);
+    if (code) return code;
     if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
     if (s->best) bitgen_pool_run(pool, best_body, s, s->best, 1);
     stage_done(s, BITGEN_STAGE_HEAD);

@@ -76,6 +76,7 @@ class Architecture:
     hf_class: str | None = None  # the class of transformers with this forward pass
     hf_rope_theta: float = 10000.0  # where config.json does not say it
     interleaved: bool = False  # a GGUF file stores the rows of q and k for RoPE over (x[2i], x[2i + 1])
+    group: int = 0  # activations were not quantised in training: each so many get a scale of their own
     master_weights: bool = True  # floats of a Hugging Face checkpoint are what training updates
 
     @property
@@ -109,6 +110,7 @@ _RECORDS = (
         {**_PRE_NORMS, **_QK_NORMS},
         hf_class="Qwen3ForCausalLM",
         hf_rope_theta=1000000.0,
+        group=128,
         master_weights=False,
     ),
 )

@@ -77,6 +77,7 @@ class ModelConfig:
     norm_eps: float
     architecture: str  # as GGUF's general.architecture calls it: bitnet, llama, qwen3
     qk_norm: bool = field(default=False, kw_only=True)  # an RMSNorm of each head of q and of k before RoPE
+    group: int = field(default=0, kw_only=True)  # its matrices run in groups of so many, or finer
     context: int = field(default=4096, kw_only=True)  # the largest number of positions it was made for
     rope_factors: tuple[float, ...] | None = field(default=None, kw_only=True)  # (head_dim / 2)
     yarn: Yarn | None = field(default=None, kw_only=True)  # stretches RoPE, on top of rope_factors

@@ -45,7 +45,7 @@ from bitgen.formats.ternary import (
     encode_i2_s,
     i2_s_bytes,
 )
-from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
 from bitgen.progress import Report
 
 TYPES = ("i2_s", *TERNARY, "f16")
@@ -87,7 +87,7 @@ def convert(
     architecture = architecture_of(model.config)
     tokenizer, notes = _tokenizer(model)
     metadata = {**gguf_metadata(model.config, architecture.name, _FILE_TYPES.get(kind)), **tokenizer}
-    tensors = list(_tensors(model, architecture, kind))
+    tensors = list(model_tensors(model.weights, architecture, kind))
     fallback = sum(t.type_id not in (_type_id(kind), DENSE["f32"].id) for t in tensors if "blk." in t.name)
     if fallback:
         notes.append(
@@ -163,8 +163,9 @@ def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
 # ---- Tensors -------------------------------------------------------------------
 
 
-def _tensors(model: ModelFile, architecture: Architecture, kind: str) -> Iterator[NewTensor]:
-    weights, config = model.weights, model.config
+def model_tensors(weights: Weights, architecture: Architecture, kind: str) -> Iterator[NewTensor]:
+    """All tensors of a model in ``kind``, one of TYPES. FileError where that would lose something."""
+    config = weights.config
     yield from _dense(EMBEDDING.gguf, weights.embedding, kind)
     if weights.lm_head is not None:
         yield from _dense(LM_HEAD.gguf, weights.lm_head, kind)

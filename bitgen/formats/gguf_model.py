@@ -90,6 +90,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         activation=arch.activation,
         sub_norms=arch.sub_norms,
         qk_norm=arch.qk_norm,
+        group=arch.group,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
@@ -252,7 +253,9 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
             f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
         )
     final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
-    return Weights(config, embedding, lm_head, final, layers)
+    head = embedding if lm_head is None else lm_head
+    matrix = ternary_matrix(head.name, head.type, head.shape, head.data) if head.is_ternary else None
+    return Weights(config, embedding, lm_head, final, layers, matrix)
 
 
 # Before each of its seven matrices.

@@ -53,10 +53,11 @@ def type_uses(model: ModelFile) -> list[TypeUse]:
 
 
 def token_bytes(model: ModelFile) -> TokenBytes:
-    config = model.config
+    config, group = model.config, model.config.group
     packed = {
-        name: sum(m.count * Layout(name, family.rows).packed_bytes(m.shape) for m in config.matmuls)
+        name: sum(m.count * Layout(name, family.rows, group).packed_bytes(m.shape) for m in config.matmuls)
         for name, family in FAMILIES.items()
+        if not group or group in family.groups
     }
     return TokenBytes(packed, model.weights.output.data.size, 2 * 2 * config.layers * config.kv_rows)
 

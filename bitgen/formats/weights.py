@@ -295,13 +295,21 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model. ``lm_head`` is None when the embedding serves as it too."""
+    """A whole model. ``lm_head`` is None when the embedding serves as it too.
+
+    ``ternary_head`` is the matrix that makes logits once more, where it is ternary in blocks: kernels run it.
+    """
 
     config: ModelConfig
     embedding: DenseMatrix  # (vocab, hidden)
     lm_head: DenseMatrix | None  # (vocab, hidden)
     final_norm: Floats  # (hidden)
     layers: tuple[LayerWeights, ...]
+    ternary_head: TernaryMatrix | None = None
+
+    def group_of(self, matrix: TernaryMatrix) -> int:
+        """The groups in which a matrix runs: its own, else those of the model; 0: a scale a row."""
+        return matrix.group or self.config.group
 
     @property
     def output(self) -> DenseMatrix:

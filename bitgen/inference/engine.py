@@ -13,7 +13,7 @@ of the library: every float operation has one order (templates/step), every inte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Context, Decimal
 from typing import Any, Literal, TypeAlias, overload
 
@@ -28,7 +28,16 @@ from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
 from bitgen.inference.wants import Answer, Best, Chosen, Floats, Hidden, Logits, Nothing, Want
-from bitgen.inference.weight_cache import PackedLayer, pack_model, packed_bytes, quantize_lm_head
+from bitgen.inference.weight_cache import (
+    GroupsOf,
+    PackedLayer,
+    PackedMatrix,
+    PackedModel,
+    find_groups,
+    pack_model,
+    packed_bytes,
+    quantize_lm_head,
+)
 from bitgen.progress import Report
 from bitgen.runtime import KernelTable, aligned_bytes
 
@@ -108,6 +117,8 @@ class Engine:
         progress: Report | None = None,
     ) -> None:
         config = weights.config
+        if head == "q8":  # int8 rows take the place of a ternary head
+            weights = replace(weights, ternary_head=None)
         self.weights = weights
         self.config = config
         self.table = table
@@ -120,11 +131,13 @@ class Engine:
         if kv not in KV_TYPES or head not in ("exact", "q8"):
             raise BitgenError(f"kv must be f16, f32 or q8, head exact or q8, not {kv!r}, {head!r}")
         self._sizes(kv)
-        self.memory = self._plan(head)
+        groups = find_groups(weights, fingerprint)
+        self.memory = self._plan(head, groups)
         check_fits(self.memory, mapped=fingerprint is not None)
         # What C reads must live as long as its addresses: everything is kept in these two.
         self._alive: list[Any] = []
-        self._set_weights(pack_model(weights, table, fingerprint, progress), head, fingerprint, progress)
+        packed = pack_model(weights, table, groups, fingerprint, progress)
+        self._set_weights(packed, head, fingerprint, progress)
         self._set_cache()
         self._times = np.zeros(len(STAGES), np.int64)
         self._times_pointer = self._ffi.from_buffer("int64_t[]", self._times)
@@ -198,7 +211,8 @@ class Engine:
     @property
     def head_bytes(self) -> int:
         """Bytes of the LM head in the model file's own pages; 0 when it was quantised: part of weights."""
-        return 0 if self._quantized_head else int(self.weights.output.data.nbytes)
+        mapped = not self._quantized_head and self.weights.ternary_head is None
+        return int(self.weights.output.data.nbytes) if mapped else 0
 
     @property
     def times_ns(self) -> dict[str, int]:
@@ -353,7 +367,7 @@ class Engine:
         model.activation = ACTIVATIONS[config.activation]
         model.kv_type = KV_TYPES[kv]
 
-    def _plan(self, head: Head) -> Memory:
+    def _plan(self, head: Head, groups: GroupsOf) -> Memory:
         """Everything the engine will hold, before it holds anything."""
         ffi, lib = self._ffi, self._lib
         _, _, context = self.table.native
@@ -367,13 +381,13 @@ class Engine:
             self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, best, size))
             work = max(work, int(size[0]))
         work += self.context * config.head_dim * 4  # RoPE
-        weights = packed_bytes(self.weights, self.table)
+        weights = packed_bytes(self.weights, self.table, groups)
         if head == "q8":
             weights += config.vocab * (config.hidden + 4)
         return Memory(weights, cache, work)
 
     def _set_weights(
-        self, layers: tuple[PackedLayer, ...], head: Head, fingerprint: str | None, progress: Report | None
+        self, packed: PackedModel, head: Head, fingerprint: str | None, progress: Report | None
     ) -> None:
         model, weights = self._model, self.weights
         self.head_error = 0.0  # of the int8 LM head, see QuantizedLmHead
@@ -389,6 +403,8 @@ class Engine:
             model.head.scale = self._pointer("float[]", small.scale)
             model.head.row_bytes = self.config.hidden
             model.head.type = DENSE_TYPES["i8"]
+        elif packed.head is not None:
+            self._set_matrix(model.lm_head, packed.head)
         else:
             if weights.output.type not in DENSE_TYPES:
                 raise BitgenError(
@@ -396,20 +412,24 @@ class Engine:
                 )
             self._set_dense(model.head, weights.output)
         model.final_norm = self._pointer("float[]", weights.final_norm)
-        model.layer = self._layers(layers)
+        model.layer = self._layers(packed.layers)
 
     def _layers(self, packed: tuple[PackedLayer, ...]) -> Any:
         structs = self._ffi.new("struct bitgen_layer[]", len(packed))
         for struct, layer, matrices in zip(structs, self.weights.layers, packed, strict=True):
             for name in ("qkv", "o", "gate_up", "down"):
-                matrix, place = getattr(matrices, name), getattr(struct, name)
-                place.packed = self._pointer("uint8_t[]", matrix.data)
-                place.scale = self._pointer("float[]", matrix.scale)
-                place.scale_count = matrix.scale.size
+                self._set_matrix(getattr(struct, name), getattr(matrices, name))
             for name in norms_of(self.config):
                 setattr(struct, name, self._pointer("float[]", getattr(layer, name)))
         self._alive.append(structs)
         return structs
+
+    def _set_matrix(self, struct: Any, matrix: PackedMatrix) -> None:
+        struct.packed = self._pointer("uint8_t[]", matrix.data)
+        struct.group = matrix.group
+        if not matrix.group:
+            struct.scale = self._pointer("float[]", matrix.scale)
+            struct.scale_count = matrix.scale.size
 
     def _set_dense(self, struct: Any, matrix: DenseMatrix) -> None:
         struct.data = self._pointer("uint8_t[]", matrix.data)

@@ -11,16 +11,20 @@ from numpy.typing import NDArray
 
 from bitgen.formats.architectures import matrices_of, norms_of
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.matrices import ternary_matrix
+from bitgen.formats.ternary import TERNARY, encode_blocks
+from bitgen.formats.weights import DenseMatrix, GroupScales, LayerWeights, TernaryMatrix, Weights
 from bitgen.spec import Shape
 
 _BLOCK = 1 << 20  # random weights a matrix
+_TERNARY = "pq2_0"  # of an embedding whose matrices run in groups
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """Weights of a model that says nothing: a third of them zero, scaled so that activations stay near 1.
 
-    The embedding and the LM head are f16.
+    The embedding and the LM head are f16, or as Ternary Bonsai has them where the model runs in groups that
+    they are whole blocks of.
     """
     rng = np.random.default_rng(seed)
 
@@ -28,29 +32,53 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         return rng.uniform(0.5, 1.5, size).astype(np.float32)
 
     def layer() -> LayerWeights:
-        matrices = {role: _ternary(rng, *t.shape(config)) for role, t in matrices_of(config).items()}
+        matrices = {
+            role: _ternary(rng, t.shape(config), config.group) for role, t in matrices_of(config).items()
+        }
         return LayerWeights.of(
             matrices, {field: norm(*t.shape(config)) for field, t in norms_of(config).items()}
         )
 
+    is_ternary = config.group == TERNARY[_TERNARY].block and config.hidden % config.group == 0
+    dense = _ternary_rows if is_ternary else _dense
+    embedding = dense(rng, config.vocab, config.hidden)
+    lm_head = None if config.tied_head else dense(rng, config.vocab, config.hidden)
+    head = embedding if lm_head is None else lm_head
     return Weights(
         config=config,
-        embedding=_dense(rng, config.vocab, config.hidden),
-        lm_head=None if config.tied_head else _dense(rng, config.vocab, config.hidden),
+        embedding=embedding,
+        lm_head=lm_head,
         final_norm=norm(config.hidden),
         layers=tuple(layer() for _ in range(config.layers)),
+        ternary_head=ternary_matrix(head.name, head.type, head.shape, head.data) if is_ternary else None,
     )
 
 
-def _ternary(rng: np.random.Generator, m: int, k: int) -> TernaryMatrix:
+def _ternary(rng: np.random.Generator, shape: tuple[int, ...], group: int) -> TernaryMatrix:
+    m, k = shape
     rows = max(1, min(m, _BLOCK // k))
     block = rng.integers(-1, 2, (rows, k), dtype=np.int8)
-    scale = np.array([rng.uniform(0.8, 1.2) / np.sqrt(k * 2 / 3)], np.float32)
+    size = (rows, -(-k // group)) if group else 1
+    scale = (rng.uniform(0.8, 1.2, size) / np.sqrt(k * 2 / 3)).astype(np.float32)
 
     def decode(begin: int, end: int) -> NDArray[np.int8]:
         return block[np.arange(begin, end) % rows]
 
-    return TernaryMatrix("random", Shape(m, k), decode, lambda: scale)
+    def scales(begin: int, end: int) -> Floats:
+        some: Floats = halves[np.arange(begin, end) % rows]
+        return some
+
+    halves = scale.astype(np.float16).astype(np.float32)  # as files have them
+    groups = GroupScales(lambda: group, scales) if group else None
+    return TernaryMatrix("random", Shape(m, k), decode, lambda: scale, groups)
+
+
+def _ternary_rows(rng: np.random.Generator, rows: int, cols: int) -> DenseMatrix:
+    some = min(rows, max(1, _BLOCK // cols))
+    w = rng.integers(-1, 2, (some, cols), dtype=np.int8)
+    scale = rng.uniform(0.8, 1.2, (some, cols // TERNARY[_TERNARY].block)).astype(np.float32)
+    block = encode_blocks(_TERNARY, w, scale)
+    return DenseMatrix("random", _TERNARY, (rows, cols), np.resize(block, (rows, block.shape[1])))
 
 
 def _dense(rng: np.random.Generator, rows: int, cols: int) -> DenseMatrix:

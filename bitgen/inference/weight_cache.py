@@ -7,7 +7,7 @@ and renamed, so it is whole or not there, and it is only a cache: deleting it co
 ::
 
     pieces, each at a multiple of 64 bytes      packed weights, scales
-    JSON                                        {"format": 2, "model": ..., "pieces": {name: place}}, where
+    JSON                                        {"format": 3, "model": ..., "pieces": {name: place}}, where
                                                 place is [offset, bytes, CRC-32]
     24 bytes                                    where the JSON starts, its bytes (uint64 each), "BITGENPK"
 """
@@ -34,13 +34,13 @@ from bitgen.errors import BitgenError, FileError
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.progress import Progress, Report
-from bitgen.runtime import KernelTable, aligned_bytes
+from bitgen.runtime import Groups, KernelTable, aligned_bytes
 from bitgen.spec import Shape
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 
-FORMAT = 2  # of cache files; part of their names, so files of other formats are never read
+FORMAT = 3  # of cache files; part of their names, so files of other formats are never read
 _MAGIC = b"BITGENPK"
 _TAIL = 24
 _ALIGN = 64
@@ -53,11 +53,15 @@ _SLAB_ROWS = 256
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix as the kernels read it: ``data`` uint8, 64-byte aligned; ``scale`` float32 (m,) or (1,)."""
+    """A matrix as the kernels read it: ``data`` uint8, 64-byte aligned; ``scale`` float32 (m,) or (1,).
+
+    Scales of groups lie among the data, and ``scale`` is empty.
+    """
 
     shape: Shape
     data: Bytes
     scale: Floats
+    group: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,14 @@ class PackedLayer:
     o: PackedMatrix
     gate_up: PackedMatrix
     down: PackedMatrix
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """All ternary matrices of a model."""
+
+    layers: tuple[PackedLayer, ...]
+    head: PackedMatrix | None  # None: the head is in a format of floats
 
 
 @dataclass(frozen=True)
@@ -94,33 +106,90 @@ class CacheEntry:
 
 _PACKING = "packing weights for these kernels, once"
 _MATRICES = ("qkv", "o", "gate_up", "down")
+_HEAD = "head"
+
+GroupsOf: TypeAlias = Mapping[str, Groups | None]  # by the name of a matrix; None: it has a scale a row
+
+
+def find_groups(weights: Weights, fingerprint: str | None = None) -> GroupsOf:
+    """How the scales of each matrix run. Where finding it may read all of a model the cache keeps it."""
+    matrices = _matrices(weights)
+    if all(matrix.groups is None for matrix in matrices.values()):
+        fingerprint = None
+
+    def make() -> Iterator[tuple[str, Bytes]]:
+        found = [_groups_of(m, weights.group_of(m)) for m in matrices.values()]
+        numbers = [(0, 0) if g is None else (g.group, int(g.half)) for g in found]
+        yield "groups", np.array(numbers, np.int32).view(np.uint8).reshape(-1)
+
+    pieces = _cached(
+        _key(fingerprint, "groups", weights.config.group, list(matrices)),
+        weights.config.name or weights.config.architecture,
+        make,
+        lambda found: found["groups"].size == 8 * len(matrices),
+    )
+    numbers = pieces["groups"].view(np.int32).reshape(-1, 2).tolist()
+    return {
+        name: Groups(group, bool(half)) if group else None
+        for name, (group, half) in zip(matrices, numbers, strict=True)
+    }
+
+
+def _groups_of(matrix: TernaryMatrix, group: int) -> Groups | None:
+    """Those of a matrix that runs in groups of ``group``: half floats where all its scales are."""
+    if not group:
+        return None
+    m, step = matrix.shape.m, _rows_at_once(matrix.shape)
+    half = all(
+        Groups.of(matrix.scales(begin, min(begin + step, m), group), group).half
+        for begin in range(0, m, step)
+    )
+    return Groups(group, half)
+
+
+def _matrices(weights: Weights) -> dict[str, TernaryMatrix]:
+    """All ternary matrices by their names in the cache."""
+    matrices = {
+        f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in _MATRICES
+    }
+    return matrices if weights.ternary_head is None else {**matrices, _HEAD: weights.ternary_head}
 
 
 def pack_model(
-    weights: Weights, table: KernelTable, fingerprint: str | None = None, progress: Report | None = None
-) -> tuple[PackedLayer, ...]:
-    """The packed layers of a model: mapped from the cache, or packed now and kept there.
+    weights: Weights,
+    table: KernelTable,
+    groups: GroupsOf,
+    fingerprint: str | None = None,
+    progress: Report | None = None,
+) -> PackedModel:
+    """The packed matrices of a model: mapped from the cache, or packed now and kept there.
 
     ``fingerprint`` identifies the model file; None: nothing is read from the cache or written to it. Where
     the cache cannot be written (a full disk, a read-only home) the packed weights stay in memory.
     """
-    matrices = {
-        f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in _MATRICES
+    matrices = _matrices(weights)
+    layouts = {
+        name: (m.shape.name, table.layout_name(m.shape, groups[name]), _scale_type(groups[name]))
+        for name, m in matrices.items()
     }
-    layouts = {name: (m.shape.name, table.layout_name(m.shape)) for name, m in matrices.items()}
     pieces = _cached(
         _key(fingerprint, "layers", layouts),
         weights.config.name or weights.config.architecture,
-        lambda: _pack(matrices, table, progress, lambda: release_pages(weights.embedding.data)),
-        lambda found: all(_is_valid(found, name, m, table) for name, m in matrices.items()),
+        lambda: _pack(matrices, table, groups, progress, lambda: release_pages(weights.embedding.data)),
+        lambda found: all(_is_valid(found, name, m, groups[name], table) for name, m in matrices.items()),
     )
-    made = {
-        name: PackedMatrix(m.shape, pieces[name], pieces[f"{name}.scale"].view(np.float32))
-        for name, m in matrices.items()
-    }
-    return tuple(
-        PackedLayer(*(made[f"{i}.{name}"] for name in _MATRICES)) for i in range(len(weights.layers))
-    )
+
+    def made(name: str) -> PackedMatrix:
+        used = groups[name]
+        scale = pieces[f"{name}.scale"].view(np.float32)
+        return PackedMatrix(matrices[name].shape, pieces[name], scale, used.group if used else 0)
+
+    layers = (PackedLayer(*(made(f"{i}.{name}") for name in _MATRICES)) for i in range(len(weights.layers)))
+    return PackedModel(tuple(layers), made(_HEAD) if _HEAD in matrices else None)
+
+
+def _scale_type(groups: Groups | None) -> str:
+    return "a row" if groups is None else "f16" if groups.half else "f32"
 
 
 def quantize_lm_head(
@@ -145,10 +214,11 @@ def quantize_lm_head(
     )
 
 
-def packed_bytes(weights: Weights, table: KernelTable) -> int:
+def packed_bytes(weights: Weights, table: KernelTable, groups: GroupsOf) -> int:
     """Bytes of the packed weights and scales of a model; nothing is packed."""
     return sum(
-        table.packed_bytes(m.shape) + m.shape.m * 4 for layer in weights.layers for m in layer.matrices
+        table.packed_bytes(m.shape, groups[name]) + (0 if groups[name] else m.shape.m * 4)
+        for name, m in _matrices(weights).items()
     )
 
 
@@ -200,18 +270,20 @@ def clear_cache() -> int:
 def _pack(
     matrices: Mapping[str, TernaryMatrix],
     table: KernelTable,
+    groups: GroupsOf,
     progress: Report | None,
     release: Callable[[], None],
 ) -> Iterator[tuple[str, Bytes]]:
     """Packed weights and scales of each matrix, in order. Decoding runs ahead, on threads of its own."""
-    total = sum(table.packed_bytes(m.shape) for m in matrices.values())
+    total = sum(table.packed_bytes(m.shape, groups[name]) for name, m in matrices.items())
     done = 0
     with ThreadPoolExecutor(max(1, table.threads)) as pool:
         for name, matrix in matrices.items():
-            packed = aligned_bytes(table.packed_bytes(matrix.shape))
-            scale = pool.submit(lambda m: m.scale, matrix)
-            for begin, w in _slabs(matrix, pool, ahead=table.threads):
-                table.pack_rows(w, begin, matrix.shape, packed)
+            used = groups[name]
+            packed = aligned_bytes(table.packed_bytes(matrix.shape, used))
+            scale = pool.submit(_row_scales, matrix, used)
+            for begin, w, scales in _slabs(matrix, used, pool, ahead=table.threads):
+                table.pack_rows(w, begin, matrix.shape, packed, used, scales)
                 if progress:
                     share = (begin + len(w)) / matrix.shape.m
                     progress(Progress(_PACKING, done + packed.size * share, total, "bytes"))
@@ -219,6 +291,10 @@ def _pack(
             yield name, packed
             yield f"{name}.scale", scale.result().view(np.uint8)
             release()
+
+
+def _row_scales(matrix: TernaryMatrix, groups: Groups | None) -> Floats:
+    return np.empty(0, np.float32) if groups else matrix.scale
 
 
 def release_pages(data: Bytes) -> None:
@@ -236,19 +312,27 @@ def release_pages(data: Bytes) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
+def _rows_at_once(shape: Shape) -> int:
+    return max(1, _SLAB // (shape.k * _SLAB_ROWS)) * _SLAB_ROWS
+
+
 def _slabs(
-    matrix: TernaryMatrix, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[int, NDArray[np.int8]]]:
-    """(first row, int8 rows) of the whole matrix, decoded ``ahead`` slabs before they are asked for."""
-    m, k = matrix.shape.m, matrix.shape.k
-    step = max(1, _SLAB // (k * _SLAB_ROWS)) * _SLAB_ROWS
+    matrix: TernaryMatrix, groups: Groups | None, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[tuple[int, NDArray[np.int8], Floats | None]]:
+    """(first row, int8 rows, scales of their groups) of all rows, decoded ``ahead`` slabs before."""
+    m, step = matrix.shape.m, _rows_at_once(matrix.shape)
     begins = list(range(0, m, step))
-    pending: list[Future[NDArray[np.int8]]] = []
+    pending: list[Future[tuple[NDArray[np.int8], Floats | None]]] = []
+
+    def decode(begin: int, end: int) -> tuple[NDArray[np.int8], Floats | None]:
+        scales = np.ascontiguousarray(matrix.scales(begin, end, groups.group)) if groups else None
+        return np.ascontiguousarray(matrix.rows(begin, end)), scales
+
     for i, begin in enumerate(begins):
         while len(pending) <= ahead and i + len(pending) < len(begins):
             low = begins[i + len(pending)]
-            pending.append(pool.submit(matrix.rows, low, min(low + step, m)))
-        yield begin, np.ascontiguousarray(pending.pop(0).result())
+            pending.append(pool.submit(decode, low, min(low + step, m)))
+        yield begin, *pending.pop(0).result()
 
 
 def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) -> Iterator[tuple[str, Bytes]]:
@@ -323,9 +407,11 @@ def _read(path: Path, is_valid: Callable[[Mapping[str, Bytes]], bool]) -> Mappin
         return None
 
 
-def _is_valid(pieces: Mapping[str, Bytes], name: str, matrix: TernaryMatrix, table: KernelTable) -> bool:
-    scales = pieces[f"{name}.scale"].size
-    return table.is_packed(pieces[name], matrix.shape) and scales in (4, 4 * matrix.shape.m)
+def _is_valid(
+    pieces: Mapping[str, Bytes], name: str, matrix: TernaryMatrix, groups: Groups | None, table: KernelTable
+) -> bool:
+    sizes = (0,) if groups else (4, 4 * matrix.shape.m)
+    return table.is_packed(pieces[name], matrix.shape) and pieces[f"{name}.scale"].size in sizes
 
 
 @dataclass(frozen=True)

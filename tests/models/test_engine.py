@@ -26,7 +26,14 @@ from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
 from bitgen.inference.synthetic import random_weights
-from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache, pack_model
+from bitgen.inference.weight_cache import (
+    PackedLayer,
+    cache_entries,
+    check_cache,
+    clear_cache,
+    find_groups,
+    pack_model,
+)
 from bitgen.progress import Progress
 from bitgen.runtime import KernelTable, load
 
@@ -44,6 +51,18 @@ CONFIGS = {
     "norms of q and k, heads of 52": small_config(
         sub_norms=False, qk_norm=True, head_dim=52, heads=3, kv_heads=1, norm_eps=1e-6, layers=1
     ),
+    "groups of 128, a ternary head": small_config(
+        sub_norms=False,
+        qk_norm=True,
+        group=128,
+        hidden=256,
+        ffn=300,
+        head_dim=40,
+        heads=5,
+        kv_heads=1,
+        layers=1,
+    ),
+    "groups of 64, sub-norms": small_config(group=64, activation="relu2", layers=1),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }
 
@@ -480,6 +499,10 @@ def test_a_busy_table_and_a_closed_engine_say_so(tables: Any) -> None:
 # ---- Memory and the cache of packed weights ----
 
 
+def packed_layers(weights: Weights, table: KernelTable) -> tuple[PackedLayer, ...]:
+    return pack_model(weights, table, find_groups(weights)).layers
+
+
 def test_the_plan_is_what_is_allocated(tables: Any) -> None:
     config = small_config(vocab=300, context=500)
     weights = random_weights(config, 1)
@@ -494,7 +517,7 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
         scales = heads * chunks * 128 * 4
         expected = {"f16": 2 * values, "f32": 4 * values, "q8": values + scales}[kv]
         assert expected <= sizes[kv] <= expected + heads * chunks * 1152 + 64
-        packed_size = sum(m.data.size for layer in pack_model(weights, tables()) for m in
+        packed_size = sum(m.data.size for layer in packed_layers(weights, tables()) for m in
                           (layer.qkv, layer.o, layer.gate_up, layer.down))  # fmt: skip
         scale_bytes = sum(m.shape.m * 4 for layer in weights.layers for m in layer.matrices)
         assert engine.memory.weights == packed_size + scale_bytes
@@ -697,10 +720,10 @@ def test_matrices_go_in_slabs(tables: Any, monkeypatch: pytest.MonkeyPatch) -> N
     """Slabs of 256 rows: packed weights are those of the whole matrix."""
     config = small_config(ffn=700, layers=1)
     weights = random_weights(config, 1)
-    whole = pack_model(weights, tables())
+    whole = packed_layers(weights, tables())
     monkeypatch.setattr(packed, "_SLAB", 1)
     counting, reads = counted(weights)
-    pieces = pack_model(counting, tables())
+    pieces = packed_layers(counting, tables())
     assert max(reads) == 256
     for a, b in zip(whole, pieces, strict=True):
         for name in ("qkv", "o", "gate_up", "down"):

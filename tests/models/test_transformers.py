@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_model import exact_logits
+from model_files import grouped_model, write_model
 from numpy.typing import NDArray
 from reference_model import TIE, logits_of
 
@@ -26,12 +27,24 @@ pytest.importorskip("transformers", reason="transformers is the oracle")
 pytest.importorskip("safetensors", reason="safetensors writes the files")
 
 import torch
-from torch_models import ARCHITECTURES, linears, model_of, random_model, run, save, scaled, step_name
+from torch_models import (
+    ARCHITECTURES,
+    linears,
+    model_of,
+    qwen3_of,
+    random_model,
+    run,
+    run_in_groups,
+    save,
+    scaled,
+    step_name,
+)
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.formats.convert import convert
 from bitgen.formats.open import open_model
 from bitgen.formats.weights import Weights
+from bitgen.inference import divergence
 from bitgen.inference.engine import Engine
 from bitgen.inference.perplexity import perplexity
 from bitgen.llm import LLM
@@ -170,6 +183,39 @@ def test_running_free_only_ties_round_differently(
     found = compare(model, open_model(save(model, tmp_path, "master")).weights, TEXT, table)
     record_property("oracle", f"{preset}: {found}")
     check(found)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_are_those_of_qwen3_in_floats(
+    tied: bool, tmp_path: Path, table: KernelTable, record_property: Callable[[str, object], None]
+) -> None:
+    """A model as Ternary Bonsai's, in its file type, against transformers on the unpacked weights.
+
+    With bitgen's int8 activations in place of floats the logits are the same up to noise, and each of these
+    is what PyTorch's activation rounds to; with floats they differ by what the rounding costs.
+    """
+    model = grouped_model(layers=2, tied_head=tied)
+    weights = open_model(write_model(tmp_path / "m.gguf", model, "ptq1_0")).weights
+    oracle, ids = qwen3_of(weights), np.random.default_rng(5).integers(0, weights.config.vocab, 64).tolist()
+    n = len(ids)
+    positions, none = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
+    got = Engine(weights, table, kv="f32", context=n).forward(
+        np.array(ids, np.int32), positions, none, np.ones(n, bool)
+    )
+    steps: dict[str, NDArray[np.int8]] = {}
+    assert np.array_equal(exact_logits(weights, ids, "f32", steps), got)
+    same, farthest = run_in_groups(oracle, ids, 128, steps)
+    free = run(oracle, ids).logits
+    noise = float(np.abs(got - same).max() / free.std())
+    compared = divergence.Comparison()
+    for expected, row in zip(free, got, strict=True):
+        compared.add(expected, row)
+    found = compared.result
+    record_property("oracle", f"groups, tied {tied}: noise {noise:.1e}, farthest {farthest:.1e}, {found}")
+    assert farthest < TIE
+    assert noise < NOISE
+    assert found.mean < 1e-3
+    assert found.same_top > 0.9  # random weights: the likeliest tokens are close
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bitgen.formats.weights import TernaryMatrix, Weights
 from bitgen.inference.engine import inverse_frequencies
-from bitgen.reference import quantize_activations, scale_output
+from bitgen.reference import quantize_activations, quantize_groups, scale_groups, scale_output
 
 Floats = NDArray[np.float32]
 F = np.float32
@@ -66,7 +66,13 @@ def norm(x: Floats, weight: Floats, eps: float) -> Floats:
 Steps = dict[str, NDArray[np.int8]]  # "3.qkv" -> the quantised input (n, k) of that BitLinear
 
 
-def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str) -> Floats:
+def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str, group: int) -> Floats:
+    if group:
+        xq, scale = quantize_groups(x, group)
+        steps[name] = xq
+        return scale_groups(
+            xq, matrix.rows(0, matrix.shape.m), scale, matrix.scales(0, matrix.shape.m, group), group
+        )
     xq, scale = quantize_activations(x)
     steps[name] = xq
     acc = (xq.astype(np.float64) @ matrix.rows(0, matrix.shape.m).T.astype(np.float64)).astype(np.int32)
@@ -146,8 +152,12 @@ def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps) -> 
     angle = (np.arange(n, dtype=F)[:, None] * inverse_frequencies(c)).astype(np.float64)
     turn = np.cos(angle).astype(F) * F(c.rope_scale), np.sin(angle).astype(F) * F(c.rope_scale)
     x = weights.embedding.gather(ids)
+
+    def multiply(matrix: TernaryMatrix, x: Floats, name: str) -> Floats:
+        return linear(matrix, x, steps, name, weights.group_of(matrix))
+
     for number, layer in enumerate(weights.layers):
-        qkv = linear(layer.qkv, norm(x, layer.attn_norm, c.norm_eps), steps, f"{number}.qkv")
+        qkv = multiply(layer.qkv, norm(x, layer.attn_norm, c.norm_eps), f"{number}.qkv")
         q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
         q, k = q.reshape(n, c.heads, -1), k.reshape(n, c.kv_heads, -1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -157,11 +167,13 @@ def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps) -> 
         inner = attention(q, kept(k, kv), kept(v.reshape(n, c.kv_heads, -1), kv)).reshape(n, -1)
         if layer.attn_sub_norm is not None:
             inner = norm(inner, layer.attn_sub_norm, c.norm_eps)
-        x = x + linear(layer.o, inner, steps, f"{number}.o")
-        gate_up = linear(layer.gate_up, norm(x, layer.ffn_norm, c.norm_eps), steps, f"{number}.gate_up")
+        x = x + multiply(layer.o, inner, f"{number}.o")
+        gate_up = multiply(layer.gate_up, norm(x, layer.ffn_norm, c.norm_eps), f"{number}.gate_up")
         inner = gate(gate_up, c.activation)
         if layer.ffn_sub_norm is not None:
             inner = norm(inner, layer.ffn_sub_norm, c.norm_eps)
-        x = x + linear(layer.down, inner, steps, f"{number}.down")
+        x = x + multiply(layer.down, inner, f"{number}.down")
     x = norm(x, weights.final_norm, c.norm_eps)
+    if weights.ternary_head is not None:
+        return multiply(weights.ternary_head, x, "head")
     return np.stack([dot(weights.output.rows(0, c.vocab), row) for row in x])

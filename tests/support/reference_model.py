@@ -22,7 +22,7 @@ from bitgen.formats.config import ModelConfig
 from bitgen.formats.quants import DENSE
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference.engine import Memory
-from bitgen.reference import quantize_activations, scale_output
+from bitgen.reference import quantize_activations, quantize_groups, scale_output
 
 Doubles = NDArray[np.float64]
 TIE = 1e-3  # of an int8 step: how far from the middle of two values float32 sums may move an activation
@@ -156,6 +156,8 @@ class ReferenceEngine:
         for number in range(self.config.layers):
             x = self._layer(number, x, positions, sequences)
         x = rms_norm(x[np.asarray(outputs, bool)], self.weights.final_norm, self.config.norm_eps)
+        if self.weights.ternary_head is not None:
+            return self._linear("head", self.weights.ternary_head, x).astype(np.float32)
         return (x @ self._head.T).astype(np.float32)
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -203,6 +205,8 @@ class ReferenceEngine:
         return mixed
 
     def _linear(self, name: str, matrix: TernaryMatrix, x: Doubles) -> Doubles:
+        if group := self.weights.group_of(matrix):
+            return self._in_groups(name, matrix, x, group)
         xq, x_scale = quantize_activations(x.astype(np.float32))
         if self.given is not None:
             off = np.abs(x / x_scale[:, None] - self.given[name]).max()
@@ -215,6 +219,19 @@ class ReferenceEngine:
         if self.steps is not None:
             self.steps.append(Step(name, xq, x_scale, acc))
         return scale_output(acc, x_scale, np.broadcast_to(matrix.scale, (matrix.shape.m,))).astype(np.float64)
+
+    def _in_groups(self, name: str, matrix: TernaryMatrix, x: Doubles, group: int) -> Doubles:
+        """The product of the weights, each times its scale, with the activations rounded in groups."""
+        (m, k), n = (matrix.shape.m, matrix.shape.k), len(x)
+        xq, x_scale = quantize_groups(x.astype(np.float32), group)
+        steps = np.repeat(x_scale, group, axis=1)[:, :k].astype(np.float64)
+        if self.given is not None:
+            off = np.abs(x / steps - self.given[name][-n:]).max()
+            assert off < 0.5 + TIE, f"{name}: an activation is {off} from its int8 value"
+            xq = self.given[name][-n:]
+        scales = np.repeat(matrix.scales(0, m, group), group, axis=1)[:, :k].astype(np.float64)
+        product: Doubles = (xq * steps) @ (matrix.rows(0, m) * scales).T
+        return product
 
 
 def logits_of(weights: Weights, ids: Sequence[int], **options: Any) -> NDArray[np.float32]:

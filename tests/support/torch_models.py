@@ -18,6 +18,7 @@ from model_files import pack_rows
 from numpy.typing import NDArray
 
 from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.reference import quantize_groups
 
 torch = pytest.importorskip("torch", reason="torch is the oracle")
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
@@ -108,6 +109,66 @@ def model_of(weights: Weights) -> Any:
         values[name + ".weight_scale"] = matrix.scale
     state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in values.items()}
     return _with_bitlinears(model, "offline", state)
+
+
+def qwen3_of(weights: Weights) -> Any:
+    """The Qwen3ForCausalLM that has these weights as floats: each ternary one times its scale."""
+    c = weights.config
+    sizes = _sizes(c.hidden, c.ffn, c.heads, c.kv_heads, c.head_dim)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    changes = {
+        "vocab_size": c.vocab,
+        "num_hidden_layers": c.layers,
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": c.tied_head,
+    }
+    model = _empty("Qwen3", {**sizes, **changes})
+    values: dict[str, Any] = {
+        "model.embed_tokens.weight": weights.embedding.rows(0, c.vocab),
+        "lm_head.weight": weights.output.rows(0, c.vocab),
+        "model.norm.weight": weights.final_norm,
+    }
+    for number, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{number}."
+        values[prefix + "input_layernorm.weight"] = layer.attn_norm
+        values[prefix + "post_attention_layernorm.weight"] = layer.ffn_norm
+        values[prefix + "self_attn.q_norm.weight"] = layer.q_norm
+        values[prefix + "self_attn.k_norm.weight"] = layer.k_norm
+    for name, matrix in linears(weights).items():
+        values[name + ".weight"] = matrix.values(0, matrix.shape.m)
+    model.load_state_dict({n: torch.from_numpy(np.array(v, np.float32)) for n, v in values.items()})
+    return model.eval()
+
+
+def run_in_groups(
+    model: Any, ids: Sequence[int], group: int, given: Mapping[str, NDArray[np.int8]]
+) -> tuple[NDArray[np.float32], float]:
+    """Logits where each linear layer's input is int8 in groups, ``given`` by `step_name`, times its scale.
+
+    Also the farthest that any of them is from what the input would round to, in int8 steps.
+    """
+    farthest = 0.0
+
+    def hook_of(name: str) -> Any:
+        def hook(_module: Any, args: Any) -> Any:
+            nonlocal farthest
+            x = args[0][0].numpy()
+            scale = np.repeat(quantize_groups(x, group)[1], group, axis=1)[:, : x.shape[1]]
+            xq = given[name]
+            farthest = max(farthest, float(np.abs(x / scale - xq).max()) - 0.5)
+            return (torch.from_numpy(xq * scale)[None],)
+
+        return hook
+
+    modules = [(step_name(n), m) for n, m in model.named_modules() if n.split(".")[-1] in STACKED]
+    handles = [m.register_forward_pre_hook(hook_of(n)) for n, m in [*modules, ("head", model.lm_head)]]
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model(torch.tensor([list(ids)])).logits[0].numpy()
+    for handle in handles:
+        handle.remove()
+    return logits, farthest
 
 
 def _empty(architecture: str, sizes: Mapping[str, Any]) -> Any:
