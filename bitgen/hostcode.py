@@ -179,6 +179,7 @@ def library_units(
         *(host_unit(name, csrc_text(f"{name}.c"), headers) for name in ("library", "rope", "pack")),
         host_unit("step", csrc_text("step.c"), (*headers, *parts)),
         host_unit("cpu", csrc_text(f"{_check_of(arch, system)}.c"), (*headers, *found)),
+        host_unit("bundle", csrc_text("bundle.c"), (*headers, ("sha256.h", csrc_text("sha256.h")))),
         host_unit("cores", csrc_text(f"cores_{SYSTEMS[system]}.c"), headers),
         host_unit("table", render_table(**table), headers),
     )

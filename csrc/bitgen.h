@@ -67,7 +67,8 @@ enum bitgen_error {
     BITGEN_ERROR_ISA_CAP = 20,         /* the environment variable BITGEN_ISA_CAP holds no ISA level of this CPU */
     BITGEN_ERROR_STRUCT = 21,          /* the size that a struct carries is not the library's */
     BITGEN_ERROR_SCALES = 22,          /* a scale of a group is not finite, or no half float and stored as one */
-    BITGEN_ERROR_GROUPS = 23           /* weights in groups have no integer sums over all of k */
+    BITGEN_ERROR_GROUPS = 23,          /* weights in groups have no integer sums over all of k */
+    BITGEN_ERROR_BUNDLE = 24           /* no bundle, one of another ABI, damaged, or one that others can change */
 };
 
 /* Flags of bitgen_context_create: */
@@ -129,6 +130,14 @@ BITGEN_API int32_t bitgen_kernel_count(void);
 
 /* The kernel `index` of 0 .. bitgen_kernel_count() - 1; the strings live as long as the library. */
 BITGEN_API int32_t bitgen_kernel_info(int32_t index, struct bitgen_kernel_info *info);
+
+/* Opens the library of another bundle: of the folder that `bitgen bundle pick --path` prints, or any that
+ * `bitgen bundle install` or `bitgen build` made. Nobody but its owner (this user or root) may be able to change it or a
+ * folder above it; its ABI is this library's, its bytes have the sha256 that its manifest names, and this CPU has the
+ * features that it needs. `*library` is what dlopen gives: dlsym finds the functions of this header in it, dlclose
+ * closes it once nothing of it is used. Otherwise it is NULL, and `reason` (reason_bytes, may be NULL and 0) says in a
+ * line why. Whether the system grants AMX shows when a context is created. */
+BITGEN_API int32_t bitgen_bundle_open(const char *folder, void **library, char *reason, int64_t reason_bytes);
 
 /* --- contexts --------------------------------------------------------------------------------------------- */
 

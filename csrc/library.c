@@ -49,6 +49,7 @@ const char *bitgen_error_message(int32_t code)
         [BITGEN_ERROR_STRUCT] =
             "a struct has another size than in this library: set its size, or compile with its header",
         [BITGEN_ERROR_SCALES] = "a scale of a group is not finite, or no half float and to be stored as one",
+        [BITGEN_ERROR_BUNDLE] = "the folder holds no bundle, or one of another ABI, damaged, or that others can change",
         [BITGEN_ERROR_GROUPS] = "weights with a scale for each group have no integer sums over all of k",
         [BITGEN_ERROR_TILES] = "the system refuses this process the tile registers (AMX) of its CPU",
         [BITGEN_ERROR_ISA_CAP] =

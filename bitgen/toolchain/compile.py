@@ -24,7 +24,7 @@ from bitgen.toolchain.unit import Unit
 if TYPE_CHECKING:
     from bitgen.cpu import Isa
 
-DEFAULT_LIBS = ("-lm", "-lpthread")
+DEFAULT_LIBS = ("-lm", "-lpthread", "-ldl")
 
 # What C99 took out of the language is an error everywhere: as a warning it would come back as a crash.
 _WARNINGS = (

@@ -143,12 +143,25 @@ static void check_table(void)
 
 static void check_messages(void)
 {
-    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_GROUPS; ++i) {
+    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_BUNDLE; ++i) {
         CHECK(strlen(bitgen_error_message(i)) > 5);
         CHECK(strcmp(bitgen_error_message(i), "unknown error code"));
     }
     CHECK(!strcmp(bitgen_error_message(-1), "unknown error code"));
-    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_GROUPS + 1), "unknown error code"));
+    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_BUNDLE + 1), "unknown error code"));
+}
+
+static void check_bundles(void)
+{
+    void *library = &library;
+    char reason[8] = "?";
+    CHECK(bitgen_bundle_open(NULL, &library, NULL, 0) == BITGEN_ERROR_NULL);
+    CHECK(bitgen_bundle_open(".", NULL, NULL, 0) == BITGEN_ERROR_NULL);
+    CHECK(bitgen_bundle_open(".", &library, NULL, 1) == BITGEN_ERROR_NULL);
+    CHECK(bitgen_bundle_open(".", &library, reason, -1) == BITGEN_ERROR_ARGUMENT && library);
+    CHECK(bitgen_bundle_open("/nowhere", &library, NULL, 0) == BITGEN_ERROR_BUNDLE && !library);
+    CHECK(bitgen_bundle_open("/nowhere", &library, reason, sizeof reason) == BITGEN_ERROR_BUNDLE);
+    CHECK(!strcmp(reason, "cannot ")); /* cut, and it ends */
 }
 
 enum { M = 20, K = 100, N = 3 };
@@ -409,6 +422,7 @@ int main(int argc, char **argv)
     check_context();
     check_table();
     check_messages();
+    check_bundles();
     for (int threads = 1; threads <= 2; ++threads) {
         CHECK(bitgen_context_create(&ctx, threads, 0) == BITGEN_OK);
         check_shape(ctx, 1, 1);
