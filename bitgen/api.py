@@ -20,7 +20,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -139,7 +139,8 @@ def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report |
             fresh=options.fresh,
             progress=progress,
         )
-        return search(plan, runner, store, env.fingerprints, env.space, session)
+        spaces = partial(env.space, group=plan.group)
+        return search(plan, runner, store, env.fingerprints, spaces, session)
 
 
 def _rest_ns(preset: ModelPreset, n: Mapping[str, int]) -> Callable[[str, int], float]:
@@ -176,6 +177,7 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEn
     A shape without any runs on the default kernels that every library holds.
     """
     from bitgen.bundle import KernelEntry
+    from bitgen.bundle.contents import COMMON_GROUP
 
     store = env.store
     committed = family_winners(env.cpu.family)
@@ -184,27 +186,32 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEn
         tuned = {
             winner.threads
             for record in store.tunings
-            if record.shape == shape
+            if (record.shape, record.layout.group) == (shape, model.group)
             for winner in record.current(env.fingerprints)
         }
         found = [
             KernelEntry(winner.spec, shape, winner.threads)
             for threads in sorted(tuned)
             for regime in REGIMES
-            if (winner := store.best(shape, regime.name, threads, env.fingerprints, isa.name))
+            if (winner := store.best(shape, regime.name, threads, env.fingerprints, isa.name, model.group))
         ]
         found = found or [
             KernelEntry(winner.spec, shape, winner.threads)
             for winner in committed
-            if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, env, isa)
+            if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, env, isa, model)
         ]
         choices += dict.fromkeys(found)
+    if model.group not in (0, COMMON_GROUP):  # every library has defaults for these
+        spaces = (env.space("i2s", isa, regime.name, ANY_SHAPE, model.group) for regime in REGIMES)
+        choices += [KernelEntry(space.default) for space in spaces]
     return choices
 
 
-def _is_legal(winner: Job, env: Environment, isa: Isa) -> bool:
+def _is_legal(winner: Job, env: Environment, isa: Isa, model: ModelPreset) -> bool:
     """Whether a committed schedule is one of today's: the knobs of a family change with its templates."""
-    space = env.space(winner.spec.family, isa, winner.spec.regime, winner.shape)
+    if winner.spec.layout.group != model.group:
+        return False
+    space = env.space(winner.spec.family, isa, winner.spec.regime, winner.shape, model.group)
     return not space.broken(winner.spec)
 
 
@@ -245,7 +252,7 @@ def build(
         model=preset.alias,
         sizes=preset.step_sizes,
         fingerprint=_fingerprint(choices, env),
-        threads=env.store.best_threads(preset.shapes, env.fingerprints) if choices else 0,
+        threads=env.store.best_threads(preset.shapes, env.fingerprints, preset.group) if choices else 0,
         check=env.runs(level),
     )
 
@@ -443,7 +450,7 @@ def bench_kernels(
                 total = len(preset.shapes) * len(tokens)
                 progress(Progress(f"{shape.name}, n = {n}", len(raced), total, "races"))
             regime = regime_of(n)
-            default = env.space("i2s", level, regime.name, shape).default
+            default = env.space("i2s", level, regime.name, shape, preset.group).default
             tuned = chosen.get((shape, regime.name))
             spec = tuned or default
             job = RaceJob((spec, default), shape, n, count, rounds, regime is not LARGE)

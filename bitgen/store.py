@@ -201,55 +201,65 @@ class RecordStore:
         """The newest record of every block of every race."""
         yield from self._races.values()
 
-    def layout(self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None) -> Layout | None:
+    def layout(
+        self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None, group: int = 0
+    ) -> Layout | None:
         """The layout the newest tune chose for ``shape``; one that saw less overrules none that saw more.
 
         A tune of n = 1 alone, or of one family, knows nothing of what its layout costs a prompt, or of what
         another family would have cost. Of a tune that holds in part the part counts. ``isa``: only winners
-        of this ISA level count.
+        of this ISA level count. ``group``: weights along k that share a scale (0: scales lie outside); tunes
+        of other groups are other tunes.
         """
-        newest = self._newest(shape, fingerprints, isa)
+        newest = self._newest(shape, fingerprints, isa, group)
         records = [(r, winners) for r, winners in newest if _serves(r, winners)]
         seen = [frozenset((w.regime, w.spec.family) for w in winners) for _, winners in records]
         widest = (r for (r, _), own in zip(records, seen, strict=True) if not any(own < o for o in seen))
         return next((record.layout for record in widest), None)
 
     def best(
-        self, shape: Shape, regime: str, threads: int, fingerprints: Fingerprints, isa: str | None = None
+        self,
+        shape: Shape,
+        regime: str,
+        threads: int,
+        fingerprints: Fingerprints,
+        isa: str | None = None,
+        group: int = 0,
     ) -> Winner | None:
         """The winner for ``shape`` in the layout chosen last, or None where nothing valid is recorded.
 
         Keyed by thread count: the nearest one that is not higher than ``threads`` serves, the newest first.
         An older tune fills in for a regime that the newest one left out, as long as it reads that layout.
-        ``isa``: only winners of this ISA level count.
+        ``isa``: only winners of this ISA level count; ``group`` as in `layout`.
         """
         regime_named(regime)
-        layout = self.layout(shape, fingerprints, isa)
+        layout = self.layout(shape, fingerprints, isa, group)
         found: Winner | None = None
-        for _, winners in self._newest(shape, fingerprints, isa):
+        for _, winners in self._newest(shape, fingerprints, isa, group):
             for winner in winners:
                 fits = winner.spec.layout == layout and winner.regime == regime and winner.threads <= threads
                 if fits and (found is None or winner.threads > found.threads):
                     found = winner
         return found
 
-    def best_threads(self, shapes: Iterable[Shape], fingerprints: Fingerprints) -> int:
+    def best_threads(self, shapes: Iterable[Shape], fingerprints: Fingerprints, group: int = 0) -> int:
         """The number of threads on which a model of these shapes was fastest; 0 where that is not known.
 
         Known when the newest tune that compared some says the same for all shapes, and a later one did not
         choose other layouts.
         """
-        found = {self._best_threads(shape, fingerprints) for shape in shapes}
+        found = {self._best_threads(shape, fingerprints, group) for shape in shapes}
         return found.pop() if len(found) == 1 else 0
 
-    def _best_threads(self, shape: Shape, fingerprints: Fingerprints) -> int:
-        compared = next((r for r, _ in self._newest(shape, fingerprints) if r.best_threads), None)
-        valid = compared is not None and compared.layout == self.layout(shape, fingerprints)
+    def _best_threads(self, shape: Shape, fingerprints: Fingerprints, group: int) -> int:
+        newest = self._newest(shape, fingerprints, group=group)
+        compared = next((r for r, _ in newest if r.best_threads), None)
+        valid = compared is not None and compared.layout == self.layout(shape, fingerprints, group=group)
         return compared.best_threads if compared and valid else 0
 
-    def current(self, shape: Shape, fingerprints: Fingerprints) -> list[KernelSpec]:
-        """The kernels the newest tune of ``shape`` selected, whatever their layout."""
-        newest = next((winners for _, winners in self._newest(shape, fingerprints)), [])
+    def current(self, shape: Shape, fingerprints: Fingerprints, group: int = 0) -> list[KernelSpec]:
+        """The kernels the newest tune of ``shape`` selected, whatever their layout, of one ``group``."""
+        newest = next((winners for _, winners in self._newest(shape, fingerprints, group=group)), [])
         return [winner.spec for winner in newest]
 
     def stale(self, fingerprints: Fingerprints) -> list[KernelSpec]:
@@ -258,11 +268,11 @@ class RecordStore:
         return list(dict.fromkeys(w.spec for w in winners if w.fingerprint != fingerprints(w.spec)))
 
     def _newest(
-        self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None
+        self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None, group: int = 0
     ) -> Iterator[tuple[TuningRecord, list[Winner]]]:
         """The tunes of ``shape`` of which something still holds (on ``isa``), and what, the newest first."""
         for record in reversed(self.tunings):
-            if record.shape == shape:
+            if (record.shape, record.layout.group) == (shape, group):
                 winners = [w for w in record.current(fingerprints) if isa in (None, w.spec.isa)]
                 if winners:
                     yield record, winners

@@ -132,13 +132,13 @@ def export_winners(
     tuned_on = dict(before.tuned_on) if before else {}
     for record in store.tunings:
         current = record.current(fingerprints)
-        layout = store.layout(record.shape, fingerprints)
+        layout = store.layout(record.shape, fingerprints, group=record.layout.group)
         new = [winner for winner in current if winner.spec.layout == layout]
-        at = {(record.shape, winner.threads) for winner in new}
+        at = {(record.shape, winner.threads, record.layout.group) for winner in new}
         merged = {
             slot: old
             for slot, old in merged.items()
-            if old.spec.layout == layout or (old.shape, old.threads) not in at
+            if old.spec.layout == layout or (old.shape, old.threads, old.spec.layout.group) not in at
         }
         for winner in new:
             entry = _Entry(record.shape, winner.threads, winner.spec)
@@ -173,8 +173,8 @@ def _winners(path: Path) -> FamilyWinners | None:
     return FamilyWinners(file.cpu_family, file.traits, tuple(entry.job for entry in file.winners))
 
 
-def _slot(winner: _Entry) -> tuple[Shape, str, int]:
-    return winner.shape, winner.spec.regime, winner.threads
+def _slot(winner: _Entry) -> tuple[Shape, str, int, int]:
+    return winner.shape, winner.spec.regime, winner.threads, winner.spec.layout.group
 
 
 def _family_path(cpu_family: str, folder: Path) -> Path:

@@ -183,9 +183,8 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
                 names = f"{layout.name} and {choice.spec.layout.name}"
                 raise BitgenError(f"kernels for {choice.shape.name} read two layouts, {names}")
     generic = [choice.spec.layout for choice in choices if choice.shape is None]
-    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT])
+    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT, replace(DEFAULT_LAYOUT, group=COMMON_GROUP)])
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
-    layouts |= dict.fromkeys([replace(DEFAULT_LAYOUT, group=COMMON_GROUP)])
     entries = [choice for choice in choices if choice.shape]
     entries += [choice for choice in choices if not choice.shape]
     for isa, role in (*((isa, DEFAULT) for isa in target.levels), (target.scalar, PORTABLE)):

@@ -112,8 +112,9 @@ def newest_winners(store: RecordStore, fingerprints: Fingerprints) -> list[tuple
             if winner.spec.layout != record.layout:
                 continue
             use, made = (record.shape, winner.regime, winner.threads), winner.fingerprint
-            key = (*use, winner.spec.isa, made.cpu, made.compiler)
-            taken = store.best(*use, fingerprints, winner.spec.isa) if key in found else None
+            which = (winner.spec.isa, record.layout.group)
+            key = (*use, *which, made.cpu, made.compiler)
+            taken = store.best(*use, fingerprints, *which) if key in found else None
             if taken is None or found[key][1] != taken:
                 found[key] = record, winner
     return list(found.values())

@@ -136,7 +136,7 @@ def tune_of(
     ``here`` is the detected CPU, of which the report tells more where the records are of ``cpu``, its text in
     fingerprints.
     """
-    finished = [found for found in _finished(store) if model is None or set(found) == set(model.shapes)]
+    finished = [found for found in _finished(store) if model is None or _is_of(found, model)]
     if not finished:
         what = f"finished tune of {model.alias}" if model else "finished tune"
         raise BitgenError(f"{store.path} holds no {what}: run bitgen tune --model NAME first")
@@ -148,13 +148,14 @@ def tune_of(
         trial
         for trial in store.trials()
         if (job := trial.measurement.job).shape in decisions
+        and job.spec.layout.group == decisions[job.shape].layout.group
         and _conditions(trial.fingerprint) in alike
         and (job.spec.family, job.spec.regime, job.threads) in searched
     ]
     digests = {winner.fingerprint.digest for winner in winners} | {t.fingerprint.digest for t in trials}
     races = [r for r in store.races() if r.job.shape in decisions and digests.issuperset(r.fingerprints)]
     cpus = {fingerprint[0] for fingerprint in alike}
-    presets = [preset for preset in load_models() if set(preset.shapes) == set(decisions)]
+    presets = [preset for preset in load_models() if _is_of(decisions, preset)]
     guess = presets[0] if len(presets) == 1 else None
     return Tune(
         source=store.path.name,
@@ -170,6 +171,12 @@ def tune_of(
 
 def _conditions(fingerprint: Fingerprint) -> tuple[str, str, str]:
     return fingerprint.cpu, fingerprint.compiler, fingerprint.harness
+
+
+def _is_of(decisions: Mapping[Shape, TuningRecord], model: ModelPreset) -> bool:
+    """Whether these are the decisions about a model's matrices."""
+    groups = {record.layout.group for record in decisions.values()}
+    return set(decisions) == set(model.shapes) and groups == {model.group}
 
 
 def _finished(store: RecordStore) -> list[dict[Shape, TuningRecord]]:

@@ -169,6 +169,7 @@ class Plan:
     trials: int
     timeout_s: float | None
     race_blocks: int
+    group: int = 0  # weights along k that share a scale; 0: scales lie outside the weights
 
     def __post_init__(self) -> None:
         for name in ("targets", "families", "isas", "regimes", "threads"):
@@ -226,6 +227,7 @@ def plan_for(
         trials=budget.trials if options.trials is None else options.trials,
         timeout_s=budget.timeout_s if options.timeout_s is None else options.timeout_s,
         race_blocks=budget.race_blocks,
+        group=model.group,
     )
 
 

@@ -254,6 +254,22 @@ def test_a_tune_of_another_isa_level_hides_no_winner(tmp_path: Path) -> None:
         assert found.spec == expected
 
 
+def test_tunes_of_groups_and_of_whole_rows_do_not_shadow_each_other(tmp_path: Path) -> None:
+    store = RecordStore(tmp_path / "r.jsonl")
+    plain, layout = of_layout(R16), replace(R32, group=128)
+    grouped = replace(plain, layout=layout)
+    store.append(tuning([(plain, 1)]))
+    store.append(tuning([(grouped, 1)], layout))
+    read = RecordStore(tmp_path / "r.jsonl")
+    assert (read.layout(WIDE, fingerprints), read.layout(WIDE, fingerprints, group=128)) == (R16, layout)
+    assert read.layout(WIDE, fingerprints, group=64) is None
+    for group, spec in ((0, plain), (128, grouped)):
+        winner = read.best(WIDE, "n1", 1, fingerprints, group=group)
+        assert winner is not None and winner.spec == spec
+        assert read.current(WIDE, fingerprints, group) == [spec]
+    assert {winner.spec for _, winner in newest_winners(read, fingerprints)} == {plain, grouped}
+
+
 def test_show_has_one_winner_for_each_use(tmp_path: Path) -> None:
     store = RecordStore(tmp_path / "r.jsonl")
     store.append(tuning([(of_layout(R16), 1), (of_layout(R16), 2)], R16))
