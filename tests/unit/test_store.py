@@ -265,7 +265,8 @@ def test_tunes_of_groups_and_of_whole_rows_do_not_shadow_each_other(tmp_path: Pa
     assert read.layout(WIDE, fingerprints, group=64) is None
     for group, spec in ((0, plain), (128, grouped)):
         winner = read.best(WIDE, "n1", 1, fingerprints, group=group)
-        assert winner is not None and winner.spec == spec
+        assert winner is not None
+        assert winner.spec == spec
         assert read.current(WIDE, fingerprints, group) == [spec]
     assert {winner.spec for _, winner in newest_winners(read, fingerprints)} == {plain, grouped}
 
