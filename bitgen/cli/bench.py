@@ -1,11 +1,13 @@
 """Time a model: prompts and steps as llama-bench does, or with --kernels its matrix kernels one by one.
 
-The model is a file, or a preset (see `bitgen models`), which gets random weights.
+With --url a server is timed, bitgen's or another one with OpenAI's API, as -b clients at once. Otherwise the
+model is a file, or a preset (see `bitgen models`), which gets random weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-m", "--model", required=True, help="a model file, a preset or a YAML file")
+    parser.add_argument("-m", "--model", help="a model file, a preset or a YAML file; with --url a name")
+    parser.add_argument(
+        "--url", help="a server, as http://127.0.0.1:8080; BITGEN_API_KEY is its key, if it wants one"
+    )
     parser.add_argument(
         "-p", "--n-prompt", default="512", metavar="LIST", help="tokens of prompts; 0: none (512)"
     )
@@ -49,7 +54,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from bitgen.errors import UsageError
+
+    if args.url:
+        _run_url(args)
+        return
+    if args.model is None:
+        raise UsageError("give a model (-m), or a server (--url)")
     (_run_kernels if args.kernels else _run_model)(args)
+
+
+# ---- Servers ----
+
+
+def _run_url(args: argparse.Namespace) -> None:
+    from bitgen.errors import UsageError
+    from bitgen.serve.load import Load, percentile, run_load
+
+    prompts, steps = numbers("-p", args.n_prompt, 1), numbers("-n", args.n_gen or "128", 1)
+    repeats = 3 if args.repetitions is None else args.repetitions
+    if repeats < 1:
+        raise UsageError("nothing to time: -r must be at least 1")
+    rows = []
+    for prompt in prompts:
+        for tokens in steps:
+            for clients in numbers("-b", args.batch, 1):
+                key = os.environ.get("BITGEN_API_KEY")
+                timed = run_load(
+                    Load(args.url.rstrip("/"), clients, repeats, prompt, tokens, args.model, key)
+                )
+                times = [(timed.firsts, 0.5), (timed.firsts, 0.95)]
+                times += [(timed.gaps, share) for share in (0.5, 0.95, 0.99)]
+                shown = [None if (p := percentile(*each)) is None else 1e3 * p for each in times]
+                rows.append((clients, prompt, tokens, *shown, timed.tokens / timed.seconds))
+    columns = (
+        Column("clients", "clients", "d"),
+        Column("prompt", "prompt", "d"),
+        Column("tokens", "tokens", "d"),
+        Column("first_ms_p50", "first token ms p50", ",.1f"),
+        Column("first_ms_p95", "p95", ",.1f"),
+        Column("inter_ms_p50", "inter-token ms p50", ",.2f"),
+        Column("inter_ms_p95", "p95", ",.2f"),
+        Column("inter_ms_p99", "p99", ",.2f"),
+        Column("tokens_s", "tokens/s", ",.1f"),
+    )
+    print(render_tables([Table("server", columns, rows)], args.output))
 
 
 # ---- Models ----
