@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from bitgen.errors import ToolchainError, UsageError
 from bitgen.formats.config import ModelConfig, find_model, preset_name
+from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
 from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
@@ -31,6 +32,7 @@ from bitgen.inference.engine import Head, Kv
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
 from bitgen.inference.opening import context_for, find_library, open_engine, tuned_shapes
+from bitgen.inference.prompt_cache import KV_VERSION, restore, save
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
 from bitgen.inference.sequence import Request
@@ -69,6 +71,7 @@ class LLM:
         config = file.config
         positions = context_for(config, context)
         tokenizer = file.tokenizer_data  # before the long work: it may be missing
+        self._content = partial(content_digest, file.path, KV_VERSION, f"kv {kv}")
         self.table = table = load(library or library_for(config, progress), threads)
         self._open = partial(open_engine, file, table, context=positions, kv=kv, head=head, progress=progress)
         self._setup(self._open(batch=batch), config, tokenizer)
@@ -93,6 +96,7 @@ class LLM:
         self.notes = list(self.tokenizer.notes)  # what a user should know
 
     table: KernelTable | None = None  # None for `over`
+    _content: Callable[[], str] = staticmethod(lambda: "")  # what the bytes of the KV cache depend on
     _open: Callable[..., EngineProtocol] | None = None  # makes the engine again, for another batch
 
     def _make_room(self, sequences: int) -> None:
@@ -236,6 +240,19 @@ class LLM:
     def grammars(self) -> Grammars:
         """Grammars of this model's tokens. BitgenError without llguidance."""
         return Grammars(self.tokenizer, self.config.vocab)
+
+    # ---- Prompt cache files ----
+
+    def save_cache(self, path: str | Path, messages: Sequence[Message] = ()) -> int:
+        """Write what the KV cache holds, and maybe a conversation, to a file; the number of tokens."""
+        return save(Path(path), self.scheduler, self._content(), [dict(each) for each in messages])
+
+    def load_cache(self, path: str | Path) -> list[dict[str, str]]:
+        """Hold what a file holds, so that a prompt that starts like it costs only the rest; its conversation.
+
+        FileError when it is of another model, damaged, or cannot be read.
+        """
+        return restore(Path(path), self.scheduler, self._content())
 
     # ---- Chat ----
 

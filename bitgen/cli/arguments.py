@@ -189,6 +189,17 @@ def open_llm(args: argparse.Namespace, *, batch: int = 1) -> LLM:
     return llm
 
 
+def load_cache(llm: LLM, path: Path) -> None:
+    """Start from a prompt cache file where there is one; a note where it cannot be used."""
+    from bitgen.errors import FileError
+
+    if path.exists():
+        try:
+            llm.load_cache(path)
+        except FileError as error:
+            print(f"bitgen: {error.message}: it will be written anew", file=sys.stderr)
+
+
 def print_timings(llm: LLM, seed: int | None = None) -> None:
     """The lines that llama.cpp prints at the end, on standard error."""
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _HELP = """\
 /clear    forget the conversation
+/save FILE, /load FILE    keep the conversation and what was computed of it; go on with it
 /help     show this
 /exit     end the chat (also Ctrl-D)
 A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
@@ -57,6 +58,8 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
                 break
             if command == "/clear":
                 talk.clear()
+            elif command.partition(" ")[0] in ("/save", "/load"):
+                _keep(talk, *command.split(None, 1))
             elif command == "/help":
                 print(_HELP, file=sys.stderr)
             elif command:
@@ -102,6 +105,23 @@ def _answer(talk: Conversation, message: str) -> None:
             file=sys.stderr,
         )
     talk.heard(answer)
+
+
+def _keep(talk: Conversation, command: str, path: str = "") -> None:
+    """Save or load a conversation."""
+    if not path:
+        print(f"bitgen: {command} needs a file", file=sys.stderr)
+        return
+    file = Path(path).expanduser()
+    try:
+        if command == "/save":
+            tokens = talk.llm.save_cache(file, talk.messages)
+            print(f"bitgen: {len(talk.messages)} messages, {tokens} tokens in {file}", file=sys.stderr)
+        else:
+            talk.load(talk.llm.load_cache(file))
+            print(f"bitgen: {len(talk.messages)} messages from {file}", file=sys.stderr)
+    except BitgenError as error:
+        print(f"bitgen: {error.message}", file=sys.stderr)
 
 
 class _Lines:

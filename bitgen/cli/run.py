@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from bitgen.cli.arguments import add_model, add_sampling, open_llm, print_timings, sampling_options
+from bitgen.cli.arguments import (
+    add_model,
+    add_sampling,
+    load_cache,
+    open_llm,
+    print_timings,
+    sampling_options,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chat; -p is the system message (see `bitgen chat`)",
     )
     add_sampling(parser, tokens=128)
+    parser.add_argument(
+        "--prompt-cache",
+        type=Path,
+        metavar="FILE",
+        help="start from what FILE holds, and write it at the end: a long prompt is computed once",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     options = sampling_options(args)
     prompt = _prompt(args)
     with open_llm(args) as llm:
+        if args.prompt_cache:
+            load_cache(llm, args.prompt_cache)
         generation = llm.generate(prompt, **options)
         if not args.no_display_prompt:
             print(prompt, end="", flush=True)
@@ -46,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
             code = InterruptError.exit_code
         finally:  # an error's line starts on a line of its own
             print(flush=True)
+        if args.prompt_cache:
+            llm.save_cache(args.prompt_cache)
         if generation.finish == "context":
             print(
                 f"bitgen: the context of {llm.context} positions is full{llm.context_hint}", file=sys.stderr

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.arguments import add_model, open_llm
+from bitgen.cli.arguments import add_model, load_cache, open_llm
 from bitgen.errors import BitgenError, UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=250,
         metavar="MS",
         help="how long a part of a prompt may hold up running texts (250)",
+    )
+    group.add_argument(
+        "--cache-file",
+        type=Path,
+        metavar="FILE",
+        help="start from what FILE holds of prompts, and write it at the end",
     )
     group.add_argument(
         "--max-tokens", type=int, metavar="N", help="tokens of an answer at most (default: the context)"
@@ -85,7 +91,13 @@ def run(args: argparse.Namespace) -> int:
             f"{settings.names[0]} ({settings.fingerprint}) on http://{host}:{port}",
         ):
             print(f"bitgen: {line}", file=sys.stderr, flush=True)
-        return serve(llm, settings, sock, args.drain)
+        if args.cache_file:
+            load_cache(llm, args.cache_file)
+        code = serve(llm, settings, sock, args.drain)
+        if args.cache_file:
+            tokens = llm.save_cache(args.cache_file)
+            print(f"bitgen: {tokens} tokens of prompts and texts in {args.cache_file}", file=sys.stderr)
+        return code
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import Weights
 from bitgen.tokenizer.data import TokenizerData
 
+_BLOCKS, _BLOCK = 64, 1 << 16  # of a file, for a digest of its content
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -70,3 +72,23 @@ def fingerprint_of(paths: list[Path], headers: list[Any]) -> Fingerprint:
         digest.update(len(header).to_bytes(8, "little"))
         digest.update(header)
     return Fingerprint(sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats), digest.hexdigest())
+
+
+def content_digest(path: Path, *details: str) -> str:
+    """SHA-256 of ``details`` and of the bytes of a model (samples): not of its name, place or time.
+
+    ``path`` is a file, or a folder whose files count.
+    """
+    digest = hashlib.sha256(" ".join(details).encode())
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
+    try:
+        for file in files:
+            size = file.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            with file.open("rb") as data:
+                for i in range(_BLOCKS):
+                    data.seek(i * size // _BLOCKS)
+                    digest.update(data.read(_BLOCK))
+    except OSError as error:
+        raise FileError(f"cannot read {error.filename}: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bitgen.errors import UsageError
@@ -48,6 +49,10 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages = self.messages[: self._system()]
         self.forgotten = 0
+
+    def load(self, messages: Sequence[Message]) -> None:
+        """Go on with another conversation."""
+        self.messages, self.forgotten = list(messages), 0
 
     def _system(self) -> int:
         return 1 if self.messages and self.messages[0]["role"] == "system" else 0

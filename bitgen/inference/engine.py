@@ -203,6 +203,37 @@ class Engine:
         self.table.check(self._lib.bitgen_cache_copy(context, self._model, source, target, length))
         self.lengths[target] = length
 
+    def cached(self, sequence: int) -> bytes:
+        """The bytes of the KV cache that a sequence holds: the same on every machine."""
+        return self._part(sequence, self.lengths[sequence]).tobytes()
+
+    def restore(self, sequence: int, length: int, data: bytes) -> None:
+        """Make a sequence hold ``length`` positions that `cached` gave. FileError when they do not fit."""
+        self._check_sequence(sequence)
+        if not 1 <= length <= self.context:
+            raise FileError(f"{length} positions do not fit into a context of {self.context}")
+        part = self._part(sequence, length)
+        if len(data) != part.size:
+            raise FileError(f"{length} positions have {part.size} bytes, not {len(data)}")
+        part[:] = np.frombuffer(data, np.uint8)
+        self.lengths[sequence] = length
+
+    def _part(self, sequence: int, length: int) -> NDArray[np.uint8]:
+        """The first positions of a sequence in the cache, up to the end of their last chunk."""
+        begin = sequence * self._sequence_bytes(self.context)
+        return self._cache[begin : begin + (self._sequence_bytes(length) if length else 0)]
+
+    def _sequence_bytes(self, context: int) -> int:
+        """Bytes of a sequence of so many positions: what one more of them takes."""
+        model, sizes = self._ffi.new("struct bitgen_model *", self._model[0]), []
+        model.context = context
+        for sequences in (1, 2):
+            model.sequences = sequences
+            size = self._ffi.new("size_t *")
+            self.table.check(self._lib.bitgen_cache_bytes(model, size))
+            sizes.append(int(size[0]))
+        return sizes[1] - sizes[0]
+
     @property
     def memory_bytes(self) -> int:
         """What the engine holds at most, mapped weights included, the model file's own pages not."""
@@ -447,6 +478,7 @@ class Engine:
                 f"{self.max_batch} x {self.context} positions; ask for a smaller context (-c) or --kv q8"
             ) from None
         self._frequency = inverse_frequencies(config)
+        self._cache = cache
         self._model.cache = self._pointer("uint8_t[]", cache)
         self._model.rope = self._pointer("float[]", self._rope)
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import BitgenError, UsageError
+from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.inference import FEW
 from bitgen.inference.engine import Memory
@@ -69,6 +69,10 @@ class EngineProtocol(Protocol):
 
     def copy(self, source: int, target: int) -> None: ...
 
+    def cached(self, sequence: int) -> bytes: ...
+
+    def restore(self, sequence: int, length: int, data: bytes) -> None: ...
+
     @property
     def memory(self) -> Memory: ...
 
@@ -85,6 +89,14 @@ class Event(NamedTuple):
 
     sequence: Sequence
     text: str
+
+
+class Held(NamedTuple):
+    """What a slot of the KV cache holds: whose request computed it, the tokens, and their bytes."""
+
+    owner: str
+    tokens: Items[int]
+    data: bytes
 
 
 class Row(NamedTuple):
@@ -449,6 +461,26 @@ class Scheduler:
     def _logits_most(self) -> int:
         """How many tokens may have all of their logits at once."""
         return max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
+
+    def held(self) -> Iterator[Held]:
+        """What the slots hold, the one that was used last first."""
+        for slot in sorted(range(len(self._held)), key=lambda slot: -self._used[slot]):
+            self.engine.truncate(slot, len(self._held[slot]))
+            yield Held(self._owner[slot], tuple(self._held[slot]), self.engine.cached(slot))
+
+    def restore(self, held: Items[Held]) -> None:
+        """Fill the slots, as many as there are. FileError for what does not fit; nothing may run."""
+        vocab, context = self.engine.config.vocab, self.engine.context
+        for _, tokens, _ in held:
+            if not all(0 <= token < vocab for token in tokens):
+                raise FileError(f"tokens outside the vocabulary of {vocab}")
+            if len(tokens) > context:
+                raise FileError(f"{len(tokens)} positions do not fit into a context of {context}")
+        for slot, (owner, tokens, data) in zip(range(self.engine.max_batch), held, strict=False):
+            self._forget(slot, 0)
+            self._unsure = True
+            self.engine.restore(slot, len(tokens), data)
+            self._held[slot], self._owner[slot] = list(tokens), owner
 
     def _forget(self, slot: int, length: int) -> None:
         """Keep the first ``length`` tokens of a slot."""

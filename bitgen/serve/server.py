@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bitgen.errors import FileError, InterruptError
+from bitgen.formats.model_file import content_digest
 from bitgen.inference.sampling import SAMPLING_VERSION
 from bitgen.serve.app import make_app
 from bitgen.serve.guard import Guard
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _HEADERS_S = 10.0  # until the first request of a connection has its headers
 _LAST_S = 2.0  # for the last words of streams that were cut
-_BLOCKS, _BLOCK = 64, 1 << 16  # of a file, for its fingerprint
 
 
 class _Protocol(H11Protocol):
@@ -116,23 +115,8 @@ async def _until_idle(app: Guard, seconds: float) -> None:
 
 
 def fingerprint_of(path: Path, *details: str) -> str:
-    """What answers depend on beside the request: the model's bytes (samples), how it is run, sampling.
-
-    ``path`` is a file, or a folder whose files count. It does not depend on names, places or times.
-    """
-    digest = hashlib.sha256(" ".join((f"sampling {SAMPLING_VERSION}", *details)).encode())
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.is_file())
-    try:
-        for file in files:
-            size = file.stat().st_size
-            digest.update(size.to_bytes(8, "little"))
-            with file.open("rb") as data:
-                for i in range(_BLOCKS):
-                    data.seek(i * size // _BLOCKS)
-                    digest.update(data.read(_BLOCK))
-    except OSError as error:
-        raise FileError(f"cannot read {error.filename}: {error.strerror or error}") from error
-    return f"fp_{digest.hexdigest()[:16]}"
+    """What answers depend on beside the request: the model's bytes, how it is run, sampling."""
+    return f"fp_{content_digest(path, f'sampling {SAMPLING_VERSION}', *details)[:16]}"
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

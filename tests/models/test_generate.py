@@ -66,6 +66,13 @@ class Scripted:
     def copy(self, source: int, target: int) -> None:
         self.lengths[target] = self.lengths[source]
 
+    def cached(self, sequence: int) -> bytes:
+        return bytes(self.lengths.get(sequence, 0))
+
+    def restore(self, sequence: int, length: int, data: bytes) -> None:
+        assert len(data) == length
+        self.lengths[sequence] = length
+
     def close(self) -> None:
         pass
 

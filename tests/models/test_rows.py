@@ -12,10 +12,10 @@ import pytest
 from reference_model import small_config
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
-from bitgen.errors import BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
-from bitgen.inference.engine import PREFILL, Engine
+from bitgen.inference.engine import PREFILL, Engine, Kv
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.wants import Best, Chosen, Hidden, Logits, Nothing, Want, pack_mask, unpack_mask
 from bitgen.runtime import KernelTable, load
@@ -271,3 +271,24 @@ def test_work_memory_counts_what_is_chosen_from(weights: Weights, table: KernelT
     assert bytes_of(8, 8, 4) - bytes_of(8, 8, 0) == -(-4 * 150 * 4 // 64) * 64
     for wrong in ((8, 9, 0), (8, 4, 5), (8, 8, -1)):
         assert lib.bitgen_work_bytes(context, engine._model, *wrong, size) == lib.BITGEN_ERROR_SHAPE
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+def test_what_is_cached_goes_on_in_another_engine(weights: Weights, table: KernelTable, kv: Kv) -> None:
+    """Another context, another sequence: the same logits, bit for bit."""
+    n = 70
+    ids = np.random.default_rng(2).integers(0, weights.config.vocab, n + 1).astype(np.int32)
+    first = Engine(weights, table, context=100, kv=kv, max_batch=2)
+    places, flags = np.arange(n, dtype=np.int32), np.zeros(n, bool)
+    first.forward(ids[:n], places, np.full(n, 1, np.int32), flags)
+    data = first.cached(1)
+    second = Engine(weights, table, context=200, kv=kv, max_batch=3)
+    second.restore(2, n, data)
+    last = (ids[n:], np.array([n], np.int32))
+    logits = [
+        e.forward(*last, np.array([s], np.int32), np.ones(1, bool)) for e, s in ((first, 1), (second, 2))
+    ]
+    assert np.array_equal(logits[0], logits[1])
+    for length, part in ((n, data[:-1]), (n + 64, data), (300, data), (0, b"")):
+        with pytest.raises(FileError, match=r"do not fit|bytes, not"):
+            second.restore(0, length, part)

@@ -226,6 +226,20 @@ def test_a_signal_lets_texts_end(library: Path, tmp_path: Path, signum: int, cod
         assert not [line for line in server.lines if "Traceback" in line]
 
 
+def test_prompts_outlive_the_process(library: Path, tmp_path: Path) -> None:
+    body, flags = {**ASK, "prompt": "In the beginning " * 40}, ("--cache-file", str(tmp_path / "cache"))
+    answers = []
+    for _ in range(2):
+        with Server(library, tmp_path, *flags) as server:
+            answers.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json())
+            server.send(signal.SIGTERM)
+            assert server.ended() == 0
+            assert server.wait_for("tokens of prompts and texts in")
+    assert answers[0]["choices"][0]["text"] == answers[1]["choices"][0]["text"]
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in answers]
+    assert cached == [0, answers[1]["usage"]["prompt_tokens"] - 1]
+
+
 def test_what_is_not_done_in_time_is_told(library: Path, tmp_path: Path) -> None:
     with Server(library, tmp_path, "--drain", "0") as server:
         body = {**ASK, "max_tokens": 480, "ignore_eos": True, "stream": True}

@@ -168,6 +168,17 @@ class ReferenceEngine:
         self.keys[target], self.values[target] = self.keys[source], self.values[source]
         self.lengths[target] = self.lengths[source]
 
+    def cached(self, sequence: int) -> bytes:
+        n = self.lengths[sequence]
+        return self.keys[sequence, :, :n].tobytes() + self.values[sequence, :, :n].tobytes()
+
+    def restore(self, sequence: int, length: int, data: bytes) -> None:
+        for part, array in enumerate((self.keys, self.values)):
+            half = len(data) // 2
+            values = np.frombuffer(data[part * half : (part + 1) * half], array.dtype)
+            array[sequence, :, :length] = values.reshape(array[sequence, :, :length].shape)
+        self.lengths[sequence] = length
+
     def close(self) -> None:
         """Nothing to free."""
 

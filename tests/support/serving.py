@@ -72,6 +72,13 @@ class FakeEngine:
     def copy(self, source: int, target: int) -> None:
         self.cache[target] = list(self.cache[source])
 
+    def cached(self, sequence: int) -> bytes:
+        return np.array(self.cache[sequence], "<i4").tobytes()
+
+    def restore(self, sequence: int, length: int, data: bytes) -> None:
+        self.cache[sequence] = np.frombuffer(data, "<i4").tolist()
+        assert len(self.cache[sequence]) == length
+
     def close(self) -> None:
         pass
 

@@ -90,10 +90,10 @@ def test_the_table_has_a_row_for_each_load(
 
 def test_what_is_wrong_with_a_server_is_one_line(server: tuple[str, list[Any]]) -> None:
     url = server[0]
-    for prompt, said in ((13, "answers 429: .*the queue is full"), (17, "broken")):
+    for prompt, said in ((13, r"answers 429: .*the queue is full"), (17, "broken")):
         with pytest.raises(BitgenError, match=said):
             run_load(Load(url, clients=2, requests=1, prompt=prompt, tokens=2))
-    with pytest.raises(BitgenError, match="cannot reach http://127.0.0.1:9"):
+    with pytest.raises(BitgenError, match=r"cannot reach http://127\.0\.0\.1:9"):
         run_load(Load("http://127.0.0.1:9", 1, 1, 1, 1))
     with pytest.raises(UsageError, match="--url is http://HOST:PORT"):
         run_load(Load("localhost", 1, 1, 1, 1))
