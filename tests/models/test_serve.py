@@ -227,7 +227,7 @@ def test_a_signal_lets_texts_end(library: Path, tmp_path: Path, signum: int, cod
 
 
 def test_prompts_outlive_the_process(library: Path, tmp_path: Path) -> None:
-    body, flags = {**ASK, "prompt": "In the beginning " * 40}, ("--cache-file", str(tmp_path / "cache"))
+    body, flags = {**ASK, "prompt": "In the beginning " * 40}, ("--cache-file", str(tmp_path / "prompts"))
     answers = []
     for _ in range(2):
         with Server(library, tmp_path, *flags) as server:
