@@ -93,6 +93,7 @@ class LLM:
         self.tokenizer = Tokenizer(data)
         self.scheduler = Scheduler(engine, self.tokenizer)
         self.template = data.chat_template
+        self.thinking: bool | None = None  # for a template that asks (`knows_thinking`); None: its default
         self.notes = list(self.tokenizer.notes)  # what a user should know
 
     table: KernelTable | None = None  # None for `over`
@@ -270,6 +271,7 @@ class LLM:
             tools=tools,
             bos=tokenizer.token(tokenizer.bos),
             eos=tokenizer.token(tokenizer.eos),
+            thinking=self.thinking,
         )
         ids = tokenizer.encode(text, special=False)
         if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:

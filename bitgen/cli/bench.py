@@ -178,10 +178,9 @@ _COLUMNS = (
 
 
 def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ...]:
-    head = 0 if args.head == "q8" else engine.weights.output.data.nbytes  # q8 counts as packed
     return (
         engine.config.name or Path(args.model).stem,
-        (engine.memory.weights + head) / 2**20,
+        (engine.memory.weights + engine.head_bytes) / 2**20,
         engine.config.parameters / 1e6,
         engine.table.path.parent.name,
         run.threads,

@@ -13,6 +13,7 @@ from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:
     from bitgen.inference.conversation import Conversation
+    from bitgen.llm import LLM
 
 _HELP = """\
 /clear    forget the conversation
@@ -29,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser, tokens=-1)
     parser.add_argument(
         "--chat-template", metavar="NAME", help="chatml, llama3, plain, or a file (default: the model's own)"
+    )
+    parser.add_argument(
+        "--thinking", choices=("on", "off"), help="of a model that can think before it answers (its default)"
     )
 
 
@@ -48,6 +52,8 @@ def converse(args: argparse.Namespace, system: str | None = None, first: str | N
             llm.template = template
         elif not llm.template:
             print("bitgen: the file has no chat template: using one that fits its tokens", file=sys.stderr)
+        if wanted := getattr(args, "thinking", None):
+            _set_thinking(llm, wanted == "on")
         talk = Conversation(llm, system, **options)
         lines = _Lines()
         code = 0
@@ -122,6 +128,14 @@ def _keep(talk: Conversation, command: str, path: str = "") -> None:
             print(f"bitgen: {len(talk.messages)} messages from {file}", file=sys.stderr)
     except BitgenError as error:
         print(f"bitgen: {error.message}", file=sys.stderr)
+
+
+def _set_thinking(llm: LLM, on: bool) -> None:
+    from bitgen.inference.chat_template import knows_thinking
+
+    if not knows_thinking(llm.template_text):
+        raise UsageError("the model's chat template knows no thinking: leave --thinking out")
+    llm.thinking = on
 
 
 class _Lines:

@@ -14,9 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="the GGUF file to write")
     parser.add_argument(
         "--type",
-        choices=("i2_s", "tq1_0", "tq2_0", "f16"),
         default="i2_s",
-        help="storage of the ternary matrices, where it can hold them (i2_s); f16 elsewhere",
+        help="storage of the ternary matrices (i2_s): i2_s, tq1_0, tq2_0, q1_0, q2_0, stq1_0, pq2_0, ptq1_0, "
+        "f16; f16 where a scale a row does not fit, refused where scales of groups do not",
     )
 
 

@@ -77,7 +77,7 @@ def _stream(model: ModelFile) -> Table:
         Column("kv_a_position", "and for each position (f16 KV)", ",d"),
     )
     rows = [
-        (FAMILIES[name].title, size, read.head, read.total(name), read.kv_a_position)
+        (FAMILIES[name].title, size, read.head[name], read.total(name), read.kv_a_position)
         for name, size in read.packed.items()
     ]
     return Table("bytes a token", columns, rows)

@@ -265,7 +265,9 @@ def _in_groups(name: str, matrix: TernaryMatrix, kind: str) -> NewTensor:
         return FileError(f"{name}.weight cannot be {kind.upper()} without loss: {what}")
 
     if kind == "i2_s":
-        raise refused(f"it has a scale for each {group} weights, and that type one a tensor")
+        raise refused(
+            f"it has a scale for each {group} weights, and that type one a tensor; pq2_0 and ptq1_0 have them"
+        )
     block = DENSE["f16"].block if kind == "f16" else TERNARY[kind].block
     if k % block:
         raise refused(f"its rows of {k} weights are no whole blocks of {block}")

@@ -30,15 +30,16 @@ class TypeUse:
 class TokenBytes:
     """What one decoded token reads from memory, in bytes, apart from the KV cache.
 
-    ``packed`` are the ternary matrices in each family's layout; the head is read in the type of its file.
+    ``packed`` are the ternary matrices of layers in each family's layout; the head is read in the type of its
+    file, or as they are where it is ternary.
     """
 
     packed: dict[str, int]  # family -> bytes
-    head: int
+    head: dict[str, int]  # likewise
     kv_a_position: int  # bytes of an f16 KV cache for each position of the context
 
     def total(self, family: str) -> int:
-        return self.packed[family] + self.head
+        return self.packed[family] + self.head[family]
 
 
 def type_uses(model: ModelFile) -> list[TypeUse]:
@@ -54,12 +55,17 @@ def type_uses(model: ModelFile) -> list[TypeUse]:
 
 def token_bytes(model: ModelFile) -> TokenBytes:
     config, group = model.config, model.config.group
-    packed = {
-        name: sum(m.count * Layout(name, family.rows, group).packed_bytes(m.shape) for m in config.matmuls)
+    layouts = {
+        name: Layout(name, family.rows, group)
         for name, family in FAMILIES.items()
         if not group or group in family.groups
     }
-    return TokenBytes(packed, model.weights.output.data.size, 2 * 2 * config.layers * config.kv_rows)
+    packed, head = {}, {}
+    for name, layout in layouts.items():
+        packed[name] = sum(m.count * layout.packed_bytes(m.shape) for m in config.matmuls)
+        matrix = model.weights.ternary_head
+        head[name] = layout.packed_bytes(matrix.shape) if matrix else model.weights.output.data.size
+    return TokenBytes(packed, head, 2 * 2 * config.layers * config.kv_rows)
 
 
 def facts(model: ModelFile) -> dict[str, Any]:

@@ -78,10 +78,13 @@ def render_chat(
     bos: str = "",
     eos: str = "",
     answer: bool = True,
+    thinking: bool | None = None,
 ) -> str:
     """The prompt for ``messages``; ``answer`` ends it where the assistant is to speak.
 
-    ``tools`` are functions in OpenAI's shape, for a template that knows them (`knows_tools`).
+    ``tools`` are functions in OpenAI's shape, for a template that knows them (`knows_tools`). ``thinking`` is
+    what templates of models that can think before they answer ask for (Qwen3's `enable_thinking`); None:
+    their default.
 
     FileError when the template is wrong, refuses the messages, or runs away.
     """
@@ -96,6 +99,7 @@ def render_chat(
             add_generation_prompt=answer,
             bos_token=bos,
             eos_token=eos,
+            **({} if thinking is None else {"enable_thinking": thinking}),
         )
         parts, length = [], 0
         with _bounded_steps():
@@ -122,6 +126,11 @@ def render_chat(
 def knows_tools(template: str) -> bool:
     """Whether a template says anything about tools."""
     return re.search(r"\btools\b", template) is not None
+
+
+def knows_thinking(template: str) -> bool:
+    """Whether a template asks whether the model is to think."""
+    return re.search(r"\benable_thinking\b", template) is not None
 
 
 @lru_cache(maxsize=8)

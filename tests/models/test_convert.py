@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from model_files import Plain, plain_model, small_config, tokenizer_json, write_
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.architectures import architecture_of
-from bitgen.formats.convert import convert
+from bitgen.formats.convert import TYPES, convert
 from bitgen.formats.gguf_tokenizer import tokenizer_metadata
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
@@ -130,6 +131,13 @@ def test_the_architecture_follows_the_forward_pass() -> None:
     assert architecture_of(replace(small_config("bitnet-b1.58"), activation="silu")).name == "bitnet"
     with pytest.raises(BitgenError, match="no GGUF architecture has relu2 with no others"):
         architecture_of(replace(small_config("llama"), activation="relu2"))
+
+
+def test_the_command_names_every_type(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    text = capsys.readouterr().out
+    assert all(re.search(rf"\b{kind}\b", text) for kind in TYPES)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from wanted import answers_wants
 
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import ModelConfig
-from bitgen.inference.chat_template import BUILT_IN, render_chat
+from bitgen.inference.chat_template import BUILT_IN, knows_thinking, render_chat
 from bitgen.inference.conversation import Conversation
 from bitgen.inference.divergence import Divergence, LogitsWriter, read_logits
 from bitgen.inference.drafts import PromptLookupDrafter
@@ -610,6 +610,25 @@ def test_templates_that_are_wrong_or_hostile_are_one_clear_error(template: str, 
 def test_messages_that_are_none_are_refused(messages: Any) -> None:
     with pytest.raises(BitgenError, match="message"):
         render_chat(BUILT_IN["plain"], messages)
+
+
+THINKS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}"
+    "<assistant>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "end"), [(None, "<assistant>"), (True, "<assistant>"), (False, "</think>")]
+)
+def test_thinking_is_what_the_template_is_told(thinking: bool | None, end: str) -> None:
+    assert knows_thinking(THINKS)
+    assert not knows_thinking(BUILT_IN["chatml"])
+    assert render_chat(THINKS, TALK, thinking=thinking).endswith(end)
+    llm = small_llm()
+    llm.template, llm.thinking = THINKS, thinking
+    assert llm.chat_prompt(TALK) == llm.tokenizer.encode(render_chat(THINKS, TALK, thinking=thinking))
 
 
 def test_a_chat_prompt_starts_with_one_bos() -> None:
