@@ -168,6 +168,18 @@ def export(*, cc: str | None = None, logs: Path | None = None, out: Path | None 
     return export_winners(env.store, env.fingerprints, env.cpu, env.isas, folder)
 
 
+def merge(file: Path, *, out: Path | None = None) -> Path:
+    """Fold winners that somebody exported into those of their CPU family; returns the family's file.
+
+    Without ``out`` that is the folder of committed winners. FileError for a file that is no export, or has a
+    schedule that is not legal.
+    """
+    from bitgen.cpu import load_isas
+    from bitgen.winners import merge_winners
+
+    return merge_winners(file, load_isas(), out)
+
+
 # ---- build and load ----
 
 

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.cpu import detect_cpu
 from bitgen.errors import ToolchainError, UsageError
 from bitgen.formats.config import ModelConfig, find_model, preset_name
 from bitgen.formats.model_file import content_digest
@@ -36,6 +37,7 @@ from bitgen.inference.prompt_cache import KV_VERSION, restore, save
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
 from bitgen.inference.sequence import Request
+from bitgen.paths import tune_logs_dir
 from bitgen.progress import Progress, Report
 from bitgen.runtime import KernelTable, load
 from bitgen.tokenizer.data import TokenizerData
@@ -305,7 +307,11 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path:
     """
     bundle = find_library(config)
     if bundle is not None and tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)):
-        return bundle.path
+        tuned_here = tune_logs_dir() / f"{detect_cpu().family}.jsonl"
+        if (
+            bundle.origin is None or not tuned_here.exists()
+        ):  # what was tuned here comes before what was shipped
+            return bundle.path
     if (name := preset_name(config)) is not None:
         try:
             known = _build_known(name, progress)

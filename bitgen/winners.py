@@ -10,21 +10,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bitgen import __version__
-from bitgen.cpu import Cpu, Isa, accepted_isas
+from bitgen.cpu import Cpu, Isa, accepted_isas, detect_cpu
 from bitgen.errors import FileError
 from bitgen.fingerprints import Fingerprints
 from bitgen.measure import Job
 from bitgen.paths import ensure_dir, winners_dir
 from bitgen.records import dump, load, load_json
+from bitgen.space import space_for
 from bitgen.spec import KernelSpec, Shape, regime_named
 from bitgen.store import RecordStore
 
 SCHEMA = 2
+_FAMILY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,40}")
 
 
 @dataclass(frozen=True)
@@ -121,33 +124,61 @@ def export_winners(
 ) -> Path:
     """Write the schedules (no timings) of the layouts chosen last to ``<folder>/<cpu family>.json``.
 
-    Winners of shapes, regimes and thread counts that this store does not know stay as they are, except those
-    that read another layout than the new ones of their shape: its weights are packed once. ``tuned_on`` names
-    the CPU, the compiler, the harness and the version of the newest. The text is a pure function of what it
-    holds, so a diff shows what changed. Returns the path of the file.
+    Winners of shapes, ISA levels, regimes and thread counts that this store does not know stay as they are,
+    except those that read another layout than the new ones of their shape and level: weights are packed once.
+    ``tuned_on`` names the CPU, the compiler, the harness and the version of the newest. The text is a pure
+    function of what it holds, so a diff shows what changed. Returns the path of the file.
     """
     target = _family_path(cpu.family, ensure_dir(winners_dir() if folder is None else folder))
     before = _read(target)
-    merged = {_slot(winner): winner for winner in (before.winners if before else ())}
+    kept = before.winners if before else ()
     tuned_on = dict(before.tuned_on) if before else {}
     for record in store.tunings:
-        current = record.current(fingerprints)
-        layout = store.layout(record.shape, fingerprints, group=record.layout.group)
-        new = [winner for winner in current if winner.spec.layout == layout]
-        at = {(record.shape, winner.threads, record.layout.group) for winner in new}
-        merged = {
-            slot: old
-            for slot, old in merged.items()
-            if old.spec.layout == layout or (old.shape, old.threads, old.spec.layout.group) not in at
-        }
-        for winner in new:
-            entry = _Entry(record.shape, winner.threads, winner.spec)
-            merged[_slot(entry)] = entry
-            tuned_on = dump(winner.fingerprint) | {"version": __version__}
-            del tuned_on["kernel"]
-    content = _File(
-        SCHEMA, cpu.family, Traits.of(cpu, isas), tuned_on, tuple(merged[slot] for slot in sorted(merged))
-    )
+        new, group = [], record.layout.group
+        for winner in record.current(fingerprints):
+            if winner.spec.layout == store.layout(record.shape, fingerprints, winner.spec.isa, group):
+                new.append(_Entry(record.shape, winner.threads, winner.spec))
+                tuned_on = dump(winner.fingerprint) | {"version": __version__}
+                del tuned_on["kernel"]
+        kept = _folded(kept, new)
+    return _write(target, _File(SCHEMA, cpu.family, Traits.of(cpu, isas), tuned_on, kept))
+
+
+def merge_winners(file: Path, isas: Iterable[Isa], folder: Path | None = None) -> Path:
+    """Fold what somebody exported into the winners of its family in ``folder`` (None: those committed).
+
+    Each schedule must be a legal one of today's: what comes from elsewhere is not believed. Winners of
+    shapes, regimes, thread counts and ISA levels that ``file`` does not have stay. Returns the path of the
+    family's file. FileError: ``file`` is no export, or holds a schedule that is not legal.
+    """
+    if not file.is_file():
+        raise FileError(f"there is no file {file}")
+    new = load(_File, load_json(file), str(file))
+    if new.schema != SCHEMA or not new.winners or not _FAMILY.fullmatch(new.cpu_family):
+        raise FileError(f"{file} holds no winners of a CPU family in schema {SCHEMA}")
+    levels = {isa.name: isa for isa in isas}
+    for entry in new.winners:
+        spec, level = entry.spec, levels.get(entry.spec.isa)
+        if level is None or level.name not in new.traits.isas:
+            raise FileError(f"{file}: {spec.name} is for {spec.isa}, which {new.cpu_family} does not run")
+        space = space_for(spec.family, level, regime_named(spec.regime), entry.shape, detect_cpu())
+        if texts := [rule.text for rule in space.broken(spec) if not rule.local]:
+            raise FileError(f"{file}: {spec.name} is not legal: {'; '.join(texts)}")
+    target = _family_path(new.cpu_family, ensure_dir(winners_dir() if folder is None else folder))
+    before = _read(target)
+    merged = _folded(before.winners if before else (), new.winners)
+    return _write(target, replace(new, winners=merged))
+
+
+def _folded(winners: Iterable[_Entry], new: Iterable[_Entry]) -> tuple[_Entry, ...]:
+    """Winners with ``new`` ones in their places, in order; what reads another layout than those goes."""
+    layouts = {_weights(entry): entry.spec.layout for entry in new}
+    same = (old for old in winners if layouts.get(_weights(old), old.spec.layout) == old.spec.layout)
+    kept = {_slot(entry): entry for entry in (*same, *new)}
+    return tuple(kept[slot] for slot in sorted(kept))
+
+
+def _write(target: Path, content: _File) -> Path:
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(dump(content), indent=1) + "\n", encoding="utf-8")
@@ -173,8 +204,13 @@ def _winners(path: Path) -> FamilyWinners | None:
     return FamilyWinners(file.cpu_family, file.traits, tuple(entry.job for entry in file.winners))
 
 
-def _slot(winner: _Entry) -> tuple[Shape, str, int, int]:
-    return winner.shape, winner.spec.regime, winner.threads, winner.spec.layout.group
+def _weights(winner: _Entry) -> tuple[Shape, str, int, int]:
+    """What is packed once, in one layout: for an ISA level and a number of threads."""
+    return winner.shape, winner.spec.isa, winner.threads, winner.spec.layout.group
+
+
+def _slot(winner: _Entry) -> tuple[Shape, str, int, int, str]:
+    return (*_weights(winner), winner.spec.regime)
 
 
 def _family_path(cpu_family: str, folder: Path) -> Path:

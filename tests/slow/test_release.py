@@ -11,8 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import foreign
 import libraries
 import pytest
 from distributions import rewritten
@@ -20,6 +22,7 @@ from distributions import rewritten
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.elf import read_requirements
 from bitgen.bundle.units import library_units_of
+from bitgen.bundle.write import write_library
 from bitgen.cpu import CAP_VARIABLE, load_isas
 from bitgen.toolchain import Compiler, Toolchain, find_cross_compilers, release_compiler
 
@@ -69,6 +72,61 @@ def test_the_release_compiler_asks_for_old_symbols_only(arch: str, tmp_path: Pat
     assert asks.glibc is not None
     assert asks.glibc <= (2, 17)
     assert asks.wheel_tag == f"py3-none-manylinux_2_17_{arch}.manylinux2014_{arch}"
+
+
+# ---- other machines: the same library text, as programs in C see it
+
+
+def universal(compiler: Compiler, arch: str, levels: Sequence[str], out: Path) -> Path:
+    isas = [isa for isa in load_isas() if isa.name in ("scalar", *levels)]
+    toolchain = Toolchain(compiler, cache_dir=libraries.shared_cache(), timeout_s=900, strip=True)
+    target = Target.every(arch, "Linux", isas)
+    return write_library((), toolchain, out, f"universal-{arch}", target, check=False, release=True)
+
+
+def example_of(bundle: Path, compiler: Compiler, folder: Path) -> Path:
+    program = folder / "example"
+    link = [f"-L{bundle}", f"-lbitgen-{bundle.name}", f"-Wl,-rpath,{bundle}", "-lm", "-lpthread"]
+    words = [*compiler.command, "-std=c99", "-O1", "-ffp-contract=off", f"-I{bundle}", "-o", str(program)]
+    subprocess.run([*words, str(ROOT / "examples" / "c" / "example.c"), *link], check=True)
+    return program
+
+
+def test_on_arm_the_level_of_the_core_is_chosen(tmp_path: Path) -> None:
+    """On three of qemu's cores, the last with SVE registers of 32 bytes."""
+    if reason := foreign.why_not():
+        pytest.skip(reason)
+    cores = {
+        "cortex-a72": "neon",
+        "neoverse-n1": "neon_dotprod",
+        "max,sve-default-vector-length=32": "sve256",
+    }
+    compiler = foreign.cross_compilers()[0]
+    bundle = universal(compiler, "aarch64", list(cores.values()), tmp_path)
+    program = example_of(bundle, compiler, tmp_path)
+    for core, level in cores.items():
+        done = foreign.emulate([str(program)], core)
+        said = done.stdout.decode()
+        assert done.returncode == 0, f"{core}: {done.stderr.decode()}"
+        assert said.endswith("OK: 1500 values equal those of the naive loop\n")
+        assert said.splitlines()[0].endswith(f"__{level}"), core
+
+
+def test_the_musl_variant_runs_under_musls_loader(tmp_path: Path) -> None:
+    loader = Path("/lib/ld-musl-x86_64.so.1")
+    if platform.machine() != "x86_64" or not loader.exists():
+        pytest.skip("needs x86-64 and musl: apt-get install musl")
+    compiler = release_compiler("x86_64", "Linux", libc="gnu")
+    if compiler.kind != "zig":
+        pytest.skip("needs pip install ziglang")
+    compiler = release_compiler("x86_64", "Linux", libc="musl")
+    bundle = universal(compiler, "x86_64", ["avx2"], tmp_path)
+    asks = read_requirements(bundle / f"libbitgen-{bundle.name}.so")
+    assert (asks.glibc, asks.wheel_tag) == (None, "py3-none-musllinux_1_2_x86_64")
+    program = example_of(bundle, compiler, tmp_path)
+    done = subprocess.run([str(loader), str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("OK: 1500 values equal those of the naive loop\n")
 
 
 # ---- bitgen bundle make

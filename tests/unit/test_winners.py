@@ -12,9 +12,10 @@ from test_store import LARGE, R16, R32, of_layout, others, tuning
 from bitgen import __version__, winners
 from bitgen.api import choices_for
 from bitgen.bundle import KernelEntry, read_bundle
+from bitgen.cli import main
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
-from bitgen.errors import BitgenError
+from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import find_model
 from bitgen.llm import library_for
 from bitgen.measure import Job
@@ -70,6 +71,33 @@ def test_no_two_layouts_are_exported_for_one_shape(tmp_path: Path) -> None:
     for store in (first, second):
         export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path)
     assert [winner.spec for winner in family_winners("zen5", tmp_path)] == [of_layout(R32)]
+
+
+def test_what_others_exported_is_merged_once_it_is_legal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape, isa = Shape(3200, 3200), find_isa("avx2", ISAS)
+    spaces = {name: space_for("i2s", isa, regime_named(name), shape, cpu("zen2")) for name in ("n1", "large")}
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    points = {name: next(p for p in space if p.layout == R16) for name, space in spaces.items()}
+    other = next(p for p in spaces["n1"] if p.layout == R16 and p != points["n1"])
+    for folder, chosen in ((mine, [points["n1"], points["large"]]), (theirs, [other])):
+        tuned = replace(tuning([(point, 2) for point in chosen]), shape=shape)
+        export_winners(store_with(folder / "r.jsonl", tuned), fingerprints, cpu("zen2"), ISAS, folder)
+    exported = theirs / "zen2.json"
+    assert main(["export", "--merge", str(exported), "--out", str(mine)]) == 0
+    assert capsys.readouterr().out.strip() == str(mine / "zen2.json")
+    assert {winner.spec for winner in family_winners("zen2", mine)} == {other, points["large"]}
+    text = exported.read_text()
+    for old, new, why in (
+        ('"cpu_family": "zen2"', '"cpu_family": "../zen2"', "holds no winners of a CPU family"),
+        ('"isa": "avx2"', '"isa": "neon"', "which zen2 does not run"),
+        ('"streams": ', '"streams": 99', "is not legal"),
+    ):
+        exported.write_text(text.replace(old, new))
+        assert main(["export", "--merge", str(exported), "--out", str(mine)]) == FileError.exit_code
+        assert why in capsys.readouterr().err
+    assert {winner.spec for winner in family_winners("zen2", mine)} == {other, points["large"]}
 
 
 def test_an_export_says_what_it_was_tuned_on_and_nothing_of_the_folders(tmp_path: Path) -> None:
@@ -139,13 +167,13 @@ def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
         data = json.loads(path.read_text())
         assert data["cpu_family"] == path.stem
         assert set(data["tuned_on"]) == {"cpu", "compiler", "templates", "version"}
-        layouts: dict[tuple[Shape, int], set[Layout]] = {}
+        layouts: dict[tuple[Shape, int, str], set[Layout]] = {}
         for winner in family_winners(path.stem):
             spec, level = winner.spec, find_isa(winner.spec.isa, ISAS)
             assert level.name in data["traits"]["isas"]
             space = space_for(spec.family, level, regime_named(spec.regime), winner.shape, cpu(path.stem))
             assert not [rule.text for rule in space.broken(spec) if not rule.local], spec.name
-            layouts.setdefault((winner.shape, winner.threads), set()).add(spec.layout)
+            layouts.setdefault((winner.shape, winner.threads, spec.isa), set()).add(spec.layout)
         assert all(len(found) == 1 for found in layouts.values())
 
 
