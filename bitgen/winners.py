@@ -113,10 +113,10 @@ def nearest_winners(cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None) -
 
 
 def committed_shapes(arch: str, folder: Path | None = None) -> tuple[Shape, ...]:
-    """The shapes that some family of an architecture has winners for, in order."""
+    """The shapes without groups that some family of an architecture has winners for, in order."""
     found = (_winners(path) for path in (winners_dir() if folder is None else folder).glob("*.json"))
-    shapes = {job.shape for known in found if known and known.traits.arch == arch for job in known.winners}
-    return tuple(sorted(shapes))
+    jobs = [job for known in found if known and known.traits.arch == arch for job in known.winners]
+    return tuple(sorted({job.shape for job in jobs if not job.spec.layout.group}))
 
 
 def export_winners(
@@ -161,7 +161,8 @@ def merge_winners(file: Path, isas: Iterable[Isa], folder: Path | None = None) -
         spec, level = entry.spec, levels.get(entry.spec.isa)
         if level is None or level.name not in new.traits.isas:
             raise FileError(f"{file}: {spec.name} is for {spec.isa}, which {new.cpu_family} does not run")
-        space = space_for(spec.family, level, regime_named(spec.regime), entry.shape, detect_cpu())
+        regime, group = regime_named(spec.regime), spec.layout.group
+        space = space_for(spec.family, level, regime, entry.shape, detect_cpu(), group)
         if texts := [rule.text for rule in space.broken(spec) if not rule.local]:
             raise FileError(f"{file}: {spec.name} is not legal: {'; '.join(texts)}")
     target = _family_path(new.cpu_family, ensure_dir(winners_dir() if folder is None else folder))

@@ -126,7 +126,7 @@ def _named(name: str) -> tuple[Cpu, bool]:
 
 
 def _family_library(release: Release, name: str, target: Target, folder: Path) -> Path:
-    chosen = committed_kernels(target, release.model.shapes)
+    chosen = committed_kernels(target, release.model.shapes, group=release.model.group)
     cpu = target.cpu
     return write_library(
         chosen.entries,

@@ -31,12 +31,15 @@ class Chosen:
     origin: str
 
 
-def committed_kernels(target: Target, shapes: Iterable[Shape], folder: Path | None = None) -> Chosen:
+def committed_kernels(
+    target: Target, shapes: Iterable[Shape], folder: Path | None = None, group: int = 0
+) -> Chosen:
     """The kernels of ``shapes`` for a family's library, at its level, or at each level of a universal one.
 
-    ``folder``: of the winners (default: those that are committed).
+    ``folder``: of the winners (default: those that are committed). ``group``: weights along k that share a
+    scale; 0: scales lie outside.
     """
-    wanted = tuple(dict.fromkeys(shapes))
+    wanted = [(shape, group) for shape in dict.fromkeys(shapes)]
     levels = target.levels if target.universal else (target.isa,)
     parts = [_at_level(target.cpu_of(isa), isa, wanted, target.isas, folder) for isa in levels]
     entries = tuple(entry for part in parts for entry in part.entries)
@@ -53,15 +56,15 @@ def every_committed_shape(arch: str, folder: Path | None = None) -> tuple[Shape,
 
 
 def _at_level(
-    cpu: Cpu, isa: Isa, shapes: Sequence[Shape], isas: Sequence[Isa], folder: Path | None
+    cpu: Cpu, isa: Isa, shapes: Sequence[tuple[Shape, int]], isas: Sequence[Isa], folder: Path | None
 ) -> Chosen:
     near = nearest_winners(cpu, isas, folder)
     if near is None:
         return Chosen((), "default", f"no family of {cpu.arch} has winners: default schedules")
     entries: list[KernelEntry] = []
     moved = False
-    for shape in shapes:
-        jobs = [job for job in near.winners if job.shape == shape]
+    for shape, group in shapes:
+        jobs = [job for job in near.winners if (job.shape, job.spec.layout.group) == (shape, group)]
         own = [job for job in jobs if job.spec.isa == isa.name]
         specs = [_legal(job, isa, cpu) for job in own or jobs]
         if specs and None not in specs:
@@ -82,7 +85,7 @@ def _at_level(
 def _legal(job: Job, isa: Isa, cpu: Cpu) -> KernelSpec | None:
     """A winner on another level or other caches: itself where it is legal, else the nearest that is."""
     spec = replace(job.spec, isa=isa.name)
-    space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu)
+    space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu, spec.layout.group)
     if not space.broken(spec):
         return spec
     alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
