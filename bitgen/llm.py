@@ -29,6 +29,7 @@ from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
 from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
+from bitgen.inference.draft_model import DraftModel
 from bitgen.inference.engine import Head, Kv
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
@@ -53,6 +54,7 @@ class LLM:
     ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means one
     a physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
     ``batch`` the number of sequences there is room for from the start (a list of prompts makes more).
+    ``draft`` is a small model of the same vocabulary, which drafts what the large one checks: the same text.
     ``progress`` is called with a `Progress` of what takes long. BitgenError when anything does not fit.
     """
 
@@ -66,6 +68,7 @@ class LLM:
         kv: Kv = "f16",
         head: Head = "exact",
         batch: int = 1,
+        draft: str | Path | None = None,
         progress: Report | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -77,6 +80,8 @@ class LLM:
         self.table = table = load(library or library_for(config, progress), threads)
         self._open = partial(open_engine, file, table, context=positions, kv=kv, head=head, progress=progress)
         self._setup(self._open(batch=batch), config, tokenizer)
+        if draft is not None:
+            self._add_draft(draft, library, threads, batch, progress)
         self.scheduler.timings.load_s = time.perf_counter() - started
         self._note_untuned(table, model)
         if error := self.engine.head_error:
@@ -99,8 +104,25 @@ class LLM:
         self.notes = list(self.tokenizer.notes)  # what a user should know
 
     table: KernelTable | None = None  # None for `over`
+    _draft_table: KernelTable | None = None
+    _drafts: DraftModel | None = None
     _content: Callable[[], str] = staticmethod(lambda: "")  # what the bytes of the KV cache depend on
     _open: Callable[..., EngineProtocol] | None = None  # makes the engine again, for another batch
+
+    def _add_draft(
+        self, path: str | Path, library: str | Path | None, threads: int | None, batch: int, progress: Any
+    ) -> None:
+        """Let a small model draft. UsageError when its vocabulary is another one."""
+        file = open_model(path)
+        same = file.config.vocab == self.config.vocab
+        if not same or Tokenizer(file.tokenizer_data).ids != self.tokenizer.ids:
+            raise UsageError(f"{path} has another vocabulary than the model that it is to draft for")
+        positions = min(self.context, file.config.context)
+        if positions < self.context:
+            self.notes.append(f"the draft model has {positions} positions: behind them nothing is drafted")
+        self._draft_table = load(library or library_for(file.config, progress), threads)
+        engine = open_engine(file, self._draft_table, context=positions, batch=batch, progress=progress)
+        self.scheduler.drafts = self._drafts = DraftModel(Scheduler(engine))
 
     def _make_room(self, sequences: int) -> None:
         """An engine for as many sequences at once, up to what the kernels for small batches take."""
@@ -129,8 +151,11 @@ class LLM:
     def close(self) -> None:
         """Free the engine's memory and end its threads."""
         self.engine.close()
-        if self.table is not None:
-            self.table.close()
+        if self._drafts is not None:
+            self._drafts.close()
+        for table in (self.table, self._draft_table):
+            if table is not None:
+                table.close()
 
     @property
     def context(self) -> int:
@@ -243,6 +268,12 @@ class LLM:
     def grammars(self) -> Grammars:
         """Grammars of this model's tokens. BitgenError without llguidance."""
         return Grammars(self.tokenizer, self.config.vocab)
+
+    def limit_stall(self, seconds: float) -> None:
+        """Compute prompts in parts that take no longer, with steps of running texts between them."""
+        self.scheduler.max_stall_s = seconds
+        if self._drafts is not None:
+            self._drafts.limit_stall(seconds)
 
     # ---- Prompt cache files ----
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.arguments import add_model, add_sampling, open_llm, print_timings, sampling_options
+from bitgen.cli.arguments import add_draft, add_model, add_sampling, open_llm, print_timings, sampling_options
 from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_draft(parser)
     parser.add_argument("-sys", "--system-prompt", metavar="TEXT", help="the system message")
     parser.add_argument("-p", "--prompt", help="the first message of the user")
     add_sampling(parser, tokens=-1)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bitgen.cli.arguments import (
+    add_draft,
     add_model,
     add_sampling,
     load_cache,
@@ -18,6 +19,7 @@ from bitgen.cli.arguments import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_draft(parser)
     source = parser.add_argument_group("the prompt").add_mutually_exclusive_group()
     source.add_argument("-p", "--prompt", help="the text to continue")
     source.add_argument("-f", "--file", type=Path, help="read it from a file; - is standard input")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.arguments import add_model, load_cache, open_llm
+from bitgen.cli.arguments import add_draft, add_model, load_cache, open_llm
 from bitgen.errors import BitgenError, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _PARALLEL_MAX = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
+    add_draft(parser)
     group = parser.add_argument_group("the server")
     group.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
     group.add_argument("--port", type=int, default=8080, help="0: any that is free (8080)")
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise BitgenError(f"{error.name} is not installed: pip install 'bitgen[serve]'") from None
     access = _access(args)
     with listen(args.host, args.port) as sock, open_llm(args, batch=args.parallel) as llm:
-        llm.scheduler.max_stall_s = args.max_stall / 1e3
+        llm.limit_stall(args.max_stall / 1e3)
         settings = _settings(args, llm, access)
         _, cache, _ = llm.memory
         port = sock.getsockname()[1]

@@ -91,6 +91,16 @@ class Event(NamedTuple):
     text: str
 
 
+class Drafts(Protocol):
+    """Who drafts for all sequences: `bitgen.inference.draft_model.DraftModel`."""
+
+    def length(self, running: int, room: int) -> int: ...
+
+    def draft(self, slot: int, sequence: Sequence, most: int) -> list[int] | None: ...
+
+    def learn(self, running: int, length: int, seconds: float, tokens: int) -> None: ...
+
+
 class Held(NamedTuple):
     """What a slot of the KV cache holds: whose request computed it, the tokens, and their bytes."""
 
@@ -141,6 +151,7 @@ class Scheduler:
         self.engine = engine
         self.timings = Timings()
         self.max_stall_s = max_stall_s
+        self.drafts: Drafts | None = None
         self._clock = clock
         self._tokenizer = tokenizer
         self._waiting: deque[Sequence] = deque()
@@ -347,15 +358,22 @@ class Scheduler:
         """One token, or several of a draft that are accepted, for every one of the ``running`` sequences."""
         started = self._clock()
         room = max(0, FEW // len(running) - 1)
+        length = self.drafts.length(len(running), room) if self.drafts else 0
+        reading = False
         rows, wants = [], []
         for slot, sequence in running.items():
-            draft = sequence.draft(min(room, self.engine.context - len(sequence.whole)))
+            most = sequence.room(min(room, self.engine.context - len(sequence.whole)))
+            if self.drafts is None or sequence.drafts_itself:
+                draft = sequence.draft(most)
+            else:
+                found = self.drafts.draft(slot, sequence, min(length, most)) if length else []
+                draft, reading = found or [], reading or found is None
             rows.append(Row(slot, [sequence.whole[-1], *draft]))
             wants += [sequence.want(self.engine.config.vocab, draft[:i]) for i in range(len(draft) + 1)]
         answers = self._answers(rows, wants)
         self.timings.steps += 1
         self.timings.step_s += self._clock() - started
-        events, at = [], 0
+        events, at, tokens = [], 0, self.timings.step_tokens
         for slot, fed, _ in rows:
             sequence = running[slot]
             pieces = []
@@ -371,6 +389,9 @@ class Scheduler:
                 self.timings.accepted += len(pieces) - 1
                 self._forget(slot, len(sequence.whole) - 1)
             events.append(Event(sequence, "".join(pieces)))
+        if self.drafts and not reading:
+            made = self.timings.step_tokens - tokens
+            self.drafts.learn(len(running), length, self._clock() - started, made)
         return events
 
     def _sample(self, sequence: Sequence, answer: Floats | Chosen) -> str:
@@ -381,6 +402,20 @@ class Scheduler:
         return piece
 
     # ---- Plain tokens ----
+
+    def catch_up(self, slot: int, tokens: Items[int]) -> bool:
+        """Compute a part of ``tokens`` in a slot; whether all but one chunk of them are there."""
+        self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
+        if (lacking := len(tokens) - len(self._held[slot])) > (size := self._chunk()):
+            part = tokens[len(self._held[slot]) :][:size]
+            self.forward([Row(slot, part, [False] * len(part))])
+        return lacking <= size
+
+    def ask(self, slot: int, tokens: Items[int], want: Want) -> Any:
+        """What ``want`` gives at the end of ``tokens``, of which a slot lacks few."""
+        self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
+        part = tokens[len(self._held[slot]) :]
+        return self._answers([Row(slot, part)], [*[Nothing()] * (len(part) - 1), want])[-1]
 
     def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
         """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).

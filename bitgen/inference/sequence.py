@@ -71,13 +71,27 @@ class Sequence:
         """The seed it is sampled with."""
         return self._sampler.seed
 
+    @property
+    def drafts_itself(self) -> bool:
+        """Whether its drafts come from its own text or grammar."""
+        return self._grammar is not None or self._drafter is not None
+
+    def room(self, most: int) -> int:
+        """How many of ``most`` tokens a draft may have."""
+        limit = self.request.max_tokens
+        return max(0, most if limit is None else min(most, limit - len(self.tokens) - 1))
+
+    def guess(self, answer: Floats | Chosen, drafted: Items[int]) -> int:
+        """What it would sample behind ``drafted`` tokens, if these logits were its own model's."""
+        return self._sampler.take(answer, [*self.whole, *drafted], len(self.tokens) + len(drafted))
+
+    def would_end(self, token: int) -> bool:
+        return token in self._tokenizer.end_ids and not self.request.ignore_end
+
     def draft(self, most: int) -> list[int]:
         """Up to ``most`` tokens that may come next."""
-        request = self.request
-        if request.max_tokens is not None:
-            most = min(most, request.max_tokens - len(self.tokens) - 1)
         if self._grammar is not None:
-            return self._grammar.forced()[: max(0, most)]
+            return self._grammar.forced()[:most]
         return [] if self._drafter is None else self._drafter.draft(self.whole, most)
 
     def learn(self, drafted: int, accepted: int) -> None:
@@ -122,7 +136,7 @@ class Sequence:
         self.whole.append(token)
         if self._drafter is not None:
             self._drafter.add(self.whole)
-        if token in self._tokenizer.end_ids and not self.request.ignore_end:
+        if self.would_end(token):
             return self._end("end")
         goes_on = self._grammar is None or self._follow(token)
         piece = self._stop.feed(self._stream.feed(token))
