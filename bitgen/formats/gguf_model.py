@@ -24,7 +24,7 @@ from bitgen.formats.architectures import (
 )
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.gguf import BY_ID, GgufFile, TensorInfo, read_gguf
-from bitgen.formats.matrices import ternary_matrix
+from bitgen.formats.matrices import ternary_head, ternary_matrix
 from bitgen.formats.quants import DENSE, dequantize
 from bitgen.formats.rope import Yarn
 from bitgen.formats.source import Settings, short
@@ -254,8 +254,7 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
         )
     final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
     head = embedding if lm_head is None else lm_head
-    matrix = ternary_matrix(head.name, head.type, head.shape, head.data) if head.is_ternary else None
-    return Weights(config, embedding, lm_head, final, layers, matrix)
+    return Weights(config, embedding, lm_head, final, layers, ternary_head(head, config.group))
 
 
 # Before each of its seven matrices.

@@ -32,7 +32,7 @@ from bitgen.formats.architectures import (
 )
 from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.hf_tokenizer import hf_tokenizer
-from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_matrix
+from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_head, ternary_matrix
 from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.formats.quants import dequantize
 from bitgen.formats.rope import Yarn, llama3_divisors
@@ -242,7 +242,8 @@ def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
             f"the tensor {extra[0][:100]!r} ({len(extra)} such) belongs to no {config.architecture} model "
             "that bitgen runs (biases and experts are not supported)"
         )
-    return Weights(config, table, lm_head, final, layers)
+    head = table if lm_head is None else lm_head
+    return Weights(config, table, lm_head, final, layers, ternary_head(head, config.group))
 
 
 def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWeights:

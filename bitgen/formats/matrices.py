@@ -22,10 +22,12 @@ from bitgen.formats.ternary import (
     decode_i2_s,
     ternary_of_floats,
 )
-from bitgen.formats.weights import GroupScales, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, GroupScales, TernaryMatrix
 from bitgen.spec import Shape
 
 _CHUNK_VALUES = 1 << 20  # decoded at once while a whole matrix is read for its scales: 4 MB of float32
+_FLOATS = ("f32", "f16", "bf16")
+_ROWS_TRIED = 64
 _GROUPS = (256, 128, 64, 32)  # sizes of groups that kernels know
 _ABSMEAN_FLOOR = 1e-5
 
@@ -38,6 +40,26 @@ def ternary_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) ->
     if kind in TERNARY:
         return _blocks(name, kind, Shape(m, k), data.reshape(m, -1))
     return _floats(name, kind, Shape(m, k), data.reshape(m, DENSE[kind].row_bytes(k)))
+
+
+def ternary_head(head: DenseMatrix, group: int) -> TernaryMatrix | None:
+    """The matrix that makes logits, for the ternary kernels; None where it is not ternary.
+
+    ``group``: of the model's matrices; a head of floats is ternary where some of its rows are, which is how
+    models with groups are unpacked. A row that is not makes reading it a FileError.
+    """
+    if head.is_ternary or (group and head.type in _FLOATS and _is_probably_ternary(head, group)):
+        return ternary_matrix(head.name, head.type, head.shape, head.data)
+    return None
+
+
+def _is_probably_ternary(head: DenseMatrix, group: int) -> bool:
+    some = np.unique(np.linspace(0, head.shape[0] - 1, _ROWS_TRIED).astype(np.int64))
+    try:
+        ternary_of_floats(head.type, head.data[some], head.shape[1], head.name, group)
+    except FileError:
+        return False
+    return True
 
 
 def _i2_s(name: str, shape: Shape, data: Bytes) -> TernaryMatrix:

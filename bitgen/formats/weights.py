@@ -297,7 +297,7 @@ class LayerWeights:
 class Weights:
     """A whole model. ``lm_head`` is None when the embedding serves as it too.
 
-    ``ternary_head`` is the matrix that makes logits once more, where it is ternary in blocks: kernels run it.
+    ``ternary_head`` is the matrix that makes logits once more, where it is ternary: kernels run it.
     """
 
     config: ModelConfig

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitgen.formats.architectures import matrices_of, norms_of
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.formats.matrices import ternary_matrix
+from bitgen.formats.matrices import ternary_head
 from bitgen.formats.ternary import TERNARY, encode_blocks
 from bitgen.formats.weights import DenseMatrix, GroupScales, LayerWeights, TernaryMatrix, Weights
 from bitgen.spec import Shape
@@ -50,7 +50,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         lm_head=lm_head,
         final_norm=norm(config.hidden),
         layers=tuple(layer() for _ in range(config.layers)),
-        ternary_head=ternary_matrix(head.name, head.type, head.shape, head.data) if is_ternary else None,
+        ternary_head=ternary_head(head, 0),
     )
 
 

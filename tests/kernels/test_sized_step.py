@@ -46,7 +46,7 @@ def config_with(sizes: StepSizes, **changes: Any) -> ModelConfig:
     return small_config(**{**fields, "kv_heads": 1, "layers": 1, **changes})
 
 
-FITS = ("silu, sub-norms", "relu2, norms of q and k")
+FITS = ("silu, sub-norms", "relu2, norms of q and k", "groups, sub-norms")
 
 
 def models(sizes: StepSizes) -> dict[str, ModelConfig]:
@@ -54,6 +54,7 @@ def models(sizes: StepSizes) -> dict[str, ModelConfig]:
     return {
         FITS[0]: config_with(sizes, kv_heads=sizes.q_rows // sizes.head_dim),
         FITS[1]: config_with(sizes, activation="relu2", sub_norms=False, qk_norm=True, tied_head=False),
+        FITS[2]: config_with(sizes, group=64),
         "another hidden": config_with(sizes, hidden=sizes.hidden - 30),
         "another ffn": config_with(sizes, ffn=sizes.ffn - 7),
         "more heads": config_with(sizes, heads=3),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_model import dot, exact_logits
+from model_files import grouped_model, write_model
 from reference_model import logits_of, random_dense, small_config
 from step_levels import LEVELS
 
@@ -21,6 +22,7 @@ from bitgen.abi import DENSE_TYPES, STAGES
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig, ModelPreset, load_models
+from bitgen.formats.open import open_model
 from bitgen.formats.quants import DENSE
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference import weight_cache as packed
@@ -397,9 +399,10 @@ def spoilt_rows(matrix: DenseMatrix, value: float) -> Any:
     return rows
 
 
+@pytest.mark.parametrize("group", [0, 64])
 @pytest.mark.parametrize("where", ["norm", "embedding", "final", "sub-norm", "head NaN", "head inf"])
-def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, where: str) -> None:
-    config = small_config(tied_head=False)
+def test_what_is_not_finite_is_an_error_and_the_engine_lives_on(tables: Any, where: str, group: int) -> None:
+    config = small_config(tied_head=False, group=group)
     weights = random_weights(config, 1)
     layer = weights.layers[1]
     huge = np.full(config.hidden, 3e38, np.float32)
@@ -487,6 +490,41 @@ def test_the_step_checks_its_model(tables: Any) -> None:
     engine = Engine(weights, tables())
     other = engine._model.layer[0].o.packed
     assert code(layer("down", "packed", other)) == lib.BITGEN_ERROR_SHAPE
+
+
+def test_the_step_checks_groups_and_a_ternary_head(tables: Any) -> None:
+    """Wrong groups are an error, and so are logits of a ternary head that are not finite."""
+    config = CONFIGS["groups of 128, a ternary head"]
+    weights = random_weights(config, 1)
+    engine = Engine(weights, tables())
+    expected = feed(engine, [1, 2])
+    engine.truncate(0, 0)
+    for matrix in (engine._model.layer[0].o, engine._model.lm_head):
+        matrix.group = 64
+        with pytest.raises(BitgenError):
+            feed(engine, [1])
+        matrix.group = 128
+    assert np.array_equal(feed(engine, [1, 2]), expected)
+    huge = replace(weights, final_norm=np.full(config.hidden, 3e38, np.float32))
+    with pytest.raises(BitgenError, match="NaN or infinity"):
+        feed(Engine(huge, tables()), [1])
+    q8 = Engine(weights, tables(), head="q8")
+    assert q8.memory.weights < engine.memory.weights + 97 * (256 + 4)
+    assert np.abs(feed(q8, [1, 2]) - expected).max() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["q2_0", "tq1_0", "f16"])
+def test_files_with_groups_run(tables: Any, tmp_path: Path, kind: str, bitgen_home: Path) -> None:
+    """The bits of the exact model, packed and then mapped; how the scales lie is found once."""
+    path = write_model(tmp_path / "m.gguf", grouped_model(group=256 if kind == "tq1_0" else 128), kind)
+    model = open_model(path)
+    ids = ids_of(model.config, 9)
+    expected = exact_logits(model.weights, ids)
+    for _ in range(2):
+        assert np.array_equal(
+            feed(Engine(open_model(path).weights, tables(), fingerprint="abc"), ids), expected
+        )
+    assert len(cache_entries()) == 2
 
 
 def test_a_busy_table_and_a_closed_engine_say_so(tables: Any) -> None:

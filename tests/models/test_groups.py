@@ -78,6 +78,19 @@ def test_unpacked_safetensors(tmp_path: Path) -> None:
     check(model, open_model(folder))
 
 
+def test_the_head_is_ternary_where_its_rows_are(tmp_path: Path) -> None:
+    model = grouped_model(tied_head=False)
+    assert model.head is not None
+    for kind in ("pq2_0", "f16"):
+        head = open_model(write_model(tmp_path / "m.gguf", model, kind)).weights.ternary_head
+        assert head is not None
+        assert head.group == 128
+        assert np.array_equal(head.values(0, 259), model.head)
+    model.w.pop("output")
+    model.head[::50, 7] = 0.123
+    assert open_model(write_model(tmp_path / "m.gguf", model, "f16")).weights.ternary_head is None
+
+
 def test_a_binary_model(tmp_path: Path) -> None:
     model = grouped_model()
     for key, w in model.w.items():
