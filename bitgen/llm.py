@@ -66,7 +66,7 @@ class LLM:
         threads: int | None = None,
         context: int | None = None,
         kv: Kv = "f16",
-        head: Head = "exact",
+        head: Head = "full",
         batch: int = 1,
         draft: str | Path | None = None,
         progress: Report | None = None,

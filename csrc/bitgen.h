@@ -310,6 +310,11 @@ struct bitgen_model {
     void *cache;                      /* bitgen_cache_bytes bytes, 64-byte aligned, zeros at first */
     const struct bitgen_layer *layer; /* (layers) */
     struct bitgen_matrix lm_head;     /* (vocab, hidden): logits are those of this matrix; packed NULL: of `head` */
+    /* Rows of BITGEN_DENSE_I8 near those of the head, or data NULL: rows that want the best read these, and of the head
+     * what may be among the best; their answers are the same bits. For a hidden state x the logits by a row of both are
+     * at most screen_bound * |x| apart. */
+    struct bitgen_dense screen;
+    const float *screen_bound; /* (vocab), or NULL */
 };
 
 /* What a token's row of a forward pass gives. */

@@ -23,6 +23,7 @@ enum {
     GROUP_LEAST = 32, /* weights along k that share a scale, at least and at most */
     GROUP_MOST = 256,
     HEAD_ROWS = 64,       /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
+    SCREEN_SHARE = 16,    /* of the head's rows that may be read by way of its screen; more are faster read in order */
     INLINE_WORK = 1 << 14 /* elements below which a loop over tokens is not worth waking threads */
 };
 static const uint32_t INFINITE = 0x7f800000;   /* the bits of infinity */

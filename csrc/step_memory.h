@@ -86,7 +86,11 @@ static int32_t check_model(const struct bitgen_model *model, const struct bitgen
     if (!tokens->x && model->embedding.type == BITGEN_DENSE_I8) return BITGEN_ERROR_MODEL;
     for (int64_t i = 0; i < model->layers; ++i)
         if (!model->layer[i].attn_norm || !model->layer[i].ffn_norm) return BITGEN_ERROR_NULL;
-    return model->lm_head.packed ? BITGEN_OK : check_dense(&model->head, model->hidden);
+    if (model->lm_head.packed) return BITGEN_OK;
+    code = check_dense(&model->head, model->hidden);
+    if (code || !model->screen.data) return code;
+    if (!model->screen_bound) return BITGEN_ERROR_NULL;
+    return model->screen.type == BITGEN_DENSE_I8 ? check_dense(&model->screen, model->hidden) : BITGEN_ERROR_MODEL;
 }
 
 /* --- work memory --- */
@@ -96,10 +100,11 @@ struct block {
     int32_t first, count;
 };
 
-/* Rows that stand together in `final` and whose logits do so in memory: one call of the head. */
+/* Rows that stand together in `final` and whose logits do so in memory: one call of the head, or of its screen. */
 struct run {
     int64_t first, count;
     float *out; /* (count, vocab) */
+    int screened;
 };
 
 struct step {
@@ -134,6 +139,7 @@ struct step {
     int64_t run_count;
     float *scores;    /* (best, vocab) logits to choose from */
     float *logits;    /* those that the head makes now */
+    uint32_t *exact;  /* (best, vocab bits) which of them are the head's own, not the screen's */
     const float *add; /* of the current norm */
     const float *weight;
     const struct bitgen_matrix *matrix; /* the one that comes next, (m, k), and its kernel */
@@ -178,6 +184,7 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
     s->output_of = take(base, &used, s->outputs * 4);
     s->runs = take(base, &used, s->outputs * (int64_t)sizeof *s->runs);
     s->scores = take(base, &used, s->best * model->vocab * 4);
+    s->exact = take(base, &used, s->best * ceil_div(model->vocab, 32) * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);
     s->xq = take(base, &used, part * stride);
     s->x_sum = take(base, &used, part * groups * 4);

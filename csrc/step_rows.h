@@ -27,6 +27,13 @@ static int32_t check_row(const struct bitgen_model *model, const struct bitgen_r
     return check_ids(model, row);
 }
 
+/* Whether the best of a row are found by way of the screen: when it leaves few rows of the head to be read. */
+static int is_screened(const struct bitgen_model *model, const struct bitgen_row *row)
+{
+    return model->screen.data && !model->lm_head.packed && row->want == BITGEN_WANT_BEST &&
+           row->best + row->bias_count + row->named_count <= model->vocab / SCREEN_SHARE;
+}
+
 /* Row i of `final` is that of token output_of[i]; logits of BITGEN_WANT_BEST go to `scores`, in their order. */
 static void plan_rows(struct step *s)
 {
@@ -40,9 +47,11 @@ static void plan_rows(struct step *s)
         if (row->want != BITGEN_WANT_HIDDEN) {
             float *out = row->want == BITGEN_WANT_BEST ? s->scores + best++ * vocab : row->out;
             struct run *last = s->runs + max64(s->run_count - 1, 0);
-            if (s->run_count && last->first + last->count == output && last->out + last->count * vocab == out)
+            const int screened = is_screened(s->model, row);
+            if (s->run_count && last->first + last->count == output && last->out + last->count * vocab == out &&
+                last->screened == screened)
                 ++last->count;
-            else s->runs[s->run_count++] = (struct run){output, 1, out};
+            else s->runs[s->run_count++] = (struct run){output, 1, out, screened};
         }
         ++output;
     }
@@ -65,11 +74,11 @@ static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 static void head_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    const struct bitgen_dense *head = &s->model->head;
     const int64_t stride = ceil_to(s->hidden, FLOATS);
     (void)worker;
     for (int64_t i = begin; i < end; ++i)
         for (const struct run *run = s->runs; run < s->runs + s->run_count; ++run) {
+            const struct bitgen_dense *head = run->screened ? &s->model->screen : &s->model->head;
             const struct bitgen_head a = {
                 .x = s->final + run->first * stride,
                 .w = head->data,
@@ -84,7 +93,7 @@ static void head_body(void *arg, int32_t worker, int64_t begin, int64_t end)
                 .row_end = min64((i + 1) * HEAD_ROWS, s->model->vocab),
             };
             s->ops->head[head->type](&a);
-            for (int64_t t = 0; t < run->count; ++t)
+            for (int64_t t = 0; t < run->count && !run->screened; ++t)
                 found(s, largest_bits(run->out + t * a.out_stride + a.row_begin, a.row_end - a.row_begin) >= INFINITE);
         }
 }
@@ -150,19 +159,96 @@ static void choose_best(const struct bitgen_row *row, const float *logits, int64
     }
 }
 
+/* The logits of a row while they become the head's own where the screen's do not decide. */
+struct screened {
+    struct step *s;
+    const float *x;  /* the hidden state */
+    float *logits;   /* (vocab) */
+    uint32_t *exact; /* bit id: logits[id] is the head's */
+};
+
+static int is_exact(const struct screened *a, int64_t id) { return a->exact[id / 32] >> id % 32 & 1; }
+
+/* The head's own logit of a token: the bits that all rows at once give. */
+static void make_exact(const struct screened *a, int64_t id)
+{
+    const struct bitgen_dense *head = &a->s->model->head;
+    const struct bitgen_head row = {
+        .x = a->x,
+        .w = head->data,
+        .scale = head->scale,
+        .out = a->logits,
+        .n = 1,
+        .k = a->s->hidden,
+        .x_stride = ceil_to(a->s->hidden, FLOATS),
+        .row_bytes = head->row_bytes,
+        .out_stride = a->s->model->vocab,
+        .row_begin = id,
+        .row_end = id + 1,
+    };
+    if (is_exact(a, id)) return;
+    a->s->ops->head[head->type](&row);
+    a->exact[id / 32] |= 1u << id % 32;
+    found(a->s, largest_bits(a->logits + id, 1) >= INFINITE);
+}
+
+/* The norm of the hidden state, not rounded down. */
+static double size_of(const float *x, int64_t k)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < k; ++i) sum += (double)x[i] * x[i];
+    return sqrt(sum) * (1 + 0x1p-40);
+}
+
+/* Screened logits, with bias -> the head's own for every token that may be among the best, -infinity for the others.
+ *
+ * The best by the screen become exact first; as many tokens have at least their least logit, so no token below it can
+ * be among the best. A token's two logits are at most size * screen_bound apart (docs/reference/screened-head.md), the
+ * addition of its bias rounds by 2^-24 of the sum. */
+static void screen_row(const struct screened *a, const struct bitgen_row *row)
+{
+    const struct bitgen_model *model = a->s->model;
+    const double size = size_of(a->x, a->s->hidden);
+    double least = INFINITY;
+    choose_best(row, a->logits, model->vocab);
+    for (int64_t i = 0; i < row->best; ++i) {
+        if (row->ids[i] < 0) { /* fewer are allowed than wanted */
+            least = -INFINITY;
+            break;
+        }
+        make_exact(a, row->ids[i]);
+        if (a->logits[row->ids[i]] < least) least = a->logits[row->ids[i]];
+    }
+    for (int64_t id = 0; id < model->vocab; ++id) {
+        const double off = size * model->screen_bound[id] + 0x1p-100, most = fabs((double)a->logits[id]) + off;
+        if (is_exact(a, id) || (row->allowed && !(row->allowed[id / 32] >> id % 32 & 1))) continue;
+        /* The last: what may be infinite, or is NaN. */
+        if (a->logits[id] + off + most * 0x1p-22 >= least || !(most < 0x1p127)) make_exact(a, id);
+        else a->logits[id] = -INFINITY;
+    }
+}
+
 /* Items are the rows of `scores`. */
 static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    const int64_t vocab = s->model->vocab;
+    const int64_t vocab = s->model->vocab, words = ceil_div(vocab, 32);
     int64_t item = 0;
     (void)worker;
     for (int64_t i = 0; i < s->outputs && item < end; ++i) {
         const struct bitgen_row *row = &s->tokens->row[s->output_of[i]];
         if (row->want != BITGEN_WANT_BEST || item++ < begin) continue;
         float *logits = s->scores + (item - 1) * vocab;
+        const struct screened a = {s, s->final + i * ceil_to(s->hidden, FLOATS), logits, s->exact + (item - 1) * words};
+        const int screened = is_screened(s->model, row);
+        if (screened) {
+            memset(a.exact, 0, (size_t)words * 4);
+            for (int64_t j = 0; j < row->bias_count; ++j) make_exact(&a, row->bias_id[j]);
+            for (int64_t j = 0; j < row->named_count; ++j) make_exact(&a, row->named[j]);
+        }
         for (int64_t j = 0; j < row->bias_count; ++j) logits[row->bias_id[j]] += row->bias[j];
         for (int64_t j = 0; j < row->named_count; ++j) row->named_out[j] = logits[row->named[j]];
+        if (screened && row->best) screen_row(&a, row);
         if (row->best) choose_best(row, logits, vocab);
     }
 }
@@ -216,11 +302,13 @@ static int32_t multiply_dense_head(struct step *s)
 static int32_t answer_rows(struct step *s)
 {
     struct bitgen_pool *pool = s->ctx->pool;
-    const struct bitgen_dense *head = &s->model->head;
     const int ternary = s->model->lm_head.packed != NULL;
     plan_rows(s);
     s->n = s->outputs;
-    if (s->run_count && !ternary) bitgen_pool_ahead(pool, head->data, s->model->vocab * head->row_bytes);
+    if (s->run_count && !ternary) {
+        const struct bitgen_dense *head = s->runs[0].screened ? &s->model->screen : &s->model->head;
+        bitgen_pool_ahead(pool, head->data, s->model->vocab * head->row_bytes);
+    }
     over_tokens(s, final_body, s->hidden);
     stage_done(s, BITGEN_STAGE_NORM);
     if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
@@ -230,5 +318,5 @@ static int32_t answer_rows(struct step *s)
     if (atomic_load(&s->not_finite)) return BITGEN_ERROR_NOT_FINITE;
     if (s->best) bitgen_pool_run(pool, best_body, s, s->best, 1);
     stage_done(s, BITGEN_STAGE_HEAD);
-    return BITGEN_OK;
+    return atomic_load(&s->not_finite) ? BITGEN_ERROR_NOT_FINITE : BITGEN_OK;
 }

@@ -70,9 +70,10 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) ->
     add_kv(group)
     group.add_argument(
         "--head",
-        choices=("exact", "q8"),
-        default="exact",
-        help="the output matrix as the file has it, or int8 a row: half the bytes, slightly other logits",
+        choices=("full", "screened", "q8", "exact"),
+        default="full",
+        help="the output matrix as the file has it; the same bits, but the best tokens found by way of int8 "
+        "rows, half the bytes; or int8 rows alone: slightly other logits (full, which was called exact)",
     )
     add_library(group)
 

@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
     add_kv(parser)
-    parser.add_argument("--head", choices=("exact", "q8"), default="exact", help="the output matrix (exact)")
+    parser.add_argument(
+        "--head",
+        choices=("full", "screened", "q8", "exact"),
+        default="full",
+        help="the output matrix; screened times steps that choose the best token (full)",
+    )
     add_library(parser)
     parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
     parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")
@@ -142,6 +147,7 @@ def _run_model(args: argparse.Namespace) -> None:
                     steps=steps,
                     batches=batches,
                     depths=depths,
+                    choose=engine.screens,
                     repeats=repeats,
                     progress=line.show,
                 ):
@@ -178,9 +184,10 @@ _COLUMNS = (
 
 
 def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ...]:
+    head = 0 if engine.screens else engine.head_bytes  # its int8 rows count as packed
     return (
         engine.config.name or Path(args.model).stem,
-        (engine.memory.weights + engine.head_bytes) / 2**20,
+        (engine.memory.weights + head) / 2**20,
         engine.config.parameters / 1e6,
         engine.table.path.parent.name,
         run.threads,

@@ -144,7 +144,9 @@ def _settings(args: argparse.Namespace, llm: LLM, access: Access) -> Settings:
     names = [name.strip() for name in (args.alias or "").split(",") if name.strip()]
     return Settings(
         names=tuple(names or [own]),
-        fingerprint=fingerprint_of(path, f"kv {args.kv}", f"head {args.head}", llm.template_text),
+        fingerprint=fingerprint_of(
+            path, f"kv {args.kv}", "head q8" if args.head == "q8" else "head exact", llm.template_text
+        ),
         access=access,
         max_queue=args.max_queue,
         max_body=args.max_body,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitgen.inference.scheduler import EngineProtocol, Row, Scheduler
+from bitgen.inference.wants import Best
 from bitgen.progress import Progress, Report
 
 
@@ -46,13 +47,15 @@ def bench_engine(
     steps: Sequence[int],
     batches: Sequence[int] = (1,),
     depths: Sequence[int] = (0,),
+    choose: bool = False,
     repeats: int = 5,
     progress: Report | None = None,
 ) -> Iterator[Run]:
     """Time ``pp<N>`` for each of ``prompts`` and ``tg<N>`` for each of ``steps`` and ``batches``.
 
     Each behind each of ``depths`` tokens that the KV cache holds already, ``@ d<N>`` in the test's name. Each
-    test runs once before it is timed. Tokens are random, and nothing is sampled.
+    test runs once before it is timed. Tokens are random, and nothing is sampled. A step gives all logits, or
+    with ``choose`` the best token alone, as greedy text needs.
     """
     rng, scheduler = np.random.default_rng(0), Scheduler(engine)
     tests = [(f"pp{n}", 1, n) for n in prompts] + [(f"tg{n}", batch, n) for n in steps for batch in batches]
@@ -70,7 +73,7 @@ def bench_engine(
                 progress(Progress(title, index * (repeats + 1) + repeat, len(behind) * (repeats + 1), "runs"))
             scheduler.clear(keep=depth)
             tokens = rng.integers(0, engine.config.vocab, (n, batch), dtype=np.int32).tolist()
-            run = _prompt if test.startswith("pp") else _steps
+            run = _prompt if test.startswith("pp") else _choices if choose else _steps
             started = time.perf_counter()
             run(scheduler, tokens)
             seconds.append(time.perf_counter() - started)
@@ -85,3 +88,8 @@ def _prompt(scheduler: Scheduler, tokens: list[list[int]]) -> None:
 def _steps(scheduler: Scheduler, tokens: list[list[int]]) -> None:
     for step in tokens:
         scheduler.forward([Row(slot, [token]) for slot, token in enumerate(step)])
+
+
+def _choices(scheduler: Scheduler, tokens: list[list[int]]) -> None:
+    for step in tokens:
+        scheduler.answers([Row(slot, [token]) for slot, token in enumerate(step)], [Best(1)] * len(step))

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,9 @@ from bitgen.runtime import KernelTable, aligned_bytes
 
 Ints: TypeAlias = NDArray[np.int32]
 Kv: TypeAlias = Literal["f16", "f32", "q8"]
-Head: TypeAlias = Literal["exact", "q8"]
+Head: TypeAlias = Literal["full", "screened", "q8", "exact"]  # exact: what full was called
+
+_SCREENED = ("f32", "f16", "bf16")  # heads that int8 rows are half of, or less
 
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
@@ -97,7 +99,8 @@ def check_fits(memory: Memory, mapped: bool) -> None:
 class Engine:
     """A model ready to run, with a KV cache of ``max_batch`` sequences of up to ``context`` positions.
 
-    ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head or from int8 rows
+    ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head ("full"), from it
+    but the best ones by way of int8 rows ("screened": the same bits, half the bytes), or from int8 rows
     made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
     user's cache and mapped next time. ``progress`` is called while weights are packed. It serves
     one call at a time, as its table does. BitgenError when something does not fit: the arguments, the model,
@@ -111,7 +114,7 @@ class Engine:
         *,
         context: int | None = None,
         kv: Kv = "f16",
-        head: Head = "exact",
+        head: Head = "full",
         max_batch: int = 1,
         fingerprint: str | None = None,
         progress: Report | None = None,
@@ -128,8 +131,11 @@ class Engine:
         self._ffi, self._lib, _ = table.native
         if max_batch < 1:
             raise BitgenError(f"max_batch must be at least 1, not {max_batch}")
-        if kv not in KV_TYPES or head not in ("exact", "q8"):
-            raise BitgenError(f"kv must be f16, f32 or q8, head exact or q8, not {kv!r}, {head!r}")
+        if kv not in KV_TYPES or head not in get_args(Head):
+            raise BitgenError(f"kv must be f16, f32 or q8, head full, screened or q8, not {kv!r}, {head!r}")
+        if head == "exact" or (head == "screened" and weights.output.type not in _SCREENED):
+            head = "full"
+        self.screens = head == "screened"
         self._sizes(kv)
         groups = find_groups(weights, fingerprint)
         self.memory = self._plan(head, groups)
@@ -413,8 +419,8 @@ class Engine:
             work = max(work, int(size[0]))
         work += self.context * config.head_dim * 4  # RoPE
         weights = packed_bytes(self.weights, self.table, groups)
-        if head == "q8":
-            weights += config.vocab * (config.hidden + 4)
+        if head != "full":
+            weights += config.vocab * (config.hidden + 8)
         return Memory(weights, cache, work)
 
     def _set_weights(
@@ -426,17 +432,19 @@ class Engine:
         self._gathers = weights.embedding.type in DENSE_TYPES  # other types are gathered in numpy
         if self._gathers:
             self._set_dense(model.embedding, weights.embedding)
-        if head == "q8":
+        if head != "full":
             name = self.config.name or self.config.architecture
             small = quantize_lm_head(weights.output, self.table, fingerprint, progress, name)
-            self.head_error = small.error
-            model.head.data = self._pointer("uint8_t[]", small.data)
-            model.head.scale = self._pointer("float[]", small.scale)
-            model.head.row_bytes = self.config.hidden
-            model.head.type = DENSE_TYPES["i8"]
-        elif packed.head is not None:
+            place = model.head if head == "q8" else model.screen
+            place.data = self._pointer("uint8_t[]", small.data)
+            place.scale = self._pointer("float[]", small.scale)
+            place.row_bytes = self.config.hidden
+            place.type = DENSE_TYPES["i8"]
+            model.screen_bound = self._pointer("float[]", small.bound)
+            self.head_error = small.error if head == "q8" else 0.0
+        if head == "full" and packed.head is not None:
             self._set_matrix(model.lm_head, packed.head)
-        else:
+        elif head != "q8":
             if weights.output.type not in DENSE_TYPES:
                 raise BitgenError(
                     f"{weights.output.name} is {weights.output.type}, which no LM head can be: use --head q8"

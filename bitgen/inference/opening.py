@@ -52,7 +52,7 @@ def open_engine(
     *,
     context: int,
     kv: Kv = "f16",
-    head: Head = "exact",
+    head: Head = "full",
     batch: int = 1,
     progress: Report | None = None,
 ) -> Engine:

@@ -328,7 +328,7 @@ class Scheduler:
         wants: list[Want] = [Logits() if scored else Nothing()] * len(part)
         if last and not scored:
             wants[-1] = sequence.want(self.engine.config.vocab)
-        answers = self._answers([Row(slot, part)], wants)
+        answers = self.answers([Row(slot, part)], wants)
         if scored:
             for row, token in zip(answers, tokens[at + 1 : at + len(part) + 1], strict=False):
                 sequence.score(row, token)
@@ -370,7 +370,7 @@ class Scheduler:
                 draft, reading = found or [], reading or found is None
             rows.append(Row(slot, [sequence.whole[-1], *draft]))
             wants += [sequence.want(self.engine.config.vocab, draft[:i]) for i in range(len(draft) + 1)]
-        answers = self._answers(rows, wants)
+        answers = self.answers(rows, wants)
         self.timings.steps += 1
         self.timings.step_s += self._clock() - started
         events, at, tokens = [], 0, self.timings.step_tokens
@@ -448,7 +448,7 @@ class Scheduler:
         logits: Floats = self._run(rows, np.array(outputs, np.bool_))
         return logits
 
-    def _answers(self, rows: Items[Row], wants: Items[Want]) -> list[Any]:
+    def answers(self, rows: Items[Row], wants: Items[Want]) -> list[Any]:
         """The same for whatever each token wants: floats for `Logits`, `Chosen` for `Best`."""
         answers: list[Any] = self._run(rows, wants)
         return answers

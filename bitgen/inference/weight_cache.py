@@ -21,7 +21,7 @@ import mmap
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from bitgen.spec import Shape
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
+Doubles: TypeAlias = NDArray[np.float64]
 
 FORMAT = 3  # of cache files; part of their names, so files of other formats are never read
 _MAGIC = b"BITGENPK"
@@ -87,11 +88,13 @@ class QuantizedLmHead:
     """An LM head as int8: w is about ``data * scale[:, None]``.
 
     ``error`` is the root mean square of what rounding changed, relative to that of the weights: logits are
-    off by about this share of their spread.
+    off by about this share of their spread. ``bound * |x|`` is more than the two logits of a row, of w and of
+    the int8, differ for any hidden state x (docs/reference/screened-head.md).
     """
 
     data: NDArray[np.int8]  # (vocab, hidden)
     scale: Floats  # (vocab,)
+    bound: Floats  # (vocab,)
     error: float
 
 
@@ -205,11 +208,15 @@ def quantize_lm_head(
         _key(fingerprint, "head", [head.type, rows, cols]),
         model,
         lambda: _quantize(head, table, progress),
-        lambda found: [found[n].size for n in ("data", "scale", "error")] == [rows * cols, rows * 4, 8],
+        lambda found: (
+            [found[n].size for n in ("data", "scale", "bound", "error")]
+            == [rows * cols, rows * 4, rows * 4, 8]
+        ),
     )
     return QuantizedLmHead(
         pieces["data"].view(np.int8).reshape(rows, cols),
         pieces["scale"].view(np.float32),
+        pieces["bound"].view(np.float32),
         float(pieces["error"].view(np.float64)[0]),
     )
 
@@ -336,10 +343,14 @@ def _slabs(
 
 
 def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) -> Iterator[tuple[str, Bytes]]:
-    """int8 rows, their scales, the relative error: as activations are quantised, a row at a time."""
+    """int8 rows, their scales, bounds, the relative error: as activations are quantised, a row at a time."""
     ffi, lib, context = table.native
     rows, cols = head.shape
-    data, scale = np.empty((rows, cols), np.int8), np.empty(rows, np.float32)
+    data, scale, bound = (
+        np.empty((rows, cols), np.int8),
+        np.empty(rows, np.float32),
+        np.empty(rows, np.float32),
+    )
     step = max(1, (1 << 22) // cols)
     changed = size = 0.0
     for begin in range(0, rows, step):
@@ -356,14 +367,30 @@ def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) ->
         if code == lib.BITGEN_ERROR_NOT_FINITE:
             raise FileError(f"{head.name} holds NaN or infinity; the file is damaged")
         table.check(code)
-        off = w - data[begin:end] * scale[begin:end, None]
-        changed += float(np.square(off, dtype=np.float64).sum())
-        size += float(np.square(w, dtype=np.float64).sum())
+        w = w.astype(np.float64)
+        near = data[begin:end] * scale[begin:end, None].astype(np.float64)
+        squares = [np.square(values).sum(axis=1) for values in (w - near, w, near)]
+        bound[begin:end] = _screen_bound(squares, cols)
+        changed += float(squares[0].sum())
+        size += float(squares[1].sum())
         if progress:
             progress(Progress("quantizing the LM head, once", end * cols, rows * cols, "bytes"))
     yield "data", data.view(np.uint8).reshape(-1)
     yield "scale", scale.view(np.uint8)
+    yield "bound", bound.view(np.uint8)
     yield "error", np.array([(changed / size) ** 0.5 if size else 0.0]).view(np.uint8)
+
+
+def _screen_bound(squares: Sequence[Doubles], k: int) -> Floats:
+    """What times |x| bounds how far logits differ, of the squared norms of w - near, w and near, a row each.
+
+    |w - near| + c u (|w| + |near|), u = 2^-24: a logit is rounded k / 16 times in a lane, 4 times in the sum
+    of lanes and once by the scale; c = k / 16 + 8 leaves room for the rounding of these norms. Rounded up.
+    """
+    off, w, near = map(np.sqrt, squares)
+    rounding = (-(-k // 16) + 8) * 2.0**-24
+    bound = off * (1 + 1e-9) + rounding * (w + near) * 1.01
+    return np.nextafter(bound.astype(np.float32), np.float32(np.inf))
 
 
 # ---- the cache ----

@@ -383,7 +383,7 @@ def test_packed_weights_are_listed_and_cleared(
 ) -> None:
     out_of(capsys, "run", *arguments, "-p", "a", "-n", "1")
     entries = json.loads(out_of(capsys, "cache", "-o", "json")[0])["cache"]
-    assert [entry["model"] for entry in entries] == ["small"]
+    assert {entry["model"] for entry in entries} == {"small"}
     assert out_of(capsys, "cache", "check", "-o", "json")[0] == out_of(capsys, "cache", "-o", "json")[0]
     damaged = Path(entries[0]["path"])
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -256,8 +256,9 @@ def test_the_step_checks_rows_and_sizes(weights: Weights, table: KernelTable) ->
         assert code(named=token) == lib.BITGEN_ERROR_TOKENS
     endless = ffi.new("float *", float("inf"))
     assert code(bias=endless) == lib.BITGEN_ERROR_ARGUMENT
-    for name in ("scale_type", "group"):
-        assert code("matrix", **{name: 1}) == lib.BITGEN_ERROR_MODEL
+    assert code("matrix", scale_type=1) == lib.BITGEN_ERROR_MODEL
+    assert code("matrix", group=1) == lib.BITGEN_ERROR_SCALE_COUNT, "scales of groups lie among the weights"
+    assert code("matrix", group=1, scale=ffi.NULL, scale_count=0) == lib.BITGEN_ERROR_MODEL
 
 
 def test_work_memory_counts_what_is_chosen_from(weights: Weights, table: KernelTable) -> None:
@@ -268,7 +269,8 @@ def test_work_memory_counts_what_is_chosen_from(weights: Weights, table: KernelT
         table.check(lib.bitgen_work_bytes(context, engine._model, n, outputs, best, size))
         return int(size[0])
 
-    assert bytes_of(8, 8, 4) - bytes_of(8, 8, 0) == -(-4 * 150 * 4 // 64) * 64
+    logits, bits = 4 * 150 * 4, 4 * 5 * 4  # a logit a token, and whether it is the head's own
+    assert bytes_of(8, 8, 4) - bytes_of(8, 8, 0) == sum(-(-part // 64) * 64 for part in (logits, bits))
     for wrong in ((8, 9, 0), (8, 4, 5), (8, 8, -1)):
         assert lib.bitgen_work_bytes(context, engine._model, *wrong, size) == lib.BITGEN_ERROR_SHAPE
 

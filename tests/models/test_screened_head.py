@@ -1,0 +1,152 @@
+"""A screened head gives the bits of the whole head: the best tokens, their logits, those of named tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference_model import small_config
+
+from bitgen.cpu import accepted_isas, detect_cpu, load_isas
+from bitgen.errors import BitgenError
+from bitgen.formats.weights import DenseMatrix, Weights
+from bitgen.inference import weight_cache
+from bitgen.inference.engine import Engine
+from bitgen.inference.synthetic import random_weights
+from bitgen.inference.wants import Best, Hidden, Logits, Nothing, Want, pack_mask
+from bitgen.runtime import KernelTable, load
+
+LEVEL = accepted_isas(detect_cpu(), load_isas())[0].name
+VOCAB, HIDDEN, N = 3001, 96, 8
+RNG = np.random.default_rng(5)
+PLAIN = RNG.standard_normal((VOCAB, HIDDEN)).astype(np.float16)
+
+
+def last_bits() -> Any:
+    """Copies of one row whose weights differ in the last bits of a half: int8 rows cannot tell them apart."""
+    bits = np.tile(PLAIN[0].view(np.uint16), (VOCAB, 1))
+    return (bits ^ RNG.integers(0, 4, bits.shape).astype(np.uint16)).view(np.float16)
+
+
+def outliers() -> Any:
+    """One weight of each row so large that its scale leaves a few values for the others."""
+    rows = PLAIN.copy()
+    rows[np.arange(VOCAB), RNG.integers(0, HIDDEN, VOCAB)] = 60000
+    return rows
+
+
+HEADS: dict[str, Any] = {
+    "random": PLAIN,
+    "rows that int8 cannot tell apart": last_bits(),
+    "outliers": outliers(),
+    "equal rows": np.tile(PLAIN[:7], (VOCAB // 7 + 1, 1))[:VOCAB],
+    "zero rows": PLAIN * (np.arange(VOCAB) % 3 == 0)[:, None].astype(np.float16),
+    "all zero": np.zeros_like(PLAIN),
+    "subnormal": (PLAIN * 2.0**-24).astype(np.float16),
+    "f32": PLAIN.astype(np.float32) * np.float32(1 / 3),
+}
+MASK = pack_mask(np.arange(VOCAB) % 3 == 1)
+WANTS: dict[str, list[Want]] = {
+    "greedy": [Best(1)] * N,
+    "top 40": [Best(40)] * N,
+    "as many as screens serve": [Best(VOCAB // 16)] * N,
+    "too many for a screen": [Best(VOCAB // 16 + 1), Best(VOCAB)] * (N // 2),
+    "named": [Best(0, named=(3, 2999, 3)), Best(5, named=(7,))] * (N // 2),
+    "allowed": [Best(40, allowed=MASK), Best(3, allowed=pack_mask(np.arange(VOCAB) == 4))] * (N // 2),
+    "bias": [
+        Best(9, bias={4: 100.0, 7: -100.0, 3000: 50.5}, named=(4, 8)),
+        Best(20, bias=dict.fromkeys(range(100), 1e30)),
+        Best(20, bias={5: 1e-30, 6: 0.001}, allowed=MASK, named=(5,)),
+        Best(2, bias=dict.fromkeys(range(1, 90), -1e5)),
+    ]
+    * (N // 4),
+    "all kinds": [Best(3), Logits(), Best(3), Nothing(), Hidden(), Best(VOCAB), Best(2), Best(1)],
+}
+
+
+@pytest.fixture(scope="module")
+def table(level_library: Callable[[str], Path]) -> Iterator[KernelTable]:
+    with load(level_library(LEVEL), 2) as table:
+        yield table
+
+
+def weights_of(head: Any) -> Weights:
+    config = small_config(tied_head=False, vocab=VOCAB, hidden=HIDDEN, layers=1)
+    return replace(random_weights(config, 3), lm_head=DenseMatrix.of(head))
+
+
+def answers_of(engine: Engine, wants: Any) -> list[Any]:
+    ids = np.random.default_rng(1).integers(0, VOCAB, N).astype(np.int32)
+    answers: list[Any] = engine.forward(ids, np.arange(N, dtype=np.int32), np.zeros(N, np.int32), wants)
+    return answers
+
+
+def bits(answer: Any) -> Any:
+    if answer is None or isinstance(answer, np.ndarray):
+        return None if answer is None else answer.tobytes()
+    return [part.tobytes() for part in (answer.ids, answer.logits, answer.named)]
+
+
+@pytest.mark.parametrize("wants", WANTS)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_bits_are_those_of_the_whole_head(head: str, wants: str, table: KernelTable) -> None:
+    weights = weights_of(HEADS[head])
+    screened = Engine(weights, table, head="screened")
+    assert screened.screens
+    whole = answers_of(Engine(weights, table), WANTS[wants])
+    assert list(map(bits, answers_of(screened, WANTS[wants]))) == list(map(bits, whole))
+
+
+def test_rows_that_cannot_be_the_best_are_not_read(table: KernelTable) -> None:
+    weights = weights_of(PLAIN)
+    expected = answers_of(Engine(weights, table), [Best(1)] * N)
+    logits = answers_of(Engine(weights, table), [Logits()] * N)
+    screened = Engine(weights, table, head="screened")
+    far = np.max(logits, axis=0) < min(float(each.max()) for each in logits) * 0.5
+    assert far.sum() > VOCAB // 2
+    weights.output.data[far] = 0xFF  # NaN: whoever reads a row of these gets an error
+    assert list(map(bits, answers_of(screened, [Best(1)] * N))) == list(map(bits, expected))
+    screened.truncate(0, 0)
+    with pytest.raises(BitgenError, match="NaN or infinity"):
+        answers_of(screened, [Logits()] * N)
+
+
+def test_the_bound_is_one(table: KernelTable) -> None:
+    """Of every head: the logits of the head and of its int8 rows are no further apart than it says."""
+    for head in HEADS.values():
+        weights = weights_of(head)
+        whole, near = (
+            np.array(answers_of(Engine(weights, table, head=kind), [Logits()] * N), np.float64)
+            for kind in ("full", "q8")
+        )
+        states = np.array(answers_of(Engine(weights, table), [Hidden()] * N), np.float64)
+        bound = weight_cache.quantize_lm_head(weights.output, table).bound
+        most = np.linalg.norm(states, axis=1)[:, None] * bound + 1e-30
+        assert (np.abs(whole - near) <= most).all()
+
+
+def test_without_a_bound_it_is_wrong(table: KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        weight_cache, "_screen_bound", lambda squares, _: np.zeros(len(squares[0]), np.float32)
+    )
+    weights = weights_of(HEADS["rows that int8 cannot tell apart"])
+    wants = WANTS["top 40"]
+    whole = answers_of(Engine(weights, table), wants)
+    assert list(map(bits, answers_of(Engine(weights, table, head="screened"), wants))) != list(
+        map(bits, whole)
+    )
+
+
+def test_a_head_of_few_bits_is_read_whole(table: KernelTable) -> None:
+    weights = weights_of(PLAIN)
+    small = replace(
+        weights, lm_head=replace(weights.output, type="q8_0", data=np.zeros((VOCAB, 102), np.uint8))
+    )
+    assert not Engine(small, table, head="screened").screens
+    assert not Engine(weights, table, head="exact").screens, "another word for full"
+    with pytest.raises(BitgenError, match="head full, screened or q8"):
+        Engine(weights, table, head="best")  # type: ignore[arg-type]
