@@ -72,6 +72,9 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.integer(key, head_dim) != head_dim:
             raise keys.error(key, f"is {keys.get(key)} with heads of {head_dim}, which is not supported")
+    context = keys.integer("context_length")
+    if 0 < keys.integer("attention.sliding_window", 0) < context:
+        raise keys.error("attention.sliding_window", "is set: attention to a window is not supported")
     embedding = _tensor(file, f"{EMBEDDING.gguf}.weight")
     if len(embedding.shape) != 2:
         raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
@@ -85,7 +88,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         kv_heads=keys.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
         vocab=embedding.shape[0],
-        context=keys.integer("context_length"),
+        context=context,
         rope_theta=keys.number("rope.freq_base", 10000.0),
         activation=arch.activation,
         sub_norms=arch.sub_norms,

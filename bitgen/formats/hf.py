@@ -63,6 +63,9 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
     for key in ("attention_bias", "mlp_bias"):
         if settings.get(key):
             raise settings.error(key, "is set: biases are not supported")
+    context = settings.integer("max_position_embeddings")
+    if settings.get("use_sliding_window") and settings.integer("sliding_window", context) < context:
+        raise settings.error("use_sliding_window", "is set: attention to a window is not supported")
     tied = settings.get("tie_word_embeddings")
     return file_config(
         settings.where,
@@ -74,7 +77,7 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         kv_heads=settings.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         vocab=settings.integer("vocab_size"),
-        context=settings.integer("max_position_embeddings"),
+        context=context,
         activation=_ACTIVATIONS[act],
         sub_norms=architecture.sub_norms,
         qk_norm=architecture.qk_norm,

@@ -466,6 +466,10 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
             {"general.architecture": "gemma3"},
             "the architecture 'gemma3' is not supported; bitgen runs bitnet,",
         ),
+        (
+            {"bitnet.attention.sliding_window": U32(32)},
+            "bitnet.attention.sliding_window is set: attention to",
+        ),
         ({"prism.hadamard.version": 1}, "under a Hadamard transform ('prism.hadamard.version', as in"),
         ({"general.architecture": "bad\x1b[31m"}, "the architecture 'bad\\x1b[31m' is not supported"),
         (

@@ -336,6 +336,10 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
         ({"hidden_size": 1 << 80}, "hidden must be at most 16777216, found 1208925819614629174706176"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"head_dim": 1 << 40}, "heads of 1099511627776 are not possible"),
+        (
+            {"use_sliding_window": True, "sliding_window": 32},
+            "use_sliding_window is set: attention to a window",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; silu and relu2 are supported"),
         ({"attention_bias": True}, "attention_bias is set: biases are not supported"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
