@@ -415,7 +415,7 @@ class Scheduler:
         """What ``want`` gives at the end of ``tokens``, of which a slot lacks few."""
         self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
         part = tokens[len(self._held[slot]) :]
-        return self._answers([Row(slot, part)], [*[Nothing()] * (len(part) - 1), want])[-1]
+        return self.answers([Row(slot, part)], [*[Nothing()] * (len(part) - 1), want])[-1]
 
     def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
         """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).
