@@ -113,6 +113,20 @@ def test_the_default_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
     exact([spec for spec in defaults(isa) if not inherits(spec)] or defaults(isa)[:1], tmp_path)
 
 
+@needs_emulator
+@levels
+def test_kernels_of_weights_in_groups_are_exact(isa: Isa, tmp_path: Path) -> None:
+    """The default of every family and regime, in groups of 128; I2_S in the other sizes too."""
+    specs = [
+        space_for(name, isa, regime, SHAPE, CPU, group).default
+        for name, family in FAMILIES.items()
+        for group in family.groups
+        for regime in REGIMES
+        if group == 128 or regime is REGIMES[0]
+    ]
+    exact([spec for spec in specs if not inherits(spec)] or specs[:1], tmp_path)
+
+
 @pytest.mark.deep
 @needs_emulator
 @levels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from bitgen.hostcode import kernel_unit
 from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
-from bitgen.reference import pack, scale_output, ternary_matmul
+from bitgen.reference import group_sums, pack, scale_groups, scale_output, ternary_matmul
 from bitgen.render import Source, isa_named, matmul_struct, render_kernel, render_tables
 from bitgen.spec import FAMILIES, KernelSpec, Layout, x_stride
 from bitgen.toolchain import Prototype, Toolchain, Unit
@@ -28,7 +29,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
     sources = [*map(render_kernel, specs), *(render_tables(*which) for which in builders)]
     units = [_unit(source) for source in sources]
     prototypes = [function.declaration for unit in units for function in unit.functions]
-    rows = ", ".join(f"{{{s.name}, {s.name}_scratch, {_tables(s)}}}" for s in specs)
+    rows = ", ".join(f"{{{s.name}, {s.name}_scratch, {_tables(s)}, {s.table_bytes}}}" for s in specs)
     header = "\n".join(
         (
             matmul_struct(),
@@ -37,6 +38,7 @@ def build(toolchain: Toolchain, specs: Sequence[KernelSpec], program: Path, *fla
             "    void (*run)(const struct bitgen_matmul *);",
             "    int64_t (*scratch)(int64_t, int64_t, int64_t);",
             "    void (*tables)(const int8_t *, int64_t, uint8_t *);",
+            "    int64_t table_bytes;",
             "};",
             f"static const struct kernel kernels[] = {{{rows}}};",
             "",
@@ -64,6 +66,9 @@ def faults(program: Path, specs: Sequence[KernelSpec], few: bool = False) -> tup
     The kernels are all of one ISA level.
     """
     asked = [(spec, case) for spec in specs for case in cases(spec.regime, few)]
+    asked = [  # kernels of weights in groups give floats
+        (spec, replace(case, floats=case.floats or spec.layout.group > 0)) for spec, case in asked
+    ]
     data = b"".join(struct.pack("=q", specs.index(spec)) + record(spec.layout, case) for spec, case in asked)
     cpu = foreign.core_of(isa_named(specs[0].isa))
     done = foreign.emulate([str(program)], cpu, data, environment={"ASAN_OPTIONS": "detect_leaks=0"})
@@ -95,13 +100,27 @@ def record(layout: Layout, case: Case) -> bytes:
     w, xq = case_weights(case), case_activations(case)
     rng = np.random.default_rng([m, k, n])
     x_scale, w_scale = (rng.uniform(0.001, 0.1, count).astype(np.float32) for count in (n, m if n % 2 else 1))
-    acc = ternary_matmul(xq, w)
-    expected = scale_output(acc, x_scale, w_scale) if case.floats else acc
-    x = np.zeros((n, x_stride(k)), np.int8)
+    x = np.zeros((n, x_stride(layout.columns(k))), np.int8)
     x[:, :k] = xq
-    packed = pack(layout, w)
+    sums: np.ndarray = xq.sum(axis=1, dtype=np.int32)
+    expected: np.ndarray
+    if layout.group:
+        groups, halves = layout.groups(k), n % 2 == 1
+        shapes = (n, groups), (m, groups)
+        x_scale, scales = (rng.uniform(0.001, 0.1, shape).astype(np.float32) for shape in shapes)
+        if halves:
+            scales = scales.astype(np.float16).astype(np.float32)
+        packed, w_scale = pack(layout, w, scales, half=halves), np.empty(0, np.float32)
+        expected = scale_groups(xq, w, x_scale, scales, layout.group)
+        whole = layout.group - FAMILIES[layout.family].tail(layout.group)
+        grouped = (groups, layout.group, 2 if halves else 4, whole, layout.chunks(k) // groups)
+        sums = group_sums(xq, layout.group)
+    else:
+        acc = ternary_matmul(xq, w)
+        expected = scale_output(acc, x_scale, w_scale) if case.floats else acc
+        packed, grouped = pack(layout, w), (1, 0, 0, k, 0)
     half = -(-m // layout.row_block) // 2 * layout.row_block if case.split else 0
     table_stride = layout.chunks(k) * max((size for _, size in FAMILIES[layout.family].tables), default=0)
     numbers = (case.floats, m, k, n, x.shape[1], table_stride, m + 3, len(packed), len(w_scale), half)
-    arrays = (packed, x, xq.sum(axis=1, dtype=np.int32), x_scale, w_scale, expected)
-    return struct.pack("=10q", *map(int, numbers)) + b"".join(a.tobytes() for a in arrays)
+    arrays = (packed, x, sums, x_scale, w_scale, expected)
+    return struct.pack("=15q", *map(int, (*numbers, *grouped))) + b"".join(a.tobytes() for a in arrays)

@@ -17,6 +17,8 @@ enum { CANARY = 0x5a5a5a5a };
 
 struct head {
     int64_t kernel, floats, m, k, n, x_stride, table_stride, out_stride, w_bytes, w_scales, split;
+    int64_t groups, group, scale_bytes; /* of weights in groups; else 1, 0, 0 */
+    int64_t table_k, chunks;            /* columns of a group's whole chunks and their number; else k, 0 */
 };
 
 enum buffers { W, X, X_SUM, X_SCALE, W_SCALE, EXPECTED, OUT, TABLES, SCRATCH, BUFFERS };
@@ -73,17 +75,21 @@ static int64_t run(const struct head *h, int64_t *where)
     const int64_t n = h->n, out_bytes = 4 * n * h->out_stride;
     uint8_t *w = buffer(W, h->w_bytes, 1);
     int8_t *x = buffer(X, n * h->x_stride, 1);
-    int32_t *x_sum = buffer(X_SUM, 4 * n, 1);
-    float *x_scale = buffer(X_SCALE, 4 * n, 1), *w_scale = buffer(W_SCALE, 4 * h->w_scales, 1);
+    int32_t *x_sum = buffer(X_SUM, 4 * n * h->groups, 1);
+    float *x_scale = buffer(X_SCALE, 4 * n * h->groups, 1), *w_scale = buffer(W_SCALE, 4 * h->w_scales, 1);
     uint32_t *expected = buffer(EXPECTED, 4 * n * h->m, 1), *out = buffer(OUT, out_bytes, 0);
     uint8_t *tables = buffer(TABLES, kernel->tables ? n * h->table_stride : 0, 0);
     if (kernel->tables)
-        for (int64_t t = 0; t < n; ++t) kernel->tables(x + t * h->x_stride, h->k, tables + t * h->table_stride);
+        for (int64_t i = 0; i < n * h->groups; ++i) {
+            const int64_t t = i / h->groups, g = i % h->groups;
+            kernel->tables(x + t * h->x_stride + g * h->group, h->table_k,
+                           tables + t * h->table_stride + g * h->chunks * kernel->table_bytes);
+        }
     struct bitgen_matmul a = {
         .w = w, .x = x, .x_sum = x_sum, .tables = tables, .x_scale = x_scale, .w_scale = w_scale,
         .acc = h->floats ? NULL : (int32_t *)out, .y = h->floats ? (float *)out : NULL,
         .scratch = buffer(SCRATCH, kernel->scratch(h->m, h->k, n), 0),
-        .x_stride = h->x_stride, .table_stride = h->table_stride, .w_scale_stride = h->w_scales > 1,
+        .x_stride = h->x_stride, .table_stride = h->table_stride, .w_scale_stride = h->group ? h->scale_bytes : h->w_scales > 1,
         .out_stride = h->out_stride, .m = h->m, .k = h->k, .n = n};
     int64_t result = 0, edges[3] = {0, h->split, h->m};
     for (int i = 0; i < 2 && !result; ++i) {
