@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from bitgen.cpu import load_isas, target_cpu
+from bitgen.cpu import Cpu, Isa, load_isas, target_cpu
 from bitgen.errors import BitgenError
 from bitgen.hostcode import step_headers
 from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Pairs, Tiles
@@ -44,12 +44,15 @@ CPUS = {"x86_64": "zen4", "aarch64": "neoverse-v2"}
 SIZES = StepSizes(hidden=2560, q_rows=2560, ffn=6912, head_dim=128)  # of step_sized/
 
 # Kernels by their knobs, one or more of each algorithm, so that they do not depend on what is the default:
-# family, ISA level, regime, algorithm, rows of a block, knobs. A name with 3200x8640 has that shape fixed.
+# family, ISA level, regime, algorithm, rows of a block (and /group), knobs. A name with 3200x8640 has that
+# shape fixed.
 EXAMPLES = {
     "i2s_direct_n1__avx2": "i2s avx2 n1 direct 16 "
     "streams=2 nr=1 accumulators=2 widen_every=8 unroll=1 prefetch=1024 prefetch_hint=1",
     "i2s_direct_3200x8640__avx512_vnni": "i2s avx512_vnni n1 direct 16 "
     "streams=2 nr=1 accumulators=4 widen_every=0 unroll=1 prefetch=0 prefetch_hint=0",
+    "i2s_direct_n1_g128__avx512_vnni": "i2s avx512_vnni n1 direct 32/128 "
+    "streams=1 nr=1 accumulators=4 widen_every=0 unroll=1 prefetch=4096 prefetch_hint=0",
     "t5_direct_small__neon_dotprod": "t5 neon_dotprod small direct 16 "
     "streams=1 nr=2 accumulators=3 widen_every=0 unroll=2 prefetch=0",
     "tl1_lookup_blocked__avx2": "tl1 avx2 small direct 16 "
@@ -99,6 +102,8 @@ def digest(*texts: str) -> str:
 def single_texts() -> dict[str, str]:
     """By name: the default kernel of every space, the examples, and all that is no kernel."""
     texts = {f"default/{name}": render_kernel(space.default) for name, space in spaces().items()}
+    grouped = grouped_spaces().items()
+    texts |= {f"group128/{name}": render_kernel(space.default) for name, space in grouped}
     texts |= {f"example/{name}": render_kernel(example(name)) for name in EXAMPLES}
     for level in load_isas():
         isa = level.name
@@ -131,10 +136,15 @@ def example(name: str) -> KernelSpec:
     """The spec of an example. UsageError when its space does not hold it."""
     family, isa, regime, algorithm, row_block, *settings = EXAMPLES[name].split()
     knobs = {knob: int(value) for knob, _, value in (setting.partition("=") for setting in settings)}
-    space = spaces()[f"{family}/{isa}/{regime}"]
-    spec = space.make(algorithm, Layout(family, int(row_block)), knobs)
+    rows, _, group = row_block.partition("/")
+    space = (grouped_spaces() if group else spaces())[f"{family}/{isa}/{regime}"]
+    spec = space.make(algorithm, Layout(family, int(rows), int(group or 0)), knobs)
     space.check(spec, local=False)
     return replace(spec, shape=space.shape) if space.shape.name in name else spec
+
+
+def cpu_of(isa: Isa) -> Cpu:
+    return target_cpu(CPUS.get(isa.arch, CPUS["x86_64"]))
 
 
 @cache
@@ -142,11 +152,21 @@ def spaces() -> dict[str, Space]:
     """Every space for 3200x8640, by family, ISA level and regime."""
     return {
         f"{family}/{isa.name}/{regime.name}": space_for(
-            *(family, isa, regime, Shape(3200, 8640)), target_cpu(CPUS.get(isa.arch, CPUS["x86_64"]))
+            *(family, isa, regime, Shape(3200, 8640)), cpu_of(isa)
         )
         for family in FAMILIES
         for isa in load_isas()
         for regime in REGIMES
+    }
+
+
+@cache
+def grouped_spaces() -> dict[str, Space]:
+    """The same of weights in groups of 128."""
+    return {
+        name: space_for(space.family, space.isa, space.regime, space.shape, cpu_of(space.isa), 128)
+        for name, space in spaces().items()
+        if 128 in FAMILIES[space.family].groups
     }
 
 
