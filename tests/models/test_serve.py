@@ -203,6 +203,25 @@ def test_the_client_of_ollama(server: Server) -> None:
         client.embed("tiny", "a")
 
 
+def test_the_page_runs_in_a_browser(server: Server, tmp_path: Path) -> None:
+    """Its script is allowed by its own policy, and asks the server for the model's name."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--no-first-run",
+    ]
+    flags += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom", f"{server.url}/"]
+    done = subprocess.run([browser, *flags], capture_output=True, text=True, check=False, timeout=120)
+    assert '<h1 id="title">tiny</h1>' in done.stdout, done.stderr
+    assert "<option" in done.stdout
+    assert len(httpx.get(f"{server.url}/").content) < 40_000
+
+
 # ---- The end ----
 
 
