@@ -61,20 +61,26 @@ def test_it_says_what_the_engine_says(server: Server, library: Path, bitgen_home
     assert text_of(server.url, ASK) == text_of(server.url, {**ASK, "stream": True}) == expected
 
 
-def test_the_soak_has_no_wrong_byte(server: Server) -> None:
+@pytest.mark.parametrize("seconds", [15, pytest.param(600, marks=pytest.mark.deep)])
+def test_the_soak_has_no_wrong_byte(server: Server, seconds: float) -> None:
     """Eight connections, seeded, some of which leave: every text is the one its request gets alone."""
     rng = random.Random(3)
     starts = ["In the beginning", "And Moses said unto", "The king of Israel", "In the beginning " * 60]
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    schemas = [None, None, schema] if importlib.util.find_spec("llguidance") else [None]
     bodies = [
         {
             "prompt": rng.choice(starts),
             "max_tokens": rng.choice([1, 8, 40]),
             "seed": rng.randint(0, 2),
             "temperature": rng.choice([0, 1.0]),
+            "frequency_penalty": rng.choice([0, 1.5]),
+            "logprobs": rng.choice([None, None, 2]),
+            "json_schema": rng.choice(schemas),
             "stream": rng.random() < 0.5,
             "lookup": rng.random() < 0.3,
         }
-        for _ in range(120)
+        for _ in range(150)
     ]
     keys = [json.dumps({**body, "stream": False, "lookup": False}) for body in bodies]
     alone = {key: text_of(server.url, json.loads(key)) for key in dict.fromkeys(keys)}
@@ -87,9 +93,32 @@ def test_the_soak_has_no_wrong_byte(server: Server) -> None:
             return True
         return text_of(server.url, bodies[i]) == alone[keys[i]]
 
+    def client(number: int) -> int:
+        picks, count = random.Random(number), 0
+        while time.monotonic() < end:
+            assert ask(picks.randrange(len(bodies)))
+            count += 1
+        return count
+
+    held = []
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(ask, range(len(bodies))))
-    assert idle(server.url)
+        for part in (seconds / 3, 2 * seconds / 3):  # until all is warm, and after
+            end = time.monotonic() + part
+            assert min(pool.map(client, range(8))) > 0
+            assert idle(server.url)
+            held.append(holds(server.process.pid))
+    (files, memory), (files_after, memory_after) = held
+    assert files_after <= files + 2  # connections that were kept alive close within seconds
+    assert memory_after < memory + (32 << 20)
+
+
+def holds(pid: int) -> tuple[int, int]:
+    """Open files of a process, and bytes of its memory; nothing where there is no /proc."""
+    process = Path(f"/proc/{pid}")
+    if not process.exists():
+        return 0, 0
+    resident = re.search(r"VmRSS:\s+(\d+) kB", (process / "status").read_text())
+    return len(list((process / "fd").iterdir())), 1024 * int(resident[1]) if resident else 0
 
 
 def idle(url: str) -> bool:

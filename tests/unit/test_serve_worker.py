@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from typing import Any
 
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from serving import FakeEngine, fake_llm
 
 from bitgen.errors import BitgenError
+from bitgen.inference.draft_model import DraftModel
+from bitgen.inference.grammar import Grammar
 from bitgen.inference.sampling import Sampling
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import Request
 from bitgen.serve.worker import Job, Update, Worker
 
@@ -25,16 +29,24 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 
 
 def request(length: int = 8, text: int = 0, seed: int = 1, tokens: int = 6, **changes: Any) -> Request:
-    sampling = Sampling(temperature=changes.pop("temperature", 1.0), seed=seed)
+    options = changes.pop("options", {})
+    sampling = Sampling(temperature=changes.pop("temperature", 1.0), seed=seed, **options)
     return Request(prompt(length, text), max_tokens=tokens, sampling=sampling, **changes)
 
 
 class House:
     """A worker that is turned by hand."""
 
-    def __init__(self, batch: int = 2, token_s: float = 0.0, max_stall_s: float = 0.25) -> None:
+    def __init__(
+        self, batch: int = 2, token_s: float = 0.0, max_stall_s: float = 0.25, *, drafts: bool = False
+    ) -> None:
         self.engine = FakeEngine(batch, token_s=token_s)
         self.scheduler = fake_llm(self.engine, max_stall_s).scheduler
+        if drafts:  # right ones, as far as its short context goes
+            small = FakeEngine(batch, context=64, token_s=token_s / 4)
+            small.clock = self.engine.clock
+            reader = Scheduler(small, max_stall_s=max_stall_s, clock=small.clock)
+            self.scheduler.drafts = DraftModel(reader)
         self.worker = Worker(self.scheduler, lambda call: call(), self.engine.clock)
         self.texts: dict[Job, str] = {}
         self.ends: dict[Job, str] = {}
@@ -72,6 +84,19 @@ def alone(wanted: Request) -> str:
     return house.texts[job]
 
 
+def grammars() -> list[Grammar | None]:
+    """None, and one of JSON where llguidance is installed."""
+    if importlib.util.find_spec("llguidance") is None:
+        return [None]
+    properties = {"to": {"enum": ["the", "an"]}, "often": {"type": "integer", "minimum": 0, "maximum": 99}}
+    schema = {"type": "object", "properties": properties, "required": ["to", "often"]}
+    return [
+        None,
+        None,
+        fake_llm(FakeEngine()).grammars.json_schema({**schema, "additionalProperties": False}),
+    ]
+
+
 requests = st.builds(
     request,
     length=st.sampled_from([1, 3, 17, 40, 90, 250]),
@@ -85,6 +110,14 @@ requests = st.builds(
     logprobs=st.sampled_from([None, 2]),
     score_prompt=st.booleans(),
     ignore_end=st.booleans(),
+    grammar=st.sampled_from(grammars()),
+    options=st.sampled_from(
+        [
+            {},
+            {"top_k": 0, "logit_bias": ((263, 5.0),)},
+            {"repeat_penalty": 1.5, "presence_penalty": 0.5, "repeat_last_n": -1},
+        ]
+    ),
 )
 actions = st.lists(
     st.one_of(
@@ -97,10 +130,17 @@ actions = st.lists(
 
 
 @settings(max_examples=150)
-@given(actions=actions, batch=st.integers(1, 4), token_s=st.sampled_from([0.0, 0.004, 0.02]))
-def test_a_text_does_not_depend_on_the_load(actions: list[Any], batch: int, token_s: float) -> None:
-    """Arrivals, cancels, evictions, shared prefixes and parts of any size are invisible."""
-    house = House(batch, token_s)
+@given(
+    actions=actions,
+    batch=st.integers(1, 4),
+    token_s=st.sampled_from([0.0, 0.004, 0.02]),
+    drafts=st.booleans(),
+)
+def test_a_text_does_not_depend_on_the_load(
+    actions: list[Any], batch: int, token_s: float, drafts: bool
+) -> None:
+    """Arrivals, cancels, evictions, shared prefixes, drafts, grammars and parts of any size are invisible."""
+    house = House(batch, token_s, drafts=drafts)
     jobs: list[Job] = []
     cancelled: set[Job] = set()
     for what, value in actions:
