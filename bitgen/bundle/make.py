@@ -25,7 +25,7 @@ from bitgen.cpu import Cpu, accepted_isas, detect_cpu, load_isas, target_cpu
 from bitgen.errors import FileError, UsageError
 from bitgen.formats.config import ModelPreset
 from bitgen.progress import Progress, Report
-from bitgen.toolchain import Toolchain, release_compiler
+from bitgen.toolchain import Toolchain, find_cross_compilers, release_compiler
 
 UNIVERSAL = "universal"  # a family's name in lists of them: one library for every CPU of an architecture
 
@@ -106,7 +106,7 @@ def make_universal(
     chosen = committed_kernels(target, every_committed_shape(arch))
     return write_library(
         chosen.entries,
-        Toolchain(release_compiler(arch, system, cc, libc=libc), strip=True),
+        release_toolchain(arch, system, cc, libc=libc),
         out,
         f"{UNIVERSAL}-{arch}",
         target,
@@ -115,6 +115,20 @@ def make_universal(
         check=_runs_here(target) and (libc == "gnu") == (platform.libc_ver()[0] == "glibc"),
         release=True,
     )
+
+
+def release_toolchain(arch: str, system: str, cc: str | None = None, *, libc: str = "gnu") -> Toolchain:
+    """The toolchain of releases: zig for host code and linking, gcc for ISA levels, where both are here.
+
+    zig links against old C libraries and musl; gcc's kernels are faster (docs/decisions/0071) and use no C
+    library. ``cc``: that compiler for all of it.
+    """
+    compiler = release_compiler(arch, system, cc, libc=libc)
+    kernels = None
+    if cc is None and compiler.kind == "zig" and system == "Linux":
+        here = (found for found in find_cross_compilers(arch, system) if found.kind == "gcc")
+        kernels = next(here, None)
+    return Toolchain(compiler, strip=True, kernels=kernels)
 
 
 def _named(name: str) -> tuple[Cpu, bool]:
@@ -130,12 +144,12 @@ def _family_library(release: Release, name: str, target: Target, folder: Path) -
     cpu = target.cpu
     return write_library(
         chosen.entries,
-        Toolchain(release_compiler(cpu.arch, cpu.os, release.cc), strip=True),
+        release_toolchain(cpu.arch, cpu.os, release.cc),
         folder,
         f"{release.model.alias}-{name}",
         target,
         model=release.model.alias,
-        sizes=release.model.step_sizes,
+        sizes=None if target.universal else release.model.step_sizes,  # it would serve the best level alone
         fingerprint=_winners_digest(chosen.entries),
         label=chosen.label,
         origin=chosen.origin,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from bitgen import __version__
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle.manifest import Bundle, Manifest, sha256_of
-from bitgen.bundle.write import exported
+from bitgen.bundle.write import HOST, exported
 from bitgen.cpu import Isa, load_isas
 from bitgen.errors import FileError, ToolchainError, UnsupportedError
 from bitgen.hostcode import host_unit
@@ -36,13 +37,17 @@ def rebuild(bundle: Bundle) -> str:
     if manifest.bitgen_version != __version__:
         message = f"{bundle.path.name} was made by bitgen {manifest.bitgen_version}, this is {__version__}"
         raise UnsupportedError(f"{message}: install that one to build it again")
-    compiler = _compiler_of(manifest)
+    facts = dict(manifest.compiler)
+    host = facts.pop(HOST, None)
+    kernels = _find_compiler(manifest, next(iter(facts.values())))
+    compiler = kernels if host is None else _find_compiler(manifest, host)
     makefile = (sources / "Makefile").read_text(encoding="utf-8")
     soname = f"{manifest.library}.{ABI_VERSION}"
     soname = soname if f"-soname,{soname} " in makefile or f"/{soname} " in makefile else manifest.library
     with tempfile.TemporaryDirectory(prefix="bitgen-rebuild-") as scratch:
         strip = bool(re.search(r"-Wl,-[sx] ", makefile))
-        toolchain = Toolchain(compiler, cache_dir=Path(scratch) / "cache", strip=strip)
+        cache = Path(scratch) / "cache"
+        toolchain = Toolchain(compiler, cache, strip=strip, kernels=kernels if host is not None else None)
         _require_same_flags(manifest, toolchain)
         objects = toolchain.objects(list(_units(sources, makefile)))
         exports = exported((bundle.path / "bitgen.h").read_text(encoding="utf-8"))
@@ -71,9 +76,8 @@ def _units(sources: Path, makefile: str) -> Iterator[Unit]:
         yield Unit(stem, text, isa, headers=headers) if isa else host_unit(stem, text, headers)
 
 
-def _compiler_of(manifest: Manifest) -> Compiler:
-    """The compiler that the manifest names, by version and target. ToolchainError when it is not here."""
-    facts = next(iter(manifest.compiler.values()))
+def _find_compiler(manifest: Manifest, facts: Mapping[str, Any]) -> Compiler:
+    """The compiler that a manifest names, by version and target. ToolchainError when it is not here."""
     wanted = (facts["compiler"], facts["version"], facts["target"])
     here = [*find_compilers(), *find_cross_compilers(manifest.arch, manifest.system)]
     if manifest.system == "Linux":
@@ -87,5 +91,6 @@ def _compiler_of(manifest: Manifest) -> Compiler:
 def _require_same_flags(manifest: Manifest, toolchain: Toolchain) -> None:
     isas = {isa.name: isa for isa in load_isas()}
     for name, facts in manifest.compiler.items():
-        if name not in isas or facts["flags"] != list(toolchain.flags(isas[name])):
+        isa = None if name == HOST else isas.get(name)
+        if (isa is None and name != HOST) or facts["flags"] != list(toolchain.flags(isa)):
             raise UnsupportedError(f"its {name} code was compiled with other flags than this bitgen uses")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.manifest import KernelEntry, Label
-from bitgen.cpu import Cpu, Isa
+from bitgen.cpu import Cpu, Isa, accepted_isas, target_cpu, target_names
 from bitgen.measure import Job
 from bitgen.space import space_for
 from bitgen.spec import KernelSpec, Shape, regime_named
-from bitgen.winners import committed_shapes, nearest_winners
+from bitgen.winners import committed_shapes, family_winners, nearest_winners
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,22 @@ def committed_kernels(
     """
     wanted = [(shape, group) for shape in dict.fromkeys(shapes)]
     levels = target.levels if target.universal else (target.isa,)
-    parts = [_at_level(target.cpu_of(isa), isa, wanted, target.isas, folder) for isa in levels]
+    parts = [_at_level(_stands_for(isa, target, folder), isa, wanted, target.isas, folder) for isa in levels]
     entries = tuple(entry for part in parts for entry in part.entries)
     if not target.universal:
         return parts[0]
     found = [f"{isa.name}: {part.origin}" for isa, part in zip(levels, parts, strict=True)]
     # Whatever its levels were measured on, a CPU of this library may be of any family.
     return Chosen(entries, "transferred" if entries else "default", "; ".join(found))
+
+
+def _stands_for(isa: Isa, target: Target, folder: Path | None) -> Cpu:
+    """The CPU whose winners a level gets: one whose best level it is, of a family that has some."""
+    if not target.universal:
+        return target.cpu
+    known = [target_cpu(name, target.cpu.os) for name in target_names()]
+    best = [cpu for cpu in known if cpu.arch == isa.arch and accepted_isas(cpu, target.isas)[0] == isa]
+    return next((cpu for cpu in best if family_winners(cpu.family, folder)), target.cpu_of(isa))
 
 
 def every_committed_shape(arch: str, folder: Path | None = None) -> tuple[Shape, ...]:

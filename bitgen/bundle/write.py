@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bitgen import __version__
 from bitgen.abi import ABI_VERSION
@@ -34,6 +35,7 @@ from bitgen.toolchain.cache import writing
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CHECK_TIMEOUT_S = 120.0
+HOST = "host"  # in a manifest's compilers: of host code
 
 
 def write_library(
@@ -126,7 +128,7 @@ def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About
         isas={isa.name: tuple(sorted(isa.requires)) for isa in contents.isas},
         kernels=contents.entries,
         files={path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
-        compiler={isa.name: toolchain.fingerprint(isa) for isa in contents.isas},
+        compiler=_compilers(contents, toolchain),
         fingerprint=about.fingerprint,
         threads=contents.threads,
         cores=contents.cores,
@@ -134,6 +136,12 @@ def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About
     )
     text = json.dumps(dump(manifest), indent=1) + "\n"
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+
+def _compilers(contents: Contents, toolchain: Toolchain) -> dict[str, Any]:
+    """What compiled each ISA level, and host code where that was another compiler."""
+    levels = {isa.name: toolchain.fingerprint(isa) for isa in contents.isas}
+    return levels if toolchain.kernels is None else {**levels, HOST: toolchain.fingerprint(None)}
 
 
 def exported(header: str) -> tuple[str, ...]:
@@ -181,6 +189,7 @@ def _write_sources(
     shared = toolchain.shared_flags(soname, exports=True)
     lines = [
         "# Makes the library again from the C text beside this file.",
+        *(["KERNEL_CC = gcc # compiled the units of ISA levels"] if toolchain.kernels is not None else []),
         f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",
         "",
         f"{library}: $(OBJECTS)",
@@ -189,7 +198,8 @@ def _write_sources(
     ]
     for unit in units:
         flags = " ".join((*toolchain.flags(unit.isa), *unit.flags))
-        lines += [f"{unit.stem}.o: {unit.stem}.c", f"\t$(CC) {flags} -c {unit.stem}.c -o $@", ""]
+        compiler = "$(KERNEL_CC)" if toolchain.kernels is not None and unit.isa is not None else "$(CC)"
+        lines += [f"{unit.stem}.o: {unit.stem}.c", f"\t{compiler} {flags} -c {unit.stem}.c -o $@", ""]
     lines += ["clean:", f"\trm -f $(OBJECTS) {library}", "", ".PHONY: clean", ""]
     (folder / "Makefile").write_text("\n".join(lines), encoding="utf-8")
 

@@ -204,7 +204,6 @@ def _make(args: argparse.Namespace) -> None:
             b.manifest.arch,
             b.label,
             b.library.stat().st_size,
-            b.manifest.origin,
         )
         for b in made.bundles
     ]
@@ -214,9 +213,10 @@ def _make(args: argparse.Namespace) -> None:
         Column("arch", "architecture"),
         Column("label", "kernels"),
         Column("bytes", "bytes", ",d"),
-        Column("origin", "from"),
     )
     print(render_tables([Table("bundles", columns, rows)], "text"))
+    for bundle in made.bundles:
+        print(f"{bundle.manifest.name}: {bundle.manifest.origin}")
     print(f"\n{made.folder.path}: {'signed' if made.folder.signed else 'unsigned'}")
     for path in made.containers:
         print(f"{path}: {path.stat().st_size:,} bytes")

@@ -83,7 +83,9 @@ class Toolchain:
 
     ``timeout_s`` is the limit of one run of the compiler, ``jobs`` how many run at once. ``werror`` makes
     every warning an error (for tests: a user's newer compiler has warnings nobody has seen yet).
-    ``strip``: libraries that `link_shared` makes have no names besides the exported ones.
+    ``kernels``: the compiler of units of an ISA level, which use no C library; None: ``compiler``, which
+    always compiles host code and links. ``strip``: libraries that `link_shared` makes have no names besides
+    the exported ones.
     ``extra_flags`` go to compiler and linker alike, last, for example ``-fsanitize=address``.
     """
 
@@ -93,22 +95,28 @@ class Toolchain:
     jobs: int = 2
     werror: bool = False
     strip: bool = False
+    kernels: Compiler | None = None
     extra_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         refuse_forbidden(self.extra_flags)
 
+    def compiler_of(self, isa: Isa | None) -> Compiler:
+        """What compiles units of ``isa``; None: host code."""
+        return self.kernels if self.kernels is not None and isa is not None else self.compiler
+
     def flags(self, isa: Isa | None) -> tuple[str, ...]:
         """All flags of a translation unit of ``isa``."""
         warnings = (*_WARNINGS, "-Werror") if self.werror else _WARNINGS
-        return (*self.compiler.flags(isa), *warnings, *self.extra_flags)
+        return (*self.compiler_of(isa).flags(isa), *warnings, *self.extra_flags)
 
     def fingerprint(self, isa: Isa | None = None) -> dict[str, Any]:
         """What decides the machine code besides the C text; JSON-able, without paths of this machine."""
+        compiler = self.compiler_of(isa)
         return {
-            "compiler": self.compiler.kind,
-            "version": self.compiler.version,
-            "target": self.compiler.target,
+            "compiler": compiler.kind,
+            "version": compiler.version,
+            "target": compiler.target,
             "flags": list(self.flags(isa)),
         }
 
@@ -188,7 +196,7 @@ class Toolchain:
         """Run the linker in ``folder``: NAME.so there, from ``objects``. ``flags`` come last (libraries)."""
         made = f"{name}.so"
         inputs = [str(path.absolute()) for path in objects]
-        self._run(("-o", made, *inputs, *flags), f"link {name}", folder, LiveProcesses())
+        self._run(self.compiler, ("-o", made, *inputs, *flags), f"link {name}", folder, LiveProcesses())
         return folder / made
 
     @property
@@ -212,7 +220,7 @@ class Toolchain:
         source = f"{unit.stem}.c"
         parts = {
             **self.fingerprint(unit.isa),
-            "command": self.compiler.command[1:],
+            "command": self.compiler_of(unit.isa).command[1:],
             "flags": flags,
             "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             "source": source,
@@ -225,14 +233,16 @@ class Toolchain:
                 (folder / name).write_text(content, encoding="utf-8")
             # Names without a folder: neither messages nor the object's symbols tell where it was made.
             made = f"{unit.stem}.o"
-            self._run((*flags, "-c", source, "-o", made), f"compile {unit.name}", folder, live)
+            words = (*flags, "-c", source, "-o", made)
+            self._run(self.compiler_of(unit.isa), words, f"compile {unit.name}", folder, live)
             return folder / made
 
         return self.cache.make("objects", key_of(parts), ".o", produce)
 
-    def _run(self, arguments: Sequence[str], task: str, folder: Path, live: LiveProcesses) -> Finished:
-        command = (*self.compiler.command, *arguments)
-        name = self.compiler.name
+    def _run(
+        self, compiler: Compiler, arguments: Sequence[str], task: str, folder: Path, live: LiveProcesses
+    ) -> Finished:
+        command, name = (*compiler.command, *arguments), compiler.name
         try:
             finished = run(command, timeout_s=self.timeout_s, cwd=folder, live=live)
         except TimedOutError as error:

@@ -21,10 +21,12 @@ from distributions import rewritten
 
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.elf import read_requirements
+from bitgen.bundle.manifest import read_bundle, sha256_of
+from bitgen.bundle.rebuild import rebuild
 from bitgen.bundle.units import library_units_of
 from bitgen.bundle.write import write_library
-from bitgen.cpu import CAP_VARIABLE, load_isas
-from bitgen.toolchain import Compiler, Toolchain, find_cross_compilers, release_compiler
+from bitgen.cpu import CAP_VARIABLE, detect_cpu, load_isas
+from bitgen.toolchain import Compiler, Toolchain, find_compiler, find_cross_compilers, release_compiler
 
 ROOT = Path(__file__).parents[2]
 WIDE = re.compile(r"%[yz]mm|%k[1-7]")  # registers that only AVX and AVX-512 have
@@ -200,6 +202,19 @@ def test_anybody_can_build_a_release_again(release: Path, tmp_path: Path) -> Non
         AssertionError, match=r"built again from its C text with .* the library has the sha256"
     ):
         bitgen(home, "bundle", "verify", "--rebuild", "--allow-unsigned", changed)
+
+
+@NATIVE
+@pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("clang")), reason="needs gcc and clang")
+def test_kernels_and_host_code_may_have_compilers_of_their_own(tmp_path: Path) -> None:
+    """As releases have them: zig for host code and linking, gcc for ISA levels."""
+    host, kernels = find_compiler("clang"), find_compiler("gcc")
+    toolchain = Toolchain(host, libraries.shared_cache(), strip=True, kernels=kernels)
+    target = Target.of(detect_cpu(), "scalar")
+    made = read_bundle(write_library((), toolchain, tmp_path, "mixed", target, release=True))
+    compilers = {name: facts["compiler"] for name, facts in made.manifest.compiler.items()}
+    assert compilers == {"scalar": "gcc", "host": "clang"}
+    assert rebuild(made) == sha256_of(made.library)
 
 
 @NATIVE
