@@ -259,7 +259,7 @@ class LLM:
             max_tokens=max_tokens,
             sampling=Sampling(**sampling),
             stop=_texts(stop),
-            ignore_end=ignore_end,
+            ignore_end=ignore_end and schema is None,
             lookup=lookup,
             grammar=None if schema is None else self.grammars.json_schema(schema),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import asdict
@@ -134,6 +135,12 @@ def add_sampling(parser: argparse.ArgumentParser, *, tokens: int) -> None:
         metavar="TEXT",
         help="end before TEXT",
     )
+    group.add_argument(
+        "-j",
+        "--json-schema",
+        metavar="SCHEMA",
+        help="a JSON schema that the text follows, or @FILE with one ({}: any JSON); the extra json",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on where the model wants to end")
     group.add_argument(
         "--lookup", action="store_true", help="draft tokens from the text so far: the same text, often sooner"
@@ -166,7 +173,20 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "stop": args.stop,
         "ignore_end": args.ignore_eos,
         "lookup": args.lookup,
+        "schema": None if args.json_schema is None else _schema(args.json_schema),
     }
+
+
+def _schema(text: str) -> Any:
+    """JSON, or that of a file."""
+    from bitgen.errors import FileError, UsageError
+
+    try:
+        return json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+    except OSError as error:
+        raise FileError(f"cannot read {text[1:]}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--json-schema is no JSON: {error}") from None
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,5 +177,6 @@ class _Wrapped:
 
 
 def _line(message: str) -> str:
-    """The first lines of what llguidance says, as one."""
-    return " ".join(message.split())[:300]
+    """What llguidance says, without the place in the rules that are made of a schema, as one line."""
+    said = re.split(r"\n\s*\d+ \| ", message)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", said).split())[:300]

@@ -14,7 +14,7 @@ from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
 from wanted import answers_wants
 
-from bitgen.errors import BitgenError, FileError
+from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.config import ModelConfig
 from bitgen.inference.chat_template import BUILT_IN, knows_thinking, render_chat
 from bitgen.inference.conversation import Conversation
@@ -706,3 +706,14 @@ def test_an_answer_that_was_stopped_at_once_takes_its_question_along() -> None:
     talk.heard(answer)
     assert talk.messages == []
     assert SPACE not in answer.text
+
+
+def test_a_text_follows_a_schema_with_and_without_end() -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed (the extra json)")
+    llm = small_llm()
+    options: dict[str, Any] = {"schema": {"enum": ["the", "an"]}, "seed": 3, "ignore_end": True}
+    assert "".join(llm.generate("the", **options)) in ('"the"', '"an"')
+    with pytest.raises(UsageError, match="a JSON schema is an object, not list"):
+        llm.generate("the", schema=[])
+    with pytest.raises(UsageError, match=r'cannot be used: failed to compile JSON schema: Un.* \["not"\]$'):
+        llm.generate("the", schema={"not": {}})

@@ -129,7 +129,7 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     actions=actions,
     batch=st.integers(1, 4),
