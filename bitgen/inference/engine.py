@@ -133,7 +133,8 @@ class Engine:
             raise BitgenError(f"max_batch must be at least 1, not {max_batch}")
         if kv not in KV_TYPES or head not in get_args(Head):
             raise BitgenError(f"kv must be f16, f32 or q8, head full, screened or q8, not {kv!r}, {head!r}")
-        if head == "exact" or (head == "screened" and weights.output.type not in _SCREENED):
+        screened = head == "screened" and weights.ternary_head is None and weights.output.type in _SCREENED
+        if head != "q8" and not screened:
             head = "full"
         self.screens = head == "screened"
         self._sizes(kv)

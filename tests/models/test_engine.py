@@ -380,7 +380,7 @@ def test_what_is_wrong_is_said(tables: Any) -> None:
         ({"context": 0}, "context must be"),
         ({"max_batch": 0}, "max_batch must be"),
         ({"kv": "f64"}, "kv must be f16, f32 or q8"),
-        ({"head": "q4"}, "head exact or q8"),
+        ({"head": "q4"}, "head full, screened or q8"),
     ):
         with pytest.raises(BitgenError, match=message):
             Engine(weights, tables(), **arguments)
@@ -525,6 +525,9 @@ def test_files_with_groups_run(tables: Any, tmp_path: Path, kind: str, bitgen_ho
             feed(Engine(open_model(path).weights, tables(), fingerprint="abc"), ids), expected
         )
     assert len(cache_entries()) == 2
+    screened = Engine(model.weights, tables(), head="screened")  # floats that are ternary are not screened
+    assert np.array_equal(feed(screened, ids), expected)
+    assert not screened.screens
 
 
 def test_a_busy_table_and_a_closed_engine_say_so(tables: Any) -> None:
@@ -562,7 +565,7 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
         assert engine.memory_bytes == engine.memory.total > engine.memory.cache + engine.memory.weights
     q8 = Engine(weights, tables(), head="q8")
     exact = Engine(weights, tables())
-    assert q8.memory.weights - exact.memory.weights == 300 * (100 + 4)
+    assert q8.memory.weights - exact.memory.weights == 300 * (100 + 8)  # rows, their scales and bounds
 
 
 MEASURE = """

@@ -23,6 +23,7 @@ from model_files import (
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.convert import convert
 from bitgen.formats.gguf import NewTensor, read_gguf, write_gguf
+from bitgen.formats.inspect import facts
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
 from bitgen.formats.ternary import TERNARY
@@ -58,6 +59,7 @@ def test_every_type_with_groups_of_128(tmp_path: Path, kind: str, tied: bool) ->
     model = grouped_model(tied_head=tied)
     opened = open_model(write_model(tmp_path / "m.gguf", model, kind))
     check(model, opened)
+    assert facts(opened)["groups"] == "128 weights along k share a scale, or fewer"
     assert opened.weights.layers[0].down.group == 128
     assert opened.weights.layers[0].qkv.group == 128
     assert opened.weights.embedding.is_ternary == (kind not in ("f16", "f32"))
