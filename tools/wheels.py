@@ -33,6 +33,8 @@ SIZE_LIMIT = 10_000_000  # bytes of a wheel
 
 def wheel_with(bundle: Path, out: Path) -> Path:
     """Write the wheel of bitgen that holds ``bundle`` to the folder ``out``; returns its file."""
+    if (bundle / "bitgen.h").read_bytes() != (ROOT / "csrc" / "bitgen.h").read_bytes():
+        raise BitgenError(f"{bundle} was made of another checkout: its header is not csrc/bitgen.h")
     tag = read_requirements(read_bundle(bundle).library).wheel_tag
     environment = {**os.environ, "BITGEN_WHEEL_BUNDLE": str(bundle.absolute()), "BITGEN_WHEEL_TAG": tag}
     out.mkdir(parents=True, exist_ok=True)

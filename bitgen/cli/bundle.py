@@ -173,9 +173,16 @@ def _pick(args: argparse.Namespace) -> None:
     if args.output == "text":
         path = f"{chosen.path}, ISA level {level}" if chosen else "none; the first use builds one"
         print(f"this CPU ({cpu.family}) gets {path}")
-        print(f"its kernels: {chosen.manifest.origin}\n" if chosen and chosen.manifest.origin else "")
+        print(f"its kernels: {_origin(chosen, level)}\n" if chosen and chosen.manifest.origin else "")
     facts = {"chosen": str(chosen.path) if chosen else None, "isa": level, "family": cpu.family}
     print(render_tables(tables, args.output, facts))
+
+
+def _origin(bundle: Bundle, level: str | None) -> str:
+    """How its kernels were found; of a universal library those of the level that runs here."""
+    parts = bundle.manifest.origin.split("; ") if bundle.manifest.dispatches else []
+    own = (part for part in parts if part.startswith(f"{level}: "))
+    return next(own, f"{level}: default schedules" if parts else bundle.manifest.origin)
 
 
 def _whence(bundle: Bundle) -> tuple[str, str, str, str]:
