@@ -139,7 +139,7 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, gro
     facts = FAMILIES[family]
     if group:
         facts.require_group(group)
-        facts = facts.in_groups()
+        facts = facts.in_groups(group, regime)
     axes = facts.axes(isa, regime)
     if group:
         axes = {name: _grouped_axes(facts, name, group, own) for name, own in axes.items()}

@@ -263,6 +263,9 @@ class Panel(Algorithm):
 class Tiles(Algorithm):
     """Tiles of bytes are multiplied by one instruction, on levels that have it."""
 
+    def serves_groups(self, group: int, regime: Regime) -> bool:
+        return regime is LARGE and group % 64 == 0  # whole tiles; few tokens would wait for their floats
+
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         wide = not isa.generic
         if regime is N1 or not isa.tiles:

@@ -115,6 +115,11 @@ class Algorithm(ABC):
         """Whether it also multiplies weights with a scale for each group."""
         return False
 
+    def serves_groups(self, group: int, regime: Regime) -> bool:
+        """Whether it does so for a regime and groups of ``group`` weights."""
+        del group, regime
+        return self.grouped
+
     def turns(self, family: Family, group: int) -> int:
         """Turns of the inner loop that a group takes: the most that ``widen_every`` can be there."""
         return group // family.k_chunk
@@ -236,9 +241,10 @@ class Family:
             return ()
         return tuple(length for length in GROUPS if length % self.k_chunk in (0, self.tail_weights))
 
-    def in_groups(self) -> Family:
-        """The family with the algorithms that multiply weights in groups, and no others."""
-        return replace(self, algorithms=tuple(one for one in self.algorithms if one.grouped))
+    def in_groups(self, group: int, regime: Regime) -> Family:
+        """The family with the algorithms that multiply weights in groups of ``group``, and no others."""
+        own = (one for one in self.algorithms if one.serves_groups(group, regime))
+        return replace(self, algorithms=tuple(own))
 
     def require_group(self, group: int) -> None:
         """UsageError with the reason where no layout of it has a scale for each ``group`` weights."""
