@@ -314,6 +314,10 @@ class Tiles(Algorithm):
 class Mmla(Algorithm):
     """2 x 8 bytes are multiplied with 8 x 2 by one instruction, on levels that have it."""
 
+    @property
+    def grouped(self) -> bool:
+        return True
+
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         wide = not isa.generic
         if regime is N1 or not isa.mmla:
