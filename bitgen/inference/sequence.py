@@ -7,11 +7,13 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from bitgen.errors import BitgenError
 from bitgen.inference.drafts import PromptLookupDrafter
 from bitgen.inference.grammar import Grammar
 from bitgen.inference.sampling import Sampler, Sampling, Score, score_of
-from bitgen.inference.wants import Best, Chosen, Floats, Logits, Mask
+from bitgen.inference.wants import Best, Chosen, Floats, Logits, Mask, pack_mask
 from bitgen.progress import Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -26,7 +28,8 @@ class Request:
     of the ``stop`` texts. ``lookup`` drafts tokens from the text so far, to check several in a forward pass.
     ``logprobs`` keeps the log-probability of every sampled token beside as many of the likeliest ones, and
     with ``score_prompt`` of the prompt's tokens too. A text with a ``grammar`` follows it, and ends where it
-    is complete. The KV cache is shared within one ``owner``.
+    is complete. Without one no token comes before ``min_tokens`` that would end it; ``stop_ids`` are more of
+    these. The KV cache is shared within one ``owner``.
     """
 
     prompt: tuple[int, ...]
@@ -38,6 +41,8 @@ class Request:
     logprobs: int | None = None
     score_prompt: bool = False
     grammar: Grammar | None = None
+    min_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
     owner: str = ""
 
 
@@ -63,6 +68,7 @@ class Sequence:
         self._stream = tokenizer.stream()
         self._stop = StopFilter(request.stop)
         self._grammar = request.grammar.start() if request.grammar else None
+        self._vocab = 0  # of the model, once a row was asked for
         self._allowed: Mask | None = None  # of the next token, once it was asked for
         self._drafter = PromptLookupDrafter(request.prompt) if request.lookup else None
 
@@ -86,7 +92,8 @@ class Sequence:
         return self._sampler.take(answer, [*self.whole, *drafted], len(self.tokens) + len(drafted))
 
     def would_end(self, token: int) -> bool:
-        return token in self._tokenizer.end_ids and not self.request.ignore_end
+        request = self.request
+        return token in request.stop_ids or (token in self._tokenizer.end_ids and not request.ignore_end)
 
     def draft(self, most: int) -> list[int]:
         """Up to ``most`` tokens that may come next."""
@@ -104,6 +111,7 @@ class Sequence:
 
     def want(self, vocab: int, drafted: Items[int] = ()) -> Best | Logits:
         """What the row of the last token has to give, after ``drafted`` tokens that are not sure yet."""
+        self._vocab = vocab
         mask = self._mask(drafted)
         if not drafted:
             self._allowed = mask
@@ -112,8 +120,11 @@ class Sequence:
         return self._sampler.want([*self.whole, *drafted] if drafted else self.whole, vocab, mask)
 
     def _mask(self, drafted: Items[int] = ()) -> Mask | None:
-        """The tokens that its grammar lets come next; None for all, and when it fails."""
-        if self._grammar is None or self.error:
+        """The tokens that may come next; None for all, and when its grammar fails."""
+        if self._grammar is None:
+            early = len(self.tokens) + len(drafted) < self.request.min_tokens
+            return self._without_ends() if early else None
+        if self.error:
             return None
         if self._allowed is not None and not drafted:
             return self._allowed
@@ -122,6 +133,14 @@ class Sequence:
         except BitgenError as error:
             self.error = error.message
             return None
+
+    def _without_ends(self) -> Mask:
+        """All tokens but those that would end the text."""
+        request = self.request
+        ends = request.stop_ids | (frozenset() if request.ignore_end else self._tokenizer.end_ids)
+        allowed = np.ones(self._vocab, np.bool_)
+        allowed[[token for token in ends if token < self._vocab]] = False
+        return pack_mask(allowed)
 
     def sample(self, answer: Floats | Chosen, context: int) -> str:
         """Sample the next token from what `want` asked for; the text that is ready to be shown."""

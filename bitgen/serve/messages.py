@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bitgen.llm import LLM
 
 STOPS_MAX, STOP_CHARACTERS_MAX = 16, 256
+STOP_IDS_MAX = 64
 LOGPROBS_MAX = 20
 PROMPTS_MAX = 64  # of one request
 COMPLETION_TOKENS = 16  # what OpenAI's completions make where nobody says how many
@@ -89,12 +90,19 @@ class Body(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     repeat_last_n: LastN | None = None
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    stop_token_ids: list[int] | None = None
     lookup: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
     response_format: ResponseFormat | None = None
     json_schema: Any = None  # as llama.cpp's server takes it
+    grammar: Any = None  # what would hold the text to something else, in the words of other servers
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    structured_outputs: Any = None
 
     @property
     def choices(self) -> int:
@@ -361,6 +369,13 @@ def _wanted(body: Body, limits: Limits, max_tokens: int | None) -> Request:
     check(n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
     if limits.max_tokens is not None:
         max_tokens = min(limits.max_tokens, limits.max_tokens if max_tokens is None else max_tokens)
+    for name in ("grammar", "guided_json", "guided_regex", "guided_choice", "structured_outputs"):
+        check(not getattr(body, name), f"{name} is not supported: use response_format", name)
+    least, ends = body.min_tokens or 0, body.stop_token_ids or []
+    check(max_tokens is None or least <= max_tokens, "min_tokens is more than max_tokens", "min_tokens")
+    check(len(ends) <= STOP_IDS_MAX, f"stop_token_ids has {STOP_IDS_MAX} tokens at most", "stop_token_ids")
+    wrong = next((token for token in ends if not 0 <= token < limits.vocab), None)
+    check(wrong is None, f"stop_token_ids: {wrong} is no token of this model", "stop_token_ids")
     stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     check(len(stops) <= STOPS_MAX, f"stop has {STOPS_MAX} texts at most", "stop")
     longest = max(map(len, stops), default=0)
@@ -372,6 +387,8 @@ def _wanted(body: Body, limits: Limits, max_tokens: int | None) -> Request:
         stop=stops,
         ignore_end=bool(body.ignore_eos),
         lookup=bool(body.lookup),
+        min_tokens=least,
+        stop_ids=frozenset(ends),
     )
 
 

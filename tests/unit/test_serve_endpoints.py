@@ -213,6 +213,10 @@ _FIELDS: dict[str, list[Any]] = {
     "min_p": ["1", -0.1, 1.1],
     "seed": ["1", 1.5, -2, 1 << 64, 10**40, True],
     "stop": [5, [5], ["a"] * 17, "a" * 257, {}, [None]],
+    "min_tokens": ["1", -1, 9],
+    "stop_token_ids": [5, ["a"], [-1], [99999], [1] * 65],
+    "grammar": ["root ::= a"],
+    "guided_json": ["{}"],
     "repeat_penalty": ["1", 0, -1],
     "repeat_last_n": ["1", -2, 0.5],
     "logprobs": ["1", -1, 21, True, 10**30],
@@ -338,6 +342,23 @@ def test_what_is_not_known_is_ignored_and_said_once(capsys: pytest.CaptureFixtur
     said = [line for line in capsys.readouterr().err.splitlines() if "ignored" in line]
     names = r"\x1b[31m, metadata, service_tier, user, xyz"
     assert said == [f"bitgen: fields of requests that are ignored: {names}"]
+
+
+def test_a_text_ends_at_its_own_tokens_and_not_too_early() -> None:
+    likely = {"temperature": 0, "logit_bias": {"2": 4.5}}  # the end
+    body = {**ASK, "max_tokens": 60, "ignore_eos": False, **likely}
+    early = once("POST", COMPLETIONS, body).json
+    assert early["choices"][0]["finish_reason"] == "stop"
+    count = early["usage"]["completion_tokens"]
+    late = once("POST", COMPLETIONS, {**body, "min_tokens": count + 5}).json
+    assert late["usage"]["completion_tokens"] >= count + 5
+    assert late["choices"][0]["text"].startswith(early["choices"][0]["text"])
+    ids = once("POST", COMPLETIONS, {**ASK, "max_tokens": 60, "logprobs": 0}).json["choices"][0]
+    token = ids["logprobs"]["tokens"][7]
+    number = once("POST", "/tokenize", {"prompt": token, "add_special_tokens": False}).json["tokens"]
+    cut = once("POST", COMPLETIONS, {**ASK, "max_tokens": 60, "stop_token_ids": number[-1:]}).json
+    assert cut["choices"][0]["finish_reason"] == "stop"
+    assert cut["usage"]["completion_tokens"] <= 8
 
 
 def test_bias_and_penalties_change_a_text() -> None:
