@@ -93,13 +93,19 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         activation=arch.activation,
         sub_norms=arch.sub_norms,
         qk_norm=arch.qk_norm,
-        group=arch.group,
+        group=_group(file, arch),
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
         rope_factors=_rope_factors(file, keys, head_dim),
         yarn=_yarn(keys),
     )
+
+
+def _group(file: GgufFile, arch: Architecture) -> int:
+    """That of the architecture; 0 for I2_S, which stores BitLinear layers: a scale a tensor and a token."""
+    first = GGUF_LAYER.format(0) + arch.matrices["q"].gguf + ".weight"
+    return 0 if first in file.tensors and file.tensors[first].type == "i2_s" else arch.group
 
 
 def _refuse_transforms(file: GgufFile) -> None:

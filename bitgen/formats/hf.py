@@ -81,7 +81,8 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         activation=_ACTIVATIONS[act],
         sub_norms=architecture.sub_norms,
         qk_norm=architecture.qk_norm,
-        group=architecture.group,
+        # BitLinear layers round the activations of a token with one scale.
+        group=0 if settings.section("quantization_config").get("quant_method") else architecture.group,
         norm_eps=settings.number("rms_norm_eps"),
         tied_head=f"{LM_HEAD.hf[0]}.weight" not in tensors if tied is None else bool(tied),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),

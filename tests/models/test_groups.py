@@ -93,6 +93,14 @@ def test_the_head_is_ternary_where_its_rows_are(tmp_path: Path) -> None:
     assert open_model(write_model(tmp_path / "m.gguf", model, "f16")).weights.ternary_head is None
 
 
+def test_bitlinear_layers_keep_one_scale_a_token(tmp_path: Path) -> None:
+    model = plain_model(small_config("qwen3", hidden=128, ffn=256, head_dim=32))
+    assert open_model(write_model(tmp_path / "a.gguf", model, "i2_s")).config.group == 0
+    assert open_model(write_model(tmp_path / "b.gguf", model, "f16+scale")).config.group == 128
+    quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    assert open_model(write_folder(tmp_path / "c", model, "packed", quantization)).config.group == 0
+
+
 def test_a_binary_model(tmp_path: Path) -> None:
     model = grouped_model()
     for key, w in model.w.items():
