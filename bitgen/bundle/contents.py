@@ -183,7 +183,7 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
                 names = f"{layout.name} and {choice.spec.layout.name}"
                 raise BitgenError(f"kernels for {choice.shape.name} read two layouts, {names}")
     generic = [choice.spec.layout for choice in choices if choice.shape is None]
-    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT, replace(DEFAULT_LAYOUT, group=COMMON_GROUP)])
+    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT, common_layout(target)])
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
     entries = [choice for choice in choices if choice.shape]
     entries += [choice for choice in choices if not choice.shape]
@@ -206,6 +206,15 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     return Contents(target, tuple(dict.fromkeys(rendered)))
 
 
+def common_layout(target: Target) -> Layout:
+    """The layout of weights in groups of `COMMON_GROUP` that nobody tuned.
+
+    16 rows and a group are 544 bytes, so every other group would begin in the middle of a register of 64.
+    """
+    wide = all(isa.vector_bytes == 64 for isa in target.levels)
+    return Layout(DEFAULT_LAYOUT.family, 32 if wide else DEFAULT_LAYOUT.row_block, COMMON_GROUP)
+
+
 def _default_spec(
     layout: Layout, regime: str, isa: Isa, target: Target, choices: Sequence[KernelEntry]
 ) -> KernelSpec:
@@ -215,9 +224,10 @@ def _default_spec(
     if not space.broken(default):
         return default
     chosen = (choice.spec for choice in choices)
+    alike = (replace(spec, layout=layout) for spec in space.known_good)
     points: Iterator[KernelSpec] = (
         spec
-        for specs in (chosen, space.known_good, space)
+        for specs in (chosen, (spec for spec in alike if not space.broken(spec)), space)
         for spec in specs
         if (spec.layout, spec.regime, spec.isa, spec.shape) == (layout, regime, isa.name, None)
     )
