@@ -130,8 +130,13 @@ static int32_t refuse(float *x, const float *add, const float *weight, float eps
     (void)x, (void)add, (void)weight, (void)eps, (void)k, (void)k_pad, (void)xq, (void)x_scale, (void)x_sum;
     return 1;
 }
+static int32_t refuse_groups(float *x, const float *add, const float *weight, float eps, int64_t k, int64_t group,
+                             int64_t stride, int8_t *xq, float *x_scale, int32_t *x_sum) {
+    return (void)group, refuse(x, add, weight, eps, k, stride, xq, x_scale, x_sum);
+}
 extern const struct bitgen_step_ops OPS;
-const struct bitgen_step_ops OPS = {.embed = {embed, embed, embed}, .norm_quantize = refuse};
+const struct bitgen_step_ops OPS = {
+    .embed = {embed, embed, embed}, .norm_quantize = refuse, .norm_quantize_groups = refuse_groups};
 """
 
 

@@ -178,7 +178,7 @@ def test_the_kernels_program_sees_what_is_wrong(
     program = foreign_kernels.build(toolchain, [spec], tmp_path / "kernels", *flags)
     case = next(case for case in foreign_kernels.cases("n1", True) if case.shape.m == 33 and not case.floats)
     good = (0).to_bytes(8, "little") + foreign_kernels.record(spec.layout, case)
-    head = 8 * 11
+    head = 8 * 16  # which kernel, and the numbers of a record
     bad = bytearray(good)
     bad[head] ^= 3
     answers = [foreign.emulate([str(program)], core, bytes(data)).stdout for data in (good, bad)]
