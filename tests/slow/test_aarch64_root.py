@@ -119,6 +119,7 @@ def test_it_computes_what_this_machine_computes(
     assert answer["text"] == GREEDY["text"]
 
 
+@pytest.mark.deep
 def test_each_length_of_sve_computes_it(
     system: aarch64_root.Aarch64Root, tmp_path: Path, logits_here: list[str]
 ) -> None:
@@ -162,6 +163,7 @@ def test_without_a_library_and_a_compiler_the_way_out_is_named(system: aarch64_r
     assert "no C compiler found: install gcc or clang, or pip install ziglang" in done.stderr
 
 
+@pytest.mark.deep
 def test_tuning_works_there(system: aarch64_root.Aarch64Root) -> None:
     """The whole way of `bitgen tune`, with the cross compiler of this machine as the compiler there."""
     compiler = str(shutil.which("aarch64-linux-gnu-gcc"))
