@@ -20,7 +20,7 @@ from bitgen import __version__
 from bitgen.inference.sampling import Sampling
 from bitgen.serve import messages, openapi
 from bitgen.serve.answers import ChatAnswer, CompletionAnswer, Head, ToolAnswer
-from bitgen.serve.errors import ApiError, draining
+from bitgen.serve.errors import ApiError, draining, no_embeddings
 from bitgen.serve.guard import Guard
 from bitgen.serve.messages import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from bitgen.serve.ollama import OllamaEndpoints
@@ -62,7 +62,7 @@ class Endpoints:
 
     async def completions(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, CompletionBody)
-        self._service.model(body.model)
+        head = self._head(body)
         limits = self._service.limits
         requests = await self._service.in_thread(messages.completion_requests, body, self._llm, limits)
         echoes = None
@@ -71,15 +71,14 @@ class Endpoints:
             given = [text for text in texts if isinstance(text, str) for _ in range(body.choices)]
             echoes = given or [self._llm.tokenizer.decode(each.prompt) for each in requests]
 
-        made = partial(CompletionAnswer, head=self._head(body), echoes=echoes)
+        made = partial(CompletionAnswer, head=head, echoes=echoes)
         return await self._service.answer(http, requests, made, stream=bool(body.stream))
 
     async def chat(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, ChatBody)
-        self._service.model(body.model)
+        head = self._head(body)
         limits = self._service.limits
         requests = await self._service.in_thread(messages.chat_requests, body, self._llm, limits)
-        head = self._head(body)
         made: Maker = partial(ChatAnswer, head=head)
         if body.callable_tools:
             names = [tool.function.name for tool in body.callable_tools]
@@ -92,7 +91,7 @@ class Endpoints:
 
     async def embeddings(self, http: HttpRequest) -> Response:
         del http
-        raise ApiError(501, "this model makes no embeddings", code="not_implemented")
+        raise no_embeddings()
 
     async def tokenize(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, TokenizeBody)

@@ -65,3 +65,7 @@ def draining() -> ApiError:
 
 def stopped() -> ApiError:
     return ApiError(503, "the server was shut down before the answer was complete", code="shutdown")
+
+
+def no_embeddings() -> ApiError:
+    return ApiError(501, "this model makes no embeddings", code="not_implemented")

@@ -16,8 +16,8 @@ from starlette.responses import Response
 
 from bitgen import __version__
 from bitgen.serve import messages
-from bitgen.serve.answers import FINISH, Head, SingleAnswer
-from bitgen.serve.errors import ApiError
+from bitgen.serve.answers import Head, SingleAnswer
+from bitgen.serve.errors import ApiError, no_embeddings
 from bitgen.serve.messages import ChatBody, ChatMessage, CompletionBody, JsonSchema, ResponseFormat
 from bitgen.serve.openapi import Endpoint
 from bitgen.serve.service import Maker, Service, json_response
@@ -175,7 +175,7 @@ class OllamaAnswer(SingleAnswer):
         submitted, ended = job.submitted or 0.0, job.ended or 0.0
         started, first = job.started or ended, job.first or ended
         return {
-            "done_reason": FINISH.get(self.choices[0].finish or "", self.choices[0].finish),
+            "done_reason": self.choices[0].finish,
             "total_duration": _ns(ended - submitted),
             "load_duration": 0,
             "prompt_eval_count": len(job.request.prompt),
@@ -280,7 +280,7 @@ class OllamaEndpoints:
 
     async def embed(self, http: HttpRequest) -> Response:
         del http
-        raise ApiError(501, "this model makes no embeddings", code="not_implemented")
+        raise no_embeddings()
 
     async def tags(self, http: HttpRequest) -> Response:
         del http
