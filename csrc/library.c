@@ -487,6 +487,14 @@ int32_t bitgen_choose_kernel(const struct bitgen_context *ctx, const void *packe
     return code;
 }
 
+/* The weights of a call that has its inputs and outputs, and the kernel for both. */
+static int32_t take_weights(const bitgen_context *ctx, const void *packed, struct bitgen_call *call)
+{
+    const int32_t code = bitgen_choose_kernel(ctx, packed, call->m, call->k, call->n, &call->kernel);
+    if (!code) call->w = (const uint8_t *)packed + HEADER_BYTES;
+    return code;
+}
+
 /* Scales of groups lie among the weights and take no others; `call` has its kernel, and w_scale as it was given. */
 static int32_t place_scales(const void *packed, struct bitgen_call *call, int64_t w_scale_count)
 {
@@ -506,11 +514,9 @@ int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_sc
 {
     if (!ctx || !x || !y) return BITGEN_ERROR_NULL;
     struct bitgen_call call = {.w_scale = w_scale, .x = x, .y = y, .m = m, .k = k, .n = n};
-    int32_t code = bitgen_choose_kernel(ctx, packed, m, k, n, &call.kernel);
+    int32_t code = take_weights(ctx, packed, &call);
     if (!code) code = place_scales(packed, &call, w_scale_count);
-    if (code) return code;
-    call.w = (const uint8_t *)packed + HEADER_BYTES;
-    return bitgen_run(ctx, &call);
+    return code ? code : bitgen_run(ctx, &call);
 }
 
 int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n, int64_t m, int64_t k,
@@ -518,11 +524,9 @@ int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t 
 {
     if (!ctx || !xq || !acc) return BITGEN_ERROR_NULL;
     struct bitgen_call call = {.xq = xq, .acc = acc, .m = m, .k = k, .n = n};
-    int32_t code = bitgen_choose_kernel(ctx, packed, m, k, n, &call.kernel);
-    if (code) return code;
-    if (call.kernel->group) return BITGEN_ERROR_GROUPS;
-    call.w = (const uint8_t *)packed + HEADER_BYTES;
-    return bitgen_run(ctx, &call);
+    int32_t code = take_weights(ctx, packed, &call);
+    if (!code && call.kernel->group) code = BITGEN_ERROR_GROUPS;
+    return code ? code : bitgen_run(ctx, &call);
 }
 
 struct quantizing {

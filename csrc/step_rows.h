@@ -135,12 +135,15 @@ static void push(struct heap *h, int32_t id, float logit)
     for (; i > 0 && is_worse(h, i, (i - 1) / 2); i = (i - 1) / 2) swap(h, i, (i - 1) / 2);
 }
 
+static int is_allowed(const struct bitgen_row *row, int64_t id)
+{ return !row->allowed || (row->allowed[id / 32] >> id % 32 & 1); }
+
 /* The best of the allowed logits, falling; the lower id first among equals. */
 static void choose_best(const struct bitgen_row *row, const float *logits, int64_t vocab)
 {
     struct heap h = {row->ids, row->out, 0};
     for (int64_t id = 0; id < vocab; ++id) {
-        if (row->allowed && !(row->allowed[id / 32] >> id % 32 & 1)) continue;
+        if (!is_allowed(row, id)) continue;
         if (h.count < row->best) {
             push(&h, (int32_t)id, logits[id]);
         } else if (logits[id] > h.logits[0]) { /* ids rise: an equal one is worse */
@@ -221,7 +224,7 @@ static void screen_row(const struct screened *a, const struct bitgen_row *row)
     }
     for (int64_t id = 0; id < model->vocab; ++id) {
         const double off = size * model->screen_bound[id] + 0x1p-100, most = fabs((double)a->logits[id]) + off;
-        if (is_exact(a, id) || (row->allowed && !(row->allowed[id / 32] >> id % 32 & 1))) continue;
+        if (is_exact(a, id) || !is_allowed(row, id)) continue;
         /* The last: what may be infinite, or is NaN. */
         if (a->logits[id] + off + most * 0x1p-22 >= least || !(most < 0x1p127)) make_exact(a, id);
         else a->logits[id] = -INFINITY;
