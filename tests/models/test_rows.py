@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reference_model import small_config
+from wanted import best_of
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError, FileError
@@ -17,7 +18,7 @@ from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference.engine import PREFILL, Engine, Kv
 from bitgen.inference.synthetic import random_weights
-from bitgen.inference.wants import Best, Chosen, Hidden, Logits, Nothing, Want, pack_mask, unpack_mask
+from bitgen.inference.wants import Best, Chosen, Hidden, Logits, Nothing, Want, pack_mask
 from bitgen.runtime import KernelTable, load
 
 LEVEL = accepted_isas(detect_cpu(), load_isas())[0].name
@@ -51,18 +52,6 @@ def logits(weights: Weights, table: KernelTable) -> Any:
     return run(weights, table, np.ones(N, bool))
 
 
-def best_of(logits: Any, want: Best) -> tuple[Any, Any, Any]:
-    """ids, logits and named logits, in numpy."""
-    biased = logits.copy()
-    for token, value in want.bias.items():
-        biased[token] += np.float32(value)
-    order = np.lexsort((np.arange(biased.size), -biased))
-    if want.allowed is not None:
-        order = order[unpack_mask(want.allowed, biased.size)[order]]
-    order = order[: want.k]
-    return order, biased[order], biased[list(want.named)]
-
-
 def few_allowed(vocab: int, *tokens: int) -> Any:
     allowed = np.zeros(vocab, bool)
     allowed[list(tokens)] = True
@@ -89,10 +78,10 @@ BESTS = {
 def test_the_best_are_those_of_numpy(weights: Weights, table: KernelTable, logits: Any, name: str) -> None:
     want = BESTS[name]
     for row, chosen in enumerate(run(weights, table, [want] * N)):
-        ids, values, named = best_of(logits[row], want)
-        assert np.array_equal(chosen.ids, ids)
-        assert np.array_equal(chosen.logits, values)
-        assert np.array_equal(chosen.named, named)
+        expected = best_of(logits[row], want)
+        assert np.array_equal(chosen.ids, expected.ids)
+        assert np.array_equal(chosen.logits, expected.logits)
+        assert np.array_equal(chosen.named, expected.named)
 
 
 def test_equal_logits_go_to_the_lower_id(weights: Weights, table: KernelTable) -> None:
@@ -141,8 +130,8 @@ def test_every_row_gets_what_it_asked_for_whatever_the_others_ask(
                 assert np.array_equal(answer, hidden[row])
             else:
                 assert isinstance(answer, Chosen)
-                assert np.array_equal(answer.ids, best_of(logits[row], want)[0])
-                assert np.array_equal(answer.logits, best_of(logits[row], want)[1])
+                assert np.array_equal(answer.ids, best_of(logits[row], want).ids)
+                assert np.array_equal(answer.logits, best_of(logits[row], want).logits)
 
 
 def test_one_at_a_time_or_all_at_once_the_bits_are_the_same(weights: Weights, table: KernelTable) -> None:
@@ -169,7 +158,7 @@ def test_answers_of_more_tokens_than_a_step_takes(table: KernelTable) -> None:
     answers = run(weights, table, wants, n)
     expected = run(weights, table, np.array([isinstance(want, (Logits, Best)) for want in wants]), n)
     assert np.array_equal(answers[5], expected[0])
-    assert np.array_equal(answers[PREFILL - 1].ids, best_of(expected[1], Best(2))[0])
+    assert np.array_equal(answers[PREFILL - 1].ids, best_of(expected[1], Best(2)).ids)
     assert answers[PREFILL].shape == (config.hidden,)
     assert np.array_equal(answers[n - 1], expected[2])
     assert sum(answer is not None for answer in answers) == 4

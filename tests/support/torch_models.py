@@ -77,6 +77,21 @@ def random_model(preset: str, seed: int = 3) -> Any:
     return _with_bitlinears(model, "online", model.state_dict())
 
 
+def _common(weights: Weights) -> dict[str, Any]:
+    """Embedding, head and the norms that all architectures have, by transformers' names."""
+    vocab = weights.config.vocab
+    values: dict[str, Any] = {
+        "model.embed_tokens.weight": weights.embedding.rows(0, vocab),
+        "lm_head.weight": weights.output.rows(0, vocab),
+        "model.norm.weight": weights.final_norm,
+    }
+    for number, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{number}."
+        values[prefix + "input_layernorm.weight"] = layer.attn_norm
+        values[prefix + "post_attention_layernorm.weight"] = layer.ffn_norm
+    return values
+
+
 def model_of(weights: Weights) -> Any:
     """The BitNetForCausalLM that has these weights, packed as `autobitlinear` keeps them."""
     c = weights.config
@@ -93,15 +108,9 @@ def model_of(weights: Weights) -> Any:
             "tie_word_embeddings": c.tied_head,
         },
     )
-    values: dict[str, NDArray[Any] | None] = {
-        "model.embed_tokens.weight": weights.embedding.rows(0, c.vocab),
-        "lm_head.weight": weights.output.rows(0, c.vocab),
-        "model.norm.weight": weights.final_norm,
-    }
+    values = _common(weights)
     for number, layer in enumerate(weights.layers):
         prefix = f"model.layers.{number}."
-        values[prefix + "input_layernorm.weight"] = layer.attn_norm
-        values[prefix + "post_attention_layernorm.weight"] = layer.ffn_norm
         values[prefix + "self_attn.attn_sub_norm.weight"] = layer.attn_sub_norm
         values[prefix + "mlp.ffn_sub_norm.weight"] = layer.ffn_sub_norm
     for name, matrix in linears(weights).items():
@@ -125,15 +134,9 @@ def qwen3_of(weights: Weights) -> Any:
         "tie_word_embeddings": c.tied_head,
     }
     model = _empty("Qwen3", {**sizes, **changes})
-    values: dict[str, Any] = {
-        "model.embed_tokens.weight": weights.embedding.rows(0, c.vocab),
-        "lm_head.weight": weights.output.rows(0, c.vocab),
-        "model.norm.weight": weights.final_norm,
-    }
+    values = _common(weights)
     for number, layer in enumerate(weights.layers):
         prefix = f"model.layers.{number}."
-        values[prefix + "input_layernorm.weight"] = layer.attn_norm
-        values[prefix + "post_attention_layernorm.weight"] = layer.ffn_norm
         values[prefix + "self_attn.q_norm.weight"] = layer.q_norm
         values[prefix + "self_attn.k_norm.weight"] = layer.k_norm
     for name, matrix in linears(weights).items():
