@@ -18,7 +18,7 @@ from bitgen import __version__
 from bitgen.bundle.contents import Target
 from bitgen.bundle.manifest import Bundle, KernelEntry, read_bundle
 from bitgen.bundle.pack import Packed, Signer, pack
-from bitgen.bundle.transfer import committed_kernels, every_committed_shape
+from bitgen.bundle.transfer import committed_kernels
 from bitgen.bundle.wheel import slim, write_wheel
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, load_isas, target_cpu
@@ -26,6 +26,7 @@ from bitgen.errors import FileError, UsageError
 from bitgen.formats.config import ModelPreset
 from bitgen.progress import Progress, Report
 from bitgen.toolchain import Toolchain, find_cross_compilers, release_compiler
+from bitgen.winners import committed_shapes
 
 UNIVERSAL = "universal"  # a family's name in lists of them: one library for every CPU of an architecture
 
@@ -103,7 +104,7 @@ def make_universal(
     each level that this machine runs. Errors: as of `bitgen.bundle.write.write_library`.
     """
     target = Target.every(arch, system)
-    chosen = committed_kernels(target, every_committed_shape(arch))
+    chosen = committed_kernels(target, committed_shapes(arch))
     return write_library(
         chosen.entries,
         release_toolchain(arch, system, cc, libc=libc),

@@ -19,7 +19,7 @@ from bitgen.cpu import Cpu, Isa, accepted_isas, target_cpu, target_names
 from bitgen.measure import Job
 from bitgen.space import space_for
 from bitgen.spec import KernelSpec, Shape, regime_named
-from bitgen.winners import committed_shapes, family_winners, nearest_winners
+from bitgen.winners import family_winners, nearest_winners
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,6 @@ def _stands_for(isa: Isa, target: Target, folder: Path | None) -> Cpu:
     known = [target_cpu(name, target.cpu.os) for name in target_names()]
     best = [cpu for cpu in known if cpu.arch == isa.arch and accepted_isas(cpu, target.isas)[0] == isa]
     return next((cpu for cpu in best if family_winners(cpu.family, folder)), target.cpu_of(isa))
-
-
-def every_committed_shape(arch: str, folder: Path | None = None) -> tuple[Shape, ...]:
-    """The shapes that some family of the architecture has winners for: what a universal library holds."""
-    return committed_shapes(arch, folder)
 
 
 def _at_level(

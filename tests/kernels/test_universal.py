@@ -15,13 +15,14 @@ from test_c_example import CC, WARNINGS, compile_program
 from bitgen.bundle import judge, read_bundle
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.elf import Requirements, read_requirements
-from bitgen.bundle.transfer import committed_kernels, every_committed_shape
+from bitgen.bundle.transfer import committed_kernels
 from bitgen.bundle.units import table_values
 from bitgen.cli import main
 from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, load_isas, target_cpu
 from bitgen.errors import FileError
 from bitgen.reference import ternary_matmul
 from bitgen.runtime import load
+from bitgen.winners import committed_shapes
 
 ROOT = Path(__file__).parents[2]
 ISAS = load_isas()
@@ -42,7 +43,7 @@ def test_it_holds_every_level_best_first_and_requires_none(arch: str) -> None:
 
 def test_winners_of_the_nearest_family_serve_the_levels_nobody_measured() -> None:
     target = Target.every("x86_64", "Linux")
-    shapes = every_committed_shape("x86_64")
+    shapes = committed_shapes("x86_64")
     chosen = committed_kernels(target, shapes)
     assert chosen.label == "transferred"
     assert {entry.spec.isa for entry in chosen.entries} == {isa.name for isa in target.levels}
@@ -54,7 +55,7 @@ def test_winners_of_the_nearest_family_serve_the_levels_nobody_measured() -> Non
 
 
 def test_a_family_is_labelled_by_who_was_measured() -> None:
-    shapes = every_committed_shape("x86_64")
+    shapes = committed_shapes("x86_64")
     own = committed_kernels(Target.of(target_cpu("zen4")), shapes)
     assert (own.label, own.origin) == ("tuned", "winners of zen4")
     near = committed_kernels(Target.of(target_cpu("zen2")), shapes)
