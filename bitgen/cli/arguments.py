@@ -49,6 +49,10 @@ def add_library(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_head(parser: argparse._ActionsContainer, text: str) -> None:
+    parser.add_argument("--head", choices=("full", "screened", "q8", "exact"), default="full", help=text)
+
+
 def add_kv(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
 
@@ -69,11 +73,9 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) ->
         + (f" ({context})" if context else " (4096, or what the model has)"),
     )
     add_kv(group)
-    group.add_argument(
-        "--head",
-        choices=("full", "screened", "q8", "exact"),
-        default="full",
-        help="the output matrix as the file has it; the same bits, but the best tokens found by way of int8 "
+    add_head(
+        group,
+        "the output matrix as the file has it; the same bits, but the best tokens found by way of int8 "
         "rows, half the bytes; or int8 rows alone: slightly other logits (full, which was called exact)",
     )
     add_library(group)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.arguments import add_compiler, add_kv, add_library, add_logs
+from bitgen.cli.arguments import add_compiler, add_head, add_kv, add_library, add_logs
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
@@ -44,12 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
     add_kv(parser)
-    parser.add_argument(
-        "--head",
-        choices=("full", "screened", "q8", "exact"),
-        default="full",
-        help="the output matrix; screened times steps that choose the best token (full)",
-    )
+    add_head(parser, "the output matrix; screened times steps that choose the best token (full)")
     add_library(parser)
     parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
     parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")

@@ -2,9 +2,10 @@
 
 The other's logits come from the model itself, or from a file that was saved once::
 
-    8 bytes, "BITGENLG"        the length of the JSON, uint64 JSON                       {"format": 1,
-    "vocab", "context", "windows", "rows": of each window, "ids": SHA-256} spaces                     up to a
-    multiple of 64 bytes float32                    (windows, rows, vocab), the logits as they are
+    16 bytes    "BITGENLG", and the bytes of the JSON and the spaces, uint64
+    JSON        {"format": 1, "vocab", "context", "windows", "rows": of each window, "ids": SHA-256}
+    spaces      up to a multiple of 64 bytes
+    float32     (windows, rows, vocab), the logits as they are
 """
 
 from __future__ import annotations

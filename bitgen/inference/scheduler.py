@@ -405,17 +405,20 @@ class Scheduler:
 
     def catch_up(self, slot: int, tokens: Items[int]) -> bool:
         """Compute a part of ``tokens`` in a slot; whether all but one chunk of them are there."""
-        self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
-        if (lacking := len(tokens) - len(self._held[slot])) > (size := self._chunk()):
-            part = tokens[len(self._held[slot]) :][:size]
-            self.forward([Row(slot, part, [False] * len(part))])
-        return lacking <= size
+        lacking, size = self._rest(slot, tokens), self._chunk()
+        if len(lacking) > size:
+            self.forward([Row(slot, lacking[:size], [False] * size)])
+        return len(lacking) <= size
 
     def ask(self, slot: int, tokens: Items[int], want: Want) -> Any:
         """What ``want`` gives at the end of ``tokens``, of which a slot lacks few."""
-        self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
-        part = tokens[len(self._held[slot]) :]
+        part = self._rest(slot, tokens)
         return self.answers([Row(slot, part)], [*[Nothing()] * (len(part) - 1), want])[-1]
+
+    def _rest(self, slot: int, tokens: Items[int]) -> Items[int]:
+        """What a slot lacks of ``tokens``, at least the last; all else that it holds is forgotten."""
+        self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
+        return tokens[len(self._held[slot]) :]
 
     def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
         """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).

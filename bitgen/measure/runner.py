@@ -173,7 +173,8 @@ class LocalRunner:
             contenders = {spec: found for spec, found in functions.items() if isinstance(found, Functions)}
             if not contenders:
                 return Race({}, dropped)
-            outcome = self._race_once(contenders, job)
+            peaks = _peaks_beside(contenders, job)
+            outcome = self._race_once(contenders, peaks, job)
             failed = _failures(outcome, tuple(contenders))
             if outcome.done:
                 self._verified |= set(contenders) - set(failed)
@@ -185,7 +186,7 @@ class LocalRunner:
                     times,
                     dropped,
                     tuple(t / LAYOUT.packed_bytes(job.shape) for t in read),
-                    _peak_gops(_peaks_beside(contenders, job), probed, job.shape),
+                    _peak_gops(peaks, probed, job.shape),
                 )
             self._verified -= set(failed)
             if not self._isolated(outcome, tuple(contenders)):
@@ -319,9 +320,11 @@ class LocalRunner:
                 culprit = left.pop(outcome.culprit)
                 yield Verification(culprit, _STATUS[outcome.status], 0, outcome.detail)
 
-    def _race_once(self, contenders: Mapping[KernelSpec, Functions], job: RaceJob) -> Outcome:
+    def _race_once(
+        self, contenders: Mapping[KernelSpec, Functions], peaks: Sequence[PeakProbe], job: RaceJob
+    ) -> Outcome:
         kernels, checks = list(contenders.values()), [self._level(spec) for spec in contenders]
-        beside = [self._probe(probe.source()) for probe in _peaks_beside(contenders, job)]
+        beside = [self._probe(probe.source()) for probe in peaks]
         kernels += beside
         checks += [None] * len(beside)
         if job.cold:
