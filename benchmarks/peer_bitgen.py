@@ -1,8 +1,9 @@
 """The side of bitgen in benchmarks/peers.py: a preset's random weights, asked as peer_side.py says.
 
-    python peer_bitgen.py 3B --threads N --context N [--library PATH] [--head q8] [--silu]
+    python peer_bitgen.py 3B --threads N --context N [--library PATH] [--head q8|screened] [--best K] [--silu]
 
-The answers are the same too; bytes are those of packed weights, scales and head.
+The answers are the same too; bytes are those of packed weights, scales and head. With --best a step gives the
+K best logits instead of all, as sampling with top-k needs; only then a screened head reads less.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from bitgen.errors import BitgenError
 from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
+from bitgen.inference.wants import Best, Nothing
 from bitgen.llm import library_for
 from bitgen.runtime import load
 
 
-def run(engine: Engine, do: str, tokens: list[int], out: str | None = None) -> float:
-    """Seconds that a request takes."""
+def run(engine: Engine, best: int, do: str, tokens: list[int], out: str | None = None) -> float:
+    """Seconds that a request takes; ``best`` logits of a step, 0: all."""
     engine.truncate(0, 0)
     size = 1 if do == "steps" else len(tokens)
     parts = np.array(tokens, np.int32).reshape(-1, size)
@@ -35,6 +37,9 @@ def run(engine: Engine, do: str, tokens: list[int], out: str | None = None) -> f
     started = time.perf_counter()
     for index, part in enumerate(parts):
         positions = np.arange(index * size, (index + 1) * size, dtype=np.int32)
+        if best and out is None:
+            engine.forward(part, positions, sequences, [Best(best) if out else Nothing() for out in outputs])
+            continue
         logits = engine.forward(part, positions, sequences, outputs)
         if out is not None:
             rows.append(logits)
@@ -50,11 +55,14 @@ def serve(args: argparse.Namespace) -> None:
     weights = random_weights(replace(peer_config(args.model, args.silu), context=args.context))
     with load(args.library or library_for(weights.config), args.threads) as table:
         engine = open_engine(weights, table, context=args.context, head=args.head)
-        head = 0 if args.head == "q8" else weights.output.data.nbytes  # q8 counts as packed
+        # The int8 rows of q8 and screened count as packed; the few rows of f16 that screening reads do not.
+        head = weights.output.data.nbytes if args.head == "full" else 0
         about = {"bytes": engine.memory.weights + head, "about": table.path.parent.name}
         print(json.dumps(about), file=answers, flush=True)
         for line in sys.stdin:
-            print(json.dumps({"seconds": run(engine, **json.loads(line))}), file=answers, flush=True)
+            print(
+                json.dumps({"seconds": run(engine, args.best, **json.loads(line))}), file=answers, flush=True
+            )
         engine.close()
 
 
@@ -67,7 +75,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--library")
     parser.add_argument("--silu", action="store_true", help="the shape of a relu² model with a silu gate")
-    parser.add_argument("--head", choices=("exact", "q8"), default="exact")
+    parser.add_argument("--head", choices=("full", "screened", "q8"), default="full")
+    parser.add_argument("--best", type=int, default=0, metavar="K")
     try:
         serve(parser.parse_args())
     except BitgenError as error:

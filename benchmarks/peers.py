@@ -18,6 +18,8 @@ rounds of what the side read, against the more of the two.
 
 llama.cpp knows 2B-4T's architecture only with a silu gate: with --llama every side runs a relu² model's shape
 that way, and the title says so. TQ1_0 and TQ2_0 hold matrices of multiples of 256 columns, Q4_0 all.
+--bitgen head=screened,best=40 adds a side of bitgen with options of peer_bitgen.py, --bitgen library=PATH one
+with another library; no peer is needed then.
 A --type may carry options of peer_side.py, as in IQ2_BN_R4+no-flash: ik_llama.cpp has its own flash attention
 kernels for some head sizes, but not for the 100 of 3B, so both ways are timed.
 """
@@ -127,6 +129,10 @@ def opened(
         sides.append(
             Side("bitgen", [sys.executable, HERE / "peer_bitgen.py", args.model, *common, *options], {})
         )
+        for text in args.bitgen:
+            also = [f"--{option}" for option in text.split(",")]
+            command = [sys.executable, HERE / "peer_bitgen.py", args.model, *common, *options, *also]
+            sides.append(Side(f"bitgen {text}", command, {}))
         for peer in args.type:
             kind, *flags = peer.split("+")
             options = ["--bytes", str(read_bytes_a_token(files[kind], config)), *(f"--{f}" for f in flags)]
@@ -246,7 +252,7 @@ def chosen_types(args: argparse.Namespace, config: ModelConfig) -> list[str]:
         option = "llama" if peer.partition("+")[0] in LLAMA_TYPES else "ik"
         if getattr(args, option) is None:
             raise BitgenError(f"{peer} needs a peer's Python: name it with --{option}")
-    if not wanted:
+    if not wanted and not args.bitgen:
         raise BitgenError("name a peer's Python with --ik, --llama or both")
     return wanted
 
@@ -299,6 +305,9 @@ def main() -> None:
     parser.add_argument("--ik-library", type=Path, help="its libllama.so, compiled for this machine")
     parser.add_argument("--llama", type=Path, help="a Python with llama-cpp-python")
     parser.add_argument("--type", action="append", help="of a peer, + options (all that the peers can run)")
+    parser.add_argument(
+        "--bitgen", action="append", default=[], help="another side of bitgen, by its options"
+    )
     parser.add_argument("--library", type=Path, help="bitgen's kernel library (the best here)")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--tests", default="pp128,pp512,tg32")

@@ -18,6 +18,7 @@ _PAGE = mmap.PAGESIZE
 _NONE, _READ, _READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 _HUGE = 2 << 20
 _POOLS_BYTES = 1 << 30
+_STEP = 64 << 20  # mappings are multiples of it, so that one of another shape fits
 FILL = 0x5A  # what surrounds a buffer on its own pages
 
 
@@ -88,6 +89,7 @@ class Pools:
     def __init__(self, harness: Harness) -> None:
         self._harness = harness
         self._pools: OrderedDict[tuple[Any, ...], Pool] = OrderedDict()
+        self._spare: list[mmap.mmap] = []  # the memory of pools that went
 
     def get(self, key: tuple[Any, ...], nbytes: int, content: Callable[[], NDArray[np.uint8]]) -> Pool:
         """At least ``nbytes`` of repetitions of ``content()``; a large enough pool of ``key`` is reused.
@@ -96,20 +98,33 @@ class Pools:
         """
         pool = self._pools.pop(key, None)
         if pool is None or pool.nbytes < nbytes:
-            pool = None  # its memory goes back before the new one is taken
-            self._make_room(nbytes)
-            pool = self._filled(nbytes, content())
+            if pool is not None:
+                self._spare.append(pool.memory)
+            pool = self._filled(self._memory(nbytes), nbytes, content())
         self._pools[key] = pool
         return pool
 
-    def _make_room(self, nbytes: int) -> None:
-        while self._pools and sum(p.nbytes for p in self._pools.values()) + nbytes > _POOLS_BYTES:
-            self._pools.popitem(last=False)
+    def _memory(self, nbytes: int) -> mmap.mmap:
+        """A mapping for ``nbytes``, if possible one that was used before.
 
-    def _filled(self, nbytes: int, unit: NDArray[np.uint8]) -> Pool:
-        memory = mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        New pages cost a virtual machine 1.5 s a GiB at their first touch, filling those it has 0.15 s.
+        """
+        wanted = -(-(nbytes + _HUGE) // _STEP) * _STEP
+        while True:
+            fitting = [memory for memory in self._spare if len(memory) >= wanted]
+            if fitting:
+                memory = min(fitting, key=len)
+                self._spare.remove(memory)
+                return memory
+            held = [*self._spare, *(pool.memory for pool in self._pools.values())]
+            if sum(map(len, held)) + wanted <= _POOLS_BYTES or not held:
+                return _new_mapping(wanted)
+            if self._spare:
+                self._spare.pop()
+            else:
+                self._spare.append(self._pools.popitem(last=False)[1].memory)
+
+    def _filled(self, memory: mmap.mmap, nbytes: int, unit: NDArray[np.uint8]) -> Pool:
         base = int(self._harness.ffi.cast("uintptr_t", self._harness.ffi.from_buffer(memory)))
         address = -(-base // _HUGE) * _HUGE  # whole huge pages only
         view = np.frombuffer(memory, np.uint8, nbytes, address - base)
@@ -117,3 +132,10 @@ class Pools:
         view[: whole * unit.size].reshape(whole, unit.size)[:] = unit
         view[whole * unit.size :] = unit[: nbytes - whole * unit.size]
         return Pool(memory, address, nbytes)
+
+
+def _new_mapping(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

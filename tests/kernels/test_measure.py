@@ -37,8 +37,11 @@ from bitgen.measure import (
     TimingPolicy,
     Verification,
     exact_sweep,
+    guarded,
 )
 from bitgen.measure.cases import EDGES, RAGGED, TOKENS, Case, case_activations, case_weights, cases_of
+from bitgen.measure.guarded import Pools
+from bitgen.measure.harness import Harness, build_harness
 from bitgen.measure.jobs import batches
 from bitgen.measure.lock import MachineLock
 from bitgen.measure.probes import Fma, build_probes, peak_probes
@@ -603,3 +606,21 @@ def alive(pid: int) -> bool:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_memory_of_a_pool_that_went_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # New pages cost a virtual machine 1.5 s a GiB; a tune of five families asks for some 30 pools.
+    harness = Harness(build_harness(toolchain_of(), detect_cpu().arch))
+    monkeypatch.setattr(guarded, "_POOLS_BYTES", 2 * guarded._STEP)
+    pools = Pools(harness)
+    addresses = []
+    for key in ("a", "b", "c", "a"):
+        unit = np.full(4096, ord(key), np.uint8)
+        pool = pools.get((key,), 1 << 20, unit.copy)
+        data = np.frombuffer(
+            harness.ffi.buffer(harness.ffi.cast("char *", pool.address), pool.nbytes), np.uint8
+        )
+        assert (data == ord(key)).all()
+        assert pool.address % 64 == 0
+        addresses.append(pool.address)
+    assert addresses[2:] == addresses[:2]
