@@ -66,7 +66,7 @@ class LLM:
         threads: int | None = None,
         context: int | None = None,
         kv: Kv = "f16",
-        head: Head = "full",
+        head: Head = "auto",
         batch: int = 1,
         draft: str | Path | None = None,
         progress: Report | None = None,

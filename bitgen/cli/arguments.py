@@ -49,16 +49,17 @@ def add_library(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_head(parser: argparse._ActionsContainer, text: str) -> None:
-    parser.add_argument("--head", choices=("full", "screened", "q8", "exact"), default="full", help=text)
+def add_head(parser: argparse._ActionsContainer, default: str, text: str) -> None:
+    choices = ("auto", "full", "screened", "q8", "exact")
+    parser.add_argument("--head", choices=choices, default=default, help=f"{text} ({default})")
 
 
 def add_kv(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
 
 
-def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) -> None:
-    """The model and how it runs. ``context`` replaces the default of -c."""
+def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, head: str = "auto") -> None:
+    """The model and how it runs. ``context`` replaces the default of -c, ``head`` is that of --head."""
     group = parser.add_argument_group("the model")
     group.add_argument("-m", "--model", required=True, help=MODEL_HELP)
     group.add_argument("-t", "--threads", type=int, help="threads (default: one a physical core)")
@@ -75,8 +76,10 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None) ->
     add_kv(group)
     add_head(
         group,
-        "the output matrix as the file has it; the same bits, but the best tokens found by way of int8 "
-        "rows, half the bytes; or int8 rows alone: slightly other logits (full, which was called exact)",
+        head,
+        "full (once exact): the output matrix as the file has it; screened: the same bits, but the best "
+        "tokens found by way of int8 rows, half the bytes; auto: screened where the matrix is large; q8: int8 "
+        "rows alone, slightly other logits",
     )
     add_library(group)
 

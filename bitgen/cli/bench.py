@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
     add_kv(parser)
-    add_head(parser, "the output matrix; screened times steps that choose the best token (full)")
+    add_head(parser, "full", "the output matrix; screened times steps that choose the best token")
     add_library(parser)
     parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
     parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser, context=512)
+    add_model(parser, context=512, head="full")
     parser.add_argument("-f", "--file", type=Path, required=True, help="the text, UTF-8; - is standard input")
     parser.add_argument("--chunks", type=int, help="windows at most (default: all of the text)")
     parser.add_argument(

@@ -43,9 +43,11 @@ from bitgen.runtime import KernelTable, aligned_bytes
 
 Ints: TypeAlias = NDArray[np.int32]
 Kv: TypeAlias = Literal["f16", "f32", "q8"]
-Head: TypeAlias = Literal["full", "screened", "q8", "exact"]  # exact: what full was called
+Head: TypeAlias = Literal["auto", "full", "screened", "q8", "exact"]  # exact: what full was called
 
 _SCREENED = ("f32", "f16", "bf16")  # heads that int8 rows are half of, or less
+# Smaller heads stay in the caches, where screening gains nothing: that of the tiny model takes 0.03 ms.
+_SCREENED_BYTES = 64 << 20
 
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
@@ -79,14 +81,21 @@ class Memory:
         return self.weights + self.cache + self.work
 
 
+def missing_bytes(memory: Memory, mapped: bool) -> int:
+    """Bytes that the machine has too few for ``memory``; ``mapped`` as for `check_fits`."""
+    available = available_memory()
+    needed = memory.total - (memory.weights if mapped else 0)
+    return 0 if available is None else max(0, needed - available)
+
+
 def check_fits(memory: Memory, mapped: bool) -> None:
     """BitgenError when there is not that much memory, before any work; without a check the system kills.
 
     ``mapped`` weights lie in a file, whose pages the system can give up.
     """
-    available = available_memory()
-    needed = memory.total - (memory.weights if mapped else 0)
-    if available is not None and needed > available:
+    if missing_bytes(memory, mapped) > 0:
+        available = available_memory() or 0
+        needed = memory.total - (memory.weights if mapped else 0)
         parts = [f"KV cache {memory.cache >> 20:,}", f"work {memory.work >> 20:,}"]
         parts[:0] = [] if mapped else [f"packed weights {memory.weights >> 20:,}"]
         raise BitgenError(
@@ -101,10 +110,10 @@ class Engine:
 
     ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head ("full"), from it
     but the best ones by way of int8 rows ("screened": the same bits, half the bytes), or from int8 rows
-    made of it. ``fingerprint`` identifies the model file: packed weights are then kept in the
-    user's cache and mapped next time. ``progress`` is called while weights are packed. It serves
-    one call at a time, as its table does. BitgenError when something does not fit: the arguments, the model,
-    the memory.
+    made of it ("q8"). "auto" screens heads of 64 MiB and more where memory allows both. ``fingerprint``
+    identifies the model file: packed weights are then kept in the user's cache and mapped next time.
+    ``progress`` is called while weights are packed. It serves one call at a time, as its table does.
+    BitgenError when something does not fit: the arguments, the model, the memory.
     """
 
     def __init__(
@@ -132,13 +141,12 @@ class Engine:
         if max_batch < 1:
             raise BitgenError(f"max_batch must be at least 1, not {max_batch}")
         if kv not in KV_TYPES or head not in get_args(Head):
-            raise BitgenError(f"kv must be f16, f32 or q8, head full, screened or q8, not {kv!r}, {head!r}")
-        screened = head == "screened" and weights.ternary_head is None and weights.output.type in _SCREENED
-        if head != "q8" and not screened:
-            head = "full"
-        self.screens = head == "screened"
+            heads = "auto, full, screened or q8"
+            raise BitgenError(f"kv must be f16, f32 or q8, head {heads}, not {kv!r}, {head!r}")
         self._sizes(kv)
         groups = find_groups(weights, fingerprint)
+        head = self._settled(head, groups, mapped=fingerprint is not None)
+        self.screens = head == "screened"
         self.memory = self._plan(head, groups)
         check_fits(self.memory, mapped=fingerprint is not None)
         # What C reads must live as long as its addresses: everything is kept in these two.
@@ -404,6 +412,19 @@ class Engine:
         model.norm_eps = config.norm_eps
         model.activation = ACTIVATIONS[config.activation]
         model.kv_type = KV_TYPES[kv]
+
+    def _settled(self, head: Head, groups: GroupsOf, *, mapped: bool) -> Head:
+        """What ``head`` comes to for this model: full, screened or q8."""
+        output = self.weights.output
+        if head == "q8":
+            return head
+        if self.weights.ternary_head is not None or output.type not in _SCREENED or head in ("full", "exact"):
+            return "full"
+        if head == "auto" and (
+            output.data.nbytes < _SCREENED_BYTES or missing_bytes(self._plan("screened", groups), mapped) > 0
+        ):
+            return "full"
+        return "screened"
 
     def _plan(self, head: Head, groups: GroupsOf) -> Memory:
         """Everything the engine will hold, before it holds anything."""

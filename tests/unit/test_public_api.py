@@ -19,7 +19,7 @@ API: dict[str, str | None] = {
     "bitgen.BitgenError": "message",
     "bitgen.Cpu": None,
     "bitgen.Isa": None,
-    "bitgen.LLM": "model, *, library=None, threads=None, context=None, kv='f16', head='full', batch=1, "
+    "bitgen.LLM": "model, *, library=None, threads=None, context=None, kv='f16', head='auto', batch=1, "
     "progress=None",
     "bitgen.ModelPreset": "name, hidden, ffn, layers, heads, kv_heads, head_dim, vocab, rope_theta, "
     "activation, sub_norms, tied_head, norm_eps, architecture, aliases=()",
