@@ -78,8 +78,8 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, he
         group,
         head,
         "full (once exact): the output matrix as the file has it; screened: the same bits, but the best "
-        "tokens found by way of int8 rows, half the bytes; auto: screened where the matrix is large; q8: int8 "
-        "rows alone, slightly other logits",
+        "tokens found by way of int8 rows, half the bytes; auto: screened where the matrix is large; q8: "
+        "int8 rows alone, slightly other logits",
     )
     add_library(group)
 
