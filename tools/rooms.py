@@ -62,6 +62,7 @@ ROOMS = (
     Room("bitgen/report/", 700),
     Room("bitgen/bundle/", 1450, ("bitgen/bundle.py", "bitgen/library/")),
     Room("bitgen/runtime.py", 350),
+    Room("bitgen/energy.py", 150),
     Room("bitgen/formats/", 2350, ("bitgen/model/",)),
     Room("bitgen/tokenizer/", 510, _model("bpe", "sentencepiece", "tokenizer")),
     Room(

@@ -6,11 +6,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitgen.energy import Meter
+    from bitgen.inference.scheduler import Timings
     from bitgen.llm import LLM
 
 
@@ -82,6 +86,35 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, he
         "int8 rows alone, slightly other logits",
     )
     add_library(group)
+
+
+def add_energy(parser: argparse._ActionsContainer) -> None:
+    """--energy and --energy-command; `metered` opens what they name."""
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="joules a token, where this machine has a sensor that counts them",
+    )
+    parser.add_argument(
+        "--energy-command",
+        metavar="COMMAND",
+        help="a program and its arguments that print joules or watts (1234.5 J, 35.2 W), in its place",
+    )
+
+
+@contextmanager
+def metered(args: argparse.Namespace) -> Iterator[Meter | None]:
+    """The meter that the arguments ask for; None, and a line that says why, where there is no sensor."""
+    from bitgen.energy import Meter, NoSensorError, open_source
+
+    meter = None
+    if args.energy or args.energy_command is not None:
+        try:
+            meter = Meter(open_source(args.energy_command))
+        except NoSensorError as error:
+            print(f"bitgen: energy: not available ({error.message})", file=sys.stderr)
+    with meter or nullcontext():
+        yield meter
 
 
 def add_draft(parser: argparse.ArgumentParser) -> None:
@@ -237,7 +270,31 @@ def load_cache(llm: LLM, path: Path) -> None:
             print(f"bitgen: {error.message}: it will be written anew", file=sys.stderr)
 
 
-def print_timings(llm: LLM, seed: int | None = None) -> None:
+def energy_lines(meter: Meter | None, timings: Timings) -> list[str]:
+    """Joules a token of prompts and of decoding, or why they are not known; nothing without a meter."""
+    if meter is None:
+        return []
+    if meter.error:
+        return [f"{'energy':>17} = not available ({meter.error})"]
+    watts = meter.idle_watts
+    lines = [f"{'energy':>17} = {meter.scope}" + ("" if watts is None else f", {watts:.2f} W idle")]
+    for phase, count in (("prompt", timings.prompt_tokens), ("decode", timings.step_tokens)):
+        spent = meter.spent.get(phase)
+        if not spent or not count:
+            continue
+        text = f"{f'{phase} energy':>17} = "
+        if not meter.enough(phase):
+            lines.append(text + f"not available ({1e3 * spent.seconds:.0f} ms are too short for the sensor)")
+            continue
+        without = "" if watts is None else f", {spent.a_token(count, watts):.4g} without idle"
+        lines.append(
+            text
+            + f"{spent.joules:10.2f} J  / {count:5d} tokens ({spent.a_token(count):.4g} J per token{without})"
+        )
+    return lines
+
+
+def print_timings(llm: LLM, seed: int | None = None, meter: Meter | None = None) -> None:
     """The lines that llama.cpp prints at the end, on standard error."""
 
     def line(name: str, seconds: float, count: int, noun: str) -> str:
@@ -267,4 +324,5 @@ def print_timings(llm: LLM, seed: int | None = None) -> None:
     )
     if seed is not None:
         lines.append(f"{'seed':>17} = {seed}")
+    lines += energy_lines(meter, t)
     print("", *(f"bitgen: {text}" for text in lines), sep="\n", file=sys.stderr)

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.arguments import add_compiler, add_head, add_kv, add_library, add_logs
+from bitgen.cli.arguments import (
+    add_compiler,
+    add_energy,
+    add_head,
+    add_kv,
+    add_library,
+    add_logs,
+    metered,
+)
 from bitgen.cli.tables import Column, Table, add_output, numbers, render_tables
 
 if TYPE_CHECKING:
+    from bitgen.energy import Meter
     from bitgen.formats.model_file import ModelFile
     from bitgen.formats.weights import Weights
     from bitgen.inference.bench import Run
@@ -46,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kv(parser)
     add_head(parser, "full", "the output matrix; screened times steps that choose the best token")
     add_library(parser)
+    add_energy(parser)
     parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
     parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")
     add_compiler(parser, "with --kernels: ")
@@ -56,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from bitgen.errors import UsageError
 
+    if (args.energy or args.energy_command is not None) and (args.url or args.kernels):
+        raise UsageError("--energy is of a model that runs here: leave out --url and --kernels")
     if args.url:
         _run_url(args)
         return
@@ -110,6 +123,7 @@ def _run_model(args: argparse.Namespace) -> None:
     from bitgen.inference.bench import bench_engine
     from bitgen.inference.opening import open_engine
     from bitgen.llm import library_for
+    from bitgen.progress import Progress
     from bitgen.runtime import load
 
     prompts = [n for n in numbers("-p", args.n_prompt, 0) if n]
@@ -121,7 +135,10 @@ def _run_model(args: argparse.Namespace) -> None:
         raise UsageError("nothing to time: -p or -n, and -r, must be at least 1")
     context = max((*prompts, *steps)) + max(depths)
     rows = []
-    with ProgressBar() as line:
+    with metered(args) as meter, ProgressBar() as line:
+        if meter:
+            line.show(Progress("measuring what the machine takes when idle"))
+            meter.measure_idle()
         model = _open(args.model, context)
         library = args.library or library_for(model.config, line.show)
         for count in threads:
@@ -144,11 +161,15 @@ def _run_model(args: argparse.Namespace) -> None:
                     depths=depths,
                     choose=engine.screens,
                     repeats=repeats,
+                    meter=meter,
                     progress=line.show,
                 ):
-                    rows.append(_row(engine, run, args))
+                    rows.append(_row(engine, run, args, meter))
                 engine.close()
-    print(render_tables([Table("bench", _COLUMNS, rows)], args.output))
+    if meter and meter.error:
+        print(f"bitgen: energy: not available ({meter.error})", file=sys.stderr)
+    energy = {"scope": meter.scope, "idle_watts": meter.idle_watts} if meter and not meter.error else None
+    print(render_tables([Table("bench", _COLUMNS, rows)], args.output, {"energy": energy}))
 
 
 def _open(name: str, context: int) -> ModelFile | Weights:
@@ -175,10 +196,14 @@ _COLUMNS = (
     Column("test", "test"),
     Column("avg_ts", "t/s", ",.2f"),
     Column("stddev_ts", "±", ",.2f"),
+    Column("joules_token", "J/token", ",.4g", optional=True),
+    Column("net_joules_token", "J/token without idle", ",.4g", optional=True),
 )
 
 
-def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ...]:
+def _row(engine: Engine, run: Run, args: argparse.Namespace, meter: Meter | None) -> tuple[object, ...]:
+    from bitgen.energy import median_a_token
+
     head = 0 if engine.screens else engine.head_bytes  # its int8 rows count as packed
     return (
         engine.config.name or Path(args.model).stem,
@@ -190,6 +215,8 @@ def _row(engine: Engine, run: Run, args: argparse.Namespace) -> tuple[object, ..
         run.test,
         run.mean,
         run.deviation,
+        median_a_token(run.spans, run.span_tokens, 0.0),
+        median_a_token(run.spans, run.span_tokens, meter.idle_watts if meter else None),
     )
 
 

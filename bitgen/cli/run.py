@@ -8,9 +8,11 @@ from pathlib import Path
 
 from bitgen.cli.arguments import (
     add_draft,
+    add_energy,
     add_model,
     add_sampling,
     load_cache,
+    metered,
     open_llm,
     print_timings,
     sampling_options,
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chat; -p is the system message (see `bitgen chat`)",
     )
     add_sampling(parser, tokens=128)
+    add_energy(parser)
     parser.add_argument(
         "--prompt-cache",
         type=Path,
@@ -41,17 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from bitgen.errors import InterruptError
+    from bitgen.errors import InterruptError, UsageError
 
     if args.conversation:
         from bitgen.cli.chat import converse
 
+        if args.energy or args.energy_command is not None:
+            raise UsageError("--energy is of one text: leave out -cnv")
         return converse(args, system=args.prompt)
     options = sampling_options(args)
     prompt = _prompt(args)
-    with open_llm(args) as llm:
+    with metered(args) as meter, open_llm(args) as llm:
         if args.prompt_cache:
             load_cache(llm, args.prompt_cache)
+        if meter:
+            meter.measure_idle()
+        llm.scheduler.meter = meter
         generation = llm.generate(prompt, **options)
         if not args.no_display_prompt:
             print(prompt, end="", flush=True)
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 f"bitgen: the context of {llm.context} positions is full{llm.context_hint}", file=sys.stderr
             )
         if not args.no_perf:
-            print_timings(llm, generation.seed)
+            print_timings(llm, generation.seed, meter)
     return code
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.cli.arguments import add_draft, add_model, load_cache, open_llm
+from bitgen.cli.arguments import add_draft, add_energy, add_model, energy_lines, load_cache, metered, open_llm
 from bitgen.errors import BitgenError, UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-body", type=int, default=2 << 20, metavar="BYTES", help="of a request at most (2097152)"
     )
+    add_energy(group)
     group = parser.add_argument_group("who may ask")
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line, mode 600")
     group.add_argument("--insecure", action="store_true", help="serve other machines without a key")
@@ -81,7 +82,11 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise BitgenError(f"{error.name} is not installed: pip install 'bitgen[serve]'") from None
     access = _access(args)
-    with listen(args.host, args.port) as sock, open_llm(args, batch=args.parallel) as llm:
+    with (
+        listen(args.host, args.port) as sock,
+        metered(args) as meter,
+        open_llm(args, batch=args.parallel) as llm,
+    ):
         llm.limit_stall(args.max_stall / 1e3)
         settings = _settings(args, llm, access)
         _, cache, _ = llm.memory
@@ -94,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"bitgen: {line}", file=sys.stderr, flush=True)
         if args.cache_file:
             load_cache(llm, args.cache_file)
-        code = serve(llm, settings, sock, args.drain)
+        code = serve(llm, settings, sock, args.drain, meter)
+        for line in energy_lines(meter, llm.timings):
+            print(f"bitgen: {line}", file=sys.stderr)
         if args.cache_file:
             tokens = llm.save_cache(args.cache_file)
             print(f"bitgen: {tokens} tokens of prompts and texts in {args.cache_file}", file=sys.stderr)

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FORMATS = ("text", "md", "csv", "json")
@@ -25,6 +25,7 @@ class Column:
 
     ``text`` is another heading in plain text; there a ratio of times, below 1 where it is faster, is shown as
     the speedup that it is, if the column ``is_speedup``. A share above 1 ``of_limit`` is no share of a limit.
+    People do not see an ``optional`` column without values.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Column:
     text: str = ""
     is_speedup: bool = False
     of_limit: bool = False
+    optional: bool = False
 
     def show(self, value: Any) -> str:
         if value is None:
@@ -61,6 +63,16 @@ class Table:
     def records(self) -> list[dict[str, Any]]:
         return [dict(zip((c.key for c in self.columns), row, strict=True)) for row in self.rows]
 
+    def shown(self) -> Table:
+        """Without optional columns that have no values."""
+        kept = [
+            i
+            for i, column in enumerate(self.columns)
+            if not column.optional or any(row[i] is not None for row in self.rows)
+        ]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
+
     def cells(self) -> list[list[str]]:
         return [[c.show(v) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
 
@@ -70,8 +82,10 @@ def render_tables(tables: Sequence[Table], output: str, facts: dict[str, Any] | 
     if output == "json":
         content = {**(facts or {}), **{table.title: table.records() for table in tables}}
         return json.dumps(content, indent=2, default=str)
-    write = {"text": _text, "md": _markdown, "csv": _csv}[output]
-    return "\n\n".join(write(table) for table in tables)
+    if output == "csv":
+        return "\n\n".join(map(_csv, tables))
+    write = {"text": _text, "md": _markdown}[output]
+    return "\n\n".join(write(table.shown()) for table in tables)
 
 
 def _text(table: Table) -> str:

@@ -101,6 +101,12 @@ class Drafts(Protocol):
     def learn(self, running: int, length: int, seconds: float, tokens: int) -> None: ...
 
 
+class Phases(Protocol):
+    """Who wants to know what is computed, from now on: `bitgen.energy.Meter`."""
+
+    def enter(self, phase: str | None) -> None: ...
+
+
 class Held(NamedTuple):
     """What a slot of the KV cache holds: whose request computed it, the tokens, and their bytes."""
 
@@ -152,6 +158,7 @@ class Scheduler:
         self.timings = Timings()
         self.max_stall_s = max_stall_s
         self.drafts: Drafts | None = None
+        self.meter: Phases | None = None
         self._clock = clock
         self._tokenizer = tokenizer
         self._waiting: deque[Sequence] = deque()
@@ -232,6 +239,8 @@ class Scheduler:
         finally:
             for sequence in sequences:
                 self.cancel(sequence)
+            if self.idle:
+                self._enter(None)
 
     def texts(self, requests: Items[Request]) -> list[str]:
         """The whole texts of all requests, in their order."""
@@ -251,6 +260,10 @@ class Scheduler:
                 f"the prompt has {len(prompt)} tokens and the context holds {self.engine.context}: "
                 "shorten it or ask for a larger context (-c)",
             )
+
+    def _enter(self, phase: str | None) -> None:
+        if self.meter is not None:
+            self.meter.enter(phase)
 
     def _only(self, wanted: Items[Sequence]) -> None:
         """Make all but the ``wanted`` sequences wait for their own run, and these go on."""
@@ -314,6 +327,7 @@ class Scheduler:
         """
         sequence = self._running[slot]
         fresh, scored = not sequence.tokens, sequence.request.score_prompt and not sequence.tokens
+        self._enter("prompt")
         self._share(slot, sequence)
         started = self._clock()
         tokens = sequence.whole if fresh else sequence.whole[:-1]
@@ -356,6 +370,7 @@ class Scheduler:
 
     def _decode(self, running: Mapping[int, Sequence]) -> list[Event]:
         """One token, or several of a draft that are accepted, for every one of the ``running`` sequences."""
+        self._enter("decode")
         started = self._clock()
         room = max(0, FEW // len(running) - 1)
         length = self.drafts.length(len(running), room) if self.drafts else 0

@@ -41,6 +41,10 @@ class Metrics:
         self._answers = Counter("bitgen_http_responses", "Responses", ("status",), registry=registry)
         self._steps = Gauge("bitgen_decode_seconds_sum", "Time in decode steps", registry=registry)
         self._prompts = Gauge("bitgen_prompt_seconds_sum", "Time in prompts", registry=registry)
+        # Without a sensor these have no samples.
+        by_phase = ("phase",)
+        self._joules = Gauge("bitgen_energy_joules_sum", "By phase", by_phase, registry=registry)
+        self._seconds = Gauge("bitgen_energy_seconds_sum", "Measured", by_phase, registry=registry)
 
     def responded(self, status: int) -> None:
         self._answers.labels(str(status)).inc()
@@ -70,4 +74,7 @@ class Metrics:
         self._positions.set(sum(positions for _, positions, _ in now.running))
         self._steps.set(now.step_s)
         self._prompts.set(now.prompt_s)
+        for phase, spent in now.spent.items():
+            self._joules.labels(phase).set(spent.joules)
+            self._seconds.labels(phase).set(spent.seconds)
         return generate_latest(self._registry)

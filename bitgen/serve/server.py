@@ -24,6 +24,7 @@ from bitgen.serve.service import Service, Settings
 from bitgen.serve.worker import Worker
 
 if TYPE_CHECKING:
+    from bitgen.energy import Meter
     from bitgen.llm import LLM
 
 _HEADERS_S = 10.0  # until the first request of a connection has its headers
@@ -50,14 +51,18 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def serve(llm: LLM, settings: Settings, listening: socket.socket, drain_s: float) -> int:
-    """Serve until a signal; the exit code. The caller closes ``llm``."""
-    return asyncio.run(_serve(llm, settings, listening, drain_s))
+def serve(
+    llm: LLM, settings: Settings, listening: socket.socket, drain_s: float, meter: Meter | None = None
+) -> int:
+    """Serve until a signal; the exit code. The caller closes ``llm`` and ``meter``."""
+    return asyncio.run(_serve(llm, settings, listening, drain_s, meter))
 
 
-async def _serve(llm: LLM, settings: Settings, listening: socket.socket, drain_s: float) -> int:
+async def _serve(
+    llm: LLM, settings: Settings, listening: socket.socket, drain_s: float, meter: Meter | None
+) -> int:
     loop = asyncio.get_running_loop()
-    worker = Worker(llm.scheduler, loop.call_soon_threadsafe)
+    worker = Worker(llm.scheduler, loop.call_soon_threadsafe, meter=meter)
     service = Service(llm, worker, settings)
     app = make_app(service)
     config = uvicorn.Config(

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias
 
+from bitgen.energy import IDLE, Meter, Spent
 from bitgen.errors import BitgenError
 from bitgen.inference.sampling import Score
 from bitgen.inference.scheduler import Scheduler
@@ -24,6 +25,7 @@ from bitgen.inference.sequence import Sequence as Running
 
 Ended: TypeAlias = "Finish | Literal['cancelled', 'error']"
 _IDS = itertools.count(1)
+_REREAD_S = 5.0  # an idle worker wakes so often, for a meter that must not miss its counter's wrap
 
 
 class Update(NamedTuple):
@@ -72,13 +74,14 @@ class Snapshot:
     steps: int = 0
     step_s: float = 0.0
     prompt_s: float = 0.0
+    spent: Mapping[str, Spent] = field(default_factory=dict)  # joules by phase, where they are measured
 
 
 class Worker:
     """Runs jobs on a scheduler.
 
     ``post(call)`` runs ``call`` in the event loop's thread, in order. `submit`, `cancel` and `stop` may be
-    called from any thread; `turn` and `run` belong to the worker's.
+    called from any thread; `turn` and `run` belong to the worker's. ``meter`` becomes the scheduler's.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class Worker:
         scheduler: Scheduler,
         post: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.perf_counter,
+        meter: Meter | None = None,
     ) -> None:
+        self.meter = scheduler.meter = meter
         self.snapshot = Snapshot()
         self.clock = clock
         self.thread = threading.Thread(target=self.run, name="bitgen-engine", daemon=True)
@@ -135,9 +140,11 @@ class Worker:
 
     def _receive(self, wait: bool) -> list[Update]:
         updates: list[Update] = []
+        if wait and self.meter is not None:
+            self.meter.enter(IDLE)
         while True:
             try:
-                what, job = self._inbox.get(block=wait)
+                what, job = self._inbox.get(wait, None if self.meter is None else _REREAD_S)
             except queue.Empty:
                 return updates
             wait = False
@@ -223,7 +230,8 @@ class Worker:
             for job, sequence in self._running.items()
         )
         waiting = sum(map(len, self._waiting.values()))
-        self.snapshot = Snapshot(running, waiting, timings.steps, timings.step_s, timings.prompt_s)
+        spent = {} if self.meter is None else self.meter.spent
+        self.snapshot = Snapshot(running, waiting, timings.steps, timings.step_s, timings.prompt_s, spent)
 
 
 def _deliver(updates: Sequence[Update]) -> None:

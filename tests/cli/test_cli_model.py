@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from text_models import piece_data
 
 import bitgen
 from bitgen.cli import main
+from bitgen.energy import open_source
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UsageError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.open import open_model
@@ -334,6 +336,36 @@ def test_bench_times_prompts_steps_and_batches(
         "context must be 1 to 128"
         in out_of(capsys, "bench", *arguments, "-p", "999", code=UsageError.exit_code)[1]
     )
+
+
+def test_bench_has_null_without_a_sensor(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bitgen.energy.open_source", lambda _: open_source(root=tmp_path))
+    argv = ["bench", *arguments, "-p", "8", "-n", "4", "-r", "1", "--energy"]
+    out, err = out_of(capsys, *argv, "-o", "json")
+    found = json.loads(out)
+    assert found["energy"] is None
+    assert [(row["joules_token"], row["net_joules_token"]) for row in found["bench"]] == [(None, None)] * 2
+    assert err.count("energy: not available (neither powercap") == 1
+    assert "J/token" not in out_of(capsys, *argv)[0]
+
+
+def test_run_and_bench_with_an_energy_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bitgen.inference.bench._SPAN_S", 0.2)
+    watts = "import time; print(5 * time.monotonic(), 'J')"
+    with_energy = [*arguments, "--energy-command", shlex.join([sys.executable, "-S", "-c", watts])]
+    argv = ["bench", *with_energy, "-p", "0", "-n", "64", "-r", "3", "-o", "json"]
+    found = json.loads(out_of(capsys, *argv)[0])
+    assert found["energy"]["idle_watts"] == pytest.approx(5.0, rel=0.2)
+    (row,) = found["bench"]
+    assert row["joules_token"] > 4.0 / row["avg_ts"]  # what passes between runs is in it
+    assert row["net_joules_token"] < row["joules_token"]
+    err = out_of(capsys, "run", *with_energy, "-p", "the end", "-n", "12")[1]
+    assert "energy = what " in err
+    assert "W idle" in err
 
 
 def test_bench_takes_a_preset(tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]) -> None:

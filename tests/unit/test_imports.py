@@ -87,8 +87,12 @@ def test_one_wall_around_each_library() -> None:
 
 
 def test_processes_are_started_in_few_places() -> None:
-    """A compiler runs in toolchain, measured kernels in measure, a library's self-test in library."""
+    """A compiler runs in toolchain, measured kernels in measure, a library's self-test in library.
+
+    And a command of the user's own that reads a meter.
+    """
     allowed = {
+        "bitgen.energy",
         "bitgen.toolchain.process",
         "bitgen.cpu.macos",
         "bitgen.measure.runner",
