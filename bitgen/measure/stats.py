@@ -90,17 +90,24 @@ def beats(challenger: Sequence[float], incumbent: Sequence[float], alpha: float,
     return gain >= min_gain and p_faster(challenger, incumbent) <= alpha
 
 
-def select(rounds: Mapping[T, Sequence[float]], baseline: T | None, alpha: float, min_gain: float) -> T:
+def select(
+    rounds: Mapping[T, Sequence[float]], baseline: T | None, alpha: float, min_gain: float, margin: float
+) -> T:
     """The best of ``rounds``: the fastest one that beats the baseline, else the baseline.
 
-    Without a baseline among them there is nothing to beat, and the least median is the best.
+    One that is faster by ``margin`` needs no proof: where noise hides such a gain, what is there already has
+    no more to say for itself. Without a baseline among them there is nothing to beat, and the least median is
+    the best.
     """
     by_time = sorted(rounds, key=lambda entrant: statistics.median(rounds[entrant]))
     if baseline is None or baseline not in rounds:
         return by_time[0]
     faster = by_time[: by_time.index(baseline)]
     held = rounds[baseline]
-    return next((c for c in faster if beats(rounds[c], held, alpha, min_gain)), baseline)
+    return next(
+        (c for c in faster if 1 - ratio(rounds[c], held) >= margin or beats(rounds[c], held, alpha, min_gain)),
+        baseline,
+    )
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:

@@ -136,11 +136,11 @@ def choose(
         }
     everywhere = [f for f in families if all(f in by_family[target.shape] for target in targets)]
     totals = {f: total_ns(targets, {s: options[f] for s, options in by_family.items()}) for f in everywhere}
-    uniform = select(totals, families[0], config.alpha, config.min_gain) if totals else None
+    uniform = select(totals, families[0], config.alpha, config.min_gain, config.margin) if totals else None
     chosen = {}
     for shape, options in by_family.items():
         costs = {family: option.cost_ns for family, option in options.items()}
-        chosen[shape] = options[select(costs, uniform, config.alpha, config.min_gain)]
+        chosen[shape] = options[select(costs, uniform, config.alpha, config.min_gain, config.margin)]
     return Choice(chosen, by_family, every)
 
 
@@ -152,7 +152,7 @@ def total_ns(targets: Sequence[Target], options: Mapping[Shape, Option]) -> tupl
 def _best(options: Sequence[Option], default: Layout | None, config: SearchConfig) -> Option:
     by_layout = {option.layout: option for option in options}
     costs = {layout: option.cost_ns for layout, option in by_layout.items()}
-    return by_layout[select(costs, default, config.alpha, config.min_gain)]
+    return by_layout[select(costs, default, config.alpha, config.min_gain, config.margin)]
 
 
 def _sum(parts: Sequence[Sequence[float]]) -> tuple[float, ...]:

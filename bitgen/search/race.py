@@ -45,7 +45,7 @@ class Raced:
         part (another layout, or it failed) there is nothing to defend, and the fastest wins.
         """
         own = {spec: self.rounds_ns[spec] for spec in self.finishers if spec.layout == layout}
-        return select(own, incumbent, config.alpha, config.min_gain) if own else None
+        return select(own, incumbent, config.alpha, config.min_gain, config.margin) if own else None
 
 
 def finalists_of(

@@ -123,12 +123,21 @@ def test_a_common_disturbance_does_not_hide_a_difference() -> None:
 
 
 def test_nothing_inside_the_noise_dethrones_the_incumbent() -> None:
-    old, luck, fast = [10.0, 11, 12, 13, 14, 15, 16], [9.0, 12, 11, 14, 13, 14, 15], [5.0, 6, 5, 6, 5, 6, 5]
+    old, fast = [10.0, 11, 12, 13, 14, 15, 16], [5.0, 6, 5, 6, 5, 6, 5]
+    luck = [9.9, 11.5, 11.9, 12.9, 13.8, 14.9, 16.2]  # faster by 0.8 %, in five of seven rounds
     assert statistics.median(luck) <= statistics.median(old)
-    assert select({"luck": luck, "old": old}, "old", 0.01, 0.005) == "old"
-    assert select({"luck": luck, "old": old, "fast": fast}, "old", 0.01, 0.005) == "fast"
-    assert select({"luck": luck, "old": old}, None, 0.01, 0.005) == "luck"
-    assert select({"luck": luck, "old": old}, "absent", 0.01, 0.005) == "luck"
+    assert select({"luck": luck, "old": old}, "old", 0.01, 0.005, 0.02) == "old"
+    assert select({"luck": luck, "old": old, "fast": fast}, "old", 0.01, 0.005, 0.02) == "fast"
+    assert select({"luck": luck, "old": old}, None, 0.01, 0.005, 0.02) == "luck"
+    assert select({"luck": luck, "old": old}, "absent", 0.01, 0.005, 0.02) == "luck"
+
+
+def test_noise_does_not_hold_a_place_for_the_incumbent() -> None:
+    """Where noise hides a gain of 6 %, the incumbent has an advantage of 2 % and no more."""
+    old, new = [10.0, 11, 12, 13, 14, 15, 16], [9.0, 12, 11, 14, 13, 14, 15]
+    assert not beats(new, old, 0.01, 0.005)
+    assert select({"new": new, "old": old}, "old", 0.01, 0.005, 0.02) == "new"
+    assert select({"new": new, "old": old}, "old", 0.01, 0.005, 0.07) == "old"
 
 
 # ---- proposing ----
@@ -262,11 +271,11 @@ def test_the_default_is_kept_when_everything_is_equal(tmp_path: Path) -> None:
         def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
             for job in jobs:
                 draw = random.Random(job.spec.name)
-                yield Measurement(job, Status.OK, times_ns=tuple(draw.gauss(100, 5) for _ in range(5)))
+                yield Measurement(job, Status.OK, times_ns=tuple(draw.gauss(100, 2) for _ in range(5)))
 
         def race(self, job: RaceJob) -> Race:
             draw = random.Random(job.seed)
-            return Race({spec: [draw.gauss(100, 5) for _ in range(7)] for spec in job.specs})
+            return Race({spec: [draw.gauss(100, 2) for _ in range(7)] for spec in job.specs})
 
     result = go(tmp_path / "r", flat, Flat(runner(flat)))
     default = Grid("i2s", SCALAR, "n1", SMALL_AXES).default
@@ -632,7 +641,7 @@ def test_a_mixed_format_needs_a_win_beyond_the_noise() -> None:
         options = choose(targets, ("i2s", "tl1"), every, {"i2s": i2s, "tl1": tl1}, CONFIG).options
         return {shape.name: o.layout.family for shape, o in options.items()}
 
-    noise = [r * f for r, f in zip(rounds, (0.98, 1.02, 0.97, 1.01, 0.98, 1.02, 0.97), strict=True)]
+    noise = [r * f for r, f in zip(rounds, (0.99, 1.02, 0.97, 1.01, 0.985, 1.02, 0.97), strict=True)]
     fast, slow = [r * 0.8 for r in rounds], [r * 1.5 for r in rounds]
     assert chosen(noise, noise) == {"640x256": "i2s", "256x512": "i2s"}
     assert chosen(fast, slow) == {"640x256": "tl1", "256x512": "i2s"}
