@@ -104,10 +104,11 @@ def select(
         return by_time[0]
     faster = by_time[: by_time.index(baseline)]
     held = rounds[baseline]
-    return next(
-        (c for c in faster if 1 - ratio(rounds[c], held) >= margin or beats(rounds[c], held, alpha, min_gain)),
-        baseline,
-    )
+
+    def wins(times: Sequence[float]) -> bool:
+        return ratio(times, held) <= 1 - margin or beats(times, held, alpha, min_gain)
+
+    return next((challenger for challenger in faster if wins(rounds[challenger])), baseline)
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> float:
