@@ -115,7 +115,8 @@ def test_wrong_choices_cannot_be_made(cpu: Cpu) -> None:
 def test_only_kernels_that_look_up_get_tables(cpu: Cpu) -> None:
     panel = libraries.spec_for(TL1_LAYOUT, LARGE, TL1_SHAPE, cpu)
     direct = libraries.spec_for(TL1_LAYOUT, N1, TL1_SHAPE, cpu)
-    assert (panel.schedule.algorithm, direct.schedule.algorithm) == ("panel", "direct")
+    assert panel.schedule.algorithm in ("panel", "tiles")
+    assert direct.schedule.algorithm == "direct"
     assert (panel.table_bytes, direct.table_bytes) == (0, 256)
     assert "a->tables" not in render_kernel(panel).text
     assert "a->tables" in render_kernel(direct).text
