@@ -46,6 +46,7 @@ DENSE_TYPES = enumerators("bitgen_dense_type", "BITGEN_DENSE_")
 del DENSE_TYPES["types"]  # their number
 STAGES = tuple(enumerators("bitgen_stage", "BITGEN_STAGE_"))
 ACTIVATIONS = enumerators("bitgen_activation", "BITGEN_")
+X_TYPES = enumerators("bitgen_x_type", "BITGEN_X_")  # what activations are quantised to
 KV_TYPES = {
     "q8" if name == "i8" else name: n for name, n in enumerators("bitgen_kv_type", "BITGEN_KV_").items()
 }

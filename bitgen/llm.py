@@ -30,7 +30,7 @@ from bitgen.formats.open import open_model
 from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
 from bitgen.inference.draft_model import DraftModel
-from bitgen.inference.engine import Head, Kv
+from bitgen.inference.engine import Head, Kv, own_activations
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
 from bitgen.inference.opening import context_for, find_library, open_engine, tuned_shapes
@@ -40,7 +40,7 @@ from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
 from bitgen.inference.sequence import Request
 from bitgen.paths import tune_logs_dir
 from bitgen.progress import Progress, Report
-from bitgen.runtime import KernelTable, load
+from bitgen.runtime import Activations, KernelTable, load
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ class LLM:
     ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means one
     a physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
     ``batch`` the number of sequences there is room for from the start (a list of prompts makes more).
+    ``activations`` is what the inputs of matrices are quantised to (None: the model's own);
     ``draft`` is a small model of the same vocabulary, which drafts what the large one checks: the same text.
     ``progress`` is called with a `Progress` of what takes long. BitgenError when anything does not fit.
     """
@@ -67,6 +68,7 @@ class LLM:
         context: int | None = None,
         kv: Kv = "f16",
         head: Head = "auto",
+        activations: Activations | None = None,
         batch: int = 1,
         draft: str | Path | None = None,
         progress: Report | None = None,
@@ -76,9 +78,20 @@ class LLM:
         config = file.config
         positions = context_for(config, context)
         tokenizer = file.tokenizer_data  # before the long work: it may be missing
-        self._content = partial(content_digest, file.path, KV_VERSION, f"kv {kv}")
+        self.activations = activations or own_activations(config)
+        self.precision = (f"kv {kv}", *(["int16"] if self.activations == "int16" else []))
+        self._content = partial(content_digest, file.path, KV_VERSION, *self.precision)
         self.table = table = load(library or library_for(config, progress), threads)
-        self._open = partial(open_engine, file, table, context=positions, kv=kv, head=head, progress=progress)
+        self._open = partial(
+            open_engine,
+            file,
+            table,
+            context=positions,
+            kv=kv,
+            head=head,
+            activations=self.activations,
+            progress=progress,
+        )
         self._setup(self._open(batch=batch), config, tokenizer)
         if draft is not None:
             self._add_draft(draft, library, threads, batch, progress)
@@ -104,6 +117,8 @@ class LLM:
         self.notes = list(self.tokenizer.notes)  # what a user should know
 
     table: KernelTable | None = None  # None for `over`
+    activations: Activations = "int8"  # of all prompts, steps and drafts that are checked
+    precision: tuple[str, ...] = ()  # what makes other bits of the same model and text
     _draft_table: KernelTable | None = None
     _drafts: DraftModel | None = None
     _content: Callable[[], str] = staticmethod(lambda: "")  # what the bytes of the KV cache depend on

@@ -99,14 +99,19 @@ def quantize_activations(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDAr
     For each token ``s = 127 / max(absmax, 1e-5)``, ``xq = clamp(round_half_even(x * s), -128, 127)`` and
     ``x_scale = 1 / s``, all in float32. Raises on NaN and infinity.
     """
-    if x.dtype != np.float32 or x.ndim != 2:
-        raise BitgenError(f"activations must be float32 (n, k), not {x.dtype} {x.shape}")
-    if not np.isfinite(x).all():
-        raise BitgenError("activations hold NaN or infinity")
+    check_activations(x)
     absmax = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-5))
     s = np.float32(127) / absmax
     xq = np.clip(np.rint(x * s), -128, 127).astype(np.int8)
     return xq, (np.float32(1) / s)[:, 0]
+
+
+def check_activations(x: NDArray[np.float32]) -> None:
+    """BitgenError where x is not float32 (n, k), or not finite."""
+    if x.dtype != np.float32 or x.ndim != 2:
+        raise BitgenError(f"activations must be float32 (n, k), not {x.dtype} {x.shape}")
+    if not np.isfinite(x).all():
+        raise BitgenError("activations hold NaN or infinity")
 
 
 def ternary_matmul(xq: NDArray[np.int8], w: NDArray[np.int8]) -> NDArray[np.int32]:
@@ -131,6 +136,37 @@ def linear(x: NDArray[np.float32], w: NDArray[np.int8], w_scale: NDArray[np.floa
     """The whole BitLinear product: quantise, multiply exactly, scale."""
     xq, x_scale = quantize_activations(x)
     return scale_output(ternary_matmul(xq, w), x_scale, w_scale)
+
+
+# ---- int16 activations
+
+INT16_MAX = 32639  # the largest that is 256 times an int8 and an int8
+
+
+def quantize_int16(x: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """Quantise x float32 (n, k) -> (xq int16 (n, k), x_scale float32 (n,)).
+
+    As `quantize_activations`, with 32639 for 127: ``xq = 256 * high + low`` (`planes_of`).
+    """
+    check_activations(x)
+    absmax = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-5))
+    s = np.float32(INT16_MAX) / absmax
+    return np.rint(x * s).astype(np.int16), (np.float32(1) / s)[:, 0]
+
+
+def planes_of(xq: NDArray[np.int16]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    """(high, low) int8 with ``xq = 256 * high + low``, of int16 between -32639 and 32639."""
+    high = (xq.astype(np.int32) + 128) >> 8
+    return high.astype(np.int8), (xq - 256 * high).astype(np.int8)
+
+
+def int16_linear(
+    x: NDArray[np.float32], w: NDArray[np.int8], w_scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The product with int16 activations: y = (float)(256 acc_high + acc_low) * (x_scale * w_scale)."""
+    xq, x_scale = quantize_int16(x)
+    high, low = (ternary_matmul(plane, w).astype(np.int64) for plane in planes_of(xq))
+    return scale_output((256 * high + low).astype(np.int32), x_scale, w_scale)
 
 
 # ---- weights with a scale for each group along k
@@ -205,3 +241,19 @@ def grouped_linear(
     """The whole product of weights in groups: quantise, multiply exactly, scale and add in order."""
     xq, x_scale = quantize_groups(x, group)
     return scale_groups(xq, w, x_scale, w_scale, group)
+
+
+def grouped_int16_linear(
+    x: NDArray[np.float32], w: NDArray[np.int8], w_scale: NDArray[np.float32], group: int
+) -> NDArray[np.float32]:
+    """The same with int16 activations, also quantised by groups: y = y_high + y_low.
+
+    Each is what `scale_groups` gives of a plane: of high with the scales 256 * x_scale.
+    """
+    groups = _split_groups(x, group)
+    xq, x_scale = quantize_int16(groups.reshape(-1, group))
+    x_scale = x_scale.reshape(groups.shape[:2])
+    planes = [plane.reshape(len(x), -1)[:, : x.shape[1]] for plane in planes_of(xq)]
+    scales = np.float32(256) * x_scale, x_scale
+    high, low = (scale_groups(p, w, s, w_scale, group) for p, s in zip(planes, scales, strict=True))
+    return high + low

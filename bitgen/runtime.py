@@ -5,6 +5,7 @@ Nothing here compiles, renders or searches::
     table = load("generated/3B-zen5")
     linear = table.linear(w, scale)      # w int8 (m, k) in {-1, 0, 1}, scale a float or float32 (m,)
     linear = table.linear(w, scale, group=128)     # scale float32 (m, ceil(k / 128))
+    linear = table.linear(w, scale, activations="int16")
     y = linear(x)                        # x float32 (n, k) -> float32 (n, m)
     acc = linear.accumulate(xq)          # xq int8 (n, k) -> int32 (n, m), exact
 
@@ -22,18 +23,19 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.abi import ABI_VERSION, constants, ffi
+from bitgen.abi import ABI_VERSION, X_TYPES, constants, ffi
 from bitgen.bundle import Bundle, is_bundle, read_bundle, require_runnable
 from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
 from bitgen.families.base import GROUPS
-from bitgen.reference import grouped_linear, ternary_matmul
+from bitgen.reference import grouped_int16_linear, grouped_linear, int16_linear, ternary_matmul
 from bitgen.reference import linear as reference_linear
 from bitgen.spec import REGIMES, Shape
 from bitgen.trust import open_private
 
 Floats: TypeAlias = NDArray[np.float32]
 Generic: TypeAlias = Literal["never", "fallback", "only"]
+Activations: TypeAlias = Literal["int8", "int16"]  # what the inputs of matrices are quantised to
 _ALIGNMENT = 64
 
 
@@ -191,25 +193,41 @@ class KernelTable:
         """What the library holds: tuned kernels, then defaults, then portable ones."""
         return tuple(self._kernel(i) for i in range(self._lib.bitgen_kernel_count()))
 
-    def linear(self, w: NDArray[np.int8], scale: float | Floats, *, group: int = 0) -> Linear:
+    def linear(
+        self,
+        w: NDArray[np.int8],
+        scale: float | Floats,
+        *,
+        group: int = 0,
+        activations: Activations = "int8",
+    ) -> Linear:
         """Pack ``w`` int8 (m, k) in {-1, 0, 1}; ``scale`` is a float or float32 (m,), one a row.
 
         With ``group``, 32, 64, 128 or 256, it is float32 (m, ceil(k / group)), one for each so many weights
-        along k, and activations are quantised by the same groups.
+        along k, and activations are quantised by the same groups. ``activations``: to int8 or int16.
         ArgumentTypeError, ArgumentValueError (BitgenErrors) name the argument that is wrong.
         """
         _check_array("w", w, np.int8, (2,))
+        self.check_activations(activations)
         shape = Shape(*w.shape)
         if group:
             checked = _group_scales(scale, shape, group)
             groups = Groups.of(checked, group)
             packed = aligned_bytes(self.packed_bytes(shape, groups))
             self.pack_rows(w, 0, shape, packed, groups, checked)
-            return Linear(self, shape, packed, np.empty(0, np.float32), group)
+            return Linear(self, shape, packed, np.empty(0, np.float32), group, activations)
         scales = _scales(scale, shape.m)
         packed = aligned_bytes(self.packed_bytes(shape))
         self.pack_rows(w, 0, shape, packed)
-        return Linear(self, shape, packed, scales)
+        return Linear(self, shape, packed, scales, activations=activations)
+
+    def check_activations(self, activations: str) -> None:
+        """ArgumentValueError where it is no type of activations, FileError where the library is too old."""
+        if activations not in X_TYPES:
+            known = " or ".join(X_TYPES)
+            raise ArgumentValueError(f"activations must be {known}, not {activations!r}")
+        if activations != "int8" and not hasattr(self._lib, "bitgen_matmul_as"):
+            raise FileError(f"{self.path} knows no {activations} activations: build it again")
 
     # ---- Packed weights, for those who keep them elsewhere than in a `Linear` ----
 
@@ -329,13 +347,20 @@ class Linear:
     """Packed weights with their scales: y = x w^T. Made by `KernelTable.linear`."""
 
     def __init__(
-        self, table: KernelTable, shape: Shape, packed: NDArray[np.uint8], scales: Floats, group: int = 0
+        self,
+        table: KernelTable,
+        shape: Shape,
+        packed: NDArray[np.uint8],
+        scales: Floats,
+        group: int = 0,
+        activations: Activations = "int8",
     ) -> None:
         self.table = table
         self.shape = shape
         self.packed = packed  # (packed bytes,), 64-byte aligned: header and blocks
         self.scales = scales  # (1,) or (m,); (0,) of weights in groups
         self.group = group  # weights along k that share a scale; 0: scales lie outside
+        self.activations = activations
         # Made once: a pointer into an array costs 0.4 us, and these two never move.
         self._packed = ffi.from_buffer("uint8_t[]", packed)
         self._scales = ffi.NULL if group else ffi.from_buffer("float[]", scales)
@@ -344,12 +369,14 @@ class Linear:
         """Y of x: float32 (n, k) -> (n, m), or (k,) -> (m,). NaN and infinity raise ArgumentValueError."""
         n = self._tokens("x", x, np.float32)
         y = np.empty((n, self.shape.m), np.float32)
-        table = self.table
-        code = table._lib.bitgen_matmul(
+        table, lib = self.table, self.table._lib
+        is_int8 = self.activations == "int8"  # libraries from before there were others have only this
+        code = (lib.bitgen_matmul if is_int8 else lib.bitgen_matmul_as)(
             table._context,
             self._packed,
             self._scales,
             self.scales.size,
+            *(() if is_int8 else (X_TYPES[self.activations],)),
             ffi.from_buffer("float[]", x),
             n,
             self.shape.m,
@@ -377,10 +404,10 @@ class Linear:
         return acc if xq.ndim == 2 else acc[0]
 
     def kernel(self, n: int) -> KernelInfo:
-        """The kernel that multiplies ``n`` tokens."""
+        """The kernel that multiplies ``n`` tokens; int16 activations are two rows of int8 for each."""
         index = ffi.new("int32_t *")
-        table = self.table
-        table.check(table._lib.bitgen_kernel_choice(table._context, self._packed, n, index))
+        table, rows = self.table, n if self.activations == "int8" else 2 * n
+        table.check(table._lib.bitgen_kernel_choice(table._context, self._packed, rows, index))
         return table._kernel(index[0])
 
     def _tokens(self, name: str, x: Any, dtype: type[np.generic]) -> int:
@@ -471,7 +498,7 @@ def self_test(table: KernelTable, seed: int = 0) -> int:
             if not exact or not np.array_equal(linear(x)[:, rows], reference_linear(x, w[rows], scale[rows])):
                 raise BitgenError(f"{linear.kernel(n).name} computes wrong results for {shape.name}, n = {n}")
             count += 2
-    return count + _test_groups(table, rng)
+    return count + _test_groups(table, rng) + _test_int16(table, rng)
 
 
 def _test_groups(table: KernelTable, rng: np.random.Generator) -> int:
@@ -487,6 +514,24 @@ def _test_groups(table: KernelTable, rng: np.random.Generator) -> int:
                 if not np.array_equal(linear(x), grouped_linear(x, w, scales, group)):
                     raise BitgenError(f"{linear.kernel(n).name} computes wrong results, n = {n}")
                 count += 1
+    return count
+
+
+def _test_int16(table: KernelTable, rng: np.random.Generator) -> int:
+    """The same of int16 activations, two rows of int8 for each token, with groups and without."""
+    count, shape = 0, Shape(33, 200)
+    w = rng.integers(-1, 2, (shape.m, shape.k), dtype=np.int8)
+    scale = rng.uniform(0.5, 2, (shape.m, 2)).astype(np.float32)
+    rows = np.ascontiguousarray(scale[:, 0])
+    for n in (regime.n_min for regime in REGIMES):
+        x = rng.normal(size=(n, shape.k)).astype(np.float32)
+        for linear, expected in (
+            (table.linear(w, rows, activations="int16"), int16_linear(x, w, rows)),
+            (table.linear(w, scale, group=128, activations="int16"), grouped_int16_linear(x, w, scale, 128)),
+        ):
+            if not np.array_equal(linear(x), expected):
+                raise BitgenError(f"{linear.kernel(n).name} computes wrong int16 results, n = {n}")
+            count += 1
     return count
 
 

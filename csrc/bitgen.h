@@ -104,6 +104,17 @@ struct bitgen_packed_header {
 /* The format of scales. */
 enum bitgen_scale_type { BITGEN_SCALE_F32 = 0, BITGEN_SCALE_F16 = 1 };
 
+/* What activations are quantised to. Of int16
+ *
+ *   s = 32639 / max(absmax, 1e-5), xq = round_half_even(x * s) = 256 high + low, x_scale = 1 / s
+ *
+ * with high and low in -128 .. 127: two rows of int8, which kernels multiply as those of two tokens. Then
+ *
+ *   y[n, m] = (float)(256 acc_high + acc_low) * (x_scale[n] * w_scale[m])           k at most 65795
+ *
+ * and of weights in groups y = y_high + y_low, each as int8 gives it: of high with the scales 256 * x_scale. */
+enum bitgen_x_type { BITGEN_X_INT8 = 0, BITGEN_X_INT16 = 1 };
+
 #define BITGEN_PACKED_MAGIC 0x4b5041504e544942
 #define BITGEN_LAYOUT_VERSION 1
 
@@ -220,6 +231,11 @@ BITGEN_API int32_t bitgen_quantize(bitgen_context *ctx, const float *x, int64_t 
 BITGEN_API int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
                                  const float *x, int64_t n, int64_t m, int64_t k, float *y);
 
+/* The same with activations quantised to x_type, of enum bitgen_x_type. Its kernels are those of 2 n tokens. */
+BITGEN_API int32_t bitgen_matmul_as(bitgen_context *ctx, const void *packed, const float *w_scale,
+                                    int64_t w_scale_count, int32_t x_type, const float *x, int64_t n, int64_t m,
+                                    int64_t k, float *y);
+
 /* acc (n, m) = xq (n, k) * w^T, the exact integers; xq may hold any int8, -128 too. Not of weights in groups. */
 BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n, int64_t m,
                                      int64_t k, int32_t *acc);
@@ -233,7 +249,7 @@ BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, co
  *                   gate, up = gate_up(norm(x));                 x += down(sub_norm(act(gate) * up))
  *   logits = head(norm(x))
  *
- * A matrix quantises its input as bitgen_matmul does. Norms are x / sqrt(mean(x^2) + eps) * weight; RoPE turns
+ * A matrix quantises its input as bitgen_matmul_as does, to the model's x_type. Norms are x / sqrt(mean(x^2) + eps) * weight; RoPE turns
  * the pairs (i, i + head_dim / 2). Every float operation has one order, so the logits of a token are the same bits
  * for every number of threads, every batch it is in and every ISA level.
  */
@@ -302,8 +318,7 @@ struct bitgen_model {
     int64_t hidden, ffn, layers, heads, kv_heads, head_dim, vocab;
     int64_t context, sequences; /* positions 0 .. context - 1 of each of the sequences are in the cache */
     float norm_eps;
-    int32_t activation, kv_type;
-    int32_t reserved; /* zero */
+    int32_t activation, kv_type, x_type;
     struct bitgen_dense embedding, head;
     const float *final_norm;          /* (hidden) */
     const float *rope;                /* (context, head_dim), by bitgen_rope */
@@ -361,7 +376,8 @@ BITGEN_API int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *t
 BITGEN_API int32_t bitgen_cache_bytes(const struct bitgen_model *model, size_t *bytes);
 
 /* Bytes of work memory that ctx holds after a step of n tokens, of which `outputs` want something and `best` of those
- * BITGEN_WANT_BEST; kernels may need a few MiB of their own. */
+ * BITGEN_WANT_BEST; kernels may need a few MiB of their own, and int16 activations 16 MiB, or 32 tokens' outputs of the
+ * widest matrix twice. */
 BITGEN_API int32_t bitgen_work_bytes(const bitgen_context *ctx, const struct bitgen_model *model, int64_t n,
                                      int64_t outputs, int64_t best, size_t *bytes);
 

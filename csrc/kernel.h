@@ -45,11 +45,17 @@ struct bitgen_context {
     pid_t owner; /* threads do not survive fork(): a child sees another pid */
     struct bitgen_pool *pool;
     struct bitgen_buffer x, x_sum, x_scale, tables, scratch;
+    struct bitgen_buffer planes;         /* products of the planes of int16 activations, not yet one */
     struct bitgen_buffer step;           /* work memory of a forward step */
     const struct bitgen_step_ops *ops;   /* of the best ISA level it may use (library.c) */
     const struct bitgen_entry **entries; /* those this context may choose, best first (library.c) */
     int32_t entry_count;
 };
+
+/* The planes of int16 activations of a token, each group by itself: x (k) -> xq (2, stride), high and low, x_scale and
+ * x_sum (2, groups). 1 where NaN or infinity comes up, else 0. */
+typedef int32_t bitgen_plane_quantizer(const float *x, int64_t k, int64_t group, int64_t stride, int8_t *xq,
+                                       float *x_scale, int32_t *x_sum);
 
 /* One multiplication. One of x, xq and rows is given, and one of y and acc; not x with acc, nor xq with y. */
 struct bitgen_call {
@@ -65,7 +71,14 @@ struct bitgen_call {
     const int8_t *rows; /* (n, bitgen_row_stride(k, group)) as kernels read them, with x_sum and x_scale (n, groups) */
     const int32_t *x_sum;
     const float *x_scale;
+    bitgen_plane_quantizer *quantize_planes; /* of int16 activations, given by x or rows (2 n), with y; NULL: int8 */
 };
+
+/* Rows of int8 activations that a token of a call has. */
+static inline int64_t bitgen_planes(const struct bitgen_call *call) { return call->quantize_planes ? 2 : 1; }
+
+/* The most columns over which int16 activations are added up in int32. */
+enum { BITGEN_INT16_MAX = 32639, BITGEN_INT16_K_MAX = INT32_MAX / BITGEN_INT16_MAX };
 
 /* A context without any check of the CPU and without a table of kernels. threads >= 1. */
 int32_t bitgen_context_open(struct bitgen_context **ctx, int32_t threads);

@@ -490,7 +490,10 @@ int32_t bitgen_choose_kernel(const struct bitgen_context *ctx, const void *packe
 /* The weights of a call that has its inputs and outputs, and the kernel for both. */
 static int32_t take_weights(const bitgen_context *ctx, const void *packed, struct bitgen_call *call)
 {
-    const int32_t code = bitgen_choose_kernel(ctx, packed, call->m, call->k, call->n, &call->kernel);
+    const int64_t rows = call->n < INT32_MAX ? bitgen_planes(call) * call->n : call->n;
+    const int32_t code = bitgen_choose_kernel(ctx, packed, call->m, call->k, rows, &call->kernel);
+    if (!code && call->quantize_planes && !call->kernel->group && call->k > BITGEN_INT16_K_MAX)
+        return BITGEN_ERROR_SHAPE;
     if (!code) call->w = (const uint8_t *)packed + HEADER_BYTES;
     return code;
 }
@@ -509,15 +512,21 @@ static int32_t place_scales(const void *packed, struct bitgen_call *call, int64_
     return BITGEN_OK;
 }
 
-int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
-                      const float *x, int64_t n, int64_t m, int64_t k, float *y)
+int32_t bitgen_matmul_as(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
+                         int32_t x_type, const float *x, int64_t n, int64_t m, int64_t k, float *y)
 {
     if (!ctx || !x || !y) return BITGEN_ERROR_NULL;
+    if (x_type != BITGEN_X_INT8 && x_type != BITGEN_X_INT16) return BITGEN_ERROR_ARGUMENT;
     struct bitgen_call call = {.w_scale = w_scale, .x = x, .y = y, .m = m, .k = k, .n = n};
+    if (x_type == BITGEN_X_INT16) call.quantize_planes = ctx->ops->quantize_planes;
     int32_t code = take_weights(ctx, packed, &call);
     if (!code) code = place_scales(packed, &call, w_scale_count);
     return code ? code : bitgen_run(ctx, &call);
 }
+
+int32_t bitgen_matmul(bitgen_context *ctx, const void *packed, const float *w_scale, int64_t w_scale_count,
+                      const float *x, int64_t n, int64_t m, int64_t k, float *y)
+{ return bitgen_matmul_as(ctx, packed, w_scale, w_scale_count, BITGEN_X_INT8, x, n, m, k, y); }
 
 int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, const int8_t *xq, int64_t n, int64_t m, int64_t k,
                           int32_t *acc)

@@ -4,6 +4,9 @@
  *   phase 1b, over tokens and k:    the lookup tables of kernels that read them
  *   phase 2, parallel over rows:    the kernel, on ranges of rows (and of tokens when there are too few rows)
  *
+ * int16 activations are two rows of int8 for each token, a plane each: kernels see twice as many tokens, and who has
+ * multiplied a range joins its planes while they are in cache.
+ *
  * Many tokens go in batches, so that work memory has a bound that does not depend on n.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -83,6 +86,7 @@ void bitgen_context_close(struct bitgen_context *ctx)
     free(ctx->x_scale.data);
     free(ctx->tables.data);
     free(ctx->scratch.data);
+    free(ctx->planes.data);
     free(ctx->step.data);
     free(ctx->entries);
     free(ctx);
@@ -99,9 +103,12 @@ void bitgen_leave(struct bitgen_context *ctx) { atomic_store_explicit(&ctx->busy
 /* The state of one batch, shared by the threads. */
 struct batch {
     const struct bitgen_kernel *kernel;
-    struct bitgen_matmul a; /* without row range and scratch */
+    struct bitgen_matmul a; /* without row range and scratch; of all planes */
     const float *x;
     const int8_t *xq;
+    bitgen_plane_quantizer *quantize_planes; /* NULL: int8 */
+    int64_t planes;                          /* rows of a token */
+    float *y;                                /* (tokens, m) where planes are joined; NULL: there is one */
     uint8_t *scratch;
     int64_t scratch_stride;
     int64_t table_items, table_item;         /* the grid of phase 1b: pieces of a token, chunks of a piece */
@@ -124,16 +131,18 @@ static void activations_body(void *arg, int32_t worker, int64_t begin, int64_t e
     struct batch *batch = arg;
     const struct bitgen_matmul *a = &batch->a;
     (void)worker;
-    const int64_t group = batch->kernel->group, groups = bitgen_groups(a->k, group);
+    const int64_t group = batch->kernel->group, groups = bitgen_groups(a->k, group), stride = a->x_stride;
+    int32_t found = 0;
     for (int64_t t = begin; t < end; ++t) {
-        int8_t *xq = (int8_t *)a->x + t * a->x_stride;
-        int32_t *x_sum = (int32_t *)a->x_sum + t * groups;
-        float *x_scale = (float *)a->x_scale + t * groups;
+        int8_t *xq = (int8_t *)a->x + t * batch->planes * stride;
+        int32_t *x_sum = (int32_t *)a->x_sum + t * batch->planes * groups;
+        float *x_scale = (float *)a->x_scale + t * batch->planes * groups;
         const float *x = batch->x ? batch->x + t * a->k : NULL;
-        if (batch->xq) copy_token(batch->xq + t * a->k, a->k, a->x_stride, xq, x_sum);
-        else if (bitgen_quantize_row(batch->kernel->quantize, x, a->k, group, a->x_stride, xq, x_scale, x_sum))
-            atomic_store_explicit(&batch->not_finite, 1, memory_order_relaxed);
+        if (batch->xq) copy_token(batch->xq + t * a->k, a->k, stride, xq, x_sum);
+        else if (batch->quantize_planes) found |= batch->quantize_planes(x, a->k, group, stride, xq, x_scale, x_sum);
+        else found |= bitgen_quantize_row(batch->kernel->quantize, x, a->k, group, stride, xq, x_scale, x_sum);
     }
+    if (found) atomic_store_explicit(&batch->not_finite, 1, memory_order_relaxed);
 }
 
 /* Whole chunks of a group. */
@@ -170,6 +179,28 @@ static void tables_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     }
 }
 
+/* y = 256 high + low of a call's rows and of tokens from `token` on: of integers, scaled then, or of floats in groups,
+ * whose scales have the 256. */
+static void join_planes(const struct batch *batch, const struct bitgen_matmul *a, int64_t token)
+{
+    const int64_t rows = a->row_end - a->row_begin, grouped = batch->kernel->group;
+    const float *w_scale = grouped ? NULL : a->w_scale + a->row_begin * a->w_scale_stride;
+    for (int64_t t = 0; t < a->n; t += 2) {
+        const int64_t high = t * a->out_stride + a->row_begin, low = high + a->out_stride;
+        float *restrict y = batch->y + (token + t) / 2 * a->out_stride + a->row_begin;
+        if (grouped) {
+            for (int64_t r = 0; r < rows; ++r) y[r] = a->y[high + r] + a->y[low + r];
+            continue;
+        }
+        const float x_scale = a->x_scale[t + 1];
+        const int32_t *acc_high = a->acc + high, *acc_low = a->acc + low;
+        if (a->w_scale_stride)
+            for (int64_t r = 0; r < rows; ++r) y[r] = (float)(256 * acc_high[r] + acc_low[r]) * (x_scale * w_scale[r]);
+        else
+            for (int64_t r = 0; r < rows; ++r) y[r] = (float)(256 * acc_high[r] + acc_low[r]) * (x_scale * w_scale[0]);
+    }
+}
+
 static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     const struct batch *batch = arg;
@@ -191,6 +222,7 @@ static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         a.row_begin = first * batch->row_item;
         a.row_end = min64((first + count) * batch->row_item, a.m);
         batch->kernel->run(&a);
+        if (batch->y) join_planes(batch, &a, token);
         begin += count;
     }
 }
@@ -199,21 +231,22 @@ static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 static int64_t table_stride(const struct bitgen_kernel *kernel, int64_t k)
 { return bitgen_kernel_chunks(kernel, k) * kernel->table_bytes; }
 
-/* Activations, tables and scratch for `n` tokens at a time. */
+/* Activations, tables, scratch and products of planes for `n` rows of activations at a time. */
 static int32_t reserve_work(struct bitgen_context *ctx, const struct bitgen_call *call, int64_t n,
                             int64_t scratch_stride)
 {
     int64_t k = call->k, group = call->kernel->group, own = call->rows ? 0 : n, scales = own * bitgen_groups(k, group);
     if (bitgen_reserve(&ctx->x, own * bitgen_row_stride(k, group)) || bitgen_reserve(&ctx->x_sum, scales * 4) ||
         bitgen_reserve(&ctx->x_scale, scales * 4) || bitgen_reserve(&ctx->tables, n * table_stride(call->kernel, k)) ||
-        bitgen_reserve(&ctx->scratch, ctx->threads * scratch_stride))
+        bitgen_reserve(&ctx->scratch, ctx->threads * scratch_stride) ||
+        bitgen_reserve(&ctx->planes, call->quantize_planes ? n * call->m * 4 : 0))
         return BITGEN_ERROR_MEMORY;
     return BITGEN_OK;
 }
 
 static void run_activations(struct bitgen_context *ctx, struct batch *batch)
 {
-    int64_t n = batch->a.n, claim = ceil_div(QUANTIZE_WORK, batch->a.k);
+    int64_t n = batch->a.n / batch->planes, claim = ceil_div(QUANTIZE_WORK, batch->a.k);
     claim = max64(claim, n / (ctx->threads * CLAIMS));
     bitgen_pool_run(ctx->pool, activations_body, batch, n, claim);
 }
@@ -238,7 +271,7 @@ static void run_rows(struct bitgen_context *ctx, struct batch *batch)
         groups = max64(1, min64(a->n / TOKENS_MIN, ceil_div(2 * ctx->threads, rows)));
     batch->row_item = item;
     batch->row_items = rows = ceil_div(a->m, item);
-    batch->token_item = ceil_div(a->n, groups);
+    batch->token_item = ceil_to(ceil_div(a->n, groups), batch->planes);
     groups = ceil_div(a->n, batch->token_item);
     int64_t claim = max64(rows * groups / (ctx->threads * CLAIMS), CLAIM_WORK / (item * a->k * batch->token_item));
     bitgen_pool_run(ctx->pool, rows_body, batch, rows * groups, ceil_div(max64(claim, 1), grain) * grain);
@@ -248,32 +281,41 @@ static int32_t run_batch(struct bitgen_context *ctx, const struct bitgen_call *c
                          int64_t scratch_stride)
 {
     const struct bitgen_kernel *kernel = call->kernel;
+    const int64_t planes = bitgen_planes(call), row = planes * begin;
     int64_t stride = bitgen_row_stride(call->k, kernel->group), groups = bitgen_groups(call->k, kernel->group);
+    float *y = call->y ? call->y + begin * call->m : NULL;
     struct batch batch = {
         .kernel = kernel,
         .x = call->x ? call->x + begin * call->k : NULL,
         .xq = call->xq ? call->xq + begin * call->k : NULL,
+        .quantize_planes = call->quantize_planes,
+        .planes = planes,
+        .y = call->quantize_planes ? y : NULL,
         .scratch = ctx->scratch.data,
         .scratch_stride = scratch_stride,
         .a =
             {
                 .w = call->w,
-                .x = call->rows ? call->rows + begin * stride : ctx->x.data,
-                .x_sum = call->rows ? call->x_sum + begin * groups : ctx->x_sum.data,
+                .x = call->rows ? call->rows + row * stride : ctx->x.data,
+                .x_sum = call->rows ? call->x_sum + row * groups : ctx->x_sum.data,
                 .tables = kernel->table_bytes ? ctx->tables.data : NULL,
-                .x_scale = call->rows ? call->x_scale + begin * groups : ctx->x_scale.data,
+                .x_scale = call->rows ? call->x_scale + row * groups : ctx->x_scale.data,
                 .w_scale = call->w_scale,
                 .acc = call->acc ? call->acc + begin * call->m : NULL,
-                .y = call->y ? call->y + begin * call->m : NULL,
+                .y = y,
                 .x_stride = stride,
                 .table_stride = table_stride(kernel, call->k),
                 .w_scale_stride = call->w_scale_stride,
                 .out_stride = call->m,
                 .m = call->m,
                 .k = call->k,
-                .n = end - begin,
+                .n = planes * (end - begin),
             },
     };
+    if (batch.y) {
+        batch.a.y = kernel->group ? ctx->planes.data : NULL;
+        batch.a.acc = kernel->group ? NULL : ctx->planes.data;
+    }
     if (!call->rows) run_activations(ctx, &batch);
     if (atomic_load_explicit(&batch.not_finite, memory_order_relaxed)) return BITGEN_ERROR_NOT_FINITE;
     if (batch.a.tables) run_tables(ctx, &batch);
@@ -285,8 +327,10 @@ int32_t bitgen_run_entered(struct bitgen_context *ctx, const struct bitgen_call 
 {
     const struct bitgen_kernel *kernel = call->kernel;
     int64_t token_bytes = bitgen_row_stride(call->k, kernel->group) + table_stride(kernel, call->k);
-    int64_t batches = ceil_div(call->n, max64(BATCH_MIN, BATCH_BYTES / token_bytes));
-    int64_t largest = ceil_div(call->n, batches);
+    const int64_t planes = bitgen_planes(call);
+    if (planes > 1) token_bytes = planes * (token_bytes + 4 * call->m);
+    int64_t batches = ceil_div(call->n, max64(BATCH_MIN / planes, BATCH_BYTES / token_bytes));
+    int64_t largest = planes * ceil_div(call->n, batches); /* rows of activations */
     int64_t scratch_stride = ceil_div(kernel->scratch(call->m, call->k, largest), 64) * 64;
     int32_t code = reserve_work(ctx, call, largest, scratch_stride);
     for (int64_t i = 0; i < batches && !code; ++i)

@@ -82,16 +82,20 @@ static void embed_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 }
 
 /* The input of the prepared matrix from token t of the part: x += add, then its norm (where there is a weight), quantised
- * as the matrix wants it. */
-static void quantize_token(struct step *s, int64_t t, float *x, const float *add, int64_t k)
+ * as the matrix and the model want it. */
+static void quantize_token(struct step *s, int32_t worker, int64_t t, float *x, const float *add, int64_t k)
 {
     const struct bitgen_step_ops *ops = s->ops;
     const int64_t group = s->kernel->group, groups = bitgen_groups(k, group), stride = bitgen_row_stride(k, group);
     const float eps = s->model->norm_eps;
-    int8_t *xq = s->xq + t * stride;
-    float *scale = s->x_scale + t * groups;
-    int32_t *sum = s->x_sum + t * groups;
-    if (s->weight && group)
+    int8_t *xq = s->xq + t * s->planes * stride;
+    float *scale = s->x_scale + t * s->planes * groups;
+    int32_t *sum = s->x_sum + t * s->planes * groups;
+    if (s->planes > 1) {
+        float *normed = s->weight ? s->normed + worker * s->longest : x;
+        if (s->weight) found(s, ops->norm(x, add, s->weight, eps, k, normed));
+        found(s, ops->quantize_planes(normed, k, group, stride, xq, scale, sum));
+    } else if (s->weight && group)
         found(s, ops->norm_quantize_groups(x, add, s->weight, eps, k, group, stride, xq, scale, sum));
     else if (s->weight) found(s, ops->norm_quantize(x, add, s->weight, eps, k, stride, xq, scale, sum));
     else if (group) found(s, bitgen_quantize_row(s->kernel->quantize, x, k, group, stride, xq, scale, sum));
@@ -102,10 +106,9 @@ static void quantize_token(struct step *s, int64_t t, float *x, const float *add
 static void norm_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    (void)worker;
     for (int64_t t = begin; t < end; ++t) {
         const int64_t at = (s->row + t) * s->hidden;
-        quantize_token(s, t, s->x + at, s->add ? s->add + at : NULL, s->hidden);
+        quantize_token(s, worker, t, s->x + at, s->add ? s->add + at : NULL, s->hidden);
     }
 }
 
@@ -113,8 +116,7 @@ static void norm_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 static void inner_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    (void)worker;
-    for (int64_t t = begin; t < end; ++t) quantize_token(s, t, s->inner + t * s->k, NULL, s->k);
+    for (int64_t t = begin; t < end; ++t) quantize_token(s, worker, t, s->inner + t * s->k, NULL, s->k);
 }
 
 static void gate_body(void *arg, int32_t worker, int64_t begin, int64_t end)
@@ -150,9 +152,10 @@ static int32_t prepare(struct step *s, const struct bitgen_matrix *matrix, int64
     if (!matrix->scale && !matrix->group) return BITGEN_ERROR_NULL;
     if (matrix->group ? matrix->scale || matrix->scale_count : matrix->scale_count != 1 && matrix->scale_count != m)
         return BITGEN_ERROR_SCALE_COUNT;
-    int32_t code = bitgen_choose_kernel(s->ctx, matrix->packed, m, k, s->n, &s->kernel);
+    int32_t code = bitgen_choose_kernel(s->ctx, matrix->packed, m, k, s->planes * s->n, &s->kernel);
     if (code) return code;
     if (s->kernel->group != matrix->group) return BITGEN_ERROR_MODEL;
+    if (s->planes > 1 && !matrix->group && k > BITGEN_INT16_K_MAX) return BITGEN_ERROR_MODEL;
     const struct bitgen_packed_header *header = matrix->packed;
     bitgen_pool_ahead(s->ctx->pool, header + 1, (int64_t)header->bytes - HEADER_BYTES);
     return BITGEN_OK;
@@ -175,6 +178,7 @@ static int32_t multiply(struct step *s, float *y)
         .m = s->m,
         .k = s->k,
         .n = s->n,
+        .quantize_planes = s->planes > 1 ? s->ops->quantize_planes : NULL,
     };
     if (atomic_load_explicit(&s->not_finite, memory_order_relaxed)) return BITGEN_ERROR_NOT_FINITE;
     return bitgen_run_entered(s->ctx, &call);

@@ -48,6 +48,9 @@ struct bitgen_step_ops {
     int32_t (*norm)(float *x, const float *add, const float *weight, float eps, int64_t k, float *y);
     int32_t (*norm_quantize)(float *x, const float *add, const float *weight, float eps, int64_t k, int64_t k_pad,
                              int8_t *xq, float *x_scale, int32_t *x_sum);
+    /* As two planes of int8, of which group 0 has one scale and one sum each: see bitgen_plane_quantizer. */
+    int32_t (*quantize_planes)(const float *x, int64_t k, int64_t group, int64_t stride, int8_t *xq, float *x_scale,
+                               int32_t *x_sum);
     /* The norm quantised in groups: x_scale and x_sum (groups), xq (stride), zeros behind the last group. */
     int32_t (*norm_quantize_groups)(float *x, const float *add, const float *weight, float eps, int64_t k,
                                     int64_t group, int64_t stride, int8_t *xq, float *x_scale, int32_t *x_sum);

@@ -43,7 +43,8 @@ static int32_t check_sizes(const struct bitgen_model *model)
         !in_size(model->sequences))
         return BITGEN_ERROR_MODEL;
     if (model->heads % model->kv_heads || model->head_dim % 2 || model->activation < 0 ||
-        model->activation > BITGEN_RELU2 || model->kv_type < 0 || model->kv_type > BITGEN_KV_I8)
+        model->activation > BITGEN_RELU2 || model->kv_type < 0 || model->kv_type > BITGEN_KV_I8 || model->x_type < 0 ||
+        model->x_type > BITGEN_X_INT16)
         return BITGEN_ERROR_MODEL;
     /* As doubles, because the products may overflow. */
     double heads = (double)model->sequences * (double)model->layers * (double)model->kv_heads;
@@ -127,9 +128,12 @@ struct step {
     float *inner;         /* (part, q_rows or ffn) outputs of attention and of the gate */
     float *final;         /* (outputs, padded hidden) */
     float *attention;     /* (threads, bitgen_attention_floats) */
-    int8_t *xq;           /* (part) activations as kernels read them */
-    int32_t *x_sum;       /* (part, groups) */
-    float *x_scale;       /* (part, groups) */
+    int64_t planes;       /* rows of int8 activations of a token: 2 of int16, else 1 */
+    int64_t longest;      /* input of a matrix, padded */
+    float *normed;        /* (threads, longest) a norm that is not yet planes */
+    int8_t *xq;           /* (part, planes) activations as kernels read them */
+    int32_t *x_sum;       /* (part, planes, groups) */
+    float *x_scale;       /* (part, planes, groups) */
     struct block *blocks; /* of the part */
     int64_t block_count;
     float *parts; /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
@@ -186,9 +190,11 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
     s->scores = take(base, &used, s->best * model->vocab * 4);
     s->exact = take(base, &used, s->best * ceil_div(model->vocab, 32) * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);
-    s->xq = take(base, &used, part * stride);
-    s->x_sum = take(base, &used, part * groups * 4);
-    s->x_scale = take(base, &used, part * groups * 4);
+    s->longest = ceil_to(longest, FLOATS);
+    s->normed = take(base, &used, s->planes > 1 ? s->ctx->threads * s->longest * 4 : 0);
+    s->xq = take(base, &used, part * s->planes * stride);
+    s->x_sum = take(base, &used, part * s->planes * groups * 4);
+    s->x_scale = take(base, &used, part * s->planes * groups * 4);
     s->blocks = take(base, &used, part * (int64_t)sizeof *s->blocks);
     s->parts = parts_bytes(s, n) ? take(base, &used, parts_bytes(s, n)) : NULL;
     return used;
@@ -217,6 +223,7 @@ static struct step step_of(const struct bitgen_context *ctx, const struct bitgen
         .kv_rows = model->kv_heads * model->head_dim,
         .hidden = model->hidden,
         .ffn = model->ffn,
+        .planes = model->x_type == BITGEN_X_INT16 ? 2 : 1,
     };
     s.part = max64(PART_MIN, WIDE_BYTES / 4 / max64(s.q_rows + 2 * s.kv_rows, 2 * s.ffn));
     return s;

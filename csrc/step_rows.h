@@ -260,9 +260,8 @@ static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 static void quantize_final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    (void)worker;
     for (int64_t t = begin; t < end; ++t)
-        quantize_token(s, t, s->final + (s->row + t) * ceil_to(s->hidden, FLOATS), NULL, s->hidden);
+        quantize_token(s, worker, t, s->final + (s->row + t) * ceil_to(s->hidden, FLOATS), NULL, s->hidden);
 }
 
 /* Items are the rows of a run's logits, from row `token` of the run on. */

@@ -157,6 +157,7 @@ class Block(nn.Module):
 class Tiny(nn.Module):
     """Token ids (batch, T) -> logits float32 (batch, T, vocab). The embedding is the head too."""
 
+    block: Callable[[Sizes], nn.Module] = Block
     cos: Tensor
     sin: Tensor
 
@@ -164,7 +165,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.embedding = nn.Parameter(torch.randn(sizes.vocab, sizes.hidden) * 0.02)
-        self.layers = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.layers = nn.ModuleList(type(self).block(sizes) for _ in range(sizes.layers))
         self.norm = nn.Parameter(torch.ones(sizes.hidden))
         frequency = sizes.theta ** (-torch.arange(0, sizes.head_dim, 2, dtype=torch.float64) / sizes.head_dim)
         angle = torch.arange(sizes.context, dtype=torch.float64)[:, None] * frequency
@@ -172,8 +173,15 @@ class Tiny(nn.Module):
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
     @property
-    def blocks(self) -> list[Block]:
-        return [layer for layer in self.layers if isinstance(layer, Block)]
+    def blocks(self) -> list[Any]:
+        return list(self.layers)
+
+    def stored(self) -> Tiny:
+        """The model with the weights that a file holds."""
+        stored = Tiny(self.sizes)
+        stored.load_state_dict(self.state_dict())
+        stored.embedding.copy_(self.embedding.half().float())
+        return stored
 
     def forward(self, ids: Tensor) -> Tensor:
         length = ids.shape[1]
@@ -424,22 +432,36 @@ def hf_config(sizes: Sizes) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A model that can be trained, and how it is stored: tensors, config.json, the type of the GGUF file."""
+
+    model: type[Tiny]
+    tensors: Callable[[Any], dict[str, np.ndarray]]
+    config: Callable[[Sizes], dict[str, Any]]
+    gguf_type: str
+    gguf_name: str
+
+
+BITNET = Kind(Tiny, hf_tensors, hf_config, "i2_s", "tiny.gguf")
+
+
 @torch.no_grad()
-def save_model(out: Path, model: Tiny, tokenizer: Any, held_out: str, figures: dict[str, Any]) -> None:
+def save_model(
+    out: Path, kind: Kind, model: Tiny, tokenizer: Any, held_out: str, figures: dict[str, Any]
+) -> None:
     """Everything the module's docstring lists; the figures are those of the weights as they are stored."""
     from safetensors.numpy import save_file
 
     from bitgen.formats.convert import convert
 
-    stored = Tiny(model.sizes)
-    stored.load_state_dict(model.state_dict())
-    stored.embedding.copy_(model.embedding.half().float())
-    save_file(hf_tensors(stored), out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(hf_config(model.sizes), indent=2) + "\n")
+    stored = model.stored()
+    save_file(kind.tensors(stored), out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(kind.config(model.sizes), indent=2) + "\n")
     settings = {"bos_token": END, "eos_token": END, "add_bos_token": False}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"))
-    convert(out, out / "tiny.gguf", "i2_s")
+    convert(out, out / kind.gguf_name, kind.gguf_type)
     figures["heldout"] = perplexity(stored, tokenizer.encode(held_out).ids)
     greedy_texts = []
     for prompt in ("And it came to pass", "In the beginning", "Once upon a time", "The king said"):
@@ -452,8 +474,8 @@ def save_model(out: Path, model: Tiny, tokenizer: Any, held_out: str, figures: d
     (out / "figures.json").write_text(text + "\n")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", type=Path, required=True, help="UTF-8; an empty line between chapters")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--minutes", type=float, default=30, help="of training (30)")
@@ -464,7 +486,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=Sizes.layers)
     parser.add_argument("--ffn", type=int, default=Sizes.ffn, help="a multiple of 128, for I2_S")
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def train_and_save(args: argparse.Namespace, kind: Kind, sizes: Sizes) -> None:
+    """What `main` does, for a kind of model."""
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -472,10 +498,9 @@ def main(argv: list[str] | None = None) -> None:
     held_out = "\n".join(chapters[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]) + "\n"
     trained_on = [c for i, c in enumerate(chapters) if i % HELD_OUT_EVERY != HELD_OUT_EVERY // 2]
     (args.out / "heldout.txt").write_text(held_out, encoding="utf-8")
-    sizes = Sizes(layers=args.layers, ffn=args.ffn)
     tokenizer = train_tokenizer(trained_on, sizes.vocab)
     stream = token_stream(tokenizer, trained_on)
-    model = Tiny(sizes)
+    model = kind.model(sizes)
     parameters = sum(p.numel() for p in model.parameters())
     millions = parameters / 1e6
     print(f"{len(trained_on)} chapters, {len(stream)} tokens; {millions:.2f} M parameters", flush=True)
@@ -497,11 +522,16 @@ def main(argv: list[str] | None = None) -> None:
                 "torch": torch.__version__,
             },
         }
-        save_model(args.out, model, tokenizer, held_out, figures)
+        save_model(args.out, kind, model, tokenizer, held_out, figures)
         print(f"saved: held-out perplexity {figures['heldout']['perplexity']:.3f}", flush=True)
         print(f"  {figures['greedy'][0]['prompt']}|{figures['greedy'][0]['text']}", flush=True)
 
     train(model, stream, args, save)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options(str(__doc__).split("\n", 1)[0]).parse_args(argv)
+    train_and_save(args, BITNET, Sizes(layers=args.layers, ffn=args.ffn))
 
 
 if __name__ == "__main__":

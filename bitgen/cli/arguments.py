@@ -62,6 +62,14 @@ def add_kv(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
 
 
+def add_activations(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--activations",
+        choices=("int8", "int16"),
+        help="what inputs of matrices are rounded to, in prompts and steps alike (default: the model's own)",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, head: str = "auto") -> None:
     """The model and how it runs. ``context`` replaces the default of -c, ``head`` is that of --head."""
     group = parser.add_argument_group("the model")
@@ -78,6 +86,7 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, he
         + (f" ({context})" if context else " (4096, or what the model has)"),
     )
     add_kv(group)
+    add_activations(group)
     add_head(
         group,
         head,
@@ -250,6 +259,7 @@ def open_llm(args: argparse.Namespace, *, batch: int = 1) -> LLM:
             context=args.context,
             kv=args.kv,
             head=args.head,
+            activations=args.activations,
             batch=batch,
             draft=getattr(args, "draft_model", None),
             progress=line.show,

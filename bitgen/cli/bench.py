@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.arguments import (
+    add_activations,
     add_compiler,
     add_energy,
     add_head,
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
     add_kv(parser)
+    add_activations(parser)
     add_head(parser, "full", "the output matrix; screened times steps that choose the best token")
     add_library(parser)
     add_energy(parser)
@@ -149,6 +151,7 @@ def _run_model(args: argparse.Namespace) -> None:
                     context=context,
                     kv=args.kv,
                     head=args.head,
+                    activations=args.activations,
                     batch=max(batches),
                     progress=line.show,
                 )

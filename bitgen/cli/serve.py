@@ -152,7 +152,7 @@ def _settings(args: argparse.Namespace, llm: LLM, access: Access) -> Settings:
     return Settings(
         names=tuple(names or [own]),
         fingerprint=fingerprint_of(
-            path, f"kv {args.kv}", "head q8" if args.head == "q8" else "head exact", llm.template_text
+            path, *llm.precision, "head q8" if args.head == "q8" else "head exact", llm.template_text
         ),
         access=access,
         max_queue=args.max_queue,

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, constants, ffi
+from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, X_TYPES, constants, ffi
 from bitgen.cpu.linux import available_memory
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.architectures import norms_of
@@ -39,7 +39,7 @@ from bitgen.inference.weight_cache import (
     quantize_lm_head,
 )
 from bitgen.progress import Report
-from bitgen.runtime import KernelTable, aligned_bytes
+from bitgen.runtime import Activations, KernelTable, aligned_bytes
 
 Ints: TypeAlias = NDArray[np.int32]
 Kv: TypeAlias = Literal["f16", "f32", "q8"]
@@ -88,6 +88,12 @@ def missing_bytes(memory: Memory, mapped: bool) -> int:
     return 0 if available is None else max(0, needed - available)
 
 
+def own_activations(config: ModelConfig) -> Activations:
+    """What a model's matrices multiply where nobody asks for more (docs/reference/activations.md)."""
+    del config
+    return "int8"
+
+
 def check_fits(memory: Memory, mapped: bool) -> None:
     """BitgenError when there is not that much memory, before any work; without a check the system kills.
 
@@ -110,7 +116,8 @@ class Engine:
 
     ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head ("full"), from it
     but the best ones by way of int8 rows ("screened": the same bits, half the bytes), or from int8 rows
-    made of it ("q8"). "auto" screens heads of 64 MiB and more where memory allows both. ``fingerprint``
+    made of it ("q8"). "auto" screens heads of 64 MiB and more where memory allows both. ``activations``: what
+    the inputs of matrices are quantised to, of all tokens alike; None: the model's own. ``fingerprint``
     identifies the model file: packed weights are then kept in the user's cache and mapped next time.
     ``progress`` is called while weights are packed. It serves one call at a time, as its table does.
     BitgenError when something does not fit: the arguments, the model, the memory.
@@ -124,6 +131,7 @@ class Engine:
         context: int | None = None,
         kv: Kv = "f16",
         head: Head = "full",
+        activations: Activations | None = None,
         max_batch: int = 1,
         fingerprint: str | None = None,
         progress: Report | None = None,
@@ -143,6 +151,8 @@ class Engine:
         if kv not in KV_TYPES or head not in get_args(Head):
             heads = "auto, full, screened or q8"
             raise BitgenError(f"kv must be f16, f32 or q8, head {heads}, not {kv!r}, {head!r}")
+        self.activations: Activations = activations or own_activations(config)
+        table.check_activations(self.activations)
         self._sizes(kv)
         groups = find_groups(weights, fingerprint)
         head = self._settled(head, groups, mapped=fingerprint is not None)
@@ -412,6 +422,7 @@ class Engine:
         model.norm_eps = config.norm_eps
         model.activation = ACTIVATIONS[config.activation]
         model.kv_type = KV_TYPES[kv]
+        model.x_type = X_TYPES[self.activations]
 
     def _settled(self, head: Head, groups: GroupsOf, *, mapped: bool) -> Head:
         """What ``head`` comes to for this model: full, screened or q8."""

@@ -13,7 +13,7 @@ from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.progress import Report
-from bitgen.runtime import KernelTable
+from bitgen.runtime import Activations, KernelTable
 from bitgen.spec import Shape
 
 CONTEXT_DEFAULT = 4096  # positions, where the model has as many and nobody asks for more
@@ -53,6 +53,7 @@ def open_engine(
     context: int,
     kv: Kv = "f16",
     head: Head = "full",
+    activations: Activations | None = None,
     batch: int = 1,
     progress: Report | None = None,
 ) -> Engine:
@@ -66,6 +67,7 @@ def open_engine(
         context=context,
         kv=kv,
         head=head,
+        activations=activations,
         max_batch=batch,
         fingerprint=fingerprint,
         progress=progress,

@@ -5,8 +5,9 @@
     save(path, scheduler, model)           # all that the slots hold; written beside its name, then renamed
     restore(path, scheduler, model)        # how many tokens came back
 
-A file is of one model, one type of keys and values and one version: the bits of a cache do not depend on the
-machine or on how its tokens were computed, so a text that goes on from a file is the one it always was.
+A file is of one model, one type of keys and values and of activations, and one version: the bits of a cache
+do not depend on the machine or on how its tokens were computed, so a text that goes on from a file is the one
+it always was.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def restore(path: Path, scheduler: Scheduler, model: str) -> list[dict[str, str]
         with path.open("rb") as file:
             header = _read_header(file, path)
             if header.model != model:
-                raise FileError(f"{path} is of another model, version or --kv")
+                raise FileError(f"{path} is of another model, version, --kv or --activations")
             held = [
                 Held(each.owner, tuple(each.tokens), _read_entry(file, each, path)) for each in header.entries
             ]

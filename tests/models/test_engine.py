@@ -122,12 +122,12 @@ def check_formulas(weights: Weights, ids: list[int], logits: Any) -> None:
 
 
 @cache
-def exact_model(name: str, kv: Any) -> tuple[Any, list[int], Any]:
+def exact_model(name: str, kv: Any, activations: str | None = None) -> tuple[Any, list[int], Any]:
     """Weights, a text and its logits bit for bit."""
     weights = random_weights(CONFIGS[name], 2)
     n = 140 if kv == "f16" else 40  # more than one chunk of keys, where it costs most
     ids = ids_of(CONFIGS[name], n)
-    return weights, ids, exact_logits(weights, ids, kv)
+    return weights, ids, exact_logits(weights, ids, kv, activations=activations)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -137,6 +137,46 @@ def test_every_level_gives_the_bits_of_the_exact_model(tables: Any, config: str,
     table = tables(level)
     weights, ids, expected = exact_model(config, kv)
     assert np.array_equal(feed(Engine(weights, table, kv=kv), ids), expected)
+
+
+GROUPED = "groups of 128, a ternary head"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("config", ["silu, sub-norms, hidden 100", "groups of 64, sub-norms", GROUPED])
+def test_int16_has_bits_of_its_own_on_every_level(tables: Any, config: str, level: str) -> None:
+    weights, ids, expected = exact_model(config, "f32", "int16")
+    engine = Engine(weights, tables(level), kv="f32", activations="int16")
+    assert engine.activations == "int16"
+    assert np.array_equal(feed(engine, ids), expected)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int16"])
+@pytest.mark.parametrize("config", ["silu, sub-norms, hidden 100", GROUPED])
+def test_one_mode_whatever_way_a_text_is_computed(tables: Any, config: str, activations: Any) -> None:
+    """At once, token by token, in parts, and behind a prefix that another text computed."""
+    weights = random_weights(CONFIGS[config], 5)
+    ids = ids_of(CONFIGS[config], 60)
+    whole = feed(Engine(weights, tables(threads=1), activations=activations), ids)
+    for threads, cuts in ((1, [1] * 60), (2, [60]), (2, [1] * 60), (3, [2, 8, 9, 16, 25])):
+        engine = Engine(weights, tables(threads=threads), activations=activations, max_batch=2)
+        assert np.array_equal(feed(engine, ids, cuts), whole), (threads, cuts)
+        engine.copy(0, 1)
+        engine.truncate(1, 33)
+        assert np.array_equal(feed(engine, ids[33:], [10, 1, 16], sequence=1), whole[33:])
+
+
+@pytest.mark.parametrize("config", ["silu, sub-norms, hidden 100", GROUPED])
+def test_int16_is_near_the_model_that_rounds_nothing(tables: Any, config: str) -> None:
+    weights = random_weights(CONFIGS[config], 6)
+    ids = ids_of(CONFIGS[config], 40)
+    floats = logits_of(weights, ids, rounds=False)
+    off = {
+        mode: np.abs(feed(Engine(weights, tables(), kv="f32", activations=mode), ids) - floats).std()
+        for mode in ("int8", "int16")
+    }
+    assert off["int16"] < off["int8"] / 50
+    assert off["int16"] < 1e-3 * floats.std()
 
 
 @pytest.mark.parametrize("preset", load_models(), ids=lambda preset: preset.name)

@@ -14,8 +14,15 @@ from float_ops import fma, greater
 from numpy.typing import NDArray
 
 from bitgen.formats.weights import TernaryMatrix, Weights
-from bitgen.inference.engine import inverse_frequencies
-from bitgen.reference import quantize_activations, quantize_groups, scale_groups, scale_output
+from bitgen.inference.engine import inverse_frequencies, own_activations
+from bitgen.reference import (
+    grouped_int16_linear,
+    int16_linear,
+    quantize_activations,
+    quantize_groups,
+    scale_groups,
+    scale_output,
+)
 
 Floats = NDArray[np.float32]
 F = np.float32
@@ -77,6 +84,13 @@ def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str, group: int
     steps[name] = xq
     acc = (xq.astype(np.float64) @ matrix.rows(0, matrix.shape.m).T.astype(np.float64)).astype(np.int32)
     return scale_output(acc, scale, np.broadcast_to(matrix.scale, (matrix.shape.m,)))
+
+
+def linear_int16(matrix: TernaryMatrix, x: Floats, group: int) -> Floats:
+    m = matrix.shape.m
+    if group:
+        return grouped_int16_linear(x, matrix.rows(0, m), matrix.scales(0, m, group), group)
+    return int16_linear(x, matrix.rows(0, m), np.broadcast_to(matrix.scale, (m,)))
 
 
 def gate(gate_up: Floats, activation: str) -> Floats:
@@ -141,20 +155,26 @@ def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floa
     return out / total[..., None]
 
 
-def exact_logits(weights: Weights, ids: Any, kv: str = "f16", steps: Steps | None = None) -> Floats:
-    """Logits float32 (len(ids), vocab) of one text; ``steps`` gets what every BitLinear multiplied."""
+def exact_logits(
+    weights: Weights, ids: Any, kv: str = "f16", steps: Steps | None = None, activations: str | None = None
+) -> Floats:
+    """Logits float32 (len(ids), vocab) of one text; ``steps`` gets what a BitLinear multiplied in int8."""
+    mode = activations or own_activations(weights.config)
     with np.errstate(all="ignore"):
-        return _logits(weights, np.asarray(ids), kv, {} if steps is None else steps)
+        return _logits(weights, np.asarray(ids), kv, {} if steps is None else steps, mode)
 
 
-def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps) -> Floats:
+def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps, activations: str) -> Floats:
     c, n = weights.config, len(ids)
     angle = (np.arange(n, dtype=F)[:, None] * inverse_frequencies(c)).astype(np.float64)
     turn = np.cos(angle).astype(F) * F(c.rope_scale), np.sin(angle).astype(F) * F(c.rope_scale)
     x = weights.embedding.gather(ids)
 
     def multiply(matrix: TernaryMatrix, x: Floats, name: str) -> Floats:
-        return linear(matrix, x, steps, name, weights.group_of(matrix))
+        group = weights.group_of(matrix)
+        if activations == "int16":
+            return linear_int16(matrix, x, group)
+        return linear(matrix, x, steps, name, group)
 
     for number, layer in enumerate(weights.layers):
         qkv = multiply(layer.qkv, norm(x, layer.attn_norm, c.norm_eps), f"{number}.qkv")

@@ -106,7 +106,7 @@ class ReferenceEngine:
 
     With ``steps`` a list, every BitLinear is appended to it. ``given``, by the name of a BitLinear, holds
     int8 (n, k) that take the place of the rounded activations, which follows another program's roundings:
-    each must be what the activation rounds to, give or take TIE.
+    each must be what the activation rounds to, give or take TIE. ``rounds`` False: activations stay floats.
     """
 
     weights: Weights
@@ -115,6 +115,7 @@ class ReferenceEngine:
     kv: str = "f32"
     steps: list[Step] | None = None
     given: Mapping[str, NDArray[np.int8]] | None = None
+    rounds: bool = True
     calls: list[int] = field(default_factory=list)  # tokens of each forward call
     memory: Memory = field(default_factory=lambda: Memory(0, 0, 0))
     head_bytes: int = 0
@@ -216,6 +217,9 @@ class ReferenceEngine:
         return mixed
 
     def _linear(self, name: str, matrix: TernaryMatrix, x: Doubles) -> Doubles:
+        if not self.rounds:
+            product: Doubles = x @ matrix.values(0, matrix.shape.m).astype(np.float64).T
+            return product
         if group := self.weights.group_of(matrix):
             return self._in_groups(name, matrix, x, group)
         xq, x_scale = quantize_activations(x.astype(np.float32))

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bitgen.errors import BitgenError
-from bitgen.reference import linear, quantize_activations, scale_output, ternary_matmul
+from bitgen.reference import (
+    INT16_MAX,
+    grouped_int16_linear,
+    int16_linear,
+    linear,
+    planes_of,
+    quantize_activations,
+    quantize_int16,
+    scale_output,
+    ternary_matmul,
+)
 
 f32 = np.float32
 FLOOR = f32(1e-5)
@@ -179,3 +189,39 @@ def test_linear_is_close_to_the_real_product() -> None:
     step = np.abs(x).max(axis=1, keepdims=True) / 127  # an activation is off by half a step at most
     assert (np.abs(y - exact) <= 0.5 * 0.5 * step * 400 + 1e-3).all()
     assert np.abs(y - exact).max() < 0.05 * np.abs(exact).max()
+
+
+# ---- int16 activations
+
+
+def test_every_int16_is_two_int8() -> None:
+    xq = np.arange(-INT16_MAX, INT16_MAX + 1, dtype=np.int16)
+    high, low = planes_of(xq)
+    assert (high.dtype, low.dtype) == (np.dtype(np.int8), np.dtype(np.int8))
+    assert np.array_equal(256 * high.astype(np.int32) + low, xq)
+    assert (high.min(), high.max(), low.min(), low.max()) == (-127, 127, -128, 127)
+
+
+@given(hnp.arrays(f32, (2, 9), elements=st.floats(-(2.0**100), 2.0**100, width=32)))
+@settings(max_examples=200)
+def test_the_largest_magnitude_becomes_32639(x: np.ndarray) -> None:
+    xq, x_scale = quantize_int16(x)
+    largest = np.abs(x).max(axis=1)
+    assert (np.abs(xq.astype(int)).max(axis=1)[largest >= FLOOR] == INT16_MAX).all()
+    assert (np.abs(xq * x_scale[:, None].astype(float) - x) <= 0.51 * x_scale[:, None]).all()
+
+
+def test_int16_is_256_times_nearer_than_int8() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(5, 300)).astype(f32)
+    w = rng.integers(-1, 2, (40, 300), dtype=np.int8)
+    scale = rng.uniform(0.5, 2, (40, 3)).astype(f32)
+    exact = x.astype(float) @ (w * np.repeat(scale, 128, axis=1)[:, :300]).T
+    whole = x.astype(float) @ w.T
+    errors = [
+        np.abs(linear(x, w, np.ones(1, f32)) - whole).std(),
+        np.abs(int16_linear(x, w, np.ones(1, f32)) - whole).std(),
+        np.abs(grouped_int16_linear(x, w, scale, 128) - exact).std(),
+    ]
+    assert errors[1] < errors[0] / 150
+    assert errors[2] < errors[0] / 150
