@@ -43,7 +43,7 @@ def check_head_dim(head_dim: int, where: str) -> int:
 class Matmul:
     """One matrix a token is multiplied with: y (m) = W (m, k) x (k), ``count`` times a token."""
 
-    role: str  # qkv, o, gate_up, down
+    role: str  # qkv, o, gate_up, down, head
     m: int
     k: int
     count: int
@@ -78,6 +78,7 @@ class ModelConfig:
     architecture: str  # as GGUF's general.architecture calls it: bitnet, llama, qwen3
     qk_norm: bool = field(default=False, kw_only=True)  # an RMSNorm of each head of q and of k before RoPE
     group: int = field(default=0, kw_only=True)  # its matrices run in groups of so many, or finer
+    ternary_head: bool = field(default=False, kw_only=True)  # the LM head is a matrix like the others
     context: int = field(default=4096, kw_only=True)  # the largest number of positions it was made for
     rope_factors: tuple[float, ...] | None = field(default=None, kw_only=True)  # (head_dim / 2)
     yarn: Yarn | None = field(default=None, kw_only=True)  # stretches RoPE, on top of rope_factors
@@ -129,8 +130,14 @@ class ModelConfig:
         """The ternary matrices as the runtime runs them: q, k, v stacked, and gate, up stacked.
 
         The parts of a stack share one input, so they run as one matmul with a weight scale a row.
-        The LM head is not ternary and is not listed.
+        The LM head is listed where it is ternary.
         """
+        head = (Matmul("head", self.vocab, self.hidden, 1),) if self.ternary_head else ()
+        return (*self.layer_matmuls, *head)
+
+    @property
+    def layer_matmuls(self) -> tuple[Matmul, ...]:
+        """Those of the layers."""
         return (
             Matmul("qkv", self.q_rows + 2 * self.kv_rows, self.hidden, self.layers),
             Matmul("o", self.hidden, self.q_rows, self.layers),
@@ -150,8 +157,8 @@ class ModelConfig:
 
     @property
     def ternary_weights(self) -> int:
-        """How many ternary weights a token is multiplied with."""
-        return sum(matmul.m * matmul.k * matmul.count for matmul in self.matmuls)
+        """How many ternary weights of layers a token is multiplied with."""
+        return sum(matmul.m * matmul.k * matmul.count for matmul in self.layer_matmuls)
 
     @property
     def parameters(self) -> int:

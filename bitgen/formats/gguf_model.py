@@ -301,5 +301,5 @@ def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> L
 def read_gguf_model(path: Path | str) -> tuple[GgufFile, ModelConfig, Weights]:
     """Open a file and check that it holds a whole model of a supported architecture."""
     file = read_gguf(path)
-    config = gguf_config(file)
-    return file, config, gguf_weights(file, config)
+    weights = gguf_weights(file, gguf_config(file))
+    return file, weights.config, weights

@@ -287,7 +287,7 @@ def open_folder(folder: Path) -> ModelFile:
     return ModelFile(
         path=folder,
         container="safetensors",
-        config=config,
+        config=weights.config,
         weights=weights,
         metadata=data,
         tensors=tuple(TensorSummary(t.name, t.type, t.shape, t.data.size) for t in tensors.values()),

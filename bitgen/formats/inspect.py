@@ -62,7 +62,7 @@ def token_bytes(model: ModelFile) -> TokenBytes:
     }
     packed, head = {}, {}
     for name, layout in layouts.items():
-        packed[name] = sum(m.count * layout.packed_bytes(m.shape) for m in config.matmuls)
+        packed[name] = sum(m.count * layout.packed_bytes(m.shape) for m in config.layer_matmuls)
         matrix = model.weights.ternary_head
         head[name] = layout.packed_bytes(matrix.shape) if matrix else model.weights.output.data.size
     return TokenBytes(packed, head, 2 * 2 * config.layers * config.kv_rows)

@@ -307,6 +307,11 @@ class Weights:
     layers: tuple[LayerWeights, ...]
     ternary_head: TernaryMatrix | None = None
 
+    def __post_init__(self) -> None:
+        # Whether the head is ternary is found in the weights; the config lists what runs.
+        config = replace(self.config, ternary_head=self.ternary_head is not None)
+        object.__setattr__(self, "config", config)
+
     def group_of(self, matrix: TernaryMatrix) -> int:
         """The groups in which a matrix runs: its own, else those of the model; 0: a scale a row."""
         return matrix.group or self.config.group

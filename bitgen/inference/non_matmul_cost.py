@@ -24,7 +24,7 @@ _LEAST_TOKENS = 32  # timed for each n
 def non_matmul_cost(
     preset: ModelPreset, library: Path, threads: int, tokens: Sequence[int]
 ) -> Mapping[int, float]:
-    """Nanoseconds a token outside the matrices, for each n of ``tokens`` at once on ``threads`` threads.
+    """Nanoseconds a token outside ternary matrices, for each n of ``tokens`` at once on ``threads`` threads.
 
     Measured on one layer of random weights and the whole LM head in f16, and multiplied by the layers. Up to
     16 tokens each has logits (steps, drafts), of more only the last one (a prompt). Keys of a half full
@@ -50,6 +50,7 @@ def _nanoseconds(engine: Engine, n: int, layers: int) -> float:
             scheduler.clear()
             scheduler.forward([row])
     times = engine.times_ns
-    once = sum(times[stage] for stage in _ONCE)
+    heads = ("head",) if engine.weights.ternary_head is not None else ()  # a matrix, tuned with the others
+    once = sum(times[stage] for stage in _ONCE if stage not in heads)
     a_layer = sum(time for stage, time in times.items() if stage not in (*_ONCE, _MATRICES))
     return (once + layers * a_layer) / (steps * n)

@@ -14,7 +14,7 @@ from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import ModelPreset, load_models
 from bitgen.measure import MachinePeak
 from bitgen.search.choose import Slot, token_weights
-from bitgen.search.plan import load_search_config
+from bitgen.search.plan import load_search_config, tokens_of
 from bitgen.spec import REGIMES, Shape
 from bitgen.store import RaceRecord, Record, RecordStore, TrialRecord, TuningRecord, Winner
 
@@ -90,10 +90,13 @@ class Tune:
     def cost(self, winners: list[Winner]) -> float:
         """What a session pays for one shape whose kernels these are, in nanoseconds: the objective's mix."""
         mine = [winner for winner in winners if winner.threads == self.threads]
-        return sum(self._weights[w.regime] * w.time_ns / w.measurement.job.n for w in mine)
+        weights = self._weights
+        if mine:
+            weights = tokens_of(self.roles(mine[0].measurement.job.shape).split("/"), weights)
+        return sum(weights[w.regime] * w.time_ns / w.measurement.job.n for w in mine)
 
     @cached_property
-    def _weights(self) -> dict[str, float]:
+    def _weights(self) -> Mapping[str, float]:
         regimes = [slot.regime for slot in self.slots]
         return token_weights(load_search_config(), self.first.objective, regimes)
 

@@ -83,15 +83,15 @@ class SlotRace:
 
 
 def options_of(
-    shape: Shape,
+    target: Target,
     layouts: Sequence[Layout],
     races: Mapping[Slot, SlotRace],
     config: SearchConfig,
     objective: str,
     threads: int,
 ) -> tuple[Option, ...]:
-    """The layouts that serve every slot of ``shape``, and what they cost on ``threads`` threads."""
-    weights = token_weights(config, objective, [slot.regime for slot in races])
+    """The layouts that serve every slot of a shape, and what they cost on ``threads`` threads."""
+    weights = target.tokens(token_weights(config, objective, [slot.regime for slot in races]))
     options = []
     for layout in layouts:
         winners = {slot: race.winner(layout, config) for slot, race in races.items()}
@@ -105,7 +105,7 @@ def options_of(
                 for slot, winner in found.items()
                 if slot.threads == threads
             ]
-            options.append(Option(shape, layout, found, _sum(parts)))
+            options.append(Option(target.shape, layout, found, _sum(parts)))
     return tuple(options)
 
 

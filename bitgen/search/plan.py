@@ -16,7 +16,17 @@ from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
 from bitgen.search.propose import STRATEGIES
 from bitgen.space import Space
-from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, family_named, regime_named, regime_of
+from bitgen.spec import (
+    FAMILIES,
+    LARGE,
+    REGIMES,
+    KernelSpec,
+    Layout,
+    Shape,
+    family_named,
+    regime_named,
+    regime_of,
+)
 
 SpaceFactory = Callable[[str, Isa, str, Shape], Space]  # family, ISA level, regime, shape
 
@@ -152,6 +162,19 @@ class Target:
     def weights(self) -> int:
         """Weights a token is multiplied with."""
         return self.count * self.shape.m * self.shape.k
+
+    def tokens(self, session: Mapping[str, float]) -> Mapping[str, float]:
+        """Of a session's tokens in each regime those that this is multiplied with."""
+        return tokens_of(self.roles, session)
+
+
+def tokens_of(roles: Sequence[str], session: Mapping[str, float]) -> Mapping[str, float]:
+    """Of a session's tokens in each regime those that matrices of these roles are multiplied with.
+
+    The head is multiplied with the last token of a prompt, not with all that a large regime is made of.
+    """
+    steps = {regime: 0.0 if regime == LARGE.name else tokens for regime, tokens in session.items()}
+    return steps if set(roles) == {"head"} and any(steps.values()) else session
 
 
 @dataclass(frozen=True)

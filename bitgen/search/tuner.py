@@ -254,8 +254,8 @@ class _Tune:
     ) -> dict[Shape, tuple[Option, ...]]:
         objective = self._plan.objective
         return {
-            shape: options_of(shape, layouts, races[shape], self._config, objective, threads)
-            for shape in self._plan.shapes
+            target.shape: options_of(target, layouts, races[target.shape], self._config, objective, threads)
+            for target in self._plan.targets
         }
 
     def _choose(

@@ -41,9 +41,13 @@ def test_nearest_names_ignores_case_and_finds_parts() -> None:
 )
 def test_presets_have_the_stacked_shapes_the_runtime_runs(name: str, shapes: list[str]) -> None:
     preset = find_model(name)
-    assert [matmul.role for matmul in preset.matmuls] == ["qkv", "o", "gate_up", "down"]
-    assert [f"{matmul.m}x{matmul.k}" for matmul in preset.matmuls] == shapes
-    assert {matmul.count for matmul in preset.matmuls} == {preset.layers}
+    matmuls = preset.layer_matmuls
+    assert [matmul.role for matmul in matmuls] == ["qkv", "o", "gate_up", "down"]
+    assert [f"{matmul.m}x{matmul.k}" for matmul in matmuls] == shapes
+    assert {matmul.count for matmul in matmuls} == {preset.layers}
+    head = [(matmul.role, matmul.m, matmul.k) for matmul in preset.matmuls[4:]]
+    assert head == ([("head", preset.vocab, preset.hidden)] if preset.ternary_head else [])
+    assert preset.ternary_head == (preset.group == 128)
 
 
 def test_every_preset_is_stored_under_its_alias_and_sorted_by_size() -> None:

@@ -960,6 +960,15 @@ def test_a_model_is_tuned_for_its_stacked_shapes() -> None:
     ]
 
 
+def test_a_ternary_head_is_tuned_for_steps_not_for_prompts() -> None:
+    *layers, head = sorted(targets_of(find_model("Bonsai-1.7B")), key=lambda t: "head" in t.roles)
+    assert (head.shape.name, head.roles, head.count) == ("151669x2048", ("head",), 1)
+    session = {"n1": 128.0, "small": 32.0, "large": 512.0}
+    assert head.tokens(session) == {"n1": 128.0, "small": 32.0, "large": 0.0}
+    assert all(target.tokens(session) == session for target in layers)
+    assert head.tokens({"large": 512.0}) == {"large": 512.0}  # nothing else is tuned
+
+
 def test_shapes_that_appear_twice_are_tuned_once() -> None:
     square = replace(find_model("3B"), ffn=1600, kv_heads=32, hidden=3200)  # gate_up is 3200x3200, like o
     assert {t.shape.name: (t.roles, t.count) for t in targets_of(square)}["3200x3200"] == (
