@@ -46,6 +46,11 @@ def in_groups(w: Tensor) -> Tensor:
 class Block(nn.Module):
     """One layer; ``compute`` is the type that it multiplies in, ``stored``: its weights are ternary."""
 
+    attn_norm: Tensor
+    ffn_norm: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         z, self.sizes, self.compute, self.stored = sizes, sizes, torch.bfloat16, False
@@ -86,7 +91,7 @@ class TinyQwen3(Tiny):
 
     def forward(self, ids: Tensor) -> Tensor:
         first = self.blocks[0]
-        w = self.embedding
+        w: Tensor = self.embedding
         if not first.stored:
             w = w + (in_groups(w) - w).detach()
         x = F.embedding(ids, w)
