@@ -89,7 +89,11 @@ def missing_bytes(memory: Memory, mapped: bool) -> int:
 
 
 def own_activations(config: ModelConfig) -> Activations:
-    """What a model's matrices multiply where nobody asks for more (docs/reference/activations.md)."""
+    """What the inputs of a model's matrices are rounded to where nobody asks for more.
+
+    BitNets are trained with int8. Models in groups are not, but lose next to nothing by it, and prompts take
+    half as long as with int16 (docs/reference/activations.md).
+    """
     del config
     return "int8"
 
