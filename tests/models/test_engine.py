@@ -420,7 +420,7 @@ def test_what_is_wrong_is_said(tables: Any) -> None:
         ({"context": 0}, "context must be"),
         ({"max_batch": 0}, "max_batch must be"),
         ({"kv": "f64"}, "kv must be f16, f32 or q8"),
-        ({"head": "q4"}, "head full, screened or q8"),
+        ({"head": "q4"}, "head auto, full, screened or q8"),
     ):
         with pytest.raises(BitgenError, match=message):
             Engine(weights, tables(), **arguments)
