@@ -5,6 +5,7 @@ The names below are the public Python API. They are imported when first used: `i
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
 __version__ = "0.1.0"
@@ -47,6 +48,10 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'bitgen' has no attribute {name!r}")
+    if sys.platform == "win32" and _HOME[name] in ("bitgen.api", "bitgen.llm"):
+        from bitgen.cpu import require_supported_os
+
+        require_supported_os("Windows")  # raises, and says what there is
     return getattr(import_module(_HOME[name]), name)
 
 

@@ -16,7 +16,7 @@ from bitgen.errors import UnsupportedError
 def require_supported_os(system: str) -> None:
     """UnsupportedError unless ``system`` (as platform.system() names it) is Linux or macOS."""
     if system not in ("Linux", "Darwin"):
-        hint = " (its Linux subsystem WSL 2 works)" if system == "Windows" else ""
+        hint = "; for Windows there is the C library so far, and WSL 2 works" if system == "Windows" else ""
         message = f"bitgen runs on Linux and macOS; this is {system or 'an unknown system'}{hint}"
         raise UnsupportedError(message)
 

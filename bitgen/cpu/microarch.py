@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from bitgen.cpu.named import target_cpu, target_names
 from bitgen.errors import BitgenError
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
@@ -22,26 +23,40 @@ def normal_arch(machine: str) -> str:
 
 @dataclass(frozen=True)
 class CpuFamily:
-    """One line of configs/cpu_families.yaml. Hexadecimal numbers and ranges: "55", "30-4f 60-7f"."""
+    """One line of configs/cpu_families.yaml. Hexadecimal numbers and ranges: "55", "30-4f 60-7f".
+
+    ``lacks``: features that none of them has, newer ones as a rule.
+    """
 
     label: str
     vendor: str
     family: int
     models: str
     steppings: str = "0-ff"
+    lacks: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         try:
-            ranges = [_bounds(part) for text in (self.models, self.steppings) for part in text.split()]
+            ranges = (*self.model_ranges, *self.stepping_ranges)
         except ValueError as error:
             raise BitgenError(f"models and steppings must be hexadecimal ranges: {error}") from error
         if any(first > last for first, last in ranges):
             raise BitgenError("models and steppings must be ranges first-last")
 
+    @property
+    def model_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) of each range of models."""
+        return tuple(map(_bounds, self.models.split()))
+
+    @property
+    def stepping_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(first, last) of each range of steppings."""
+        return tuple(map(_bounds, self.steppings.split()))
+
     def holds(self, vendor: str, family: int, model: int, stepping: int) -> bool:
         """Whether a CPU with these numbers belongs to the family."""
         same = (self.vendor, self.family) == (vendor, family)
-        return same and _within(model, self.models) and _within(stepping, self.steppings)
+        return same and _within(model, self.model_ranges) and _within(stepping, self.stepping_ranges)
 
 
 @dataclass(frozen=True)
@@ -69,15 +84,27 @@ def family_label(
 ) -> str:
     """The label of one processor of /proc/cpuinfo: by ``families``, else archspec's, else ``arch``.
 
-    By numbers first, because a hypervisor hides features at will and archspec judges by features.
+    By numbers first, because a hypervisor hides features at will and archspec judges by features. Numbers
+    that the features contradict are a hypervisor's too: then features decide.
     """
     vendor = (processor.get("vendor_id") or processor.get("CPU implementer") or "").strip()
     numbers = _numbers(processor)
     if numbers is not None:
         for family in families:
             if family.holds(vendor.lower() if vendor.startswith("0x") else vendor, *numbers):
-                return family.label
+                if not family.lacks & features:
+                    return family.label
+                if nearest := _nearest_target(vendor, arch, features):
+                    return nearest
     return _archspec_label(vendor, processor.get("CPU part", ""), arch, features) or arch
+
+
+def _nearest_target(vendor: str, arch: str, features: frozenset[str]) -> str | None:
+    """The family of the vendor's target that has most of these features and no other; None: there is none."""
+    known = (target_cpu(name) for name in target_names())
+    fitting = [cpu for cpu in known if (cpu.vendor, cpu.arch) == (vendor, arch) and cpu.features <= features]
+    nearest = max(fitting, key=lambda cpu: len(cpu.features), default=None)
+    return nearest.family if nearest else None
 
 
 def _numbers(processor: Mapping[str, str]) -> tuple[int, int, int] | None:
@@ -123,5 +150,5 @@ def _bounds(text: str) -> tuple[int, int]:
     return int(first, 16), int(last or first, 16)
 
 
-def _within(number: int, ranges: str) -> bool:
-    return any(first <= number <= last for first, last in map(_bounds, ranges.split()))
+def _within(number: int, ranges: Iterable[tuple[int, int]]) -> bool:
+    return any(first <= number <= last for first, last in ranges)

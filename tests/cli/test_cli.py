@@ -717,7 +717,8 @@ def test_windows_is_unsupported(
     monkeypatch.setattr(platform, "system", lambda: "Windows")
     line = fails(*argv.split(), code=UnsupportedError.exit_code)
     assert (
-        line == "bitgen: bitgen runs on Linux and macOS; this is Windows (its Linux subsystem WSL 2 works)\n"
+        line == "bitgen: bitgen runs on Linux and macOS; this is Windows; "
+        "for Windows there is the C library so far, and WSL 2 works\n"
     )
 
 

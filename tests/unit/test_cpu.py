@@ -69,6 +69,7 @@ MACHINES = {
     "sapphirerapids": ("sapphirerapids", "x86_64", ("amx_int8", *ALL)),
     "zen5": ("zen5", "x86_64", ALL),
     "zen5_guest": ("zen5", "x86_64", ALL),
+    "rocketlake_guest": ("sapphirerapids", "x86_64", ("amx_int8", *ALL)),
     "cortex_a72": ("cortex_a72", "aarch64", ("neon", "scalar")),
     "cortex_a76": ("cortex_a76", "aarch64", DOTPROD_ON),
     "neoverse_n1": ("neoverse_n1", "aarch64", DOTPROD_ON),
@@ -136,6 +137,35 @@ def test_identity_of_a_guest(recorded_cpu: Detect) -> None:
     cpu = recorded_cpu("zen5_guest")
     assert (cpu.vendor, cpu.model_name) == ("AuthenticAMD", "AMD EPYC")
     assert (cpu.logical_cpus, cpu.physical_cores, cpu.usable_threads) == (2, 2, 2)
+
+
+def test_numbers_that_the_features_contradict_name_no_family(recorded_cpu: Detect) -> None:
+    """A guest that calls itself a Rocket Lake and has the tile registers of a Sapphire Rapids."""
+    cpu = recorded_cpu("rocketlake_guest")
+    assert {"amx_int8", "avx512_fp16", "avx_vnni"} <= cpu.features
+    assert cpu.family == "sapphirerapids"
+    assert "rocketlake" in {family.label for family in load_cpu_families()}
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "label"),
+    [
+        ("167", "", "rocketlake"),  # a guest with less than its CPU has keeps its name
+        ("167", "avx2 fma f16c bmi2", "rocketlake"),
+        ("63", "avx2 fma f16c bmi2 avx512f avx512bw avx512vl avx512dq avx512cd", "skylake_avx512"),
+        ("63", "avx2 fma f16c bmi2 avx512f", "haswell"),  # no CPU is this: the nearest below it
+        ("143", "avx2 amx_tile", "sapphirerapids"),
+    ],
+)
+def test_features_decide_where_numbers_lie(model: str, extra: str, label: str) -> None:
+    processor = {"vendor_id": "GenuineIntel", "cpu family": "6", "model": model, "stepping": "1"}
+    assert family_label(processor, "x86_64", frozenset(extra.split()), load_cpu_families()) == label
+
+
+def test_no_recorded_cpu_has_what_its_family_lacks(recorded_cpu: Detect) -> None:
+    lacks = {family.label: family.lacks for family in load_cpu_families()}
+    honest = [name for name in MACHINES if name != "rocketlake_guest"]
+    assert not [name for name in honest if lacks.get(MACHINES[name][0], set()) & recorded_cpu(name).features]
 
 
 def test_arm_boards_count_processors_and_get_a_name(recorded_cpu: Detect) -> None:
@@ -467,6 +497,15 @@ def test_other_systems_are_refused(system: str) -> None:
         detect_cpu(system=system or "Plan 9")
     with pytest.raises(BitgenError, match=f"this is {system or 'an unknown system'}"):
         require_supported_os(system)
+
+
+@pytest.mark.parametrize("name", ["load", "LLM", "tune", "build"])
+def test_python_on_windows_is_told_in_a_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before modules are imported that Windows does not have (grp, pwd)."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "grp", None)
+    with pytest.raises(UnsupportedError, match="for Windows there is the C library so far"):
+        getattr(bitgen, name)
 
 
 def test_supported_systems_pass() -> None:
