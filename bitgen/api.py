@@ -244,8 +244,8 @@ def build(
     defaults. Beside the forward step for every model there is one for this model's sizes. Returns the folder,
     ``<out>/<model>-<cpu family>``.
 
-    ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux or Darwin; this one's) what runs
-    there. A library that this machine cannot run is written without being tried.
+    ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux, Darwin or Windows; this one's)
+    what runs there. A library that this machine cannot run is written without being tried.
     """
     from bitgen.bundle.contents import Target
     from bitgen.bundle.write import write_library
@@ -287,8 +287,8 @@ def load(path: str | Path | None = None, threads: int | None = None) -> KernelTa
     if path is not None:
         return open_library(path, threads)
     cpu = detect_cpu()
-    bundle, _ = choose_bundle(all_bundles()[0], cpu, refused_features(cpu), recall(cpu))
-    return open_library(untuned_library() if bundle is None else bundle.path, threads)
+    bundle, _ = choose_bundle(all_bundles(hashed=False)[0], cpu, refused_features(cpu), recall(cpu))
+    return open_library(untuned_library() if bundle is None else bundle, threads)
 
 
 def untuned_library() -> Path:

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.bundle import Bundle
 from bitgen.cpu import detect_cpu
 from bitgen.errors import ToolchainError, UsageError
 from bitgen.formats.config import ModelConfig, find_model, preset_name
@@ -344,7 +345,7 @@ def _texts(texts: str | Iterable[str]) -> tuple[str, ...]:
     return (texts,) if isinstance(texts, str) else tuple(texts)
 
 
-def library_for(config: ModelConfig, progress: Report | None = None) -> Path:
+def library_for(config: ModelConfig, progress: Report | None = None) -> Path | Bundle:
     """The library to run a model with: one with winners for its matrices, else any, else the untuned one.
 
     What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
@@ -357,7 +358,7 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path:
         if (
             bundle.origin is None or not tuned_here.exists()
         ):  # what was tuned here comes before what was shipped
-            return bundle.path
+            return bundle
     if (name := preset_name(config)) is not None:
         try:
             known = _build_known(name, progress)
@@ -368,7 +369,7 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path:
         if known is not None:
             return known
     if bundle is not None:
-        return bundle.path
+        return bundle
     from bitgen.api import load as load_or_build
 
     if progress:

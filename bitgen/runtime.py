@@ -66,8 +66,8 @@ class KernelInfo:
     row_block: int
 
 
-def load(path: Path | str, threads: int | None = None, *, generic: Generic = "never") -> KernelTable:
-    """Open the library at ``path``, or the one of the bundle in the folder ``path``.
+def load(path: Path | str | Bundle, threads: int | None = None, *, generic: Generic = "never") -> KernelTable:
+    """Open the library at ``path``, or the one of the bundle in the folder ``path`` or that was read.
 
     ``threads`` counts the calling thread; None means one a physical core this process may use.
     ``generic`` tells when to use the library's portable kernels (slow, exact): never, as a fallback on a CPU
@@ -75,21 +75,23 @@ def load(path: Path | str, threads: int | None = None, *, generic: Generic = "ne
     FileError for a file that is missing, damaged, no such library or one that others can change,
     UnsupportedError for a library of another CPU.
     """
-    file = Path(path)
-    bundle = _bundle_of(file)
-    if bundle is None and file.is_dir():
-        bundle = read_bundle(file)  # raises, and says why
-    if bundle is not None and generic == "never":
+    if isinstance(path, Bundle):
+        bundle: Bundle | None = path
+    else:
+        bundle = _bundle_of(Path(path))
+    if bundle is None:
+        return KernelTable(Path(str(path)), threads, None, generic)
+    if generic == "never":
         require_runnable(bundle, detect_cpu())
-    return KernelTable(file if bundle is None else bundle.library, threads, bundle, generic)
+    return KernelTable(bundle.library, threads, bundle, generic)
 
 
 def _bundle_of(path: Path) -> Bundle | None:
-    """The bundle that ``path`` is, or whose library it is."""
-    if is_bundle(path):
-        return read_bundle(path)
+    """The bundle that ``path`` is, or whose library it is; its library is verified when it is opened."""
+    if path.is_dir():
+        return read_bundle(path, hashed=False)  # of a folder that is none it says why
     if path.is_file() and is_bundle(path.parent):
-        bundle = read_bundle(path.parent)
+        bundle = read_bundle(path.parent, hashed=False)
         return bundle if bundle.library.samefile(path) else None
     return None
 

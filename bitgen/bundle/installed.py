@@ -21,14 +21,12 @@ from pathlib import Path
 from bitgen import __version__
 from bitgen.bundle.index import INDEX_NAME, SIGNATURE_NAME, Index, parse_index, require_entry
 from bitgen.bundle.manifest import (
-    MANIFEST_NAME,
     PACKAGE,
     WHEEL,
     Bundle,
     Origin,
     find_bundles,
     read_bundle,
-    sha256_of,
 )
 from bitgen.errors import BitgenError, FileError
 from bitgen.paths import generated_dir, installed_dir, shipped_bundles_dir
@@ -88,8 +86,11 @@ def index_of(receipt: Receipt) -> Index:
     return parse_index(data, str(file))
 
 
-def find_installed() -> tuple[list[Bundle], list[BitgenError]]:
-    """The installed bundles, and why others must not be used: damaged, of another ABI, revoked."""
+def find_installed(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
+    """The installed bundles, and why others must not be used: damaged, of another ABI, revoked.
+
+    ``hashed``: see `bitgen.bundle.manifest.read_bundle`.
+    """
     found, errors = receipts()
     bundles: list[Bundle] = []
     if not found and not errors:
@@ -101,43 +102,41 @@ def find_installed() -> tuple[list[Bundle], list[BitgenError]]:
         return [], [error]
     for receipt in found:
         try:
-            bundles += _bundles_of(receipt, revoked)
+            bundles += _bundles_of(receipt, revoked, hashed)
         except BitgenError as error:
             errors.append(FileError(f"{receipt.name} {receipt.version}: {error.message}"))
     if errors and receipts()[0] != found:  # another process installed meanwhile
-        return find_installed()
+        return find_installed(hashed=hashed)
     return bundles, errors
 
 
-def _bundles_of(receipt: Receipt, revoked: Revocations) -> list[Bundle]:
+def _bundles_of(receipt: Receipt, revoked: Revocations, hashed: bool) -> list[Bundle]:
     if reason := revoked.reason(receipt.key_id, receipt.index_sha256):
         raise FileError(f"{reason}; bitgen bundle remove {receipt.name}")
     origin = Origin(receipt.name, receipt.version, receipt.key_id, "default")
-    return _indexed(index_of(receipt), installed_dir() / receipt.folder, origin)
+    return _indexed(index_of(receipt), installed_dir() / receipt.folder, origin, hashed)
 
 
-def _indexed(index: Index, folder: Path, origin: Origin) -> list[Bundle]:
+def _indexed(index: Index, folder: Path, origin: Origin, hashed: bool) -> list[Bundle]:
     """The bundles of an index in ``folder``, each as its manifest and the index say alike."""
     made = []
     for entry in index.bundles:
-        if sha256_of(folder / entry.path / MANIFEST_NAME) != entry.manifest:
-            raise FileError(f"the manifest of {entry.path} is not the one its index names: install it again")
-        bundle = read_bundle(folder / entry.path)
+        bundle = read_bundle(folder / entry.path, hashed=hashed, sha256=entry.manifest)
         require_entry(entry, bundle, folder)
         made.append(replace(bundle, origin=replace(origin, label=entry.label)))
     return made
 
 
-def find_shipped() -> tuple[list[Bundle], list[BitgenError]]:
+def find_shipped(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
     """The bundles that came in the wheel of bitgen. They are trusted as the wheel is."""
     folder = shipped_bundles_dir()
     if folder is None:
         return [], []
-    bundles, errors = find_bundles(folder)
+    bundles, errors = find_bundles(folder, hashed=hashed)
     return [replace(b, origin=Origin("bitgen", __version__, None, b.label, WHEEL)) for b in bundles], errors
 
 
-def find_packages() -> tuple[list[Bundle], list[BitgenError]]:
+def find_packages(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
     """The bundles in packages that name themselves in the entry point group bitgen.bundles.
 
     They are trusted as a package is: who installs one lets it run. Nothing of it is imported here, and what
@@ -147,13 +146,13 @@ def find_packages() -> tuple[list[Bundle], list[BitgenError]]:
     errors: list[BitgenError] = []
     for entry in entry_points(group=GROUP):
         try:
-            bundles += _packaged(entry)
+            bundles += _packaged(entry, hashed)
         except BitgenError as error:
             errors.append(FileError(f"the package {entry.value}: {error.message}"))
     return bundles, errors
 
 
-def _packaged(entry: EntryPoint) -> list[Bundle]:
+def _packaged(entry: EntryPoint, hashed: bool) -> list[Bundle]:
     spec = find_spec(entry.value) if entry.value.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise FileError("there is no such package")
@@ -170,11 +169,19 @@ def _packaged(entry: EntryPoint) -> list[Bundle]:
         raise FileError(reason)
     index = parse_index(data, str(folder / INDEX_NAME))
     origin = Origin(entry.value, index.version, None, "default", PACKAGE)
-    return _indexed(index, folder, origin)
+    return _indexed(index, folder, origin, hashed)
 
 
-def all_bundles() -> tuple[list[Bundle], list[BitgenError]]:
-    """The bundles built here, installed, in packages, in bitgen's wheel; what is wrong with damaged ones."""
-    places = (find_bundles(generated_dir()), find_installed(), find_packages(), find_shipped())
+def all_bundles(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles built here, installed, in packages, in bitgen's wheel; what is wrong with damaged ones.
+
+    ``hashed``: see `bitgen.bundle.manifest.read_bundle`.
+    """
+    places = (
+        find_bundles(generated_dir(), hashed=hashed),
+        find_installed(hashed=hashed),
+        find_packages(hashed=hashed),
+        find_shipped(hashed=hashed),
+    )
     bundles = [bundle for found, _ in places for bundle in found]
     return bundles, [error for _, wrong in places for error in wrong]

@@ -7,11 +7,12 @@ The manifest is believed only as far as it can be checked: the library's bytes a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+import msgspec
 
 from bitgen.abi import ABI_VERSION
 from bitgen.errors import BitgenError, FileError
@@ -32,8 +33,9 @@ class KernelEntry:
     """One kernel of a library, chosen for a shape on a number of threads, or (None and 0) for every shape.
 
     ``role`` is tuned, default (serves every shape) or portable (scalar); empty: tuned for a shape, else
-    default. ``sha256`` is that of its C text, empty where that was not rendered yet. BitgenError when
-    shape, threads and spec contradict each other.
+    default. ``sha256`` is that of its C text, empty where that was not rendered yet. ``cpu_family``: where
+    kernels of one ISA level were tuned on several families, that on which this one comes first; it never
+    decides what runs. BitgenError when shape, threads and spec contradict each other.
     """
 
     name: str = field(init=False, repr=False, compare=False)  # for people, and so is the regime
@@ -43,6 +45,7 @@ class KernelEntry:
     threads: int = 0
     role: str = ""
     sha256: str = ""
+    cpu_family: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.spec.name)
@@ -123,7 +126,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: the library is there and its bytes are those the manifest names.
+    """A bundle whose manifest was read; see `read_bundle` for what is known of its library.
 
     ``origin`` is None for one that was built here.
     """
@@ -155,8 +158,11 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST_NAME).is_file()
 
 
-def read_bundle(path: Path | str) -> Bundle:
+def read_bundle(path: Path | str, *, hashed: bool = True, sha256: str | None = None) -> Bundle:
     """The bundle in the folder ``path``, its library's bytes verified.
+
+    Without ``hashed`` they are not read: for whoever only chooses among bundles. `bitgen.runtime.load`
+    verifies the one it opens, on the descriptor that it loads. ``sha256``: what the manifest must have.
 
     FileError, always one line: no manifest, one of another format or ABI version, a missing
     library, a library that is not the one the manifest describes.
@@ -164,16 +170,25 @@ def read_bundle(path: Path | str) -> Bundle:
     folder = Path(path)
     file = folder / MANIFEST_NAME
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        raw = file.read_bytes()
+        if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
+            raise FileError(f"the manifest of {folder.name} is not the one its index names: install it again")
+        data = msgspec.json.decode(raw)
     except FileNotFoundError:
         raise FileError(f"{folder} is not a bundle: there is no {MANIFEST_NAME} in it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise FileError(f"cannot read {file}: {error}") from error
     manifest = _parse(data, file)
-    library = folder / manifest.library
     # A manifest from elsewhere must not name a library outside its folder.
     if Path(manifest.library).name != manifest.library:
         raise FileError(f"{file}: library must be a file name, not {manifest.library!r}")
+    if hashed:
+        _require_library(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+def _require_library(folder: Path, manifest: Manifest) -> None:
+    library = folder / manifest.library
     try:
         digest = sha256_of(library)
     except OSError as error:
@@ -181,7 +196,6 @@ def read_bundle(path: Path | str) -> Bundle:
         raise FileError(f"the library of bundle {folder} cannot be read: {library}: {why}") from error
     if digest != manifest.files.get(manifest.library):
         raise FileError(f"{library} is not the file its manifest describes (sha256 differs): build it again")
-    return Bundle(folder, manifest)
 
 
 def _parse(data: Any, file: Path) -> Manifest:
@@ -196,13 +210,16 @@ def _parse(data: Any, file: Path) -> Manifest:
         raise FileError(f"{error.message}; the manifest is damaged: build the bundle again") from error
 
 
-def find_bundles(folder: Path) -> tuple[list[Bundle], list[BitgenError]]:
-    """The bundles in the folders directly below ``folder``, and what is wrong with the damaged ones."""
+def find_bundles(folder: Path, *, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
+    """The bundles in the folders directly below ``folder``, and what is wrong with the damaged ones.
+
+    ``hashed``: see `read_bundle`.
+    """
     bundles: list[Bundle] = []
     errors: list[BitgenError] = []
     for file in sorted(folder.glob(f"*/{MANIFEST_NAME}")):
         try:
-            bundles.append(read_bundle(file.parent))
+            bundles.append(read_bundle(file.parent, hashed=hashed))
         except BitgenError as error:
             errors.append(error)
     return bundles, errors
