@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from bitgen.cpu import ArmFeature, Isa, X86Feature, feature_table
+from bitgen.cpu.microarch import load_cpu_families
 from bitgen.errors import BitgenError, FileError, UnsupportedError
 from bitgen.families.t5 import CODES as T5_CODES
 from bitgen.paths import configs_dir, csrc_dir
@@ -21,7 +24,7 @@ from bitgen.spec import K_MAX, X_ALIGN, X_PAD, KernelSpec
 from bitgen.toolchain import Prototype, Unit
 
 ARCHS = ("x86_64", "aarch64")
-SYSTEMS = {"Linux": "linux", "Darwin": "darwin"}
+SYSTEMS = {"Linux": "linux", "Darwin": "darwin", "Windows": "windows"}
 _MAX_FEATURES = 64  # bits of the mask in struct bitgen_isa
 
 Headers = tuple[tuple[str, str], ...]
@@ -41,13 +44,15 @@ def csrc_text(name: str) -> str:
     return (csrc_dir() / name).read_text(encoding="utf-8")
 
 
-def host_headers(arch: str) -> Headers:
+def host_headers(arch: str, system: str = "Linux") -> Headers:
     """(file name, text) of the headers: bitgen.h is public, the others are internal."""
     _require_arch(arch)
     plain = ("bitgen.h", "arith.h", "kernel.h", "matmul.h", "pool.h", "step.h")
+    on_windows = system == "Windows"
     return (
         *((name, csrc_text(name)) for name in plain),
-        ("arch.h", csrc_text(f"arch_{arch}.h")),
+        ("arch.h", csrc_text(f"arch_{arch}{'_windows' if on_windows else ''}.h")),
+        ("system.h", csrc_text(f"system_{'windows' if on_windows else 'posix'}.h")),
         ("bitgen_config.h", config_header()),
     )
 
@@ -78,8 +83,17 @@ def _rows(table: Sequence[Sequence[int]]) -> str:
     return "".join(f"{line} \\\n" for line in lines)
 
 
-def features_header(arch: str, system: str, features: Iterable[str]) -> str:
-    """features.h: how the CPU check of a library finds each of ``features``, and their names."""
+@dataclass(frozen=True)
+class CpuChecks:
+    """What a library finds out about its CPU: which ``features`` it has, which of ``families`` it is."""
+
+    features: Sequence[str] = ()
+    families: Sequence[str] = ()
+
+
+def features_header(arch: str, system: str, features: Iterable[str], families: Sequence[str] = ()) -> str:
+    """features.h: how a library finds each of ``features``, their names, and which of ``families`` it is."""
+    features = tuple(features)
     rows = feature_rows(arch, features, system=system)
     lines = [f"    {_feature_row(row)}, /* {row['name']} */\n" for row in rows]
     names = [f'    "{row["name"]}",\n' for row in rows]
@@ -88,7 +102,32 @@ def features_header(arch: str, system: str, features: Iterable[str]) -> str:
         f"static const struct feature features[] = {{\n{''.join(lines)}    {{0}},\n}};\n\n"
         f'const char *const bitgen_feature_names[] = {{\n{"".join(names)}    "",\n}};\n'
         f"const int32_t bitgen_feature_count = {len(rows)};\n"
+        f"{_families_table(arch, system, features, families)}"
     )
+
+
+def _range(bounds: tuple[int, int]) -> str:
+    return f"{{{bounds[0]:#x}, {bounds[1]:#x}}}"
+
+
+def _families_table(arch: str, system: str, features: Sequence[str], families: Sequence[str]) -> str:
+    """The rows of configs/cpu_families.yaml for ``families``, which count from 1 on; none on macOS."""
+    if (arch, system) == ("aarch64", "Darwin"):
+        return ""
+    lines: list[str] = []
+    for family in load_cpu_families():
+        if family.label not in families or family.vendor.startswith("0x") != (arch == "aarch64"):
+            continue
+        number = families.index(family.label) + 1
+        lacks = sum(1 << i for i, feature in enumerate(features) if feature in family.lacks)
+        rows = [f"{family.vendor}, {model}" for model in map(_range, family.model_ranges)]
+        if arch == "x86_64":
+            rows = [
+                f'"{family.vendor}", {family.family}, {_range(model)}, {_range(stepping)}, {lacks:#x}'
+                for model, stepping in product(family.model_ranges, family.stepping_ranges)
+            ]
+        lines += [f"    {{{row}, {number}}}, /* {family.label} */\n" for row in rows]
+    return f"\nstatic const struct family families[] = {{\n{''.join(lines)}    {{0}},\n}};\n"
 
 
 def _feature_row(row: Mapping[str, Any]) -> str:
@@ -107,9 +146,9 @@ def _check_of(arch: str, system: str) -> str:
     return "cpu_aarch64_darwin" if (arch, system) == ("aarch64", "Darwin") else f"cpu_{arch}"
 
 
-def library_headers(arch: str) -> Headers:
+def library_headers(arch: str, system: str = "Linux") -> Headers:
     """`host_headers`, and what the host code of a library reads of its table of kernels."""
-    return (*host_headers(arch), ("table.h", csrc_text("table.h")))
+    return (*host_headers(arch, system), ("table.h", csrc_text("table.h")))
 
 
 @cache
@@ -155,31 +194,31 @@ def host_unit(name: str, text: str, headers: Headers) -> Unit:
     return Unit(name, text, headers=headers, flags=("-fvisibility=hidden",))
 
 
-def run_units(arch: str) -> tuple[Unit, ...]:
+def run_units(arch: str, system: str = "Linux") -> tuple[Unit, ...]:
     """The units behind ``bitgen_run`` (see kernel.h): the thread pool, and one multiplication."""
-    headers = host_headers(arch)
+    headers = host_headers(arch, system)
     return tuple(host_unit(name, csrc_text(f"{name}.c"), headers) for name in ("pool", "run"))
 
 
-def library_units(
-    arch: str, system: str, features: Iterable[str], table: Mapping[str, Any]
-) -> tuple[Unit, ...]:
+def library_units(arch: str, system: str, checks: CpuChecks, table: Mapping[str, Any]) -> tuple[Unit, ...]:
     """All host units of a library: `run_units`, public functions, packers, step, CPU check, table of kernels.
 
-    ``system`` is Linux or Darwin, ``features`` what the library's ISA levels require, in the order that the
-    masks of ``table`` (the values of table.c.j2) count them. BitgenError for what there is no host code for.
+    ``system`` is Linux, Darwin or Windows, ``checks`` have the features that the library's ISA levels require
+    and CPU families, in the order in which ``table`` (the values of table.c.j2) counts them. BitgenError for
+    what there is no host code for.
     """
     if system not in SYSTEMS:
         raise UnsupportedError(f"there is no host code for {system}; there is for {', '.join(SYSTEMS)}")
-    headers = library_headers(arch)
+    headers = library_headers(arch, system)
+    bundle = "bundle_windows.c" if system == "Windows" else "bundle.c"
     parts = tuple((name, csrc_text(name)) for name in ("step_memory.h", "step_attention.h", "step_rows.h"))
-    found = (("features.h", features_header(arch, system, features)),)
+    found = (("features.h", features_header(arch, system, checks.features, checks.families)),)
     return (
-        *run_units(arch),
+        *run_units(arch, system),
         *(host_unit(name, csrc_text(f"{name}.c"), headers) for name in ("library", "rope", "pack")),
         host_unit("step", csrc_text("step.c"), (*headers, *parts)),
         host_unit("cpu", csrc_text(f"{_check_of(arch, system)}.c"), (*headers, *found)),
-        host_unit("bundle", csrc_text("bundle.c"), (*headers, ("sha256.h", csrc_text("sha256.h")))),
+        host_unit("bundle", csrc_text(bundle), (*headers, ("sha256.h", csrc_text("sha256.h")))),
         host_unit("cores", csrc_text(f"cores_{SYSTEMS[system]}.c"), headers),
         host_unit("table", render_table(**table), headers),
     )

@@ -35,7 +35,11 @@
 extern "C" {
 #endif
 
+#ifdef _WIN32
+#define BITGEN_API /* the import library says where functions are */
+#else
 #define BITGEN_API __attribute__((visibility("default")))
+#endif
 
 /* ABI begins: what follows up to "ABI ends" is also what other languages read to call this library. */
 

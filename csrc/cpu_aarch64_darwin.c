@@ -25,5 +25,8 @@ uint64_t bitgen_cpu_features(void)
     return found;
 }
 
+/* The numbers that identify a core are not told to programs. */
+int32_t bitgen_cpu_family(void) { return 0; }
+
 /* No Mac has SVE outside its streaming mode. */
 int32_t bitgen_sve_bytes(void) { return 0; }

@@ -3,7 +3,6 @@
 
 #include <stdatomic.h>
 #include <stdint.h>
-#include <sys/types.h>
 
 #include "bitgen.h"
 #include "bitgen_config.h"
@@ -42,7 +41,7 @@ struct bitgen_step_ops;
 struct bitgen_context {
     _Atomic int32_t busy;
     int32_t threads;
-    pid_t owner; /* threads do not survive fork(): a child sees another pid */
+    int64_t owner; /* bitgen_process(): threads do not survive fork() */
     struct bitgen_pool *pool;
     struct bitgen_buffer x, x_sum, x_scale, tables, scratch;
     struct bitgen_buffer planes;         /* products of the planes of int16 activations, not yet one */

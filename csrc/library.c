@@ -1,11 +1,11 @@
 /* The public functions: they check, choose a kernel and call bitgen_run. See bitgen.h. */
 #define _POSIX_C_SOURCE 200809L
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "arch.h"
+#include "system.h"
 #include "table.h"
 
 enum { THREADS_MAX = 1024, ALIGNMENT = 64, HEADER_BYTES = sizeof(struct bitgen_packed_header) };
@@ -114,8 +114,8 @@ static void write_missing_text(void)
 
 const char *bitgen_missing_features(void)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, write_missing_text);
+    static bitgen_once once = BITGEN_ONCE;
+    bitgen_run_once(&once, write_missing_text);
     return missing_text;
 }
 
@@ -157,13 +157,17 @@ static const struct bitgen_step_ops *select_ops(uint64_t features)
     return bitgen_step_levels[i].ops;
 }
 
-/* The lower the better for a context of `threads`: of a better ISA level; then kernels tuned for the same number, for
- * the nearest lower one, for the nearest higher one; then in the order of the table. */
-static int64_t rank_of(const struct bitgen_entry *entry, int32_t threads)
+/* The lower the better for a context of `threads` on a CPU of this family: of a better ISA level; then kernels tuned on
+ * this family, on none in particular, on another one, not tuned; then for the same number of threads, for the nearest
+ * lower one, for the nearest higher one; then in the order of the table. */
+static int64_t rank_of(const struct bitgen_entry *entry, int32_t threads, int32_t cpu_family)
 {
-    const int64_t level = (int64_t)8 * THREADS_MAX * entry->kernel->isa_id;
-    if (!entry->threads) return level + 4 * THREADS_MAX;
-    return level + (entry->threads <= threads ? threads - entry->threads : 2 * THREADS_MAX + entry->threads);
+    enum { SPAN = 4 * THREADS_MAX };
+    const int64_t level = (int64_t)4 * SPAN * entry->kernel->isa_id;
+    if (!entry->threads) return level + 3 * SPAN;
+    const int64_t kin = !entry->cpu_family ? 1 : entry->cpu_family == cpu_family ? 0 : 2;
+    const int64_t apart = threads - entry->threads;
+    return level + kin * SPAN + (apart >= 0 ? apart : 2 * THREADS_MAX + entry->threads);
 }
 
 /* The entries whose ISA level runs on a CPU with these features, best first. */
@@ -171,11 +175,12 @@ static int32_t select_entries(struct bitgen_context *ctx, uint64_t features)
 {
     ctx->entries = malloc(sizeof *ctx->entries * (size_t)bitgen_entry_count);
     if (!ctx->entries) return BITGEN_ERROR_MEMORY;
+    const int32_t family = bitgen_cpu_family(), threads = ctx->threads;
     for (int32_t i = 0; i < bitgen_entry_count; ++i) {
         const struct bitgen_entry *entry = &bitgen_entries[i];
         if (!runs(entry->kernel->isa_id, features)) continue;
         int32_t at = ctx->entry_count++;
-        for (; at > 0 && rank_of(ctx->entries[at - 1], ctx->threads) > rank_of(entry, ctx->threads); --at)
+        for (; at > 0 && rank_of(ctx->entries[at - 1], threads, family) > rank_of(entry, threads, family); --at)
             ctx->entries[at] = ctx->entries[at - 1];
         ctx->entries[at] = entry;
     }

@@ -11,16 +11,13 @@
 
 #include "pool.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "arch.h"
 #include "bitgen.h"
+#include "system.h"
 
 enum {
     SPIN_NS = 50000,   /* longer than the pauses between the matmuls of a token, shorter than a scheduler slice */
@@ -41,7 +38,7 @@ struct range {
 struct worker {
     struct bitgen_pool *pool;
     int32_t index;
-    pthread_t thread;
+    bitgen_thread thread;
 };
 
 /* What a waiting thread asks for, and how many bytes of its share it has asked for. */
@@ -60,18 +57,10 @@ struct bitgen_pool {
     void *arg;
     int64_t claim;
     int32_t threads, started;
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
+    struct bitgen_monitor wake;
     struct range *ranges;   /* (threads) */
     struct worker *workers; /* (threads); 0, the caller, has no thread */
 };
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 /* Claim and run until no range has anything left, the own range first. */
 static void work(struct bitgen_pool *pool, int32_t self)
@@ -108,22 +97,22 @@ static uint64_t wait_for_loop(const struct worker *self, struct asked *asked, ui
 {
     struct bitgen_pool *pool = self->pool;
     uint64_t state;
-    int64_t deadline = now_ns() + SPIN_NS;
+    int64_t deadline = bitgen_now_ns() + SPIN_NS;
     do {
         for (int i = 0; i < PAUSES; ++i) {
             state = atomic_load_explicit(&pool->state, memory_order_acquire);
             if (state / GENERATION != seen) return state;
             if (!ask_ahead(self, asked)) bitgen_pause();
         }
-    } while (now_ns() < deadline);
+    } while (bitgen_now_ns() < deadline);
 
-    pthread_mutex_lock(&pool->lock);
+    bitgen_monitor_enter(&pool->wake);
     /* Sequentially consistent, as is the opening of a loop: either the opener sees a sleeper or the sleeper sees
      * the new generation. */
     atomic_fetch_add(&pool->sleepers, 1);
-    while ((state = atomic_load(&pool->state)) / GENERATION == seen) pthread_cond_wait(&pool->wake, &pool->lock);
+    while ((state = atomic_load(&pool->state)) / GENERATION == seen) bitgen_monitor_wait(&pool->wake);
     atomic_fetch_sub(&pool->sleepers, 1);
-    pthread_mutex_unlock(&pool->lock);
+    bitgen_monitor_leave(&pool->wake);
     return state;
 }
 
@@ -151,9 +140,9 @@ static void *worker_main(void *arg)
 static void announce(struct bitgen_pool *pool)
 {
     if (atomic_load(&pool->sleepers) == 0) return;
-    pthread_mutex_lock(&pool->lock);
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
+    bitgen_monitor_enter(&pool->wake);
+    bitgen_monitor_notify(&pool->wake);
+    bitgen_monitor_leave(&pool->wake);
 }
 
 void bitgen_pool_run(struct bitgen_pool *pool, bitgen_body *body, void *arg, int64_t items, int64_t claim)
@@ -176,7 +165,7 @@ void bitgen_pool_run(struct bitgen_pool *pool, bitgen_body *body, void *arg, int
     for (int64_t spins = 1; atomic_load_explicit(&pool->state, memory_order_acquire) % GENERATION; ++spins) {
         bitgen_pause();
         /* Whoever is inside may be waiting for this core. */
-        if (spins % 1024 == 0) sched_yield();
+        if (spins % 1024 == 0) bitgen_yield();
     }
 }
 
@@ -189,40 +178,35 @@ void bitgen_pool_ahead(struct bitgen_pool *pool, const void *data, int64_t bytes
 static void release(struct bitgen_pool *pool)
 {
     free(pool->workers);
-    free(pool->ranges);
-    free(pool);
+    bitgen_free(pool->ranges);
+    bitgen_free(pool);
 }
 
-/* Threads 1 .. threads - 1, deaf to signals: those are the program's business. */
+/* Threads 1 .. threads - 1. */
 static int start_workers(struct bitgen_pool *pool)
 {
-    sigset_t all, old;
-    sigfillset(&all);
-    if (pthread_sigmask(SIG_SETMASK, &all, &old)) return 0;
     for (pool->started = 1; pool->started < pool->threads; ++pool->started) {
         struct worker *worker = &pool->workers[pool->started];
         worker->pool = pool;
         worker->index = pool->started;
-        if (pthread_create(&worker->thread, NULL, worker_main, worker)) break;
+        if (!bitgen_thread_start(&worker->thread, worker_main, worker)) break;
     }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
     return pool->started == pool->threads;
 }
 
 int32_t bitgen_pool_create(struct bitgen_pool **out, int32_t threads)
 {
-    struct bitgen_pool *pool = aligned_alloc(LINE, (sizeof *pool + LINE - 1) / LINE * LINE);
+    struct bitgen_pool *pool = bitgen_allocate(LINE, (sizeof *pool + LINE - 1) / LINE * LINE);
     if (!pool) return BITGEN_ERROR_MEMORY;
     memset(pool, 0, sizeof *pool);
     pool->threads = threads;
-    pool->ranges = aligned_alloc(LINE, sizeof *pool->ranges * (size_t)threads);
+    pool->ranges = bitgen_allocate(LINE, sizeof *pool->ranges * (size_t)threads);
     pool->workers = calloc((size_t)threads, sizeof *pool->workers);
     if (!pool->ranges || !pool->workers) {
         release(pool);
         return BITGEN_ERROR_MEMORY;
     }
-    pthread_mutex_init(&pool->lock, NULL);
-    pthread_cond_init(&pool->wake, NULL);
+    bitgen_monitor_open(&pool->wake);
     if (!start_workers(pool)) {
         bitgen_pool_destroy(pool);
         return BITGEN_ERROR_THREADS;
@@ -236,9 +220,8 @@ void bitgen_pool_destroy(struct bitgen_pool *pool)
     atomic_store(&pool->stop, 1);
     atomic_fetch_add(&pool->state, 2 * GENERATION);
     announce(pool);
-    for (int32_t i = 1; i < pool->started; ++i) pthread_join(pool->workers[i].thread, NULL);
-    pthread_cond_destroy(&pool->wake);
-    pthread_mutex_destroy(&pool->lock);
+    for (int32_t i = 1; i < pool->started; ++i) bitgen_thread_join(&pool->workers[i].thread);
+    bitgen_monitor_close(&pool->wake);
     release(pool);
 }
 

@@ -13,10 +13,10 @@
 
 #include "arith.h"
 #include "kernel.h"
+#include "system.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 enum {
     BATCH_BYTES = 16 << 20, /* activations and tables of a batch: they are read once for each row range, from L3 */
@@ -58,9 +58,9 @@ int32_t bitgen_quantize_row(bitgen_quantizer *quantize, const float *x, int64_t 
 int32_t bitgen_reserve(struct bitgen_buffer *buffer, int64_t bytes)
 {
     if (bytes <= buffer->bytes) return BITGEN_OK;
-    free(buffer->data);
+    bitgen_free(buffer->data);
     bytes = ceil_div(bytes, 64) * 64;
-    buffer->data = aligned_alloc(64, (size_t)bytes);
+    buffer->data = bitgen_allocate(64, (size_t)bytes);
     buffer->bytes = buffer->data ? bytes : 0;
     return buffer->data ? BITGEN_OK : BITGEN_ERROR_MEMORY;
 }
@@ -70,7 +70,7 @@ int32_t bitgen_context_open(struct bitgen_context **out, int32_t threads)
     struct bitgen_context *ctx = calloc(1, sizeof *ctx);
     if (!ctx) return BITGEN_ERROR_MEMORY;
     ctx->threads = threads;
-    ctx->owner = getpid();
+    ctx->owner = bitgen_process();
     int32_t code = bitgen_pool_create(&ctx->pool, threads);
     if (code) free(ctx);
     else *out = ctx;
@@ -79,22 +79,22 @@ int32_t bitgen_context_open(struct bitgen_context **out, int32_t threads)
 
 void bitgen_context_close(struct bitgen_context *ctx)
 {
-    if (getpid() == ctx->owner) bitgen_pool_destroy(ctx->pool);
+    if (bitgen_process() == ctx->owner) bitgen_pool_destroy(ctx->pool);
     else bitgen_pool_abandon(ctx->pool);
-    free(ctx->x.data);
-    free(ctx->x_sum.data);
-    free(ctx->x_scale.data);
-    free(ctx->tables.data);
-    free(ctx->scratch.data);
-    free(ctx->planes.data);
-    free(ctx->step.data);
+    bitgen_free(ctx->x.data);
+    bitgen_free(ctx->x_sum.data);
+    bitgen_free(ctx->x_scale.data);
+    bitgen_free(ctx->tables.data);
+    bitgen_free(ctx->scratch.data);
+    bitgen_free(ctx->planes.data);
+    bitgen_free(ctx->step.data);
     free(ctx->entries);
     free(ctx);
 }
 
 int32_t bitgen_enter(struct bitgen_context *ctx)
 {
-    if (getpid() != ctx->owner) return BITGEN_ERROR_FORKED;
+    if (bitgen_process() != ctx->owner) return BITGEN_ERROR_FORKED;
     return atomic_exchange_explicit(&ctx->busy, 1, memory_order_acquire) ? BITGEN_ERROR_BUSY : BITGEN_OK;
 }
 

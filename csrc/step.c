@@ -6,8 +6,8 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "system.h"
 #include "table.h"
 
 enum {
@@ -48,9 +48,7 @@ int32_t bitgen_model_sizes(int32_t *layer, int32_t *model, int32_t *tokens, int3
 static void stage_done(struct step *s, int32_t stage)
 {
     if (!s->times_ns) return;
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    int64_t now = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    const int64_t now = bitgen_now_ns();
     if (stage >= 0) s->times_ns[stage] += now - s->clock_ns;
     s->clock_ns = now;
 }

@@ -13,12 +13,13 @@ struct bitgen_layout {
     int32_t group, group_bytes;         /* weights along k that share a scale, and their codes of 16 rows; 0: none do */
 };
 
-/* A kernel and the shape and number of threads it was tuned for; 0 0 0: it serves every shape. */
+/* A kernel and the shape and number of threads it was tuned for; 0 0 0: it serves every shape. cpu_family: that of the
+ * CPUs that it comes first on, as bitgen_cpu_family counts them; 0: of no CPU in particular. */
 struct bitgen_entry {
     const struct bitgen_kernel *kernel;
     const struct bitgen_layout *layout;
     int64_t m, k;
-    int32_t threads;
+    int32_t threads, cpu_family;
 };
 
 /* An ISA level: bit i of `features` says that it needs feature i, of `tiles` that this is one of tile registers.
@@ -72,6 +73,10 @@ extern const int32_t bitgen_feature_count;
 
 /* Bit i: this CPU has feature i and the system saves the registers it uses (cpu.c). */
 uint64_t bitgen_cpu_features(void);
+
+/* Which of the CPU families that kernels of this library were tuned on this is, from 1 on; 0: none of them. It ranks
+ * kernels of one ISA level, and never says what may run (cpu.c). */
+int32_t bitgen_cpu_family(void);
 
 /* Bytes of an SVE register in this thread, 0 where there are none (cpu.c). */
 int32_t bitgen_sve_bytes(void);

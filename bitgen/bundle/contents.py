@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
-from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
+from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names, told_features
 from bitgen.errors import BitgenError, UnsupportedError
 from bitgen.families.base import GROUPS
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
@@ -48,10 +48,11 @@ class Target:
 
     @classmethod
     def every(cls, arch: str, system: str, isas: Sequence[Isa] | None = None) -> Target:
-        """Every CPU of an architecture, at the levels among ``isas`` (None: all)."""
+        """Every CPU of an architecture, at those ``isas`` (None: all) that its system tells about."""
         known = tuple(load_isas() if isas is None else isas)
         if arch not in BASELINES:
             raise UnsupportedError(f"there is no host code for {arch}; there is for {', '.join(BASELINES)}")
+        known = tuple(isa for isa in known if isa.arch != arch or isa.requires <= told_features(arch, system))
         best = [isa for isa in known if isa.generic or isa.arch == arch][-1]
         return cls(target_cpu(BASELINES[arch], system), best, known, universal=True)
 
@@ -147,6 +148,11 @@ class Contents:
         return render_step(self.target.isa.name, self.sizes) if self.sizes else None
 
     @cached_property
+    def cpu_families(self) -> tuple[str, ...]:
+        """The families on which some kernels come before others of their ISA level."""
+        return tuple(dict.fromkeys(entry.cpu_family for entry in self.entries if entry.cpu_family))
+
+    @cached_property
     def features(self) -> tuple[str, ...]:
         return tuple(sorted({feature for isa in self.isas for feature in isa.requires}))
 
@@ -172,13 +178,13 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     """The entries of a library with these ``choices``: tuned, then defaults, then portable ones.
 
     In a universal library the entries of one ISA level come together, those of better levels first.
-    BitgenError when the choices for one shape, thread count and level read different layouts: its weights are
-    packed once and serve every n.
+    BitgenError when the choices for one shape, thread count, level and CPU family read different layouts: its
+    weights are packed once and serve every n.
     """
-    layout_of: dict[tuple[Shape, int, str], Layout] = {}
+    layout_of: dict[tuple[Shape, int, str, str], Layout] = {}
     for choice in choices:
         if choice.shape is not None:
-            slot = (choice.shape, choice.threads, choice.spec.isa)
+            slot = (choice.shape, choice.threads, choice.spec.isa, choice.cpu_family)
             layout = layout_of.setdefault(slot, choice.spec.layout)
             if layout != choice.spec.layout:
                 names = f"{layout.name} and {choice.spec.layout.name}"

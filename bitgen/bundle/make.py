@@ -18,7 +18,7 @@ from bitgen import __version__
 from bitgen.bundle.contents import Target
 from bitgen.bundle.manifest import Bundle, KernelEntry, read_bundle
 from bitgen.bundle.pack import Packed, Signer, pack
-from bitgen.bundle.transfer import committed_kernels
+from bitgen.bundle.transfer import Chosen, committed_kernels
 from bitgen.bundle.wheel import slim, write_wheel
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, load_isas, target_cpu
@@ -29,11 +29,20 @@ from bitgen.toolchain import Toolchain, find_cross_compilers, release_compiler
 from bitgen.winners import committed_shapes
 
 UNIVERSAL = "universal"  # a family's name in lists of them: one library for every CPU of an architecture
+_SYSTEMS = {"windows": "Windows", "macos": "Darwin"}  # behind a family's name: for that system, not for Linux
+_RUN_BY_NOBODY = {
+    "Darwin": "built, never run: no test has a Mac",
+    "Windows": "run under Wine alone: no test has Windows",
+}
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is made: kernels of ``model`` for ``families`` (names of configs/targets.yaml, universal-ARCH)."""
+    """What is made: kernels of ``model`` for ``families``.
+
+    Those are names of configs/targets.yaml and universal-ARCH, for another system than Linux with -windows or
+    -macos behind them; apple-m1 is for macOS by itself.
+    """
 
     model: ModelPreset
     families: tuple[str, ...]
@@ -112,7 +121,7 @@ def make_universal(
         f"{UNIVERSAL}-{arch}",
         target,
         label=chosen.label,
-        origin=chosen.origin,
+        origin=_origin(chosen, system),
         check=_runs_here(target) and (libc == "gnu") == (platform.libc_ver()[0] == "glibc"),
         release=True,
     )
@@ -134,10 +143,19 @@ def release_toolchain(arch: str, system: str, cc: str | None = None, *, libc: st
 
 def _named(name: str) -> tuple[Cpu, bool]:
     """The CPU of a family's name, and whether all CPUs of its architecture are meant."""
-    if name.startswith(f"{UNIVERSAL}-"):
-        arch = name.removeprefix(f"{UNIVERSAL}-")
-        return Target.every(arch, "Linux").cpu, True
-    return target_cpu(name, "Darwin" if name.startswith("apple") else "Linux"), False
+    family, _, last = name.rpartition("-")
+    if last not in _SYSTEMS:
+        family = name
+    system = _SYSTEMS.get(last, "Darwin" if family.startswith("apple") else "Linux")
+    if family.startswith(f"{UNIVERSAL}-"):
+        arch = family.removeprefix(f"{UNIVERSAL}-")
+        return Target.every(arch, system).cpu, True
+    return target_cpu(family, system), False
+
+
+def _origin(chosen: Chosen, system: str) -> str:
+    """How its kernels were found, and for some systems that nobody has run them there."""
+    return "; ".join(filter(None, (chosen.origin, _RUN_BY_NOBODY.get(system))))
 
 
 def _family_library(release: Release, name: str, target: Target, folder: Path) -> Path:
@@ -153,7 +171,7 @@ def _family_library(release: Release, name: str, target: Target, folder: Path) -
         sizes=None if target.universal else release.model.step_sizes,  # it would serve the best level alone
         fingerprint=_winners_digest(chosen.entries),
         label=chosen.label,
-        origin=chosen.origin,
+        origin=_origin(chosen, cpu.os),
         check=_runs_here(target),
         release=True,
     )

@@ -41,10 +41,16 @@ def committed_kernels(
     """
     wanted = [(shape, group) for shape in dict.fromkeys(shapes)]
     levels = target.levels if target.universal else (target.isa,)
-    parts = [_at_level(_stands_for(isa, target, folder), isa, wanted, target.isas, folder) for isa in levels]
-    entries = tuple(entry for part in parts for entry in part.entries)
+    stands = [_stands_for(isa, target, folder) for isa in levels]
+    places = tuple(zip(stands, levels, strict=True))
+    parts = [_at_level(cpu, isa, wanted, target.isas, folder) for cpu, isa in places]
     if not target.universal:
         return parts[0]
+    entries = tuple(
+        entry
+        for (cpu, isa), part in zip(places, parts, strict=True)
+        for entry in (*part.entries, *_of_other_families(cpu, isa, wanted, target, folder))
+    )
     found = [f"{isa.name}: {part.origin}" for isa, part in zip(levels, parts, strict=True)]
     # Whatever its levels were measured on, a CPU of this library may be of any family.
     return Chosen(entries, "transferred" if entries else "default", "; ".join(found))
@@ -57,6 +63,22 @@ def _stands_for(isa: Isa, target: Target, folder: Path | None) -> Cpu:
     known = [target_cpu(name, target.cpu.os) for name in target_names()]
     best = [cpu for cpu in known if cpu.arch == isa.arch and accepted_isas(cpu, target.isas)[0] == isa]
     return next((cpu for cpu in best if family_winners(cpu.family, folder)), target.cpu_of(isa))
+
+
+def _of_other_families(
+    first: Cpu, isa: Isa, shapes: Sequence[tuple[Shape, int]], target: Target, folder: Path | None
+) -> list[KernelEntry]:
+    """What other families of a level than that of ``first`` won with; it comes first on their own CPUs."""
+    known = {cpu.family: cpu for cpu in (target_cpu(name, target.cpu.os) for name in target_names())}
+    return [
+        replace(entry, cpu_family=cpu.family)
+        for cpu in known.values()
+        if cpu.family != first.family
+        and cpu.arch == isa.arch
+        and accepted_isas(cpu, target.isas)[0] == isa
+        and family_winners(cpu.family, folder)
+        for entry in _at_level(cpu, isa, shapes, target.isas, folder).entries
+    ]
 
 
 def _at_level(

@@ -8,7 +8,7 @@ from typing import Any
 from bitgen import __version__
 from bitgen.bundle.contents import Contents
 from bitgen.cpu import cap_rows
-from bitgen.hostcode import kernel_unit, library_units, row_grain, step_headers
+from bitgen.hostcode import CpuChecks, kernel_unit, library_units, row_grain, step_headers
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, regime_named
 from bitgen.toolchain import Prototype, Unit
 
@@ -24,13 +24,15 @@ def library_units_of(contents: Contents) -> tuple[Unit, ...]:
         for source in (*contents.steps, *sized)
     )
     cpu = contents.target.cpu
-    return (*kernels, *steps, *library_units(cpu.arch, cpu.os, contents.features, table_values(contents)))
+    checked = CpuChecks(contents.features, contents.cpu_families)
+    return (*kernels, *steps, *library_units(cpu.arch, cpu.os, checked, table_values(contents)))
 
 
 def table_values(contents: Contents) -> dict[str, Any]:
     """The values of templates/table.c.j2."""
     specs, layouts = contents.specs, contents.layouts
     isa_names = [isa.name for isa in contents.isas]
+    families = ("", *contents.cpu_families)
     bit = {feature: 1 << i for i, feature in enumerate(contents.features)}
     return {
         "version": __version__,
@@ -72,6 +74,7 @@ def table_values(contents: Contents) -> dict[str, Any]:
                 "m": entry.shape.m if entry.shape else 0,
                 "k": entry.shape.k if entry.shape else 0,
                 "threads": entry.threads,
+                "cpu_family": families.index(entry.cpu_family),
             }
             for entry in contents.entries
         ],

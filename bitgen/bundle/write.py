@@ -25,10 +25,10 @@ from bitgen.paths import HOME_VARIABLE, cache_dir, ensure_dir
 from bitgen.records import dump
 from bitgen.spec import StepSizes
 from bitgen.toolchain import (
-    DEFAULT_LIBS,
-    EXPORTS_FILE,
     Toolchain,
     Unit,
+    default_libs,
+    exports_file,
     exports_text,
 )
 from bitgen.toolchain.cache import writing
@@ -104,14 +104,15 @@ def _write(folder: Path, contents: Contents, toolchain: Toolchain, about: _About
     folder.mkdir()
     target, library = contents.target, library_name(about.name, contents.target.cpu.os)
     units = library_units_of(contents)
-    soname = library if about.release else f"{library}.{ABI_VERSION}"
+    in_windows = target.cpu.os == "Windows"  # where a DLL is found by its own name
+    soname = library if about.release or in_windows else f"{library}.{ABI_VERSION}"
     public = dict(host_headers(target.cpu.arch))["bitgen.h"]
     exports = exported(public)
     toolchain.link_shared(toolchain.objects(units), folder / library, soname=soname, exports=exports)
     if soname != library:
         (folder / soname).symlink_to(library)
     (folder / "bitgen.h").write_text(public, encoding="utf-8")
-    (folder / "bitgen.pc").write_text(pkg_config(about.name), encoding="utf-8")
+    (folder / "bitgen.pc").write_text(pkg_config(about.name, target.cpu.os), encoding="utf-8")
     _write_sources(folder / "src", units, toolchain, soname, exports)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     manifest = Manifest(
@@ -150,14 +151,19 @@ def exported(header: str) -> tuple[str, ...]:
 
 
 def library_name(name: str, system: str) -> str:
-    """The file name of a library: libbitgen-NAME.so, or .dylib."""
+    """The file name of a library: libbitgen-NAME.so, libbitgen-NAME.dylib or bitgen-NAME.dll."""
     if system not in SYSTEMS:
-        raise BitgenError(f"bitgen builds libraries for {' and '.join(SYSTEMS)}, not for {system}")
+        raise BitgenError(f"bitgen builds libraries for {', '.join(SYSTEMS)}, not for {system}")
+    if system == "Windows":
+        return f"bitgen-{name}.dll"
     return f"libbitgen-{name}.{'dylib' if system == 'Darwin' else 'so'}"
 
 
-def pkg_config(name: str) -> str:
+def pkg_config(name: str, system: str = "Linux") -> str:
     """The text of bitgen.pc; its paths are relative to wherever the file lies."""
+    found = private = ""  # Windows looks for a DLL beside the program
+    if system != "Windows":
+        found, private = " -Wl,-rpath,${libdir}", f" {' '.join(default_libs(system))}"
     return "\n".join(
         (
             "libdir=${pcfiledir}",
@@ -166,8 +172,8 @@ def pkg_config(name: str) -> str:
             "Name: bitgen",
             f"Description: exact matrix kernels for ternary weights ({name})",
             f"Version: {__version__}",
-            f"Libs: -L${{libdir}} -lbitgen-{name} -Wl,-rpath,${{libdir}}",
-            f"Libs.private: {' '.join(DEFAULT_LIBS)}",
+            f"Libs: -L${{libdir}} -lbitgen-{name}{found}",
+            f"Libs.private:{private}",
             "Cflags: -I${includedir}",
             "",
         )
@@ -183,8 +189,8 @@ def _write_sources(
     texts: Mapping[str, str] = {**headers, **{f"{unit.stem}.c": unit.text for unit in units}}
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
-    system = toolchain.compiler.target
-    (folder / EXPORTS_FILE).write_text(exports_text(system, exports), encoding="utf-8")
+    machine = toolchain.compiler.target
+    (folder / exports_file(machine)).write_text(exports_text(machine, exports), encoding="utf-8")
     library = soname.removesuffix(f".{ABI_VERSION}")
     shared = toolchain.shared_flags(soname, exports=True)
     lines = [
@@ -193,7 +199,7 @@ def _write_sources(
         f"OBJECTS = {' '.join(f'{unit.stem}.o' for unit in units)}",
         "",
         f"{library}: $(OBJECTS)",
-        f"\t$(CC) {' '.join(shared)} -o $@ $(OBJECTS) {' '.join(DEFAULT_LIBS)}",
+        f"\t$(CC) {' '.join(shared)} -o $@ $(OBJECTS) {' '.join(default_libs(machine))}".rstrip(),
         "",
     ]
     for unit in units:

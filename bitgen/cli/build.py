@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", help="CPU to build for: neoverse-n1, cortex-a72, zen4, ... (default: this one)"
     )
-    parser.add_argument("--os", choices=("linux", "macos"), help="system of that CPU (default: this one's)")
+    parser.add_argument(
+        "--os", choices=("linux", "macos", "windows"), help="system of that CPU (default: this one's)"
+    )
     parser.add_argument("--out", type=Path, help="folder that gets the library's folder (generated/)")
     parser.add_argument("--name", help="name of the library (default: <model>-<cpu family>)")
     add_compiler(parser)
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         logs=args.logs,
         name=args.name,
         target=args.target,
-        system={"linux": "Linux", "macos": "Darwin", None: None}[args.os],
+        system={"linux": "Linux", "macos": "Darwin", "windows": "Windows", None: None}[args.os],
     )
     print(render_tables([library_table(path)], "text"))
     print(f"\n{path}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bitgen.cpu.cap import CapRow, cap_rows, capped, isa_cap
 from bitgen.cpu.detect import detect_cpu, require_supported_os
-from bitgen.cpu.features import ANY_ARCH, ArmFeature, FeatureTable, X86Feature, feature_table
+from bitgen.cpu.features import ANY_ARCH, ArmFeature, FeatureTable, X86Feature, feature_table, told_features
 from bitgen.cpu.isa import (
     CAP_VARIABLE,
     Accepted,
@@ -54,4 +54,5 @@ __all__ = [
     "resolve_isas",
     "target_cpu",
     "target_names",
+    "told_features",
 ]

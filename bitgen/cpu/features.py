@@ -81,6 +81,14 @@ def compiler_flags(
     return (f"-march={'+'.join([march, *flags])}",), (f"-mcpu=generic+{version}{zig}",)
 
 
+def told_features(arch: str, system: str) -> frozenset[str]:
+    """The features that a library can ask its CPU for on a system: macOS names fewer than Linux."""
+    table = feature_table()
+    if arch == "aarch64":
+        return frozenset(table.aarch64_darwin if system == "Darwin" else table.aarch64)
+    return frozenset(table.x86_64)
+
+
 def sysctl_features(values: Mapping[str, str]) -> frozenset[str]:
     """The features, in the names of /proc/cpuinfo, of the settings of macOS's sysctl (name -> value)."""
     names = feature_table().aarch64_darwin

@@ -11,7 +11,7 @@ No other module starts a compiler or knows a flag of one.
 
 from __future__ import annotations
 
-from bitgen.toolchain.compile import DEFAULT_LIBS, CompileError, Toolchain
+from bitgen.toolchain.compile import CompileError, Toolchain
 from bitgen.toolchain.compiler import (
     Compiler,
     find_compiler,
@@ -20,13 +20,11 @@ from bitgen.toolchain.compiler import (
     find_cross_compilers,
     release_compiler,
 )
-from bitgen.toolchain.linker import EXPORTS_FILE, exports_text, shared_flags
+from bitgen.toolchain.linker import default_libs, exports_file, exports_text, shared_flags
 from bitgen.toolchain.module import build_library, build_module, declarations_of, python_headers
 from bitgen.toolchain.unit import Prototype, Unit
 
 __all__ = [
-    "DEFAULT_LIBS",
-    "EXPORTS_FILE",
     "CompileError",
     "Compiler",
     "Prototype",
@@ -35,6 +33,8 @@ __all__ = [
     "build_library",
     "build_module",
     "declarations_of",
+    "default_libs",
+    "exports_file",
     "exports_text",
     "find_compiler",
     "find_compilers",

@@ -17,14 +17,19 @@ from bitgen.errors import FileError, ToolchainError
 from bitgen.paths import HOME_VARIABLE, cache_dir, ensure_dir
 from bitgen.toolchain.cache import ContentCache, key_of, writing
 from bitgen.toolchain.compiler import Compiler, refuse_forbidden
-from bitgen.toolchain.linker import EXPORTS_FILE, exports_text, shared_flags
+from bitgen.toolchain.linker import (
+    default_libs,
+    exports_file,
+    exports_text,
+    import_library,
+    library_suffix,
+    shared_flags,
+)
 from bitgen.toolchain.process import Finished, LiveProcesses, TimedOutError, run
 from bitgen.toolchain.unit import Unit
 
 if TYPE_CHECKING:
     from bitgen.cpu import Isa
-
-DEFAULT_LIBS = ("-lm", "-lpthread", "-ldl")
 
 # What C99 took out of the language is an error everywhere: as a warning it would come back as a crash.
 _WARNINGS = (
@@ -160,14 +165,15 @@ class Toolchain:
         objects: Sequence[Path],
         out: Path,
         *,
-        libs: Sequence[str] = DEFAULT_LIBS,
+        libs: Sequence[str] | None = None,
         soname: str | None = None,
         exports: Sequence[str] | None = None,
     ) -> Path:
         """Link ``objects`` to the shared library ``out``, which appears whole or not at all.
 
-        ``exports`` are the only symbols that stay visible (None: all). CompileError when the linker fails,
-        an undefined symbol included; BitgenError when ``out`` cannot be written.
+        ``exports`` are the only symbols that stay visible (None: all); ``libs``: None, the C library's. A DLL
+        gets its import library beside it. CompileError when the linker fails, an undefined symbol included;
+        BitgenError when ``out`` cannot be written.
         """
         target = self.compiler.target
         shared = self.shared_flags(soname, exports=exports is not None)
@@ -178,9 +184,13 @@ class Toolchain:
             tempfile.TemporaryDirectory(prefix=".linking-", dir=out.parent) as folder,
         ):
             if exports is not None:
-                (Path(folder) / EXPORTS_FILE).write_text(exports_text(target, exports))
-            flags = (*self._link_base, *shared, *libs)
-            return self.link_into(Path(folder), out.stem, objects, flags).replace(out)
+                (Path(folder) / exports_file(target)).write_text(exports_text(target, exports))
+            flags = (*self._link_base, *shared, *(default_libs(target) if libs is None else libs))
+            made = self.link_into(Path(folder), out.stem, objects, flags)
+            imports = made.with_name(import_library(made.name))
+            if imports.exists():
+                imports.replace(out.with_name(imports.name))
+            return made.replace(out)
 
     def shared_flags(self, soname: str | None, *, exports: bool) -> tuple[str, ...]:
         """What makes a shared library of objects, without compiler flags; see `linker.shared_flags`."""
@@ -190,11 +200,11 @@ class Toolchain:
     def link_flags(self, *, undefined: bool) -> tuple[str, ...]:
         """All flags of a library for this process; ``undefined``: it may use symbols of Python."""
         shared = shared_flags(self.compiler.target, undefined=undefined or self._sanitized)
-        return (*self._link_base, *shared, *DEFAULT_LIBS)
+        return (*self._link_base, *shared, *default_libs(self.compiler.target))
 
     def link_into(self, folder: Path, name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
-        """Run the linker in ``folder``: NAME.so there, from ``objects``. ``flags`` come last (libraries)."""
-        made = f"{name}.so"
+        """Run the linker in ``folder``: NAME.so (.dll) there, of ``objects``. ``flags`` come last."""
+        made = f"{name}{library_suffix(self.compiler.target)}"
         inputs = [str(path.absolute()) for path in objects]
         self._run(self.compiler, ("-o", made, *inputs, *flags), f"link {name}", folder, LiveProcesses())
         return folder / made

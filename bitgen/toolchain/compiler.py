@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitgen.errors import ToolchainError
+from bitgen.errors import ToolchainError, UnsupportedError
 from bitgen.toolchain.process import Finished, TimedOutError, run
 
 if TYPE_CHECKING:
@@ -156,11 +156,13 @@ def find_compiler(name: str | None = None, probe_timeout_s: float = PROBE_TIMEOU
 
 # (architecture, system) -> what gcc and clang, and what zig call it. zig links against any version of the C
 # library, so that what it makes runs on every Linux of the last twelve years.
-_TRIPLES = {
+_TRIPLES: dict[tuple[str, str], tuple[str | None, str]] = {
     ("aarch64", "Linux"): ("aarch64-linux-gnu", "aarch64-linux-gnu.2.17"),
     ("x86_64", "Linux"): ("x86_64-linux-gnu", "x86_64-linux-gnu.2.17"),
     ("aarch64", "Darwin"): (None, "aarch64-macos"),
     ("x86_64", "Darwin"): (None, "x86_64-macos"),
+    # gcc puts wide registers on the stack of Windows, aligned to 16 bytes, as if it were aligned to theirs.
+    ("x86_64", "Windows"): (None, "x86_64-windows-gnu"),
 }
 
 
@@ -172,7 +174,7 @@ def find_cross_compilers(
     clang is one where gcc's cross compiler is, whose linker and C library it uses. ``libc`` musl: of Linux
     with that C library, which zig has.
     """
-    triple, zig_triple = _TRIPLES[arch, system]
+    triple, zig_triple = _triples_of(arch, system)
     if libc == "musl":
         triple, zig_triple = None, f"{arch}-linux-musl"
     found = []
@@ -205,6 +207,8 @@ def find_cross_compiler(
     if normal_machine(compiler.target) != arch:
         message = f"--cc {name!r} makes code for {compiler.target}, not for {arch}"
         raise ToolchainError(message)
+    if system == "Windows" and compiler.kind == "gcc":
+        raise ToolchainError(f"--cc {name!r}: gcc misaligns wide registers on the stack of Windows; use zig")
     return compiler
 
 
@@ -228,8 +232,15 @@ def normal_machine(triple: str) -> str:
     return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
 
 
+def _triples_of(arch: str, system: str) -> tuple[str | None, str]:
+    if (arch, system) not in _TRIPLES:
+        known = ", ".join(f"{system} on {arch}" for arch, system in _TRIPLES)
+        raise UnsupportedError(f"no libraries are built for {system} on {arch}; they are for {known}")
+    return _TRIPLES[arch, system]
+
+
 def _no_cross_compiler(arch: str, system: str) -> str:
-    triple, _ = _TRIPLES[arch, system]
+    triple, _ = _triples_of(arch, system)
     gcc = f"install {triple}-gcc (Debian: gcc-{triple.replace('_', '-')}), or " if triple else ""
     return f"no compiler for {arch} {system} found: {gcc}pip install ziglang"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from libraries import shared_cache, toolchain_of
+from libraries import EMPTY_TABLE, shared_cache, toolchain_of
 from loaded import load_units
 
 from bitgen.bundle.contents import Target, choose_contents
@@ -23,6 +23,7 @@ from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError
 from bitgen.hostcode import (
     ARCHS,
+    CpuChecks,
     csrc_text,
     features_header,
     host_headers,
@@ -196,26 +197,12 @@ int32_t test_pack(const char *family, int32_t row_block, int32_t k_chunk, int32_
 
 @pytest.fixture(scope="module")
 def packer() -> Any:
-    units = {unit.name: unit for unit in library_units(detect_cpu().arch, "Linux", (), EMPTY_TABLE)}
+    units = {unit.name: unit for unit in library_units(detect_cpu().arch, "Linux", CpuChecks(), EMPTY_TABLE)}
     prototype = PACK_TEST.partition("{")[0].strip()
     text = f"{units['pack'].text}\n{prototype};\n{PACK_TEST}"
     tested = replace(units["pack"], text=text, functions=(Prototype.parse(prototype),), flags=())
     toolchain = toolchain_of()
     return load_units(toolchain, [units["pool"], tested])
-
-
-EMPTY_TABLE = {
-    "tuned": {"threads": 0, "cores": 0},
-    "version": "",
-    "prototypes": (),
-    "required": 0,
-    "layouts": (),
-    "isas": (),
-    "isa_caps": (),
-    "kernels": (),
-    "entries": (),
-    "steps": (),
-}
 
 
 @pytest.mark.parametrize("units", [1, 2, 3])
@@ -320,34 +307,7 @@ def test_the_check_of_the_cpu_agrees_with_the_system(tmp_path: Path) -> None:
     assert set(run_program(tmp_path, [table]).split()) == set(known) & cpu.features
 
 
-POOL_PROGRAM = """
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include "pool.h"
-static int plain[4096];
-static void body(void *arg, int32_t worker, int64_t begin, int64_t end)
-{
-    (void)arg, (void)worker;
-    for (int64_t i = begin; i < end; ++i) plain[i] += 1; /* a data race if two threads get one item */
-}
-int main(void)
-{
-    for (int32_t threads = 1; threads <= 4; ++threads) {
-        struct bitgen_pool *pool;
-        if (bitgen_pool_create(&pool, threads)) return 1;
-        for (int loop = 0; loop < 300; ++loop) {
-            bitgen_pool_ahead(pool, plain + loop, loop % 3 ? (int64_t)sizeof plain : 0);
-            bitgen_pool_run(pool, body, NULL, 1 + loop * 13, 1 + loop % 7);
-        }
-        bitgen_pool_destroy(pool);
-    }
-    int total = 0;
-    for (int i = 0; i < 4096; ++i) total += plain[i];
-    printf("%d", total);
-    return 0;
-}
-"""
+POOL_PROGRAM = (Path(__file__).parents[1] / "data" / "host" / "pool.c").read_text()
 
 
 def test_the_pool_has_no_data_race(tmp_path: Path) -> None:
@@ -382,7 +342,7 @@ def run_program(folder: Path, units: list[Unit], *flags: str) -> str:
 def test_host_code_compiles_without_a_warning(compiler: Compiler, tmp_path: Path) -> None:
     cpu = detect_cpu()
     units = library_units(
-        cpu.arch, cpu.os, (), EMPTY_TABLE
+        cpu.arch, cpu.os, CpuChecks(), EMPTY_TABLE
     )  # tests/kernels/test_library.py compiles a table with rows
     units = tuple(unit for unit in units if unit.name != "table")
     toolchain = Toolchain(compiler, cache_dir=tmp_path, werror=True, extra_flags=("-Wpedantic", "-Wshadow"))

@@ -6,22 +6,28 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import libraries
 import numpy as np
 import pytest
 from test_c_example import CC, WARNINGS, compile_program
 
-from bitgen.bundle import judge, read_bundle
+from bitgen.bundle import KernelEntry, judge, read_bundle
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.elf import Requirements, read_requirements
 from bitgen.bundle.transfer import committed_kernels
 from bitgen.bundle.units import table_values
+from bitgen.bundle.write import write_library
 from bitgen.cli import main
-from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, load_isas, target_cpu
+from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, find_isa, load_isas, target_cpu
 from bitgen.errors import FileError
+from bitgen.paths import winners_dir
 from bitgen.reference import ternary_matmul
 from bitgen.runtime import load
+from bitgen.space import space_for
+from bitgen.spec import SMALL, Layout, Shape
 from bitgen.winners import committed_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +109,49 @@ def test_emulated_cpus_get_their_level(
     assert done.stdout.endswith("OK: 1500 values equal those of the naive loop\n")
     held = level if level in LEVELS else "scalar"
     assert done.stdout.splitlines()[0].endswith(f"__{held}")
+
+
+@pytest.mark.slow
+@LINUX
+def test_the_label_of_a_cpu_ranks_schedules_of_one_level(tmp_path: Path) -> None:
+    """Each CPU takes what won on its family, others what won on none in particular; features come first."""
+    emulator = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
+    if detect_cpu().arch != "x86_64" or emulator is None:
+        pytest.skip("needs x86-64 and its emulator: apt-get install qemu-user")
+    shape = Shape(300, 640)  # of the example, times 5 tokens
+    space = space_for("i2s", find_isa("avx2", ISAS), SMALL, shape, target_cpu("haswell"))
+    legal = [spec for spec in space if spec.layout == Layout("i2s", 16)][:3]
+    families = dict(zip(("", "zen", "haswell"), legal, strict=True))
+    choices = [KernelEntry(spec, shape, 1, cpu_family=family) for family, spec in families.items()]
+    target = Target.every("x86_64", "Linux", [isa for isa in ISAS if isa.name in ("scalar", "avx2")])
+    toolchain = replace(libraries.users_toolchain(), strip=True)
+    made = write_library(choices, toolchain, tmp_path, "ranked", target, check=False, release=True)
+    assert [kernel.cpu_family for kernel in read_bundle(made).manifest.kernels[:3]] == list(families)
+    program = compile_program(ROOT / "examples" / "c" / "example.c", made, tmp_path, CC, *WARNINGS)
+    chosen = {}
+    for core, family in (("Haswell", "haswell"), ("EPYC", "zen"), ("Broadwell", ""), ("Nehalem", None)):
+        done = subprocess.run(
+            [emulator, "-cpu", core, program], capture_output=True, text=True, check=False, env={}
+        )
+        assert done.stdout.endswith("OK: 1500 values equal those of the naive loop\n"), done.stderr
+        chosen[core] = done.stdout.splitlines()[0].rpartition(" ")[2]
+        if family is not None:
+            assert chosen[core] == families[family].name
+    assert chosen["Nehalem"].endswith("__scalar")
+
+
+def test_winners_of_two_families_of_one_level_are_both_in_it(tmp_path: Path) -> None:
+    target, shape = Target.every("x86_64", "Linux"), Shape(3200, 3200)
+    shutil.copy(winners_dir() / "zen4.json", tmp_path)
+    text = (tmp_path / "zen4.json").read_text()
+    (tmp_path / "icelake.json").write_text(text.replace('"cpu_family": "zen4"', '"cpu_family": "icelake"'))
+    chosen = committed_kernels(target, [shape], tmp_path)
+    best = [entry for entry in chosen.entries if entry.spec.isa == "avx512_vbmi"]
+    assert {entry.cpu_family for entry in best} == {"", "zen4"}, "icelake stands before it in targets.yaml"
+    assert {entry.cpu_family for entry in chosen.entries if entry.spec.isa == "avx2"} == {""}
+    alone = committed_kernels(target, [shape], winners_dir())
+    assert {entry.cpu_family for entry in alone.entries} == {""}
+    assert choose_contents(chosen.entries, target).cpu_families == ("zen4",)
 
 
 @pytest.mark.slow

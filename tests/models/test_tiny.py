@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import libraries
+import numpy as np
 import pytest
 from step_levels import LEVELS
 
+from bitgen.bundle import KernelEntry
+from bitgen.bundle.contents import Target
+from bitgen.bundle.write import write_library
 from bitgen.cli import main
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
@@ -23,6 +28,7 @@ from bitgen.formats.open import open_model, shipped_model
 from bitgen.inference.perplexity import perplexity
 from bitgen.llm import LLM
 from bitgen.paths import models_dir
+from bitgen.spec import REGIMES, Layout
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +86,26 @@ def test_run_prints_the_recorded_text(
         argv = ["run", "--model", "tiny", "--library", library, "-t", threads, "--temp", "0", "--no-perf"]
         assert main([*argv, "-p", each["prompt"], "-n", str(len(each["tokens"]))]) == 0
         assert capsys.readouterr().out == each["prompt"] + each["text"] + "\n"
+
+
+def test_a_bundle_computes_the_logits_of_a_tuned_library(universal_library: Path, tmp_path: Path) -> None:
+    """Other schedules, another layout of the weights, a step for the model's sizes: the same bits."""
+    cpu, config = detect_cpu(), open_model("tiny").config
+    layout = Layout("tl2", 32)
+    choices = [
+        KernelEntry(libraries.spec_for(layout, regime, shape, cpu, nth), shape, 2)
+        for shape in config.shapes
+        for nth, regime in enumerate(REGIMES)
+    ]
+    toolchain, target = libraries.users_toolchain(), Target.of(cpu)
+    tuned = write_library(choices, toolchain, tmp_path, "tuned", target, check=False)
+    logits = []
+    for library in (tuned, universal_library):
+        with LLM("tiny", library=library, threads=2) as llm:
+            assert llm.table is not None
+            assert (llm.table.layout_name(config.shapes[0]) == layout.name) == (library == tuned)
+            logits.append([llm.logits(GREEDY[0]["ids"][:n]) for n in (1, 3, len(GREEDY[0]["ids"]))])
+    assert all(np.array_equal(*each) for each in zip(*logits, strict=True))
 
 
 @pytest.fixture

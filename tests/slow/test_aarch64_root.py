@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import foreign
 import pytest
 
 from bitgen.api import build
+from bitgen.bundle.make import make_universal
 from bitgen.errors import ToolchainError, UnsupportedError
 from bitgen.llm import LLM
 from bitgen.paths import models_dir
@@ -161,6 +164,35 @@ def test_without_a_library_and_a_compiler_the_way_out_is_named(system: aarch64_r
     done = system.run("-m", "bitgen", "run", "-m", "tiny", "-p", "x")
     assert done.returncode == ToolchainError.exit_code
     assert "no C compiler found: install gcc or clang, or pip install ziglang" in done.stderr
+
+
+@pytest.mark.deep
+def test_the_wheel_of_its_platform_needs_no_compiler(
+    system: aarch64_root.Aarch64Root, tmp_path: Path
+) -> None:
+    """Unpacked as pip does it: each core takes its ISA level, and writes the text of every other machine."""
+    bundle = make_universal("aarch64", tmp_path / "made", cc="gcc")
+    script = Path(__file__).parents[2] / "tools" / "wheels.py"
+    subprocess.run([sys.executable, script, "--bundle", bundle, "-o", tmp_path], check=True)
+    (wheel,) = tmp_path.glob("bitgen-*_aarch64.whl")
+    home = system.folder / "home"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(home)  # -m looks in the working directory first
+    try:
+        for core, (_, level) in CORES.items():
+            picked = json.loads(said(system.run("-m", "bitgen", "bundle", "pick", "-o", "json", core=core)))
+            assert picked["chosen"] == str(home / "bitgen/_data/bundles/universal-aarch64")
+            assert core == "max" or picked["isa"] == level
+        words: tuple[str, ...] = ("run", "-m", "tiny", "--temp", "0", "--no-perf", "-p", GREEDY["prompt"])
+        done = system.run("-m", "bitgen", *words, "-n", str(len(GREEDY["tokens"])), core="neoverse-n1")
+        assert said(done) == GREEDY["prompt"] + GREEDY["text"] + "\n"
+        words = ("perplexity", "-m", "tiny", "-c", "64", "-f", "-")
+        assert "perplexity" in said(system.run("-m", "bitgen", *words, text="In the beginning. " * 40))
+        words = ("bench", "-m", "tiny", "-p", "8", "-n", "4", "-r", "1")
+        assert "tokens" in said(system.run("-m", "bitgen", *words))
+        assert said(system.run("-m", "bitgen", "chat", "-m", "tiny", "-n", "4", text="In the beginning"))
+    finally:
+        shutil.rmtree(home / "bitgen")
 
 
 @pytest.mark.deep

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,21 @@ CACHE_VARIABLE = "BITGEN_TEST_CACHE"
 # Shapes the library is "tuned" for: a layout with two 16-row sub-blocks and signs, and one with tables.
 TL2_SHAPE, TL1_SHAPE = Shape(100, 500), Shape(64, 640)
 TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT = Layout("tl2", 32), Layout("tl1", 16), Layout("i2s", 16)
+
+
+# Values of templates/table.c.j2 for host code without any kernel.
+EMPTY_TABLE: dict[str, Any] = {
+    "tuned": {"threads": 0, "cores": 0},
+    "version": "",
+    "prototypes": (),
+    "required": 0,
+    "layouts": (),
+    "isas": (),
+    "isa_caps": (),
+    "kernels": (),
+    "entries": (),
+    "steps": (),
+}
 
 
 def layout_of(shape: Shape) -> Layout:

@@ -11,8 +11,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef _WIN32
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 static int checks, failures;
 
@@ -353,6 +355,9 @@ static void check_groups(bitgen_context *ctx)
 
 static int child_threads = 2;
 
+#ifdef _WIN32 /* there is no fork() */
+static void check_fork(bitgen_context *ctx, void *packed, size_t bytes) { (void)ctx, (void)packed, (void)bytes; }
+#else
 static void check_fork(bitgen_context *ctx, void *packed, size_t bytes)
 {
     fflush(stdout);
@@ -372,6 +377,7 @@ static void check_fork(bitgen_context *ctx, void *packed, size_t bytes)
     CHECK(waitpid(child, &status, 0) == child);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
+#endif
 
 enum { BUSY_M = 512, BUSY_K = 2048, BUSY_N = 64 };
 
