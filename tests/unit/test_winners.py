@@ -12,6 +12,8 @@ from test_store import LARGE, R16, R32, of_layout, others, tuning
 from bitgen import __version__, winners
 from bitgen.api import choices_for
 from bitgen.bundle import Bundle, KernelEntry, read_bundle
+from bitgen.bundle.contents import Target
+from bitgen.bundle.transfer import committed_kernels
 from bitgen.cli import main
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
@@ -234,3 +236,15 @@ def test_a_family_file_with_a_renamed_knob_is_read(tmp_path: Path, monkeypatch: 
     assert [winner.spec for winner in family_winners("zen5", tmp_path)] == [of_layout(R16)]
     export_winners(store, fingerprints, cpu("zen5"), ISAS, tmp_path)
     assert "rivers" not in path.read_text()
+
+
+def test_a_level_with_a_unit_of_its_own_does_not_inherit_kernels_without_it(tmp_path: Path) -> None:
+    """Winners of zen4, which has no tiles: one token keeps its kernel, batches get those of tiles."""
+    shutil.copy(winners_dir() / "zen4.json", tmp_path)
+    target = Target.of(target_cpu("sapphirerapids", "Linux"))
+    entries = committed_kernels(target, [Shape(3200, 8640)], tmp_path).entries
+    algorithms = {entry.spec.regime: entry.spec.schedule.algorithm for entry in entries}
+    assert entries[0].spec.isa == "amx_int8"
+    assert algorithms["small"] == algorithms["large"] == "tiles"
+    assert algorithms["n1"] != "tiles"
+    assert len({entry.spec.layout for entry in entries}) == 1
