@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Literal
 from bitgen.cpu import Isa, accepted_isas, detect_cpu, find_isa, target_cpu
 from bitgen.environment import Environment, check_threads
 from bitgen.errors import BitgenError, UsageError
+from bitgen.families import first_family
+from bitgen.families.base import TERNARY
 from bitgen.formats.config import ModelPreset
 from bitgen.formats.open import preset_of
 from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Rates, Status
@@ -36,6 +38,7 @@ from bitgen.progress import Progress, Report
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space
 from bitgen.spec import (
+    EVERY_FAMILY,
     FAMILIES,
     LARGE,
     REGIMES,
@@ -139,7 +142,7 @@ def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report |
             fresh=options.fresh,
             progress=progress,
         )
-        spaces = partial(env.space, group=plan.group)
+        spaces = partial(env.space, group=plan.kind.group)
         return search(plan, runner, store, env.fingerprints, spaces, session)
 
 
@@ -189,7 +192,7 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEn
     A shape without any runs on the default kernels that every library holds.
     """
     from bitgen.bundle import KernelEntry
-    from bitgen.bundle.contents import COMMON_GROUP
+    from bitgen.bundle.contents import COMMON_GROUP, Target, default_entries
 
     store = env.store
     committed = family_winners(env.cpu.family)
@@ -198,14 +201,14 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEn
         tuned = {
             winner.threads
             for record in store.tunings
-            if (record.shape, record.layout.group) == (shape, model.group)
+            if (record.shape, record.layout.kind) == (shape, model.kind)
             for winner in record.current(env.fingerprints)
         }
         found = [
             KernelEntry(winner.spec, shape, winner.threads)
             for threads in sorted(tuned)
             for regime in REGIMES
-            if (winner := store.best(shape, regime.name, threads, env.fingerprints, isa.name, model.group))
+            if (winner := store.best(shape, regime.name, threads, env.fingerprints, isa.name, model.kind))
         ]
         found = found or [
             KernelEntry(winner.spec, shape, winner.threads)
@@ -213,15 +216,17 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEn
             if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, env, isa, model)
         ]
         choices += dict.fromkeys(found)
-    if model.group not in (0, COMMON_GROUP):  # every library has defaults for these
-        spaces = (env.space("i2s", isa, regime.name, ANY_SHAPE, model.group) for regime in REGIMES)
-        choices += [KernelEntry(space.default) for space in spaces]
+    if model.weights != TERNARY or model.group not in (
+        0,
+        COMMON_GROUP,
+    ):  # every library has defaults for these
+        choices += default_entries(model.weights, model.group, Target.of(env.cpu, isa.name, env.isas))
     return choices
 
 
 def _is_legal(winner: Job, env: Environment, isa: Isa, model: ModelPreset) -> bool:
     """Whether a committed schedule is one of today's: the knobs of a family change with its templates."""
-    if winner.spec.layout.group != model.group:
+    if winner.spec.layout.kind != model.kind:
         return False
     space = env.space(winner.spec.family, isa, winner.spec.regime, winner.shape, model.group)
     return not space.broken(winner.spec)
@@ -264,7 +269,7 @@ def build(
         model=preset.alias,
         sizes=preset.step_sizes,
         fingerprint=_fingerprint(choices, env),
-        threads=env.store.best_threads(preset.shapes, env.fingerprints, preset.group) if choices else 0,
+        threads=env.store.best_threads(preset.shapes, env.fingerprints, preset.kind) if choices else 0,
         check=env.runs(level),
     )
 
@@ -401,7 +406,11 @@ def verify(
             env.cpu,
             [level.name for level in levels],
             [family_named(name).name for name in families]
-            or [name for name, family in FAMILIES.items() if not group or group in family.groups],
+            or [
+                name
+                for name, family in EVERY_FAMILY.items()
+                if (group in family.groups if group else family.is_ternary)
+            ],
             sample,
             seed,
             [regime_named(name) for name in regimes] or REGIMES,
@@ -462,7 +471,8 @@ def bench_kernels(
                 total = len(preset.shapes) * len(tokens)
                 progress(Progress(f"{shape.name}, n = {n}", len(raced), total, "races"))
             regime = regime_of(n)
-            default = env.space("i2s", level, regime.name, shape, preset.group).default
+            family = first_family(preset.weights)
+            default = env.space(family, level, regime.name, shape, preset.group).default
             tuned = chosen.get((shape, regime.name))
             spec = tuned or default
             job = RaceJob((spec, default), shape, n, count, rounds, regime is not LARGE)

@@ -1,5 +1,7 @@
 """The oracle, in plain numpy: what every kernel must equal, and what the bytes of every layout mean.
 
+Weights of 4 bits are `Codes`, which `pack_codes` packs and `code_values` reads as integers.
+
 ``pack(layout, w)`` takes w int8 (m, k) in {-1, 0, 1} and gives uint8 (layout.packed_bytes,). The matrix is
 padded with zero weights to whole row blocks and chunks (whole groups where scales lie among the weights, and
 scales 0). In all layouts a sub-block is 16 rows, a lane is 16
@@ -12,14 +14,15 @@ with a scale for each group of weights along k the sum over groups of `scale_gro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
-from bitgen.families.base import Bytes, Ternary, encode_tail
-from bitgen.spec import FAMILIES, Layout, Shape, ceil_to
+from bitgen.families.base import Bytes, Codes, Ternary, encode_tail
+from bitgen.spec import EVERY_FAMILY, Layout, Shape, ceil_to
 
 
 def check_ternary(w: Ternary) -> Shape:
@@ -44,8 +47,8 @@ def pack(
     if layout.group:
         if scales is None or scales.shape != (shape.m, layout.groups(shape.k)):
             raise BitgenError(f"{layout.name} needs scales ({shape.m}, {layout.groups(shape.k)})")
-        return _pack_groups(layout, w, scales.astype(np.float16) if half else scales)
-    family, chunks = FAMILIES[layout.family], layout.chunks(shape.k)
+        return _pack_groups(layout, w, (scales,), half)
+    family, chunks = EVERY_FAMILY[layout.family], layout.chunks(shape.k)
     padded = np.zeros((ceil_to(shape.m, layout.row_block), chunks * family.k_chunk), np.int8)
     padded[: shape.m, : shape.k] = w
     # (blocks, chunks, sub-blocks, 16 rows, k_chunk)
@@ -57,12 +60,18 @@ def pack(
     return np.ascontiguousarray(blocks).reshape(-1)
 
 
-def _pack_groups(layout: Layout, w: Ternary, scales: NDArray[np.floating]) -> Bytes:
-    """Of each row block and group the chunks of its sub-blocks, their tails, then their scales."""
-    (m, k), family = w.shape, FAMILIES[layout.family]
+def _pack_groups(
+    layout: Layout, w: Ternary, scales: Sequence[NDArray[np.float32]], half: bool, head: Bytes | None = None
+) -> Bytes:
+    """Of each row block and group the chunks of its sub-blocks, their tails, then the scales of each.
+
+    ``scales``: one or more of (m, groups); ``head`` (row blocks, bytes): what comes before the groups.
+    """
+    (m, k), family = w.shape, EVERY_FAMILY[layout.family]
     rows, groups = ceil_to(m, layout.row_block), layout.groups(k)
-    padded, scale = np.zeros((rows, layout.columns(k)), np.int8), np.zeros((rows, groups), scales.dtype)
-    padded[:m, :k], scale[:m] = w, scales
+    padded = np.zeros((rows, layout.columns(k)), np.int8)
+    scale = np.zeros((rows, len(scales), groups), np.float16 if half else np.float32)
+    padded[:m, :k], scale[:m] = w, np.stack(scales, axis=1)
     blocks, whole = rows // layout.row_block, layout.group // family.k_chunk
     # (blocks, groups, sub-blocks, 16 rows, group)
     cells = padded.reshape(blocks, layout.sub_blocks, 16, groups, layout.group).transpose(0, 3, 1, 2, 4)
@@ -72,8 +81,11 @@ def _pack_groups(layout: Layout, w: Ternary, scales: NDArray[np.floating]) -> By
     parts: list[Bytes] = [family.encode(tiles).reshape(blocks, groups, -1)]
     if family.tail(layout.group):
         parts.append(encode_tail(cells[..., whole * family.k_chunk :]).reshape(blocks, groups, -1))
-    lines = scale.reshape(blocks, layout.row_block, groups).transpose(0, 2, 1)
-    return np.concatenate([*parts, np.ascontiguousarray(lines).view(np.uint8)], axis=2).reshape(-1)
+    # (blocks, groups, sub-blocks, scales, 16 rows)
+    lines = scale.reshape(blocks, layout.sub_blocks, 16, len(scales), groups).transpose(0, 4, 1, 3, 2)
+    parts.append(np.ascontiguousarray(lines).reshape(blocks, groups, -1).view(np.uint8))
+    body = np.concatenate(parts, axis=2).reshape(blocks, -1)
+    return (body if head is None else np.concatenate([head, body], axis=1)).reshape(-1)
 
 
 def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
@@ -83,7 +95,7 @@ def unpack(layout: Layout, packed: Bytes, shape: Shape) -> Ternary:
             f"packed weights of {shape.name} in {layout.name} take {layout.packed_bytes(shape)} bytes, "
             f"not {packed.size}"
         )
-    family = FAMILIES[layout.family]
+    family = EVERY_FAMILY[layout.family]
     chunks = layout.chunks(shape.k)
     blocks = packed.reshape(-1, layout.block_bytes(shape.k))
     body = blocks[:, : layout.sub_blocks * chunks * family.chunk_bytes]
@@ -257,3 +269,73 @@ def grouped_int16_linear(
     scales = np.float32(256) * x_scale, x_scale
     high, low = (scale_groups(p, w, s, w_scale, group) for p, s in zip(planes, scales, strict=True))
     return high + low
+
+
+# ---- weights of 4 bits
+
+
+def pack_codes(layout: Layout, weights: Codes, *, half: bool = True) -> Bytes:
+    """Pack 4-bit codes -> uint8 (layout.packed_bytes,); ``half`` as in `pack`."""
+    w, family = weights.codes, EVERY_FAMILY[layout.family]
+    if w.max(initial=0) > 15 or weights.scales.shape != (len(w), layout.groups(w.shape[1])):
+        raise BitgenError(f"{layout.name} needs codes of 4 bits and scales of its groups")
+    offsets = () if weights.offsets is None else (weights.offsets,)
+    if family.is_ternary or len(offsets) != family.scales - 1 or (weights.tables is None) == family.by_table:
+        raise BitgenError(f"these weights are not {family.title}'s")
+    head = _table_head(layout, weights) if family.by_table else None
+    return _pack_groups(layout, w.astype(np.int8), (weights.scales, *offsets), half, head)
+
+
+def _table_head(layout: Layout, weights: Codes) -> Bytes:
+    """Of each row block its tables, zeros behind the last, and the selectors, those of a group together."""
+    m, k = weights.codes.shape
+    blocks, groups = -(-m // layout.row_block), layout.groups(k)
+    head = np.zeros((blocks, layout.head_bytes(k)), np.uint8)
+    if weights.tables is not None:
+        head[:, : weights.tables.size] = weights.tables.reshape(-1).view(np.uint8)
+    if weights.selectors is not None:
+        every = np.zeros((blocks * layout.sub_blocks, groups), np.uint8)
+        every[: len(weights.selectors)] = weights.selectors
+        of_block = every.reshape(blocks, layout.sub_blocks, groups).transpose(0, 2, 1)
+        head[:, 64 : 64 + layout.sub_blocks * groups] = of_block.reshape(blocks, -1)
+    return head
+
+
+def code_values(layout: Layout, weights: Codes) -> NDArray[np.int8]:
+    """The integers (m, k) that kernels multiply, times whose scales, plus offsets, they are weights."""
+    if weights.tables is None:
+        return weights.codes.astype(np.int8) - np.int8(EVERY_FAMILY[layout.family].bias)
+    m, k = weights.codes.shape
+    table = np.zeros((m, k), np.intp)
+    if weights.selectors is not None:
+        table = np.repeat(np.repeat(weights.selectors, 16, axis=0)[:m], layout.group, axis=1)[:, :k].astype(
+            np.intp
+        )
+    return weights.tables[table, weights.codes]
+
+
+def scale_codes(
+    xq: NDArray[np.int8], weights: Codes, x_scale: NDArray[np.float32], layout: Layout
+) -> NDArray[np.float32]:
+    """As `scale_groups`, of 4-bit weights.
+
+    With offsets each group adds ``y = fma(offset[m, g], x_scale[n, g] * (float)x_sum[n, g], y)`` behind its
+    sum.
+    """
+    y = np.zeros((len(xq), len(weights.codes)), np.float32)
+    values = code_values(layout, weights)
+    x_parts, w_parts = _split_groups(xq, layout.group), _split_groups(values, layout.group)
+    for g in range(x_parts.shape[1]):
+        acc = x_parts[:, g].astype(np.float64) @ w_parts[:, g].T.astype(np.float64)
+        scale = x_scale[:, None, g]
+        y = fused_multiply_add(acc.astype(np.float32), weights.scales[None, :, g] * scale, y)
+        if weights.offsets is not None:
+            x_sum = x_parts[:, g].sum(axis=1, dtype=np.int32).astype(np.float32)
+            y = fused_multiply_add(weights.offsets[None, :, g], scale * x_sum[:, None], y)
+    return y
+
+
+def coded_linear(x: NDArray[np.float32], weights: Codes, layout: Layout) -> NDArray[np.float32]:
+    """The whole product of 4-bit weights: quantise by groups, multiply exactly, scale and add in order."""
+    xq, x_scale = quantize_groups(x, layout.group)
+    return scale_codes(xq, weights, x_scale, layout)

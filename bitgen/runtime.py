@@ -27,7 +27,7 @@ from bitgen.abi import ABI_VERSION, X_TYPES, constants, ffi
 from bitgen.bundle import Bundle, is_bundle, read_bundle, require_runnable
 from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
-from bitgen.families.base import GROUPS
+from bitgen.families.base import GROUPS, TERNARY, Codes
 from bitgen.reference import grouped_int16_linear, grouped_linear, int16_linear, ternary_matmul
 from bitgen.reference import linear as reference_linear
 from bitgen.spec import REGIMES, Shape
@@ -37,6 +37,7 @@ Floats: TypeAlias = NDArray[np.float32]
 Generic: TypeAlias = Literal["never", "fallback", "only"]
 Activations: TypeAlias = Literal["int8", "int16"]  # what the inputs of matrices are quantised to
 _ALIGNMENT = 64
+_CTYPES = {"uint8": "uint8_t[]", "int8": "int8_t[]", "float32": "float[]"}
 
 
 class ArgumentTypeError(UsageError, TypeError):
@@ -238,6 +239,8 @@ class KernelTable:
         lib, header = self._lib, ffi.new("struct bitgen_packed_header *")
         if groups is None:
             code = lib.bitgen_packed_layout(self._context, shape.m, shape.k, header)
+        elif groups.weights != TERNARY:
+            code = lib.bitgen_codes_packed_layout(self._context, shape.m, shape.k, groups.coded(), header)
         else:
             code = lib.bitgen_group_packed_layout(self._context, shape.m, shape.k, *groups.native, header)
         self.check(code)
@@ -248,6 +251,8 @@ class KernelTable:
         lib, size = self._lib, ffi.new("size_t *")
         if groups is None:
             code = lib.bitgen_packed_bytes(self._context, shape.m, shape.k, size)
+        elif groups.weights != TERNARY:
+            code = lib.bitgen_codes_packed_bytes(self._context, shape.m, shape.k, groups.coded(), size)
         else:
             code = lib.bitgen_group_packed_bytes(self._context, shape.m, shape.k, *groups.native, size)
         self.check(code)
@@ -276,6 +281,27 @@ class KernelTable:
             values = ffi.from_buffer("float[]", scales)
             code = self._lib.bitgen_pack_group_rows(self._context, codes, values, *rows, *groups.native, *out)
         self.check(code)
+
+    def pack_codes(
+        self, rows: Codes, begin: int, shape: Shape, packed: NDArray[np.uint8], groups: Groups
+    ) -> None:
+        """As `pack_rows`, of 4-bit codes: ``rows`` has those of rows from ``begin`` on."""
+        m = len(rows.codes)
+        struct, alive = groups.coded(), []
+        for name in ("codes", "scales", "offsets", "tables", "selectors"):
+            if (values := getattr(rows, name)) is not None:
+                alive.append(ffi.from_buffer(_CTYPES[values.dtype.name], np.ascontiguousarray(values)))
+                setattr(struct, name, alive[-1])
+        struct.table_count = 0 if rows.tables is None else len(rows.tables)
+        where = (begin, begin + m, shape.m, shape.k, ffi.from_buffer("uint8_t[]", packed), packed.size)
+        self.check(self._lib.bitgen_pack_codes(self._context, struct, *where))
+
+    def coded(self, rows: Codes, groups: Groups) -> Linear:
+        """Pack a matrix of 4-bit codes, as `linear` does ternary weights in groups."""
+        shape = Shape(*rows.codes.shape)
+        packed = aligned_bytes(self.packed_bytes(shape, groups))
+        self.pack_codes(rows, 0, shape, packed, groups)
+        return Linear(self, shape, packed, np.empty(0, np.float32), groups.group)
 
     def is_packed(self, packed: NDArray[np.uint8], shape: Shape) -> bool:
         """Whether ``packed`` opens like weights of this shape that the library can multiply with."""
@@ -306,6 +332,8 @@ class KernelTable:
             raise ArgumentValueError("x holds NaN or infinity")
         if code == lib.BITGEN_ERROR_SCALES:
             raise ArgumentValueError(f"scale: {message}")
+        if code == lib.BITGEN_ERROR_CODES:
+            raise ArgumentValueError(f"codes: {message}")
         if code == lib.BITGEN_ERROR_NOT_TERNARY:
             raise ArgumentValueError("w must hold -1, 0 and 1 only")
         raise (BusyError if code == lib.BITGEN_ERROR_BUSY else BitgenError)(f"{self.path.name}: {message}")
@@ -328,10 +356,14 @@ class KernelTable:
 
 @dataclass(frozen=True)
 class Groups:
-    """A scale for each ``group`` weights along k; ``half``: stored as half floats, else as floats."""
+    """A scale for each ``group`` weights along k; ``half``: stored as half floats, else as floats.
+
+    ``weights``: ternary, or a kind of 4-bit codes (`bitgen.families.base.Family.weights`).
+    """
 
     group: int
     half: bool = True
+    weights: str = TERNARY
 
     @classmethod
     def of(cls, scales: Floats, group: int) -> Groups:
@@ -343,6 +375,13 @@ class Groups:
     def native(self) -> tuple[int, int]:
         """(group, scale type) as the library's functions take them."""
         return self.group, constants.BITGEN_SCALE_F16 if self.half else constants.BITGEN_SCALE_F32
+
+    def coded(self) -> Any:
+        """The same of 4-bit codes: a struct bitgen_codes without rows."""
+        group, scale_type = self.native
+        kind = getattr(constants, f"BITGEN_WEIGHTS_{self.weights.upper()}")
+        fields = {"group": group, "scale_type": scale_type, "kind": kind}
+        return ffi.new("struct bitgen_codes *", {"size": ffi.sizeof("struct bitgen_codes"), **fields})
 
 
 class Linear:

@@ -14,7 +14,7 @@ from itertools import product
 
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
-from bitgen.families import FAMILIES, Family
+from bitgen.families import EVERY_FAMILY, Family
 from bitgen.families.algorithms import presets_of
 from bitgen.families.base import INT16_MAX, INT16_MIN, UNPACKING, Axes, Check, Int16Sums, Knobs, told
 from bitgen.spec import K_MAX, KernelSpec, Layout, Regime, Schedule, Shape, ceil_to
@@ -55,7 +55,7 @@ class Space:
         """The values each knob of an algorithm may take."""
         if algorithm not in self.axes:
             raise UsageError(
-                f"{FAMILIES[self.family].title} for {self.regime.name} has no algorithm {algorithm!r}; "
+                f"{EVERY_FAMILY[self.family].title} for {self.regime.name} has no algorithm {algorithm!r}; "
                 f"it has {', '.join(self.axes)}",
             )
         return self.axes[algorithm]
@@ -67,7 +67,7 @@ class Space:
         if unknown:
             names = ", ".join(sorted(unknown))
             raise UsageError(f"{algorithm} has no knob {names}; it has {', '.join(knobs)}")
-        off = FAMILIES[self.family].algorithm(algorithm).off
+        off = EVERY_FAMILY[self.family].algorithm(algorithm).off
         given = {**off, **values}
         missing = set(knobs) - set(given)
         if missing:
@@ -134,10 +134,10 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, gro
     ``group``: weights along k that share a scale; 0: scales lie outside. UsageError where the family has no
     such layout.
     """
-    if family not in FAMILIES:
-        raise unknown("family", family, FAMILIES)
-    facts = FAMILIES[family]
-    if group:
+    if family not in EVERY_FAMILY:
+        raise unknown("family", family, EVERY_FAMILY)
+    facts = EVERY_FAMILY[family]
+    if group or not facts.is_ternary:
         facts.require_group(group)
         facts = facts.in_groups(group, regime)
     axes = facts.axes(isa, regime)
@@ -310,13 +310,13 @@ def _panel_bytes(spec: KernelSpec, k: int) -> int:
 
 def int16_sums(spec: KernelSpec) -> Int16Sums | None:
     """The int16 partial sums of a kernel; None when every product goes to int32 at once."""
-    family = FAMILIES[spec.family]
+    family = EVERY_FAMILY[spec.family]
     return family.algorithm(spec.schedule.algorithm).int16_sums(family, spec.knobs)
 
 
 def headroom_lines(spec: KernelSpec) -> list[str]:
     """The bounds of a kernel's accumulators as arithmetic."""
-    sums, family = int16_sums(spec), FAMILIES[spec.family]
+    sums, family = int16_sums(spec), EVERY_FAMILY[spec.family]
     lines = [f"int16: {sums}, within {INT16_MIN} .. {INT16_MAX}"] if sums else []
     share, most = family.algorithm(spec.schedule.algorithm).int32_share(family, spec.knobs)
     if spec.layout.group:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bitgen.errors import UsageError
+from bitgen.families import EVERY_FAMILY as EVERY_FAMILY
 from bitgen.families import FAMILIES as FAMILIES
 from bitgen.families import Family as Family
 from bitgen.families import family_named as family_named
-from bitgen.families.base import UNPACKING
+from bitgen.families.base import TERNARY, UNPACKING
 from bitgen.records import load
 from bitgen.shapes import K_MAX as K_MAX
 from bitgen.shapes import LARGE as LARGE
@@ -31,6 +32,20 @@ from bitgen.shapes import x_stride as x_stride
 
 
 @dataclass(frozen=True)
+class WeightKind:
+    """What decides, besides a shape, which layouts a matrix can have.
+
+    ``weights``: see `Family.weights`; ``group``: weights along k that share a scale, 0: scales lie outside.
+    """
+
+    weights: str = TERNARY
+    group: int = 0
+
+
+TERNARY_ROWS = WeightKind()
+
+
+@dataclass(frozen=True)
 class Layout:
     """How the weights of one matrix lie in memory. It is chosen before any schedule and serves every regime.
 
@@ -39,8 +54,10 @@ class Layout:
     ``row_block / 16`` sub-blocks of 16 rows, then the trailers of its sub-blocks.
 
     ``group``: of each row so many weights along k share a scale, and the matrix is padded to whole groups;
-    behind the chunks of a group lie the scales of its sub-blocks, 16 half floats or floats each, and there
-    are no trailers. 0: scales lie outside, one for the tensor or for each row.
+    behind the chunks of a group lie the scales of its sub-blocks, 16 half floats or floats each (of each
+    sub-block 16 scales and then 16 offsets, where the family has them), and there are no trailers. 0: scales
+    lie outside, one for the tensor or for each row. Of a family with tables a row block begins with them
+    (`Family.head_bytes`).
     """
 
     family: str
@@ -52,7 +69,7 @@ class Layout:
         if self.row_block < family.rows or self.row_block % family.rows:
             message = f"row_block {self.row_block}: it must be a positive multiple of {family.rows}"
             raise UsageError(message)
-        if self.group:
+        if self.group or not family.is_ternary:
             family.require_group(self.group)
 
     @property
@@ -60,12 +77,17 @@ class Layout:
         return f"{self.family}_r{self.row_block}" + (f"_g{self.group}" if self.group else "")
 
     @property
+    def kind(self) -> WeightKind:
+        """The matrices that can lie so."""
+        return WeightKind(EVERY_FAMILY[self.family].weights, self.group)
+
+    @property
     def sub_blocks(self) -> int:
         return self.row_block // 16
 
     def chunks(self, k: int) -> int:
         """Chunks along k: ceil(k / k_chunk); with groups those of whole groups."""
-        k_chunk = FAMILIES[self.family].k_chunk
+        k_chunk = EVERY_FAMILY[self.family].k_chunk
         return self.groups(k) * (self.group // k_chunk) if self.group else -(-k // k_chunk)
 
     def groups(self, k: int) -> int:
@@ -78,10 +100,15 @@ class Layout:
 
     def block_bytes(self, k: int, scale_bytes: int = 2) -> int:
         """Bytes of one row block, a multiple of 32; ``scale_bytes``: of a scale of a group."""
-        f = FAMILIES[self.family]
+        f = EVERY_FAMILY[self.family]
         if self.group:
-            return self.sub_blocks * self.groups(k) * (f.group_bytes(self.group) + 16 * scale_bytes)
+            of_16_rows = f.group_bytes(self.group) + 16 * f.scales * scale_bytes
+            return self.head_bytes(k) + self.sub_blocks * self.groups(k) * of_16_rows
         return self.sub_blocks * (self.chunks(k) * f.chunk_bytes + f.trailer_bytes)
+
+    def head_bytes(self, k: int) -> int:
+        """Bytes in front of the groups of a row block."""
+        return EVERY_FAMILY[self.family].head_bytes(self.sub_blocks * self.groups(k))
 
     def packed_bytes(self, shape: Shape, scale_bytes: int = 2) -> int:
         """Bytes of the whole packed matrix."""
@@ -90,8 +117,11 @@ class Layout:
     @property
     def bits_a_weight(self) -> float:
         """Storage without padding, scales in half floats, in bits a weight."""
-        f = FAMILIES[self.family]
-        return 8 * (f.group_bytes(self.group) + 32) / (16 * self.group) if self.group else f.bits_a_weight
+        f = EVERY_FAMILY[self.family]
+        of_scales = 32 * f.scales
+        return (
+            8 * (f.group_bytes(self.group) + of_scales) / (16 * self.group) if self.group else f.bits_a_weight
+        )
 
 
 # Knobs of recorded schedules that have another name today: old -> new. Records, committed winners, manifests
@@ -178,7 +208,7 @@ class KernelSpec:
     @property
     def knobs(self) -> dict[str, int]:
         """The value of every knob, also of those that the schedule leaves out (`Algorithm.off`)."""
-        return {**FAMILIES[self.family].algorithm(self.schedule.algorithm).off, **dict(self.schedule)}
+        return {**EVERY_FAMILY[self.family].algorithm(self.schedule.algorithm).off, **dict(self.schedule)}
 
     @property
     def prototype(self) -> str:
@@ -187,12 +217,12 @@ class KernelSpec:
     @property
     def table_bytes(self) -> int:
         """Bytes of the lookup tables of one token and one chunk; 0 for a kernel that reads none."""
-        return FAMILIES[self.family].table_bytes(self.schedule.algorithm)
+        return EVERY_FAMILY[self.family].table_bytes(self.schedule.algorithm)
 
     @property
     def tables_prototype(self) -> str | None:
         """The function that builds its lookup tables; None for a kernel that reads none."""
-        builder = FAMILIES[self.family].builder(self.schedule.algorithm)
+        builder = EVERY_FAMILY[self.family].builder(self.schedule.algorithm)
         return TABLES_PROTOTYPE.format(builder=builder, isa=self.isa) if builder else None
 
     @property

@@ -32,7 +32,7 @@ from bitgen.fingerprints import Fingerprint, Fingerprints
 from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Status, Timed
 from bitgen.paths import ensure_dir
 from bitgen.records import dump, load
-from bitgen.spec import LARGE, KernelSpec, Layout, Shape, regime_named
+from bitgen.spec import LARGE, TERNARY_ROWS, KernelSpec, Layout, Shape, WeightKind, regime_named
 
 SCHEMA = 2
 _POLL_S = 0.01  # an append takes some microseconds
@@ -202,16 +202,19 @@ class RecordStore:
         yield from self._races.values()
 
     def layout(
-        self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None, group: int = 0
+        self,
+        shape: Shape,
+        fingerprints: Fingerprints,
+        isa: str | None = None,
+        kind: WeightKind = TERNARY_ROWS,
     ) -> Layout | None:
         """The layout the newest tune chose for ``shape``; one that saw less overrules none that saw more.
 
         A tune of n = 1 alone, or of one family, knows nothing of what its layout costs a prompt, or of what
         another family would have cost. Of a tune that holds in part the part counts. ``isa``: only winners
-        of this ISA level count. ``group``: weights along k that share a scale (0: scales lie outside); tunes
-        of other groups are other tunes.
+        of this ISA level count. Tunes of another ``kind`` are other tunes.
         """
-        newest = self._newest(shape, fingerprints, isa, group)
+        newest = self._newest(shape, fingerprints, isa, kind)
         records = [(r, winners) for r, winners in newest if _serves(r, winners)]
         seen = [frozenset((w.regime, w.spec.family) for w in winners) for _, winners in records]
         widest = (r for (r, _), own in zip(records, seen, strict=True) if not any(own < o for o in seen))
@@ -224,42 +227,46 @@ class RecordStore:
         threads: int,
         fingerprints: Fingerprints,
         isa: str | None = None,
-        group: int = 0,
+        kind: WeightKind = TERNARY_ROWS,
     ) -> Winner | None:
         """The winner for ``shape`` in the layout chosen last, or None where nothing valid is recorded.
 
         Keyed by thread count: the nearest one that is not higher than ``threads`` serves, the newest first.
         An older tune fills in for a regime that the newest one left out, as long as it reads that layout.
-        ``isa``: only winners of this ISA level count; ``group`` as in `layout`.
+        ``isa``: only winners of this ISA level count; ``kind`` as in `layout`.
         """
         regime_named(regime)
-        layout = self.layout(shape, fingerprints, isa, group)
+        layout = self.layout(shape, fingerprints, isa, kind)
         found: Winner | None = None
-        for _, winners in self._newest(shape, fingerprints, isa, group):
+        for _, winners in self._newest(shape, fingerprints, isa, kind):
             for winner in winners:
                 fits = winner.spec.layout == layout and winner.regime == regime and winner.threads <= threads
                 if fits and (found is None or winner.threads > found.threads):
                     found = winner
         return found
 
-    def best_threads(self, shapes: Iterable[Shape], fingerprints: Fingerprints, group: int = 0) -> int:
+    def best_threads(
+        self, shapes: Iterable[Shape], fingerprints: Fingerprints, kind: WeightKind = TERNARY_ROWS
+    ) -> int:
         """The number of threads on which a model of these shapes was fastest; 0 where that is not known.
 
         Known when the newest tune that compared some says the same for all shapes, and a later one did not
         choose other layouts.
         """
-        found = {self._best_threads(shape, fingerprints, group) for shape in shapes}
+        found = {self._best_threads(shape, fingerprints, kind) for shape in shapes}
         return found.pop() if len(found) == 1 else 0
 
-    def _best_threads(self, shape: Shape, fingerprints: Fingerprints, group: int) -> int:
-        newest = self._newest(shape, fingerprints, group=group)
+    def _best_threads(self, shape: Shape, fingerprints: Fingerprints, kind: WeightKind) -> int:
+        newest = self._newest(shape, fingerprints, kind=kind)
         compared = next((r for r, _ in newest if r.best_threads), None)
-        valid = compared is not None and compared.layout == self.layout(shape, fingerprints, group=group)
+        valid = compared is not None and compared.layout == self.layout(shape, fingerprints, kind=kind)
         return compared.best_threads if compared and valid else 0
 
-    def current(self, shape: Shape, fingerprints: Fingerprints, group: int = 0) -> list[KernelSpec]:
-        """The kernels the newest tune of ``shape`` selected, whatever their layout, of one ``group``."""
-        newest = next((winners for _, winners in self._newest(shape, fingerprints, group=group)), [])
+    def current(
+        self, shape: Shape, fingerprints: Fingerprints, kind: WeightKind = TERNARY_ROWS
+    ) -> list[KernelSpec]:
+        """The kernels the newest tune of ``shape`` selected, whatever their layout, of one ``kind``."""
+        newest = next((winners for _, winners in self._newest(shape, fingerprints, kind=kind)), [])
         return [winner.spec for winner in newest]
 
     def stale(self, fingerprints: Fingerprints) -> list[KernelSpec]:
@@ -268,11 +275,15 @@ class RecordStore:
         return list(dict.fromkeys(w.spec for w in winners if w.fingerprint != fingerprints(w.spec)))
 
     def _newest(
-        self, shape: Shape, fingerprints: Fingerprints, isa: str | None = None, group: int = 0
+        self,
+        shape: Shape,
+        fingerprints: Fingerprints,
+        isa: str | None = None,
+        kind: WeightKind = TERNARY_ROWS,
     ) -> Iterator[tuple[TuningRecord, list[Winner]]]:
         """The tunes of ``shape`` of which something still holds (on ``isa``), and what, the newest first."""
         for record in reversed(self.tunings):
-            if (record.shape, record.layout.group) == (shape, group):
+            if (record.shape, record.layout.kind) == (shape, kind):
                 winners = [w for w in record.current(fingerprints) if isa in (None, w.spec.isa)]
                 if winners:
                     yield record, winners

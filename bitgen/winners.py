@@ -23,7 +23,7 @@ from bitgen.measure import Job
 from bitgen.paths import ensure_dir, winners_dir
 from bitgen.records import dump, load, load_json
 from bitgen.space import space_for
-from bitgen.spec import KernelSpec, Shape, regime_named
+from bitgen.spec import KernelSpec, Shape, WeightKind, regime_named
 from bitgen.store import RecordStore
 
 SCHEMA = 2
@@ -134,9 +134,9 @@ def export_winners(
     kept = before.winners if before else ()
     tuned_on = dict(before.tuned_on) if before else {}
     for record in store.tunings:
-        new, group = [], record.layout.group
+        new, kind = [], record.layout.kind
         for winner in record.current(fingerprints):
-            if winner.spec.layout == store.layout(record.shape, fingerprints, winner.spec.isa, group):
+            if winner.spec.layout == store.layout(record.shape, fingerprints, winner.spec.isa, kind):
                 new.append(_Entry(record.shape, winner.threads, winner.spec))
                 tuned_on = dump(winner.fingerprint) | {"version": __version__}
                 del tuned_on["kernel"]
@@ -205,12 +205,12 @@ def _winners(path: Path) -> FamilyWinners | None:
     return FamilyWinners(file.cpu_family, file.traits, tuple(entry.job for entry in file.winners))
 
 
-def _weights(winner: _Entry) -> tuple[Shape, str, int, int]:
+def _weights(winner: _Entry) -> tuple[Shape, str, int, WeightKind]:
     """What is packed once, in one layout: for an ISA level and a number of threads."""
-    return winner.shape, winner.spec.isa, winner.threads, winner.spec.layout.group
+    return winner.shape, winner.spec.isa, winner.threads, winner.spec.layout.kind
 
 
-def _slot(winner: _Entry) -> tuple[Shape, str, int, int, str]:
+def _slot(winner: _Entry) -> tuple[Shape, str, int, WeightKind, str]:
     return (*_weights(winner), winner.spec.regime)
 
 

@@ -1,4 +1,4 @@
-/* bitgen: exact matrix kernels for ternary weights.
+/* bitgen: exact matrix kernels for weights of a few bits, ternary ones first.
  *
  *   y[n, m] = x_scale[n] * w_scale[m] * sum_k w[m, k] * xq[n, k]
  *
@@ -72,7 +72,8 @@ enum bitgen_error {
     BITGEN_ERROR_STRUCT = 21,          /* the size that a struct carries is not the library's */
     BITGEN_ERROR_SCALES = 22,          /* a scale of a group is not finite, or no half float and stored as one */
     BITGEN_ERROR_GROUPS = 23,          /* weights in groups have no integer sums over all of k */
-    BITGEN_ERROR_BUNDLE = 24           /* no bundle, one of another ABI, damaged, or one that others can change */
+    BITGEN_ERROR_BUNDLE = 24,          /* no bundle, one of another ABI, damaged, or one that others can change */
+    BITGEN_ERROR_CODES = 25            /* a code above 15, a value of -128, or a table that is not there */
 };
 
 /* Flags of bitgen_context_create: */
@@ -220,6 +221,50 @@ BITGEN_API int32_t bitgen_pack_groups(bitgen_context *ctx, const int8_t *w, cons
 BITGEN_API int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t row_begin,
                                           int64_t row_end, int64_t m, int64_t k, int64_t group, int32_t scale_type,
                                           void *packed, size_t packed_bytes);
+
+/* --- weights of 4 bits -------------------------------------------------------------------------------------
+ *
+ * Weights in groups whose codes q are 0 .. 15:
+ *
+ *   BITGEN_WEIGHTS_Q4    w = (q - 8) * scale
+ *   BITGEN_WEIGHTS_Q4M   w = q * scale + offset
+ *   BITGEN_WEIGHTS_T4    w = table[q] * scale, of int8 values -127 .. 127
+ *
+ * acc above is the exact sum of (q - 8) x, q x or table[q] x; the offset of a group joins behind its sum,
+ *
+ *   y[n, m] = fma(offset[m, g], x_scale[n, g] * (float)x_sum[n, g], y[n, m])
+ *
+ * with x_sum the sum of the group's activations. Everything else is as for ternary weights in groups. */
+enum bitgen_weight_kind {
+    BITGEN_WEIGHTS_TERNARY = 0,
+    BITGEN_WEIGHTS_Q4 = 1,
+    BITGEN_WEIGHTS_Q4M = 2,
+    BITGEN_WEIGHTS_T4 = 3
+};
+
+/* Rows of such a matrix, of k columns. What is behind scale_type is read by bitgen_pack_codes alone. */
+struct bitgen_codes {
+    int64_t size;             /* sizeof(struct bitgen_codes) */
+    int64_t group;            /* weights along k that share a scale */
+    int32_t kind;             /* of enum bitgen_weight_kind, not ternary */
+    int32_t scale_type;       /* of enum bitgen_scale_type: must hold scales and offsets exactly */
+    const uint8_t *codes;     /* (rows, k) */
+    const float *scales;      /* (rows, groups) */
+    const float *offsets;     /* (rows, groups) of BITGEN_WEIGHTS_Q4M; else NULL */
+    const int8_t *tables;     /* (table_count, 16) of BITGEN_WEIGHTS_T4; else NULL */
+    int64_t table_count;      /* 1 .. 4, or 0 */
+    const uint8_t *selectors; /* (ceil(rows / 16), groups): the table of 16 rows and a group; NULL: the first */
+};
+
+/* As bitgen_packed_bytes and bitgen_packed_layout. */
+BITGEN_API int32_t bitgen_codes_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k,
+                                             const struct bitgen_codes *codes, size_t *bytes);
+BITGEN_API int32_t bitgen_codes_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k,
+                                              const struct bitgen_codes *codes, struct bitgen_packed_header *header);
+
+/* As bitgen_pack_rows: codes hold the rows [row_begin, row_end). */
+BITGEN_API int32_t bitgen_pack_codes(bitgen_context *ctx, const struct bitgen_codes *codes, int64_t row_begin,
+                                     int64_t row_end, int64_t m, int64_t k, void *packed, size_t packed_bytes);
 
 /* --- multiplication --------------------------------------------------------------------------------------- */
 

@@ -50,6 +50,7 @@ const char *bitgen_error_message(int32_t code)
             "a struct has another size than in this library: set its size, or compile with its header",
         [BITGEN_ERROR_SCALES] = "a scale of a group is not finite, or no half float and to be stored as one",
         [BITGEN_ERROR_BUNDLE] = "the folder holds no bundle, or one of another ABI, damaged, or that others can change",
+        [BITGEN_ERROR_CODES] = "a code of 4 bits is above 15, a value of a table is -128, or a table is not there",
         [BITGEN_ERROR_GROUPS] = "weights with a scale for each group have no integer sums over all of k",
         [BITGEN_ERROR_TILES] = "the system refuses this process the tile registers (AMX) of its CPU",
         [BITGEN_ERROR_ISA_CAP] =
@@ -190,13 +191,21 @@ static int32_t select_entries(struct bitgen_context *ctx, uint64_t features)
 static int serves_shape(const struct bitgen_entry *entry, int64_t m, int64_t k)
 { return entry->m == 0 || (entry->m == m && entry->k == k); }
 
-/* The layout weights of (m, k) with scales of `group` (0: outside) are packed in: that of the first kernel for them;
- * NULL when no layout has such groups. */
-static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, int64_t m, int64_t k, int64_t group)
+/* What decides the layout of weights besides their shape: groups (0: scales lie outside), their scales' type, and the
+ * kind of weights. */
+struct format {
+    int64_t group;
+    int32_t scale_type, kind;
+};
+
+/* The layout weights of (m, k) are packed in: that of the first kernel for them; NULL when no layout has such groups. */
+static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, int64_t m, int64_t k,
+                                              struct format format)
 {
     for (int32_t i = 0; i < ctx->entry_count; ++i) { /* the portable kernels serve every shape */
         const struct bitgen_entry *entry = ctx->entries[i];
-        if (entry->layout->group == group && serves_shape(entry, m, k)) return entry->layout;
+        if (entry->layout->group == format.group && entry->layout->kind == format.kind && serves_shape(entry, m, k))
+            return entry->layout;
     }
     return NULL;
 }
@@ -320,14 +329,13 @@ static int32_t check_weights(const void *packed, int64_t m, int64_t k, const str
 
 /* --- weights --- */
 
-/* The layout for weights of (m, k) in groups of `group`, 0: not in groups. */
-static int32_t find_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+static int32_t find_layout(const bitgen_context *ctx, int64_t m, int64_t k, struct format format,
                            const struct bitgen_layout **layout)
 {
     int32_t code = check_shape(m, k);
     if (code) return code;
-    if (scale_type != BITGEN_SCALE_F32 && scale_type != BITGEN_SCALE_F16) return BITGEN_ERROR_ARGUMENT;
-    *layout = layout_for(ctx, m, k, group);
+    if (format.scale_type != BITGEN_SCALE_F32 && format.scale_type != BITGEN_SCALE_F16) return BITGEN_ERROR_ARGUMENT;
+    *layout = layout_for(ctx, m, k, format);
     return *layout ? BITGEN_OK : BITGEN_ERROR_ARGUMENT;
 }
 
@@ -349,39 +357,70 @@ static struct bitgen_packed_header header_of(const struct bitgen_layout *layout,
     return header;
 }
 
-static int32_t tell_bytes(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
-                          size_t *bytes)
+static int32_t tell_bytes(const bitgen_context *ctx, int64_t m, int64_t k, struct format format, size_t *bytes)
 {
     const struct bitgen_layout *layout;
     if (!ctx || !bytes) return BITGEN_ERROR_NULL;
-    int32_t code = find_layout(ctx, m, k, group, scale_type, &layout);
-    if (!code) *bytes = packed_bytes(layout, scale_type, m, k);
+    int32_t code = find_layout(ctx, m, k, format, &layout);
+    if (!code) *bytes = packed_bytes(layout, format.scale_type, m, k);
     return code;
 }
 
-static int32_t tell_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
+static int32_t tell_layout(const bitgen_context *ctx, int64_t m, int64_t k, struct format format,
                            struct bitgen_packed_header *header)
 {
     const struct bitgen_layout *layout;
     if (!ctx || !header) return BITGEN_ERROR_NULL;
-    int32_t code = find_layout(ctx, m, k, group, scale_type, &layout);
-    if (!code) *header = header_of(layout, scale_type, m, k);
+    int32_t code = find_layout(ctx, m, k, format, &layout);
+    if (!code) *header = header_of(layout, format.scale_type, m, k);
     return code;
 }
 
+static const struct format plain = {.scale_type = BITGEN_SCALE_F32};
+
+static struct format grouped(int64_t group, int32_t scale_type)
+{ return (struct format){.group = group, .scale_type = scale_type}; }
+
 int32_t bitgen_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, size_t *bytes)
-{ return tell_bytes(ctx, m, k, 0, BITGEN_SCALE_F32, bytes); }
+{ return tell_bytes(ctx, m, k, plain, bytes); }
 
 int32_t bitgen_group_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
                                   size_t *bytes)
-{ return group ? tell_bytes(ctx, m, k, group, scale_type, bytes) : BITGEN_ERROR_ARGUMENT; }
+{ return group ? tell_bytes(ctx, m, k, grouped(group, scale_type), bytes) : BITGEN_ERROR_ARGUMENT; }
 
 int32_t bitgen_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, struct bitgen_packed_header *header)
-{ return tell_layout(ctx, m, k, 0, BITGEN_SCALE_F32, header); }
+{ return tell_layout(ctx, m, k, plain, header); }
 
 int32_t bitgen_group_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, int64_t group, int32_t scale_type,
                                    struct bitgen_packed_header *header)
-{ return group ? tell_layout(ctx, m, k, group, scale_type, header) : BITGEN_ERROR_ARGUMENT; }
+{ return group ? tell_layout(ctx, m, k, grouped(group, scale_type), header) : BITGEN_ERROR_ARGUMENT; }
+
+/* The format of 4-bit codes. */
+static int32_t format_of(const struct bitgen_codes *codes, struct format *format)
+{
+    if (!codes) return BITGEN_ERROR_NULL;
+    if (codes->size != sizeof *codes) return BITGEN_ERROR_STRUCT;
+    if (codes->kind < BITGEN_WEIGHTS_Q4 || codes->kind > BITGEN_WEIGHTS_T4 || !codes->group)
+        return BITGEN_ERROR_ARGUMENT;
+    *format = (struct format){codes->group, codes->scale_type, codes->kind};
+    return BITGEN_OK;
+}
+
+int32_t bitgen_codes_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, const struct bitgen_codes *codes,
+                                  size_t *bytes)
+{
+    struct format format;
+    int32_t code = format_of(codes, &format);
+    return code ? code : tell_bytes(ctx, m, k, format, bytes);
+}
+
+int32_t bitgen_codes_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k, const struct bitgen_codes *codes,
+                                   struct bitgen_packed_header *header)
+{
+    struct format format;
+    int32_t code = format_of(codes, &format);
+    return code ? code : tell_layout(ctx, m, k, format, header);
+}
 
 int32_t bitgen_group_scale_type(const float *scales, int64_t count, int32_t *scale_type)
 {
@@ -395,14 +434,15 @@ int32_t bitgen_group_scale_type(const float *scales, int64_t count, int32_t *sca
 }
 
 /* The rows [row_begin, row_end) of (m, k); `weights` has these rows only. */
-static int32_t pack_rows(bitgen_context *ctx, struct bitgen_weights weights, int64_t group, int64_t row_begin,
+static int32_t pack_rows(bitgen_context *ctx, struct bitgen_weights weights, struct format format, int64_t row_begin,
                          int64_t row_end, int64_t m, void *packed, size_t bytes)
 {
-    const int32_t scale_type = (int32_t)weights.scale_type;
+    const int32_t scale_type = format.scale_type;
     const int64_t k = weights.k;
+    weights.scale_type = scale_type;
     const struct bitgen_layout *layout;
     int32_t code = check_address(packed);
-    if (!code) code = find_layout(ctx, m, k, group, scale_type, &layout);
+    if (!code) code = find_layout(ctx, m, k, format, &layout);
     if (code) return code;
     size_t needed = packed_bytes(layout, scale_type, m, k);
     if (bytes < needed) return BITGEN_ERROR_BUFFER_SIZE;
@@ -431,7 +471,7 @@ int32_t bitgen_pack_rows(bitgen_context *ctx, const int8_t *w, int64_t row_begin
 {
     if (!ctx || !w) return BITGEN_ERROR_NULL;
     const struct bitgen_weights weights = {.w = w, .k = k};
-    return pack_rows(ctx, weights, 0, row_begin, row_end, m, packed, bytes);
+    return pack_rows(ctx, weights, plain, row_begin, row_end, m, packed, bytes);
 }
 
 int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t row_begin,
@@ -440,8 +480,23 @@ int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, const float
 {
     if (!ctx || !w || !scales) return BITGEN_ERROR_NULL;
     if (!group) return BITGEN_ERROR_ARGUMENT;
-    const struct bitgen_weights weights = {.w = w, .scales = scales, .scale_type = scale_type, .k = k};
-    return pack_rows(ctx, weights, group, row_begin, row_end, m, packed, bytes);
+    const struct bitgen_weights weights = {.w = w, .scales = scales, .k = k};
+    return pack_rows(ctx, weights, grouped(group, scale_type), row_begin, row_end, m, packed, bytes);
+}
+
+int32_t bitgen_pack_codes(bitgen_context *ctx, const struct bitgen_codes *codes, int64_t row_begin, int64_t row_end,
+                          int64_t m, int64_t k, void *packed, size_t bytes)
+{
+    struct format format;
+    int32_t code = format_of(codes, &format);
+    if (code) return code;
+    const int tables = format.kind == BITGEN_WEIGHTS_T4, offsets = format.kind == BITGEN_WEIGHTS_Q4M;
+    if (!ctx || !codes->codes || !codes->scales || !codes->tables != !tables || !codes->offsets != !offsets)
+        return BITGEN_ERROR_NULL;
+    if (tables ? codes->table_count < 1 || codes->table_count > 4 : codes->table_count != 0)
+        return BITGEN_ERROR_ARGUMENT;
+    const struct bitgen_weights weights = {.scales = codes->scales, .k = k, .codes = codes};
+    return pack_rows(ctx, weights, format, row_begin, row_end, m, packed, bytes);
 }
 
 int32_t bitgen_pack_groups(bitgen_context *ctx, const int8_t *w, const float *scales, int64_t m, int64_t k,

@@ -1,4 +1,5 @@
-/* Weights (m, k) int8 in -1, 0, 1 to packed weights. bitgen/packing.py defines the same bytes in numpy.
+/* Weights (m, k) int8 in -1, 0, 1, or 4-bit codes, to packed weights. bitgen/reference.py defines the same bytes in
+ * numpy.
  *
  * The matrix is padded with zero weights to whole row blocks and chunks. A row block holds its chunks in order of
  * k, each of row_block / 16 sub-blocks of 16 rows, then the trailers of its sub-blocks. Code = weight + 1.
@@ -91,24 +92,44 @@ static void pack_tl5(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int6
         }
 }
 
+/* byte[4 r + j] = code[r, j] | code[r, 4 + j] << 4 */
+static void pack_nibbles(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int64_t sub)
+{
+    (void)trailer;
+    (void)sub;
+    for (int r = 0; r < ROWS; ++r)
+        for (int j = 0; j < 4; ++j) cell[4 * r + j] = (uint8_t)(codes[8 * r + j] | codes[8 * r + 4 + j] << 4);
+}
+
 static const struct {
     const char *family;
     pack_cell *pack;
-} packers[] = {{"i2s", pack_i2s}, {"tl1", pack_tl1}, {"tl2", pack_tl2}, {"t5", pack_t5}, {"tl5", pack_tl5}};
+} packers[] = {{"i2s", pack_i2s}, {"tl1", pack_tl1},    {"tl2", pack_tl2},     {"t5", pack_t5},
+               {"tl5", pack_tl5}, {"q4", pack_nibbles}, {"q4m", pack_nibbles}, {"t4", pack_nibbles}};
 
 struct packing {
     const struct bitgen_layout *layout;
     pack_cell *pack;
     const struct bitgen_weights *weights;
     uint8_t *blocks;
-    _Atomic int32_t not_ternary, bad_scales;
+    _Atomic int32_t bad_codes, bad_scales;
 };
+
+enum { TABLES = 4, TABLE_BYTES = 16, CODE_MAX = 15, LINE = 64 };
+
+/* Bytes in front of the groups of a row block: tables, and which of them each group of each sub-block has. */
+static int64_t head_bytes(const struct bitgen_layout *layout, int64_t groups)
+{
+    if (layout->kind != BITGEN_WEIGHTS_T4) return 0;
+    return TABLES * TABLE_BYTES + ceil_div(layout->row_block / ROWS * groups, LINE) * LINE;
+}
 
 static int64_t block_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t k)
 {
     int64_t chunks = ceil_div(k, layout->k_chunk) * layout->chunk_bytes + layout->trailer_bytes;
-    int64_t groups = bitgen_groups(k, layout->group) * (layout->group_bytes + ROWS * scale_bytes);
-    return layout->row_block / ROWS * (layout->group ? groups : chunks);
+    int64_t groups = bitgen_groups(k, layout->group), subs = layout->row_block / ROWS;
+    int64_t group_bytes = layout->group_bytes + ROWS * bitgen_scales_each(layout->kind) * scale_bytes;
+    return layout->group ? head_bytes(layout, groups) + subs * groups * group_bytes : subs * chunks;
 }
 
 int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t m, int64_t k)
@@ -146,11 +167,30 @@ static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
     memcpy(codes, &x, 4);
 }
 
+/* The same of weights that are codes already, 0 where the matrix has none. */
+static void gather_codes(const struct bitgen_weights *from, int64_t row, int64_t column, int64_t width, uint8_t *codes,
+                         uint32_t *bad)
+{
+    int64_t columns = from->k - column < width ? from->k - column : width;
+    memset(codes, 0, (size_t)(ROWS * width));
+    for (int64_t r = 0; r < ROWS && row + r < from->m && columns > 0; ++r) {
+        const uint8_t *own = from->codes->codes + (row + r) * from->k + column;
+        for (int64_t i = 0; i < columns; ++i) {
+            codes[r * width + i] = own[i] & CODE_MAX;
+            *bad |= own[i] > CODE_MAX;
+        }
+    }
+}
+
 /* The codes of rows row .. row + 15 and columns column .. column + width - 1; 1, the code of a zero weight, where
  * the matrix has none. */
 static void gather(const struct bitgen_weights *from, int64_t row, int64_t column, int64_t width, uint8_t *codes,
                    uint32_t *bad)
 {
+    if (from->codes) {
+        gather_codes(from, row, column, width, codes, bad);
+        return;
+    }
     int64_t columns = from->k - column < width ? from->k - column : width;
     for (int64_t r = 0; r < ROWS; ++r, codes += width) {
         int64_t i = 0;
@@ -170,11 +210,12 @@ static void gather(const struct bitgen_weights *from, int64_t row, int64_t colum
 
 /* The scales of rows row .. row + 15 and a group: 0 where the matrix has no such row. Returns 1 where one is not finite,
  * or no half float where it must be one. */
-static int32_t pack_scales(const struct bitgen_weights *from, int64_t row, int64_t g, int64_t groups, uint8_t *cell)
+static int32_t pack_scales(const struct bitgen_weights *from, const float *scales, int64_t row, int64_t g,
+                           int64_t groups, uint8_t *cell)
 {
     int32_t bad = 0;
     for (int64_t r = row; r < row + ROWS; ++r) {
-        const float scale = r < from->m ? from->scales[r * groups + g] : 0.0f;
+        const float scale = r < from->m ? scales[r * groups + g] : 0.0f;
         const int half = from->scale_type == BITGEN_SCALE_F16;
         uint16_t bits = 0;
         bad |= !(scale - scale == 0.0f) || (half && !bitgen_is_half(scale, &bits));
@@ -194,6 +235,23 @@ static void pack_tail(const uint8_t *codes, uint8_t *cell)
     for (int i = 0; i < 2 * ROWS; ++i) cell[i] = (uint8_t)(v[i] | v[2 * ROWS + i] << 4);
 }
 
+/* What is in front of a row block's groups; -128 is no value of a table. */
+static void pack_head(const struct packing *p, int64_t block, int64_t groups, uint8_t *cell, uint32_t *bad)
+{
+    const struct bitgen_codes *from = p->weights->codes;
+    const int64_t subs = p->layout->row_block / ROWS, first = block * subs, last = ceil_div(p->weights->m, ROWS);
+    memset(cell, 0, (size_t)head_bytes(p->layout, groups));
+    memcpy(cell, from->tables, (size_t)(from->table_count * TABLE_BYTES));
+    for (int64_t i = 0; i < from->table_count * TABLE_BYTES; ++i) *bad |= from->tables[i] == INT8_MIN;
+    if (!from->selectors) return;
+    for (int64_t g = 0; g < groups; ++g)
+        for (int64_t sub = 0; sub < subs && first + sub < last; ++sub) {
+            const uint8_t table = from->selectors[(first + sub) * groups + g];
+            *bad |= table >= from->table_count;
+            cell[TABLES * TABLE_BYTES + g * subs + sub] = table;
+        }
+}
+
 /* One row block of weights in groups: of each the chunks of its sub-blocks, their tails, then their scales. */
 static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint32_t *bad)
 {
@@ -202,6 +260,8 @@ static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint
     const int64_t subs = layout->row_block / ROWS, groups = bitgen_groups(from->k, layout->group);
     const int64_t scale_bytes = bitgen_scale_bytes(from->scale_type), row = block * layout->row_block;
     int32_t bad_scales = 0;
+    if (layout->kind == BITGEN_WEIGHTS_T4) pack_head(p, block, groups, cell, bad);
+    cell += head_bytes(layout, groups);
     for (int64_t g = 0; g < groups; ++g) {
         uint8_t codes[ROWS * K_CHUNK_MAX];
         int64_t column = g * layout->group;
@@ -217,8 +277,12 @@ static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint
                 gather(from, row + sub * ROWS, column, TAIL, codes, bad);
                 pack_tail(codes, cell);
             }
-        for (int64_t sub = 0; sub < subs; ++sub, cell += ROWS * scale_bytes)
-            bad_scales |= pack_scales(from, row + sub * ROWS, g, groups, cell);
+        for (int64_t sub = 0; sub < subs; ++sub, cell += ROWS * scale_bytes) {
+            bad_scales |= pack_scales(from, from->scales, row + sub * ROWS, g, groups, cell);
+            if (layout->kind != BITGEN_WEIGHTS_Q4M) continue;
+            cell += ROWS * scale_bytes;
+            bad_scales |= pack_scales(from, from->codes->offsets, row + sub * ROWS, g, groups, cell);
+        }
     }
     return bad_scales;
 }
@@ -253,7 +317,7 @@ static void pack_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         if (p->layout->group) bad_scales |= pack_groups(p, block, p->blocks + block * bytes, &bad);
         else pack_block(p, block, bytes, &bad);
     }
-    if (bad) atomic_store_explicit(&p->not_ternary, 1, memory_order_relaxed);
+    if (bad) atomic_store_explicit(&p->bad_codes, 1, memory_order_relaxed);
     if (bad_scales) atomic_store_explicit(&p->bad_scales, 1, memory_order_relaxed);
 }
 
@@ -266,5 +330,6 @@ int32_t bitgen_pack_layout(struct bitgen_pool *pool, const struct bitgen_layout 
     int64_t items = ceil_div(weights->m, layout->row_block);
     bitgen_pool_run(pool, pack_body, &p, items, 1 + (1 << 16) / (layout->row_block * weights->k));
     if (atomic_load_explicit(&p.bad_scales, memory_order_relaxed)) return BITGEN_ERROR_SCALES;
-    return atomic_load_explicit(&p.not_ternary, memory_order_relaxed) ? BITGEN_ERROR_NOT_TERNARY : BITGEN_OK;
+    if (!atomic_load_explicit(&p.bad_codes, memory_order_relaxed)) return BITGEN_OK;
+    return weights->codes ? BITGEN_ERROR_CODES : BITGEN_ERROR_NOT_TERNARY;
 }

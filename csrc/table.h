@@ -11,6 +11,7 @@ struct bitgen_layout {
     int32_t row_block, k_chunk;         /* rows and columns of a block's chunk */
     int32_t chunk_bytes, trailer_bytes; /* of 16 rows */
     int32_t group, group_bytes;         /* weights along k that share a scale, and their codes of 16 rows; 0: none do */
+    int32_t kind;                       /* of enum bitgen_weight_kind */
 };
 
 /* A kernel and the shape and number of threads it was tuned for; 0 0 0: it serves every shape. cpu_family: that of the
@@ -84,6 +85,9 @@ int32_t bitgen_sve_bytes(void);
 /* Physical cores this process may use: within its affinity and its control group's quota, at least 1 (cores.c). */
 int32_t bitgen_usable_cores(void);
 
+/* Scales (and offsets) of each row and group, of an enum bitgen_weight_kind. */
+static inline int64_t bitgen_scales_each(int32_t kind) { return kind == BITGEN_WEIGHTS_Q4M ? 2 : 1; }
+
 /* Bytes of packed weights of (m, k) without the header; scale_bytes: of a group's scale of a row (pack.c). */
 int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t m, int64_t k);
 
@@ -99,13 +103,14 @@ int bitgen_is_half(float value, uint16_t *half);
 
 /* Weights (m, k), and with groups their scales (m, groups) and how they are stored. */
 struct bitgen_weights {
-    const int8_t *w;
+    const int8_t *w; /* or NULL: 4-bit codes */
     const float *scales;
     int64_t scale_type; /* of enum bitgen_scale_type */
     int64_t m, k;
+    const struct bitgen_codes *codes; /* NULL: ternary */
 };
 
-/* Packs weights into `blocks`, on the threads of the pool: BITGEN_OK, BITGEN_ERROR_NOT_TERNARY or BITGEN_ERROR_SCALES
- * (pack.c). */
+/* Packs weights into `blocks`, on the threads of the pool: BITGEN_OK, BITGEN_ERROR_NOT_TERNARY, BITGEN_ERROR_CODES or
+ * BITGEN_ERROR_SCALES (pack.c). */
 int32_t bitgen_pack_layout(struct bitgen_pool *pool, const struct bitgen_layout *layout,
                            const struct bitgen_weights *weights, uint8_t *blocks);

@@ -32,7 +32,7 @@ from bitgen.hostcode import step_headers
 from bitgen.measure.probes import DEFAULT_PATTERN, Dot4, Fma, Pairs, Tiles
 from bitgen.render import matmul_struct, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import Space, space_for
-from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, StepSizes
+from bitgen.spec import EVERY_FAMILY, FAMILIES, REGIMES, KernelSpec, Layout, Shape, StepSizes
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -104,6 +104,7 @@ def single_texts() -> dict[str, str]:
     texts = {f"default/{name}": render_kernel(space.default) for name, space in spaces().items()}
     grouped = grouped_spaces().items()
     texts |= {f"group128/{name}": render_kernel(space.default) for name, space in grouped}
+    texts |= {f"group32/{name}": render_kernel(space.default) for name, space in coded_spaces().items()}
     texts |= {f"example/{name}": render_kernel(example(name)) for name in EXAMPLES}
     for level in load_isas():
         isa = level.name
@@ -167,6 +168,18 @@ def grouped_spaces() -> dict[str, Space]:
         name: space_for(space.family, space.isa, space.regime, space.shape, cpu_of(space.isa), 128)
         for name, space in spaces().items()
         if 128 in FAMILIES[space.family].groups
+    }
+
+
+@cache
+def coded_spaces() -> dict[str, Space]:
+    """Those of weights of 4 bits, in groups of 32."""
+    return {
+        f"{name}/{isa.name}/{regime.name}": space_for(name, isa, regime, Shape(3200, 8640), cpu_of(isa), 32)
+        for name, family in EVERY_FAMILY.items()
+        if not family.is_ternary
+        for isa in load_isas()
+        for regime in REGIMES
     }
 
 

@@ -16,13 +16,15 @@ from functools import cached_property
 from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names, told_features
 from bitgen.errors import BitgenError, UnsupportedError
+from bitgen.families import first_family
 from bitgen.families.base import GROUPS
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
-from bitgen.spec import LARGE, REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
+from bitgen.spec import EVERY_FAMILY, LARGE, N1, REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 COMMON_GROUP = 128  # of weights in groups: every library has kernels of its ISA level for these
+CODED_GROUP = 32  # of weights of 4 bits: every library has portable kernels for these
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
 BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 
@@ -204,7 +206,9 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
         ]
     # One portable kernel serves every n of weights in groups: what is slow need not make libraries large.
     grouped = [layout for layout in layouts if layout.group]
-    for layout in dict.fromkeys([*grouped, *(replace(DEFAULT_LAYOUT, group=group) for group in GROUPS)]):
+    grouped += [replace(DEFAULT_LAYOUT, group=group) for group in GROUPS]
+    grouped += [Layout(name, 16, CODED_GROUP) for name, one in EVERY_FAMILY.items() if not one.is_ternary]
+    for layout in dict.fromkeys(grouped):
         spec = _default_spec(layout, LARGE.name, target.scalar, target, choices)
         entries.append(KernelEntry(spec, role=PORTABLE))
     if target.universal:
@@ -215,7 +219,7 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
 
 
 def _for_other_shapes(choices: Sequence[KernelEntry], isa: Isa) -> Iterator[KernelEntry]:
-    """What shapes get that nobody tuned: of each group size the layout that won most weights on ``isa``.
+    """What shapes get that nobody tuned: of each kind of weights the layout that won most on ``isa``.
 
     With the kernels of its largest shape on the most threads. What wins on a CPU does so for the matrices of
     other models, too: 2B-4T decodes 1.27 times as fast on TL5, which 3B's shapes chose on a Xeon with AMX, as
@@ -225,8 +229,8 @@ def _for_other_shapes(choices: Sequence[KernelEntry], isa: Isa) -> Iterator[Kern
     weights: Counter[Layout] = Counter()
     for layout, shape in {(choice.spec.layout, choice.shape) for choice in tuned if choice.shape}:
         weights[layout] += shape.m * shape.k
-    for group in sorted({layout.group for layout in weights}):
-        most = max((of for of in weights if of.group == group), key=lambda of: (weights[of], of.name))
+    for kind in sorted({layout.kind for layout in weights}, key=lambda of: (of.weights, of.group)):
+        most = max((of for of in weights if of.kind == kind), key=lambda of: (weights[of], of.name))
         mine = [(c.shape.m * c.shape.k, c.threads, c) for c in tuned if c.shape and c.spec.layout == most]
         largest = max(entry[:2] for entry in mine)
         yield from (
@@ -234,6 +238,13 @@ def _for_other_shapes(choices: Sequence[KernelEntry], isa: Isa) -> Iterator[Kern
             for *size, choice in mine
             if tuple(size) == largest and choice.spec.shape is None
         )
+
+
+def default_entries(weights: str, group: int, target: Target) -> list[KernelEntry]:
+    """Kernels of the target's level for every shape of such weights in groups, all of one layout."""
+    space = space_for(first_family(weights), target.isa, N1, _ANY_SHAPE, target.cpu_of(target.isa), group)
+    layout = space.default.layout
+    return [KernelEntry(_default_spec(layout, one.name, target.isa, target, ())) for one in REGIMES]
 
 
 def common_layout(target: Target) -> Layout:

@@ -18,7 +18,7 @@ from bitgen.bundle.manifest import KernelEntry, Label
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.measure import Job
 from bitgen.space import space_for
-from bitgen.spec import KernelSpec, Shape, regime_named
+from bitgen.spec import KernelSpec, Shape, WeightKind, regime_named
 from bitgen.winners import family_winners, nearest_winners
 
 
@@ -90,7 +90,8 @@ def _at_level(
     entries: list[KernelEntry] = []
     moved = False
     for shape, group in shapes:
-        jobs = [job for job in near.winners if (job.shape, job.spec.layout.group) == (shape, group)]
+        kind = WeightKind(group=group)
+        jobs = [job for job in near.winners if (job.shape, job.spec.layout.kind) == (shape, kind)]
         own = [job for job in jobs if job.spec.isa == isa.name]
         specs = [_legal(job, isa, cpu) for job in own or jobs]
         if specs and None not in specs:

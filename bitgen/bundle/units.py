@@ -9,7 +9,7 @@ from bitgen import __version__
 from bitgen.bundle.contents import Contents
 from bitgen.cpu import cap_rows
 from bitgen.hostcode import CpuChecks, kernel_unit, library_units, row_grain, step_headers
-from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, regime_named
+from bitgen.spec import EVERY_FAMILY, REGIMES, KernelSpec, Layout, regime_named
 from bitgen.toolchain import Prototype, Unit
 
 
@@ -82,13 +82,14 @@ def table_values(contents: Contents) -> dict[str, Any]:
 
 
 def _layout_values(layout: Layout) -> dict[str, Any]:
-    family = FAMILIES[layout.family]
+    family = EVERY_FAMILY[layout.family]
     group_bytes = family.group_bytes(layout.group) if layout.group else 0
     return {
         "family": family,
         "row_block": layout.row_block,
         "group": layout.group,
         "group_bytes": group_bytes,
+        "kind": f"BITGEN_WEIGHTS_{family.weights.upper()}",
     }
 
 
@@ -97,7 +98,7 @@ def _kernel_values(spec: KernelSpec, isa_names: Sequence[str], any_n: Set[Kernel
     regime = regime_named(spec.regime)
     return {
         "spec": spec,
-        "family": FAMILIES[spec.family],
+        "family": EVERY_FAMILY[spec.family],
         "isa_id": isa_names.index(spec.isa),
         "regime": regime,
         "n_min": 1 if spec in any_n else regime.n_min,

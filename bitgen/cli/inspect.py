@@ -66,7 +66,7 @@ def _matmuls(model: ModelFile) -> Table:
 
 def _stream(model: ModelFile) -> Table:
     from bitgen.formats.inspect import token_bytes
-    from bitgen.spec import FAMILIES
+    from bitgen.spec import EVERY_FAMILY
 
     read = token_bytes(model)
     columns = (
@@ -77,7 +77,7 @@ def _stream(model: ModelFile) -> Table:
         Column("kv_a_position", "and for each position (f16 KV)", ",d"),
     )
     rows = [
-        (FAMILIES[name].title, size, read.head[name], read.total(name), read.kv_a_position)
+        (EVERY_FAMILY[name].title, size, read.head[name], read.total(name), read.kv_a_position)
         for name, size in read.packed.items()
     ]
     return Table("bytes a token", columns, rows)

@@ -112,7 +112,7 @@ def newest_winners(store: RecordStore, fingerprints: Fingerprints) -> list[tuple
             if winner.spec.layout != record.layout:
                 continue
             use, made = (record.shape, winner.regime, winner.threads), winner.fingerprint
-            which = (winner.spec.isa, record.layout.group)
+            which = (winner.spec.isa, record.layout.kind)
             key = (*use, *which, made.cpu, made.compiler)
             taken = store.best(*use, fingerprints, *which) if key in found else None
             if taken is None or found[key][1] != taken:

@@ -88,7 +88,7 @@ class Multiply(Algorithm):
             "streams": (1, 2, 4, 8) if wide else (1, 2),
             "nr": (1,) if regime is N1 else (2, 4, 8, 16) if wide else (2,),
             "accumulators": (1, 2, 4 if isa.code_max >= 128 else 3) if regime is N1 or not wide else (1, 2),
-            "widen_every": _widths(isa, (8, self._pair_chunks(family))),
+            "widen_every": _widths(family, isa, (8, self._pair_chunks(family))),
             "unroll": (1, 2) if regime is N1 else (1,),
             "prefetch": ((0, 4096, 6144) if regime is N1 else (0, 2048)) if wide else (0,),
             **({"prefetch_hint": (0, 1) if wide else (0,)} if regime is N1 else {}),
@@ -248,7 +248,7 @@ class Panel(Algorithm):
             "nr": tokens if wide else (2, 4),
             "mc": (64, 256) if large and wide else (64,),
             "kc": (0, 960),
-            "widen_every": _widths(isa, (64,)),
+            "widen_every": _widths(family, isa, (64,)),
             "unroll": (1, 2) if large and wide else (1,),
         }
 
@@ -264,7 +264,8 @@ class Tiles(Algorithm):
     """Tiles of bytes are multiplied by one instruction, on levels that have it."""
 
     def serves_groups(self, group: int, regime: Regime) -> bool:
-        return regime is LARGE and group % 64 == 0  # whole tiles; few tokens would wait for their floats
+        del group  # tiles of 64 k, of groups of 32 half ones
+        return regime is LARGE  # few tokens would wait for their floats
 
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         wide = not isa.generic
@@ -362,7 +363,7 @@ def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
         yield from own
         return
     matrices = [*_tile_presets(family, isa, regime), *_mmla_presets(family, isa)]
-    steps = 0 if isa.adds_dots else 64
+    steps = 0 if isa.adds_dots or family.by_table else 64
     if not isa.generic:
         yield from matrices
     if regime is SMALL and isa.sums_bytes > 64:  # a loop of 52 instructions; direct's has 88
@@ -411,8 +412,13 @@ def _mmla_presets(family: Family, isa: Isa) -> Iterator[Preset]:
         yield Preset("mmla", {"nr": few, "mc": family.rows, "kc": 0})
 
 
-def _widths(isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
-    """A dot instruction widens by itself; without one int16 sums are three instructions cheaper a step."""
+def _widths(family: Family, isa: Isa, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """A dot instruction widens by itself; without one int16 sums are three instructions cheaper a step.
+
+    Two products with values of a table fill an int16.
+    """
+    if family.by_table:
+        return (0,)
     if isa.generic:
         return (0, *widths)
     return (0,) if isa.native_dot4 else widths

@@ -24,6 +24,9 @@ Check = tuple[str, Callable[[Knobs, int], bool]]  # what is told when a schedule
 X_MIN, X_MAX = -128, 127  # int8 activations
 UNPACKING = frozenset(("panel", "tiles", "mmla"))  # algorithms that make bytes of weights first
 INT16_MIN, INT16_MAX = -32768, 32767
+TERNARY = "ternary"  # of `Family.weights`
+TABLES = 4  # of 16 values at the head of a row block
+VALUE_MAX = 127  # the largest magnitude of such a value: -128 has no negative
 GROUPS = (32, 64, 128, 256)  # weights along k that may share a scale
 TAIL = 8  # weights behind the whole chunks of a group that 2-bit codes hold
 
@@ -137,7 +140,7 @@ class Algorithm(ABC):
 
 @dataclass(frozen=True)
 class Family:
-    """A way to store ternary weights and to multiply with them.
+    """A way to store weights of a few bits and to multiply with them.
 
     ``g`` weights share one code; a chunk of 16 rows x ``k_chunk`` weights takes ``chunk_bytes``; a row block
     has a multiple of ``rows`` rows. Kernels multiply ``codes`` codes 0, 1, ..: weight + ``bias``.
@@ -145,7 +148,13 @@ class Family:
     sub-blocks, chunk_bytes), in whatever shape of these bytes; ``decode`` undoes it. ``values``: of the same
     weights the numbers (blocks, chunks, sub-blocks, 16 rows, ...) whose negative ones a trailer of 64 bytes
     counts for each row, behind the chunks of its block. ``tail_weights``: `TAIL` where a group may end
-    with so many weights as 2-bit codes, behind its chunks. ``constants``: names for its template.
+    with so many weights as 2-bit codes, behind its chunks. ``constants``: names for its template, which is
+    ``template`` (none: that of its name).
+
+    ``weights`` is what they are: "ternary", or a kind of 4-bit codes that no other family holds; those are
+    stored in groups alone, and ``encode`` takes and ``decode`` gives codes. ``scales``: values of each row
+    and group behind the codes: a scale, and where there are 2 an offset. ``by_table``: a code stands for one
+    of 16 int8 values of a table at the head of its row block.
     """
 
     name: str
@@ -161,6 +170,10 @@ class Family:
     tail_weights: int = 0
     codes: int = 3
     bias: int = 1
+    weights: str = TERNARY
+    scales: int = 1
+    by_table: bool = False
+    template: str = ""
     constants: Mapping[str, object] = field(default_factory=dict, compare=False)
 
     @property
@@ -200,8 +213,8 @@ class Family:
 
     @property
     def top_code(self) -> int:
-        """The largest code that is multiplied."""
-        return self.codes - 1
+        """The largest code that is multiplied; of values from a table the largest magnitude."""
+        return VALUE_MAX if self.by_table else self.codes - 1
 
     @property
     def pair_range(self) -> tuple[int, int]:
@@ -232,6 +245,10 @@ class Family:
     def bits_a_weight(self) -> float:
         """Storage without padding, in bits a weight."""
         return 8 * self.chunk_bytes / (16 * self.k_chunk)
+
+    @property
+    def is_ternary(self) -> bool:
+        return self.weights == TERNARY
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -266,6 +283,30 @@ class Family:
     def tail(self, group: int) -> int:
         """Weights of a group behind its whole chunks."""
         return group % self.k_chunk
+
+    def head_bytes(self, selectors: int) -> int:
+        """Bytes in front of a row block's groups, of a family by table.
+
+        `TABLES` of 16 values, then a byte that selects one for each 16 rows of each group, filled up to lines
+        of 64.
+        """
+        return 64 + -(-selectors // 64) * 64 if self.by_table else 0
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix of 4-bit codes in groups along k, or rows of it.
+
+    ``codes`` uint8 (m, k) in 0..15; ``scales`` and, of a family that has them, ``offsets`` float32 (m,
+    groups). ``tables`` int8 (1..4, 16), -127..127, of a family by table, and ``selectors`` uint8 (ceil(m /
+    16), groups): the table of 16 rows and a group; None: the first everywhere.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.float32] | None = None
+    tables: NDArray[np.int8] | None = None
+    selectors: NDArray[np.uint8] | None = None
 
 
 def encode_tail(weights: Ternary) -> Bytes:

@@ -15,7 +15,7 @@ from bitgen.errors import BitgenError, FileError, UsageError, nearest_names
 from bitgen.formats.rope import Yarn
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
-from bitgen.spec import Shape, StepSizes
+from bitgen.spec import Shape, StepSizes, WeightKind
 
 Floats: TypeAlias = NDArray[np.float32]
 Activation: TypeAlias = Literal["silu", "relu2"]
@@ -79,6 +79,7 @@ class ModelConfig:
     qk_norm: bool = field(default=False, kw_only=True)  # an RMSNorm of each head of q and of k before RoPE
     group: int = field(default=0, kw_only=True)  # its matrices run in groups of so many, or finer
     ternary_head: bool = field(default=False, kw_only=True)  # the LM head is a matrix like the others
+    weights: str = field(default="ternary", kw_only=True)  # of its matrices, see `Family.weights`
     context: int = field(default=4096, kw_only=True)  # the largest number of positions it was made for
     rope_factors: tuple[float, ...] | None = field(default=None, kw_only=True)  # (head_dim / 2)
     yarn: Yarn | None = field(default=None, kw_only=True)  # stretches RoPE, on top of rope_factors
@@ -114,6 +115,11 @@ class ModelConfig:
     def rope_scale(self) -> float:
         """What cosines and sines of RoPE are multiplied by."""
         return 1.0 if self.yarn is None else self.yarn.scale
+
+    @property
+    def kind(self) -> WeightKind:
+        """What its matrices are, for layouts and records."""
+        return WeightKind(self.weights, self.group)
 
     @property
     def q_rows(self) -> int:
@@ -241,7 +247,8 @@ def find_model(name_or_path: str, models: tuple[ModelPreset, ...] | None = None)
 
 def preset_name(config: ModelConfig) -> str | None:
     """The preset with the same matrices, for `bitgen tune --model`."""
-    return next((m.alias for m in load_models() if set(m.shapes) == set(config.shapes)), None)
+    alike = (m for m in load_models() if m.weights == config.weights)
+    return next((m.alias for m in alike if set(m.shapes) == set(config.shapes)), None)
 
 
 def file_config(where: object, **fields: Any) -> ModelConfig:

@@ -10,7 +10,7 @@ import numpy as np
 
 from bitgen.formats.config import printable
 from bitgen.formats.model_file import ModelFile
-from bitgen.spec import FAMILIES, Layout
+from bitgen.spec import EVERY_FAMILY, Layout
 
 _TEXT_SHOWN = 60  # characters of a metadata value
 _ITEMS_SHOWN = 3  # elements of an array
@@ -57,8 +57,8 @@ def token_bytes(model: ModelFile) -> TokenBytes:
     config, group = model.config, model.config.group
     layouts = {
         name: Layout(name, family.rows, group)
-        for name, family in FAMILIES.items()
-        if not group or group in family.groups
+        for name, family in EVERY_FAMILY.items()
+        if family.weights == config.weights and (not group or group in family.groups)
     }
     packed, head = {}, {}
     for name, layout in layouts.items():

@@ -14,9 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.families.base import TABLES, VALUE_MAX, Codes
 from bitgen.measure.guarded import Guarded, guarded_copy
 from bitgen.measure.harness import Harness
-from bitgen.reference import group_sums, pack, scale_groups, scale_output, ternary_matmul
+from bitgen.reference import (
+    group_sums,
+    pack,
+    pack_codes,
+    scale_codes,
+    scale_groups,
+    scale_output,
+    ternary_matmul,
+)
 from bitgen.spec import K_MAX, LARGE, N1, SMALL, Layout, Shape, ceil_to, family_named, x_stride
 
 Int8 = NDArray[np.int8]
@@ -244,7 +253,7 @@ class Checks:
         a.w = self._input(
             "const uint8_t *",
             weights,
-            lambda: pack(layout, case_weights(case), _group_scales(layout, case, half), half=half),
+            lambda: _packed_groups(layout, case, half),
             64,
         )
         columns = layout.columns(k)
@@ -318,8 +327,38 @@ def _token_scales(layout: Layout, case: Case) -> NDArray[np.float32]:
     return _scales(shape[0] * shape[1]).reshape(shape) if case.floats else np.ones(shape, np.float32)
 
 
+def _packed_groups(layout: Layout, case: Case, half: bool) -> NDArray[np.uint8]:
+    if not family_named(layout.family).is_ternary:
+        return pack_codes(layout, case_codes(layout, case, half), half=half)
+    return pack(layout, case_weights(case), _group_scales(layout, case, half), half=half)
+
+
+def case_codes(layout: Layout, case: Case, half: bool) -> Codes:
+    """The weights of a case as 4-bit codes: where those are -1, 0, 1 the least, one between and the largest.
+
+    Tables hold the values with the largest sums at both ends; one table is all of one value.
+    """
+    family = family_named(layout.family)
+    (m, k), rng = (case.shape.m, case.shape.k), _rng(case.shape.m, case.shape.k, 4)
+    codes = rng.integers(0, 16, (m, k), dtype=np.uint8)
+    if case.name != "random":
+        codes = np.array([0, 8, 15], np.uint8)[case_weights(case) + 1]
+    scales = _group_scales(layout, case, half)
+    offsets = np.roll(scales, 1, axis=0) * np.float32(-2) if family.scales > 1 else None
+    if not family.by_table:
+        return Codes(codes, scales, offsets)
+    tables = rng.integers(-VALUE_MAX, VALUE_MAX + 1, (TABLES, 16), dtype=np.int8)
+    tables[:, [0, 8, 15]] = ((-VALUE_MAX, 0, VALUE_MAX), (-VALUE_MAX, 1, VALUE_MAX), (-12, 0, 12), (127,) * 3)
+    if case.name != "random":
+        return Codes(codes, scales, None, tables[:1])
+    selectors = rng.integers(0, TABLES, (-(-m // 16), layout.groups(k)), dtype=np.uint8)
+    return Codes(codes, scales, None, tables, selectors)
+
+
 def _expected_groups(layout: Layout, case: Case, half: bool) -> NDArray[np.float32]:
     x_scale, w_scale = _token_scales(layout, case), _group_scales(layout, case, half)
+    if not family_named(layout.family).is_ternary:
+        return scale_codes(case_activations(case), case_codes(layout, case, half), x_scale, layout)
     return scale_groups(case_activations(case), case_weights(case), x_scale, w_scale, layout.group)
 
 

@@ -30,12 +30,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
+from bitgen.families.base import Codes
 from bitgen.measure.cases import Case, Checks, cases_of, longest_cases, shape_cases
 from bitgen.measure.guarded import Guarded, Pool, Pools
 from bitgen.measure.harness import Functions, Harness
 from bitgen.measure.stats import EarlyStopping
-from bitgen.reference import grouped_linear, pack, quantize_activations, scale_output, ternary_matmul
-from bitgen.spec import Layout, Shape, ceil_to, regime_of
+from bitgen.reference import (
+    coded_linear,
+    grouped_linear,
+    pack,
+    pack_codes,
+    quantize_activations,
+    scale_output,
+    ternary_matmul,
+)
+from bitgen.spec import Layout, Shape, ceil_to, family_named, regime_of
 
 # Row blocks of random weights that a pool repeats: enough that no cache line of weights comes twice in a row.
 _UNIT_BLOCKS = 4
@@ -140,11 +149,13 @@ LOADING, CHECKING, TIMING, DONE = range(4)
 
 @dataclass(frozen=True)
 class _Weights:
-    """w (rows, k), and with groups of weights along k their scales (rows, groups)."""
+    """w (rows, k), and with groups of weights along k their scales (rows, groups); or codes for a layout."""
 
     w: NDArray[np.int8]
     scales: NDArray[np.float32]
     group: int
+    codes: Codes | None = None
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -315,7 +326,7 @@ class Workbench:
         copies = -(-self._cold_bytes // step) + 1 if timing.cold else 1
         pool = self._pools.get((layout, shape.k), copies * step, lambda: packed)
         # of a row block's weights, not of how they are packed
-        key = (layout.row_block, layout.group, shape, n)
+        key = (layout.row_block, layout.group, family_named(layout.family).weights, shape, n)
         return _Contender(pool, step, copies, self._kept(key, lambda: _inputs(weights, shape, n)))
 
     def _unit(self, layout: Layout, k: int) -> tuple[_Weights, NDArray[np.uint8]]:
@@ -325,7 +336,14 @@ class Workbench:
             rng = np.random.default_rng((rows, k))
             w = rng.integers(-1, 2, (rows, k), dtype=np.int8)
             scales = rng.uniform(0.001, 0.1, (rows, layout.groups(k))).astype(np.float16).astype(np.float32)
-            self._units[layout, k] = (_Weights(w, scales, layout.group), pack(layout, w, scales))
+            if family_named(layout.family).is_ternary:
+                self._units[layout, k] = (_Weights(w, scales, layout.group), pack(layout, w, scales))
+            else:
+                codes = _random_codes(layout, k, scales, rng)
+                self._units[layout, k] = (
+                    _Weights(w, scales, layout.group, codes, layout),
+                    pack_codes(layout, codes),
+                )
         return self._units[layout, k]
 
     def _kept(self, key: Hashable, make: Callable[[], _Inputs]) -> _Inputs:
@@ -337,6 +355,17 @@ class Workbench:
         return self._inputs[key]
 
 
+def _random_codes(layout: Layout, k: int, scales: NDArray[np.float32], rng: np.random.Generator) -> Codes:
+    """4-bit weights with these scales: every code, four tables."""
+    family, rows = family_named(layout.family), len(scales)
+    codes = rng.integers(0, 16, (rows, k), dtype=np.uint8)
+    if family.by_table:
+        tables = rng.integers(-127, 128, (4, 16), dtype=np.int8)
+        selectors = rng.integers(0, 4, (rows // 16, scales.shape[1]), dtype=np.uint8)
+        return Codes(codes, scales, None, tables, selectors)
+    return Codes(codes, scales, scales * np.float32(-8) if family.scales > 1 else None)
+
+
 def _inputs(weights: _Weights, shape: Shape, n: int) -> _Inputs:
     """The weights (rows, k) are repeated along m, and so is their product."""
     w = weights.w
@@ -345,7 +374,10 @@ def _inputs(weights: _Weights, shape: Shape, n: int) -> _Inputs:
     w_scale = rng.uniform(0.001, 0.1, shape.m).astype(np.float32)
     times = (1, -(-shape.m // len(w)))
     if weights.group:
-        y = grouped_linear(x, w, weights.scales, weights.group)
+        if weights.codes is not None and weights.layout is not None:
+            y = coded_linear(x, weights.codes, weights.layout)
+        else:
+            y = grouped_linear(x, w, weights.scales, weights.group)
         return _Inputs(x, w_scale, np.ascontiguousarray(np.tile(y, times)[:, : shape.m]))
     xq, x_scale = quantize_activations(x)
     acc = ternary_matmul(xq, w)

@@ -11,7 +11,7 @@ from typing import Any
 from bitgen.report.plots import Plot
 from bitgen.report.tune import Tune
 from bitgen.search.choose import Slot
-from bitgen.spec import FAMILIES, Shape
+from bitgen.spec import EVERY_FAMILY, FAMILIES, Shape
 
 MAX_ROWS = 60  # of a table, and with it the size of the page is bounded
 MAX_POINTS = 60  # of a line
@@ -78,12 +78,12 @@ def shape_name(tune: Tune, shape: Shape) -> str:
 
 
 def family_name(family: str) -> str:
-    return FAMILIES[family].title
+    return EVERY_FAMILY[family].title
 
 
 def color(family: str) -> str:
     """The class that draws a family: the same on every page."""
-    return f"s{list(FAMILIES).index(family) % 8}"
+    return f"s{list(FAMILIES | EVERY_FAMILY).index(family) % 8}"
 
 
 def legend(families: Iterable[str]) -> list[tuple[str, str]]:

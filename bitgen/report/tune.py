@@ -151,7 +151,7 @@ def tune_of(
         trial
         for trial in store.trials()
         if (job := trial.measurement.job).shape in decisions
-        and job.spec.layout.group == decisions[job.shape].layout.group
+        and job.spec.layout.kind == decisions[job.shape].layout.kind
         and _conditions(trial.fingerprint) in alike
         and (job.spec.family, job.spec.regime, job.threads) in searched
     ]
@@ -178,8 +178,8 @@ def _conditions(fingerprint: Fingerprint) -> tuple[str, str, str]:
 
 def _is_of(decisions: Mapping[Shape, TuningRecord], model: ModelPreset) -> bool:
     """Whether these are the decisions about a model's matrices."""
-    groups = {record.layout.group for record in decisions.values()}
-    return set(decisions) == set(model.shapes) and groups == {model.group}
+    kinds = {record.layout.kind for record in decisions.values()}
+    return set(decisions) == set(model.shapes) and kinds == {model.kind}
 
 
 def _finished(store: RecordStore) -> list[dict[Shape, TuningRecord]]:

@@ -11,18 +11,21 @@ from typing import Literal
 
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError, UsageError, unknown
+from bitgen.families import families_of
 from bitgen.formats.config import ModelPreset
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
 from bitgen.search.propose import STRATEGIES
 from bitgen.space import Space
 from bitgen.spec import (
-    FAMILIES,
+    EVERY_FAMILY,
     LARGE,
     REGIMES,
+    TERNARY_ROWS,
     KernelSpec,
     Layout,
     Shape,
+    WeightKind,
     family_named,
     regime_named,
     regime_of,
@@ -192,7 +195,7 @@ class Plan:
     trials: int
     timeout_s: float | None
     race_blocks: int
-    group: int = 0  # weights along k that share a scale; 0: scales lie outside the weights
+    kind: WeightKind = TERNARY_ROWS
 
     def __post_init__(self) -> None:
         for name in ("targets", "families", "isas", "regimes", "threads"):
@@ -226,6 +229,17 @@ def targets_of(model: ModelPreset) -> tuple[Target, ...]:
     return tuple(sorted(merged.values(), key=lambda t: (-t.weights, t.shape)))
 
 
+def _families(model: ModelPreset, names: Sequence[str]) -> tuple[str, ...]:
+    """Those asked for, or all that hold the model's weights. UsageError for one that does not."""
+    asked = [family_named(name) for name in names]
+    for family in asked:
+        if family.weights != model.weights:
+            raise UsageError(
+                f"{family.title} does not hold {model.weights} weights, as {model.alias} has them"
+            )
+    return tuple(dict.fromkeys(family.name for family in asked)) or families_of(model.weights)
+
+
 def plan_for(
     model: ModelPreset,
     cpu: Cpu,
@@ -241,7 +255,7 @@ def plan_for(
     return Plan(
         model=model.alias,
         targets=targets_of(model),
-        families=tuple(dict.fromkeys(family_named(f).name for f in options.families)) or tuple(FAMILIES),
+        families=_families(model, options.families),
         isas=tuple(isas),
         regimes=tuple(dict.fromkeys(regime_named(r).name for r in options.regimes)) or budget.regimes,
         threads=tuple(dict.fromkeys(threads)) or (cpu.usable_threads,),
@@ -250,7 +264,7 @@ def plan_for(
         trials=budget.trials if options.trials is None else options.trials,
         timeout_s=budget.timeout_s if options.timeout_s is None else options.timeout_s,
         race_blocks=budget.race_blocks,
-        group=model.group,
+        kind=model.kind,
     )
 
 
@@ -286,7 +300,7 @@ class Group:
     @property
     def name(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{FAMILIES[self.family].title} {self.isa.name} {self.regime}, {threads}"
+        return f"{EVERY_FAMILY[self.family].title} {self.isa.name} {self.regime}, {threads}"
 
     @cached_property
     def legal(self) -> Mapping[Shape, frozenset[KernelSpec]]:
@@ -326,7 +340,9 @@ def groups_of(plan: Plan, spaces: SpaceFactory) -> tuple[list[Group], list[str]]
                     try:
                         by_shape = {shape: spaces(family, isa, regime, shape) for shape in plan.shapes}
                     except BitgenError as error:
-                        rejected.append(f"{FAMILIES[family].title} on {isa.name}, {regime}: {error.message}")
+                        rejected.append(
+                            f"{EVERY_FAMILY[family].title} on {isa.name}, {regime}: {error.message}"
+                        )
                         continue
                     groups.append(Group(family, isa, regime, threads, by_shape))
     if not groups:

@@ -181,7 +181,7 @@ class _Tune:
             turn = [search for search in turn if more and not search.complete]
         for search, shape in product(searches, self._plan.shapes):
             # A previous winner must not be lost by a shorter tune.
-            search.recall(self._store.current(shape, self._fingerprints, self._plan.group))
+            search.recall(self._store.current(shape, self._fingerprints, self._plan.kind))
 
     def _run(self, search: GroupSearch, searches: Sequence[GroupSearch], deadline: float) -> None:
         done = sum(other.complete for other in searches)
@@ -213,7 +213,7 @@ class _Tune:
         defaults: dict[str, KernelSpec] = {}
         for outcome in outcomes:  # best ISA level first
             defaults.setdefault(outcome.group.family, outcome.group.defaults[shape])
-        previous = set(self._store.current(shape, self._fingerprints, self._plan.group))
+        previous = set(self._store.current(shape, self._fingerprints, self._plan.kind))
         limit = self._config.finalist_ratio
         finalists = finalists_of(shape, outcomes, regime.finalists, limit, defaults, previous)
         for fewer in range(regime.finalists - 1, 0, -1):

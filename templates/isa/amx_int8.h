@@ -21,6 +21,17 @@ OP void vt_begin(vt *t, int rows0, int rows1) {
     __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
 }
 
+//: vt_begin_half
+OP void vt_begin_half(vt *t, int rows0, int rows1) {
+    _Alignas(64) uint8_t config[64] = {1};
+    for (int i = 0; i < 8; ++i) {
+        config[16 + 2 * i] = i == 4 || i == 5 ? 32 : 64;
+        config[48 + i] = (uint8_t)(i > 5 ? 8 : i < 2 || i == 4 ? rows0 : rows1);
+    }
+    (void)t;
+    __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory");
+}
+
 //: vt_end
 // Registers in use cost the system 8 KiB to save whenever it runs another thread.
 OP void vt_end(vt *t) {
@@ -53,6 +64,10 @@ OP void vt_load(vt *t, int tile, const void *p, int64_t stride) {
     case 7: __asm__ volatile("tileloadd (%0,%1,1), %%tmm7" : : "r"(p), "r"(stride) : "memory"); break;
     }
 }
+
+//: vt_load_half
+// The configuration says how much there is to load.
+OP void vt_load_half(vt *t, int tile, const void *p, int64_t stride) { vt_load(t, tile, p, stride); }
 
 //: vt_store
 OP void vt_store(vt *t, int tile, int32_t *p) {

@@ -332,6 +332,21 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
 //: vw_dot4_field
 OP vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
+//: values_bias
+enum { values_bias = 0 };
+
+//: vw_dot4_values
+// vpmaddubsw takes |s| <= 128 as its unsigned bytes, and v <= 127 under the sign of s: pairs of at most 32512.
+OP vw vw_dot4_values(vw acc, vb v, vb s) {
+    __m256i ones = _mm256_set1_epi16(1);
+    __m256i a = _mm256_maddubs_epi16(_mm256_abs_epi8(s.a), _mm256_sign_epi8(v.a, s.a));
+    __m256i b = _mm256_maddubs_epi16(_mm256_abs_epi8(s.b), _mm256_sign_epi8(v.b, s.b));
+    return (vw){acc.a + (w_reg)_mm256_madd_epi16(a, ones), acc.b + (w_reg)_mm256_madd_epi16(b, ones)};
+}
+
+//: vw_dot4_values_field
+OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) { return vw_dot4_values(acc, v, vb_splat4(x.p + (x.at + 4 * f))); }
+
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
 OP vw vw_widen(vw acc, vp v) {

@@ -252,6 +252,21 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
 //: vw_dot4_field
 OP vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.p + (x.at + 4 * f))); }
 
+//: values_bias
+enum { values_bias = 0 };
+
+//: vw_dot4_values
+// As on AVX2; there is no vpsignb of 64 bytes, so the signs of s are a mask, which a compiler keeps for all rows.
+OP vw vw_dot4_values(vw acc, vb v, vb s) {
+    const __mmask64 negative = _mm512_movepi8_mask(s.v);
+    const __m512i signed_v = _mm512_mask_sub_epi8(v.v, negative, _mm512_setzero_si512(), v.v);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(s.v), signed_v);
+    return (vw){acc.v + (w_reg)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1))};
+}
+
+//: vw_dot4_values_field
+OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) { return vw_dot4_values(acc, v, vb_splat4(x.p + (x.at + 4 * f))); }
+
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.
 OP vw vw_widen(vw acc, vp v) {

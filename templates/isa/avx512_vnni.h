@@ -14,6 +14,12 @@ typedef struct { __mmask64 v; } vm;
 //: vw_dot4
 OP vw vw_dot4(vw acc, vb u, vb s) { return (vw){(w_reg)_mm512_dpbusd_epi32((__m512i)acc.v, u.v, s.v)}; }
 
+//: values_bias
+enum { values_bias = 128 };
+
+//: vw_dot4_values
+OP vw vw_dot4_values(vw acc, vb v, vb s) { return vw_dot4(acc, v, s); }
+
 //: vw_widen
 // vpdpwssd with ones: one instruction for vpmaddwd and vpaddd.
 OP vw vw_widen(vw acc, vp v) {

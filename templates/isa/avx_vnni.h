@@ -17,6 +17,12 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
                 (w_reg)_mm256_dpbusd_avx_epi32((__m256i)acc.b, u.b, s.b)};
 }
 
+//: values_bias
+enum { values_bias = 128 };
+
+//: vw_dot4_values
+OP vw vw_dot4_values(vw acc, vb v, vb s) { return vw_dot4(acc, v, s); }
+
 //: vw_widen
 // vpdpwssd with ones: one instruction for vpmaddwd and vpaddd.
 OP vw vw_widen(vw acc, vp v) {

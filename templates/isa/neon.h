@@ -383,6 +383,16 @@ OP vw vw_dot4_field(vw acc, vb u, vx x, int f) {
                 neon_dot_field(acc.c, u.c, x, f), neon_dot_field(acc.d, u.d, x, f)};
 }
 
+//: values_bias
+enum { values_bias = 0 };
+
+//: vw_dot4_values
+// Signed bytes as they are: sums of two fit int16 (2 * 127 * -128 = -32512).
+OP vw vw_dot4_values(vw acc, vb v, vb s) { return vw_dot4(acc, v, s); }
+
+//: vw_dot4_values_field
+OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) { return vw_dot4_field(acc, v, x, f); }
+
 //: vw_widen
 // addp makes sums of pairs, which the kernel's bound keeps inside int16; sadalp adds neighbours to int32.
 OP vw vw_widen(vw acc, vp v) {

@@ -7,6 +7,9 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
                 vusdotq_s32(acc.c, u.c, (int8x16_t)s.c), vusdotq_s32(acc.d, u.d, (int8x16_t)s.d)};
 }
 
+//: values_bias
+enum { values_bias = 128 };
+
 //: neon_pairs
 // -u fits a signed byte also for u = 128. Its sums of two are the negated ones mod 2^16, which are negated back.
 OP int16x8_t neon_pairs(uint8x16_t u, uint8x16_t s) {

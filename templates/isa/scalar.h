@@ -389,6 +389,21 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
 // The same with a field of x for s: s[4 i + j] = x[4 f + j], f in 0..3
 OP vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x.x + 4 * f)); }
 
+//: values_bias
+// What is added to int8 values before they are multiplied: 128 where a level multiplies unsigned bytes, else 0.
+enum { values_bias = 0 };
+
+//: vw_dot4_values
+// w[i] = acc[i] + sum_j v[4 i + j] * s[4 i + j], j = 0..3, v int8 values -127 .. 127 + values_bias, s int8
+OP vw vw_dot4_values(vw acc, vb v, vb s) {
+    for (int i = 0; i < 64; ++i) acc.w[i / 4] = (int32_t)((uint32_t)acc.w[i / 4] + (uint32_t)((int8_t)v.b[i] * (int8_t)s.b[i]));
+    return acc;
+}
+
+//: vw_dot4_values_field
+// The same with a field of x for s: s[4 i + j] = x[4 f + j], f in 0..3
+OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) { return vw_dot4_values(acc, v, vb_splat4(x.x + 4 * f)); }
+
 //: vw_widen
 // w[i] = acc[i] + v[2 i] + v[2 i + 1]
 OP vw vw_widen(vw acc, vp v) {
@@ -697,6 +712,10 @@ OP void vt_begin(vt *t, int rows0, int rows1) {
     for (int i = 0; i < 8; ++i) t->rows[i] = i > 5 ? 16 : i < 2 || i == 4 ? rows0 : rows1;
 }
 
+//: vt_begin_half
+// The same of products of 32 k: 4 and 5 have rows of 32 bytes, 6 and 7 have 8 rows, and only vt_load_half loads them.
+OP void vt_begin_half(vt *t, int rows0, int rows1) { vt_begin(t, rows0, rows1); }
+
 //: vt_end
 // Their contents are gone; nothing but a new beginning may follow.
 OP void vt_end(vt *t) { memset(t, 0, sizeof *t); }
@@ -708,6 +727,14 @@ OP void vt_zero(vt *t, int tile) { memset(t->b[tile], 0, sizeof t->b[tile]); }
 // The rows that the tile has, 64 bytes each, `stride` bytes apart; nothing else is read.
 OP void vt_load(vt *t, int tile, const void *p, int64_t stride) {
     for (int r = 0; r < t->rows[tile]; ++r) memcpy(t->b[tile][r], (const uint8_t *)p + r * stride, 64);
+}
+
+//: vt_load_half
+// As vt_load for 4 .. 7 behind vt_begin_half: 32 bytes a row of activations, 8 rows of weights.
+OP void vt_load_half(vt *t, int tile, const void *p, int64_t stride) {
+    const int rows = tile > 5 ? 8 : t->rows[tile];
+    memset(t->b[tile], 0, sizeof t->b[tile]);
+    for (int r = 0; r < rows; ++r) memcpy(t->b[tile][r], (const uint8_t *)p + r * stride, tile > 5 ? 64 : 32);
 }
 
 //: vt_store

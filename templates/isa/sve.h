@@ -460,6 +460,15 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
 //: vw_dot4_field
 OP vw vw_dot4_field(vw acc, vb u, vx x, int f) { return vw_dot4(acc, u, vb_splat4(x + 4 * f)); }
 
+//: values_bias
+enum { values_bias = 0 };
+
+//: vw_dot4_values
+OP vw vw_dot4_values(vw acc, vb v, vb s) { return vw_dot4(acc, v, s); }
+
+//: vw_dot4_values_field
+OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) { return vw_dot4_field(acc, v, x, f); }
+
 //: vw_widen
 // SVE2 has sadalp.
 OP vw vw_widen(vw acc, vp v) {

@@ -7,6 +7,9 @@ OP vw vw_dot4(vw acc, vb u, vb s) {
     return acc;
 }
 
+//: values_bias
+enum { values_bias = 128 };
+
 //== Products of 2 x 8 by 8 x 2 bytes
 // The ops for products of 2 x 8 by 8 x 2 bytes with SVE and FEAT_I8MM: usmmla, in each 16 bytes of a register.
 

@@ -25,9 +25,20 @@ from bitgen.measure.harness import unit_of
 from bitgen.measure.runner import LocalRunner, TimingPolicy, Verification
 from bitgen.measure.verify import SweepCounts, exact_sweep, own_points, sweep
 from bitgen.reference import linear, pack, quantize_activations, scale_output, ternary_matmul
-from bitgen.render import render_kernel
+from bitgen.render import inherits, render_kernel
 from bitgen.space import space_for
-from bitgen.spec import FAMILIES, LARGE, N1, REGIMES, SMALL, KernelSpec, Regime, Shape, regime_of, x_stride
+from bitgen.spec import (
+    FAMILIES,
+    LARGE,
+    N1,
+    REGIMES,
+    SMALL,
+    KernelSpec,
+    Regime,
+    Shape,
+    regime_of,
+    x_stride,
+)
 from bitgen.toolchain import Prototype, Toolchain
 
 pytestmark = pytest.mark.slow
@@ -99,6 +110,20 @@ def test_schedules_of_weights_in_groups_are_exact(
     specs += [space_for(family, isa, regime, SHAPE, CPU, g).default for g in sizes for regime in REGIMES]
     specs = list(dict.fromkeys(specs))
     counts = sweep(runner, specs)
+    report(counts, request)
+    assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
+
+
+@levels
+def test_kernels_of_weights_of_4_bits_are_exact(
+    isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
+) -> None:
+    """The defaults whose text is the level's own; `.ci/deep` runs all schedules of these families."""
+    isa = runnable(isa_name)
+    specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("q4m", "t4") for r in REGIMES]
+    specs.append(space_for("q4", isa, N1, SHAPE, CPU, 64).default)
+    own = [spec for spec in specs if not inherits(spec)] or specs[:1]
+    counts = sweep(runner, own)
     report(counts, request)
     assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
 

@@ -38,7 +38,7 @@ DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu
 # zig is a clang and takes seconds to start; it is used where there is nothing else.
 EMULATED_ISAS = [isa for isa in ISAS if isa.arch in (ANY_ARCH, "aarch64")]
 COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
-NOT_FUNCTIONS = {"includes", "types", "vt", "vp", "vx"}
+NOT_FUNCTIONS = {"includes", "types", "vt", "vp", "vx", "values_bias"}
 HELPERS = ("neon_", "sve_")  # how the names of a level's own functions begin, which its ops share
 CANARY = 0xA5
 DTYPES = {
@@ -256,6 +256,16 @@ def vw_dot4(acc: Array, u: Array, s: Array) -> Array:
 
 
 @meaning
+def vw_dot4_values(acc: Array, v: Array, s: Array) -> Array:
+    return wrapped(i64(acc) + products(v.view(np.int8), s), np.int32)
+
+
+@meaning
+def vw_dot4_values_field(acc: Array, v: Array, x: Array, f: int) -> Array:
+    return vw_dot4_values(acc, v, field(x, f))
+
+
+@meaning
 def vw_widen(acc: Array, v: Array) -> Array:
     return wrapped(i64(acc) + products(HALF, v), np.int32)
 
@@ -342,6 +352,7 @@ EDGES: dict[str, list[Any]] = {
 }
 # Arguments with a domain of their own, its edges first; everything else is drawn from all values of its type.
 CODES = [0, 1, 127, 128, *range(2, 127)]
+VALUES = [127, 129, *range(127), *range(130, 256)]  # every int8 but -128
 ROUNDED = [
     -127.5,
     -2.5,
@@ -364,6 +375,8 @@ DOMAINS: dict[tuple[str, str], list[Any]] = {
     ("vp_add_field", "u"): CODES,
     ("vw_dot4", "u"): CODES,
     ("vw_dot4_field", "u"): CODES,
+    ("vw_dot4_values", "v"): VALUES,
+    ("vw_dot4_values_field", "v"): VALUES,
     ("vw_round", "v"): [*ROUNDED, *np.arange(-300, 300, 0.25)],
     **FLOAT_DOMAINS,
 }
@@ -376,6 +389,7 @@ RANGES: dict[tuple[str, str], range] = {
     ("vx_load", "at"): range(0, 81, 20),
     ("vp_add_field", "f"): range(4),
     ("vw_dot4_field", "f"): range(4),
+    ("vw_dot4_values_field", "f"): range(4),
     ("vw_store_n", "n"): range(1, 17),
     ("vf_load_n", "n"): range(17),
     ("vf_store_n", "n"): range(1, 17),
@@ -492,6 +506,14 @@ def wrapper(signature: Signature, function: str, constant: int | None = None) ->
         else:
             lines += [f"{kind} {name};", f"memcpy(&{name}, arg[{i}], sizeof {name});"]
     call = f"{signature.name}({', '.join(name for _, name in signature.params)})"
+    if signature.name.startswith("vw_dot4_values"):  # a level may take them 128 larger: that comes off again
+        lines.append("v = vb_add(v, vb_splat(values_bias));")
+        ones = (
+            "vw_dot4_field(vw_zero(), vb_splat(1), x, f)"
+            if "x, f" in call
+            else "vw_dot4(vw_zero(), vb_splat(1), s)"
+        )
+        call = f"vw_sub({call}, values_bias ? vw_shl({ones}, 7) : vw_zero())"
     if signature.returns == "void":
         lines.append(f"{call};")
     elif signature.returns == "vm":

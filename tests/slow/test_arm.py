@@ -127,6 +127,21 @@ def test_kernels_of_weights_in_groups_are_exact(isa: Isa, tmp_path: Path) -> Non
     exact([spec for spec in specs if not inherits(spec)] or specs[:1], tmp_path)
 
 
+@needs_emulator
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(isa, marks=[] if isa.name in ("neon", "neon_i8mm", "sve256") else [pytest.mark.deep])
+        for isa in LEVELS
+    ],
+    ids=lambda isa: isa.name,
+)
+def test_kernels_of_weights_of_4_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
+    """Values by table in every regime, codes with offsets for one token."""
+    specs = [space_for("t4", isa, regime, SHAPE, CPU, 32).default for regime in REGIMES]
+    exact([*specs, space_for("q4m", isa, REGIMES[0], SHAPE, CPU, 32).default], tmp_path)
+
+
 @pytest.mark.deep
 @needs_emulator
 @levels

@@ -13,10 +13,18 @@ import foreign
 import numpy as np
 
 from bitgen.hostcode import kernel_unit
-from bitgen.measure.cases import Case, case_activations, case_weights, cases_of
-from bitgen.reference import group_sums, pack, scale_groups, scale_output, ternary_matmul
+from bitgen.measure.cases import Case, case_activations, case_codes, case_weights, cases_of
+from bitgen.reference import (
+    group_sums,
+    pack,
+    pack_codes,
+    scale_codes,
+    scale_groups,
+    scale_output,
+    ternary_matmul,
+)
 from bitgen.render import Source, isa_named, matmul_struct, render_kernel, render_tables
-from bitgen.spec import FAMILIES, KernelSpec, Layout, x_stride
+from bitgen.spec import EVERY_FAMILY, KernelSpec, Layout, x_stride
 from bitgen.toolchain import Prototype, Toolchain, Unit
 
 DRIVER = Path(__file__).parents[1] / "data" / "foreign" / "kernels.c"
@@ -110,9 +118,15 @@ def record(layout: Layout, case: Case) -> bytes:
         x_scale, scales = (rng.uniform(0.001, 0.1, shape).astype(np.float32) for shape in shapes)
         if halves:
             scales = scales.astype(np.float16).astype(np.float32)
-        packed, w_scale = pack(layout, w, scales, half=halves), np.empty(0, np.float32)
-        expected = scale_groups(xq, w, x_scale, scales, layout.group)
-        whole = layout.group - FAMILIES[layout.family].tail(layout.group)
+        w_scale = np.empty(0, np.float32)
+        if EVERY_FAMILY[layout.family].is_ternary:
+            packed = pack(layout, w, scales, half=halves)
+            expected = scale_groups(xq, w, x_scale, scales, layout.group)
+        else:
+            codes = replace(case_codes(layout, case, halves), scales=scales)
+            packed = pack_codes(layout, codes, half=halves)
+            expected = scale_codes(xq, codes, x_scale, layout)
+        whole = layout.group - EVERY_FAMILY[layout.family].tail(layout.group)
         grouped = (groups, layout.group, 2 if halves else 4, whole, layout.chunks(k) // groups)
         sums = group_sums(xq, layout.group)
     else:
@@ -120,7 +134,7 @@ def record(layout: Layout, case: Case) -> bytes:
         expected = scale_output(acc, x_scale, w_scale) if case.floats else acc
         packed, grouped = pack(layout, w), (1, 0, 0, k, 0)
     half = -(-m // layout.row_block) // 2 * layout.row_block if case.split else 0
-    table_stride = layout.chunks(k) * max((size for _, size in FAMILIES[layout.family].tables), default=0)
+    table_stride = layout.chunks(k) * max((size for _, size in EVERY_FAMILY[layout.family].tables), default=0)
     numbers = (case.floats, m, k, n, x.shape[1], table_stride, m + 3, len(packed), len(w_scale), half)
     arrays = (packed, x, sums, x_scale, w_scale, expected)
     return struct.pack("=15q", *map(int, (*numbers, *grouped))) + b"".join(a.tobytes() for a in arrays)

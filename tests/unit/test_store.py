@@ -16,7 +16,7 @@ from bitgen.errors import BitgenError, FileError
 from bitgen.fingerprints import Fingerprint, Fingerprints
 from bitgen.measure import Job, Measurement, Race, RaceJob, Status
 from bitgen.records import dump, load
-from bitgen.spec import RENAMED_KNOBS, KernelSpec, Layout
+from bitgen.spec import RENAMED_KNOBS, KernelSpec, Layout, WeightKind
 from bitgen.store import (
     RaceRecord,
     RecordStore,
@@ -261,13 +261,16 @@ def test_tunes_of_groups_and_of_whole_rows_do_not_shadow_each_other(tmp_path: Pa
     store.append(tuning([(plain, 1)]))
     store.append(tuning([(grouped, 1)], layout))
     read = RecordStore(tmp_path / "r.jsonl")
-    assert (read.layout(WIDE, fingerprints), read.layout(WIDE, fingerprints, group=128)) == (R16, layout)
-    assert read.layout(WIDE, fingerprints, group=64) is None
+    assert (read.layout(WIDE, fingerprints), read.layout(WIDE, fingerprints, kind=WeightKind(group=128))) == (
+        R16,
+        layout,
+    )
+    assert read.layout(WIDE, fingerprints, kind=WeightKind(group=64)) is None
     for group, spec in ((0, plain), (128, grouped)):
-        winner = read.best(WIDE, "n1", 1, fingerprints, group=group)
+        winner = read.best(WIDE, "n1", 1, fingerprints, kind=WeightKind(group=group))
         assert winner is not None
         assert winner.spec == spec
-        assert read.current(WIDE, fingerprints, group) == [spec]
+        assert read.current(WIDE, fingerprints, WeightKind(group=group)) == [spec]
     assert {winner.spec for _, winner in newest_winners(read, fingerprints)} == {plain, grouped}
 
 
