@@ -25,7 +25,7 @@ from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelPreset, find_model
 from bitgen.measure import LocalRunner, Race, RaceJob
-from bitgen.spec import FAMILIES, LARGE, KernelSpec, Shape, regime_of
+from bitgen.spec import EVERY_FAMILY, FAMILIES, LARGE, KernelSpec, Shape, regime_of
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,20 @@ class Cell:
 
 
 def recorded(
-    environment: Environment, shape: Shape, family: str, isa: Isa, regime: str, threads: int
+    environment: Environment, shape: Shape, family: str, isa: Isa, regime: str, threads: int, group: int = 0
 ) -> KernelSpec:
-    """The fastest recorded winner of a family, else its default."""
+    """The fastest recorded winner of a family, else its default; ``group``: weights that share a scale."""
     found = [
         winner
         for record in environment.store.tunings
         if record.shape == shape
         for winner in record.current(environment.fingerprints)
         if (winner.spec.family, winner.spec.isa, winner.regime) == (family, isa.name, regime)
+        and winner.spec.layout.group == group
         and winner.threads <= threads
     ]
     if not found:
-        return environment.space(family, isa, regime, shape).default
+        return environment.space(family, isa, regime, shape, group).default
     most = max(winner.threads for winner in found)
     return min((w for w in found if w.threads == most), key=lambda w: w.time_ns).spec
 
@@ -100,9 +101,10 @@ def measure(args: argparse.Namespace, environment: Environment, ns: list[int], t
         for n in ns:
             for shape, count in shapes_of(find_model(args.model)).items():
                 specs = dict.fromkeys(
-                    recorded(environment, shape, family, isa, regime_of(n).name, threads)
+                    recorded(environment, shape, family, isa, regime_of(n).name, threads, args.group)
                     for isa in isas
                     for family in args.family or FAMILIES
+                    if not args.group or args.group in EVERY_FAMILY[family].groups
                 )
                 race = time_shape(runner, specs, shape, n, threads, args.rounds)
                 cells += cells_of(race, shape, count, n, threads)
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--model", default="3B")
     parser.add_argument("--isa", action="append", default=[])
     parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--group", type=int, default=0, help="weights that share a scale (of q4, q4m, t4)")
     parser.add_argument("--threads", default="1")
     parser.add_argument("-n", type=int, default=512, help="tokens of prefill")
     parser.add_argument("--rounds", type=int, default=11)

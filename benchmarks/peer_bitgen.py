@@ -1,6 +1,7 @@
-"""The side of bitgen in benchmarks/peers.py: a preset's random weights, asked as peer_side.py says.
+"""The side of bitgen in benchmarks/peers.py: a preset's random weights or a file, asked as peer_side.py says.
 
-    python peer_bitgen.py 3B --threads N --context N [--library PATH] [--head q8|screened] [--best K] [--silu]
+    python peer_bitgen.py 3B|FILE.gguf --threads N --context N [--library PATH] [--head q8|screened]
+        [--best K] [--silu]
 
 The answers are the same too; bytes are those of packed weights, scales and head. With --best a step gives the
 K best logits instead of all, as sampling with top-k needs; only then a screened head reads less.
@@ -19,6 +20,8 @@ import numpy as np
 from make_peer_model import peer_config
 
 from bitgen.errors import BitgenError
+from bitgen.formats.open import open_model
+from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
@@ -49,10 +52,16 @@ def run(engine: Engine, best: int, do: str, tokens: list[int], out: str | None =
     return seconds
 
 
+def model_weights(args: argparse.Namespace) -> Weights:
+    if args.model.endswith(".gguf"):
+        return open_model(args.model).weights
+    return random_weights(replace(peer_config(args.model, args.silu), context=args.context))
+
+
 def serve(args: argparse.Namespace) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    weights = random_weights(replace(peer_config(args.model, args.silu), context=args.context))
+    weights = model_weights(args)
     with load(args.library or library_for(weights.config), args.threads) as table:
         engine = open_engine(weights, table, context=args.context, head=args.head)
         # The int8 rows of q8 and screened count as packed; the few rows of f16 that screening reads do not.

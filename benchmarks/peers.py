@@ -8,13 +8,14 @@ its own and compiled for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON pip install -
 name such a libllama.so of ik's with --ik-library. Either may be left out. FOLDER holds the peers' files, made
 by make_peer_model.py when they are missing: 1 to 2 GB a type for 3B, and 7 GB for a moment.
 
-All sides have the same random weights, an f16 head and an f16 cache, and sample nothing; each runs in a
-process of its own (peer_bitgen.py, peer_ik.py, peer_llama.py). First all compute the logits of one prompt:
-the run ends unless they are finite and alike (not equal: the peers quantise activations with several scales
-a token). Then each round runs every test on every side in shuffled order. Figures are medians. pp: a prompt
-at once; tg: tokens one by one from an empty context. MB a token: packed weights, scales and head; for the
-peers the file. Before and after a side's steps a probe reads the memory; "of DRAM": the median over the
-rounds of what the side read, against the more of the two.
+--model FILE.gguf runs that file on every side, whatever its types: there is nothing to make, and --type takes
+options alone (llama, ik+no-flash). Otherwise all sides have the same random weights, an f16 head and an f16
+cache. They sample nothing; each runs in a process of its own (peer_bitgen.py, peer_ik.py, peer_llama.py).
+First all compute the logits of one prompt: the run ends unless they are finite and alike (not equal: the
+peers quantise activations with several scales a token). Then each round runs every test on every side in
+shuffled order. Figures are medians. pp: a prompt at once; tg: tokens one by one from an empty context. MB a
+token: packed weights, scales and head; for the peers the file. Before and after a side's steps a probe reads
+the memory; "of DRAM": the median over the rounds of what the side read, against the more of the two.
 
 llama.cpp knows 2B-4T's architecture only with a silu gate: with --llama every side runs a relu² model's shape
 that way, and the title says so. TQ1_0 and TQ2_0 hold matrices of multiples of 256 columns, Q4_0 all.
@@ -49,6 +50,7 @@ from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig
+from bitgen.formats.open import open_model
 from bitgen.measure import LocalRunner
 from bitgen.progress import Progress
 
@@ -136,12 +138,12 @@ def opened(
         for peer in args.type:
             kind, *flags = peer.split("+")
             options = ["--bytes", str(read_bytes_a_token(files[kind], config)), *(f"--{f}" for f in flags)]
-            if kind in LLAMA_TYPES:
+            if kind in (*LLAMA_TYPES, "llama"):
                 command = [args.llama, HERE / "peer_llama.py", files[kind], *common, *options]
-                sides.append(Side(f"llama.cpp {peer}", command, {}))
+                sides.append(Side(f"llama.cpp {peer.removeprefix('llama')}".rstrip(), command, {}))
             else:
                 command = [args.ik, HERE / "peer_ik.py", files[kind], *common, *options]
-                sides.append(Side(f"ik {peer}", command, ik_env))
+                sides.append(Side(f"ik {peer.removeprefix('ik')}".rstrip(), command, ik_env))
         yield sides
     finally:
         for side in sides:
@@ -240,16 +242,23 @@ _RESULTS = (
 )
 
 
+def is_file(model: str) -> bool:
+    """Whether the sides run a file, and no preset."""
+    return model.endswith(".gguf")
+
+
 def chosen_types(args: argparse.Namespace, config: ModelConfig) -> list[str]:
     """The types to time: the ones asked for, or all that the peers given can run. BitgenError for neither."""
     wanted = list(args.type or ())
-    if not wanted:
+    if not wanted and is_file(args.model):
+        wanted = ["ik"] * bool(args.ik) + ["llama"] * bool(args.llama)
+    elif not wanted:
         columns = (config.hidden, config.q_rows, config.ffn)
         of_256 = all(k % 256 == 0 for k in columns)
         wanted += _IK_TYPES if args.ik else ()
         wanted += [kind for kind in LLAMA_TYPES if kind == "Q4_0" or of_256] if args.llama else []
     for peer in wanted:
-        option = "llama" if peer.partition("+")[0] in LLAMA_TYPES else "ik"
+        option = "llama" if peer.partition("+")[0] in (*LLAMA_TYPES, "llama") else "ik"
         if getattr(args, option) is None:
             raise BitgenError(f"{peer} needs a peer's Python: name it with --{option}")
     if not wanted and not args.bitgen:
@@ -259,13 +268,19 @@ def chosen_types(args: argparse.Namespace, config: ModelConfig) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     environment = Environment()
-    args.silu = args.llama is not None and peer_config(args.model).activation != "silu"
-    config = peer_config(args.model, args.silu)
+    whole = is_file(args.model)
+    args.silu = not whole and args.llama is not None and peer_config(args.model).activation != "silu"
+    config = open_model(args.model).config if whole else peer_config(args.model, args.silu)
     tests = [Test.parse(text) for text in args.tests.split(",")]
     context = max(_PROMPT, *(test.n for test in tests))
     args.type = chosen_types(args, config)
     kinds = list(dict.fromkeys(peer.partition("+")[0] for peer in args.type))
-    files = make_models(args.work, config, kinds, args.ik)
+    if whole:
+        files = dict.fromkeys(kinds, Path(args.model))
+    elif args.work is None:
+        raise BitgenError("name a folder for the peers' files with --work")
+    else:
+        files = make_models(args.work, config, kinds, args.ik)
     isa = environment.isa(None).name
     rows: list[tuple[object, ...]] = []
     logits: list[tuple[object, ...]] = []
@@ -286,7 +301,7 @@ def run(args: argparse.Namespace) -> None:
             facts.append(
                 f"DRAM read, {threads} threads: {middle:.1f} GB/s ({min(read):.1f} to {max(read):.1f})"
             )
-    shape = f"{args.model}{' with a silu gate' if args.silu else ''}"
+    shape = f"{Path(args.model).name}{' with a silu gate' if args.silu else ''}"
     title = f"{shape}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
     tables = [
         Table(f"{shape}: logits of the last of {_PROMPT} tokens, against bitgen's", _LOGITS, logits),
@@ -299,8 +314,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="3B", help="a preset (3B)")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the peers' files")
+    parser.add_argument("--model", default="3B", help="a preset, or a GGUF file that all sides run (3B)")
+    parser.add_argument("--work", type=Path, help="folder of the peers' files, for a preset")
     parser.add_argument("--ik", type=Path, help="a Python with ik-llama-cpp-python")
     parser.add_argument("--ik-library", type=Path, help="its libllama.so, compiled for this machine")
     parser.add_argument("--llama", type=Path, help="a Python with llama-cpp-python")

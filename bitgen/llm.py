@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 from bitgen.bundle import Bundle
 from bitgen.cpu import detect_cpu
 from bitgen.errors import ToolchainError, UsageError
-from bitgen.formats.config import ModelConfig, find_model, preset_name
+from bitgen.families.base import TERNARY
+from bitgen.formats.config import ModelConfig, ModelPreset, find_model, preset_name
 from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
 from bitgen.inference import FEW
@@ -34,7 +36,7 @@ from bitgen.inference.draft_model import DraftModel
 from bitgen.inference.engine import Head, Kv, own_activations
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
-from bitgen.inference.opening import context_for, find_library, open_engine, tuned_shapes
+from bitgen.inference.opening import context_for, find_library, has_kernels, open_engine, tuned_shapes
 from bitgen.inference.prompt_cache import KV_VERSION, restore, save
 from bitgen.inference.sampling import Sampling
 from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
@@ -353,15 +355,21 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
     compiler.
     """
     bundle = find_library(config)
-    if bundle is not None and tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)):
+    coded = config.weights != TERNARY  # of 4 bits: not every library has good kernels for them
+    if bundle is not None and (
+        has_kernels(bundle, config)
+        if coded
+        else tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels))
+    ):
         tuned_here = tune_logs_dir() / f"{detect_cpu().family}.jsonl"
         if (
             bundle.origin is None or not tuned_here.exists()
         ):  # what was tuned here comes before what was shipped
             return bundle
-    if (name := preset_name(config)) is not None:
+    name = preset_name(config)
+    if name is not None or coded:
         try:
-            known = _build_known(name, progress)
+            known = _build_known(find_model(name) if name else _untuned(config), progress)
         except ToolchainError:
             if bundle is None:
                 raise
@@ -378,14 +386,19 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
         return table.path
 
 
-def _build_known(preset: str, progress: Report | None) -> Path | None:
-    """The library of a preset, if winners are known for any of its shapes."""
+def _untuned(config: ModelConfig) -> ModelPreset:
+    """A model that nobody gave a name: libraries of default kernels are for its kind of weights."""
+    return ModelPreset.of(replace(config, name=""), f"untuned-{config.weights}-g{config.group}")
+
+
+def _build_known(preset: ModelPreset, progress: Report | None) -> Path | None:
+    """The library of a preset, if winners are known for any of its shapes, or it needs other defaults."""
     from bitgen.api import build, choices_for
     from bitgen.environment import Environment
 
     env = Environment()
-    if not choices_for(find_model(preset), env, env.isa(None)):
+    if not choices_for(preset, env, env.isa(None)):
         return None
     if progress:
-        progress(Progress(f"building the kernels of {preset}, once"))
+        progress(Progress(f"building the kernels of {preset.alias}, once"))
     return build(preset)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import FileError, UsageError, unknown
+from bitgen.families.base import TERNARY as TERNARY_WEIGHTS
 from bitgen.formats.architectures import (
     EMBEDDING,
     FINAL_NORM,
@@ -223,6 +224,8 @@ def _has_groups(matrix: TernaryMatrix) -> bool:
 
 def _ternary(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]:
     """NAME.weight in ``kind``, or in a type that holds it exactly, and NAME.scale where it needs one."""
+    if matrix.weights != TERNARY_WEIGHTS:
+        raise FileError(f"{matrix.name} has weights of 4 bits: {kind.upper()} holds ternary ones")
     if matrix.group:
         yield _in_groups(name, matrix, kind)
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError
+from bitgen.families.base import TERNARY as TERNARY_WEIGHTS
 from bitgen.formats.architectures import (
     ARCHITECTURES,
     EMBEDDING,
@@ -22,16 +23,25 @@ from bitgen.formats.architectures import (
     Architecture,
     interleaved_to_half,
 )
+from bitgen.formats.coded import BLOCK, CODED, coded_matrix
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.gguf import BY_ID, GgufFile, TensorInfo, read_gguf
 from bitgen.formats.matrices import ternary_head, ternary_matrix
-from bitgen.formats.quants import DENSE, dequantize
+from bitgen.formats.quants import DENSE, OTHER, Bytes, dequantize
 from bitgen.formats.rope import Yarn
 from bitgen.formats.source import Settings, short
 from bitgen.formats.ternary import I2_S_BLOCK, TERNARY
-from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.weights import (
+    CodedMatrix,
+    DenseMatrix,
+    LayerWeights,
+    TernaryMatrix,
+    Weights,
+    common_kind,
+)
 
 TERNARY_TYPES = ("i2_s", *TERNARY, "f32", "f16", "bf16", "q8_0")
+MATRIX_TYPES = (*TERNARY_TYPES, *CODED)
 HEAD_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1", *TERNARY)
 EMBEDDING_TYPES = (*HEAD_TYPES, "q4_k")  # gathered row by row here, so that any type dequantize knows will do
 _VECTOR_TYPES = ("f32", "f16", "bf16")
@@ -78,6 +88,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     embedding = _tensor(file, f"{EMBEDDING.gguf}.weight")
     if len(embedding.shape) != 2:
         raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
+    weights = _weights_kind(file, arch)
     return file_config(
         file.path,
         architecture=arch.name,
@@ -93,7 +104,8 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         activation=arch.activation,
         sub_norms=arch.sub_norms,
         qk_norm=arch.qk_norm,
-        group=_group(file, arch),
+        group=_group(file, arch) if weights == TERNARY_WEIGHTS else BLOCK,
+        weights=weights,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
@@ -106,6 +118,26 @@ def _group(file: GgufFile, arch: Architecture) -> int:
     """That of the architecture; 0 for I2_S, which stores BitLinear layers: a scale a tensor and a token."""
     first = GGUF_LAYER.format(0) + arch.matrices["q"].gguf + ".weight"
     return 0 if first in file.tensors and file.tensors[first].type == "i2_s" else arch.group
+
+
+def _weights_kind(file: GgufFile, arch: Architecture) -> str:
+    """The kind that holds the weights of all matrices (`Family.weights`). FileError: they have none."""
+    ends = tuple(f".{tensor.gguf}.weight" for tensor in arch.matrices.values())
+    found = [info for name, info in file.tensors.items() if name.startswith("blk.") and name.endswith(ends)]
+    coded = [info for info in found if type_name(file, info) in CODED]
+    if not coded:
+        return TERNARY_WEIGHTS
+    other = next((info for info in found if type_name(file, info) not in CODED), None)
+    if other is not None:
+        raise FileError(
+            f"{file.path}: {coded[0].name} is stored as {coded[0].type.upper()} and {other.name} as "
+            f"{type_name(file, other).upper()}; bitgen runs models whose matrices are all of "
+            f"{', '.join(name.upper() for name in CODED)}, or all ternary",
+        )
+    try:
+        return common_kind(CODED[info.type].kind for info in coded)
+    except FileError as error:
+        raise FileError(f"{file.path}: {error.message}") from None
 
 
 def _refuse_transforms(file: GgufFile) -> None:
@@ -226,12 +258,29 @@ def _dense(file: GgufFile, name: str, shape: tuple[int, int], types: tuple[str, 
     return DenseMatrix(name, info.type, shape, data)
 
 
+def _coded_bytes(file: GgufFile, info: TensorInfo, kind: str) -> Bytes:
+    """The bytes of a matrix of 4-bit weights; of id 39 the reader of the file knows no size (`type_name`)."""
+    if info.size is not None:
+        return file.bytes_of(info)
+    t = OTHER[kind]
+    size = info.shape[0] * t.row_bytes(info.shape[1])
+    later = (other.offset for other in file.tensors.values() if other.offset > info.offset)
+    if info.offset + size > min(later, default=len(file.data)):
+        raise FileError(f"{file.path} is damaged: {info.name} takes {size} bytes and there are fewer")
+    return file.data[info.offset : info.offset + size]
+
+
 def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix:
     """`NAME.weight`, times the scalar `NAME.scale` where there is one."""
     info = _tensor(file, name + ".weight")
     _check_shape(file, info, shape)
-    if info.type not in TERNARY_TYPES:
-        raise _unsupported(file, info, TERNARY_TYPES)
+    kind = type_name(file, info)
+    if kind not in MATRIX_TYPES:
+        raise _unsupported(file, info, MATRIX_TYPES)
+    if kind in CODED and name + ".scale" in file.tensors:
+        raise FileError(f"{file.path}: {name}.scale: a factor of 4-bit weights is not supported")
+    if kind in CODED:
+        return coded_matrix(info.name, kind, shape, _coded_bytes(file, info, kind))
     if info.type == "i2_s" and info.values % I2_S_BLOCK:
         raise FileError(
             f"{file.path}: {info.name} has {shape[0]}x{shape[1]} weights, no whole blocks of {I2_S_BLOCK}: "
@@ -263,7 +312,8 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
         )
     final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
     head = embedding if lm_head is None else lm_head
-    return Weights(config, embedding, lm_head, final, layers, ternary_head(head, config.group))
+    groups = config.group if config.weights == TERNARY_WEIGHTS else 0
+    return Weights(config, embedding, lm_head, final, layers, ternary_head(head, groups))
 
 
 # Before each of its seven matrices.
@@ -295,6 +345,9 @@ def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> L
         name = f"{prefix}{tensor.gguf}.weight"
         norms[field] = _vector(file, name, *tensor.shape(config))
         used.add(name)
+    for role, matrix in matrices.items():
+        if isinstance(matrix, CodedMatrix):
+            matrices[role] = matrix.as_kind(config.weights)
     return LayerWeights.of(matrices, norms)
 
 

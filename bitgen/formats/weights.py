@@ -8,7 +8,7 @@ is a BitgenError of that read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
+from bitgen.families.base import TABLES, Codes
+from bitgen.families.base import TERNARY as TERNARY_WEIGHTS
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.formats.quants import DENSE, dequantize
 from bitgen.formats.ternary import TERNARY, Ternary, dequantize_blocks
-from bitgen.spec import Shape
+from bitgen.spec import EVERY_FAMILY, Shape
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class TernaryMatrix:
     decode: Callable[[int, int], Ternary] = field(repr=False)
     find_scale: Callable[[], Floats] = field(repr=False)
     groups: GroupScales | None = field(default=None, repr=False)
+
+    @property
+    def weights(self) -> str:
+        """What they are, `Family.weights`."""
+        return TERNARY_WEIGHTS
 
     @cached_property
     def group(self) -> int:
@@ -159,6 +166,11 @@ class TernaryMatrix:
     @classmethod
     def stack(cls, parts: Sequence[TernaryMatrix]) -> TernaryMatrix:
         """The rows of all ``parts``, one below the other, with a scale a row, or groups that fit all."""
+        coded = [part for part in parts if isinstance(part, CodedMatrix)]
+        if coded and len(coded) < len(parts):
+            raise FileError(f"{', '.join(part.name for part in parts)}: some are ternary, some have 4 bits")
+        if coded:
+            return CodedMatrix.joined(coded)
         k = parts[0].shape.k
         if any(part.shape.k != k for part in parts):
             raise BitgenError(f"{', '.join(part.name for part in parts)}: they do not share their input")
@@ -197,6 +209,171 @@ class TernaryMatrix:
         values = np.atleast_1d(np.asarray(scale, np.float32))
         groups = GroupScales(lambda: group, lambda begin, end: values[begin:end]) if group else None
         return cls(name, Shape(*w.shape), lambda begin, end: w[begin:end], lambda: values, groups)
+
+
+@dataclass(frozen=True)
+class CodedMatrix(TernaryMatrix):
+    """A matrix of 4-bit codes in groups, which kernels of ``weights`` multiply (`Family.weights`).
+
+    ``codes(begin, end)`` gives rows with scales, offsets and tables. Kinds that another holds exactly become
+    that kind where both are in one matrix or one model (`as_kind`).
+    """
+
+    codes: Callable[[int, int], Codes] = field(default=None, repr=False)  # type: ignore[assignment]
+    kind: str = field(default="q4", kw_only=True)
+
+    @classmethod
+    def make(
+        cls, name: str, shape: Shape, kind: str, group: int, codes: Callable[[int, int], Codes]
+    ) -> CodedMatrix:
+        """The matrix of codes; ``kind``: of `Family.weights`."""
+
+        def none() -> Floats:
+            raise BitgenError(f"{name} has a scale for each {group} weights, not one a row")
+
+        scales = GroupScales(lambda: group, lambda begin, end: codes(begin, end).scales)
+        return cls(
+            name,
+            shape,
+            lambda begin, end: codes(begin, end).codes.view(np.int8),
+            none,
+            scales,
+            codes,
+            kind=kind,
+        )
+
+    @property
+    def weights(self) -> str:
+        return self.kind
+
+    def _checked(self, begin: int, end: int) -> Codes:
+        made = self.codes(begin, end)
+        self._finite(made.scales)
+        if made.offsets is not None:
+            self._finite(made.offsets)
+        return made
+
+    def coded(self, begin: int, end: int) -> Codes:
+        """The rows [begin, end) as kernels take them."""
+        return self._checked(begin, end)
+
+    def values(self, begin: int, end: int) -> Floats:
+        return code_floats(self._checked(begin, end), self.group, EVERY_FAMILY[self.kind].bias)
+
+    def as_kind(self, kind: str) -> CodedMatrix:
+        """The same weights as another kind. FileError where that does not hold them."""
+        if kind == self.kind:
+            return self
+        change = _CHANGES.get((self.kind, kind))
+        if change is None:
+            raise FileError(f"{self.name}: {self.kind.upper()} weights are no {kind.upper()} ones")
+        return self.make(
+            self.name, self.shape, kind, self.group, lambda begin, end: change(self.codes(begin, end))
+        )
+
+    def scaled(self, factor: Floats) -> TernaryMatrix:
+        del factor
+        raise FileError(f"{self.name}: a factor of a matrix with 4-bit weights is not supported")
+
+    def reordered(self, order: NDArray[np.int64]) -> TernaryMatrix:
+        def moved(begin: int, end: int) -> Codes:
+            wanted = order[begin:end]
+            low = int(wanted.min())
+            rows = self.codes(low, int(wanted.max()) + 1)
+            if rows.selectors is not None:
+                raise BitgenError(f"{self.name}: 16 rows share a table, so rows cannot move")
+            at = wanted - low
+            offsets = None if rows.offsets is None else rows.offsets[at]
+            return replace(rows, codes=rows.codes[at], scales=rows.scales[at], offsets=offsets)
+
+        return self.make(self.name, self.shape, self.kind, self.group, moved)
+
+    def slice(self, begin: int, end: int) -> TernaryMatrix:
+        shape = Shape(end - begin, self.shape.k)
+        return self.make(
+            self.name, shape, self.kind, self.group, lambda low, high: self.codes(begin + low, begin + high)
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[CodedMatrix]) -> CodedMatrix:
+        """The rows of all ``parts``, one below the other, as the kind that holds them all."""
+        name, k = "+".join(part.name for part in parts), parts[0].shape.k
+        kind, group = common_kind(part.kind for part in parts), parts[0].group
+        if any((part.shape.k, part.group) != (k, group) for part in parts):
+            raise BitgenError(f"{name}: they do not share their input, or their groups")
+        own = [part.as_kind(kind) for part in parts]
+        starts = np.cumsum([0, *(part.shape.m for part in own)]).tolist()
+
+        def read(begin: int, end: int) -> Codes:
+            blocks = [
+                part.codes(max(begin, start) - start, min(end, start + part.shape.m) - start)
+                for part, start in zip(own, starts, strict=False)
+                if max(begin, start) < min(end, start + part.shape.m)
+            ]
+            return blocks[0] if len(blocks) == 1 else _joined_codes(name, blocks)
+
+        return cls.make(name, Shape(starts[-1], k), kind, group, read)
+
+
+def _joined_codes(name: str, parts: Sequence[Codes]) -> Codes:
+    """Rows below each other; of different tables each 16 rows name theirs."""
+
+    def rows(field: str) -> Any:
+        found = [getattr(part, field) for part in parts]
+        return None if found[0] is None else np.concatenate(found)
+
+    tables, selectors = parts[0].tables, None
+    every = [part.tables for part in parts if part.tables is not None]
+    if tables is not None and any(not np.array_equal(own, tables) for own in every):
+        tables = np.unique(np.concatenate(every), axis=0)
+        if len(tables) > TABLES or any(len(part.codes) % 16 for part in parts):
+            raise FileError(f"{name}: its tables differ, and not by 16 rows each")
+        ids = [int(np.flatnonzero((tables == own[:1]).all(axis=1))[0]) for own in every]
+        shapes = [(len(part.codes) // 16, part.scales.shape[1]) for part in parts]
+        selectors = np.concatenate([np.full(s, i, np.uint8) for s, i in zip(shapes, ids, strict=True)])
+    return Codes(rows("codes"), rows("scales"), rows("offsets"), tables, selectors)
+
+
+def _with_offsets(rows: Codes) -> Codes:
+    return Codes(rows.codes, rows.scales, rows.scales * np.float32(-EVERY_FAMILY["q4"].bias))
+
+
+def _with_table(rows: Codes) -> Codes:
+    return Codes(rows.codes, rows.scales, None, np.arange(-8, 8, dtype=np.int8)[None])
+
+
+# What holds weights of another kind exactly: Q4 is Q4M with the offset -8 d, and T4 with the table -8 .. 7.
+_CHANGES: Mapping[tuple[str, str], Callable[[Codes], Codes]] = {
+    ("q4", "q4m"): _with_offsets,
+    ("q4", "t4"): _with_table,
+}
+
+
+def common_kind(kinds: Iterable[str]) -> str:
+    """The kind that holds weights of all of these. FileError: none does."""
+    found = set(kinds)
+    for kind in (*found, "q4m", "t4"):
+        if all(one == kind or (one, kind) in _CHANGES for one in found):
+            return kind
+    names = " and ".join(sorted(kind.upper() for kind in found))
+    raise FileError(f"weights of {names} in one model are not supported")
+
+
+def code_floats(rows: Codes, group: int, bias: int) -> Floats:
+    """What rows of codes stand for, float32 (rows, k)."""
+    k = rows.codes.shape[1]
+
+    def spread(values: NDArray[Any]) -> NDArray[Any]:
+        return np.repeat(values, group, axis=1)[:, :k]
+
+    if rows.tables is None:
+        made: Floats = spread(rows.scales) * (rows.codes.astype(np.float32) - np.float32(bias))
+    else:
+        table = np.zeros(rows.codes.shape, np.intp)
+        if rows.selectors is not None:
+            table += spread(np.repeat(rows.selectors, 16, axis=0)[: len(table)])
+        made = spread(rows.scales) * rows.tables[table, rows.codes].astype(np.float32)
+    return made if rows.offsets is None else made + spread(rows.offsets)
 
 
 @dataclass(frozen=True)

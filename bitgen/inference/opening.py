@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bitgen.bundle import Bundle, all_bundles, choose_bundle, judge, refused_features
+from bitgen.bundle import (
+    PORTABLE,
+    Bundle,
+    KernelEntry,
+    all_bundles,
+    choose_bundle,
+    judge,
+    refused_features,
+)
 from bitgen.bundle.measured import recall
 from bitgen.cpu import detect_cpu
 from bitgen.errors import UsageError
+from bitgen.families.base import TERNARY
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.progress import Report
 from bitgen.runtime import Activations, KernelTable
-from bitgen.spec import Shape
+from bitgen.spec import EVERY_FAMILY, Shape
 
 CONTEXT_DEFAULT = 4096  # positions, where the model has as many and nobody asks for more
 
@@ -33,6 +42,18 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
     return set(config.shapes) & {shape for shape in tuned if shape}
 
 
+def _multiplies(kernel: KernelEntry, config: ModelConfig) -> bool:
+    """Whether a kernel is for weights such as the model's, and more than the portable one."""
+    if EVERY_FAMILY[kernel.spec.family].weights != config.weights:
+        return False
+    return config.weights == TERNARY or (kernel.spec.layout.group == config.group and kernel.role != PORTABLE)
+
+
+def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
+    """Whether a library has kernels of an ISA level for weights such as the model's."""
+    return any(_multiplies(kernel, config) for kernel in bundle.manifest.kernels)
+
+
 def find_library(config: ModelConfig) -> Bundle | None:
     """The bundle to run a model with on this CPU, built here or installed: tuned for its matrices first.
 
@@ -42,10 +63,11 @@ def find_library(config: ModelConfig) -> Bundle | None:
     refused = refused_features(cpu)
     bundles = [bundle for bundle in all_bundles(hashed=False)[0] if judge(bundle, cpu, refused).accepted]
 
-    def fitting(bundle: Bundle) -> int:
-        return len(tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)))
+    def fitting(bundle: Bundle) -> tuple[int, bool]:
+        kernels = [kernel for kernel in bundle.manifest.kernels if _multiplies(kernel, config)]
+        return len(tuned_shapes(config, (kernel.shape for kernel in kernels))), bool(kernels)
 
-    most = max(map(fitting, bundles), default=0)
+    most = max(map(fitting, bundles), default=(0, False))
     return choose_bundle([b for b in bundles if fitting(b) == most], cpu, refused, recall(cpu))[0]
 
 

@@ -31,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.families.base import Codes
+from bitgen.formats.weights import CodedMatrix, DenseMatrix, TernaryMatrix, Weights
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.progress import Progress, Report
 from bitgen.runtime import Groups, KernelTable, aligned_bytes
@@ -111,6 +112,7 @@ _PACKING = "packing weights for these kernels, once"
 _MATRICES = ("qkv", "o", "gate_up", "down")
 _HEAD = "head"
 
+_Slab: TypeAlias = "tuple[NDArray[np.int8], Floats | None] | Codes"  # rows with the scales of their groups
 GroupsOf: TypeAlias = Mapping[str, Groups | None]  # by the name of a matrix; None: it has a scale a row
 
 
@@ -133,7 +135,7 @@ def find_groups(weights: Weights, fingerprint: str | None = None) -> GroupsOf:
     )
     numbers = pieces["groups"].view(np.int32).reshape(-1, 2).tolist()
     return {
-        name: Groups(group, bool(half)) if group else None
+        name: Groups(group, bool(half), matrices[name].weights) if group else None
         for name, (group, half) in zip(matrices, numbers, strict=True)
     }
 
@@ -143,6 +145,11 @@ def _groups_of(matrix: TernaryMatrix, group: int) -> Groups | None:
     if not group:
         return None
     m, step = matrix.shape.m, _rows_at_once(matrix.shape)
+    if isinstance(matrix, CodedMatrix):
+        rows = (matrix.coded(begin, min(begin + step, m)) for begin in range(0, m, step))
+        values = (one for part in rows for one in (part.scales, part.offsets) if one is not None)
+        half = all(Groups.of(one, matrix.group).half for one in values)
+        return Groups(matrix.group, half, matrix.weights)
     half = all(
         Groups.of(matrix.scales(begin, min(begin + step, m), group), group).half
         for begin in range(0, m, step)
@@ -289,10 +296,15 @@ def _pack(
             used = groups[name]
             packed = aligned_bytes(table.packed_bytes(matrix.shape, used))
             scale = pool.submit(_row_scales, matrix, used)
-            for begin, w, scales in _slabs(matrix, used, pool, ahead=table.threads):
-                table.pack_rows(w, begin, matrix.shape, packed, used, scales)
+            for begin, rows in _slabs(matrix, used, pool, ahead=table.threads):
+                if isinstance(rows, Codes) and used is not None:
+                    end = begin + len(rows.codes)
+                    table.pack_codes(rows, begin, matrix.shape, packed, used)
+                elif not isinstance(rows, Codes):
+                    end = begin + len(rows[0])
+                    table.pack_rows(rows[0], begin, matrix.shape, packed, used, rows[1])
                 if progress:
-                    share = (begin + len(w)) / matrix.shape.m
+                    share = end / matrix.shape.m
                     progress(Progress(_PACKING, done + packed.size * share, total, "bytes"))
             done += packed.size
             yield name, packed
@@ -325,13 +337,15 @@ def _rows_at_once(shape: Shape) -> int:
 
 def _slabs(
     matrix: TernaryMatrix, groups: Groups | None, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[tuple[int, NDArray[np.int8], Floats | None]]:
-    """(first row, int8 rows, scales of their groups) of all rows, decoded ``ahead`` slabs before."""
+) -> Iterator[tuple[int, _Slab]]:
+    """(first row, rows) of all rows, decoded ``ahead`` slabs before."""
     m, step = matrix.shape.m, _rows_at_once(matrix.shape)
     begins = list(range(0, m, step))
-    pending: list[Future[tuple[NDArray[np.int8], Floats | None]]] = []
+    pending: list[Future[_Slab]] = []
 
-    def decode(begin: int, end: int) -> tuple[NDArray[np.int8], Floats | None]:
+    def decode(begin: int, end: int) -> _Slab:
+        if isinstance(matrix, CodedMatrix):
+            return matrix.coded(begin, end)
         scales = np.ascontiguousarray(matrix.scales(begin, end, groups.group)) if groups else None
         return np.ascontiguousarray(matrix.rows(begin, end)), scales
 
@@ -339,7 +353,7 @@ def _slabs(
         while len(pending) <= ahead and i + len(pending) < len(begins):
             low = begins[i + len(pending)]
             pending.append(pool.submit(decode, low, min(low + step, m)))
-        yield begin, *pending.pop(0).result()
+        yield begin, pending.pop(0).result()
 
 
 def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) -> Iterator[tuple[str, Bytes]]:

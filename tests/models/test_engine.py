@@ -65,6 +65,28 @@ CONFIGS = {
         layers=1,
     ),
     "groups of 64, sub-norms": small_config(group=64, activation="relu2", layers=1),
+    "codes of 4 bits with offsets": small_config(
+        sub_norms=False,
+        weights="q4m",
+        group=32,
+        hidden=96,
+        ffn=100,
+        head_dim=32,
+        heads=3,
+        kv_heads=1,
+        layers=1,
+    ),
+    "values of 4-bit codes": small_config(
+        sub_norms=False,
+        weights="t4",
+        group=32,
+        hidden=100,
+        ffn=64,
+        head_dim=32,
+        heads=3,
+        kv_heads=3,
+        layers=1,
+    ),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }
 

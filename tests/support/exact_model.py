@@ -13,16 +13,18 @@ import numpy as np
 from float_ops import fma, greater
 from numpy.typing import NDArray
 
-from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.formats.weights import CodedMatrix, TernaryMatrix, Weights
 from bitgen.inference.engine import inverse_frequencies, own_activations
 from bitgen.reference import (
     grouped_int16_linear,
     int16_linear,
     quantize_activations,
     quantize_groups,
+    scale_codes,
     scale_groups,
     scale_output,
 )
+from bitgen.spec import Layout
 
 Floats = NDArray[np.float32]
 F = np.float32
@@ -77,6 +79,8 @@ def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str, group: int
     if group:
         xq, scale = quantize_groups(x, group)
         steps[name] = xq
+        if isinstance(matrix, CodedMatrix):
+            return scale_codes(xq, matrix.coded(0, matrix.shape.m), scale, Layout(matrix.weights, 16, group))
         return scale_groups(
             xq, matrix.rows(0, matrix.shape.m), scale, matrix.scales(0, matrix.shape.m, group), group
         )

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from model_files import plain_model, small_config, tensor, write_folder, write_model
+from model_files import plain_model, shape_of, small_config, tensor, write_folder, write_model
 
 from bitgen.errors import BitgenError
+from bitgen.formats.coded import CODED
 from bitgen.formats.inspect import facts, metadata_lines, token_bytes, type_uses
 from bitgen.formats.open import open_model
+from bitgen.formats.quants import DENSE, OTHER
 from bitgen.formats.ternary import TERNARY
+from bitgen.formats.weights import CodedMatrix
 from bitgen.tokenizer.data import TokenizerData
 
 SECONDS_A_FILE = 10
@@ -44,6 +47,9 @@ def read_everything(path: Path) -> TokenizerData:
     facts(model), list(metadata_lines(model)), type_uses(model), token_bytes(model)
     for layer in model.weights.layers:
         for matrix in layer.matrices:
+            if isinstance(matrix, CodedMatrix):
+                assert matrix.coded(0, matrix.shape.m).codes.max() < 16
+                continue
             assert np.isfinite(matrix.scales(0, matrix.shape.m)).all()
             w = matrix.rows(0, matrix.shape.m)
             assert w.min() >= -1
@@ -182,6 +188,8 @@ def typed_file(folder: Path, kind: str) -> tuple[Path, int]:
     """A small GGUF file with a matrix of ``kind`` ("42 NAME": by that number), and its header's size."""
     from bitgen.formats.gguf import read_gguf
 
+    if kind in CODED:
+        return coded_file(folder, kind)
     layout = TERNARY[kind.removeprefix("42 ")]
     model = plain_model(small_config("qwen3", **{**TINY, "ffn": 256}))
     rng = np.random.default_rng(0)
@@ -197,7 +205,26 @@ def typed_file(folder: Path, kind: str) -> tuple[Path, int]:
     return path, read_gguf(path).header_bytes
 
 
-TYPES = (*TERNARY, "42 pq2_0", "42 stq1_0")
+def coded_file(folder: Path, kind: str) -> tuple[Path, int]:
+    """The same with all matrices of a type of 4-bit weights."""
+    from bitgen.formats.gguf import read_gguf
+
+    config = small_config("llama", **{**TINY, "hidden": 32, "ffn": 32, "head_dim": 16})
+    model, tensors = plain_model(config), []
+    layout = DENSE.get(kind) or OTHER[kind]
+    rng = np.random.default_rng(0)
+    for key in model.w:
+        rows, cols = shape_of(config, key.rpartition(".")[2])
+        data = rng.integers(0, 256, (rows, layout.row_bytes(cols)), dtype=np.uint8)
+        if kind != "mxfp4":
+            data.reshape(-1, layout.block_bytes)[:, 1:4:2] &= 0x3F  # no infinity
+        tensors.append(tensor(f"{key}.weight", data, layout.id, (rows, cols)))
+    model.w = {}
+    path = write_model(folder / f"{kind}.gguf", model, more=tensors)
+    return path, read_gguf(path).header_bytes
+
+
+TYPES = (*TERNARY, "42 pq2_0", "42 stq1_0", *CODED)
 
 
 def hf_folder(folder: Path) -> Path:

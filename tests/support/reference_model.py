@@ -20,7 +20,7 @@ from wanted import answers_wants
 
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.quants import DENSE
-from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.weights import CodedMatrix, DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference.engine import Memory
 from bitgen.reference import quantize_activations, quantize_groups, scale_output
 
@@ -244,6 +244,9 @@ class ReferenceEngine:
             off = np.abs(x / steps - self.given[name][-n:]).max()
             assert off < 0.5 + TIE, f"{name}: an activation is {off} from its int8 value"
             xq = self.given[name][-n:]
+        if isinstance(matrix, CodedMatrix):
+            coded: Doubles = (xq * steps) @ matrix.values(0, m).astype(np.float64).T
+            return coded
         scales = np.repeat(matrix.scales(0, m, group), group, axis=1)[:, :k].astype(np.float64)
         product: Doubles = (xq * steps) @ (matrix.rows(0, m) * scales).T
         return product

@@ -1,0 +1,80 @@
+"""Weights of 4 bits as GGUF files store them: the codes, scales and tables of their blocks.
+
+A block is 32 weights along a row: of byte j the low nibble is the code of weight j, the high one that of
+weight j + 16. docs/reference/formats.md draws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.families.base import Codes
+from bitgen.formats.quants import Bytes, Floats, half
+from bitgen.formats.weights import CodedMatrix
+from bitgen.spec import Shape
+
+# 16 int8 values each. MXFP4's are doubled, so that half of one is an integer too.
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+@dataclass(frozen=True)
+class CodedType:
+    """A type of blocks of 32: the kind of weights (`Family.weights`), and where what is in a block.
+
+    ``scale`` and ``offset`` make float32 (rows, blocks) of uint8 (rows, blocks, block_bytes).
+    """
+
+    name: str
+    kind: str
+    block_bytes: int
+    codes_at: int
+    scale: Callable[[Bytes], Floats]
+    offset: Callable[[Bytes], Floats] | None = None
+    table: tuple[int, ...] | None = None
+
+
+def _half_at(at: int) -> Callable[[Bytes], Floats]:
+    return lambda blocks: half(blocks, at)[..., 0]
+
+
+def _power_of_two(blocks: Bytes) -> Floats:
+    """2^(e - 127) / 2, of which the least is a subnormal float."""
+    return np.ldexp(np.float32(1), blocks[..., 0].astype(np.int32) - 128).astype(np.float32)
+
+
+BLOCK = 32
+CODED = {
+    one.name: one
+    for one in (
+        CodedType("q4_0", "q4", 18, 2, _half_at(0)),
+        CodedType("q4_1", "q4m", 20, 4, _half_at(0), offset=_half_at(2)),
+        CodedType("iq4_nl", "t4", 18, 2, _half_at(0), table=IQ4_NL),
+        CodedType("mxfp4", "t4", 17, 1, _power_of_two, table=FP4),
+    )
+}
+
+
+def decode_codes(kind: str, data: Bytes, cols: int) -> Codes:
+    """uint8 (rows, row_bytes) -> the codes of (rows, cols)."""
+    t = CODED[kind]
+    blocks = data.reshape(len(data), cols // BLOCK, t.block_bytes)
+    packed = blocks[..., t.codes_at :]
+    codes: NDArray[np.uint8] = np.concatenate([packed & 15, packed >> 4], axis=-1).reshape(len(data), cols)
+    with np.errstate(invalid="ignore"):
+        scales, offsets = t.scale(blocks), None if t.offset is None else t.offset(blocks)
+    table = None if t.table is None else np.array([t.table], np.int8)
+    return Codes(codes, scales, offsets, table)
+
+
+def coded_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> CodedMatrix:
+    """A matrix (m, k) stored as one of `CODED`."""
+    m, k = shape
+    rows = data.reshape(m, -1)
+    return CodedMatrix.make(
+        name, Shape(m, k), CODED[kind].kind, BLOCK, lambda begin, end: decode_codes(kind, rows[begin:end], k)
+    )
