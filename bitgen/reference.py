@@ -339,3 +339,14 @@ def coded_linear(x: NDArray[np.float32], weights: Codes, layout: Layout) -> NDAr
     """The whole product of 4-bit weights: quantise by groups, multiply exactly, scale and add in order."""
     xq, x_scale = quantize_groups(x, layout.group)
     return scale_codes(xq, weights, x_scale, layout)
+
+
+def coded_int16_linear(x: NDArray[np.float32], weights: Codes, layout: Layout) -> NDArray[np.float32]:
+    """The same with int16 activations, as `grouped_int16_linear` has them."""
+    groups = _split_groups(x, layout.group)
+    xq, x_scale = quantize_int16(groups.reshape(-1, layout.group))
+    x_scale = x_scale.reshape(groups.shape[:2])
+    planes = [plane.reshape(len(x), -1)[:, : x.shape[1]] for plane in planes_of(xq)]
+    scales = np.float32(256) * x_scale, x_scale
+    high, low = (scale_codes(p, weights, s, layout) for p, s in zip(planes, scales, strict=True))
+    return high + low

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bitgen.formats.weights import CodedMatrix, TernaryMatrix, Weights
 from bitgen.inference.engine import inverse_frequencies, own_activations
 from bitgen.reference import (
+    coded_int16_linear,
     grouped_int16_linear,
     int16_linear,
     quantize_activations,
@@ -92,6 +93,8 @@ def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str, group: int
 
 def linear_int16(matrix: TernaryMatrix, x: Floats, group: int) -> Floats:
     m = matrix.shape.m
+    if isinstance(matrix, CodedMatrix):
+        return coded_int16_linear(x, matrix.coded(0, m), Layout(matrix.weights, 16, group))
     if group:
         return grouped_int16_linear(x, matrix.rows(0, m), matrix.scales(0, m, group), group)
     return int16_linear(x, matrix.rows(0, m), np.broadcast_to(matrix.scale, (m,)))
