@@ -28,7 +28,7 @@ from bitgen.hostcode import feature_rows, features_header
 from bitgen.reference import ternary_matmul
 from bitgen.render import render_kernel
 from bitgen.runtime import KernelTable, load
-from bitgen.spec import LARGE, N1, REGIMES, SMALL, KernelSpec, Shape
+from bitgen.spec import LARGE, N1, REGIMES, SMALL, KernelSpec, Layout, Shape
 from bitgen.toolchain import CompileError, Toolchain
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,10 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
     contents = choose_contents(libraries.choices(cpu), Target.of(cpu))
     plain = (TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT)
     others = (replace(DEFAULT_LAYOUT, group=group) for group in (32, 64, 128, 256))
-    grouped = list(dict.fromkeys([common_layout(contents.target), *others]))
+    coded = (
+        Layout(kind, 16, 32) for kind in ("q4", "q4m", "t4")
+    )  # of 4 bits; others where a model needs them
+    grouped = list(dict.fromkeys([common_layout(contents.target), *others, *coded]))
     assert contents.layouts == (*plain, *grouped)
     generic = {
         (e.spec.layout, e.spec.regime, e.spec.isa, e.role) for e in contents.entries if e.role != TUNED
@@ -79,7 +82,9 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
 def test_a_scalar_library_holds_each_kernel_once(portable: Target) -> None:
     contents = choose_contents([], portable)
     assert {entry.spec.isa for entry in contents.entries} == {"scalar"}
-    assert len(contents.specs) == 3 + 3 + 3, "I2_S; in groups of 128; portable in groups of 32, 64 and 256"
+    assert len(contents.specs) == 3 + 3 + 3 + 3, (
+        "I2_S; groups of 128; portable: 32, 64, 256; 4 bits"
+    )
     assert len({source.name for source in contents.sources}) == len(contents.sources)
 
 
@@ -153,7 +158,7 @@ def test_only_the_public_functions_are_visible(bundle: Path) -> None:
     }
     declared = {name for name in public if re.search(rf"BITGEN_API [^;]*\b{name}\(", header)}
     assert {line.split()[-1] for line in listed.splitlines()} == declared
-    assert len(declared) == 31
+    assert len(declared) == 35
 
 
 def test_generated_files_hold_no_conditionals_and_no_paths(bundle: Path) -> None:
