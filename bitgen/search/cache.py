@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Sequence
 
 from bitgen.fingerprints import Fingerprints
@@ -12,7 +13,8 @@ from bitgen.store import RaceRecord, RecordStore, TrialRecord
 class MeasurementCache:
     """A runner with a memory. ``fresh``: ask the runner again what the store knows of earlier runs.
 
-    ``recorded`` counts what this run added to the store, ``recalled`` what it took from there.
+    ``recorded`` counts what this run added to the store, ``recalled`` what it took from there. Searches may
+    ask at the same time.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class MeasurementCache:
         self._seed = seed
         self._fresh = fresh
         self._raced: set[RaceJob] = set()  # by this run
+        self._lock = threading.Lock()
 
     def measure(self, jobs: Sequence[Job]) -> Generator[Measurement | Missing, None, None]:
         """One answer for each job: those known first, then the others as they are measured."""
@@ -40,15 +43,15 @@ class MeasurementCache:
             if known is None:
                 unknown.append(job)
             else:
-                self.recalled += 1
+                with self._lock:
+                    self.recalled += 1
                 yield known
         if not unknown:
             return
         for answer in self.runner.measure(unknown):
             if isinstance(answer, Measurement):
                 fingerprint = self.fingerprints(answer.job.spec)
-                self.store.append(TrialRecord(fingerprint, answer, self._seed))
-                self.recorded += 1
+                self._record(TrialRecord(fingerprint, answer, self._seed))
             yield answer
 
     def race(self, job: RaceJob) -> Race:
@@ -57,9 +60,14 @@ class MeasurementCache:
         known = self.store.known_race(job, self.fingerprints) if may_know else None
         self._raced.add(job)
         if known is not None:
-            self.recalled += 1
+            with self._lock:
+                self.recalled += 1
             return known
         race = self.runner.race(job)
-        self.store.append(RaceRecord.of(map(self.fingerprints, job.specs), job, race))
-        self.recorded += 1
+        self._record(RaceRecord.of(map(self.fingerprints, job.specs), job, race))
         return race
+
+    def _record(self, record: TrialRecord | RaceRecord) -> None:
+        with self._lock:
+            self.store.append(record)
+            self.recorded += 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import TypeVar
 
 from bitgen.errors import BitgenError, InterruptError
 from bitgen.fingerprints import Fingerprints
@@ -44,6 +46,9 @@ from bitgen.store import PeakRecord, RecordStore, TuningRecord
 _LEAST_REPEAT_NS = 5e6  # a runner repeats a short call at least this long
 _LEAST_TURN_S = 5.0  # left for another turn: in less, compiling would take the most of it
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 @dataclass(frozen=True)
 class Session:
@@ -52,7 +57,9 @@ class Session:
     ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
     which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
     ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
-    numbers of threads to compare. ``fresh``: measure again what the store knows.
+    numbers of threads to compare. ``fresh``: measure again what the store knows. ``at_once``: searches, and
+    races, that go on at the same time, for a runner that asks many machines; they ask for nothing in common,
+    so the outcome is the same.
     """
 
     config: SearchConfig = field(default_factory=load_search_config)
@@ -60,6 +67,7 @@ class Session:
     started_from: str = ""
     rest_ns: Callable[[str, int], float] | None = None
     fresh: bool = False
+    at_once: int = 1
     progress: Report | None = None
     clock: Callable[[], float] = time.monotonic
 
@@ -168,9 +176,13 @@ class _Tune:
         """Search one group after the other, until all are complete or it is ``end``.
 
         Each gets its share of the time that is left when its turn comes, so what one leaves goes to those
-        behind it; what they leave goes to those that were cut short, in further turns.
+        behind it; what they leave goes to those that were cut short, in further turns. Searches that go on at
+        once have all of the time, each of them.
         """
         turn = [search for search in searches if not search.complete]
+        if self._session.at_once > 1:
+            self._each(lambda search: self._run(search, searches, end), turn)
+            turn = []
         while turn:
             shares = [self._config.regimes[search.group.regime].time_share for search in turn]
             for i, search in enumerate(turn):
@@ -182,6 +194,16 @@ class _Tune:
         for search, shape in product(searches, self._plan.shapes):
             # A previous winner must not be lost by a shorter tune.
             search.recall(self._store.current(shape, self._fingerprints, self._plan.kind))
+
+    def _each(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """``work`` of every item, in their order; `Session.at_once` of them at the same time."""
+        if self._session.at_once == 1:
+            return [work(item) for item in items]
+        pool = ThreadPoolExecutor(self._session.at_once)
+        try:
+            return list(pool.map(work, items))
+        finally:  # after Ctrl-C nobody waits for what others are still asking for
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _run(self, search: GroupSearch, searches: Sequence[GroupSearch], deadline: float) -> None:
         done = sum(other.complete for other in searches)
@@ -200,12 +222,17 @@ class _Tune:
         slots = list(dict.fromkeys(slot_of(o.group) for o in outcomes))
         pairs = [(slot, shape) for slot in slots for shape in self._plan.shapes]
         races: dict[Shape, dict[Slot, SlotRace]] = {shape: {} for shape in self._plan.shapes}
-        for done, (slot, shape) in enumerate(pairs):
+
+        def race(item: tuple[int, tuple[Slot, Shape]]) -> SlotRace:
+            done, (slot, shape) = item
             self._report("race", f"{shape.name} {slot.regime}, {slot.threads} threads", done, len(pairs))
-            now = self._clock()
-            deadline = now + (self._end - now) / (len(pairs) - done)
+            now, left = self._clock(), len(pairs) - done if self._session.at_once == 1 else 1
             mine = [o for o in outcomes if slot_of(o.group) == slot]
-            races[shape][slot] = self._race(shape, slot, mine, deadline)
+            return self._race(shape, slot, mine, now + (self._end - now) / left)
+
+        for (slot, shape), raced in zip(pairs, self._each(race, enumerate(pairs)), strict=True):
+            races[shape][slot] = raced
+            self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], raced.raced.read_gbs)
         return races
 
     def _race(self, shape: Shape, slot: Slot, outcomes: Sequence[GroupOutcome], deadline: float) -> SlotRace:
@@ -236,7 +263,6 @@ class _Tune:
             self._config,
             lambda: self._clock() >= deadline,
         )
-        self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], raced.read_gbs)
         return SlotRace(raced, defaults, job, self._fingerprints)
 
     def _race_seconds(
