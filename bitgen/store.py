@@ -155,8 +155,25 @@ class PeakRecord:
     time: float = field(default_factory=now)
 
 
-Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord
-_KINDS: dict[str, type[Record]] = {c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord)}
+@dataclass(frozen=True)
+class JobRecord:
+    """One job of a fleet: who did ``what`` (measure, race, peak) and how long it took. No search reads it.
+
+    ``time`` is when it ended; ``attempt``: how often it had been given to somebody before.
+    """
+
+    kind: ClassVar[str] = "job"
+    machine: str
+    what: str
+    seconds: float
+    attempt: int
+    time: float
+
+
+Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord | JobRecord
+_KINDS: dict[str, type[Record]] = {
+    c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord, JobRecord)
+}
 
 
 class RecordStore:
@@ -175,6 +192,7 @@ class RecordStore:
         self.skipped = self.outdated = 0
         self.tunings: list[TuningRecord] = []
         self.peaks: list[PeakRecord] = []
+        self.jobs: list[JobRecord] = []
         self._trials: dict[tuple[Fingerprint, tuple[Any, ...]], TrialRecord] = {}
         self._races: dict[tuple[tuple[str, ...], tuple[Any, ...]], RaceRecord] = {}
         for record in self._read():
@@ -311,6 +329,8 @@ class RecordStore:
             self._races[record.fingerprints, record.job.key] = record
         elif isinstance(record, PeakRecord):
             self.peaks.append(record)
+        elif isinstance(record, JobRecord):
+            self.jobs.append(record)
         else:
             self.tunings.append(record)
 

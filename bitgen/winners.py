@@ -144,6 +144,20 @@ def export_winners(
     return _write(target, _File(SCHEMA, cpu.family, Traits.of(cpu, isas), tuned_on, kept))
 
 
+def commit_winners(
+    cpu: Cpu, isas: Iterable[Isa], jobs: Iterable[Job], tuned_on: dict[str, str], folder: Path | None = None
+) -> Path:
+    """Fold ``jobs``, schedules that several machines of the family of ``cpu`` agree on, into its winners.
+
+    What they do not cover stays, as in `export_winners`. Returns the path of the family's file.
+    """
+    target = _family_path(cpu.family, ensure_dir(winners_dir() if folder is None else folder))
+    before = _read(target)
+    kept = _folded(before.winners if before else (), [_Entry(j.shape, j.threads, j.spec) for j in jobs])
+    traits = before.traits if before else Traits.of(cpu, isas)
+    return _write(target, _File(SCHEMA, cpu.family, traits, tuned_on, kept))
+
+
 def merge_winners(file: Path, isas: Iterable[Isa], folder: Path | None = None) -> Path:
     """Fold what somebody exported into the winners of its family in ``folder`` (None: those committed).
 
