@@ -60,6 +60,7 @@ ROOMS = (
     Room("bitgen/store.py", 400, ("bitgen/winners.py",)),
     Room("bitgen/trust/", 500),
     Room("bitgen/report/", 700),
+    Room("bitgen/fleet/", 900),
     Room("bitgen/bundle/", 1450, ("bitgen/bundle.py", "bitgen/library/")),
     Room("bitgen/runtime.py", 350),
     Room("bitgen/energy.py", 150),

@@ -26,6 +26,8 @@ COMMANDS = {
     "models": "the presets of configs/models/ with their distinct shapes",
     "render": "readable C of one kernel, or of the forward pass, on standard output",
     "tune": "find this machine's fastest kernels for a model",
+    "fleet": "tune on many machines through a database, and direct them",
+    "worker": "measure on this machine for a fleet",
     "report": "write a page with plots and tables of what a tune measured",
     "build": "write the kernel library of a model",
     "bench": "time a model in tokens a second, or its kernels against defaults and roofline",
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(str(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        kept = "; what was recorded is kept" if args.command == "tune" else ""
+        kept = "; what was recorded is kept" if args.command in ("tune", "fleet") else ""
         print(f"bitgen: interrupted{kept}", file=sys.stderr)
         return InterruptError.exit_code
     except BrokenPipeError:

@@ -13,6 +13,7 @@ from bitgen.errors import BitgenError
 from bitgen.formats.config import printable
 from bitgen.paths import templates_dir
 from bitgen.report.course import history, machine, noise, thread_scaling
+from bitgen.report.fleet import timeline
 from bitgen.report.kernels import comparison, formats, rooflines, shares, winners
 from bitgen.report.parts import MAX_ROWS, Section, Table
 from bitgen.report.plots import Plot, number
@@ -25,7 +26,8 @@ SECTIONS = (winners, formats, shares, rooflines, history, thread_scaling, noise,
 def sections_of(tune: Tune, other: Tune | None = None) -> list[Section]:
     """All sections of a page, in the order in which they are read."""
     compared = [comparison(tune, other)] if other else []
-    return [*compared, *(section(tune) for section in SECTIONS)]
+    fleet = [timeline(tune)] if tune.jobs else []
+    return [*compared, *(section(tune) for section in SECTIONS), *fleet]
 
 
 def render_report(tune: Tune, other: Tune | None = None) -> str:

@@ -16,7 +16,7 @@ from bitgen.measure import MachinePeak
 from bitgen.search.choose import Slot, token_weights
 from bitgen.search.plan import load_search_config, tokens_of
 from bitgen.spec import REGIMES, Shape
-from bitgen.store import RaceRecord, Record, RecordStore, TrialRecord, TuningRecord, Winner
+from bitgen.store import JobRecord, RaceRecord, Record, RecordStore, TrialRecord, TuningRecord, Winner
 
 PAUSE_S = 120.0  # a longer gap between two records is no part of a tune: it was resumed
 
@@ -27,7 +27,8 @@ class Tune:
 
     ``source`` names the file. ``model`` weighs the matrices: the one asked for, or the only preset with
     exactly these shapes (``guessed``); None where there is none. ``machine`` is the CPU as it is detected
-    here, None where the records are of another one. Trials and races are in the order of their time.
+    here, None where the records are of another one. Trials and races are in the order of their time. ``jobs``
+    tell which machine of a fleet did what.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Tune:
     model: ModelPreset | None
     guessed: bool
     machine: Cpu | None
+    jobs: tuple[JobRecord, ...] = ()
 
     @property
     def first(self) -> TuningRecord:
@@ -169,6 +171,7 @@ def tune_of(
         model=model or guess,
         guessed=model is None and guess is not None,
         machine=here if cpus == {cpu} else None,
+        jobs=tuple(store.jobs),
     )
 
 
