@@ -111,7 +111,7 @@ BITGEN_API int32_t test_run(void *ctx, int32_t grain, int32_t with_tables, const
                             int64_t m, int64_t k, float *y, int32_t *acc)
 {
     struct bitgen_kernel kernel = plain(grain, with_tables);
-    struct bitgen_call call = {&kernel, w, w_scale, w_scale_stride, x, xq, y, acc, m, k, n, NULL, NULL, NULL};
+    struct bitgen_call call = {&kernel, w, w_scale, w_scale_stride, x, xq, y, acc, m, k, n, NULL, NULL, NULL, NULL};
     return bitgen_run(ctx, &call);
 }
 
