@@ -91,11 +91,11 @@ def test_run_prints_the_recorded_text(
 def test_a_bundle_computes_the_logits_of_a_tuned_library(universal_library: Path, tmp_path: Path) -> None:
     """Other schedules, another layout of the weights, a step for the model's sizes: the same bits."""
     cpu, config = detect_cpu(), open_model("tiny").config
-    layout = Layout("tl2", 32)
+    layout = Layout("i2s", 32)
     choices = [
-        KernelEntry(libraries.spec_for(layout, regime, shape, cpu, nth), shape, 2)
+        KernelEntry(libraries.spec_for(layout, regime, shape, cpu), shape, 2)
         for shape in config.shapes
-        for nth, regime in enumerate(REGIMES)
+        for regime in REGIMES
     ]
     toolchain, target = libraries.users_toolchain(), Target.of(cpu)
     tuned = write_library(choices, toolchain, tmp_path, "tuned", target, check=False)
