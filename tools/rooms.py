@@ -74,6 +74,7 @@ ROOMS = (
         + ("bitgen/llm.py",),  # the class is there because it may build a library
     ),
     Room("bitgen/serve/", 2200),
+    Room("bitgen/hf/", 350),
     Room("bitgen/cli/", 1200),
     Room("bitgen/"),  # what is in no other room
     Room("csrc/", 2700, ("templates/host/", "templates/probes/harness")),
