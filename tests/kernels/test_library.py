@@ -82,9 +82,7 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
 def test_a_scalar_library_holds_each_kernel_once(portable: Target) -> None:
     contents = choose_contents([], portable)
     assert {entry.spec.isa for entry in contents.entries} == {"scalar"}
-    assert len(contents.specs) == 3 + 3 + 3 + 3, (
-        "I2_S; groups of 128; portable: 32, 64, 256; 4 bits"
-    )
+    assert len(contents.specs) == 3 + 3 + 3 + 3, "I2_S; groups of 128; portable: 32, 64, 256; 4 bits"
     assert len({source.name for source in contents.sources}) == len(contents.sources)
 
 
