@@ -193,7 +193,7 @@ def search_family(
     plan = replace(plan_for(preset, family.cpu, levels, config, options), timeout_s=options.timeout_s)
     if len(plan.threads) > 1:
         raise BitgenError("a fleet tunes for one number of threads at a time")
-    spaces = family.spaces(plan.group)
+    spaces = family.spaces(plan.kind.group)
     runner = FleetRunner(exchange, family.label, code, plan.isas, spaces)
     known = family_winners(family.cpu.family, folder) or family_winners(family.cpu.family)
     session = Session(
@@ -241,7 +241,7 @@ def _decide(
     committed = {(j.shape, j.spec.regime, j.spec.isa, j.threads): j.spec for j in known}
     for row in result.winners:
         isa = next(isa for isa in plan.isas if isa.name == row.spec.isa)
-        space = family.spaces(plan.group)
+        space = family.spaces(plan.kind.group)
         old = committed.get((row.shape, row.regime, row.spec.isa, row.threads))
         if old is None or space(old.family, isa, row.regime, row.shape).broken(old):
             old = space(plan.families[0], isa, row.regime, row.shape).default
