@@ -184,8 +184,9 @@ int32_t test_pack(const char *family, int32_t row_block, int32_t k_chunk, int32_
                   const float *scales, int32_t scale_type, int64_t m, int64_t k, uint8_t *blocks)
 {
     const struct bitgen_layout layout = {family, row_block, k_chunk, chunk_bytes, trailer_bytes,
-                                         group, group_bytes};
-    const struct bitgen_weights weights = {w, scales, scale_type, m, k};
+                                         group, group_bytes, 0};
+    const struct bitgen_weights weights = {
+        .w = w, .scales = scales, .scale_type = scale_type, .m = m, .k = k};
     struct bitgen_pool *pool;
     if (bitgen_pool_create(&pool, 2)) return -1;
     int32_t code = bitgen_pack_layout(pool, &layout, &weights, blocks);

@@ -131,7 +131,7 @@ def test_without_a_number_threads_are_the_usable_cores(bundle: Path) -> None:
 def test_the_self_test_notices_a_wrong_kernel(table: KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert self_test(table) == 24 + 24 + 6, "with scales outside, in groups, and of int16 activations"
     monkeypatch.setattr(runtime, "ternary_matmul", lambda xq, w: ternary_matmul(xq, w) + 1)
-    with pytest.raises(BitgenError, match=r"bitgen_i2s_n1\w* computes wrong results for 5x127, n = 1"):
+    with pytest.raises(BitgenError, match=r"bitgen_tl2_n1\w* computes wrong results for 5x127, n = 1"):
         self_test(table)
 
 
