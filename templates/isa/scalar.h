@@ -713,7 +713,7 @@ OP void vt_begin(vt *t, int rows0, int rows1) {
 }
 
 //: vt_begin_half
-// The same of products of 32 k: 4 and 5 have rows of 32 bytes, 6 and 7 have 8 rows, and only vt_load_half loads them.
+// The same of products of 32 k: 4 and 5 have rows of 32 bytes, 6 and 7 have 8 rows, and a load of their own.
 OP void vt_begin_half(vt *t, int rows0, int rows1) { vt_begin(t, rows0, rows1); }
 
 //: vt_end
@@ -730,7 +730,7 @@ OP void vt_load(vt *t, int tile, const void *p, int64_t stride) {
 }
 
 //: vt_load_half
-// As vt_load for 4 .. 7 behind vt_begin_half: 32 bytes a row of activations, 8 rows of weights.
+// Of products of 32 k what 4 .. 7 have: 32 bytes a row of activations, 8 rows of weights.
 OP void vt_load_half(vt *t, int tile, const void *p, int64_t stride) {
     const int rows = tile > 5 ? 8 : t->rows[tile];
     memset(t->b[tile], 0, sizeof t->b[tile]);
