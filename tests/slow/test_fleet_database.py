@@ -470,7 +470,7 @@ def test_eight_workers_of_two_families_through_random_kills(
     kills = dict.fromkeys(("worker", "stop", "coordinator", "database", "cut"), 0)
     stopped: dict[int, float] = {}
     end = time.monotonic() + 90
-    fleet.wait(lambda: fleet.results() >= 8)
+    fleet.wait(lambda: fleet.results() >= 8, 300)
     while coordinator.poll() is None and time.monotonic() < end:
         time.sleep(draw.uniform(0.2, 1.0))
         kind = draw.choices(list(kills), (8, 4, 2, 1, 3))[0]
@@ -503,7 +503,7 @@ def test_eight_workers_of_two_families_through_random_kills(
                 del stopped[one]
     for one in stopped:
         workers[one].send_signal(signal.SIGCONT)
-    assert coordinator.wait(240) == 0, fleet.said("coordinator")
+    assert coordinator.wait(600) == 0, fleet.said("coordinator")
     record_property("oracle", f"fleet: {fleet.results()} results through {kills}")
     check_outcome(fleet, {cpu: replayed(tmp_path, cpu) for cpu in kinds})
 
@@ -517,7 +517,7 @@ def test_eight_workers_take_a_fifth_of_the_time(
         fleet = new_fleet()
         for i in range(count):
             fleet.worker(f"m{i}", "--sleep", "0.25")
-        fleet.wait(lambda: len(fleet.sql("SELECT FROM live_machines")) == count)  # noqa: B023
+        fleet.wait(lambda: len(fleet.sql("SELECT FROM live_machines")) == count, 300)  # noqa: B023
         began = time.monotonic()
         assert fleet.coordinator().wait(600) == 0
         seconds[count] = time.monotonic() - began
