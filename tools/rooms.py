@@ -75,6 +75,7 @@ ROOMS = (
     ),
     Room("bitgen/serve/", 2200),
     Room("bitgen/hf/", 350),
+    Room("bitgen/lm_eval.py", 200),
     Room("bitgen/cli/", 1200),
     Room("bitgen/"),  # what is in no other room
     Room("csrc/", 2700, ("templates/host/", "templates/probes/harness")),

@@ -362,11 +362,14 @@ class Scheduler:
         best = max(range(len(self._held)), key=lambda other: self._common(other, sequence))
         common = self._common(best, sequence)
         if common >= len(self._held[slot]) + _SHARED_MIN:
-            self._forget(slot, 0)
-            self._unsure = True
-            self.engine.copy(best, slot)
-            self._held[slot] = list(self._held[best])
+            self._copy(best, slot)
             self._forget(slot, common)
+
+    def _copy(self, source: int, target: int) -> None:
+        self._forget(target, 0)
+        self._unsure = True
+        self.engine.copy(source, target)
+        self._held[target] = list(self._held[source])
 
     def _decode(self, running: Mapping[int, Sequence]) -> list[Event]:
         """One token, or several of a draft that are accepted, for every one of the ``running`` sequences."""
@@ -434,6 +437,18 @@ class Scheduler:
         """What a slot lacks of ``tokens``, at least the last; all else that it holds is forgotten."""
         self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
         return tokens[len(self._held[slot]) :]
+
+    def hold(self, slot: int, tokens: Items[int]) -> None:
+        """Make a slot hold ``tokens`` and nothing else; what any slot holds of them is not computed again.
+
+        Sequences that run wait until their own run goes on.
+        """
+        self._only(())
+        self._owner[slot] = ""
+        best = max(range(len(self._held)), key=lambda other: _common(self._held[other], tokens))
+        if _common(self._held[best], tokens) > _common(self._held[slot], tokens):  # a pass reads all weights
+            self._copy(best, slot)
+        self._compute(slot, tokens)
 
     def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
         """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).

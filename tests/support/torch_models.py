@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from model_files import pack_rows
 from numpy.typing import NDArray
 
 from bitgen.formats.weights import TernaryMatrix, Weights
 from bitgen.reference import quantize_groups
+from bitgen.tokenizer.data import TokenizerData
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="torch is the oracle")
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
@@ -118,6 +121,14 @@ def model_of(weights: Weights) -> Any:
         values[name + ".weight_scale"] = matrix.scale
     state = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in values.items()}
     return _with_bitlinears(model, "offline", state)
+
+
+def tokenizer_of(data: TokenizerData) -> Any:
+    """The tokenizer of a model whose file holds a tokenizer.json, as transformers has it."""
+    assert data.json is not None
+    end = Tokenizer(data).token(data.eos)
+    made = tokenizers.Tokenizer.from_str(data.json)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end)
 
 
 def qwen3_of(weights: Weights) -> Any:
