@@ -151,7 +151,7 @@ def test_what_is_wrong_is_one_line(
 def test_a_model_that_is_not_there_is_one_line(library: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, says in (
         ("nothing.gguf", "nothing.gguf does not exist"),
-        ("tinny", "'tinny' does not exist and is no model that ships: did you mean tiny?"),
+        ("tinny", "'tinny' does not exist and is no model that ships: did you mean tiny or tiny_qwen3?"),
         ("3b", "3b is a preset, which has shapes and no weights"),
     ):
         argv = ("run", "-m", name, "--library", str(library), "-p", "a")
