@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from bitgen.errors import BitgenError
 from bitgen.formats.config import find_model
 from bitgen.formats.open import open_model
 from bitgen.inference.engine import Engine
@@ -48,7 +50,8 @@ def main() -> None:
     parser.add_argument("--library", type=Path)
     args = parser.parse_args()
     tokens = [int(n) for n in args.tokens.split(",")]
-    is_file = Path(args.model).exists() or args.model.isidentifier()
+    preset = args.model.endswith((".yaml", ".yml"))
+    is_file = not preset and (Path(args.model).exists() or args.model.isidentifier())
     context = max(512, *tokens)
     model = (
         open_model(args.model)
@@ -77,4 +80,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BitgenError as error:
+        sys.exit(f"error: {error}")

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 INSTALL = """
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("distribution", type=Path, help="an unsigned zip made by `bitgen bundle make`")
     parser.add_argument("-r", "--repetitions", type=int, default=10)
     args = parser.parse_args()
+    if not zipfile.is_zipfile(args.distribution):
+        sys.exit(f"{args.distribution} is no zip; `bitgen bundle make` writes one")
     times: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as home:
         for program in (INSTALL, *[OPEN] * args.repetitions, *[FIRST] * (args.repetitions + 1)):

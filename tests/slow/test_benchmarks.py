@@ -34,6 +34,7 @@ RUNS = {
     ),
     "make_peer_model": (["--model", "{model}", "--work", "{folder}", "--type", "Q4_0"], "Q4_0.gguf"),
     "peer_bitgen": (["{model}", "--context", "8"], '"bytes"'),
+    "activations": (["-m", "{model}", "-t", "1", "--tokens", "1", "--rounds", "1"], "int16"),
 }
 PACKAGES = {"peer_ik": "ik_llama_cpp", "peer_llama": "llama_cpp"}
 # Scripts that need what is rarely installed, and what they say without it.
@@ -42,6 +43,8 @@ LACKS = {
         ["--model", "{model}", "--work", "{folder}"],
         "name a peer's Python with --ik, --llama or both",
     ),
+    "hf": (["--model", "none"], "none"),
+    "opening": (["none.zip"], "none.zip"),
     "peer_ik": (["none.gguf"], "this Python has no ik-llama-cpp-python"),
     "peer_llama": (["none.gguf"], "this Python has no llama-cpp-python"),
     "arm_loops": (["--core", "neoverse-n1", "--family", "i2s", "--llvm", "0"], "llvm-mca-0"),

@@ -1005,7 +1005,7 @@ def test_a_plan_fills_in_what_is_not_asked_for() -> None:
         ({"timeout_s": 0.0}, "--timeout above 0"),
         ({"threads": (0,)}, "--threads must be at least 1"),
         ({"objective": "speed"}, "unknown objective 'speed'; there are decode, prefill, balanced"),
-        ({"families": ("q4",)}, "unknown family 'q4'"),
+        ({"families": ("q9",)}, "unknown family 'q9'"),
         ({"regimes": ("huge",)}, "unknown regime 'huge'"),
     ],
 )

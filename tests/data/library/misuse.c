@@ -145,12 +145,12 @@ static void check_table(void)
 
 static void check_messages(void)
 {
-    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_BUNDLE; ++i) {
+    for (int32_t i = BITGEN_OK; i <= BITGEN_ERROR_CODES; ++i) {
         CHECK(strlen(bitgen_error_message(i)) > 5);
         CHECK(strcmp(bitgen_error_message(i), "unknown error code"));
     }
     CHECK(!strcmp(bitgen_error_message(-1), "unknown error code"));
-    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_BUNDLE + 1), "unknown error code"));
+    CHECK(!strcmp(bitgen_error_message(BITGEN_ERROR_CODES + 1), "unknown error code"));
 }
 
 static void check_bundles(void)
@@ -239,7 +239,8 @@ static void check_headers(bitgen_context *ctx, const struct buffer *packed)
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_LAYOUT);
     h = right, h.group = 100;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_LAYOUT);
-    h = right, h.group = 64; /* there are such weights, of another size */
+    h = right, h.group = 64, h.row_block = 16; /* there are such weights, of another size */
+    memset(h.family, 0, sizeof h.family), memcpy(h.family, "i2s", 3);
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);
     h = right, h.bytes += 64;
     CHECK(with_header(ctx, packed, &h) == BITGEN_ERROR_NOT_PACKED);

@@ -4,6 +4,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -84,7 +88,15 @@ static void check(const struct kernel *kernel, int64_t m, int64_t k, int64_t n, 
     free(xq), free(x_sum), free(x_scale), free(w_scale), free(tables), free(acc), free(y), free(scratch);
 }
 
+/* A CPU that has tile registers gives them to who asks; the answer of others does not matter here. */
+static void ask_for_tiles(void) {
+#ifdef __x86_64__
+    (void)!syscall(SYS_arch_prctl, 0x1023, 18);
+#endif
+}
+
 int main(int argc, char **argv) {
+    ask_for_tiles();
     FILE *file = fopen(argv[1], "rb");
     if (!file) return 2;
     if (argc > 2) too_small = argv[2];
