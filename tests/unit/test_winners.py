@@ -172,7 +172,8 @@ def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
     for path in sorted(winners_dir().glob("*.json")):
         data = json.loads(path.read_text())
         assert data["cpu_family"] == path.stem
-        assert set(data["tuned_on"]) == {"cpu", "compiler", "templates", "version"}
+        # what kernels were made of and timed by: all templates once, the harness today
+        assert set(data["tuned_on"]) - {"templates", "harness"} == {"cpu", "compiler", "version"}
         layouts: dict[tuple[Shape, int, str], set[Layout]] = {}
         for winner in family_winners(path.stem):
             spec, level = winner.spec, find_isa(winner.spec.isa, ISAS)
