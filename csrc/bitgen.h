@@ -298,9 +298,10 @@ BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, co
  *                   gate, up = gate_up(norm(x));                 x += down(sub_norm(act(gate) * up))
  *   logits = head(norm(x))
  *
- * A matrix quantises its input as bitgen_matmul_as does, to the model's x_type. Norms are x / sqrt(mean(x^2) + eps) * weight; RoPE turns
- * the pairs (i, i + head_dim / 2). Every float operation has one order, so the logits of a token are the same bits
- * for every number of threads, every batch it is in and every ISA level.
+ * A matrix quantises its input as bitgen_matmul_as does, to the model's x_type. Norms are
+ * x / sqrt(mean(x^2) + eps) * weight; RoPE turns the pairs (i, i + head_dim / 2). Every float operation has one
+ * order, so the logits of a token are the same bits for every number of threads, every batch it is in and every
+ * ISA level.
  */
 
 /* The format of an embedding or a head. Q types are those of GGUF files. */

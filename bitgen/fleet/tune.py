@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from bitgen import __version__
-from bitgen.cpu import Cpu, Isa, accepted_isas, load_isas, require_isa
+from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, require_isa
 from bitgen.errors import BitgenError
 from bitgen.fingerprints import Fingerprint
 from bitgen.fleet.admin import append_jobs
@@ -240,7 +240,7 @@ def _decide(
     contests = []
     committed = {(j.shape, j.spec.regime, j.spec.isa, j.threads): j.spec for j in known}
     for row in result.winners:
-        isa = next(isa for isa in plan.isas if isa.name == row.spec.isa)
+        isa = find_isa(row.spec.isa, plan.isas)
         space = family.spaces(plan.kind.group)
         old = committed.get((row.shape, row.regime, row.spec.isa, row.threads))
         if old is None or space(old.family, isa, row.regime, row.shape).broken(old):

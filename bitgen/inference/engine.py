@@ -81,11 +81,27 @@ class Memory:
         return self.weights + self.cache + self.work
 
 
-def missing_bytes(memory: Memory, mapped: bool) -> int:
-    """Bytes that the machine has too few for ``memory``; ``mapped`` as for `check_fits`."""
+def fits(memory: Memory, mapped: bool) -> bool:
+    """Whether there is that much memory; weights ``mapped`` from a file need not stay in it."""
     available = available_memory()
-    needed = memory.total - (memory.weights if mapped else 0)
-    return 0 if available is None else max(0, needed - available)
+    return available is None or _needed_bytes(memory, mapped) <= available
+
+
+def _needed_bytes(memory: Memory, mapped: bool) -> int:
+    return memory.total - (memory.weights if mapped else 0)
+
+
+def check_fits(memory: Memory, mapped: bool) -> None:
+    """BitgenError unless it `fits`, before any work; without a check the system kills."""
+    available, needed = available_memory(), _needed_bytes(memory, mapped)
+    if available is not None and needed > available:
+        parts = [f"KV cache {memory.cache >> 20:,}", f"work {memory.work >> 20:,}"]
+        parts[:0] = [] if mapped else [f"packed weights {memory.weights >> 20:,}"]
+        raise BitgenError(
+            f"too little memory: {needed >> 20:,} MiB are needed ({', '.join(parts)}), "
+            f"{available >> 20:,} MiB are available; ask for a smaller context, fewer sequences or keys and "
+            "values of 8 bits, or use a library whose kernels pack weights in fewer bits"
+        )
 
 
 def own_activations(config: ModelConfig) -> Activations:
@@ -96,23 +112,6 @@ def own_activations(config: ModelConfig) -> Activations:
     """
     del config
     return "int8"
-
-
-def check_fits(memory: Memory, mapped: bool) -> None:
-    """BitgenError when there is not that much memory, before any work; without a check the system kills.
-
-    ``mapped`` weights lie in a file, whose pages the system can give up.
-    """
-    if missing_bytes(memory, mapped) > 0:
-        available = available_memory() or 0
-        needed = memory.total - (memory.weights if mapped else 0)
-        parts = [f"KV cache {memory.cache >> 20:,}", f"work {memory.work >> 20:,}"]
-        parts[:0] = [] if mapped else [f"packed weights {memory.weights >> 20:,}"]
-        raise BitgenError(
-            f"too little memory: {needed >> 20:,} MiB are needed ({', '.join(parts)}), "
-            f"{available >> 20:,} MiB are available; ask for a smaller context, fewer sequences or keys and "
-            "values of 8 bits, or use a library whose kernels pack weights in fewer bits"
-        )
 
 
 class Engine:
@@ -436,7 +435,7 @@ class Engine:
         if self.weights.ternary_head is not None or output.type not in _SCREENED or head in ("full", "exact"):
             return "full"
         if head == "auto" and (
-            output.data.nbytes < _SCREENED_BYTES or missing_bytes(self._plan("screened", groups), mapped) > 0
+            output.data.nbytes < _SCREENED_BYTES or not fits(self._plan("screened", groups), mapped)
         ):
             return "full"
         return "screened"
