@@ -169,7 +169,8 @@ static double read_ns(clockid_t clock)
 
 static double now_ns(void) { return read_ns(CLOCK_MONOTONIC); }
 
-/* `calls` whole matmuls, each with the next copy of the weights. */
+/* `calls` whole matmuls, each with the next copy of the weights: where lanes share weights, the copy that none of
+ * them read for the longest time. A large cache still holds what the lane before read. */
 static int32_t run_lane(struct bitgen_context *ctx, struct harness_lane *lane, const struct bitgen_kernel *kernel,
                         int64_t calls)
 {
@@ -177,7 +178,7 @@ static int32_t run_lane(struct bitgen_context *ctx, struct harness_lane *lane, c
     for (int64_t i = 0; i < calls && !code; ++i) {
         const struct bitgen_call call = {
             .kernel = kernel,
-            .w = lane->w + lane->w_next * lane->w_step,
+            .w = lane->w + *lane->w_next * lane->w_step,
             .w_scale = kernel->group ? NULL : lane->w_scale,
             .w_scale_stride = kernel->group ? 2 : 1,
             .x = lane->x,
@@ -187,7 +188,7 @@ static int32_t run_lane(struct bitgen_context *ctx, struct harness_lane *lane, c
             .n = lane->n,
         };
         code = bitgen_run(ctx, &call);
-        lane->w_next = (lane->w_next + 1) % lane->w_copies;
+        *lane->w_next = (*lane->w_next + 1) % lane->w_copies;
     }
     return code;
 }

@@ -63,7 +63,7 @@ struct harness_lane {
     struct harness_kernel kernel;
     const uint8_t *w;
     int64_t w_step, w_copies;
-    int64_t w_next;       /* the copy of the next call */
+    int64_t *w_next;      /* the copy of the next call, one for all lanes that read the same weights */
     const float *w_scale; /* (m) */
     const float *x;       /* (n, k) */
     float *y;             /* (n, m) */

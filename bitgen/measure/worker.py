@@ -269,10 +269,12 @@ class Workbench:
         ffi, shape, n = self.harness.ffi, timing.shape, timing.n
         lanes = ffi.new("struct harness_lane[]", len(kernels))
         outputs = [Guarded(self.harness, 4 * n * shape.m, 4) for _ in kernels]
+        cursors = {one.pool.address: ffi.new("int64_t *") for one in self._contenders}
         for lane, contender, kernel, output in zip(lanes, self._contenders, kernels, outputs, strict=True):
             lane.kernel = kernel[0]
             lane.w = ffi.cast("const uint8_t *", contender.pool.address)
-            lane.w_step, lane.w_copies, lane.w_next = contender.step, contender.copies, 0
+            lane.w_step, lane.w_copies = contender.step, contender.copies
+            lane.w_next = cursors[contender.pool.address]
             lane.w_scale = ffi.cast("const float *", contender.inputs.w_scale.ctypes.data)
             lane.x = ffi.cast("const float *", contender.inputs.x.ctypes.data)
             lane.y = output.pointer("float *")
