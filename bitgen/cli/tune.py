@@ -224,6 +224,8 @@ def summary(result: TuningResult) -> str:
     lines += [f"tried first: {text}" for text in result.started_from]
     lines += [f"left out: {text}" for text in result.rejected]
     lines += [f"failed: {text}" for group in result.groups for text in group.failures[:3]]
+    if left := result.left_races:
+        lines.append(f"{len(left)} verified kernels failed in a race, the first: {left[0]}")
     if not result.complete:
         cut = sum(not group.complete for group in result.groups)
         total = len(result.groups)

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.cpu.linux import available_memory
 from bitgen.errors import BitgenError
 from bitgen.measure.harness import Harness
 
 _PAGE = mmap.PAGESIZE
 _NONE, _READ, _READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 _HUGE = 2 << 20
-_POOLS_BYTES = 1 << 30
+# Pools that are kept: a race of all families has nine layouts, 2.3 GiB where pools have 256 MiB.
+_POOLS_BYTES, _POOLS_SHARE = 3 << 30, 4  # at most this, and at most a quarter of the memory there is
 _STEP = 64 << 20  # mappings are multiples of it, so that one of another shape fits
 FILL = 0x5A  # what surrounds a buffer on its own pages
 
@@ -80,7 +82,9 @@ class Pool:
 
 
 class Pools:
-    """Large buffers of repeated packed rows, kept while they fit 1 GiB together; the least used one goes.
+    """Large buffers of repeated packed rows, kept while they fit 3 GiB together; the least used one goes.
+
+    Those asked for since the last `release` are in use: none of them goes, whatever they take.
 
     Anonymous private memory in 2 MiB pages, as numpy has for its large arrays: a forked process reads the
     worker's pages and copies none.
@@ -90,6 +94,13 @@ class Pools:
         self._harness = harness
         self._pools: OrderedDict[tuple[Any, ...], Pool] = OrderedDict()
         self._spare: list[mmap.mmap] = []  # the memory of pools that went
+        self._in_use: set[tuple[Any, ...]] = set()
+        available = available_memory()
+        self._most = min(_POOLS_BYTES, available // _POOLS_SHARE) if available else _POOLS_BYTES
+
+    def release(self) -> None:
+        """Nobody reads the pools that were handed out so far."""
+        self._in_use.clear()
 
     def get(self, key: tuple[Any, ...], nbytes: int, content: Callable[[], NDArray[np.uint8]]) -> Pool:
         """At least ``nbytes`` of repetitions of ``content()``; a large enough pool of ``key`` is reused.
@@ -98,10 +109,11 @@ class Pools:
         """
         pool = self._pools.pop(key, None)
         if pool is None or pool.nbytes < nbytes:
-            if pool is not None:
+            if pool is not None and key not in self._in_use:
                 self._spare.append(pool.memory)
             pool = self._filled(self._memory(nbytes), nbytes, content())
         self._pools[key] = pool
+        self._in_use.add(key)
         return pool
 
     def _memory(self, nbytes: int) -> mmap.mmap:
@@ -117,12 +129,15 @@ class Pools:
                 self._spare.remove(memory)
                 return memory
             held = [*self._spare, *(pool.memory for pool in self._pools.values())]
-            if sum(map(len, held)) + wanted <= _POOLS_BYTES or not held:
+            if sum(map(len, held)) + wanted <= self._most or not held:
                 return _new_mapping(wanted)
+            idle = next((key for key in self._pools if key not in self._in_use), None)
             if self._spare:
                 self._spare.pop()
+            elif idle is not None:
+                self._spare.append(self._pools.pop(idle).memory)
             else:
-                self._spare.append(self._pools.popitem(last=False)[1].memory)
+                return _new_mapping(wanted)
 
     def _filled(self, memory: mmap.mmap, nbytes: int, unit: NDArray[np.uint8]) -> Pool:
         base = int(self._harness.ffi.cast("uintptr_t", self._harness.ffi.from_buffer(memory)))

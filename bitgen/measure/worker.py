@@ -195,6 +195,8 @@ class Workbench:
             for functions, level in zip(task.kernels, task.checks, strict=True)
         ]
         timing = task.timing
+        self._contenders = []
+        self._pools.release()
         self._contenders = [self._contender(f, timing) for f in task.kernels] if timing else []
 
     def work(self, task: Task, progress: Any) -> Outcome:

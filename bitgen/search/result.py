@@ -116,8 +116,9 @@ class TuningResult:
 
     ``threads``: the number of threads whose session is shortest, of those in ``thread_costs``; the layouts
     are chosen for it. ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted
-    against: the most that any probe or kernel of this run reached. ``started_from``: what was known before
-    and tried first. ``recorded`` and ``recalled``: answers added to the store, and taken from it.
+    against: the most that any probe or kernel of this run reached. ``left_races``: verified kernels that
+    failed in a race, and how. ``started_from``: what was known before and tried first. ``recorded`` and
+    ``recalled``: answers added to the store, and taken from it.
     """
 
     model: str
@@ -133,6 +134,7 @@ class TuningResult:
     peak_gops: Mapping[int, Mapping[str, float]]
     groups: tuple[GroupReport, ...]
     rejected: tuple[str, ...]
+    left_races: tuple[str, ...]
     started_from: tuple[str, ...]
     recorded: int
     recalled: int

@@ -111,6 +111,7 @@ class _Tune:
         self._fingerprints = cache.fingerprints
         self._clock = session.clock
         self._starters: list[KernelSpec] = []
+        self._left_races: dict[str, None] = {}
         self._begin = self._clock()
         self._end = self._begin + (plan.timeout_s or math.inf)
         self._limits: dict[int, MachinePeak] = {}
@@ -263,6 +264,8 @@ class _Tune:
             self._config,
             lambda: self._clock() >= deadline,
         )
+        left = (f"{spec.name} on {shape.name}: {reason}" for spec, reason in raced.dropped.items())
+        self._left_races.update(dict.fromkeys(left))
         return SlotRace(raced, defaults, job, self._fingerprints)
 
     def _race_seconds(
@@ -365,6 +368,7 @@ class _Tune:
                 for o in outcomes
             ),
             rejected=tuple(rejected),
+            left_races=tuple(self._left_races),
             started_from=self._tried_first(),
             recorded=self._cache.recorded,
             recalled=self._cache.recalled,

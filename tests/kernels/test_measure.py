@@ -615,6 +615,7 @@ def test_memory_of_a_pool_that_went_is_used_again(monkeypatch: pytest.MonkeyPatc
     pools = Pools(harness)
     addresses = []
     for key in ("a", "b", "c", "a"):
+        pools.release()
         unit = np.full(4096, ord(key), np.uint8)
         pool = pools.get((key,), 1 << 20, unit.copy)
         data = np.frombuffer(
@@ -624,3 +625,18 @@ def test_memory_of_a_pool_that_went_is_used_again(monkeypatch: pytest.MonkeyPatc
         assert pool.address % 64 == 0
         addresses.append(pool.address)
     assert addresses[2:] == addresses[:2]
+
+
+def test_memory_of_a_pool_in_use_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A race of all families on a CPU with a large cache reads more pools than are kept.
+    harness = Harness(build_harness(toolchain_of(), detect_cpu().arch))
+    monkeypatch.setattr(guarded, "_POOLS_BYTES", 2 * guarded._STEP)
+    pools = Pools(harness)
+    handed_out = {}
+    for key in ("a", "b", "c", "d"):
+        unit = np.full(4096, ord(key), np.uint8)
+        handed_out[key] = pools.get((key,), 1 << 20, unit.copy)
+    handed_out["larger a"] = pools.get(("a",), 3 << 20, np.full(4096, ord("a"), np.uint8).copy)
+    for key, pool in handed_out.items():
+        data = harness.ffi.buffer(harness.ffi.cast("char *", pool.address), pool.nbytes)
+        assert set(data[:]) == {ord(key[-1])}

@@ -34,6 +34,7 @@ from synthetic import (
     true_ns,
 )
 
+from bitgen.cli.tune import summary
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
 from bitgen.fingerprints import Fingerprint
@@ -336,7 +337,10 @@ def test_a_spec_that_crashes_in_the_race_does_not_win(tmp_path: Path) -> None:
             race = self.inner.race(replace(job, specs=tuple(s for s in job.specs if s != winner)))
             return Race(race.times_ns, {winner: "crashed: SIGSEGV"} if winner in job.specs else {})
 
-    assert selected(go(tmp_path / "2", plan(), Fragile(runner(plan()))))[WIDE, "n1", 1, "i2s"] != winner
+    result = go(tmp_path / "2", plan(), Fragile(runner(plan())))
+    assert selected(result)[WIDE, "n1", 1, "i2s"] != winner
+    assert f"{winner.name} on {WIDE.name}: crashed: SIGSEGV" in result.left_races
+    assert "verified kernels failed in a race" in summary(result)
 
 
 # ---- budgets ----
