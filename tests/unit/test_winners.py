@@ -178,7 +178,8 @@ def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
         for winner in family_winners(path.stem):
             spec, level = winner.spec, find_isa(winner.spec.isa, ISAS)
             assert level.name in data["traits"]["isas"]
-            space = space_for(spec.family, level, regime_named(spec.regime), winner.shape, cpu(path.stem))
+            regime, group = regime_named(spec.regime), spec.layout.group
+            space = space_for(spec.family, level, regime, winner.shape, cpu(path.stem), group)
             assert not [rule.text for rule in space.broken(spec) if not rule.local], spec.name
             layouts.setdefault((winner.shape, winner.threads, spec.isa), set()).add(spec.layout)
         assert all(len(found) == 1 for found in layouts.values())
