@@ -36,11 +36,14 @@ from bitgen.inference.draft_model import DraftModel
 from bitgen.inference.engine import Head, Kv, own_activations
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
+from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.opening import context_for, find_library, has_kernels, open_engine, tuned_shapes
 from bitgen.inference.prompt_cache import KV_VERSION, restore, save
+from bitgen.inference.protocol import EngineProtocol
 from bitgen.inference.sampling import Sampling
-from bitgen.inference.scheduler import EngineProtocol, Scheduler, Timings
+from bitgen.inference.scheduler import Scheduler, Timings
 from bitgen.inference.sequence import Request
+from bitgen.inference.slots import common_start
 from bitgen.paths import tune_logs_dir
 from bitgen.progress import Progress, Report
 from bitgen.runtime import Activations, KernelTable, load
@@ -56,7 +59,8 @@ class LLM:
 
     ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means one
     a physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
-    ``batch`` the number of sequences there is room for from the start (a list of prompts makes more).
+    ``batch`` the number of sequences there is room for from the start (a list of prompts makes more), or a
+    ``capacity`` how many run at once, keep what they held, and the memory of them all.
     ``activations`` is what the inputs of matrices are quantised to (None: the model's own);
     ``draft`` is a small model of the same vocabulary, which drafts what the large one checks: the same text.
     ``progress`` is called with a `Progress` of what takes long. BitgenError when anything does not fit.
@@ -73,6 +77,7 @@ class LLM:
         head: Head = "auto",
         activations: Activations | None = None,
         batch: int = 1,
+        capacity: Capacity | None = None,
         draft: str | Path | None = None,
         progress: Report | None = None,
     ) -> None:
@@ -95,9 +100,9 @@ class LLM:
             activations=self.activations,
             progress=progress,
         )
-        self._setup(self._open(batch=batch), config, tokenizer)
+        self._setup(self._open(batch=batch, capacity=capacity), config, tokenizer, capacity)
         if draft is not None:
-            self._add_draft(draft, library, threads, batch, progress)
+            self._add_draft(draft, library, threads, self.scheduler.parallel, progress)
         self.scheduler.timings.load_s = time.perf_counter() - started
         self._note_untuned(table, model)
         if error := self.engine.head_error:
@@ -110,11 +115,17 @@ class LLM:
         llm._setup(engine, config, tokenizer)
         return llm
 
-    def _setup(self, engine: EngineProtocol, config: ModelConfig, data: TokenizerData) -> None:
+    def _setup(
+        self,
+        engine: EngineProtocol,
+        config: ModelConfig,
+        data: TokenizerData,
+        capacity: Capacity | None = None,
+    ) -> None:
         self.engine = engine
         self.config = config
         self.tokenizer = Tokenizer(data)
-        self.scheduler = Scheduler(engine, self.tokenizer)
+        self.scheduler = Scheduler(engine, self.tokenizer, capacity=capacity)
         self.template = data.chat_template
         self.thinking: bool | None = None  # for a template that asks (`knows_thinking`); None: its default
         self.notes = list(self.tokenizer.notes)  # what a user should know
@@ -292,6 +303,20 @@ class LLM:
         self.scheduler.max_stall_s = seconds
         if self._drafts is not None:
             self._drafts.limit_stall(seconds)
+
+    def pin(self, system: str) -> int:
+        """Compute a system prompt and keep it for every chat that starts with it; the number of its tokens.
+
+        BitgenError when the chat template takes none, or there is no room (`Scheduler.pin`).
+        """
+        asked = ("a", "b")  # what chats have in common before the user's first word
+        first, second = (
+            self.chat_prompt([{"role": "system", "content": system}, {"role": "user", "content": text}])
+            for text in asked
+        )
+        tokens = first[: common_start(first, second)]
+        self.scheduler.pin(tokens)
+        return len(tokens)
 
     # ---- Prompt cache files ----
 

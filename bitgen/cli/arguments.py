@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitgen.energy import Meter
+    from bitgen.inference.kv_memory import Capacity
     from bitgen.inference.scheduler import Timings
     from bitgen.llm import LLM
 
@@ -246,8 +247,8 @@ def _bias(text: str) -> tuple[int, float]:
     return int(found[1]), float(found[2])
 
 
-def open_llm(args: argparse.Namespace, *, batch: int = 1) -> LLM:
-    """The model of the arguments, for ``batch`` sequences; notes for its user go to standard error."""
+def open_llm(args: argparse.Namespace, *, capacity: Capacity | None = None) -> LLM:
+    """The model of the arguments, for one sequence or a ``capacity``; its notes go to standard error."""
     from bitgen.cli.progress import ProgressBar
     from bitgen.llm import LLM
 
@@ -260,7 +261,7 @@ def open_llm(args: argparse.Namespace, *, batch: int = 1) -> LLM:
             kv=args.kv,
             head=args.head,
             activations=args.activations,
-            batch=batch,
+            capacity=capacity,
             draft=getattr(args, "draft_model", None),
             progress=line.show,
         )

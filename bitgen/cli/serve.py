@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.arguments import add_draft, add_energy, add_model, energy_lines, load_cache, metered, open_llm
-from bitgen.errors import BitgenError, UsageError
+from bitgen.errors import BitgenError, FileError, UsageError
 
 if TYPE_CHECKING:
+    from bitgen.inference.kv_memory import Capacity
     from bitgen.llm import LLM
     from bitgen.serve.guard import Access
     from bitgen.serve.service import Settings
 
-_PARALLEL_MAX = 64
+_PARALLEL_MAX, _PARKED_MAX = 64, 256
+_KV_MIB_MAX = 1 << 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("the load")
     group.add_argument("--parallel", type=int, default=4, metavar="N", help="texts at once (4)")
+    group.add_argument(
+        "--parked",
+        type=int,
+        default=12,
+        metavar="N",
+        help="texts that ended and are kept for others that start alike (12)",
+    )
+    group.add_argument(
+        "--kv-memory",
+        type=float,
+        metavar="MIB",
+        help="of keys and values (default: that of --parallel whole texts, or what is free)",
+    )
+    group.add_argument(
+        "--share-prefixes",
+        action="store_true",
+        help="reuse what other keys' texts start with, of which times may tell them",
+    )
+    group.add_argument(
+        "--pin",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a system prompt to compute at the start and share between all keys; repeatable",
+    )
     group.add_argument("--max-queue", type=int, default=64, metavar="N", help="texts that may wait (64)")
     group.add_argument(
         "--max-stall",
@@ -81,24 +109,22 @@ def run(args: argparse.Namespace) -> int:
         from bitgen.serve.server import serve
     except ModuleNotFoundError as error:
         raise BitgenError(f"{error.name} is not installed: pip install 'bitgen[serve]'") from None
-    access = _access(args)
+    access, prompts = _access(args), [(path, _prompt(path)) for path in args.pin]
     with (
         listen(args.host, args.port) as sock,
         metered(args) as meter,
-        open_llm(args, batch=args.parallel) as llm,
+        open_llm(args, capacity=_capacity(args)) as llm,
     ):
         llm.limit_stall(args.max_stall / 1e3)
         settings = _settings(args, llm, access)
-        _, cache, _ = llm.memory
         port = sock.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
-        for line in (
-            f"memory for {args.parallel} texts x {llm.context} positions: {cache / 2**20:.0f} MiB at most",
-            f"{settings.names[0]} ({settings.fingerprint}) on http://{host}:{port}",
-        ):
-            print(f"bitgen: {line}", file=sys.stderr, flush=True)
+        _say(_memory_line(llm))
+        for path, text in prompts:
+            _say(f"{llm.pin(text)} tokens of {path} are shared by all chats that start with them")
         if args.cache_file:
             load_cache(llm, args.cache_file)
+        _say(f"{settings.names[0]} ({settings.fingerprint}) on http://{host}:{port}")
         code = serve(llm, settings, sock, args.drain, meter)
         for line in energy_lines(meter, llm.timings):
             print(f"bitgen: {line}", file=sys.stderr)
@@ -111,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     for name, least, most in (
         ("parallel", 1, _PARALLEL_MAX),
+        ("parked", 0, _PARKED_MAX),
         ("max_queue", 0, 100_000),
         ("max_stall", 1, 60_000),
         ("max_body", 1024, 1 << 30),
@@ -120,8 +147,41 @@ def _check(args: argparse.Namespace) -> None:
         if not least <= value <= most:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} must be {least} to {most}, not {value:g}")
+    if args.kv_memory is not None and not 0 < args.kv_memory < _KV_MIB_MAX:
+        raise UsageError(f"--kv-memory must be above 0 and below {_KV_MIB_MAX}, not {args.kv_memory:g}")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UsageError(f"--max-tokens must be 1 or more, not {args.max_tokens}")
+
+
+def _capacity(args: argparse.Namespace) -> Capacity:
+    from bitgen.inference.kv_memory import Capacity
+
+    held = None if args.kv_memory is None else int(args.kv_memory * 2**20)
+    return Capacity(args.parallel, args.parked, len(args.pin), held, args.share_prefixes)
+
+
+def _memory_line(llm: LLM) -> str:
+    """What keys and values may take: texts x positions x bytes, and the part of it that is used at once."""
+    texts, (_, cache, _) = llm.scheduler.parallel, llm.memory
+    whole = llm.engine.sequence_bytes(llm.context)
+    line = f"memory for {texts} texts x {llm.context} positions x {whole / llm.context:.0f} bytes"
+    line += f": {texts * whole / 2**20:.1f} MiB"
+    if cache < texts * whole:
+        return f"{line}, of which {cache / 2**20:.1f} MiB are used at once: what has no room waits"
+    return f"{line}; with what is kept of texts that ended, {cache / 2**20:.1f} MiB at most"
+
+
+def _prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise FileError(f"{path} is not UTF-8") from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _say(line: str) -> None:
+    print(f"bitgen: {line}", file=sys.stderr, flush=True)
 
 
 def _access(args: argparse.Namespace) -> Access:

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 
 from bitgen.energy import Meter, Spent
-from bitgen.inference.scheduler import EngineProtocol, Row, Scheduler
+from bitgen.inference.protocol import EngineProtocol
+from bitgen.inference.scheduler import Row, Scheduler
 from bitgen.inference.wants import Best
 from bitgen.progress import Progress, Report
 

@@ -18,12 +18,14 @@ _FORGET = 0.9  # what a step leaves of the measurements before it
 
 
 class DraftModel:
-    """Drafts for the sequences of a scheduler; slot i of the small engine follows slot i of the large one."""
+    """Drafts for the sequences of a scheduler, as many at once as the small engine has slots."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._measured: dict[tuple[int, int], tuple[int, float, float]] = {}  # steps, seconds, tokens
         self._steps = 0
+        # Slots of the large engine, which may have more, and those here that follow them; the last used last.
+        self._following: dict[int, int] = {}
 
     def length(self, running: int, room: int) -> int:
         """How many tokens to draft for each of the ``running`` sequences, ``room`` at most."""
@@ -51,16 +53,26 @@ class DraftModel:
         most = min(most, self._scheduler.engine.context - len(sequence.whole))
         if most <= 0:
             return []
-        if not self._scheduler.catch_up(slot, sequence.whole):
+        own = self._own(slot)
+        if not self._scheduler.catch_up(own, sequence.whole):
             return None
         vocab, tokens = self._scheduler.engine.config.vocab, list[int]()
         while len(tokens) < most:
-            answer = self._scheduler.ask(slot, [*sequence.whole, *tokens], sequence.want(vocab, tokens))
+            answer = self._scheduler.ask(own, [*sequence.whole, *tokens], sequence.want(vocab, tokens))
             token = sequence.guess(answer, tokens)
             tokens.append(token)
             if sequence.would_end(token):
                 break
         return tokens
+
+    def _own(self, slot: int) -> int:
+        """The slot that follows ``slot`` of the large engine: its own, a free one, or the longest unused."""
+        following = self._following
+        if slot not in following:
+            room = len(following) < self._scheduler.engine.max_batch
+            following[slot] = len(following) if room else following.pop(next(iter(following)))
+        following[slot] = following.pop(slot)
+        return following[slot]
 
     def limit_stall(self, seconds: float) -> None:
         """Read prompts in parts that take no longer."""

@@ -27,6 +27,7 @@ from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
+from bitgen.inference.kv_memory import Capacity, KvMemory
 from bitgen.inference.wants import Answer, Best, Chosen, Floats, Hidden, Logits, Nothing, Want
 from bitgen.inference.weight_cache import (
     GroupsOf,
@@ -120,8 +121,10 @@ class Engine:
     ``kv`` is the type of the KV cache, ``head`` whether logits come from the file's LM head ("full"), from it
     but the best ones by way of int8 rows ("screened": the same bits, half the bytes), or from int8 rows
     made of it ("q8"). "auto" screens heads of 64 MiB and more where memory allows both. ``activations``: what
-    the inputs of matrices are quantised to, of all tokens alike; None: the model's own. ``fingerprint``
-    identifies the model file: packed weights are then kept in the user's cache and mapped next time.
+    the inputs of matrices are quantised to, of all tokens alike; None: the model's own. With a ``capacity``
+    the KV cache has its slots instead of ``max_batch`` and takes memory as it is written to; whoever runs the
+    engine then keeps what is held (`release`) below what `memory` says. ``fingerprint`` identifies the model
+    file: packed weights are then kept in the user's cache and mapped next time.
     ``progress`` is called while weights are packed. It serves one call at a time, as its table does.
     BitgenError when something does not fit: the arguments, the model, the memory.
     """
@@ -136,6 +139,7 @@ class Engine:
         head: Head = "full",
         activations: Activations | None = None,
         max_batch: int = 1,
+        capacity: Capacity | None = None,
         fingerprint: str | None = None,
         progress: Report | None = None,
     ) -> None:
@@ -146,7 +150,8 @@ class Engine:
         self.config = config
         self.table = table
         self.context = _checked_context(config, context)
-        self.max_batch = max_batch
+        self.max_batch = max_batch = max_batch if capacity is None else capacity.slots
+        self.capacity = capacity
         self.lengths = [0] * max_batch  # positions of each sequence in the cache
         self._ffi, self._lib, _ = table.native
         if max_batch < 1:
@@ -161,6 +166,8 @@ class Engine:
         head = self._settled(head, groups, mapped=fingerprint is not None)
         self.screens = head == "screened"
         self.memory = self._plan(head, groups)
+        if capacity is not None:
+            self.memory = self._within(self.memory, mapped=fingerprint is not None)
         check_fits(self.memory, mapped=fingerprint is not None)
         # What C reads must live as long as its addresses: everything is kept in these two.
         self._alive: list[Any] = []
@@ -222,12 +229,20 @@ class Engine:
             raise BitgenError(f"length must be 0 to {self.context}, not {length}")
         self.lengths[sequence] = min(length, self.lengths[sequence])
 
-    def copy(self, source: int, target: int) -> None:
-        """Make sequence ``target`` hold what ``source`` holds."""
+    def release(self, sequence: int, length: int) -> None:
+        """The same, and give the memory behind it back, as far as the system takes it."""
+        self.truncate(sequence, length)
+        if self._kv_memory is not None:
+            whole = self.sequence_bytes(self.context)
+            kept = self.sequence_bytes(length) if length else 0
+            self._kv_memory.give_back(sequence * whole + kept, (sequence + 1) * whole)
+
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Make sequence ``target`` hold the first ``length`` positions of ``source``; None: all it holds."""
         self._check_sequence(source)
         self._check_sequence(target)
         _, _, context = self.table.native
-        length = self.lengths[source]
+        length = self.lengths[source] if length is None else min(length, self.lengths[source])
         self.table.check(self._lib.bitgen_cache_copy(context, self._model, source, target, length))
         self.lengths[target] = length
 
@@ -248,13 +263,13 @@ class Engine:
 
     def _part(self, sequence: int, length: int) -> NDArray[np.uint8]:
         """The first positions of a sequence in the cache, up to the end of their last chunk."""
-        begin = sequence * self._sequence_bytes(self.context)
-        return self._cache[begin : begin + (self._sequence_bytes(length) if length else 0)]
+        begin = sequence * self.sequence_bytes(self.context)
+        return self._cache[begin : begin + (self.sequence_bytes(length) if length else 0)]
 
-    def _sequence_bytes(self, context: int) -> int:
-        """Bytes of a sequence of so many positions: what one more of them takes."""
+    def sequence_bytes(self, positions: int) -> int:
+        """Bytes of a sequence of so many positions, 1 or more: what one more of them takes."""
         model, sizes = self._ffi.new("struct bitgen_model *", self._model[0]), []
-        model.context = context
+        model.context = positions
         for sequences in (1, 2):
             model.sequences = sequences
             size = self._ffi.new("size_t *")
@@ -446,11 +461,14 @@ class Engine:
         _, _, context = self.table.native
         size, config = ffi.new("size_t *"), self.config
         self.table.check(lib.bitgen_cache_bytes(self._model, size))
-        cache = int(size[0])
+        self._reserved = cache = int(size[0])
+        if self.capacity is not None:
+            cache = min(self.capacity.bytes_of(self.sequence_bytes(self.context)), cache)
         work = 0
         for tokens in (FEW, PREFILL):  # few tokens may need more: threads then share heads of attention
             tokens = min(tokens, self.context * self.max_batch)
-            best = tokens if tokens <= FEW else 0
+            parallel = self.capacity.parallel if self.capacity else self.max_batch
+            best = tokens if tokens <= FEW else min(tokens, parallel) if parallel > FEW else 0
             self.table.check(lib.bitgen_work_bytes(context, self._model, tokens, tokens, best, size))
             work = max(work, int(size[0]))
         work += self.context * config.head_dim * 4  # RoPE
@@ -458,6 +476,19 @@ class Engine:
         if head != "full":
             weights += config.vocab * (config.hidden + 8)
         return Memory(weights, cache, work)
+
+    def _within(self, memory: Memory, *, mapped: bool) -> Memory:
+        """The same with keys and values for which there is memory, of one sequence at least."""
+        available, least = available_memory(), self.sequence_bytes(self.context)
+        if memory.cache < least:
+            raise UsageError(
+                f"{memory.cache / 2**20:.1f} MiB hold no text of {self.context} positions, which takes up to "
+                f"{least / 2**20:.1f} MiB of keys and values: allow more, or ask for a smaller context (-c)"
+            )
+        if available is None:
+            return memory
+        left = available - available // 16 - (_needed_bytes(memory, mapped) - memory.cache)
+        return replace(memory, cache=max(min(memory.cache, left), least))
 
     def _set_weights(
         self, packed: PackedModel, head: Head, fingerprint: str | None, progress: Report | None
@@ -514,11 +545,12 @@ class Engine:
     def _set_cache(self) -> None:
         config = self.config
         try:
-            cache = aligned_bytes(self.memory.cache, zeros=True)
+            self._kv_memory = KvMemory(self._reserved) if self.capacity else None
+            cache = self._kv_memory.data if self._kv_memory else aligned_bytes(self._reserved, zeros=True)
             self._rope = np.empty(self.context * config.head_dim, np.float32)
         except MemoryError:
             raise BitgenError(
-                f"not enough memory: {self.memory.cache / 1e9:.1f} GB for keys and values of "
+                f"not enough memory: {self._reserved / 1e9:.1f} GB for keys and values of "
                 f"{self.max_batch} x {self.context} positions; ask for a smaller context (-c) or --kv q8"
             ) from None
         self._frequency = inverse_frequencies(config)

@@ -21,6 +21,7 @@ from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
+from bitgen.inference.kv_memory import Capacity
 from bitgen.progress import Report
 from bitgen.runtime import Activations, KernelTable
 from bitgen.spec import EVERY_FAMILY, Shape
@@ -80,9 +81,13 @@ def open_engine(
     head: Head = "full",
     activations: Activations | None = None,
     batch: int = 1,
+    capacity: Capacity | None = None,
     progress: Report | None = None,
 ) -> Engine:
-    """The engine over a kernel library; the weights of a file are packed once and then mapped."""
+    """The engine over a kernel library; the weights of a file are packed once and then mapped.
+
+    A ``capacity`` counts for more than ``batch``.
+    """
     weights, fingerprint = (
         (model, None) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
     )
@@ -94,6 +99,7 @@ def open_engine(
         head=head,
         activations=activations,
         max_batch=batch,
+        capacity=capacity,
         fingerprint=fingerprint,
         progress=progress,
     )

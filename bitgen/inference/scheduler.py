@@ -23,17 +23,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias, overload
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError, UsageError
-from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.config import Floats
 from bitgen.inference import FEW
-from bitgen.inference.engine import Memory
+from bitgen.inference.kv_memory import Capacity
+from bitgen.inference.protocol import EngineProtocol
 from bitgen.inference.sequence import Request, Sequence
-from bitgen.inference.wants import Answer, Chosen, Logits, Nothing, Want
+from bitgen.inference.slots import Slots, common_start
+from bitgen.inference.wants import Chosen, Logits, Nothing, Want
 from bitgen.progress import Progress, Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -42,46 +43,8 @@ _CHUNK = 512  # prompt tokens a forward pass at most; Ctrl-C and progress are se
 _CHUNK_S = 1.5
 _CHUNK_MIN = 64  # below this the kernels for many tokens do not pay
 _PART_MIN = 16  # tokens of a part at least, however long they take: the kernels for few tokens end here
-_OLDEST_EVERY = 4  # of so many parts one is of the prompt that came first, the others of the shortest
+_PASSED_OVER_MAX = 3  # parts of shorter prompts in a row, before the prompt that came first has one
 _LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
-_SHARED_MIN = 16  # a common start of two prompts that is shorter than this is computed twice
-
-
-Ints: TypeAlias = NDArray[np.int32]
-
-
-class EngineProtocol(Protocol):
-    """What runs the model: `bitgen.inference.engine.Engine`, or a stand-in."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    context: int  # positions of a sequence
-    max_batch: int  # sequences
-
-    @overload
-    def forward(self, tokens: Ints, positions: Ints, sequences: Ints, wants: NDArray[np.bool_]) -> Floats: ...
-
-    @overload
-    def forward(self, tokens: Ints, positions: Ints, sequences: Ints, wants: Items[Want]) -> list[Answer]: ...
-
-    def truncate(self, sequence: int, length: int) -> None: ...
-
-    def copy(self, source: int, target: int) -> None: ...
-
-    def cached(self, sequence: int) -> bytes: ...
-
-    def restore(self, sequence: int, length: int, data: bytes) -> None: ...
-
-    @property
-    def memory(self) -> Memory: ...
-
-    @property
-    def head_bytes(self) -> int: ...
-
-    head_error: float
-
-    def close(self) -> None: ...
 
 
 class Event(NamedTuple):
@@ -123,6 +86,30 @@ class Row(NamedTuple):
     wanted: Items[bool] | None = None
 
 
+class _Batch(NamedTuple):
+    """The rows of a decode step, and what they want."""
+
+    running: Mapping[int, Sequence]
+    rows: Items[Row]
+    wants: Items[Want]
+    started: float
+    drafted: int | None  # tokens for each by the draft model; None while it reads a prompt, or is none
+
+    @property
+    def tokens(self) -> int:
+        return len(self.wants)
+
+
+class _Part(NamedTuple):
+    """A part of a prompt: what its tokens want, and whether the prompt ends with it."""
+
+    sequence: Sequence
+    row: Row
+    wants: Items[Want]
+    behind: Items[int]  # the tokens that follow each of its own: what its logits are scored by, if at all
+    last: bool
+
+
 @dataclass
 class Timings:
     """Seconds and counts of what ran, to be added up."""
@@ -142,8 +129,9 @@ class Timings:
 class Scheduler:
     """Runs sequences on an engine, from one thread.
 
-    As many run at once as the engine has slots; the others wait in the order in which they came. Without a
-    tokenizer it computes plain tokens only (`forward`, `score`). ``max_stall_s`` None computes prompts whole.
+    As many run at once as the engine has slots, or as ``capacity`` says; the others wait in the order in
+    which they came. Without a tokenizer it computes plain tokens only (`forward`, `score`). ``max_stall_s``
+    None computes prompts whole.
     """
 
     def __init__(
@@ -151,26 +139,22 @@ class Scheduler:
         engine: EngineProtocol,
         tokenizer: Tokenizer | None = None,
         *,
+        capacity: Capacity | None = None,
         max_stall_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.engine = engine
         self.timings = Timings()
         self.max_stall_s = max_stall_s
+        self.mixed = False  # a part of a prompt and the step of those that run are one forward pass
         self.drafts: Drafts | None = None
         self.meter: Phases | None = None
         self._clock = clock
         self._tokenizer = tokenizer
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # slot -> sequence
-        self._held: list[list[int]] = [[] for _ in range(engine.max_batch)]  # tokens of each slot
-        self._owner = [""] * engine.max_batch  # whose request computed them
-        self._used = [0] * engine.max_batch  # when a slot was last given away, in placements
-        self._placed = 0
-        self._parts = 0
-        # The engine may hold more than is written down here, never less: what another scheduler left, and
-        # what a Ctrl-C in the middle of a pass, a copy or a truncation leaves.
-        self._unsure = True
+        self._slots = Slots(engine, capacity)
+        self._passed_over = 0  # parts in a row that were not of the prompt that came first
         self._token_s: float | None = None  # what a token of the last long part took
 
     # ---- Sequences ----
@@ -201,7 +185,7 @@ class Scheduler:
         """
         if self.max_stall_s is not None:
             return self._interleaved()
-        if self._waiting and len(self._running) < self.engine.max_batch:
+        if self._next_fits():
             slot, events = self._place(self._waiting.popleft()), []
             while self._lacking(slot):
                 events = self._fill(slot)
@@ -216,9 +200,25 @@ class Scheduler:
         return not self._running and not self._waiting
 
     @property
-    def room(self) -> int:
-        """How many more sequences could run now."""
-        return self.engine.max_batch - len(self._running) - len(self._waiting)
+    def parallel(self) -> int:
+        """How many sequences run at once at most."""
+        return self._slots.parallel
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache that are in use, parked sequences included."""
+        return self._slots.held_bytes
+
+    def admits(self, request: Request) -> bool:
+        """Whether a request could run now, beside those that run and those that wait."""
+        inside = [sequence.request for sequence in (*self._running.values(), *self._waiting)]
+        return len(inside) < self.parallel and self._slots.fit(inside, request)
+
+    def _next_fits(self) -> bool:
+        if not self._waiting or len(self._running) >= self.parallel:
+            return False
+        running = (sequence.request for sequence in self._running.values())
+        return self._slots.fit(running, self._waiting[0].request)
 
     def run(self, requests: Items[Request], progress: Report | None = None) -> Iterator[Event]:
         """Submit all, and step until they are finished."""
@@ -276,108 +276,124 @@ class Scheduler:
                 self.resume(sequence)
 
     def _interleaved(self) -> list[Event]:
-        while self._waiting and len(self._running) < self.engine.max_batch:
+        while self._next_fits():
             self._place(self._waiting.popleft())
         ready = {slot: each for slot, each in self._running.items() if not self._lacking(slot)}
+        if self.mixed and ready and len(ready) < len(self._running) and self.drafts is None:
+            events = self._both(ready, self._next_prompt())
+            self._drop_finished()
+            return events
         events = self._decode(ready) if ready else []
         self._drop_finished()
-        lacking = [slot for slot in self._running if self._lacking(slot)]  # in the order in which they came
-        if lacking:
-            self._parts += 1
-            oldest = self._parts % _OLDEST_EVERY == 0
-            events += self._fill(lacking[0] if oldest else min(lacking, key=self._lacking))
+        if any(map(self._lacking, self._running)):
+            events += self._fill(self._next_prompt())
             self._drop_finished()
         return events
+
+    def _next_prompt(self) -> int:
+        """The slot whose prompt gets the next part: the shortest rest, and at times the one that came first.
+
+        That one waits for three parts of others at most, and a short prompt for one part of a long one.
+        """
+        lacking = [slot for slot in self._running if self._lacking(slot)]  # in the order in which they came
+        shortest = min(lacking, key=self._lacking)
+        chosen = lacking[0] if self._passed_over >= _PASSED_OVER_MAX else shortest
+        self._passed_over = 0 if chosen == lacking[0] else self._passed_over + 1
+        return chosen
 
     def _drop_finished(self) -> None:
         self._running = {slot: each for slot, each in self._running.items() if each.finish is None}
 
     def _place(self, sequence: Sequence) -> int:
-        """Give a sequence the free slot that holds most of its tokens, of equals the least recently used."""
-        free = [slot for slot in range(len(self._held)) if slot not in self._running]
-        slot = max(free, key=lambda slot: (self._common(slot, sequence), -self._used[slot]))
-        self._placed += 1
-        self._used[slot] = self._placed
-        self._running[slot] = sequence
         if not sequence.tokens:  # cancelled in its prompt, maybe: that starts over
             sequence.computed = 0
             sequence.scores.clear()
-        self._forget(slot, self._common(slot, sequence))
-        self._owner[slot] = sequence.request.owner
-        return slot
-
-    def _common(self, slot: int, sequence: Sequence) -> int:
-        """How many tokens that a slot holds spare a sequence their computation."""
-        request = sequence.request
-        if request.owner != self._owner[slot] or (request.score_prompt and not sequence.tokens):
-            return 0
-        most = len(sequence.whole) - 1  # the last token is computed for its logits
-        return min(_common(self._held[slot], sequence.whole), most)
+        return self._slots.place(sequence, self._running)
 
     def _lacking(self, slot: int) -> int:
         """How many tokens a running sequence has before one that it decodes; 0 when it decodes."""
         sequence = self._running[slot]
-        lacking = len(sequence.whole) - len(self._held[slot])
+        lacking = len(sequence.whole) - len(self._slots.tokens[slot])
         return lacking - 1 if sequence.tokens else lacking
 
     def _fill(self, slot: int) -> list[Event]:
-        """Compute a part of a prompt, and sample the first token after its last part.
+        """Compute a part of a prompt, and sample the first token after its last part."""
+        self._enter("prompt")
+        started = self._clock()
+        part = self._part(slot)
+        if part is None:
+            return []
+        answers = self.answers([part.row], part.wants)
+        return self._filled(part, answers, self._clock() - started)
+
+    def _part(self, slot: int, beside: int = 0) -> _Part | None:
+        """The next part of a prompt, ``beside`` so many other tokens; None where another slot had the rest.
 
         A sequence that was cancelled and resumed has tokens: what it lost is computed again.
         """
         sequence = self._running[slot]
         fresh, scored = not sequence.tokens, sequence.request.score_prompt and not sequence.tokens
-        self._enter("prompt")
-        self._share(slot, sequence)
-        started = self._clock()
+        self._slots.share(slot, sequence)
         tokens = sequence.whole if fresh else sequence.whole[:-1]
-        at = len(self._held[slot])
-        if at >= len(tokens):  # it was shared
-            return []
+        at = len(self._slots.tokens[slot])
+        if at >= len(tokens):
+            return None
         if fresh and sequence.progress:
             sequence.progress(Progress("reading the prompt", at, len(tokens), "tokens"))
-        size = min(self._chunk(), self._logits_most()) if scored else self._chunk()
+        size = max(_PART_MIN, self._chunk() - beside)
+        if scored:
+            size = min(size, self._logits_most())
         part = tokens[at : at + size]
         last = fresh and at + len(part) == len(tokens)
         wants: list[Want] = [Logits() if scored else Nothing()] * len(part)
         if last and not scored:
             wants[-1] = sequence.want(self.engine.config.vocab)
-        answers = self.answers([Row(slot, part)], wants)
-        if scored:
-            for row, token in zip(answers, tokens[at + 1 : at + len(part) + 1], strict=False):
-                sequence.score(row, token)
-        if not fresh:
+        behind = tokens[at + 1 : at + len(part) + 1] if scored else []
+        return _Part(sequence, Row(slot, part), wants, behind, last)
+
+    def _filled(self, part: _Part, answers: Items[Any], seconds: float) -> list[Event]:
+        """What came of a part of a prompt, which took ``seconds``."""
+        sequence, tokens = part.sequence, part.row.tokens
+        for row, token in zip(answers, part.behind, strict=False):
+            sequence.score(row, token)
+        if sequence.tokens:
             return []
-        sequence.computed += len(part)
-        self.timings.prompt_tokens += len(part)
-        self.timings.prompt_s += self._clock() - started
-        if not last:
+        sequence.computed += len(tokens)
+        self.timings.prompt_tokens += len(tokens)
+        self.timings.prompt_s += seconds
+        if not part.last:
             return []
         if sequence.progress:
-            sequence.progress(Progress("reading the prompt", len(tokens), len(tokens), "tokens"))
+            whole = len(sequence.whole)
+            sequence.progress(Progress("reading the prompt", whole, whole, "tokens"))
         return [Event(sequence, self._sample(sequence, answers[-1]))]
 
-    def _share(self, slot: int, sequence: Sequence) -> None:
-        """Where another slot holds much more of a sequence, make its slot a copy of that."""
-        best = max(range(len(self._held)), key=lambda other: self._common(other, sequence))
-        common = self._common(best, sequence)
-        if common >= len(self._held[slot]) + _SHARED_MIN:
-            self._copy(best, slot)
-            self._forget(slot, common)
-
-    def _copy(self, source: int, target: int) -> None:
-        self._forget(target, 0)
-        self._unsure = True
-        self.engine.copy(source, target)
-        self._held[target] = list(self._held[source])
+    def _both(self, running: Mapping[int, Sequence], slot: int) -> list[Event]:
+        """A step of the ``running`` sequences and a part of a prompt: the weights are read once for both."""
+        part = self._part(slot, len(running))
+        if part is None:
+            return self._decode(running)
+        batch = self._batch(running)
+        self._enter("decode")
+        answers = self.answers([*batch.rows, part.row], [*batch.wants, *part.wants])
+        seconds = self._clock() - batch.started
+        share = batch.tokens / len(answers)
+        events = self._decoded(batch, answers[: batch.tokens], share * seconds)
+        return events + self._filled(part, answers[batch.tokens :], (1 - share) * seconds)
 
     def _decode(self, running: Mapping[int, Sequence]) -> list[Event]:
         """One token, or several of a draft that are accepted, for every one of the ``running`` sequences."""
         self._enter("decode")
+        batch = self._batch(running)
+        answers = self.answers(batch.rows, batch.wants)
+        return self._decoded(batch, answers, self._clock() - batch.started)
+
+    def _batch(self, running: Mapping[int, Sequence]) -> _Batch:
+        """The last token of each sequence, and drafts of those that follow."""
         started = self._clock()
         room = max(0, FEW // len(running) - 1)
         length = self.drafts.length(len(running), room) if self.drafts else 0
-        reading = False
+        reading = self.drafts is None
         rows, wants = [], []
         for slot, sequence in running.items():
             most = sequence.room(min(room, self.engine.context - len(sequence.whole)))
@@ -388,12 +404,15 @@ class Scheduler:
                 draft, reading = found or [], reading or found is None
             rows.append(Row(slot, [sequence.whole[-1], *draft]))
             wants += [sequence.want(self.engine.config.vocab, draft[:i]) for i in range(len(draft) + 1)]
-        answers = self.answers(rows, wants)
+        return _Batch(running, rows, wants, started, None if reading else length)
+
+    def _decoded(self, batch: _Batch, answers: Items[Any], seconds: float) -> list[Event]:
+        """Sample what comes behind the rows of a step that took ``seconds``, as far as drafts were right."""
         self.timings.steps += 1
-        self.timings.step_s += self._clock() - started
+        self.timings.step_s += seconds
         events, at, tokens = [], 0, self.timings.step_tokens
-        for slot, fed, _ in rows:
-            sequence = running[slot]
+        for slot, fed, _ in batch.rows:
+            sequence = batch.running[slot]
             pieces = []
             for row, drafted in enumerate([*fed[1:], None]):
                 pieces.append(self._sample(sequence, answers[at + row]))
@@ -405,11 +424,12 @@ class Scheduler:
                 sequence.learn(len(fed) - 1, len(pieces) - 1)
                 self.timings.drafted += len(fed) - 1
                 self.timings.accepted += len(pieces) - 1
-                self._forget(slot, len(sequence.whole) - 1)
+                self._slots.forget(slot, len(sequence.whole) - 1)
             events.append(Event(sequence, "".join(pieces)))
-        if self.drafts and not reading:
+        if self.drafts and batch.drafted is not None:
             made = self.timings.step_tokens - tokens
-            self.drafts.learn(len(running), length, self._clock() - started, made)
+            took = self._clock() - batch.started
+            self.drafts.learn(len(batch.running), batch.drafted, took, made)
         return events
 
     def _sample(self, sequence: Sequence, answer: Floats | Chosen) -> str:
@@ -435,8 +455,9 @@ class Scheduler:
 
     def _rest(self, slot: int, tokens: Items[int]) -> Items[int]:
         """What a slot lacks of ``tokens``, at least the last; all else that it holds is forgotten."""
-        self._forget(slot, min(_common(self._held[slot], tokens), len(tokens) - 1))
-        return tokens[len(self._held[slot]) :]
+        held = self._slots.tokens[slot]
+        self._slots.forget(slot, min(common_start(held, tokens), len(tokens) - 1))
+        return tokens[len(held) :]
 
     def hold(self, slot: int, tokens: Items[int]) -> None:
         """Make a slot hold ``tokens`` and nothing else; what any slot holds of them is not computed again.
@@ -444,11 +465,21 @@ class Scheduler:
         Sequences that run wait until their own run goes on.
         """
         self._only(())
-        self._owner[slot] = ""
-        best = max(range(len(self._held)), key=lambda other: _common(self._held[other], tokens))
-        if _common(self._held[best], tokens) > _common(self._held[slot], tokens):  # a pass reads all weights
-            self._copy(best, slot)
+        self._slots.owner[slot] = ""
+        commons = [common_start(held, tokens) for held in self._slots.tokens]
+        if max(commons) > commons[slot]:  # a pass reads all weights
+            self._slots.copy(commons.index(max(commons)), slot, max(commons))
         self._compute(slot, tokens)
+
+    def pin(self, tokens: Items[int]) -> None:
+        """Compute ``tokens`` and keep them in a slot, for whatever starts like them, of all owners.
+
+        UsageError where there is no slot or no memory left for them; nothing may run.
+        """
+        self.check(tokens)
+        slot = self._slots.next_pin()
+        self.hold(slot, tokens)
+        self._slots.pin(slot)
 
     def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
         """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).
@@ -456,8 +487,8 @@ class Scheduler:
         Sequences that run wait until their own run goes on.
         """
         self.check(ids)
-        self._forget(0, 0)
-        self._owner[0] = ""
+        self._slots.forget(0, 0)
+        self._slots.owner[0] = ""
         most = self._logits_most()
         at = 0
         while at < len(ids):
@@ -473,7 +504,7 @@ class Scheduler:
         """Forget what each slot holds behind ``keep`` positions; sequences that run wait for theirs."""
         self._only(())
         for slot in range(self.engine.max_batch):
-            self._forget(slot, keep)
+            self._slots.forget(slot, keep)
 
     def forward(self, rows: Items[Row]) -> Floats:
         """One forward pass: logits float32 (wanted, vocab), in the order of ``rows`` and their tokens."""
@@ -488,19 +519,19 @@ class Scheduler:
 
     def _run(self, rows: Items[Row], wants: Any) -> Any:
         tokens = [token for _, part, _ in rows for token in part]
-        positions = [len(self._held[slot]) + i for slot, part, _ in rows for i in range(len(part))]
+        held = self._slots.tokens
+        positions = [len(held[slot]) + i for slot, part, _ in rows for i in range(len(part))]
         slots = [slot for slot, part, _ in rows for _ in part]
-        if self._unsure:
-            for slot, held in enumerate(self._held):
-                self.engine.truncate(slot, len(held))
-        self._unsure = True
+        if self._slots.unsure:
+            self._slots.settle()
+        self._slots.unsure = True
         started = self._clock()
         answers = self.engine.forward(
             np.array(tokens, np.int32), np.array(positions, np.int32), np.array(slots, np.int32), wants
         )
         for slot, part, _ in rows:
-            self._held[slot] += part
-        self._unsure = False
+            self._slots.add(slot, part)
+        self._slots.unsure = False
         if len(tokens) >= (_CHUNK_MIN if self.max_stall_s is None else _PART_MIN):
             self._token_s = max(1e-9, (self._clock() - started) / len(tokens))
         return answers
@@ -509,10 +540,10 @@ class Scheduler:
 
     def _compute(self, slot: int, tokens: Items[int]) -> None:
         """Make a slot hold ``tokens`` and nothing else."""
-        self._forget(slot, _common(self._held[slot], tokens))
-        while len(self._held[slot]) < len(tokens):
-            at = len(self._held[slot])
-            part = tokens[at : at + self._chunk()]
+        held = self._slots.tokens[slot]
+        self._slots.forget(slot, common_start(held, tokens))
+        while len(held) < len(tokens):
+            part = tokens[len(held) : len(held) + self._chunk()]
             self.forward([Row(slot, part, [False] * len(part))])
 
     def _chunk(self) -> int:
@@ -531,36 +562,21 @@ class Scheduler:
         return max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
 
     def held(self) -> Iterator[Held]:
-        """What the slots hold, the one that was used last first."""
-        for slot in sorted(range(len(self._held)), key=lambda slot: -self._used[slot]):
-            self.engine.truncate(slot, len(self._held[slot]))
-            yield Held(self._owner[slot], tuple(self._held[slot]), self.engine.cached(slot))
+        """What the slots hold that are not pinned, the one that was used last first."""
+        for slot in self._slots.recent():
+            tokens = self._slots.tokens[slot]
+            self.engine.truncate(slot, len(tokens))
+            yield Held(self._slots.owner[slot], tuple(tokens), self.engine.cached(slot))
 
     def restore(self, held: Items[Held]) -> None:
-        """Fill the slots, as many as there are. FileError for what does not fit; nothing may run."""
+        """Fill the slots, as far as there is room. FileError for what does not fit; nothing may run."""
         vocab, context = self.engine.config.vocab, self.engine.context
         for _, tokens, _ in held:
             if not all(0 <= token < vocab for token in tokens):
                 raise FileError(f"tokens outside the vocabulary of {vocab}")
             if len(tokens) > context:
                 raise FileError(f"{len(tokens)} positions do not fit into a context of {context}")
-        for slot, (owner, tokens, data) in zip(range(self.engine.max_batch), held, strict=False):
-            self._forget(slot, 0)
-            self._unsure = True
-            self.engine.restore(slot, len(tokens), data)
-            self._held[slot], self._owner[slot] = list(tokens), owner
-
-    def _forget(self, slot: int, length: int) -> None:
-        """Keep the first ``length`` tokens of a slot."""
-        if length < len(self._held[slot]):
-            self._unsure = True
-            del self._held[slot][length:]
-            self.engine.truncate(slot, length)
-
-
-def _common(held: Items[int], tokens: Items[int]) -> int:
-    """How many tokens two texts have in common at their start."""
-    most = min(len(held), len(tokens))
-    if list(held[:most]) == list(tokens[:most]):
-        return most
-    return next(i for i in range(most) if held[i] != tokens[i])
+        slots = [slot for slot in range(self.engine.max_batch) if slot not in self._slots.pinned]
+        for slot, (owner, tokens, data) in zip(slots, held, strict=False):
+            if not self._slots.fill(slot, owner, tokens, data):
+                return

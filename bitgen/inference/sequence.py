@@ -78,6 +78,11 @@ class Sequence:
         return self._sampler.seed
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop text that ended it."""
+        return self._stop.stopped_by
+
+    @property
     def drafts_itself(self) -> bool:
         """Whether its drafts come from its own text or grammar."""
         return self._grammar is not None or self._drafter is not None
@@ -193,7 +198,12 @@ class StopFilter:
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text came."""
+        return self.stopped_by is not None
 
     def feed(self, text: str) -> str:
         """The part of the text so far that is certain to come before a stop text."""
@@ -201,10 +211,10 @@ class StopFilter:
             return "" if self.stopped else text
         self._held += text
         # The stop text that is complete first, so that it does not matter how the text was cut into pieces.
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            text, self._held = self._held[: min(found)[1]], ""
+            _, at, self.stopped_by = min(found)
+            text, self._held = self._held[:at], ""
             return text
         keep = max(self._overlap(stop) for stop in self._stops)
         cut = len(self._held) - keep

@@ -20,6 +20,7 @@ from bitgen import __version__
 from bitgen.inference.sampling import Sampling
 from bitgen.serve import messages, openapi
 from bitgen.serve.answers import ChatAnswer, CompletionAnswer, Head, ToolAnswer
+from bitgen.serve.anthropic import MessagesEndpoints
 from bitgen.serve.errors import ApiError, draining, no_embeddings
 from bitgen.serve.guard import Guard
 from bitgen.serve.messages import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
@@ -213,7 +214,12 @@ def _read_page() -> tuple[str, str]:
 
 def make_app(service: Service) -> Guard:
     """The ASGI application."""
-    parts = (Endpoints(service), ResponsesEndpoints(service), OllamaEndpoints(service))
+    parts = (
+        Endpoints(service),
+        ResponsesEndpoints(service),
+        MessagesEndpoints(service),
+        OllamaEndpoints(service),
+    )
     endpoints = [endpoint for part in parts for endpoint in part.all()]
     described = openapi.document(endpoints)
 

@@ -19,6 +19,7 @@ _TYPES = {
     503: "unavailable_error",
 }
 RETRY_AFTER_S = 1
+CONTEXT = "context_length_exceeded"
 
 
 @dataclass(eq=False)
@@ -41,6 +42,14 @@ class ApiError(Exception):
         error = self.body()["error"]
         return {"error": error.pop("message"), **error}
 
+    def typed_body(self) -> dict[str, Any]:
+        """The same as clients of Anthropic read it, a prompt that is too long in the words they look for."""
+        error = self.body()["error"]
+        if self.code == CONTEXT:
+            sizes = f"{self.extra['n_prompt_tokens']} tokens > {self.extra['n_ctx']} maximum"
+            error |= {"type": "invalid_request_error", "message": f"prompt is too long: {sizes}"}
+        return {"type": "error", "error": error}
+
     def headers(self) -> dict[str, str]:
         """``Retry-After`` where trying again helps; clients of OpenAI try again after every 5xx otherwise."""
         if self.status in (429, 503):
@@ -54,7 +63,7 @@ def context_error(prompt: int, context: int) -> ApiError:
         400,
         f"request ({prompt} tokens) exceeds the available context size ({context} tokens): this model's "
         f"maximum context length is {context} tokens",
-        code="context_length_exceeded",
+        code=CONTEXT,
         extra={"type": "exceed_context_size_error", "n_prompt_tokens": prompt, "n_ctx": context},
     )
 

@@ -162,7 +162,9 @@ class Guard:
 
 def error_response(error: ApiError, scope: Scope) -> JSONResponse:
     """In the shape of the path's dialect."""
-    body = error.plain_body() if scope["path"].startswith("/api/") else error.body()
+    path = scope["path"]
+    typed = path.startswith("/v1/messages")
+    body = error.plain_body() if path.startswith("/api/") else error.typed_body() if typed else error.body()
     return JSONResponse(body, error.status, error.headers())
 
 

@@ -1,9 +1,9 @@
 """Ask a server as several clients at once, and time its answers: bitgen's, llama.cpp's, vLLM's.
 
 Each client streams one completion after the other: prompts of random token ids, so that none starts like
-another one, and answers of a fixed length (``ignore_eos``). The time to the first token is from the request
-to the first event with text; the gaps between events are the inter-token times, which leave the first token
-out.
+another one unless it is to, and answers of a fixed length (``ignore_eos``). The time to the first token is
+from the request to the first event with text; the gaps between events are the inter-token times, which leave
+the first token out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ _IDS = (300, 1000)  # token ids that every vocabulary has, behind those for sing
 
 @dataclass(frozen=True)
 class Load:
-    """What to ask, and how often."""
+    """What to ask, and how often; ``sampling`` are fields of each request."""
 
     url: str
     clients: int
@@ -35,6 +35,16 @@ class Load:
     model: str | None = None  # None: the first one that the server lists
     key: str | None = None
     timeout_s: float = 600.0  # of each answer
+    shared: int = 0  # tokens with which all prompts start
+    seed: int = 0  # of the prompts
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})
+
+    def prompts(self, client: int) -> Iterator[list[int]]:
+        """The prompts of a client, the same each time."""
+        start, rest = random.Random(self.seed), random.Random(f"{self.seed} {client}")  # noqa: S311 - no secret
+        common = [start.randrange(*_IDS) for _ in range(self.shared)]
+        for _ in range(self.requests):
+            yield common + [rest.randrange(*_IDS) for _ in range(self.prompt - self.shared)]
 
 
 @dataclass
@@ -67,9 +77,7 @@ async def _run(load: Load) -> Timed:
     started = time.perf_counter()
 
     async def client(number: int) -> None:
-        rng = random.Random(number)  # noqa: S311 - the same prompts each time
-        for _ in range(load.requests):
-            prompt = [rng.randrange(*_IDS) for _ in range(load.prompt)]
+        for prompt in load.prompts(number):
             await asyncio.wait_for(_complete(load, model, prompt, timed), load.timeout_s)
 
     tasks = [asyncio.ensure_future(client(number)) for number in range(load.clients)]
@@ -98,7 +106,7 @@ async def _complete(load: Load, model: str, prompt: Sequence[int], timed: Timed)
         "model": model,
         "prompt": prompt,
         "max_tokens": load.tokens,
-        "temperature": 0,
+        **load.sampling,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},

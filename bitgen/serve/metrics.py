@@ -21,6 +21,9 @@ class Metrics:
         self._positions = Gauge(
             "bitgen_kv_positions_used", "Positions of the KV cache of running texts", registry=registry
         )
+        self._kv_bytes = Gauge(
+            "bitgen_kv_bytes", "Bytes of keys and values, parked texts included", registry=registry
+        )
         self._prompt = Counter(
             "bitgen_prompt_tokens", "Prompt tokens of texts that started", registry=registry
         )
@@ -72,6 +75,7 @@ class Metrics:
         self._running.set(len(now.running))
         self._waiting.set(now.waiting)
         self._positions.set(sum(positions for _, positions, _ in now.running))
+        self._kv_bytes.set(now.kv_bytes)
         self._steps.set(now.step_s)
         self._prompts.set(now.prompt_s)
         for phase, spent in now.spent.items():

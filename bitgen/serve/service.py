@@ -69,7 +69,7 @@ class Service:
         self.llm = llm
         self.worker = worker
         self.settings = settings
-        self.parallel = llm.engine.max_batch
+        self.parallel = llm.scheduler.parallel
         self.metrics = Metrics(__version__, settings.names[0], settings.fingerprint)
         self.draining = False
         self.jobs: set[Job] = set()  # that the worker has not ended

@@ -56,6 +56,7 @@ class Job:
     first: float | None = None
     ended: float | None = None
     seed: int | None = None
+    stop: str | None = None  # the stop text that ended it
     computed: int = 0  # tokens of the prompt that were not reused
     sampled: int = 0  # tokens
 
@@ -71,6 +72,7 @@ class Snapshot:
 
     running: tuple[tuple[int, int, int], ...] = ()  # job, positions, tokens sampled
     waiting: int = 0
+    kv_bytes: int = 0  # of keys and values, parked texts included
     steps: int = 0
     step_s: float = 0.0
     prompt_s: float = 0.0
@@ -169,10 +171,15 @@ class Worker:
         return True
 
     def _admit(self) -> list[Update]:
-        """Fill free slots from the queues of the owners in turn."""
+        """Let those in who have a slot and memory, from the queues of the owners in turn.
+
+        One that does not fit yet keeps its turn, and all others wait: it is not passed over for ever.
+        """
         refused = []
-        while self._waiting and self._scheduler.room > 0:
+        while self._waiting:
             owner, line = next(iter(self._waiting.items()))
+            if not self._scheduler.admits(line[0].request):
+                break
             job = line.popleft()
             del self._waiting[owner]
             if line:
@@ -205,6 +212,7 @@ class Worker:
                 updates.append(Update(job, text, tokens, scores, first=first))
                 continue
             del self._running[job]
+            job.stop = sequence.stopped_by
             ended = self._end(job, sequence.finish)._replace(error=sequence.error)
             updates.append(ended._replace(text=text, tokens=tokens, scores=scores, first=first))
         return updates
@@ -231,7 +239,15 @@ class Worker:
         )
         waiting = sum(map(len, self._waiting.values()))
         spent = {} if self.meter is None else self.meter.spent
-        self.snapshot = Snapshot(running, waiting, timings.steps, timings.step_s, timings.prompt_s, spent)
+        self.snapshot = Snapshot(
+            running,
+            waiting,
+            self._scheduler.kv_bytes,
+            timings.steps,
+            timings.step_s,
+            timings.prompt_s,
+            spent,
+        )
 
 
 def _deliver(updates: Sequence[Update]) -> None:

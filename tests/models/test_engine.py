@@ -20,13 +20,14 @@ from step_levels import LEVELS
 
 from bitgen.abi import DENSE_TYPES, STAGES
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
-from bitgen.errors import BitgenError
+from bitgen.errors import BitgenError, UsageError
 from bitgen.formats.config import ModelConfig, ModelPreset, load_models
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import DENSE
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
+from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.weight_cache import (
     PackedLayer,
@@ -337,6 +338,31 @@ def test_what_is_truncated_or_copied_is_as_if_computed(tables: Any, kv: Any) -> 
     assert engine.lengths == [33, 33]
     assert np.array_equal(feed(engine, other, sequence=1), expected)
     assert np.array_equal(feed(engine, other), expected)
+
+
+def test_memory_that_was_given_back_is_computed_anew(tables: Any) -> None:
+    config = small_config(context=600)
+    weights = random_weights(config, 7)
+    whole = Engine(weights, tables()).sequence_bytes(600)
+    engine = Engine(weights, tables(), capacity=Capacity(parallel=2, parked=3, bytes=whole + 1))
+    assert (engine.max_batch, engine.memory.cache) == (5, whole + 1)
+    text, other = ids_of(config, 400), ids_of(config, 30, seed=9)
+    expected = feed(Engine(weights, tables()), text)
+    for _ in range(2):
+        assert np.array_equal(feed(engine, text, sequence=4), expected)
+        feed(engine, other, sequence=3)
+        engine.release(4, 0)
+        assert engine.lengths == [0, 0, 0, 30, 0]
+        engine.truncate(3, 0)
+    assert np.array_equal(feed(engine, text, sequence=4), expected)
+    engine.release(4, 200)
+    engine.copy(4, 0, 150)
+    assert engine.lengths == [150, 0, 0, 0, 200]
+    assert np.array_equal(feed(engine, text[150:], sequence=0), expected[150:])
+    assert np.array_equal(feed(engine, text[200:], sequence=4), expected[200:])
+    with pytest.raises(UsageError, match="hold no text of 600 positions"):
+        Engine(weights, tables(), capacity=Capacity(parallel=2, bytes=whole - 1))
+    assert Engine(weights, tables(), capacity=Capacity(parallel=2)).memory.cache == 2 * whole
 
 
 def test_rope_is_numpys_to_the_last_bit(tables: Any) -> None:

@@ -63,8 +63,15 @@ class Scripted:
         assert length <= self.lengths.get(sequence, 0)
         self.lengths[sequence] = length
 
-    def copy(self, source: int, target: int) -> None:
-        self.lengths[target] = self.lengths[source]
+    def release(self, sequence: int, length: int) -> None:
+        self.truncate(sequence, length)
+
+    def sequence_bytes(self, positions: int) -> int:
+        return positions
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert length <= self.lengths[source]
+        self.lengths[target] = length
 
     def cached(self, sequence: int) -> bytes:
         return bytes(self.lengths.get(sequence, 0))
@@ -304,8 +311,8 @@ def test_after_ctrl_c_the_next_answer_is_right(when: int) -> None:
 class InterruptedCopy(ReferenceEngine):
     """Ctrl-C when a sequence has just become another's copy."""
 
-    def copy(self, source: int, target: int) -> None:
-        super().copy(source, target)
+    def copy(self, source: int, target: int, length: int) -> None:
+        super().copy(source, target, length)
         raise KeyboardInterrupt
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from processes import Server
 from serving import FakeEngine
 
 from bitgen.errors import UsageError
@@ -188,6 +189,23 @@ def test_equal_choices_and_likelihoods(
     assert max(far) < 1e-3
     assert same == texts == len(ours["verse_end"]) == 24
     record_property("oracle", f"lm_eval: {found}")
+
+
+@pytest.mark.deep
+def test_a_server_gives_the_same(
+    samples: Callable[..., dict[str, Any]], bundle: Path, tmp_path: Path
+) -> None:
+    """The harness' own `local-completions` asks `bitgen serve`: every number is the one of our class."""
+    for name in ("aiohttp", "tenacity", "lm_eval"):
+        pytest.importorskip(name, reason=f"{name} is not installed (the extras lm_eval and clients)")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    ours = samples(own(bundle, batch_size=1))
+    with Server(bundle, tmp_path, "--parallel", "4") as server:
+        url = f"{server.url}/v1/completions"
+        theirs = samples(LocalCompletionsAPI(base_url=url, model="tiny", max_length=512, batch_size=4))
+    for task in ours:
+        assert answers(ours[task]) == answers(theirs[task])
 
 
 @pytest.mark.deep

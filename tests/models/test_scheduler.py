@@ -105,13 +105,17 @@ def test_what_another_scheduler_left_is_forgotten() -> None:
 
 
 def test_nobody_else_calls_the_engine() -> None:
-    """`engine.forward`, `truncate` and `copy` are called in scheduler.py, and nowhere else in the package."""
-    callers = set()
+    """The engine runs in scheduler.py, its cache is changed in slots.py too, and nowhere else."""
+    callers, calls = set(), ("forward", "truncate", "release", "copy", "restore")
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             function = node.func if isinstance(node, ast.Call) else None
-            if isinstance(function, ast.Attribute) and function.attr in ("forward", "truncate", "copy"):
+            if isinstance(function, ast.Attribute) and function.attr in calls:
                 owner = ast.unparse(function.value)
                 if owner.rpartition(".")[2] == "engine":
-                    callers.add(path.name)
-    assert callers == {"scheduler.py"}
+                    callers.add((path.name, function.attr))
+    assert callers == {
+        ("scheduler.py", "forward"),
+        ("scheduler.py", "truncate"),
+        *(("slots.py", name) for name in calls if name != "forward"),
+    }

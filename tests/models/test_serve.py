@@ -137,6 +137,32 @@ def idle(url: str) -> bool:
     return False
 
 
+@pytest.mark.deep
+def test_ten_thousand_requests_leave_nothing(server: Server) -> None:
+    """Short ones, of which each fifth leaves: after all as many open files as after a thousand."""
+
+    def client(number: int, count: int) -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            for i in range(count):
+                body = {"prompt": f"In the {number} {i}", "max_tokens": 1 + i % 3, "seed": i}
+                if i % 5:
+                    assert http.post("/v1/completions", json=body).status_code == 200
+                    continue
+                with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as reply:
+                    next(reply.iter_bytes(), b"")
+
+    held = []
+    for count in (1_000, 9_000):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(client, range(8), [count // 8] * 8))
+        assert idle(server.url)
+        time.sleep(6)  # connections that nobody uses are closed after 5 s
+        held.append(holds(server.process.pid))
+    (files, memory), (files_after, memory_after) = held
+    assert files_after <= files
+    assert memory_after < memory + (16 << 20)
+
+
 def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
     body = {**ASK, "max_tokens": 400, "ignore_eos": True}
     for _ in range(6):
@@ -157,7 +183,7 @@ def test_the_lines_of_the_guide_run(server: Server) -> None:
 
 
 def test_the_python_lines_of_the_guide_run(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("openai", reason="openai is not installed")
+    pytest.importorskip("openai", reason="openai is not installed (the extra clients)")
     code = re.search(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert code
     exec(code[1].replace(ADDRESS, server.url), {})  # noqa: S102
@@ -165,7 +191,7 @@ def test_the_python_lines_of_the_guide_run(server: Server, capsys: pytest.Captur
 
 
 def test_the_client_of_openai(server: Server) -> None:
-    openai = pytest.importorskip("openai", reason="openai is not installed")
+    openai = pytest.importorskip("openai", reason="openai is not installed (the extra clients)")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
     messages = [{"role": "user", "content": "Who was Moses?"}]
@@ -211,7 +237,7 @@ def test_the_client_of_openai(server: Server) -> None:
 
 
 def test_the_client_of_openai_for_responses(server: Server) -> None:
-    openai = pytest.importorskip("openai", reason="openai is not installed")
+    openai = pytest.importorskip("openai", reason="openai is not installed (the extra clients)")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     options = {"model": "x", "input": "Who was Moses?", "max_output_tokens": 12, "extra_body": {"seed": 1}}
     whole = client.responses.create(**options)
@@ -224,8 +250,24 @@ def test_the_client_of_openai_for_responses(server: Server) -> None:
     assert last.type == f"response.{whole.status}"
 
 
+def test_the_client_of_anthropic(server: Server) -> None:
+    anthropic = pytest.importorskip("anthropic", reason="anthropic is not installed (the extra clients)")
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    options = {"model": "x", "messages": [{"role": "user", "content": "Who was Moses?"}], "max_tokens": 12}
+    whole = client.messages.create(**options, extra_body={"seed": 1})
+    with client.messages.stream(**options, extra_body={"seed": 1}) as stream:
+        text = "".join(stream.text_stream)
+        last = stream.get_final_message()
+    assert text == whole.content[0].text
+    assert (last.stop_reason, last.usage.output_tokens) == (whole.stop_reason, whole.usage.output_tokens)
+    counted = client.messages.count_tokens(model="x", messages=options["messages"])
+    assert counted.input_tokens == whole.usage.input_tokens + whole.usage.cache_read_input_tokens
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        client.messages.create(**{**options, "messages": [{"role": "user", "content": "the " * 600}]})
+
+
 def test_the_client_of_ollama(server: Server) -> None:
-    ollama = pytest.importorskip("ollama", reason="ollama is not installed")
+    ollama = pytest.importorskip("ollama", reason="ollama is not installed (the extra clients)")
     client = ollama.Client(host=server.url)
     assert [model.model for model in client.list().models] == ["tiny"]
     talk, options = [{"role": "user", "content": "Who was Moses?"}], {"num_predict": 12, "seed": 1}

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks"
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 TINY = preset_yaml("tests/tiny", hidden=256, ffn=512, layers=1, heads=2, kv_heads=1, head_dim=128, vocab=64)
-MODULES = {"replay"}  # imported by other scripts, and by tests; nothing to run
+MODULES = {"oracle", "replay", "served"}  # imported by other scripts, and by tests; nothing to run
+
+SERVED = {"threads": 1, "rounds": 1, "tokens": 8, "long": 64, "prefix": 32, "mix": 32, "stream": 64}
 
 # What each does with the least of everything; {model} and {folder} are filled in. A line that it prints.
 RUNS = {
@@ -34,6 +36,10 @@ RUNS = {
     ),
     "make_peer_model": (["--model", "{model}", "--work", "{folder}", "--type", "Q4_0"], "Q4_0.gguf"),
     "peer_bitgen": (["{model}", "--context", "8"], '"bytes"'),
+    "serve": (
+        ["--model", "tiny", "--draft", "tiny", *(f"--{what}={n}" for what, n in SERVED.items())],
+        "a repeated start",
+    ),
     "activations": (["-m", "{model}", "-t", "1", "--tokens", "1", "--rounds", "1"], "int16"),
 }
 PACKAGES = {"peer_ik": "ik_llama_cpp", "peer_llama": "llama_cpp"}
@@ -90,7 +96,9 @@ def test_a_script_tells_what_it_does(script: str, home: Path) -> None:
     assert done.stdout.startswith("usage: ")
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.deep if name == "serve" else ()) for name in RUNS]
+)
 def test_a_script_runs(script: str, home: Path, tmp_path: Path) -> None:
     if script == "instructions" and not shutil.which("objdump"):
         pytest.skip("there is no objdump")

@@ -13,7 +13,9 @@ from libraries import built_library
 from processes import Server
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (the extra serve)")
-schemathesis: Any = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+schemathesis: Any = pytest.importorskip(
+    "schemathesis", reason="schemathesis is not installed (the extra clients)"
+)
 hypothesis: Any = pytest.importorskip("hypothesis", reason="hypothesis is not installed (the extra test)")
 pytestmark = pytest.mark.slow
 

@@ -165,9 +165,15 @@ class ReferenceEngine:
         assert 0 <= length <= self.lengths[sequence]
         self.lengths[sequence] = length
 
-    def copy(self, source: int, target: int) -> None:
+    def release(self, sequence: int, length: int) -> None:
+        self.truncate(sequence, length)
+
+    def sequence_bytes(self, positions: int) -> int:
+        return self.memory_bytes // self.max_batch // self.context * positions
+
+    def copy(self, source: int, target: int, length: int) -> None:
         self.keys[target], self.values[target] = self.keys[source], self.values[source]
-        self.lengths[target] = self.lengths[source]
+        self.lengths[target] = length
 
     def cached(self, sequence: int) -> bytes:
         n = self.lengths[sequence]

@@ -16,6 +16,7 @@ from text_models import piece_data
 from wanted import answers_wants
 
 from bitgen.inference.engine import Memory
+from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.scheduler import Scheduler
 from bitgen.llm import LLM
 from bitgen.serve.app import make_app
@@ -36,17 +37,24 @@ class FakeClock:
 class FakeEngine:
     """Logits are a function of all tokens up to their own: what is wrong in the KV cache changes the text.
 
-    A token takes ``token_s`` of the clock. ``before`` is called at the start of each forward pass.
+    A token takes ``token_s`` of the clock. ``before`` is called at the start of each forward pass. With a
+    ``capacity`` no pass may leave more bytes of keys and values than that allows.
     """
 
-    def __init__(self, batch: int = 4, context: int = 256, token_s: float = 0.0) -> None:
+    def __init__(
+        self, batch: int = 4, context: int = 256, token_s: float = 0.0, capacity: Capacity | None = None
+    ) -> None:
+        batch = capacity.slots if capacity else batch
         self.config = small_config(vocab=VOCAB, context=context)
         self.context, self.max_batch, self.token_s = context, batch, token_s
         self.clock = FakeClock()
         self.cache: list[list[int]] = [[] for _ in range(batch)]
         self.passes: list[tuple[int, int]] = []  # sequences, tokens
         self.before: Callable[[], None] = lambda: None
-        self.memory, self.head_bytes, self.head_error = Memory(0, 0, 0), 0, 0.0
+        self.capacity = capacity
+        self.memory = Memory(0, capacity.bytes_of(self.sequence_bytes(context)) if capacity else 0, 0)
+        self.head_bytes, self.head_error = 0, 0.0
+        self.written = [0] * batch  # positions whose memory was not given back
 
     @answers_wants
     def forward(self, tokens: Any, positions: Any, sequences: Any, outputs: Any) -> Any:
@@ -58,25 +66,40 @@ class FakeEngine:
             held = self.cache[sequence]
             assert len(held) == position, "a position that is not the next one"
             held.append(int(token))
+            self.written[sequence] = max(self.written[sequence], len(held))
             if wanted:
                 rng = np.random.default_rng(zlib.crc32(np.array(held, "<i4").tobytes()))
                 logits = np.full(VOCAB, -30.0, np.float32)
                 logits[259:] = rng.normal(size=VOCAB - 259) * 2  # letters and words
                 logits[2] = 0.0  # the end
                 rows.append(logits)
+        assert not self.capacity or self.written_bytes <= self.memory.cache
         return np.array(rows, np.float32).reshape(len(rows), VOCAB)
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(map(self.sequence_bytes, self.written))
+
+    def sequence_bytes(self, positions: int) -> int:
+        return 64 * -(-positions // 8)  # in chunks
+
+    def release(self, sequence: int, length: int) -> None:
+        self.truncate(sequence, length)
+        self.written[sequence] = length
 
     def truncate(self, sequence: int, length: int) -> None:
         del self.cache[sequence][length:]
 
-    def copy(self, source: int, target: int) -> None:
-        self.cache[target] = list(self.cache[source])
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache[target] = self.cache[source][:length]
+        self.written[target] = max(self.written[target], length)
 
     def cached(self, sequence: int) -> bytes:
         return np.array(self.cache[sequence], "<i4").tobytes()
 
     def restore(self, sequence: int, length: int, data: bytes) -> None:
         self.cache[sequence] = np.frombuffer(data, "<i4").tolist()
+        self.written[sequence] = max(self.written[sequence], length)
         assert len(self.cache[sequence]) == length
 
     def close(self) -> None:
@@ -85,7 +108,9 @@ class FakeEngine:
 
 def fake_llm(engine: FakeEngine, max_stall_s: float | None = 0.25) -> LLM:
     llm = LLM.over(engine, engine.config, piece_data())
-    llm.scheduler = Scheduler(engine, llm.tokenizer, max_stall_s=max_stall_s, clock=engine.clock)
+    llm.scheduler = Scheduler(
+        engine, llm.tokenizer, capacity=engine.capacity, max_stall_s=max_stall_s, clock=engine.clock
+    )
     return llm
 
 
@@ -120,7 +145,9 @@ class Client:
         headers: Mapping[str, str] | None = None,
         leave: Awaitable[Any] | None = None,
         on_part: Callable[[bytes], Awaitable[None]] | None = None,
+        cut: int | None = None,
     ) -> Reply:
+        """With ``cut`` only so many bytes of the body are sent, and no more."""
         raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         sent = {"host": "localhost:8080", **(headers or {})}
         scope = {
@@ -138,7 +165,7 @@ class Client:
             nonlocal asked
             if not asked:
                 asked = True
-                return {"type": "http.request", "body": raw, "more_body": False}
+                return {"type": "http.request", "body": raw[:cut], "more_body": cut is not None}
             await (leave or asyncio.get_running_loop().create_future())
             return {"type": "http.disconnect"}
 
@@ -170,11 +197,13 @@ class Client:
 
 
 @asynccontextmanager
-async def running(engine: FakeEngine | None = None, **settings: Any) -> AsyncIterator[Client]:
+async def running(
+    engine: FakeEngine | None = None, llm: LLM | None = None, **settings: Any
+) -> AsyncIterator[Client]:
     """A client of a server whose engine thread runs; nothing may be left when it ends."""
     engine = engine or FakeEngine()
     loop = asyncio.get_running_loop()
-    llm = fake_llm(engine)
+    llm = llm or fake_llm(engine)
     worker = Worker(llm.scheduler, loop.call_soon_threadsafe)
     service = Service(llm, worker, Settings(("fake",), "fp_fake", **{"log": None, **settings}))
     client = Client(service, make_app(service), engine)

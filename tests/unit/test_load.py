@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_each_answer_has_a_first_token_and_gaps(server: tuple[str, list[Any]]) -
     assert 0 < min(timed.firsts) <= max(timed.firsts) < timed.seconds
     assert len({tuple(body["prompt"]) for body in bodies}) == 6
     assert {(body["model"], body["key"]) for body in bodies} == {("some", "Bearer k")}
+
+
+def test_prompts_start_alike_as_far_as_they_are_to() -> None:
+    load = Load("", clients=2, requests=2, prompt=9, tokens=1, shared=6)
+    first, second = (list(load.prompts(client)) for client in (0, 1))
+    assert len({tuple(prompt) for prompt in first + second}) == 4
+    assert {tuple(prompt[:6]) for prompt in first + second} == {tuple(first[0][:6])}
+    assert first == list(load.prompts(0))
+    assert next(replace(load, seed=1).prompts(0))[:6] != first[0][:6]
 
 
 def test_the_table_has_a_row_for_each_load(

@@ -116,6 +116,108 @@ def test_wrong_responses_are_named(body: Any, param: str) -> None:
     assert (reply.status, reply.json["error"]["param"]) == (400, param)
 
 
+# ---- Anthropic ----
+
+MESSAGES = "/v1/messages"
+HELLO: dict[str, Any] = {"model": "fake", "max_tokens": 8, "seed": 5, "messages": TALK["messages"]}
+HAND = {"name": "hand", "input_schema": TOOL["parameters"]}
+IMAGE = [{"type": "image", "source": {}}]
+
+
+def named(reply: Reply) -> list[Any]:
+    """The events of a stream, whose names are right."""
+    found = []
+    for block in reply.content.decode().strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+def test_a_message_is_the_answer_of_a_chat() -> None:
+    whole = once("POST", MESSAGES, {**HELLO, "system": [{"type": "text", "text": "be short"}]}).json
+    text = expected(messages=[{"role": "system", "content": "be short"}, *TALK["messages"]])
+    assert whole["content"] == [{"type": "text", "text": text}]
+    assert (whole["type"], whole["role"], whole["stop_reason"]) == ("message", "assistant", "max_tokens")
+    count = {"model": "fake", "system": "be short", "messages": TALK["messages"]}
+    tokens = once("POST", f"{MESSAGES}/count_tokens", count).json["input_tokens"]
+    assert (whole["usage"]["input_tokens"], whole["usage"]["output_tokens"]) == (tokens, 8)
+    plain = expected()
+    stopped = once("POST", MESSAGES, {**HELLO, "stop_sequences": ["zzz", plain[3]]}).json
+    assert stopped["content"][0]["text"] == plain[: plain.index(plain[3])]
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", plain[3])
+
+
+def test_the_events_of_a_message() -> None:
+    events = named(once("POST", MESSAGES, {**HELLO, "stream": True}))
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert set(kinds[2:-3]) == {"content_block_delta"}
+    assert "".join(event["delta"]["text"] for event in events[2:-3]) == expected()
+    assert events[-2]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
+    assert events[-2]["usage"]["output_tokens"] == 8
+
+
+@with_schemas
+def test_a_message_may_be_a_call() -> None:
+    body = {**HELLO, "max_tokens": 100, "tools": [HAND], "tool_choice": {"type": "any"}}
+    whole = once("POST", MESSAGES, body, engine=roomy()).json
+    (call,) = whole["content"]
+    assert (call["type"], call["name"], call["input"]) == ("tool_use", "hand", {"to": "the"})
+    assert whole["stop_reason"] == "tool_use"
+    events = named(once("POST", MESSAGES, {**body, "stream": True}, engine=roomy()))
+    started, delta = events[1], events[2]["delta"]
+    assert (started["content_block"]["name"], delta["partial_json"]) == ("hand", '{"to":"the"}')
+    result = {"type": "tool_result", "tool_use_id": call["id"], "content": [{"type": "text", "text": "done"}]}
+    talk = [
+        *TALK["messages"],
+        {"role": "assistant", "content": [{"type": "text", "text": "so"}, call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "and now?"}]},
+    ]
+    again = once("POST", MESSAGES, {**HELLO, "messages": talk, "tools": [HAND]}, engine=roomy()).json
+    assert again["type"] == "message"
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"max_tokens": None}, 400, "max_tokens"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "a"}]}, 400, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            400,
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text"),
+        ({"stop_sequences": ["a"] * 17}, 400, "stop_sequences"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"tools": [{"name": "a b"}]}, 400, "tools[0].function.name"),
+        ({"tools": [{"name": "a", "type": "bash_20250124"}]}, 400, "tools"),
+        ({"tool_choice": {"type": "any"}}, 400, "tool_choice"),
+        ({"tool_choice": {"type": "wizard"}}, 400, "tool_choice"),
+        ({"tools": [HAND], "tool_choice": {"type": "tool"}}, 400, "tool_choice"),
+    ],
+)
+def test_wrong_messages_are_named(fields: Any, status: int, param: str) -> None:
+    reply = once("POST", MESSAGES, {**HELLO, **fields})
+    assert (reply.status, reply.json["type"], reply.json["error"]["param"]) == (status, "error", param)
+
+
+def test_a_context_that_is_full_is_told_in_each_dialect() -> None:
+    talk = {**TALK, "model": "fake", "messages": [{"role": "user", "content": "the " * 300}]}
+    said = {path: once("POST", path, talk) for path in (CHAT, MESSAGES, "/api/chat")}
+    assert {reply.status for reply in said.values()} == {400}
+    openai, anthropic = said[CHAT].json["error"], said[MESSAGES].json["error"]
+    assert openai["code"] == "context_length_exceeded"
+    assert "maximum context length" in openai["message"]
+    assert "exceeds the available context size" in said["/api/chat"].json["error"]
+    assert anthropic["message"].startswith("prompt is too long: ")
+    assert anthropic["message"].endswith(" tokens > 256 maximum")
+
+
 # ---- Ollama ----
 
 

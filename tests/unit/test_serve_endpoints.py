@@ -662,6 +662,17 @@ def test_a_slow_reader_holds_nobody_up() -> None:
     asyncio.run(ask())
 
 
+def test_a_slow_sender_holds_nobody_up_and_is_told() -> None:
+    async def ask() -> None:
+        async with running(FakeEngine(batch=1), body_s=0.3) as client:
+            slow = asyncio.create_task(client.post(COMPLETIONS, ASK, cut=9))
+            assert (await asyncio.wait_for(client.post(COMPLETIONS, ASK), 10)).status == 200
+            late = await slow
+            assert (late.status, error(late)["type"]) == (408, "timeout_error")
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_http_clients_that_come_and_go_get_the_texts_they_get_alone(seed: int) -> None:
     rng = random.Random(seed)
