@@ -138,6 +138,9 @@ class Worker:
                 if not away:
                     self._report(f"the database is away, waiting for it: {_line(error)}")
                 away = True
+                if self._is_idle():
+                    self._report("ending: no job came, and the database is away")
+                    break
                 time.sleep(_AWAY_S)
         self._close()
 
@@ -205,6 +208,11 @@ class Worker:
         self._stopped = True
         work.cancel()
 
+    def _is_idle(self) -> bool:
+        """Whether no job came for as long as it may wait."""
+        idle_s = self._settings.idle_s
+        return idle_s is not None and not self._busy and time.monotonic() - self._worked_at > idle_s
+
     def _queues(self) -> Iterator[str]:
         """Of every number of threads that this machine gives, and of the jobs for itself alone."""
         machine = self._machine
@@ -214,11 +222,11 @@ class Worker:
 
     async def _watch(self, beat: float, work: asyncio.Task[None]) -> None:
         """Feel the pulse, give signs of life, look after the jobs of the dead, end when idle."""
-        reaped, idle_s = time.monotonic(), self._settings.idle_s
+        reaped = time.monotonic()
         while True:
             await asyncio.sleep(min(1.0, beat))
             self._pulse.beat()
-            if idle_s is not None and not self._busy and time.monotonic() - self._worked_at > idle_s:
+            if self._is_idle():
                 self._stop(work)
                 return
             if time.monotonic() - reaped >= self._stalled_s / 2:

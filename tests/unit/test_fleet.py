@@ -35,7 +35,7 @@ from bitgen.fleet.outbox import Outbox
 from bitgen.fleet.runner import FleetRunner
 from bitgen.fleet.statistics import Calibration, Effect, judge, may_replace, pooled
 from bitgen.fleet.tune import Contest, Family, FleetTune, search_family, together
-from bitgen.fleet.worker import Pulse
+from bitgen.fleet.worker import Pulse, Settings, Worker
 from bitgen.formats.config import find_model
 from bitgen.measure import Job, RaceJob
 from bitgen.records import dump
@@ -262,6 +262,28 @@ def test_a_database_that_is_not_there_is_one_line(tmp_path: Path, capsys: Any) -
     said = capsys.readouterr().err
     assert said.startswith("bitgen: no connection: ")
     assert said.count("\n") == 1
+
+
+def test_an_idle_worker_ends_while_the_database_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitgen.fleet.worker._AWAY_S", 0.0)
+    said: list[str] = []
+    worker = Worker(
+        find_database(f"host={tmp_path}", {}),
+        MACHINE,
+        lambda: FakeMachine(1.0),
+        fingerprints,
+        Outbox(tmp_path / "outbox"),
+        "none",
+        Settings(max_load=1.0, idle_s=0.05),
+        said.append,
+    )
+    worker.run()
+    assert [line.partition(":")[0] for line in said] == [
+        "the database is away, waiting for it",
+        "ending",
+    ]
 
 
 # ---- load, pulse, outbox ----
