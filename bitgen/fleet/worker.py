@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S, BEATS = 10.0, 6  # a sign of life at least so often while a worker may be silent
 _POLL_S = 2.0
 _AWAY_S = 1.0
+_NAME_S = 5.0  # in which the connection of a worker that was killed is gone
 _POOL_S = 5.0  # to wait for a connection before the database counts as away
 _LOAD_EVERY_S = 5.0  # between looks at the load, each of which costs 0.3 s
 _CALIBRATE_EVERY_S = 3600.0
@@ -126,11 +127,12 @@ class Worker:
         while not self._stopped:
             try:
                 with self._database.connect() as connection:
+                    self._take_name(connection)  # for as long as this connection is open
                     self._begin(connection)
-                if away:
-                    self._report("the database is back")
-                away = False
-                asyncio.run(self._serve())
+                    if away:
+                        self._report("the database is back")
+                    away = False
+                    asyncio.run(self._serve())
             except (AwayError, exceptions.ConnectorException) as error:
                 if isinstance(error.__cause__, psycopg.errors.ForeignKeyViolation):
                     self._report("this worker was silent for too long and registers again")
@@ -145,6 +147,20 @@ class Worker:
         self._close()
 
     # ---- with the database ----
+
+    def _take_name(self, connection: psycopg.Connection[Any]) -> None:
+        """Hold the lock of this worker's name; BitgenError when another one has it."""
+        ends = time.monotonic() + _NAME_S
+        while True:
+            with raised("the worker cannot register"):
+                query = "SELECT pg_try_advisory_lock(hashtextextended('bitgen worker ' || %s, 0))"
+                row = connection.execute(query, (self._machine.name,)).fetchone()
+            if row and row[0]:
+                return
+            if time.monotonic() > ends:
+                name = self._machine.name
+                raise BitgenError(f"another worker is called {name}; give this one a name with --name")
+            time.sleep(_AWAY_S / 4)
 
     def _begin(self, connection: psycopg.Connection[Any]) -> None:
         """Register, and send what was left from before."""

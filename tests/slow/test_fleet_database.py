@@ -40,6 +40,7 @@ from bitgen.fleet.messages import TASK, Answer, Request, queue_name
 from bitgen.fleet.outbox import Outbox
 from bitgen.fleet.schema import COORDINATOR, WORKER, initialise, require
 from bitgen.fleet.tune import Family, alone, search_family
+from bitgen.fleet.worker import Settings, Worker
 from bitgen.formats.config import find_model
 from bitgen.measure import Job
 from bitgen.records import dump
@@ -669,6 +670,21 @@ def test_a_slow_machine_is_set_aside(new_fleet: Callable[..., Fleet]) -> None:
         assert machines[-1].state == "quarantined: slow: 40 GB/s, its family's median is 60"
         calibrate("slow")
         assert set_aside(connection) == ["slow is well again"]
+
+
+def test_of_two_workers_of_one_name_the_second_ends(shared: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitgen.fleet.worker._NAME_S", 0.1)
+    database, said = shared.database("worker1"), list[str]()
+    with database.connect() as held:
+        held.execute("SELECT pg_advisory_lock(hashtextextended('bitgen worker twin', 0))")
+        twin = Worker(
+            *(database, machine_of("twin", "zen4"), lambda: FakeMachine(1.0), fingerprints),
+            *(Outbox(shared.folder / "twin"), "none", Settings(max_load=1.0, idle_s=0.0), said.append),
+        )
+        with pytest.raises(BitgenError, match="another worker is called twin; give this one a name"):
+            twin.run()
+    twin.run()  # whose name is free now
+    assert said[-1] == "ending"
 
 
 def test_a_signal_ends_a_worker_after_its_job(new_fleet: Callable[..., Fleet]) -> None:
