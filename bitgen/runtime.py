@@ -246,6 +246,19 @@ class KernelTable:
         self.check(code)
         return f"{_text(header.family)}_r{header.row_block}" + (f"_g{header.group}" if groups else "")
 
+    def prefer(self, shape: Shape, family: str | None, row_block: int = 0) -> bool:
+        """Pack weights of this shape without groups in another layout from now on; None: the best one again.
+
+        False where the library has no kernels for it, or is too old to be told.
+        """
+        if not hasattr(self._lib, "bitgen_prefer_layout"):
+            return False
+        name = ffi.NULL if family is None else ffi.new("char[]", family.encode())
+        code = self._lib.bitgen_prefer_layout(self._context, shape.m, shape.k, name, row_block)
+        if code != self._lib.BITGEN_ERROR_LAYOUT:
+            self.check(code)
+        return bool(code == self._lib.BITGEN_OK)
+
     def packed_bytes(self, shape: Shape, groups: Groups | None = None) -> int:
         """Bytes of packed weights of this shape."""
         lib, size = self._lib, ffi.new("size_t *")

@@ -177,6 +177,12 @@ BITGEN_API int32_t bitgen_packed_bytes(const bitgen_context *ctx, int64_t m, int
 BITGEN_API int32_t bitgen_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k,
                                         struct bitgen_packed_header *header);
 
+/* From now on weights of (m, k) without groups are packed in the layout of `family` with blocks of row_block rows, not in
+ * the one that the library holds to be the best; family NULL: in that one again. What is packed already stays as it is.
+ * BITGEN_ERROR_LAYOUT: the library has no kernels for it; bitgen_kernel_info tells which layouts it has kernels for. */
+BITGEN_API int32_t bitgen_prefer_layout(bitgen_context *ctx, int64_t m, int64_t k, const char *family,
+                                        int32_t row_block);
+
 /* Packs w (m, k) for the layout that is best for this shape. `packed` is 64-byte aligned and has
  * `packed_bytes` bytes, at least what bitgen_packed_bytes gives. */
 BITGEN_API int32_t bitgen_pack(bitgen_context *ctx, const int8_t *w, int64_t m, int64_t k, void *packed,

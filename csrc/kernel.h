@@ -49,6 +49,8 @@ struct bitgen_context {
     const struct bitgen_step_ops *ops;   /* of the best ISA level it may use (library.c) */
     const struct bitgen_entry **entries; /* those this context may choose, best first (library.c) */
     int32_t entry_count;
+    struct bitgen_preference *preferred; /* layouts that the caller chose for shapes (library.c) */
+    int32_t preferred_count;
 };
 
 /* The planes of int16 activations of a token, each group by itself: x (k) -> xq (2, stride), high and low, x_scale and

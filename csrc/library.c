@@ -198,10 +198,27 @@ struct format {
     int32_t scale_type, kind;
 };
 
-/* The layout weights of (m, k) are packed in: that of the first kernel for them; NULL when no layout has such groups. */
+/* The layout that the caller wants weights of (m, k) without groups to be packed in. */
+struct bitgen_preference {
+    int64_t m, k;
+    const struct bitgen_layout *layout;
+};
+
+static struct bitgen_preference *preference_for(const struct bitgen_context *ctx, int64_t m, int64_t k)
+{
+    for (int32_t i = 0; i < ctx->preferred_count; ++i)
+        if (ctx->preferred[i].m == m && ctx->preferred[i].k == k) return &ctx->preferred[i];
+    return NULL;
+}
+
+/* The layout weights of (m, k) are packed in: the one that is preferred, else that of the first kernel for them; NULL
+ * when no layout has such groups. */
 static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, int64_t m, int64_t k,
                                               struct format format)
 {
+    const struct bitgen_preference *preferred =
+        format.group || format.kind != BITGEN_WEIGHTS_TERNARY ? NULL : preference_for(ctx, m, k);
+    if (preferred) return preferred->layout;
     for (int32_t i = 0; i < ctx->entry_count; ++i) { /* the portable kernels serve every shape */
         const struct bitgen_entry *entry = ctx->entries[i];
         if (entry->layout->group == format.group && entry->layout->kind == format.kind && serves_shape(entry, m, k))
@@ -380,6 +397,49 @@ static const struct format plain = {.scale_type = BITGEN_SCALE_F32};
 
 static struct format grouped(int64_t group, int32_t scale_type)
 { return (struct format){.group = group, .scale_type = scale_type}; }
+
+/* The layout of ternary weights without groups that a caller names; NULL: the library has no kernels for it. */
+static const struct bitgen_layout *layout_named(const char *family, int32_t row_block)
+{
+    for (int32_t i = 0; i < bitgen_layout_count; ++i) {
+        const struct bitgen_layout *layout = &bitgen_layouts[i];
+        if (!layout->group && layout->kind == BITGEN_WEIGHTS_TERNARY && layout->row_block == row_block &&
+            !strcmp(layout->family, family))
+            return layout;
+    }
+    return NULL;
+}
+
+static int32_t prefer(bitgen_context *ctx, int64_t m, int64_t k, const struct bitgen_layout *layout)
+{
+    struct bitgen_preference *at = preference_for(ctx, m, k);
+    if (!layout) { /* the last one takes its place */
+        if (at) *at = ctx->preferred[--ctx->preferred_count];
+        return BITGEN_OK;
+    }
+    if (!at) {
+        at = realloc(ctx->preferred, sizeof *at * (size_t)(ctx->preferred_count + 1));
+        if (!at) return BITGEN_ERROR_MEMORY;
+        ctx->preferred = at;
+        at += ctx->preferred_count++;
+    }
+    *at = (struct bitgen_preference){.m = m, .k = k, .layout = layout};
+    return BITGEN_OK;
+}
+
+int32_t bitgen_prefer_layout(bitgen_context *ctx, int64_t m, int64_t k, const char *family, int32_t row_block)
+{
+    if (!ctx) return BITGEN_ERROR_NULL;
+    int32_t code = check_shape(m, k);
+    if (code) return code;
+    const struct bitgen_layout *layout = family ? layout_named(family, row_block) : NULL;
+    if (family && !layout) return BITGEN_ERROR_LAYOUT;
+    code = bitgen_enter(ctx);
+    if (code) return code;
+    code = prefer(ctx, m, k, layout);
+    bitgen_leave(ctx);
+    return code;
+}
 
 int32_t bitgen_packed_bytes(const bitgen_context *ctx, int64_t m, int64_t k, size_t *bytes)
 { return tell_bytes(ctx, m, k, plain, bytes); }
