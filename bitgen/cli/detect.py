@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
+
+if TYPE_CHECKING:
+    from bitgen.cpu import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from bitgen.cpu import CAP_VARIABLE, Accepted, detect_cpu, isa_cap, load_isas, resolve_isas
+    from bitgen.cpu.linux import read_topology
     from bitgen.records import dump
     from bitgen.toolchain import find_compilers
 
@@ -26,6 +32,8 @@ def run(args: argparse.Namespace) -> None:
         ),
         ("caches", ", ".join(f"L{c.level} {c.type} {c.size_bytes >> 10} KiB" for c in cpu.caches)),
     ]
+    if cpu.os == "Linux":
+        facts += _topology(read_topology(Path("/")))
     if cap:
         facts.append(
             ("ISA cap", f"{cap.name} ({CAP_VARIABLE}): what levels beyond it need is not shown or used")
@@ -49,3 +57,14 @@ def run(args: argparse.Namespace) -> None:
         ),
     ]
     print(render_tables(tables, args.output, {"cpu_record": dump(cpu), "isa_cap": cap.name if cap else None}))
+
+
+def _topology(found: Topology) -> list[tuple[str, str]]:
+    """What decides the default number of threads, and what else differs between cores."""
+    facts = [("threads", str(found))]
+    if found.kinds:
+        kinds = ", ".join(f"{count} {name}" for name, count in found.kinds)
+        facts.append(("kinds of cores", f"{kinds}: all take part, and slower ones take fewer rows"))
+    if found.nodes > 1:
+        facts.append(("NUMA", f"{found.nodes} nodes"))
+    return facts

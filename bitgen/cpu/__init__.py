@@ -23,7 +23,7 @@ from bitgen.cpu.isa import (
     require_isa,
     resolve_isas,
 )
-from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.machine import Cache, Cpu, Topology
 from bitgen.cpu.named import target_cpu, target_names
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Isa",
     "Registers",
     "Rejected",
+    "Topology",
     "X86Feature",
     "accepted_isas",
     "cap_note",

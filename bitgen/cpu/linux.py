@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bitgen.cpu.features import hwcap_features
-from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.machine import Cache, Cpu, Topology
 from bitgen.cpu.microarch import family_label, load_cpu_families, normal_arch
 
 
@@ -27,14 +27,7 @@ def detect_linux(root: Path, machine: str | None = None) -> Cpu:
         processors = _ask_py_cpuinfo()
     if machine and _shows_another(processors, machine):
         processors = [{"processor": processor["processor"]} for processor in processors]
-    online = [int(p["processor"]) for p in processors if p.get("processor", "").isdigit()] or [0]
-    cores = _core_of_each_cpu(root, processors, online)
-    allowed = set(parse_cpu_list(_status_field(root, "Cpus_allowed_list"))) & set(online) or set(online)
-    quota = cgroup_cpu_quota(root)
-    threads = len({cores[cpu] for cpu in allowed})
-    if quota is not None:
-        # Rounded down: a thread beyond the quota is stopped and stalls the others at the next barrier.
-        threads = min(threads, int(quota))
+    topology = read_topology(root, processors)
     features = processor_features(processors)
     arch = _arch_of(processors, features, machine or normal_arch(platform.machine()))
     if arch == "aarch64" and not features:
@@ -50,12 +43,57 @@ def detect_linux(root: Path, machine: str | None = None) -> Cpu:
         model_name=last.get("model name") or family.replace("_", " ").title(),
         family=family,
         features=features,
-        logical_cpus=len(online),
-        physical_cores=len(set(cores.values())),
-        usable_threads=max(1, threads),
-        caches=read_caches(root, min(allowed)),
+        logical_cpus=topology.logical,
+        physical_cores=topology.cores,
+        usable_threads=topology.threads,
+        caches=read_caches(root, min(_allowed(root, _online(processors)))),
         sve_bytes=sve_bytes(root) if "sve" in features else 0,
     )
+
+
+def read_topology(root: Path, processors: Sequence[Mapping[str, str]] | None = None) -> Topology:
+    """The cores below ``root``; ``processors``: what `parse_cpuinfo` gave, where that is known."""
+    if processors is None:
+        processors = parse_cpuinfo(_read(root / "proc/cpuinfo"))
+    online = _online(processors)
+    cores = _core_of_each_cpu(root, processors, online)
+    return Topology(
+        logical=len(online),
+        cores=len(set(cores.values())),
+        allowed=len({cores[cpu] for cpu in _allowed(root, online)}),
+        quota=cgroup_cpu_quota(root),
+        kinds=_kinds_of(root, cores),
+        nodes=max(1, sum(bool(_read(n)) for n in root.glob("sys/devices/system/node/node*/cpulist"))),
+    )
+
+
+def _online(processors: Sequence[Mapping[str, str]]) -> list[int]:
+    return [int(p["processor"]) for p in processors if p.get("processor", "").isdigit()] or [0]
+
+
+def _allowed(root: Path, online: Sequence[int]) -> set[int]:
+    """The logical CPUs in this process's affinity."""
+    return set(parse_cpu_list(_status_field(root, "Cpus_allowed_list"))) & set(online) or set(online)
+
+
+def _kinds_of(root: Path, cores: Mapping[int, object]) -> tuple[tuple[str, int], ...]:
+    """How many cores are of which kind, the fastest first; empty where all are alike or nothing tells.
+
+    Intel's hybrid CPUs have a list of logical CPUs a kind, ARM's kernel a capacity of each, 1024 at most.
+    """
+    kinds: dict[str, set[object]] = {}
+    for name, device in (("performance", "cpu_core"), ("efficiency", "cpu_atom")):
+        listed = parse_cpu_list(_read(root / "sys/devices" / device / "cpus"))
+        kinds[name] = {cores[cpu] for cpu in listed if cpu in cores}
+    if not any(kinds.values()):
+        capacities = {cpu: _read(root / f"sys/devices/system/cpu/cpu{cpu}/cpu_capacity") for cpu in cores}
+        known = sorted({int(text) for text in capacities.values() if text.isdigit()}, reverse=True)
+        kinds = {
+            f"capacity {value}": {cores[cpu] for cpu, text in capacities.items() if text == str(value)}
+            for value in known
+        }
+    found = tuple((name, len(which)) for name, which in kinds.items() if which)
+    return found if len(found) > 1 else ()
 
 
 def parse_cpuinfo(text: str) -> list[dict[str, str]]:

@@ -22,6 +22,42 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Topology:
+    """The cores of a machine and what of them this process may use.
+
+    ``cores``: physical ones; ``allowed``: those with a logical CPU in the process's affinity (a cpuset,
+    taskset); ``quota``: CPUs' worth of time that its cgroup may use, None for no limit. ``kinds``: cores by
+    kind, the fastest first, where they differ; ``nodes``: NUMA nodes with CPUs.
+    """
+
+    logical: int
+    cores: int
+    allowed: int
+    quota: float | None = None
+    kinds: tuple[tuple[str, int], ...] = ()
+    nodes: int = 1
+
+    @property
+    def threads(self) -> int:
+        """How many threads are the default: one an allowed core, within the quota.
+
+        Rounded down: a thread beyond the quota is stopped and stalls the others at the next barrier.
+        """
+        return max(1, self.allowed if self.quota is None else min(self.allowed, int(self.quota)))
+
+    def __str__(self) -> str:
+        """Why so many threads, in a line."""
+        reasons = [f"one for each of {self.cores} cores"]
+        if self.logical > self.cores:
+            reasons[0] += f" ({self.logical} hardware threads)"
+        if self.allowed < self.cores:
+            reasons.append(f"affinity allows {self.allowed} of them")
+        if self.quota is not None:
+            reasons.append(f"the cgroup allows {self.quota:g} CPUs of time")
+        return f"{self.threads}: {', '.join(reasons)}"
+
+
+@dataclass(frozen=True)
 class Cpu:
     """One machine's CPU. ``features`` has the names of /proc/cpuinfo, also on macOS.
 
