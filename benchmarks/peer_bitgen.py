@@ -1,7 +1,7 @@
 """The side of bitgen in benchmarks/peers.py: a preset's random weights or a file, asked as peer_side.py says.
 
     python peer_bitgen.py 3B|FILE.gguf --threads N --context N [--library PATH] [--head q8|screened]
-        [--best K] [--silu]
+        [--best K] [--kv q8] [--silu]
 
 The answers are the same too; bytes are those of packed weights, scales and head. With --best a step gives the
 K best logits instead of all, as sampling with top-k needs; only then a screened head reads less.
@@ -30,16 +30,30 @@ from bitgen.llm import library_for
 from bitgen.runtime import load
 
 
-def run(engine: Engine, best: int, do: str, tokens: list[int], out: str | None = None) -> float:
-    """Seconds that a request takes; ``best`` logits of a step, 0: all."""
+def reach(engine: Engine, depth: int) -> None:
+    """Make the cache hold ``depth`` tokens, always the same ones, as `peer_side.Peer.reach` does."""
+    if depth and engine.lengths[0] >= depth:  # requests of one depth come one after another
+        engine.truncate(0, depth)
+        return
     engine.truncate(0, 0)
+    if depth:
+        at = np.arange(depth, dtype=np.int32)
+        tokens = (at.astype(np.int64) * 7919 % engine.config.vocab).astype(np.int32)
+        engine.forward(tokens, at, np.zeros(depth, np.int32), np.zeros(depth, np.bool_))
+
+
+def run(
+    engine: Engine, best: int, do: str, tokens: list[int], out: str | None = None, depth: int = 0
+) -> float:
+    """Seconds that a request takes; ``best`` logits of a step, 0: all."""
+    reach(engine, depth)
     size = 1 if do == "steps" else len(tokens)
     parts = np.array(tokens, np.int32).reshape(-1, size)
     sequences, outputs = np.zeros(size, np.int32), np.arange(size) == size - 1
     rows = []
     started = time.perf_counter()
     for index, part in enumerate(parts):
-        positions = np.arange(index * size, (index + 1) * size, dtype=np.int32)
+        positions = depth + np.arange(index * size, (index + 1) * size, dtype=np.int32)
         if best and out is None:
             engine.forward(part, positions, sequences, [Best(best) if out else Nothing() for out in outputs])
             continue
@@ -63,7 +77,7 @@ def serve(args: argparse.Namespace) -> None:
     os.dup2(2, 1)
     weights = model_weights(args)
     with load(args.library or library_for(weights.config), args.threads) as table:
-        engine = open_engine(weights, table, context=args.context, head=args.head)
+        engine = open_engine(weights, table, context=args.context, head=args.head, kv=args.kv)
         # The int8 rows of q8 and screened count as packed; the few rows of f16 that screening reads do not.
         head = weights.output.data.nbytes if args.head == "full" else 0
         about = {"bytes": engine.memory.weights + head, "about": table.path.parent.name}
@@ -85,6 +99,7 @@ def main() -> None:
     parser.add_argument("--library")
     parser.add_argument("--silu", action="store_true", help="the shape of a relu² model with a silu gate")
     parser.add_argument("--head", choices=("full", "screened", "q8"), default="full")
+    parser.add_argument("--kv", choices=("f16", "q8"), default="f16")
     parser.add_argument("--best", type=int, default=0, metavar="K")
     try:
         serve(parser.parse_args())

@@ -11,7 +11,7 @@ import argparse
 import ctypes
 import sys
 
-from peer_side import Peer, enabled, serve
+from peer_side import Peer, enabled, serve, set_cache
 
 
 def load(args: argparse.Namespace) -> tuple[Peer, str]:
@@ -29,12 +29,19 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     options.n_ctx = options.n_batch = args.context
     options.n_threads = options.n_threads_batch = args.threads
     options.flash_attn = not args.no_flash
+    set_cache(options, args.kv)
     context = ik.llama_init_from_model(model, options)
     if not context:
         sys.exit("error: ik_llama.cpp cannot make a context")
     describe = ik._lib.llama_print_system_info
     describe.restype = ctypes.c_char_p
-    return Peer(ik, model, context, args.context, ik.llama_kv_cache_clear), enabled(describe())
+    forget = ik._lib.llama_kv_cache_seq_rm  # the bindings leave it out
+    forget.argtypes, forget.restype = (ctypes.c_void_p, *[ctypes.c_int32] * 3), ctypes.c_bool
+
+    def trim(of: object, depth: int) -> None:
+        forget(of, 0, depth, -1)
+
+    return Peer(ik, model, context, args.context, ik.llama_kv_cache_clear, trim), enabled(describe())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from peer_side import Peer, enabled, serve
+from peer_side import Peer, enabled, serve, set_cache
 
 _FLASH, _NO_FLASH = 1, 0
 
@@ -30,6 +30,7 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     options.n_ctx = options.n_batch = args.context
     options.n_threads = options.n_threads_batch = args.threads
     options.flash_attn_type = _NO_FLASH if args.no_flash else _FLASH
+    set_cache(options, args.kv)
     context = api.llama_init_from_model(model, options)
     if not context:
         sys.exit("error: llama.cpp cannot make a context")
@@ -37,7 +38,10 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     def clear(of: object) -> None:
         api.llama_memory_clear(api.llama_get_memory(of), False)
 
-    return Peer(api, model, context, args.context, clear), enabled(api.llama_print_system_info())
+    def trim(of: object, depth: int) -> None:
+        api.llama_memory_seq_rm(api.llama_get_memory(of), 0, depth, -1)
+
+    return Peer(api, model, context, args.context, clear, trim), enabled(api.llama_print_system_info())
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ A child answers requests, one JSON object a line, through the C API of its libra
     {"do": "prompt", "tokens": [...]}               all tokens in one llama_decode, logits of the last one
     {"do": "steps", "tokens": [...]}                one llama_decode a token, each with its logits
 
-With "out": PATH the logits are written there as float32. The answer is {"seconds": ...}. The first line it
-prints tells what runs: {"bytes": ..., "about": ...}; bytes is what a step reads: the size of the file, less
-the embedding where that is not the head.
+With "depth": N the cache holds N tokens before, which are computed, untimed, where the request before left
+others. With "out": PATH the logits are written there as float32. The answer is {"seconds": ...}. The first
+line it prints tells what runs: {"bytes": ..., "about": ...}; bytes is what a step reads: the size of the
+file, less the embedding where that is not the head.
 """
 
 from __future__ import annotations
@@ -21,12 +22,33 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+_Q8_0 = 8  # of enum ggml_type: keys and values of 8 bits
+_PART = 512  # tokens of one llama_decode of those that a request finds in the cache
+
+
+def set_cache(options: Any, kv: str) -> None:
+    """Types of keys and values in the parameters of a context: f16, as they are, or q8."""
+    if kv == "q8":
+        options.type_k = options.type_v = _Q8_0
+
 
 class Peer:
-    """A model with a context of its own. ``api``: the bindings of a library; ``clear`` empties the cache."""
+    """A model with a context of its own. ``api``: the bindings of a library.
 
-    def __init__(self, api: Any, model: Any, context: Any, size: int, clear: Callable[[Any], None]) -> None:
-        self.api, self.context, self.clear = api, context, clear
+    ``clear`` empties the cache, ``trim`` forgets what is in it from a position on.
+    """
+
+    def __init__(
+        self,
+        api: Any,
+        model: Any,
+        context: Any,
+        size: int,
+        clear: Callable[[Any], None],
+        trim: Callable[[Any, int], None],
+    ) -> None:
+        self.api, self.context, self.clear, self.trim = api, context, clear, trim
+        self.depth = 0  # tokens in the cache that the next request may find there
         self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         self.batch = api.llama_batch_init(size, 0, 1)
 
@@ -43,14 +65,25 @@ class Peer:
             sys.exit(f"error: llama_decode fails with {code}")
         return self.api.llama_get_logits_ith(self.context, len(tokens) - 1)  # waits until they are there
 
-    def run(self, do: str, tokens: list[int], out: str | None = None) -> float:
-        """Seconds that a request takes."""
+    def reach(self, depth: int) -> None:
+        """Make the cache hold ``depth`` tokens, always the same ones."""
+        if depth and depth == self.depth:
+            self.trim(self.context, depth)
+            return
         self.clear(self.context)
+        tokens = [i * 7919 % self.vocab for i in range(depth)]
+        for start in range(0, depth, _PART):
+            self.decode(tokens[start : start + _PART], start)
+        self.depth = depth
+
+    def run(self, do: str, tokens: list[int], out: str | None = None, depth: int = 0) -> float:
+        """Seconds that a request takes."""
+        self.reach(depth)
         parts = [[token] for token in tokens] if do == "steps" else [tokens]
         rows = []
         started = time.perf_counter()
         for position, part in enumerate(parts):
-            logits = self.decode(part, position)
+            logits = self.decode(part, depth + position)
             if out is not None:
                 rows.append(ctypes.string_at(logits, 4 * self.vocab))
         seconds = time.perf_counter() - started
@@ -67,6 +100,7 @@ def serve(doc: str, load: Callable[[argparse.Namespace], tuple[Peer, str]]) -> N
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--bytes", type=int, help="bytes a step reads (the size of the file)")
+    parser.add_argument("--kv", choices=("f16", "q8"), default="f16")
     parser.add_argument("--no-flash", action="store_true")
     parser.add_argument("--no-mmap", action="store_true")
     args = parser.parse_args()

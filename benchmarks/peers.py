@@ -13,7 +13,9 @@ options alone (llama, ik+no-flash). Otherwise all sides have the same random wei
 cache. They sample nothing; each runs in a process of its own (peer_bitgen.py, peer_ik.py, peer_llama.py).
 First all compute the logits of one prompt: the run ends unless they are finite and alike (not equal: the
 peers quantise activations with several scales a token). Then each round runs every test on every side in
-shuffled order. Figures are medians. pp: a prompt at once; tg: tokens one by one from an empty context. MB a
+shuffled order. Figures are medians. pp: a prompt at once; tg: tokens one by one from an empty context, or
+with tg32@d4096 behind 4096 tokens that the cache holds, which each side computes once, untimed; then its
+rounds follow one another, and the bytes of keys and values (--kv q8: of 8 bits on all sides) count too. MB a
 token: packed weights, scales and head; for the peers the file. Before and after a side's steps a probe reads
 the memory; "of DRAM": the median over the rounds of what the side read, against the more of the two.
 
@@ -32,12 +34,14 @@ import contextlib
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -79,7 +83,7 @@ class Side:
         self.bytes = int(hello["bytes"])  # a token
         self.about = str(hello["about"])
 
-    def ask(self, do: str, tokens: list[int], **options: str) -> float:
+    def ask(self, do: str, tokens: list[int], **options: str | int) -> float:
         """Seconds that it took. BitgenError when the child ended."""
         assert self._child.stdin is not None  # noqa: S101 - for mypy
         with contextlib.suppress(BrokenPipeError):  # it ended: reading its answer says why
@@ -103,18 +107,20 @@ class Side:
 
 @dataclass(frozen=True)
 class Test:
-    """``pp512``: a prompt of 512 tokens; ``tg32``: 32 steps of one token."""
+    """``pp512``: a prompt of 512 tokens; ``tg32``: 32 steps of one token; ``tg32@d4096``: behind 4096."""
 
     name: str
     do: str
     n: int
+    depth: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Test:
         kinds = {"pp": "prompt", "tg": "steps"}
-        if text[:2] not in kinds or not text[2:].isdecimal() or int(text[2:]) < 1:
-            raise BitgenError(f"{text} is no test: write pp512 or tg32")
-        return cls(text, kinds[text[:2]], int(text[2:]))
+        found = re.fullmatch(r"(pp|tg)([1-9]\d*)(?:@d(\d+))?", text)
+        if not found:
+            raise BitgenError(f"{text} is no test: write pp512, tg32 or tg32@d4096")
+        return cls(text, kinds[found[1]], int(found[2]), int(found[3] or 0))
 
 
 @contextlib.contextmanager
@@ -122,7 +128,7 @@ def opened(
     args: argparse.Namespace, config: ModelConfig, files: dict[str, Path], threads: int, context: int
 ) -> Iterator[list[Side]]:
     """Load bitgen and every file of the peers."""
-    common = ["--threads", str(threads), "--context", str(context)]
+    common = ["--threads", str(threads), "--context", str(context), "--kv", args.kv]
     options = ["--library", args.library] if args.library else []
     options += ["--silu"] if args.silu else []
     ik_env = {"IK_LLAMA_CPP_LIB_PATH": str(args.ik_library)} if args.ik_library else {}
@@ -185,14 +191,15 @@ def time_sides(
     seconds: Rounds = {(s.name, t.name): [] for s in sides for t in tests}
     dram: Rounds = {key: [] for key in seconds}
     with ProgressBar() as line:
-        for number in range(rounds + 1):
-            for test in tests:
+        # All rounds of a depth before those of the next: a side computes what its cache holds once.
+        for depth in dict.fromkeys(test.depth for test in tests):
+            for number, test in product(range(rounds + 1), [test for test in tests if test.depth == depth]):
                 tokens = draw.integers(0, vocab, test.n).tolist()
                 for side in order.sample(list(sides), len(sides)):
                     line.show(Progress(f"{test.name}, {side.name}", number, rounds + 1, "rounds"))
                     # Memory that is shared changes from second to second.
                     before = probe() if number and test.do == "steps" else 0.0
-                    time = side.ask(test.do, tokens)
+                    time = side.ask(test.do, tokens, depth=depth)
                     if not number:
                         continue
                     seconds[side.name, test.name].append(time)
@@ -207,8 +214,12 @@ def result_rows(
     seconds: Rounds,
     threads: int,
     dram: Rounds,
+    cached: Callable[[Test, Side], float],
 ) -> list[tuple[object, ...]]:
-    """A row a test and side; the ratio is bitgen's median speed to that side's."""
+    """A row a test and side; the ratio is bitgen's median speed to that side's.
+
+    ``cached``: bytes of the keys and values that a step of a test reads on a side.
+    """
     rows: list[tuple[object, ...]] = []
     for test in tests:
         speeds = {side.name: [test.n / s for s in seconds[side.name, test.name]] for side in sides}
@@ -216,15 +227,25 @@ def result_rows(
         for side in sides:
             speed = statistics.median(speeds[side.name])
             gbs = share = None
+            read = side.bytes + cached(test, side)
             if test.do == "steps":
-                gbs = side.bytes * speed / 1e9
+                gbs = read * speed / 1e9
                 rounds = zip(speeds[side.name], dram[side.name, test.name], strict=True)
-                share = statistics.median(side.bytes * s / 1e9 / limit for s, limit in rounds)
+                share = statistics.median(read * s / 1e9 / limit for s, limit in rounds)
             spread = min(speeds[side.name]), max(speeds[side.name])
-            rows.append(
-                (threads, test.name, side.name, speed, *spread, ours / speed, side.bytes / 1e6, gbs, share)
-            )
+            rows.append((threads, test.name, side.name, speed, *spread, ours / speed, read / 1e6, gbs, share))
     return rows
+
+
+def cache_bytes(config: ModelConfig, kv: str, test: Test, side: Side) -> float:
+    """Bytes of the keys and values that the middle one of a test's steps behind a depth reads; else 0.
+
+    q8: a byte each, and a float for each head and position (bitgen), or two bytes for each 32 values.
+    """
+    if not test.depth:
+        return 0.0
+    element = 2.0 if kv == "f16" else 1 + (4 / config.head_dim if side.name.startswith("bitgen") else 2 / 32)
+    return (test.depth + test.n / 2) * config.layers * config.kv_rows * 2 * element
 
 
 _LOGITS = (
@@ -272,7 +293,7 @@ def run(args: argparse.Namespace) -> None:
     args.silu = not whole and args.llama is not None and peer_config(args.model).activation != "silu"
     config = open_model(args.model).config if whole else peer_config(args.model, args.silu)
     tests = [Test.parse(text) for text in args.tests.split(",")]
-    context = max(_PROMPT, *(test.n for test in tests))
+    context = max(_PROMPT, *(test.n + test.depth for test in tests))
     args.type = chosen_types(args, config)
     kinds = list(dict.fromkeys(peer.partition("+")[0] for peer in args.type))
     if whole:
@@ -294,7 +315,7 @@ def run(args: argparse.Namespace) -> None:
             probe = partial(runner.dram_gbs, threads, isa)
             probe()  # finds out which way of reading is the fastest
             seconds, dram = time_sides(sides, tests, args.rounds, config.vocab, probe)
-        rows += result_rows(sides, tests, seconds, threads, dram)
+        rows += result_rows(sides, tests, seconds, threads, dram, partial(cache_bytes, config, args.kv))
         read = [gbs for each in dram.values() for gbs in each]
         if read:
             middle = statistics.median(read)
@@ -302,6 +323,7 @@ def run(args: argparse.Namespace) -> None:
                 f"DRAM read, {threads} threads: {middle:.1f} GB/s ({min(read):.1f} to {max(read):.1f})"
             )
     shape = f"{Path(args.model).name}{' with a silu gate' if args.silu else ''}"
+    facts += [f"{args.kv} keys and values"] if any(test.depth for test in tests) else []
     title = f"{shape}, medians of {args.rounds} interleaved rounds; {'; '.join(facts)}"
     tables = [
         Table(f"{shape}: logits of the last of {_PROMPT} tokens, against bitgen's", _LOGITS, logits),
@@ -326,6 +348,7 @@ def main() -> None:
     parser.add_argument("--library", type=Path, help="bitgen's kernel library (the best here)")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--tests", default="pp128,pp512,tg32")
+    parser.add_argument("--kv", choices=("f16", "q8"), default="f16", help="keys and values (f16)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     try:

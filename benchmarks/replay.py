@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from bitgen.errors import BitgenError
 from bitgen.measure import EarlyStopping, Job, MachinePeak, Measurement, Missing, Race, RaceJob
@@ -59,13 +59,31 @@ class ReplayRunner:
         return found
 
 
+@dataclass(frozen=True)
+class Contention:
+    """Other work on the machine, which only adds time: a burst in a ``share`` of all turns.
+
+    A burst makes a turn longer by a share of its time that is drawn from an exponential distribution of mean
+    ``mean``, for each kernel and turn alone: pairs of one round do not share it, as slow moments are shared.
+    """
+
+    share: float
+    mean: float
+
+    def disturb(self, times: Sequence[float], key: str) -> list[float]:
+        """The times with bursts, drawn by ``key``."""
+        draw = random.Random(key)  # noqa: S311 - no secret
+        hits = [(draw.random() < self.share, draw.expovariate(1 / self.mean)) for _ in times]
+        return [time * (1 + more if hit else 1) for time, (hit, more) in zip(times, hits, strict=True)]
+
+
 class RoundReplay(ReplayRunner):
     """A replay of records whose repeat i was taken in the same round for every kernel of a shape.
 
     Times of a round stay together, so that candidates are pruned as on a machine: after up to ``repeats``
     pairs, by ``stopping``. ``seed`` draws the order of the rounds. ``spent_ns`` adds up how long the machine
     would have measured: a turn of a kernel lasts at least ``min_ns``, and an incumbent's turns serve all
-    candidates of a batch of ``batch``.
+    candidates of a batch of ``batch``. ``contention`` disturbs all of it, each batch and race anew.
     """
 
     def __init__(
@@ -78,15 +96,18 @@ class RoundReplay(ReplayRunner):
         batch: int,
         min_ns: float,
         seed: int = 0,
+        contention: Contention | None = None,
     ) -> None:
         super().__init__(records, peaks)
         self.spent_ns = 0.0
+        self._contention, self._moment = contention, 0
         self._stopping, self._repeats, self._batch = stopping, repeats, batch
         self._min_ns, self._seed = min_ns, seed
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement | Missing]:
         """One answer for each job, with the pairs that were timed until it lost."""
         for batch in batches(jobs, self._batch):
+            self._moment += 1
             answers = [self._paired(job) for job in batch]
             turns: dict[KernelSpec, Sequence[float]] = {}  # an incumbent's, as long as anybody needs them
             for answer in answers:
@@ -101,6 +122,7 @@ class RoundReplay(ReplayRunner):
 
     def race(self, job: RaceJob) -> Race:
         """Recorded rounds in an order drawn by the race's seed."""
+        self._moment += 1
         race = super().race(job)
         for times in race.values():
             self._spend(times)
@@ -131,4 +153,8 @@ class RoundReplay(ReplayRunner):
         job = record.job
         draw = random.Random(f"{self._seed} {seed} {job.shape.name} {job.n} {job.threads}")  # noqa: S311
         draw.shuffle(order)
-        return [record.times_ns[order[i % len(order)]] for i in range(rounds)]
+        times = [record.times_ns[order[i % len(order)]] for i in range(rounds)]
+        if self._contention is None:
+            return times
+        key = f"{self._seed} {self._moment} {job.spec.name} {job.shape.name} {job.n} {job.threads}"
+        return self._contention.disturb(times, key)

@@ -1,6 +1,7 @@
 """How much of exhaustive search does the tuner save, and what does that cost? Answered from recorded timings.
 
 python benchmarks/search_study.py                  # replay the committed log: the table of docs/lab/search.md
+python benchmarks/search_study.py contention       # the same with other work on the machine, against without
 python benchmarks/search_study.py record --log F   # time every point of the spaces anew (about five minutes)
 """
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from replay import RoundReplay
+from replay import Contention, RoundReplay
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.cpu import Isa, find_isa, load_isas
@@ -177,7 +178,9 @@ def exhaustive_ns(logs: Sequence[Log]) -> float:
     return sum(max(t, _MIN_NS) for log in logs for row in log.rounds_ns for t in row)
 
 
-def search(logs: Sequence[Log], seed: int, config: SearchConfig) -> Outcome:
+def search(
+    logs: Sequence[Log], seed: int, config: SearchConfig, contention: Contention | None = None
+) -> Outcome:
     """Search a group (``logs``: one a shape) as `bitgen tune` does, on the recorded times."""
     (group,) = {log.group for log in logs}
     family, isa_name, regime, threads = group
@@ -206,6 +209,7 @@ def search(logs: Sequence[Log], seed: int, config: SearchConfig) -> Outcome:
         batch=policy.batch,
         min_ns=_MIN_NS,
         seed=seed,
+        contention=contention,
     )
 
     def spaces(family: str, isa: Isa, regime: str, shape: Shape) -> RecordedSpace:  # noqa: ARG001 - one group
@@ -272,14 +276,55 @@ def table(logs: Sequence[Log], seeds: int) -> Table:
     return Table("search", columns, rows)
 
 
+def contention_table(logs: Sequence[Log], seeds: int, contention: Contention) -> Table:
+    """A row for each group: searches beside other work against quiet ones of the same seed, on all shapes.
+
+    A search is near when the true time of its winner is within 3 % of that of the quiet winner.
+    """
+    config = load_search_config()
+    groups = {log.group: [other for other in logs if other.group == log.group] for log in logs}
+    rows: list[tuple[Any, ...]] = []
+    for (family, isa, regime, threads), mine in groups.items():
+        pairs = [
+            (search(mine, seed, config), search(mine, seed, config, contention)) for seed in range(seeds)
+        ]
+        each = [(quiet.regret[s], noisy.regret[s]) for quiet, noisy in pairs for s in quiet.regret]
+        rows.append(
+            (
+                f"{family} {isa} {regime} t={threads}",
+                len(each),
+                sum(quiet <= 0.03 for quiet, _ in each) / len(each),
+                sum(noisy <= 0.03 for _, noisy in each) / len(each),
+                sum(1 + noisy <= 1.03 * (1 + quiet) for quiet, noisy in each) / len(each),
+                statistics.mean(quiet.share for quiet, _ in pairs),
+                statistics.mean(noisy.share for _, noisy in pairs),
+            )
+        )
+    total = sum(row[1] for row in rows)
+    means = (sum(row[1] * row[i] for row in rows) / total for i in range(2, 7))
+    columns = (
+        Column("group", "space"),
+        Column("searches", "searches", "d"),
+        Column("quiet", "quiet, <= 3 % of the best", ".1%"),
+        Column("noisy", "beside other work", ".1%"),
+        Column("near", "<= 3 % of the quiet choice", ".1%"),
+        Column("share", "time / exhaustive, quiet", ".1%"),
+        Column("noisy_share", "beside other work", ".1%"),
+    )
+    title = f"bursts in {contention.share:.0%} of the turns, {contention.mean:.0%} longer on average"
+    return Table(title, columns, [*rows, ("all", total, *means)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=("table", "record"), default="table")
+    parser.add_argument("command", nargs="?", choices=("table", "record", "contention"), default="table")
     parser.add_argument("--log", type=Path, default=LOG, help="the log to replay, or to record")
     parser.add_argument("--only", type=int, action="append", default=[], help="an entry of RECORDED")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--bursts", type=float, default=0.2, help="share of turns that a burst hits (0.2)")
+    parser.add_argument("--longer", type=float, default=0.5, help="what a burst adds on average (0.5)")
     add_output(parser)
     args = parser.parse_args()
     if args.command == "record":
@@ -289,7 +334,12 @@ def main() -> None:
                 lines.write(json.dumps(log.to_dict(), separators=(",", ":")) + "\n")
                 print(*log.group, log.shape.name, len(log.points), file=sys.stderr, flush=True)
         return
-    print(render_tables([table(read_logs(args.log), args.seeds)], args.output))
+    logs = read_logs(args.log)
+    if args.command == "contention":
+        found = contention_table(logs, args.seeds, Contention(args.bursts, args.longer))
+        print(render_tables([found], args.output))
+        return
+    print(render_tables([table(logs, args.seeds)], args.output))
 
 
 if __name__ == "__main__":

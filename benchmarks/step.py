@@ -52,7 +52,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environ
         load(args.library or library_for(weights.config), threads) as table,
         LocalRunner(environment.toolchain, environment.cpu) as runner,
     ):
-        engine = open_engine(weights, table, context=positions)
+        engine = open_engine(weights, table, context=positions, kv=args.kv)
         prompt = [stages_ns(engine, args.prompt, 0) for _ in range(args.rounds + 1)][1:]
         fma = statistics.median(runner.fma_gflops(threads, level) for _ in range(args.rounds))
         # Memory changes from second to second: a probe before and after a few steps, and the larger counts.
@@ -68,7 +68,7 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environ
         engine.close()
     limit_ns = [streamed / max(pair) for pair in itertools.pairwise(dram)]
     share = statistics.median(limit / step for limit, step in zip(limit_ns, step_ns, strict=True))
-    cached = 1 + cache_bytes(config, args.context + 1) / streamed
+    cached = 1 + cache_bytes(config, args.context + 1, args.kv) / streamed
     attention_ns = statistics.median(run["attention"] for run in prompt)
     fma_share = attention_operations(config, args.prompt) / attention_ns / fma
     tests = [
@@ -80,9 +80,10 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environ
     )
 
 
-def cache_bytes(config: ModelConfig, positions: int) -> int:
-    """Bytes of the f16 keys and values of so many positions."""
-    return positions * config.layers * config.kv_heads * config.head_dim * 2 * 2
+def cache_bytes(config: ModelConfig, positions: int, kv: str) -> int:
+    """Bytes of the keys and values of so many positions; q8: a byte each, and a float for each head."""
+    head = 2 * config.head_dim if kv == "f16" else config.head_dim + 4
+    return positions * config.layers * config.kv_heads * head * 2
 
 
 def attention_operations(config: ModelConfig, n: int) -> int:
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kv", choices=("f16", "q8"), default="f16", help="keys and values (f16)")
     parser.add_argument("--library", help="a kernel library (the best here)")
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     args = parser.parse_args()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,7 @@ SERVED = {"threads": 1, "rounds": 1, "tokens": 8, "long": 64, "prefix": 32, "mix
 
 # What each does with the least of everything; {model} and {folder} are filled in. A line that it prints.
 RUNS = {
+    "all": (["--list"], "bitgen tune --model 3B"),
     "search_study": (["--log", "{log}", "--seeds", "1"], "median regret"),
     "kernels": (
         ["decode", "--model", "{model}", "--isa", BEST, "--family", "i2s", "--rounds", "1"],
@@ -106,6 +109,32 @@ def test_a_script_runs(script: str, home: Path, tmp_path: Path) -> None:
     done = run(home, script, *filled(words, tmp_path))
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
+
+
+def test_all_keeps_what_it_makes(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    done = run(home, "all", "--only", "opening", "--out", str(out), "--distribution", "none.zip")
+    assert done.returncode == 1
+    assert "opening: " in done.stdout
+    assert "none.zip" in json.loads(out.read_text())["figures"]["opening"]["error"]
+    done = run(home, "all", "--only", "opening", "--only", "peers-3B", "--out", str(out))
+    assert done.returncode == 0
+    assert "peers-3B: skipped, give --work and --ik" in done.stdout
+    held = json.loads(out.read_text())
+    assert held["figures"]["peers-3B"]["skipped"] == "give --work and --ik"
+    assert held["machine"]["cpu"]["family"] == detect_cpu().family
+    for wrong in (["--only", "no"], ["--out", str(Path(__file__))]):
+        done = run(home, "all", *wrong)
+        assert done.returncode != 0
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_every_command_of_the_documents_is_a_figure() -> None:
+    """A script that a page quotes is run by `all.py`; what they do is theirs."""
+    text = "".join(path.read_text() for path in sorted((ROOT / "docs").rglob("*.md")))
+    quoted = set(re.findall(r"python benchmarks/(\w+)\.py", text)) - {"all", "make_peer_model"}
+    commands = (SCRIPTS / "all.py").read_text()
+    assert {script for script in quoted if f'"{script}.py' not in commands} == set()
 
 
 @pytest.mark.parametrize("script", LACKS)
