@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from bitgen.formats.config import ModelConfig
-from bitgen.inference.engine import Memory
+from bitgen.inference.memory import Memory
 from bitgen.inference.protocol import EngineProtocol
 from bitgen.inference.wants import Best, Chosen
 from bitgen.tokenizer.data import TokenizerData

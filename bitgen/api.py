@@ -297,12 +297,13 @@ def load(path: str | Path | None = None, threads: int | None = None) -> KernelTa
 
 
 def untuned_library() -> Path:
-    from bitgen.bundle.contents import Target
+    from bitgen.bundle.contents import Target, untuned_entries
     from bitgen.bundle.write import write_library
 
     env = Environment()
     target = Target.of(env.cpu, None, env.isas)
-    return write_library((), env.toolchain, generated_dir(), f"untuned-{env.cpu.family}", target)
+    entries, name = untuned_entries(target), f"untuned-{env.cpu.family}"
+    return write_library(entries, env.toolchain, generated_dir(), name, target)
 
 
 # ---- render ----

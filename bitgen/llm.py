@@ -63,6 +63,7 @@ class LLM:
     ``capacity`` how many run at once, keep what they held, and the memory of them all.
     ``activations`` is what the inputs of matrices are quantised to (None: the model's own);
     ``draft`` is a small model of the same vocabulary, which drafts what the large one checks: the same text.
+    ``from_disk`` runs a model larger than memory: each step reads what does not fit from its packed file.
     ``progress`` is called with a `Progress` of what takes long. BitgenError when anything does not fit.
     """
 
@@ -79,6 +80,7 @@ class LLM:
         batch: int = 1,
         capacity: Capacity | None = None,
         draft: str | Path | None = None,
+        from_disk: bool = False,
         progress: Report | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -98,6 +100,7 @@ class LLM:
             kv=kv,
             head=head,
             activations=self.activations,
+            from_disk=from_disk,
             progress=progress,
         )
         self._setup(self._open(batch=batch, capacity=capacity), config, tokenizer, capacity)

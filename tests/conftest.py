@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not os.environ.get(CACHE_VARIABLE):
         os.environ[CACHE_VARIABLE] = folder = tempfile.mkdtemp(prefix="bitgen-tests-")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    os.environ["BITGEN_RACE"] = "0"  # of layouts, at the first run of a model that nobody tuned
     if config.option.isa_cap is not None:
         os.environ[CAP_VARIABLE] = config.option.isa_cap
     try:

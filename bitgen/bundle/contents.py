@@ -243,6 +243,20 @@ def default_entries(weights: str, group: int, target: Target) -> list[KernelEntr
     return [KernelEntry(_default_spec(layout, one.name, target.isa, target, ())) for one in REGIMES]
 
 
+def untuned_entries(target: Target) -> list[KernelEntry]:
+    """Kernels of a library that was tuned for nothing: of I2_S, and of TL5, a fifth fewer bytes.
+
+    Which of them is the faster one depends on the memory, so the first use races them.
+    """
+    cpu = target.cpu_of(target.isa)
+    small = space_for("tl5", target.isa, N1, _ANY_SHAPE, cpu).default.layout
+    return [
+        KernelEntry(_default_spec(layout, regime.name, target.isa, target, ()), role=DEFAULT)
+        for layout in (DEFAULT_LAYOUT, small)
+        for regime in REGIMES
+    ]
+
+
 def common_layout(target: Target) -> Layout:
     """The layout of weights in groups of `COMMON_GROUP` that nobody tuned.
 

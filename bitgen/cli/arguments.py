@@ -63,6 +63,14 @@ def add_kv(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
 
 
+def add_from_disk(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--from-disk",
+        action="store_true",
+        help="run a model larger than memory: each step reads from its packed file what does not fit",
+    )
+
+
 def add_activations(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--activations",
@@ -96,6 +104,7 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, he
         "int8 rows alone, slightly other logits",
     )
     add_library(group)
+    add_from_disk(group)
 
 
 def add_energy(parser: argparse._ActionsContainer) -> None:
@@ -263,6 +272,7 @@ def open_llm(args: argparse.Namespace, *, capacity: Capacity | None = None) -> L
             activations=args.activations,
             capacity=capacity,
             draft=getattr(args, "draft_model", None),
+            from_disk=args.from_disk,
             progress=line.show,
         )
     for note in llm.notes:

@@ -17,6 +17,7 @@ from bitgen.cli.arguments import (
     add_activations,
     add_compiler,
     add_energy,
+    add_from_disk,
     add_head,
     add_kv,
     add_library,
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_activations(parser)
     add_head(parser, "full", "the output matrix; screened times steps that choose the best token")
     add_library(parser)
+    add_from_disk(parser)
     add_energy(parser)
     parser.add_argument("--kernels", action="store_true", help="time the matrix kernels of a preset")
     parser.add_argument("--isa", help="with --kernels: the ISA level (default: the best this CPU runs)")
@@ -143,6 +145,7 @@ def _run_model(args: argparse.Namespace) -> None:
             meter.measure_idle()
         model = _open(args.model, context)
         library = args.library or library_for(model.config, line.show)
+        random = f"random {replace(model.config, context=1)!r}"  # names packed weights of a preset
         for count in threads:
             with load(library, count) as table:
                 engine = open_engine(
@@ -153,6 +156,8 @@ def _run_model(args: argparse.Namespace) -> None:
                     head=args.head,
                     activations=args.activations,
                     batch=max(batches),
+                    from_disk=args.from_disk,
+                    fingerprint=random if args.from_disk else None,
                     progress=line.show,
                 )
                 for run in bench_engine(

@@ -42,7 +42,9 @@ class ProgressBar:
             print(self._kept, file=sys.stderr, flush=True)
 
     def show(self, progress: Progress) -> None:
-        if sys.stderr.isatty():
+        if progress.lasting:
+            print(f"bitgen: {progress}", file=sys.stderr, flush=True)
+        elif sys.stderr.isatty():
             self._draw(progress)
         elif time.monotonic() - self._last >= _EVERY_S:
             print(self._line(progress), file=sys.stderr, flush=True)
@@ -62,7 +64,7 @@ class ProgressBar:
         return f"{progress}, {left:.0f} s left"
 
     def _draw(self, progress: Progress) -> None:
-        text, done, total, unit = progress
+        text, done, total, unit, _ = progress
         if self._bar is None:
             self._bar = _bar()
             self._bar.add_task(text, total=None, unit=unit)

@@ -21,13 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, X_TYPES, constants, ffi
-from bitgen.cpu.linux import available_memory
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
+from bitgen.inference.disk import hold, read_ahead, read_rate
 from bitgen.inference.kv_memory import Capacity, KvMemory
+from bitgen.inference.layouts import pack_smaller
+from bitgen.inference.memory import (
+    Memory,
+    check_fits,
+    describe,
+    fits,
+    is_large,
+    mapping_of,
+    resident_bytes,
+    with_cache_that_fits,
+)
 from bitgen.inference.wants import Answer, Best, Chosen, Floats, Hidden, Logits, Nothing, Want
 from bitgen.inference.weight_cache import (
     GroupsOf,
@@ -39,7 +50,7 @@ from bitgen.inference.weight_cache import (
     packed_bytes,
     quantize_lm_head,
 )
-from bitgen.progress import Report
+from bitgen.progress import Progress, Report
 from bitgen.runtime import Activations, KernelTable, aligned_bytes
 
 Ints: TypeAlias = NDArray[np.int32]
@@ -69,42 +80,6 @@ class _Rows:
     result: Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes an engine holds: packed weights with their scales, the KV cache, work memory."""
-
-    weights: int
-    cache: int
-    work: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.cache + self.work
-
-
-def fits(memory: Memory, mapped: bool) -> bool:
-    """Whether there is that much memory; weights ``mapped`` from a file need not stay in it."""
-    available = available_memory()
-    return available is None or _needed_bytes(memory, mapped) <= available
-
-
-def _needed_bytes(memory: Memory, mapped: bool) -> int:
-    return memory.total - (memory.weights if mapped else 0)
-
-
-def check_fits(memory: Memory, mapped: bool) -> None:
-    """BitgenError unless it `fits`, before any work; without a check the system kills."""
-    available, needed = available_memory(), _needed_bytes(memory, mapped)
-    if available is not None and needed > available:
-        parts = [f"KV cache {memory.cache >> 20:,}", f"work {memory.work >> 20:,}"]
-        parts[:0] = [] if mapped else [f"packed weights {memory.weights >> 20:,}"]
-        raise BitgenError(
-            f"too little memory: {needed >> 20:,} MiB are needed ({', '.join(parts)}), "
-            f"{available >> 20:,} MiB are available; ask for a smaller context, fewer sequences or keys and "
-            "values of 8 bits, or use a library whose kernels pack weights in fewer bits"
-        )
-
-
 def own_activations(config: ModelConfig) -> Activations:
     """What the inputs of a model's matrices are rounded to where nobody asks for more.
 
@@ -124,8 +99,10 @@ class Engine:
     the inputs of matrices are quantised to, of all tokens alike; None: the model's own. With a ``capacity``
     the KV cache has its slots instead of ``max_batch`` and takes memory as it is written to; whoever runs the
     engine then keeps what is held (`release`) below what `memory` says. ``fingerprint`` identifies the model
-    file: packed weights are then kept in the user's cache and mapped next time.
-    ``progress`` is called while weights are packed. It serves one call at a time, as its table does.
+    file: packed weights are then kept in the user's cache and mapped next time. ``from_disk`` runs what is
+    larger than memory: what does not fit is read from that file in each step. ``progress`` is called with
+    the plan of the memory and while weights are packed. It serves one call at a time, as its table does.
+    Where memory is short, weights without groups are packed in the smallest layout that the library has.
     BitgenError when something does not fit: the arguments, the model, the memory.
     """
 
@@ -141,9 +118,12 @@ class Engine:
         max_batch: int = 1,
         capacity: Capacity | None = None,
         fingerprint: str | None = None,
+        from_disk: bool = False,
         progress: Report | None = None,
     ) -> None:
         config = weights.config
+        if from_disk and fingerprint is None:
+            raise UsageError("weights come from disk where a model file has been packed: give a fingerprint")
         if head == "q8":  # int8 rows take the place of a ternary head
             weights = replace(weights, ternary_head=None)
         self.weights = weights
@@ -163,15 +143,19 @@ class Engine:
         table.check_activations(self.activations)
         self._sizes(kv)
         groups = find_groups(weights, fingerprint)
-        head = self._settled(head, groups, mapped=fingerprint is not None)
+        head = self._settled(head, groups)
         self.screens = head == "screened"
-        self.memory = self._plan(head, groups)
-        if capacity is not None:
-            self.memory = self._within(self.memory, mapped=fingerprint is not None)
-        check_fits(self.memory, mapped=fingerprint is not None)
+        self.memory = self._planned(head, groups, from_disk=from_disk)
+        if not fits(self.memory) and pack_smaller(table, weights, groups, progress):
+            self.memory = self._planned(head, groups, from_disk=from_disk)
+        if progress and (from_disk or is_large(self.memory)):
+            progress(Progress(describe(self.memory), lasting=True))
+        check_fits(self.memory, from_disk=from_disk)
         # What C reads must live as long as its addresses: everything is kept in these two.
         self._alive: list[Any] = []
-        packed = pack_model(weights, table, groups, fingerprint, progress)
+        packed = pack_model(weights, table, groups, fingerprint, progress, from_disk=from_disk)
+        if from_disk:
+            packed = self._from_disk(packed, progress)
         self._set_weights(packed, head, fingerprint, progress)
         self._set_cache()
         self._times = np.zeros(len(STAGES), np.int64)
@@ -442,7 +426,18 @@ class Engine:
         model.kv_type = KV_TYPES[kv]
         model.x_type = X_TYPES[self.activations]
 
-    def _settled(self, head: Head, groups: GroupsOf, *, mapped: bool) -> Head:
+    def _from_disk(self, packed: PackedModel, progress: Report | None) -> PackedModel:
+        """The matrices that fit in memory, the others mapped; says how fast the disk is, before any step."""
+        packed, on_disk = hold(packed, resident_bytes(self.memory))
+        read_ahead(packed)
+        if progress and on_disk and packed.path:
+            rate = read_rate(packed.path, on_disk)
+            part = f"{on_disk >> 20:,} of {self.memory.weights >> 20:,} MiB"
+            limit = f"at {rate / 1e9:.2f} GB/s no more than {rate / on_disk:.2f} tokens/s, the rest in memory"
+            progress(Progress(f"from disk: {part} in each step, {limit}", lasting=True))
+        return packed
+
+    def _settled(self, head: Head, groups: GroupsOf) -> Head:
         """What ``head`` comes to for this model: full, screened or q8."""
         output = self.weights.output
         if head == "q8":
@@ -450,7 +445,7 @@ class Engine:
         if self.weights.ternary_head is not None or output.type not in _SCREENED or head in ("full", "exact"):
             return "full"
         if head == "auto" and (
-            output.data.nbytes < _SCREENED_BYTES or not fits(self._plan("screened", groups), mapped)
+            output.data.nbytes < _SCREENED_BYTES or not fits(self._plan("screened", groups))
         ):
             return "full"
         return "screened"
@@ -475,20 +470,22 @@ class Engine:
         weights = packed_bytes(self.weights, self.table, groups)
         if head != "full":
             weights += config.vocab * (config.hidden + 8)
-        return Memory(weights, cache, work)
+        output = self.weights.output.data
+        is_read = head == "full" and self.weights.ternary_head is None and mapping_of(output) is not None
+        return Memory(weights, cache, work, output.nbytes if is_read else 0)
 
-    def _within(self, memory: Memory, *, mapped: bool) -> Memory:
-        """The same with keys and values for which there is memory, of one sequence at least."""
-        available, least = available_memory(), self.sequence_bytes(self.context)
+    def _planned(self, head: Head, groups: GroupsOf, *, from_disk: bool) -> Memory:
+        """The plan; with a capacity, keys and values for which there is memory, of one sequence at least."""
+        memory = self._plan(head, groups)
+        if self.capacity is None:
+            return memory
+        least = self.sequence_bytes(self.context)
         if memory.cache < least:
             raise UsageError(
                 f"{memory.cache / 2**20:.1f} MiB hold no text of {self.context} positions, which takes up to "
                 f"{least / 2**20:.1f} MiB of keys and values: allow more, or ask for a smaller context (-c)"
             )
-        if available is None:
-            return memory
-        left = available - available // 16 - (_needed_bytes(memory, mapped) - memory.cache)
-        return replace(memory, cache=max(min(memory.cache, left), least))
+        return with_cache_that_fits(memory, least, from_disk=from_disk)
 
     def _set_weights(
         self, packed: PackedModel, head: Head, fingerprint: str | None, progress: Report | None

@@ -22,6 +22,7 @@ from bitgen.formats.model_file import ModelFile
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.inference.kv_memory import Capacity
+from bitgen.inference.layouts import settle_layouts
 from bitgen.progress import Report
 from bitgen.runtime import Activations, KernelTable
 from bitgen.spec import EVERY_FAMILY, Shape
@@ -82,15 +83,18 @@ def open_engine(
     activations: Activations | None = None,
     batch: int = 1,
     capacity: Capacity | None = None,
+    from_disk: bool = False,
+    fingerprint: str | None = None,
     progress: Report | None = None,
 ) -> Engine:
     """The engine over a kernel library; the weights of a file are packed once and then mapped.
 
-    A ``capacity`` counts for more than ``batch``.
+    A ``capacity`` counts for more than ``batch``. ``fingerprint`` stands for weights that come from no file.
     """
     weights, fingerprint = (
-        (model, None) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
+        (model, fingerprint) if isinstance(model, Weights) else (model.weights, model.fingerprint.key)
     )
+    settle_layouts(table, weights.config, progress)
     return Engine(
         weights,
         table,
@@ -101,5 +105,6 @@ def open_engine(
         max_batch=batch,
         capacity=capacity,
         fingerprint=fingerprint,
+        from_disk=from_disk,
         progress=progress,
     )

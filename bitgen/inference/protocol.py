@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.inference.engine import Memory
+from bitgen.inference.memory import Memory
 from bitgen.inference.wants import Answer, Want
 
 Ints: TypeAlias = NDArray[np.int32]

@@ -19,6 +19,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 from bitgen.errors import BitgenError, FileError
 from bitgen.families.base import Codes
 from bitgen.formats.weights import CodedMatrix, DenseMatrix, TernaryMatrix, Weights
+from bitgen.inference.memory import mapping_of
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.progress import Progress, Report
 from bitgen.runtime import Groups, KernelTable, aligned_bytes
@@ -82,6 +84,7 @@ class PackedModel:
 
     layers: tuple[PackedLayer, ...]
     head: PackedMatrix | None  # None: the head is in a format of floats
+    path: Path | None = None  # the file they are mapped from
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ GroupsOf: TypeAlias = Mapping[str, Groups | None]  # by the name of a matrix; No
 
 def find_groups(weights: Weights, fingerprint: str | None = None) -> GroupsOf:
     """How the scales of each matrix run. Where finding it may read all of a model the cache keeps it."""
-    matrices = _matrices(weights)
+    matrices = named_matrices(weights)
     if all(matrix.groups is None for matrix in matrices.values()):
         fingerprint = None
 
@@ -157,7 +160,7 @@ def _groups_of(matrix: TernaryMatrix, group: int) -> Groups | None:
     return Groups(group, half)
 
 
-def _matrices(weights: Weights) -> dict[str, TernaryMatrix]:
+def named_matrices(weights: Weights) -> dict[str, TernaryMatrix]:
     """All ternary matrices by their names in the cache."""
     matrices = {
         f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in _MATRICES
@@ -171,22 +174,33 @@ def pack_model(
     groups: GroupsOf,
     fingerprint: str | None = None,
     progress: Report | None = None,
+    *,
+    from_disk: bool = False,
 ) -> PackedModel:
     """The packed matrices of a model: mapped from the cache, or packed now and kept there.
 
     ``fingerprint`` identifies the model file; None: nothing is read from the cache or written to it. Where
-    the cache cannot be written (a full disk, a read-only home) the packed weights stay in memory.
+    the cache cannot be written (a full disk, a read-only home) the packed weights stay in memory;
+    ``from_disk``: there would be no room for them, and it is a FileError.
     """
-    matrices = _matrices(weights)
+    matrices = named_matrices(weights)
     layouts = {
         name: (m.shape.name, table.layout_name(m.shape, groups[name]), _scale_type(groups[name]))
         for name, m in matrices.items()
     }
+    key = _key(fingerprint, "layers", layouts)
+
+    def make() -> Iterator[tuple[str, Bytes]]:
+        if from_disk:
+            _check_disk(packed_bytes(weights, table, groups))
+        return _pack(matrices, table, groups, progress, lambda: release_pages(weights.embedding.data))
+
     pieces = _cached(
-        _key(fingerprint, "layers", layouts),
+        key,
         weights.config.name or weights.config.architecture,
-        lambda: _pack(matrices, table, groups, progress, lambda: release_pages(weights.embedding.data)),
+        make,
         lambda found: all(_is_valid(found, name, m, groups[name], table) for name, m in matrices.items()),
+        must_write=from_disk,
     )
 
     def made(name: str) -> PackedMatrix:
@@ -195,7 +209,8 @@ def pack_model(
         return PackedMatrix(matrices[name].shape, pieces[name], scale, used.group if used else 0)
 
     layers = (PackedLayer(*(made(f"{i}.{name}") for name in _MATRICES)) for i in range(len(weights.layers)))
-    return PackedModel(tuple(layers), made(_HEAD) if _HEAD in matrices else None)
+    head = made(_HEAD) if _HEAD in matrices else None
+    return PackedModel(tuple(layers), head, None if key is None else _path(key))
 
 
 def _scale_type(groups: Groups | None) -> str:
@@ -232,7 +247,7 @@ def packed_bytes(weights: Weights, table: KernelTable, groups: GroupsOf) -> int:
     """Bytes of the packed weights and scales of a model; nothing is packed."""
     return sum(
         table.packed_bytes(m.shape, groups[name]) + (0 if groups[name] else m.shape.m * 4)
-        for name, m in _matrices(weights).items()
+        for name, m in named_matrices(weights).items()
     )
 
 
@@ -322,13 +337,9 @@ def release_pages(data: Bytes) -> None:
     They stay in the system's cache of files; without this a model file that was read once, to pack its
     weights, would count as this process's memory for as long as it runs.
     """
-    base: Any = data
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
+    file = mapping_of(data)
+    if file is not None and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def _rows_at_once(shape: Shape) -> int:
@@ -414,6 +425,21 @@ def _folder() -> Path:
     return cache_dir() / "packed"
 
 
+def _path(key: str) -> Path:
+    return _folder() / f"{key}{_SUFFIX}"
+
+
+def _check_disk(size: int) -> None:
+    """FileError unless the cache's disk has room for a file of ``size`` bytes."""
+    folder = ensure_dir(_folder())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise FileError(
+            f"too little room in {folder}: packed weights take {size >> 20:,} MiB, {free >> 20:,} MiB are "
+            "free; BITGEN_HOME names another place"
+        )
+
+
 def _key(fingerprint: str | None, *what: Any) -> str | None:
     """The name of a cache file; None where there is no fingerprint."""
     if fingerprint is None:
@@ -426,10 +452,15 @@ def _cached(
     model: str,
     make: Callable[[], Iterator[tuple[str, Bytes]]],
     is_valid: Callable[[Mapping[str, Bytes]], bool],
+    *,
+    must_write: bool = False,
 ) -> Mapping[str, Bytes]:
-    """The pieces under ``key``; made, and kept if possible, where there are none or they are not valid."""
+    """The pieces under ``key``; made, and kept if possible, where there are none or they are not valid.
+
+    ``must_write``: they are kept, or it is a FileError.
+    """
     if key is not None:
-        path = _folder() / f"{key}{_SUFFIX}"
+        path = _path(key)
         found = _read(path, is_valid)
         if found is None:
             with contextlib.suppress(_CannotWriteError):
@@ -437,6 +468,8 @@ def _cached(
                 found = _read(path, is_valid)
         if found is not None:
             return found
+    if must_write:
+        raise FileError(f"cannot write packed weights to {_folder()}, which is what runs a model from disk")
     return dict(make())
 
 

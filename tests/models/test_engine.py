@@ -776,14 +776,14 @@ def test_what_does_not_fit_into_memory_is_refused_before_any_work(
     weights = random_weights(small_config(layers=1), 1)
     memory = Engine(weights, tables()).memory
     monkeypatch.setattr("bitgen.inference.engine.pack_model", None)  # whoever packs first fails otherwise
-    monkeypatch.setattr("bitgen.inference.engine.available_memory", lambda: memory.total - 1)
-    with pytest.raises(
-        BitgenError, match=r"^too little memory: .* \(packed weights 0, KV cache \d+, work \d+\), "
-    ):
-        Engine(weights, tables())
-    monkeypatch.setattr("bitgen.inference.engine.available_memory", lambda: memory.cache + memory.work - 1)
-    with pytest.raises(BitgenError, match=r"^too little memory: .* needed \(KV cache"):
-        Engine(weights, tables(), fingerprint="x")  # weights in a file count for nothing
+    monkeypatch.setattr("bitgen.inference.memory.available_memory", lambda: memory.total - 1)
+    refused = r"^too little memory: .* \(packed weights 0, KV cache \d+, work \d+\), "
+    for fingerprint in (None, "x"):  # a step reads mapped weights as it reads others
+        with pytest.raises(BitgenError, match=refused):
+            Engine(weights, tables(), fingerprint=fingerprint)
+    monkeypatch.setattr("bitgen.inference.memory.available_memory", lambda: memory.cache + memory.work - 1)
+    with pytest.raises(BitgenError, match=refused):
+        Engine(weights, tables(), fingerprint="x", from_disk=True)
 
 
 def test_the_cache_can_be_checked_whole(tables: Any, bitgen_home: Path) -> None:

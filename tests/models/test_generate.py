@@ -20,7 +20,7 @@ from bitgen.inference.chat_template import BUILT_IN, knows_thinking, render_chat
 from bitgen.inference.conversation import Conversation
 from bitgen.inference.divergence import Divergence, LogitsWriter, read_logits
 from bitgen.inference.drafts import PromptLookupDrafter
-from bitgen.inference.engine import Memory
+from bitgen.inference.memory import Memory
 from bitgen.inference.perplexity import ModelReference, perplexity
 from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import StopFilter

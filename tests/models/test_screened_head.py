@@ -14,7 +14,7 @@ from reference_model import small_config
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.formats.weights import DenseMatrix, Weights
-from bitgen.inference import engine, weight_cache
+from bitgen.inference import engine, memory, weight_cache
 from bitgen.inference.engine import Engine
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.wants import Best, Hidden, Logits, Nothing, Want, pack_mask
@@ -160,7 +160,7 @@ def test_a_large_head_is_screened_where_memory_allows(
     monkeypatch.setattr(engine, "_SCREENED_BYTES", weights.output.data.nbytes)
     assert Engine(weights, table, head="auto").screens
     whole = Engine(weights, table, head="full").memory.total
-    monkeypatch.setattr(engine, "available_memory", lambda: whole)
+    monkeypatch.setattr(memory, "available_memory", lambda: whole)
     assert not Engine(weights, table, head="auto").screens, "memory is there for one of them"
     with pytest.raises(BitgenError, match="too little memory"):
         Engine(weights, table, head="screened")

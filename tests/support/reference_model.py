@@ -21,7 +21,7 @@ from wanted import answers_wants
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.quants import DENSE
 from bitgen.formats.weights import CodedMatrix, DenseMatrix, TernaryMatrix, Weights
-from bitgen.inference.engine import Memory
+from bitgen.inference.memory import Memory
 from bitgen.reference import quantize_activations, quantize_groups, scale_output
 
 Doubles = NDArray[np.float64]

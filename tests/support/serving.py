@@ -15,8 +15,8 @@ from reference_model import small_config
 from text_models import piece_data
 from wanted import answers_wants
 
-from bitgen.inference.engine import Memory
 from bitgen.inference.kv_memory import Capacity
+from bitgen.inference.memory import Memory
 from bitgen.inference.scheduler import Scheduler
 from bitgen.llm import LLM
 from bitgen.serve.app import make_app

@@ -1,0 +1,248 @@
+"""Which layout a model's matrices are packed in where the library leaves it open, or memory decides.
+
+A library has kernels of several layouts, and knows the best one for the shapes that it was tuned for. For
+the shapes of other models its layouts are raced the first time, on weights that come from memory, and the
+outcome is remembered for this CPU. Where a model does not fit, the smallest layout is taken. All of them
+give the same bits. Weights in groups have one layout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitgen.bundle.measured import cpu_key
+from bitgen.cpu import Cpu, detect_cpu
+from bitgen.cpu.linux import available_memory
+from bitgen.errors import BitgenError
+from bitgen.families.base import TERNARY
+from bitgen.formats.config import Matmul, ModelConfig
+from bitgen.formats.weights import Weights
+from bitgen.inference.weight_cache import GroupsOf, named_matrices
+from bitgen.paths import cache_dir, ensure_dir
+from bitgen.progress import Progress, Report
+from bitgen.records import dump, load, load_json
+from bitgen.runtime import KernelTable, Linear, aligned_bytes
+from bitgen.spec import Shape
+from bitgen.trust import write_private
+
+RACE_VARIABLE = "BITGEN_RACE"  # 0: nothing is raced, the library's own order counts
+
+BUDGET_S = 8.0  # of rounds, all shapes together; with packing the race takes 10 s
+_WORTH = 64 << 20  # packed bytes of shapes nobody tuned, below which a race takes longer than it can save
+_MARGIN = 0.02  # the library's own choice stays unless another layout takes so much less
+# What a layout costs: a session of 128 steps and a prompt of 512, as tuning counts it (configs/search.yaml)
+_CALLS = {1: 128, 32: 16}  # of so many tokens each
+_WEIGHTS = 1 << 24  # of a matrix that is raced: rows beyond change nothing but the time it takes to pack them
+_ROWS = 256  # a multiple of every layout's row block
+_POOL = 512 << 20  # bytes of copies of a shape at most, which are read in turn so that they are in no cache
+_PROBE = Shape(64, 512)  # weights that show which kernel a layout has for shapes nobody tuned
+
+
+class Option(NamedTuple):
+    """A layout that a library has kernels for."""
+
+    family: str
+    row_block: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}_r{self.row_block}"
+
+    @classmethod
+    def named(cls, name: str) -> Option:
+        family, _, rows = name.rpartition("_r")
+        return cls(family, int(rows))
+
+
+def options_of(table: KernelTable) -> list[Option]:
+    """The layouts whose kernels for any shape are of the library's best ISA level here, its own first."""
+    w = np.zeros((_PROBE.m, _PROBE.k), np.int8)
+    own, level = table.layout_name(_PROBE), table.linear(w, 1.0).kernel(1).isa
+    known = dict.fromkeys(Option(kernel.family, kernel.row_block) for kernel in table.kernels)
+    found = [option for option in known if option.name == own]
+    try:
+        for option in known:
+            if option.name == own or not table.prefer(_PROBE, *option):
+                continue
+            if table.linear(w, 1.0).kernel(1).isa == level:
+                found.append(option)
+    finally:
+        table.prefer(_PROBE, None)
+    return found
+
+
+def pack_smaller(
+    table: KernelTable, weights: Weights, groups: GroupsOf, progress: Report | None = None
+) -> bool:
+    """Have a model's matrices packed in the smallest layouts that there are; whether that changes any."""
+    matrices = named_matrices(weights)
+    shapes = dict.fromkeys(matrix.shape for name, matrix in matrices.items() if groups[name] is None)
+    options, changed = options_of(table), {}
+    for shape in shapes:
+        own = Option.named(table.layout_name(shape))
+        sizes = {own: table.packed_bytes(shape)}
+        for option in options:
+            if table.prefer(shape, *option):
+                sizes.setdefault(option, table.packed_bytes(shape))
+        least = min(sizes, key=sizes.__getitem__)
+        table.prefer(shape, *least)
+        if least != own:
+            changed[shape] = least
+    if changed and progress:
+        names = ", ".join(sorted({option.name for option in changed.values()}))
+        progress(Progress(f"memory is short: weights are packed as {names}, the smallest here", lasting=True))
+    return bool(changed)
+
+
+def settle_layouts(table: KernelTable, config: ModelConfig, progress: Report | None = None) -> None:
+    """Choose layouts for shapes that the library was not tuned for: remembered ones, else by a race now."""
+    if config.weights != TERNARY or config.group or os.environ.get(RACE_VARIABLE) == "0":
+        return
+    tuned = {kernel.shape for kernel in table.kernels}
+    matmuls = [matmul for matmul in config.matmuls if matmul.shape not in tuned]
+    if sum(table.packed_bytes(m.shape) * m.count for m in matmuls) < _WORTH:
+        return
+    options, file = options_of(table), _file(table)
+    if len(options) < 2 or file is None:
+        return
+    known = recall(file)
+    missing = [matmul for matmul in matmuls if matmul.shape.name not in known.layouts]
+    if missing:
+        found = race(table, missing, options, progress)
+        known = Settled(known.cpu, {**known.layouts, **found})
+        with contextlib.suppress(OSError, BitgenError):  # then the next start races again
+            ensure_dir(file.parent)
+            write_private(file, (json.dumps(dump(known), indent=1) + "\n").encode())
+    by_name = {option.name: option for option in options}
+    for matmul in matmuls:
+        if option := by_name.get(known.layouts[matmul.shape.name]):
+            table.prefer(matmul.shape, *option)
+
+
+# ---- the race ----
+
+
+def race(
+    table: KernelTable, matmuls: Sequence[Matmul], options: Sequence[Option], progress: Report | None = None
+) -> dict[str, str]:
+    """The layout that costs least, by the name of each shape; the first of ``options`` stays where near.
+
+    Each call of a layout is followed by one of the next, on copies that no cache holds any more. A time is
+    the lower quartile of its rounds: other work on the machine only adds to it.
+    """
+    began, found, saved = time.perf_counter(), {}, []
+    names = ", ".join(option.name for option in options)
+    for at, matmul in enumerate(matmuls):
+        if progress:
+            progress(Progress(f"racing {names}, once", at, len(matmuls), "shapes"))
+        costs = _costs(table, matmul.shape, options, BUDGET_S / len(matmuls))
+        best = min(costs, key=costs.__getitem__)
+        best = best if costs[best] <= (1 - _MARGIN) * costs[options[0]] else options[0]
+        found[matmul.shape.name] = best.name
+        saved.append((costs[options[0]], costs[best], matmul.count * matmul.shape.m))
+    if progress:
+        progress(Progress(_outcome(options, found, saved, time.perf_counter() - began), lasting=True))
+    return found
+
+
+def _outcome(
+    options: Sequence[Option],
+    found: Mapping[str, str],
+    costs: Sequence[tuple[float, float, int]],
+    seconds: float,
+) -> str:
+    """What a race found, in one line; ``costs``: own, best and weight of each shape."""
+    own, best = (sum(each[i] * each[2] for each in costs) for i in (0, 1))
+    chosen = dict.fromkeys(found.values())
+    if list(chosen) == [options[0].name]:
+        what = f"{options[0].name} stays"
+    else:
+        what = f"{', '.join(chosen)} instead of {options[0].name} alone, {own / best:.2f} times as fast"
+    return f"nobody tuned these shapes; a race of {seconds:.0f} s: {what} ({RACE_VARIABLE}=0: no race)"
+
+
+def _costs(
+    table: KernelTable, shape: Shape, options: Sequence[Option], budget_s: float
+) -> dict[Option, float]:
+    """Nanoseconds of `_CALLS` with a matrix of a shape, over its rows, in each layout."""
+    rows = min(shape.m, max(_ROWS, _WEIGHTS // shape.k // _ROWS * _ROWS))
+    rng = np.random.default_rng(0)
+    w = rng.integers(-1, 2, (rows, shape.k), np.int8)
+    pools = _pools(table, w, options)
+    times: dict[tuple[Option, int], list[int]] = {(o, n): [] for o in options for n in _CALLS}
+    inputs = {n: rng.standard_normal((n, shape.k)).astype(np.float32) for n in _CALLS}
+    ends, turn, least = time.perf_counter() + budget_s, 0, 4
+    while time.perf_counter() < ends or turn < least:
+        for n, x in inputs.items():
+            for option in options:
+                linear = pools[option][turn % len(pools[option])]
+                started = time.perf_counter_ns()
+                linear(x)
+                times[option, n].append(time.perf_counter_ns() - started)
+            turn += 1
+    quartile = {key: statistics.quantiles(own, n=4, method="inclusive")[0] for key, own in times.items()}
+    return {o: sum(calls * quartile[o, n] for n, calls in _CALLS.items()) / rows for o in options}
+
+
+def _pools(table: KernelTable, w: NDArray[np.int8], options: Sequence[Option]) -> dict[Option, list[Linear]]:
+    """Copies of one matrix in each layout: in all twice the last-level cache, or `_POOL`."""
+    shape, wanted = Shape(*w.shape), min(_POOL, 2 * detect_cpu().llc_total_bytes)
+    if (room := available_memory()) is not None:
+        wanted = min(wanted, room // 4)
+    pools: dict[Option, list[Linear]] = {}
+    try:
+        for option in options:
+            table.prefer(shape, *option)
+            first = table.linear(w, 1.0)
+            copies = max(2, -(-wanted // (len(options) * first.packed.size)))
+            pools[option] = [first, *(_copy(first) for _ in range(copies - 1))]
+    finally:
+        table.prefer(shape, None)
+    return pools
+
+
+def _copy(linear: Linear) -> Linear:
+    packed = aligned_bytes(linear.packed.size)
+    packed[:] = linear.packed
+    return Linear(linear.table, linear.shape, packed, linear.scales)
+
+
+# ---- what is remembered ----
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Layouts by the names of shapes, as races on ``cpu`` found them for one library."""
+
+    cpu: str
+    layouts: Mapping[str, str] = field(default_factory=dict)
+
+
+def recall(file: Path) -> Settled:
+    """What races found before; without layouts where there were none, or the file is damaged."""
+    try:
+        return load(Settled, load_json(file), str(file))
+    except BitgenError:
+        return Settled(detect_cpu().model_name)
+
+
+def _file(table: KernelTable) -> Path | None:
+    """For this CPU, the library and its threads; None for a library outside a bundle, which has no name."""
+    if table.bundle is None:
+        return None
+    cpu: Cpu = detect_cpu()
+    library = table.bundle.manifest.files[table.path.name]
+    key = hashlib.sha256(f"{cpu_key(cpu)} {library} {table.threads}".encode()).hexdigest()[:16]
+    return cache_dir() / "races" / f"layouts-{key}.json"
