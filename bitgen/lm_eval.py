@@ -6,7 +6,7 @@
 
 is the harness' own command line, with one more model. Importing this module registers it, for programs that
 call ``lm_eval.simple_evaluate(model="bitgen", ...)``. A context that several choices share, or few-shot
-examples that several questions share, are computed once. Needs the extra lm_eval.
+examples that several questions share, are computed once. Needs the extra lm-eval.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    raise BitgenError(f"{error.name} is not installed: pip install 'bitgen[lm_eval]'") from None
+    missing = BitgenError(f"{error.name} is not installed: pip install 'bitgen[lm-eval]'")
+    if __name__ == "__main__":
+        sys.exit(f"bitgen: {missing.message}")
+    raise missing from None
 
 _MAX_TOKENS = 256  # of a generated text, where a task does not say
 _SLOTS = 8
+_DEFAULT_DEVICE = "cuda:0"  # what the harness' command line hands on where nobody said anything
 _DRAWN = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -41,7 +45,7 @@ class BitgenLM(TemplateLM):
 
     ``pretrained`` is what `bitgen.LLM` takes as its model; ``library``, ``threads``, ``kv`` and ``head`` are
     its options, ``max_length`` its context; ``batch_size`` how many choices or texts run side by side (auto:
-    8); ``add_bos_token`` overrides whether texts begin with BOS. ``device`` may only be cpu.
+    8); ``add_bos_token`` overrides whether texts begin with BOS. ``device`` is cpu.
     """
 
     def __init__(
@@ -62,7 +66,7 @@ class BitgenLM(TemplateLM):
         super().__init__()
         if unknown:
             raise UsageError(f"--model bitgen has no argument {', '.join(sorted(unknown))}")
-        if device not in (None, "cpu"):
+        if device not in (None, "cpu", _DEFAULT_DEVICE):
             raise UsageError(f"bitgen runs on the CPU, not on {device}")
         auto = batch_size is None or str(batch_size).startswith("auto")
         slots = min(_SLOTS if auto else int(batch_size or 1), max_batch_size or 64)

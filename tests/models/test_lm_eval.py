@@ -111,7 +111,7 @@ def samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bitgen_home: Path
 ) -> Callable[..., dict[str, Any]]:
     """A function from a model to the samples of all tasks."""
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm_eval)")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm-eval)")
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -218,7 +218,7 @@ def test_batches_and_orders_change_no_bit(samples: Callable[..., dict[str, Any]]
 @pytest.mark.slow
 @pytest.mark.usefixtures("bitgen_home")
 def test_texts_that_are_longer_than_the_context(bundle: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm_eval)")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm-eval)")
     from types import SimpleNamespace
 
     model = own(bundle, max_length=32)
@@ -242,13 +242,13 @@ def test_texts_that_are_longer_than_the_context(bundle: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("bitgen_home")
 def test_chats_and_wrong_arguments(bundle: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm_eval)")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm-eval)")
     from types import SimpleNamespace
 
     for wrong, said in (({"dtype": "float16"}, "no argument dtype"), ({"device": "cuda"}, "runs on the CPU")):
         with pytest.raises(UsageError, match=said):
             own(bundle, **wrong)
-    model = own(bundle, max_length=64)
+    model = own(bundle, max_length=64, device="cuda:0")  # the default of the harness' command line
     talk = [{"role": "user", "content": "hello"}]
     prompt = model.apply_chat_template(talk)
     assert "hello" in prompt
