@@ -36,7 +36,7 @@ def repository(rooms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     git("add", "bitgen")
     git("commit", "-m", "old")
     git("mv", "bitgen/target", "bitgen/cpu")
-    (tmp_path / "bitgen" / "cpu" / "cpu.py").write_text("\n" * 700)
+    (tmp_path / "bitgen" / "cpu" / "cpu.py").write_text("\n" * 1700)
     monkeypatch.setattr(rooms, "ROOT", tmp_path)
 
 
@@ -46,11 +46,17 @@ def test_a_room_is_compared_with_what_it_was_called_before(
 ) -> None:
     assert rooms.main(["--against", "main"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["room", "before", "lines", "budget", "over"]
-    assert ["bitgen/cpu/", "3", "700", "600", "+100"] in lines
-    assert ["bitgen/errors.py", "0", "0", "60"] in lines
+    assert lines[0] == ["room", "before", "lines", "planned", "budget", "over", "why"]
+    assert ["bitgen/cpu/", "3", "1,700", "600", "1,200", "+500", "three"] in [line[:7] for line in lines]
+    assert ["bitgen/whole.py", "0", "0", "60", "60"] in lines
     rooms.main(["--markdown"])
-    assert "| bitgen/cpu/ | 700 | 600 | +100 |" in capsys.readouterr().out
+    assert "| bitgen/cpu/ | 1,700 | 600 | 1,200 | +500 | three ways" in capsys.readouterr().out
+
+
+def test_a_room_that_is_larger_than_planned_says_why(rooms: ModuleType) -> None:
+    for room in rooms.ROOMS:
+        assert room.budget is None or room.budget >= room.planned, room.name
+        assert bool(room.why) == bool(room.budget and room.budget > 1.05 * room.planned), room.name
 
 
 @pytest.mark.usefixtures("repository")
