@@ -6,14 +6,17 @@
     constants.BITGEN_ERROR_BUSY
 
 What lies between "ABI begins" and "ABI ends" in csrc/bitgen.h is C that cffi parses without `BITGEN_API`.
+Parsing it takes 60 ms, so what came of it is kept in bitgen/abi_types.py, with the digest of what was parsed:
+any other header is parsed again. ``python -m bitgen.abi`` writes that file.
 """
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
-import cffi
-
+from bitgen import abi_types
 from bitgen.errors import FileError
 from bitgen.paths import csrc_dir
 
@@ -27,11 +30,49 @@ def _declarations() -> str:
     return (begins + inside).replace("BITGEN_API ", "")
 
 
-ffi: Any = cffi.FFI()
-ffi.cdef(_declarations())
+def _parsed(declarations: str) -> Any:
+    import cffi
+
+    parsed = cffi.FFI()
+    parsed.cdef(declarations)
+    return parsed
+
+
+def _digest(declarations: str) -> str:
+    return hashlib.sha256(declarations.encode()).hexdigest()
+
+
+def types_module(declarations: str) -> str:
+    """The text of bitgen/abi_types.py: a module with ``PARSED``, a digest, and ``ffi``."""
+    import io
+
+    from cffi.recompiler import make_py_source
+
+    parsed, out = _parsed(declarations), io.StringIO()
+    parsed.set_source("bitgen.abi_types", None)
+    make_py_source(parsed, "bitgen.abi_types", out)
+    what = '"""What cffi reads in csrc/bitgen.h. Do not edit: `python -m bitgen.abi` writes it."""'
+    return f'{what}\n\nPARSED = "{_digest(declarations)}"\n\n{out.getvalue()}'
+
+
+def _types() -> Any:
+    declarations = _declarations()
+    return abi_types.ffi if _digest(declarations) == abi_types.PARSED else _parsed(declarations)
+
+
+ffi: Any = _types()
 constants: Any = ffi.dlopen(None)  # enumerators and #defines are its attributes; it has no functions
 
 ABI_VERSION = int(constants.BITGEN_ABI_VERSION)
+
+
+def has_function(lib: Any, name: str) -> bool:
+    """Whether a library that cffi opened has a function of the header; older ones lack the newest."""
+    try:
+        getattr(lib, name)
+    except (AttributeError, ffi.error):  # as the header was parsed here, or before
+        return False
+    return True
 
 
 def enumerators(enum: str, prefix: str) -> dict[str, int]:
@@ -50,3 +91,6 @@ X_TYPES = enumerators("bitgen_x_type", "BITGEN_X_")  # what activations are quan
 KV_TYPES = {
     "q8" if name == "i8" else name: n for name, n in enumerators("bitgen_kv_type", "BITGEN_KV_").items()
 }
+
+if __name__ == "__main__":
+    Path(__file__).with_name("abi_types.py").write_text(types_module(_declarations()), encoding="utf-8")

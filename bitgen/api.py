@@ -292,7 +292,7 @@ def load(path: str | Path | None = None, threads: int | None = None) -> KernelTa
     if path is not None:
         return open_library(path, threads)
     cpu = detect_cpu()
-    bundle, _ = choose_bundle(all_bundles(hashed=False)[0], cpu, refused_features(cpu), recall(cpu))
+    bundle, _ = choose_bundle(all_bundles(hashed=False, cpu=cpu)[0], cpu, refused_features(cpu), recall(cpu))
     return open_library(untuned_library() if bundle is None else bundle, threads)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -60,6 +59,8 @@ class InterruptError(BitgenError):
 
 def nearest_names(name: str, names: Iterable[str]) -> list[str]:
     """Up to three of ``names`` that look like ``name``, whatever their case, best first."""
+    import difflib  # only for what was misspelled
+
     by_folded = {known.casefold(): known for known in names}
     folded = name.casefold()
     close = difflib.get_close_matches(folded, by_folded, n=3, cutoff=0.5)

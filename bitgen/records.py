@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import hashlib
 import re
 import types
 import typing
@@ -21,6 +22,9 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from bitgen.errors import BitgenError, FileError, suggestion
+from bitgen.paths import configs_dir
+
+PARSED = "parsed.json"  # in configs/: sha256 of a YAML text -> what it holds
 
 T = TypeVar("T")
 
@@ -209,17 +213,47 @@ def load_yaml(path: str | Path) -> Mapping[str, Any]:
 
     FileError when the file cannot be read, is not YAML, or holds something else.
     """
-    import yaml  # 20 ms that `bitgen --help` need not pay
-
     file = Path(path)
+    text = _text(file)
+    known = _parsed().get(_sha256(text))
+    return known if known is not None else parse_yaml(text, file)
+
+
+def parse_yaml(text: str, file: Path) -> Mapping[str, Any]:
+    """The mapping of a YAML text; errors name ``file``."""
+    import yaml  # 15 ms, and those of configs/ are parsed already
+
     try:
-        data = yaml.load(_text(file), Loader=_loader())  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, Loader=_loader())  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: PyYAML lets int() and date() speak for themselves. RecursionError: nested too deeply.
         raise FileError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise FileError(f"{file}: expected `key: value` lines, found {kind(data)}")
     return data
+
+
+@functools.cache
+def _parsed() -> Mapping[str, Any]:
+    """What configs/parsed.json keeps; nothing where it is missing, as in a tree that somebody edits."""
+    try:
+        data = msgspec.json.decode((configs_dir() / PARSED).read_bytes())
+    except (BitgenError, OSError, msgspec.DecodeError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def parsed_configs(folder: Path) -> str:
+    """The text of configs/parsed.json: every YAML file below ``folder``, by the sha256 of its text."""
+    lines = []
+    for file in sorted(folder.rglob("*.yaml")):
+        text = _text(file)
+        lines.append(f'"{_sha256(text)}":{msgspec.json.encode(parse_yaml(text, file)).decode()}')
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _text(file: Path) -> str:
@@ -259,3 +293,7 @@ def _loader() -> type[Any]:
     exponent = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")
     StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     return StrictLoader
+
+
+if __name__ == "__main__":
+    (configs_dir() / PARSED).write_text(parsed_configs(configs_dir()), encoding="utf-8")

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.abi import ABI_VERSION, X_TYPES, constants, ffi
+from bitgen.abi import ABI_VERSION, X_TYPES, constants, ffi, has_function
 from bitgen.bundle import Bundle, is_bundle, read_bundle, require_runnable
 from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
@@ -117,8 +117,9 @@ def _open(path: Path, sha256: str | None) -> Any:
         version = lib.bitgen_abi_version()
         sizes = ffi.new("int32_t[2]")
         lib.bitgen_struct_sizes(sizes, sizes + 1)
-    except AttributeError as error:
-        raise FileError(f"{path} is not a bitgen library: {error}") from error
+    except (AttributeError, ffi.error) as error:
+        why = str(error).replace(name, str(path))
+        raise FileError(f"{path} is not a bitgen library: {why}") from error
     if version != ABI_VERSION:
         raise FileError(f"{path} has ABI version {version}, not {ABI_VERSION}: build it again")
     _check_sizes(path, list(sizes), "kernel_info", "packed_header")
@@ -229,7 +230,7 @@ class KernelTable:
         if activations not in X_TYPES:
             known = " or ".join(X_TYPES)
             raise ArgumentValueError(f"activations must be {known}, not {activations!r}")
-        if activations != "int8" and not hasattr(self._lib, "bitgen_matmul_as"):
+        if activations != "int8" and not has_function(self._lib, "bitgen_matmul_as"):
             raise FileError(f"{self.path} knows no {activations} activations: build it again")
 
     # ---- Packed weights, for those who keep them elsewhere than in a `Linear` ----
@@ -251,7 +252,7 @@ class KernelTable:
 
         False where the library has no kernels for it, or is too old to be told.
         """
-        if not hasattr(self._lib, "bitgen_prefer_layout"):
+        if not has_function(self._lib, "bitgen_prefer_layout"):
             return False
         name = ffi.NULL if family is None else ffi.new("char[]", family.encode())
         code = self._lib.bitgen_prefer_layout(self._context, shape.m, shape.k, name, row_block)

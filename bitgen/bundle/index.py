@@ -18,6 +18,7 @@ from typing import Any
 
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle.manifest import MANIFEST_NAME, Bundle, Label
+from bitgen.cpu import Cpu
 from bitgen.errors import FileError, UsageError
 from bitgen.records import load
 from bitgen.spec import Shape
@@ -56,6 +57,10 @@ class IndexEntry:
         features = tuple(sorted(manifest.features))
         system, arch, family = manifest.system, manifest.arch, manifest.cpu_family
         return cls(path, system, arch, family, features, bundle.label, sha256)
+
+    def runs_on(self, cpu: Cpu) -> bool:
+        """Whether ``cpu`` can run the bundle, as far as an index says; `judge` decides."""
+        return (self.os, self.arch) == (cpu.os, cpu.arch) and cpu.features.issuperset(self.features)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -40,6 +41,8 @@ from bitgen.paths import installed_dir
 from bitgen.records import dump
 from bitgen.trust import Signature, TrustStore, private_dir, write_private, writing_to
 from bitgen.trust.minisign import SIGNATURE_LIMIT
+
+_UNFINISHED = re.compile(r"\..+\.json\.\d+")  # a receipt that a killed process was writing
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ def _sweep(root: Path) -> None:
     found, errors = receipts()
     named = {receipt.folder for receipt in found}
     for path in root.iterdir():
-        if path.name.startswith((".incoming-", ".new-")):
+        if path.name.startswith(".incoming-") or _UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         elif FOLDER.fullmatch(path.name) and path.name not in named and not errors:
             shutil.rmtree(path, ignore_errors=True)

@@ -12,11 +12,14 @@ Reading needs no cryptography: the signature was checked when it came in, and on
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitgen import __version__
 from bitgen.bundle.index import INDEX_NAME, SIGNATURE_NAME, Index, parse_index, require_entry
@@ -28,10 +31,14 @@ from bitgen.bundle.manifest import (
     find_bundles,
     read_bundle,
 )
+from bitgen.cpu import Cpu
 from bitgen.errors import BitgenError, FileError
 from bitgen.paths import generated_dir, installed_dir, shipped_bundles_dir
 from bitgen.records import load, load_json
 from bitgen.trust import Revocations, Signature, TrustStore, require_private
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "bitgen.bundles"  # of entry points: packages of bundles
 FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*-[0-9a-f]{16}-[0-9a-f]{8}")  # name, index, a random number
@@ -86,10 +93,10 @@ def index_of(receipt: Receipt) -> Index:
     return parse_index(data, str(file))
 
 
-def find_installed(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
+def find_installed(*, hashed: bool = True, cpu: Cpu | None = None) -> tuple[list[Bundle], list[BitgenError]]:
     """The installed bundles, and why others must not be used: damaged, of another ABI, revoked.
 
-    ``hashed``: see `bitgen.bundle.manifest.read_bundle`.
+    ``hashed``: see `bitgen.bundle.manifest.read_bundle`; ``cpu``: see `all_bundles`.
     """
     found, errors = receipts()
     bundles: list[Bundle] = []
@@ -102,25 +109,27 @@ def find_installed(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenErr
         return [], [error]
     for receipt in found:
         try:
-            bundles += _bundles_of(receipt, revoked, hashed)
+            bundles += _bundles_of(receipt, revoked, hashed, cpu)
         except BitgenError as error:
             errors.append(FileError(f"{receipt.name} {receipt.version}: {error.message}"))
     if errors and receipts()[0] != found:  # another process installed meanwhile
-        return find_installed(hashed=hashed)
+        return find_installed(hashed=hashed, cpu=cpu)
     return bundles, errors
 
 
-def _bundles_of(receipt: Receipt, revoked: Revocations, hashed: bool) -> list[Bundle]:
+def _bundles_of(receipt: Receipt, revoked: Revocations, hashed: bool, cpu: Cpu | None) -> list[Bundle]:
     if reason := revoked.reason(receipt.key_id, receipt.index_sha256):
         raise FileError(f"{reason}; bitgen bundle remove {receipt.name}")
     origin = Origin(receipt.name, receipt.version, receipt.key_id, "default")
-    return _indexed(index_of(receipt), installed_dir() / receipt.folder, origin, hashed)
+    return _indexed(index_of(receipt), installed_dir() / receipt.folder, origin, hashed, cpu)
 
 
-def _indexed(index: Index, folder: Path, origin: Origin, hashed: bool) -> list[Bundle]:
+def _indexed(index: Index, folder: Path, origin: Origin, hashed: bool, cpu: Cpu | None) -> list[Bundle]:
     """The bundles of an index in ``folder``, each as its manifest and the index say alike."""
     made = []
     for entry in index.bundles:
+        if cpu is not None and not entry.runs_on(cpu):
+            continue
         bundle = read_bundle(folder / entry.path, hashed=hashed, sha256=entry.manifest)
         require_entry(entry, bundle, folder)
         made.append(replace(bundle, origin=replace(origin, label=entry.label)))
@@ -136,7 +145,7 @@ def find_shipped(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError
     return [replace(b, origin=Origin("bitgen", __version__, None, b.label, WHEEL)) for b in bundles], errors
 
 
-def find_packages(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
+def find_packages(*, hashed: bool = True, cpu: Cpu | None = None) -> tuple[list[Bundle], list[BitgenError]]:
     """The bundles in packages that name themselves in the entry point group bitgen.bundles.
 
     They are trusted as a package is: who installs one lets it run. Nothing of it is imported here, and what
@@ -144,15 +153,43 @@ def find_packages(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenErro
     """
     bundles: list[Bundle] = []
     errors: list[BitgenError] = []
-    for entry in entry_points(group=GROUP):
+    for entry in _packages():
         try:
-            bundles += _packaged(entry, hashed)
+            bundles += _packaged(entry, hashed, cpu)
         except BitgenError as error:
             errors.append(FileError(f"the package {entry.value}: {error.message}"))
     return bundles, errors
 
 
-def _packaged(entry: EntryPoint, hashed: bool) -> list[Bundle]:
+def _packages() -> Iterable[EntryPoint]:
+    """The entry points of packages of bundles.
+
+    Importing importlib.metadata and asking it takes 25 ms, so it is only where some package mentions them.
+    """
+    if not any(map(_may_mention_bundles, sys.path)):
+        return ()
+    from importlib.metadata import entry_points
+
+    return entry_points(group=GROUP)
+
+
+def _may_mention_bundles(place: str) -> bool:
+    """Whether a package in a folder of sys.path has such an entry point; of what is no folder: it may."""
+    try:
+        with os.scandir(place or ".") as found:
+            names = [entry.path for entry in found if entry.name.endswith((".dist-info", ".egg-info"))]
+    except OSError:
+        return Path(place).is_file()
+    for name in names:
+        try:
+            if GROUP.encode() in Path(name, "entry_points.txt").read_bytes():
+                return True
+        except OSError:  # it has none
+            continue
+    return False
+
+
+def _packaged(entry: EntryPoint, hashed: bool, cpu: Cpu | None) -> list[Bundle]:
     spec = find_spec(entry.value) if entry.value.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise FileError("there is no such package")
@@ -169,18 +206,19 @@ def _packaged(entry: EntryPoint, hashed: bool) -> list[Bundle]:
         raise FileError(reason)
     index = parse_index(data, str(folder / INDEX_NAME))
     origin = Origin(entry.value, index.version, None, "default", PACKAGE)
-    return _indexed(index, folder, origin, hashed)
+    return _indexed(index, folder, origin, hashed, cpu)
 
 
-def all_bundles(*, hashed: bool = True) -> tuple[list[Bundle], list[BitgenError]]:
+def all_bundles(*, hashed: bool = True, cpu: Cpu | None = None) -> tuple[list[Bundle], list[BitgenError]]:
     """The bundles built here, installed, in packages, in bitgen's wheel; what is wrong with damaged ones.
 
-    ``hashed``: see `bitgen.bundle.manifest.read_bundle`.
+    ``hashed``: see `bitgen.bundle.manifest.read_bundle`. With a ``cpu`` those are not read of which an index
+    says that it cannot run them.
     """
     places = (
         find_bundles(generated_dir(), hashed=hashed),
-        find_installed(hashed=hashed),
-        find_packages(hashed=hashed),
+        find_installed(hashed=hashed, cpu=cpu),
+        find_packages(hashed=hashed, cpu=cpu),
         find_shipped(hashed=hashed),
     )
     bundles = [bundle for found, _ in places for bundle in found]

@@ -7,10 +7,11 @@ The manifest is believed only as far as it can be checked: the library's bytes a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import msgspec
 
@@ -60,6 +61,58 @@ class KernelEntry:
             object.__setattr__(self, "role", TUNED if self.shape else DEFAULT)
 
 
+class Offer(NamedTuple):
+    """What tells whether a kernel is for a model's matrices; ``shape`` None: it serves every one."""
+
+    family: str
+    group: int
+    role: str
+    shape: Shape | None
+
+
+class Kernels(Sequence[KernelEntry]):
+    """The kernels of a manifest that was verified. Each becomes a record when one of them is asked for.
+
+    That takes 50 us a kernel, and who chooses among bundles needs but their `Offer`. FileError when one is
+    damaged.
+    """
+
+    def __init__(self, plain: Sequence[Any], where: str) -> None:
+        self._plain, self._where = plain, where
+
+    @cached_property
+    def _entries(self) -> tuple[KernelEntry, ...]:
+        return load(tuple[KernelEntry, ...], self._plain, self._where)
+
+    def __len__(self) -> int:
+        return len(self._plain)
+
+    @overload
+    def __getitem__(self, at: int) -> KernelEntry: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[KernelEntry, ...]: ...
+    def __getitem__(self, at: int | slice) -> KernelEntry | tuple[KernelEntry, ...]:
+        return self._entries[at]
+
+    def __iter__(self) -> Iterator[KernelEntry]:
+        return iter(self._entries)
+
+    def to_plain(self) -> Sequence[Any]:
+        return self._plain
+
+    def offers(self) -> Iterator[Offer]:
+        """What each is for, read without the rest of it."""
+        try:
+            for entry in self._plain:
+                layout, shape = entry["spec"]["layout"], entry.get("shape")
+                place = Shape.from_plain(shape) if shape is not None else None
+                role = entry.get("role") or (TUNED if place else DEFAULT)
+                yield Offer(layout["family"], layout.get("group", 0), role, place)
+        except (KeyError, TypeError, AttributeError):
+            list(self)  # says what is wrong
+            raise
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a bundle says about itself.
@@ -80,7 +133,7 @@ class Manifest:
     cpu_family: str
     model: str | None
     isas: Mapping[str, tuple[str, ...]]
-    kernels: tuple[KernelEntry, ...]
+    kernels: Sequence[KernelEntry]
     files: Mapping[str, str]
     compiler: Mapping[str, Any]
     fingerprint: str | None
@@ -102,7 +155,13 @@ class Manifest:
 
     @property
     def is_tuned(self) -> bool:
-        return any(kernel.role == TUNED for kernel in self.kernels)
+        return any(offer.role == TUNED for offer in self.offers())
+
+    def offers(self) -> Iterator[Offer]:
+        """What each kernel is for."""
+        if isinstance(self.kernels, Kernels):
+            return self.kernels.offers()
+        return (Offer(k.spec.family, k.spec.layout.group, k.role, k.shape) for k in self.kernels)
 
 
 @dataclass(frozen=True)
@@ -162,7 +221,8 @@ def read_bundle(path: Path | str, *, hashed: bool = True, sha256: str | None = N
     """The bundle in the folder ``path``, its library's bytes verified.
 
     Without ``hashed`` they are not read: for whoever only chooses among bundles. `bitgen.runtime.load`
-    verifies the one it opens, on the descriptor that it loads. ``sha256``: what the manifest must have.
+    verifies the one it opens, on the descriptor that it loads. ``sha256``: what the manifest must have; its
+    kernels are then read when they are asked for.
 
     FileError, always one line: no manifest, one of another format or ABI version, a missing
     library, a library that is not the one the manifest describes.
@@ -178,7 +238,7 @@ def read_bundle(path: Path | str, *, hashed: bool = True, sha256: str | None = N
         raise FileError(f"{folder} is not a bundle: there is no {MANIFEST_NAME} in it") from None
     except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise FileError(f"cannot read {file}: {error}") from error
-    manifest = _parse(data, file)
+    manifest = _parse(data, file, trusted=sha256 is not None and not hashed)
     # A manifest from elsewhere must not name a library outside its folder.
     if Path(manifest.library).name != manifest.library:
         raise FileError(f"{file}: library must be a file name, not {manifest.library!r}")
@@ -198,14 +258,19 @@ def _require_library(folder: Path, manifest: Manifest) -> None:
         raise FileError(f"{library} is not the file its manifest describes (sha256 differs): build it again")
 
 
-def _parse(data: Any, file: Path) -> Manifest:
+def _parse(data: Any, file: Path, trusted: bool = False) -> Manifest:
     versions = (("format", MANIFEST_FORMAT), ("abi_version", ABI_VERSION))
     for key, wanted in versions:
         found = data.get(key) if isinstance(data, dict) else None
         if found != wanted:
             raise FileError(f"{file}: {key} is {found!r}, this bitgen reads {wanted}: build the bundle again")
+    kernels = data.get("kernels")
     try:
-        return load(Manifest, data, str(file))
+        if not trusted or not isinstance(kernels, list):
+            return load(Manifest, data, str(file))
+        return replace(
+            load(Manifest, {**data, "kernels": []}, str(file)), kernels=Kernels(kernels, str(file))
+        )
     except FileError as error:
         raise FileError(f"{error.message}; the manifest is damaged: build the bundle again") from error
 

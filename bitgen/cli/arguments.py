@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -258,6 +259,8 @@ def _bias(text: str) -> tuple[int, float]:
 
 def open_llm(args: argparse.Namespace, *, capacity: Capacity | None = None) -> LLM:
     """The model of the arguments, for one sequence or a ``capacity``; its notes go to standard error."""
+    # numpy's BLAS starts threads when it is imported, 60 ms, and no model is multiplied by it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from bitgen.cli.progress import ProgressBar
     from bitgen.llm import LLM
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 
 from bitgen.cpu.features import sysctl_features
 from bitgen.cpu.machine import Cache, Cpu
@@ -62,6 +61,8 @@ def cpu_from_sysctl(text: str, arch: str) -> Cpu:
 
 
 def run_sysctl() -> str:
+    import subprocess  # 5 ms that Linux need not pay
+
     try:
         command = ["/usr/sbin/sysctl", "hw", "machdep.cpu"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

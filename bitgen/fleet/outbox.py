@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from bitgen.errors import BitgenError, FileError
 from bitgen.fleet.messages import Answer, read_answer
 from bitgen.paths import ensure_dir
 from bitgen.records import dump, load_json
+from bitgen.whole import whole
 
 
 class Outbox:
@@ -24,17 +24,11 @@ class Outbox:
     def put(self, answer: Answer, job: dict[str, Any]) -> Path:
         """Keep ``answer`` with what must be known to send it. FileError where the disk is full."""
         target = self.folder / f"{answer.key}.json"
-        temporary = target.with_suffix(f".{os.getpid()}")
         text = json.dumps({"job": job, "answer": dump(answer)}, separators=(",", ":"))
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
+            with whole(target) as file:
+                file.write(text.encode())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise FileError(f"cannot write to {self.folder}: {error.strerror or error}") from error
         return target
 

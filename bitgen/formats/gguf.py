@@ -7,7 +7,6 @@ arrays only where they end; values are decoded when asked for.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from bitgen.formats.quants import DENSE, OTHER, BlockType
 from bitgen.formats.source import Bytes, map_file
 from bitgen.formats.ternary import I2_S_ID, TERNARY, i2_s_bytes
 from bitgen.progress import Progress, Report
+from bitgen.whole import whole
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32  # of tensor data, where the file does not say otherwise
@@ -393,20 +393,16 @@ def write_gguf(
     ``metadata``: bool, int (signed 64 bits), U32, float (32 bits), str, numpy arrays of numbers, lists of
     str. ``progress`` counts bytes of tensors. FileError when it cannot be written.
     """
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            _write(file, metadata, tensors, progress)
-        partial.replace(path)
+        with whole(path, synced=False) as file:
+            _write(file, path.name, metadata, tensors, progress)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # a folder that cannot be written: the first error says it
-            partial.unlink(missing_ok=True)
 
 
 def _write(
     file: BinaryIO,
+    name: str,
     metadata: Mapping[str, Any],
     tensors: Sequence[NewTensor],
     progress: Report | None,
@@ -432,7 +428,7 @@ def _write(
             file.write(np.ascontiguousarray(chunk).data)
             written += chunk.nbytes
             if progress is not None:
-                progress(Progress(f"writing {Path(file.name).stem}", done + written, total, "bytes"))
+                progress(Progress(f"writing {name}", done + written, total, "bytes"))
         if written != tensor.size:
             raise BitgenError(f"{tensor.name}: {written} bytes instead of {tensor.size}")
         file.write(bytes(-written % ALIGNMENT))

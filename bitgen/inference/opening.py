@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from bitgen.bundle import (
     PORTABLE,
     Bundle,
-    KernelEntry,
     all_bundles,
     choose_bundle,
     judge,
     refused_features,
 )
+from bitgen.bundle.manifest import Offer
 from bitgen.bundle.measured import recall
 from bitgen.cpu import detect_cpu
 from bitgen.errors import UsageError
@@ -44,16 +44,16 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
     return set(config.shapes) & {shape for shape in tuned if shape}
 
 
-def _multiplies(kernel: KernelEntry, config: ModelConfig) -> bool:
+def _multiplies(offer: Offer, config: ModelConfig) -> bool:
     """Whether a kernel is for weights such as the model's, and more than the portable one."""
-    if EVERY_FAMILY[kernel.spec.family].weights != config.weights:
+    if EVERY_FAMILY[offer.family].weights != config.weights:
         return False
-    return config.weights == TERNARY or (kernel.spec.layout.group == config.group and kernel.role != PORTABLE)
+    return config.weights == TERNARY or (offer.group == config.group and offer.role != PORTABLE)
 
 
 def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
     """Whether a library has kernels of an ISA level for weights such as the model's."""
-    return any(_multiplies(kernel, config) for kernel in bundle.manifest.kernels)
+    return any(_multiplies(offer, config) for offer in bundle.manifest.offers())
 
 
 def find_library(config: ModelConfig) -> Bundle | None:
@@ -63,14 +63,17 @@ def find_library(config: ModelConfig) -> Bundle | None:
     """
     cpu = detect_cpu()
     refused = refused_features(cpu)
-    bundles = [bundle for bundle in all_bundles(hashed=False)[0] if judge(bundle, cpu, refused).accepted]
+    found = all_bundles(hashed=False, cpu=cpu)[0]
+    bundles = [bundle for bundle in found if judge(bundle, cpu, refused).accepted]
 
     def fitting(bundle: Bundle) -> tuple[int, bool]:
-        kernels = [kernel for kernel in bundle.manifest.kernels if _multiplies(kernel, config)]
-        return len(tuned_shapes(config, (kernel.shape for kernel in kernels))), bool(kernels)
+        offers = [offer for offer in bundle.manifest.offers() if _multiplies(offer, config)]
+        return len(tuned_shapes(config, (offer.shape for offer in offers))), bool(offers)
 
-    most = max(map(fitting, bundles), default=(0, False))
-    return choose_bundle([b for b in bundles if fitting(b) == most], cpu, refused, recall(cpu))[0]
+    fits = [fitting(bundle) for bundle in bundles]
+    most = max(fits, default=(0, False))
+    best = [bundle for bundle, fit in zip(bundles, fits, strict=True) if fit == most]
+    return choose_bundle(best, cpu, refused, recall(cpu))[0]
 
 
 def open_engine(

@@ -12,7 +12,6 @@ it always was.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import msgspec
 
 from bitgen.errors import FileError
 from bitgen.inference.scheduler import Held, Scheduler
+from bitgen.whole import whole
 
 KV_VERSION = "kv 1"  # goes up when the same tokens fill the KV cache with other bits than before
 _MAGIC = b"bitgen prompt cache 1\n"
@@ -57,34 +57,14 @@ def save(path: Path, scheduler: Scheduler, model: str, messages: Sequence[dict[s
         for each in held
     ]
     header = msgspec.json.encode(_Header(model, entries, list(messages)))
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    _tidy(path)
     try:
-        with fresh.open("wb") as file:
+        with whole(path) as file:
             file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
             for each in held:
                 file.write(each.data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        fresh.unlink(missing_ok=True)
     return sum(len(entry.tokens) for entry in entries)
-
-
-def _tidy(path: Path) -> None:
-    """Delete what processes that were killed had begun to write."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        number = left.name.rpartition(".")[2]
-        if number.isdigit():
-            try:
-                os.kill(int(number), 0)
-            except ProcessLookupError:
-                left.unlink(missing_ok=True)
-            except (OSError, OverflowError):  # somebody else's
-                continue
 
 
 def restore(path: Path, scheduler: Scheduler, model: str) -> list[dict[str, str]]:

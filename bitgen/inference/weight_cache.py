@@ -20,13 +20,11 @@ import json
 import mmap
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +37,9 @@ from bitgen.paths import cache_dir, ensure_dir
 from bitgen.progress import Progress, Report
 from bitgen.runtime import Groups, KernelTable, aligned_bytes
 from bitgen.spec import Shape
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -304,6 +305,8 @@ def _pack(
     release: Callable[[], None],
 ) -> Iterator[tuple[str, Bytes]]:
     """Packed weights and scales of each matrix, in order. Decoding runs ahead, on threads of its own."""
+    from concurrent.futures import ThreadPoolExecutor  # 4 ms that a model that was packed need not pay
+
     total = sum(table.packed_bytes(m.shape, groups[name]) for name, m in matrices.items())
     done = 0
     with ThreadPoolExecutor(max(1, table.threads)) as pool:
@@ -529,6 +532,8 @@ class _CannotWriteError(Exception):
 
 def _write(path: Path, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
     """A cache file, whole or not at all. What making the pieces raises is passed on."""
+    import tempfile
+
     try:
         folder = ensure_dir(path.parent)
         handle, name = tempfile.mkstemp(suffix=".part", dir=folder)

@@ -15,13 +15,13 @@ import itertools
 import os
 import pwd
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from bitgen.errors import FileError
+from bitgen.whole import whole
 
 _LINUX_DESCRIPTORS = Path("/proc/self/fd")
 _opened = itertools.count(1)
@@ -95,17 +95,8 @@ def private_dir(path: Path) -> Path:
 
 def write_private(path: Path, data: bytes) -> None:
     """Write a file for its owner only; it is the old or the new one whole, whatever happens."""
-    descriptor, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)  # 0600
-    try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
+    with whole(path, private=True) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import pytest
 
 from bitgen import spec
 from bitgen.errors import BitgenError, FileError
-from bitgen.records import dump, load, load_json, load_yaml
+from bitgen.paths import configs_dir
+from bitgen.records import PARSED, dump, load, load_json, load_yaml, parsed_configs
 from bitgen.spec import KernelSpec, Layout, Schedule, Shape
 
 
@@ -275,3 +276,8 @@ def test_a_wrong_spec_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(FileError) as error:
         load(KernelSpec, dump(SPEC) | change, "f.json")
     assert f"f.json: {message}" in error.value.message
+
+
+def test_configs_are_kept_parsed() -> None:
+    kept = (configs_dir() / PARSED).read_text(encoding="utf-8")
+    assert kept == parsed_configs(configs_dir()), "`python -m bitgen.records` writes configs/parsed.json anew"
