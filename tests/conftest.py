@@ -3,10 +3,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
+import resource
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import emulated
 import pytest
 from exact_specs import DEEP_VARIABLE
 from hypothesis import HealthCheck, settings
-from libraries import CACHE_VARIABLE, share_cache
+from libraries import CACHE_VARIABLE, share_cache, shared_cache
 
 from bitgen.cpu import CAP_VARIABLE, Cpu, detect_cpu
 from bitgen.errors import BitgenError
@@ -39,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[CACHE_VARIABLE] = folder = tempfile.mkdtemp(prefix="bitgen-tests-")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
     os.environ["BITGEN_RACE"] = "0"  # of layouts, at the first run of a model that nobody tuned
+    # 60 ms of each of hundreds of processes, and where several run it only spins.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        # Hundreds of processes are started here, and each would compile the package for itself, 0.5 s.
+        os.environ["PYTHONPYCACHEPREFIX"] = str(shared_cache() / "python")
     if config.option.isa_cap is not None:
         os.environ[CAP_VARIABLE] = config.option.isa_cap
     try:
@@ -58,15 +66,68 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="LEVEL",
         help="let this CPU act as one of at most this ISA level (BITGEN_ISA_CAP)",
     )
+    parser.addoption(
+        "--cpu-times",
+        metavar="N",
+        type=int,
+        default=0,
+        help="at the end, CPU seconds of every file, and of the N tests that took most",
+    )
+
+
+SLOW = Path(__file__).parent / "slow"
+LIBRARIES = {"bundle", "level_library", "universal_library"}  # fixtures that compile one
+# Files that take longest, by `--cpu-times` or because they wait, begin first: none is left alone at the end.
+LONG = (
+    "test_exact",
+    "test_fleet_database",
+    "test_arm",
+    "test_engine",
+    "test_vector_ops",
+    "test_aarch64_root",
+    "test_measure",
+    "test_sanitizers",
+    "test_bundle_commands",
+    "test_cli",
+    "test_wheel",
+    "test_emulated",
+    "test_benchmarks",
+    "test_cli_model",
+    "test_generate",
+    "test_serve",
+    "test_library",
+    "test_sized_step",
+)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The fast lane does not read files that are slow as a whole: some import PyTorch, which takes 5 s."""
+    wanted: str = config.option.markexpr
+    if collection_path.suffix != ".py" or not wanted.startswith("not slow") or " or " in wanted:
+        return None
+    if collection_path.is_relative_to(SLOW):
+        return True
+    text = collection_path.read_text(encoding="utf-8")
+    return True if re.search(r"^pytestmark = (\[\s*)?pytest\.mark\.slow", text, re.MULTILINE) else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: some files wait, for clocks, servers and databases."""
+    return detect_cpu().usable_threads + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/slow is slow; elsewhere a test says so itself. Deep tests are for `.ci/deep`."""
+    """Everything in tests/slow is slow, and what calls a library; elsewhere a test says so itself.
+
+    Deep tests are for `.ci/deep`.
+    """
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     deep = pytest.mark.skip(reason=f"takes minutes: .ci/deep tests runs it ({DEEP_VARIABLE}=1)")
     for item in items:
         if item.get_closest_marker("deep") and not os.environ.get(DEEP_VARIABLE):
             item.add_marker(deep)
-        if item.path.is_relative_to(Path(__file__).parent / "slow"):
+        if item.path.is_relative_to(SLOW) or LIBRARIES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
@@ -123,8 +184,43 @@ def universal_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return step_levels.universal_library(tmp_path_factory)
 
 
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended; other work on the machine does not count."""
+    taken = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in taken)
+
+
+_last_cpu = _cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Each report says what CPU time its phase took; fixtures count for the test that needed them first."""
+    global _last_cpu
+    report = yield
+    now = _cpu_seconds()
+    report.user_properties.append(("cpu", now - _last_cpu))
+    _last_cpu = now
+    return report
+
+
+def _cpu_lines(terminalreporter: pytest.TerminalReporter, most: int) -> list[str]:
+    tests: Counter[str] = Counter()
+    for kind in ("", "passed", "failed", "error", "skipped", "xfailed"):
+        for report in terminalreporter.stats.get(kind, ()):
+            tests[report.nodeid] += dict(getattr(report, "user_properties", ())).get("cpu", 0.0)
+    files: Counter[str] = Counter()
+    for name, seconds in tests.items():
+        files[name.partition("::")[0]] += seconds
+    rows = [("all", files.total()), *files.most_common(), *tests.most_common(most)]
+    return [f"cpu: {seconds:8.1f} s  {name}" for name, seconds in rows]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """How much was proven exact and what was found against oracles, also from parallel workers."""
+    if most := terminalreporter.config.option.cpu_times:
+        for line in _cpu_lines(terminalreporter, most):
+            terminalreporter.write_line(line)
     passed = terminalreporter.getreports("passed")
     counts = [value for report in passed for name, value in report.user_properties if name == "exact"]
     if counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_specs import SHAPE, chosen, edges, for_one_shape
+from exact_specs import DEEP_VARIABLE, SHAPE, chosen, edges, for_one_shape
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from libraries import toolchain_of
@@ -50,6 +51,7 @@ levels = pytest.mark.parametrize("isa_name", [isa.name for isa in load_isas()])
 families = pytest.mark.parametrize("family", FAMILIES)
 
 SAMPLE, SEED = 1, 20
+EXAMPLES = 25 if os.environ.get(DEEP_VARIABLE) else 8  # of drawn problems, a kernel
 PATIENT = TimingPolicy(check_timeout_s=120, timeout_s=600)  # nothing here hangs; a loaded machine is slow
 
 
@@ -371,7 +373,7 @@ def test_drawn_problems_are_exact(family: str, isa_name: str, regime: Regime, to
     runnable(isa_name)
     matmul = called(toolchain, family, isa_name, regime.name)
 
-    @settings(max_examples=25, deadline=None, database=None)
+    @settings(max_examples=EXAMPLES, deadline=None, database=None)
     @given(problem=problems(regime))
     def run(problem: tuple[np.ndarray, np.ndarray, np.random.Generator]) -> None:
         w, x, rng = problem

@@ -129,7 +129,8 @@ def _write_launcher(system: Aarch64Root, file: Path) -> None:
     root = system.folder / "system"
     words = [f'exec "{foreign.QEMU}" -L "{root}" -0 "{system.python}"']
     words += [f'-E PYTHONHOME="{root}/usr" -E PYTHONPATH="{system.folder}/site" -E PATH=/nonexistent']
-    words += ["-E PYTHONDONTWRITEBYTECODE=1", f'"{root}/usr/bin/python3" "$@"']
+    # Emulated, compiling the package takes many times as long as running it: once is enough.
+    words += [f'-E PYTHONPYCACHEPREFIX="{system.folder}/compiled"', f'"{root}/usr/bin/python3" "$@"']
     file.write_text(f"#!/bin/sh\n{' '.join(words)}\n", encoding="utf-8")
     file.chmod(0o755)
 

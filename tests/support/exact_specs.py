@@ -56,19 +56,18 @@ def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[Ke
 def chosen(
     family: str, isa: Isa, regime: Regime, cpu: Cpu, sample: int, seed: int, group: int = 0
 ) -> list[KernelSpec]:
-    """The default, the presets, every overflow edge and a sample of a space, each once.
+    """The default, the presets, an overflow edge (`.ci/deep`: every one) and a sample of a space, each once.
 
-    Of scalar kernels the default, an edge and the sample; of kernels that have the text of their level's
-    parent only the default.
+    Of scalar kernels no presets; of kernels that have the text of their level's parent only the default.
     """
     space = space_for(family, isa, regime, SHAPE, cpu, group)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}" + (f" {group}" if group else ""))
     presets: Iterable[KernelSpec] = space.known_good
     widest = [] if group else list(edges(space))  # int16 sums end with a group, below the edge
     if isa.name == "scalar":
-        # Its unrolled arrays take seconds each to compile: `.ci/deep` runs all of its edges.
-        presets = (space.default,)
-        widest = widest if os.environ.get(DEEP_VARIABLE) else draw.sample(widest, min(1, len(widest)))
+        presets = (space.default,)  # its unrolled arrays take seconds each to compile
+    if not os.environ.get(DEEP_VARIABLE):
+        widest = draw.sample(widest, min(1, len(widest)))
     points = (*presets, *widest, *draw.sample(space.points, sample))
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
 

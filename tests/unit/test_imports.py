@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,11 +39,16 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
+@cache
+def imports_of_modules() -> dict[str, set[str]]:
+    return {name: imports(tree) for name, tree in modules()}
+
+
 def importers(library: str) -> set[str]:
     return {
         name
-        for name, tree in modules()
-        if any(found == library or found.startswith(f"{library}.") for found in imports(tree))
+        for name, imported in imports_of_modules().items()
+        if any(found == library or found.startswith(f"{library}.") for found in imported)
     }
 
 
@@ -102,7 +109,7 @@ def test_processes_are_started_in_few_places() -> None:
 
 
 def test_no_drawer_for_odds_and_ends() -> None:
-    names = {name.rpartition(".")[2] for name, _ in modules()}
+    names = {name.rpartition(".")[2] for name in imports_of_modules()}
     assert not names & {"utils", "util", "helpers", "misc", "common"}
 
 
@@ -122,4 +129,19 @@ def test_importing_stays_light(module: str, absent: set[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
+    assert done.stdout == "\n"
+
+
+def test_choosing_a_library_parses_nothing_that_was_parsed_before(tmp_path: Path) -> None:
+    """And imports nothing that only other work needs: a first token waits for all of it."""
+    absent = {"cffi", "jinja2", "optuna", "pycparser", "rich", "subprocess", "tempfile", "yaml"}
+    script = f"""
+import sys
+from bitgen.formats.open import open_model
+from bitgen.inference.opening import find_library
+find_library(open_model("tiny").config)
+print(*sorted({absent!r} & set(sys.modules)))
+"""
+    env = {**os.environ, "BITGEN_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
