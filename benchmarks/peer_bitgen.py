@@ -1,7 +1,7 @@
 """The side of bitgen in benchmarks/peers.py: a preset's random weights or a file, asked as peer_side.py says.
 
-    python peer_bitgen.py 3B|FILE.gguf --threads N --context N [--library PATH] [--head q8|screened]
-        [--best K] [--kv q8] [--silu]
+    python peer_bitgen.py 3B|FILE.gguf --threads N --context N [--sequences N] [--library PATH]
+        [--head q8|screened] [--best K] [--kv q8] [--silu]
 
 The answers are the same too; bytes are those of packed weights, scales and head. With --best a step gives the
 K best logits instead of all, as sampling with top-k needs; only then a screened head reads less.
@@ -43,21 +43,33 @@ def reach(engine: Engine, depth: int) -> None:
 
 
 def run(
-    engine: Engine, best: int, do: str, tokens: list[int], out: str | None = None, depth: int = 0
+    engine: Engine,
+    best: int,
+    do: str,
+    tokens: list[int],
+    out: str | None = None,
+    depth: int = 0,
+    sequences: int = 1,
 ) -> float:
     """Seconds that a request takes; ``best`` logits of a step, 0: all."""
     reach(engine, depth)
-    size = 1 if do == "steps" else len(tokens)
+    for slot in range(1, sequences):
+        engine.truncate(slot, 0)
+    several = sequences > 1
+    size = sequences if do == "steps" else len(tokens)
     parts = np.array(tokens, np.int32).reshape(-1, size)
-    sequences, outputs = np.zeros(size, np.int32), np.arange(size) == size - 1
+    slots = np.arange(size, dtype=np.int32) if several else np.zeros(size, np.int32)
+    outputs = np.full(size, several) | (np.arange(size) == size - 1)
     rows = []
     started = time.perf_counter()
     for index, part in enumerate(parts):
         positions = depth + np.arange(index * size, (index + 1) * size, dtype=np.int32)
+        if several:
+            positions = np.full(size, index, np.int32)
         if best and out is None:
-            engine.forward(part, positions, sequences, [Best(best) if out else Nothing() for out in outputs])
+            engine.forward(part, positions, slots, [Best(best) if out else Nothing() for out in outputs])
             continue
-        logits = engine.forward(part, positions, sequences, outputs)
+        logits = engine.forward(part, positions, slots, outputs)
         if out is not None:
             rows.append(logits)
     seconds = time.perf_counter() - started
@@ -77,7 +89,8 @@ def serve(args: argparse.Namespace) -> None:
     os.dup2(2, 1)
     weights = model_weights(args)
     with load(args.library or library_for(weights.config), args.threads) as table:
-        engine = open_engine(weights, table, context=args.context, head=args.head, kv=args.kv)
+        options = {"context": args.context, "head": args.head, "kv": args.kv}
+        engine = open_engine(weights, table, batch=args.sequences, **options)
         # The int8 rows of q8 and screened count as packed; the few rows of f16 that screening reads do not.
         head = weights.output.data.nbytes if args.head == "full" else 0
         about = {"bytes": engine.memory.weights + head, "about": table.path.parent.name}
@@ -97,6 +110,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--library")
+    parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--silu", action="store_true", help="the shape of a relu² model with a silu gate")
     parser.add_argument("--head", choices=("full", "screened", "q8"), default="full")
     parser.add_argument("--kv", choices=("f16", "q8"), default="f16")

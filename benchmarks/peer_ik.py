@@ -26,7 +26,8 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     if not model:
         sys.exit(f"error: ik_llama.cpp cannot load {args.model}")
     options = ik.llama_context_default_params()
-    options.n_ctx = options.n_batch = args.context
+    options.n_ctx, options.n_seq_max = args.context * args.sequences, args.sequences
+    options.n_batch = size = max(args.context, args.sequences)
     options.n_threads = options.n_threads_batch = args.threads
     options.flash_attn = not args.no_flash
     set_cache(options, args.kv)
@@ -41,7 +42,7 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     def trim(of: object, depth: int) -> None:
         forget(of, 0, depth, -1)
 
-    return Peer(ik, model, context, args.context, ik.llama_kv_cache_clear, trim), enabled(describe())
+    return Peer(ik, model, context, size, ik.llama_kv_cache_clear, trim), enabled(describe())
 
 
 if __name__ == "__main__":

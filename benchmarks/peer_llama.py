@@ -27,7 +27,8 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     if not model:
         sys.exit(f"error: llama.cpp cannot load {args.model}")
     options = api.llama_context_default_params()
-    options.n_ctx = options.n_batch = args.context
+    options.n_ctx, options.n_seq_max = args.context * args.sequences, args.sequences
+    options.n_batch = size = max(args.context, args.sequences)
     options.n_threads = options.n_threads_batch = args.threads
     options.flash_attn_type = _NO_FLASH if args.no_flash else _FLASH
     set_cache(options, args.kv)
@@ -41,7 +42,7 @@ def load(args: argparse.Namespace) -> tuple[Peer, str]:
     def trim(of: object, depth: int) -> None:
         api.llama_memory_seq_rm(api.llama_get_memory(of), 0, depth, -1)
 
-    return Peer(api, model, context, args.context, clear, trim), enabled(api.llama_print_system_info())
+    return Peer(api, model, context, size, clear, trim), enabled(api.llama_print_system_info())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A child answers requests, one JSON object a line, through the C API of its libra
 
     {"do": "prompt", "tokens": [...]}               all tokens in one llama_decode, logits of the last one
     {"do": "steps", "tokens": [...]}                one llama_decode a token, each with its logits
+    {"do": "steps", "tokens": [...], "sequences": 8}    the same for eight tokens, one of each sequence
 
 With "depth": N the cache holds N tokens before, which are computed, untimed, where the request before left
 others. With "out": PATH the logits are written there as float32. The answer is {"seconds": ...}. The first
@@ -35,7 +36,8 @@ def set_cache(options: Any, kv: str) -> None:
 class Peer:
     """A model with a context of its own. ``api``: the bindings of a library.
 
-    ``clear`` empties the cache, ``trim`` forgets what is in it from a position on.
+    ``size`` is the number of tokens of the largest batch; ``clear`` empties the cache, ``trim`` forgets what
+    is in it from a position on.
     """
 
     def __init__(
@@ -52,14 +54,17 @@ class Peer:
         self.vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
         self.batch = api.llama_batch_init(size, 0, 1)
 
-    def decode(self, tokens: list[int], start: int) -> Any:
-        """Append tokens at position ``start``; float32 (vocab), the logits of the last one."""
-        batch = self.batch
+    def decode(self, tokens: list[int], start: int, sequences: int = 1) -> Any:
+        """Append tokens at position ``start``; float32 (vocab), the logits of the last one.
+
+        With several sequences one token to each, all with their logits.
+        """
+        batch, several = self.batch, sequences > 1
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, start + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = i == len(tokens) - 1
+            batch.token[i], batch.pos[i] = token, start + (0 if several else i)
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, i if several else 0
+            batch.logits[i] = several or i == len(tokens) - 1
         code = self.api.llama_decode(self.context, batch)
         if code:
             sys.exit(f"error: llama_decode fails with {code}")
@@ -76,14 +81,17 @@ class Peer:
             self.decode(tokens[start : start + _PART], start)
         self.depth = depth
 
-    def run(self, do: str, tokens: list[int], out: str | None = None, depth: int = 0) -> float:
+    def run(
+        self, do: str, tokens: list[int], out: str | None = None, depth: int = 0, sequences: int = 1
+    ) -> float:
         """Seconds that a request takes."""
         self.reach(depth)
-        parts = [[token] for token in tokens] if do == "steps" else [tokens]
+        size = sequences if do == "steps" else len(tokens)
+        parts = [tokens[at : at + size] for at in range(0, len(tokens), size)]
         rows = []
         started = time.perf_counter()
         for position, part in enumerate(parts):
-            logits = self.decode(part, depth + position)
+            logits = self.decode(part, depth + position, sequences)
             if out is not None:
                 rows.append(ctypes.string_at(logits, 4 * self.vocab))
         seconds = time.perf_counter() - started
@@ -99,6 +107,7 @@ def serve(doc: str, load: Callable[[argparse.Namespace], tuple[Peer, str]]) -> N
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=1, help="that step at once")
     parser.add_argument("--bytes", type=int, help="bytes a step reads (the size of the file)")
     parser.add_argument("--kv", choices=("f16", "q8"), default="f16")
     parser.add_argument("--no-flash", action="store_true")

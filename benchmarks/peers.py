@@ -15,9 +15,10 @@ First all compute the logits of one prompt: the run ends unless they are finite 
 peers quantise activations with several scales a token). Then each round runs every test on every side in
 shuffled order. Figures are medians. pp: a prompt at once; tg: tokens one by one from an empty context, or
 with tg32@d4096 behind 4096 tokens that the cache holds, which each side computes once, untimed; then its
-rounds follow one another, and the bytes of keys and values (--kv q8: of 8 bits on all sides) count too. MB a
-token: packed weights, scales and head; for the peers the file. Before and after a side's steps a probe reads
-the memory; "of DRAM": the median over the rounds of what the side read, against the more of the two.
+rounds follow one another, and the bytes of keys and values (--kv q8: of 8 bits on all sides) count too.
+tg32x8 steps 8 sequences at once. MB a step: packed weights, scales and head; for the peers the file. Before
+and after a side's steps a probe reads the memory; "of DRAM": the median over the rounds of what the side
+read, against the more of the two.
 
 llama.cpp knows 2B-4T's architecture only with a silu gate: with --llama every side runs a relu² model's shape
 that way, and the title says so. TQ1_0 and TQ2_0 hold matrices of multiples of 256 columns, Q4_0 all.
@@ -107,28 +108,40 @@ class Side:
 
 @dataclass(frozen=True)
 class Test:
-    """``pp512``: a prompt of 512 tokens; ``tg32``: 32 steps of one token; ``tg32@d4096``: behind 4096."""
+    """``pp512``: a prompt of 512 tokens; ``tg32``: 32 steps of one token; ``tg32@d4096``: behind 4096.
+
+    ``tg32x8``: 32 steps of 8 sequences at once.
+    """
 
     name: str
     do: str
     n: int
     depth: int = 0
+    sequences: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Test:
         kinds = {"pp": "prompt", "tg": "steps"}
         found = re.fullmatch(r"(pp|tg)([1-9]\d*)(?:@d(\d+))?", text)
+        if found:
+            return cls(text, kinds[found[1]], int(found[2]), int(found[3] or 0))
+        found = re.fullmatch(r"tg([1-9]\d*)x([1-9]\d*)", text)
         if not found:
-            raise BitgenError(f"{text} is no test: write pp512, tg32 or tg32@d4096")
-        return cls(text, kinds[found[1]], int(found[2]), int(found[3] or 0))
+            raise BitgenError(f"{text} is no test: write pp512, tg32, tg32@d4096 or tg32x8")
+        return cls(text, "steps", int(found[1]), sequences=int(found[2]))
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.sequences
 
 
 @contextlib.contextmanager
 def opened(
-    args: argparse.Namespace, config: ModelConfig, files: dict[str, Path], threads: int, context: int
+    args: argparse.Namespace, config: ModelConfig, files: dict[str, Path], threads: int, room: tuple[int, int]
 ) -> Iterator[list[Side]]:
-    """Load bitgen and every file of the peers."""
-    common = ["--threads", str(threads), "--context", str(context), "--kv", args.kv]
+    """Load bitgen and every file of the peers, with room for so many positions of so many sequences."""
+    common = ["--threads", str(threads), "--context", str(room[0]), "--sequences", str(room[1])]
+    common += ["--kv", args.kv]
     options = ["--library", args.library] if args.library else []
     options += ["--silu"] if args.silu else []
     ik_env = {"IK_LLAMA_CPP_LIB_PATH": str(args.ik_library)} if args.ik_library else {}
@@ -194,12 +207,12 @@ def time_sides(
         # All rounds of a depth before those of the next: a side computes what its cache holds once.
         for depth in dict.fromkeys(test.depth for test in tests):
             for number, test in product(range(rounds + 1), [test for test in tests if test.depth == depth]):
-                tokens = draw.integers(0, vocab, test.n).tolist()
+                tokens = draw.integers(0, vocab, test.tokens).tolist()
                 for side in order.sample(list(sides), len(sides)):
                     line.show(Progress(f"{test.name}, {side.name}", number, rounds + 1, "rounds"))
                     # Memory that is shared changes from second to second.
                     before = probe() if number and test.do == "steps" else 0.0
-                    time = side.ask(test.do, tokens, depth=depth)
+                    time = side.ask(test.do, tokens, depth=depth, sequences=test.sequences)
                     if not number:
                         continue
                     seconds[side.name, test.name].append(time)
@@ -222,16 +235,17 @@ def result_rows(
     """
     rows: list[tuple[object, ...]] = []
     for test in tests:
-        speeds = {side.name: [test.n / s for s in seconds[side.name, test.name]] for side in sides}
+        speeds = {side.name: [test.tokens / s for s in seconds[side.name, test.name]] for side in sides}
         ours = statistics.median(speeds[sides[0].name])
         for side in sides:
             speed = statistics.median(speeds[side.name])
             gbs = share = None
             read = side.bytes + cached(test, side)
             if test.do == "steps":
-                gbs = read * speed / 1e9
+                each = read / test.sequences / 1e9  # GB a token
+                gbs = each * speed
                 rounds = zip(speeds[side.name], dram[side.name, test.name], strict=True)
-                share = statistics.median(read * s / 1e9 / limit for s, limit in rounds)
+                share = statistics.median(each * s / limit for s, limit in rounds)
             spread = min(speeds[side.name]), max(speeds[side.name])
             rows.append((threads, test.name, side.name, speed, *spread, ours / speed, read / 1e6, gbs, share))
     return rows
@@ -258,7 +272,7 @@ _LOGITS = (
 _RESULTS = (
     *(Column("threads", "threads", "d"), Column("test", "test"), Column("side", "side")),
     *(Column("avg_ts", "t/s", ",.2f"), Column("min_ts", "min", ",.2f"), Column("max_ts", "max", ",.2f")),
-    *(Column("speedup", "bitgen is", ".2f"), Column("mb", "MB a token", ",.0f")),
+    *(Column("speedup", "bitgen is", ".2f"), Column("mb", "MB a step", ",.0f")),
     *(Column("gbs", "GB/s", ".1f"), Column("share", "of DRAM", ".0%")),
 )
 
@@ -294,6 +308,7 @@ def run(args: argparse.Namespace) -> None:
     config = open_model(args.model).config if whole else peer_config(args.model, args.silu)
     tests = [Test.parse(text) for text in args.tests.split(",")]
     context = max(_PROMPT, *(test.n + test.depth for test in tests))
+    room = context, max(test.sequences for test in tests)
     args.type = chosen_types(args, config)
     kinds = list(dict.fromkeys(peer.partition("+")[0] for peer in args.type))
     if whole:
@@ -308,7 +323,7 @@ def run(args: argparse.Namespace) -> None:
     facts = [f"load before: {os.getloadavg()[0]:.2f}"]
     for threads in map(int, args.threads.split(",")):
         with (
-            opened(args, config, files, threads, context) as sides,
+            opened(args, config, files, threads, room) as sides,
             LocalRunner(environment.toolchain, environment.cpu) as runner,
         ):
             logits = logits or compare_logits(sides, config.vocab)

@@ -483,7 +483,7 @@ class Engine:
         if memory.cache < least:
             raise UsageError(
                 f"{memory.cache / 2**20:.1f} MiB hold no text of {self.context} positions, which takes up to "
-                f"{least / 2**20:.1f} MiB of keys and values: allow more, or ask for a smaller context (-c)"
+                f"{least / 2**20:.1f} MiB: give more (--kv-memory), or a smaller context (-c)"
             )
         return with_cache_that_fits(memory, least, from_disk=from_disk)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import random
 import re
 import shlex
@@ -29,7 +30,9 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed (the extra t
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (the extra serve)")
 pytestmark = pytest.mark.slow
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "guide" / "serving.md").read_text(encoding="utf-8")
+PAGES = Path(__file__).parents[2] / "docs" / "guide"
+GUIDE = (PAGES / "serving.md").read_text(encoding="utf-8")
+CLIENTS = (PAGES / "clients.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8080"  # of the guide
 ASK: dict[str, Any] = {"prompt": "In the beginning", "max_tokens": 40, "seed": 7}
 
@@ -188,6 +191,27 @@ def test_the_python_lines_of_the_guide_run(server: Server, capsys: pytest.Captur
     assert code
     exec(code[1].replace(ADDRESS, server.url), {})  # noqa: S102
     assert len(capsys.readouterr().out) > 20
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", CLIENTS, re.DOTALL))
+def test_the_page_of_clients_runs(server: Server, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    package = code.split()[1].partition(".")[0]
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    exec(code.replace(ADDRESS, server.url), {})  # noqa: S102
+    assert len(capsys.readouterr().out) > 10
+
+
+@pytest.mark.skipif(shutil.which("llm") is None, reason="llm is not installed")
+def test_llm_asks_as_the_page_says(server: Server, tmp_path: Path) -> None:
+    entry = re.search(r"```yaml\n(.*?)```", CLIENTS, re.DOTALL)
+    command = re.search(r"^llm .*$", CLIENTS, re.MULTILINE)
+    assert entry
+    assert command
+    (tmp_path / "extra-openai-models.yaml").write_text(entry[1].replace(ADDRESS, server.url))
+    env = {**os.environ, "LLM_USER_PATH": str(tmp_path), "OPENAI_API_KEY": "none"}
+    done = subprocess.run(shlex.split(command[0]), env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 5
 
 
 def test_the_client_of_openai(server: Server) -> None:
