@@ -88,7 +88,7 @@ def report(counts: SweepCounts, request: pytest.FixtureRequest) -> None:
 def test_schedules_are_exact(
     family: str, isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
 ) -> None:
-    """Defaults, presets, overflow edges and a sample, on ragged shapes and at the bounds."""
+    """Defaults, of presets, overflow edges and other points one each, on ragged shapes and at the bounds."""
     isa = runnable(isa_name)
     specs = [spec for regime in REGIMES for spec in chosen(family, isa, regime, CPU, SAMPLE, SEED)]
     counts = sweep(runner, specs)
@@ -106,7 +106,7 @@ def test_schedules_are_exact(
 def test_schedules_of_weights_in_groups_are_exact(
     family: str, isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
 ) -> None:
-    """Defaults, presets and a sample at the group size of models; defaults at the others."""
+    """Defaults, a preset and another point at the group size of models; defaults at the others."""
     isa, sizes = runnable(isa_name), FAMILIES[family].groups
     specs = [spec for regime in REGIMES for spec in chosen(family, isa, regime, CPU, SAMPLE, SEED, 128)]
     specs += [space_for(family, isa, regime, SHAPE, CPU, g).default for g in sizes for regime in REGIMES]
@@ -138,7 +138,8 @@ def test_kernels_for_one_shape_are_exact(
     counts = sweep(runner, specs)
     report(counts, request)
     assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
-    assert counts.schedules == len(specs) == 3 * len(FAMILIES)
+    assert counts.schedules == len(specs) >= len(FAMILIES)
+    assert {spec.regime for spec in specs} == {regime.name for regime in REGIMES}
 
 
 def test_every_overflow_edge_is_among_the_schedules() -> None:

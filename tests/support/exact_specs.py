@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from bitgen.cpu import Cpu, Isa
@@ -56,27 +56,31 @@ def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[Ke
 def chosen(
     family: str, isa: Isa, regime: Regime, cpu: Cpu, sample: int, seed: int, group: int = 0
 ) -> list[KernelSpec]:
-    """The default, the presets, an overflow edge (`.ci/deep`: every one) and a sample of a space, each once.
+    """Of a space the default, an edge of int16 sums, a preset and a sample; `.ci/deep`: all edges, presets.
 
     Of scalar kernels no presets; of kernels that have the text of their level's parent only the default.
     """
     space = space_for(family, isa, regime, SHAPE, cpu, group)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}" + (f" {group}" if group else ""))
-    presets: Iterable[KernelSpec] = space.known_good
+    presets: Sequence[KernelSpec] = tuple(space.known_good)
     widest = [] if group else list(edges(space))  # int16 sums end with a group, below the edge
     if isa.name == "scalar":
-        presets = (space.default,)  # its unrolled arrays take seconds each to compile
+        presets = ()  # its unrolled arrays take seconds each to compile
     if not os.environ.get(DEEP_VARIABLE):
-        widest = draw.sample(widest, min(1, len(widest)))
-    points = (*presets, *widest, *draw.sample(space.points, sample))
+        widest, presets = (draw.sample(some, min(1, len(some))) for some in (widest, presets))
+    points = (space.default, *presets, *widest, *draw.sample(space.points, sample))
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
 
 
 def for_one_shape(isa: Isa, families: Iterable[str], cpu: Cpu) -> list[KernelSpec]:
-    """Kernels of every family and regime with the shape in the text: tiny, ragged, cut along k."""
+    """Kernels of every family with the shape in the text: tiny, ragged, cut along k.
+
+    Each family in one regime, every regime in some family; `.ci/deep`: all of them.
+    """
     shapes = (Shape(1, 1), Shape(33, 100), Shape(70, 2113))
+    pairs = tuple(zip(REGIMES, shapes, strict=True))
     return [
         replace(space_for(family, isa, regime, SHAPE, cpu).default, shape=shape)
-        for family in families
-        for regime, shape in zip(REGIMES, shapes, strict=True)
+        for i, family in enumerate(families)
+        for regime, shape in (pairs if os.environ.get(DEEP_VARIABLE) else (pairs[i % 3],))
     ]
