@@ -77,6 +77,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 SLOW = Path(__file__).parent / "slow"
 LIBRARIES = {"bundle", "level_library", "universal_library"}  # fixtures that compile one
+# Files that ask no CPU, or one that is named: the lanes of small CPUs need not repeat them.
+ANY_CPU = {
+    f"test_{name}"
+    for name in (
+        *("abi", "architectures", "config", "digests", "docs", "draft_model", "energy", "fleet", "gguf"),
+        *("imports", "packing", "progress", "public_api", "public_cli", "quants", "records", "reference"),
+        *("rooms", "safetensors", "sampling", "scheduler", "serve_dialects", "serve_endpoints"),
+        *("serve_worker", "store", "tokenizer", "trust", "whole", "winners"),
+    )
+}
 # Files that take longest, by `--cpu-times` or because they wait, begin first: none is left alone at the end.
 LONG = (
     "test_exact",
@@ -129,6 +139,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(deep)
         if item.path.is_relative_to(SLOW) or LIBRARIES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        if item.path.stem in ANY_CPU:
+            item.add_marker(pytest.mark.any_cpu)
 
 
 def pytest_report_header() -> str | None:
