@@ -58,15 +58,18 @@ def chosen(
 ) -> list[KernelSpec]:
     """Of a space the default, an edge of int16 sums, a preset and a sample; `.ci/deep`: all edges, presets.
 
-    Of scalar kernels no presets; of kernels that have the text of their level's parent only the default.
+    Of scalar kernels neither presets nor a sample; of kernels that have the text of their level's parent the
+    default alone.
     """
     space = space_for(family, isa, regime, SHAPE, cpu, group)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}" + (f" {group}" if group else ""))
     presets: Sequence[KernelSpec] = tuple(space.known_good)
     widest = [] if group else list(edges(space))  # int16 sums end with a group, below the edge
-    if isa.name == "scalar":
+    scalar, deep = isa.name == "scalar", bool(os.environ.get(DEEP_VARIABLE))
+    if scalar:
         presets = ()  # its unrolled arrays take seconds each to compile
-    if not os.environ.get(DEEP_VARIABLE):
+        sample = sample if deep else 0
+    if not deep:
         widest, presets = (draw.sample(some, min(1, len(some))) for some in (widest, presets))
     points = (space.default, *presets, *widest, *draw.sample(space.points, sample))
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]

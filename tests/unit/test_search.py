@@ -41,6 +41,7 @@ from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import find_model
 from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status
 from bitgen.measure.stats import beats, p_faster, select
+from bitgen.paths import configs_dir
 from bitgen.progress import Progress
 from bitgen.search import (
     Plan,
@@ -56,7 +57,7 @@ from bitgen.search.cache import MeasurementCache
 from bitgen.search.choose import Option, Slot, choose
 from bitgen.search.group import GroupSearch, roofline_ns
 from bitgen.search.plan import groups_of
-from bitgen.search.propose import Enumeration, TpeProposer, proposer_for
+from bitgen.search.propose import STRATEGIES, Enumeration, TpeProposer, proposer_for
 from bitgen.search.race import run_race
 from bitgen.spec import FAMILIES, KernelSpec, Layout, Shape
 from bitgen.store import RecordStore, Winner
@@ -171,6 +172,23 @@ def test_a_proposer_depends_on_seed_and_answers_alone(kind: Any) -> None:
     first, second = (asked(kind(points, (), 3), 40, cost_of) for _ in range(2))
     assert first == second
     assert asked(kind(points, (), 4), 40, cost_of) != first
+
+
+def test_a_strategy_is_a_proposer_and_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What CONTRIBUTING.md says one touches: a class with an entry, and the name in a search.yaml."""
+
+    class Backwards(Enumeration):
+        def ask(self, count: int) -> list[KernelSpec]:
+            return super().ask(count)[::-1]
+
+    monkeypatch.setitem(STRATEGIES, "backwards", Backwards)
+    file = tmp_path / "search.yaml"
+    text = (configs_dir() / "search.yaml").read_text(encoding="utf-8")
+    file.write_text(text.replace("strategy: auto", "strategy: backwards"), encoding="utf-8")
+    config = load_search_config(file)
+    points = Grid("i2s", SCALAR, "n1", SMALL_AXES).points
+    proposer = proposer_for(points, points[:2], 0, config.strategy, config.enumerate_up_to)
+    assert proposer.ask(2) == [points[1], points[0]]
 
 
 def test_small_spaces_are_enumerated_and_large_ones_modelled() -> None:
