@@ -40,7 +40,8 @@ def stages_ns(engine: Engine, n: int, position: int) -> dict[str, int]:
     engine.truncate(0, position)
     positions = np.arange(position, position + n, dtype=np.int32)
     engine.reset_times()
-    engine.forward(np.arange(n, dtype=np.int32), positions, np.zeros(n, np.int32), np.arange(n) == n - 1)
+    tokens = np.arange(n, dtype=np.int32) % engine.config.vocab
+    engine.forward(tokens, positions, np.zeros(n, np.int32), np.arange(n) == n - 1)
     return engine.times_ns
 
 

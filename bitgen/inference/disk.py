@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.inference.memory import mapping_of
-from bitgen.inference.weight_cache import PackedLayer, PackedMatrix, PackedModel
+from bitgen.inference.weight_cache import PackedLayer, PackedMatrix, PackedModel, release_pages
 from bitgen.runtime import aligned_bytes
 
 _PIECE = 4 << 20  # bytes of one read; disks reach their rate from about 1 MiB on
@@ -27,22 +26,23 @@ _AT_ONCE = 4  # reads in flight, as page faults of a few threads with readahead 
 _PROBE_S = 1.0
 
 
-def hold(packed: PackedModel, budget: int | None) -> tuple[PackedModel, int]:
+def hold(packed: PackedModel, budget: int) -> tuple[PackedModel, int]:
     """The model with its first matrices copied into memory, and the bytes that are left on disk.
 
-    ``budget``: of the copies at most; None: all.
+    ``budget``: bytes of the copies at most.
     """
     left, on_disk = budget, 0
 
     def held(matrix: PackedMatrix) -> PackedMatrix:
         nonlocal left, on_disk
-        if left is not None and matrix.data.nbytes > left:
+        if matrix.data.nbytes > left:
             left = 0  # what comes behind is read in one stretch
             on_disk += matrix.data.nbytes
             return matrix
-        left = None if left is None else left - matrix.data.nbytes
+        left -= matrix.data.nbytes
         copy = aligned_bytes(matrix.data.nbytes)
         copy[:] = matrix.data
+        release_pages(matrix.data)
         return replace(matrix, data=copy)
 
     layers = tuple(
@@ -51,14 +51,6 @@ def hold(packed: PackedModel, budget: int | None) -> tuple[PackedModel, int]:
     )
     held_head = None if packed.head is None else held(packed.head)
     return replace(packed, layers=layers, head=held_head), on_disk
-
-
-def read_ahead(packed: PackedModel) -> None:
-    """Tell the system that the mapped matrices are read from the first to the last."""
-    files = {mapping_of(matrix.data) for layer in packed.layers for matrix in vars(layer).values()}
-    for file in files:
-        if file is not None and hasattr(mmap, "MADV_SEQUENTIAL"):
-            file.madvise(mmap.MADV_SEQUENTIAL)
 
 
 def read_rate(path: Path, behind: int) -> float:

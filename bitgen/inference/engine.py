@@ -26,7 +26,7 @@ from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
-from bitgen.inference.disk import hold, read_ahead, read_rate
+from bitgen.inference.disk import hold, read_rate
 from bitgen.inference.kv_memory import Capacity, KvMemory
 from bitgen.inference.layouts import pack_smaller
 from bitgen.inference.memory import (
@@ -428,8 +428,10 @@ class Engine:
 
     def _from_disk(self, packed: PackedModel, progress: Report | None) -> PackedModel:
         """The matrices that fit in memory, the others mapped; says how fast the disk is, before any step."""
-        packed, on_disk = hold(packed, resident_bytes(self.memory))
-        read_ahead(packed)
+        budget = resident_bytes(self.memory)
+        if budget is None:
+            return packed
+        packed, on_disk = hold(packed, budget)
         if progress and on_disk and packed.path:
             rate = read_rate(packed.path, on_disk)
             part = f"{on_disk >> 20:,} of {self.memory.weights >> 20:,} MiB"

@@ -174,7 +174,7 @@ def test_what_stays_in_memory_is_the_beginning(table: KernelTable, weights: Weig
     ]
     assert kept == [True] * 5 + [False] * (len(sizes) - 5)
     assert on_disk == sum(sizes[5:])
-    assert disk.hold(packed, None)[1] == 0
+    assert disk.hold(packed, sum(sizes))[1] == 0
     rate = disk.read_rate(cache_entries()[0].path, on_disk)
     assert rate > 0
 
