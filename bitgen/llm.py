@@ -30,9 +30,11 @@ from bitgen.families.base import TERNARY
 from bitgen.formats.config import ModelConfig, ModelPreset, find_model, preset_name
 from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
+from bitgen.formats.pooling import Pooling, pooling_of
 from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
 from bitgen.inference.draft_model import DraftModel
+from bitgen.inference.embedding import embed
 from bitgen.inference.engine import Head, Kv, own_activations
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
@@ -90,6 +92,7 @@ class LLM:
         tokenizer = file.tokenizer_data  # before the long work: it may be missing
         self.activations = activations or own_activations(config)
         self.precision = (f"kv {kv}", *(["int16"] if self.activations == "int16" else []))
+        self.pooling = pooling_of(file)
         self._content = partial(content_digest, file.path, KV_VERSION, *self.precision)
         self.table = table = load(library or library_for(config, progress), threads)
         self._open = partial(
@@ -136,6 +139,7 @@ class LLM:
     table: KernelTable | None = None  # None for `over`
     activations: Activations = "int8"  # of all prompts, steps and drafts that are checked
     precision: tuple[str, ...] = ()  # what makes other bits of the same model and text
+    pooling: Pooling | None = None  # how a vector of a text is made, where the file says it
     _draft_table: KernelTable | None = None
     _drafts: DraftModel | None = None
     _content: Callable[[], str] = staticmethod(lambda: "")  # what the bytes of the KV cache depend on
@@ -320,6 +324,17 @@ class LLM:
         tokens = first[: common_start(first, second)]
         self.scheduler.pin(tokens)
         return len(tokens)
+
+    # ---- Vectors ----
+
+    def embed(self, texts: Iterable[str], pooling: Pooling | None = None) -> Iterator[NDArray[np.float32]]:
+        """Of each text a vector float32 (hidden) of length 1: what the model makes of it as a whole.
+
+        ``pooling``: the state of the last token ("last"), or of all on average ("mean"); None: as the model's
+        file says, else the last. A text gives the same bits whatever the others are.
+        """
+        ids = [self._checked(self.tokenizer.encode(text)) for text in texts]
+        return embed(self.scheduler, ids, pooling or self.pooling or "last")
 
     # ---- Prompt cache files ----
 

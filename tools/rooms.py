@@ -121,6 +121,7 @@ ROOMS = (
         + _model("perplexity", "rest", "sampling", "synthetic")
         + ("bitgen/llm.py",),  # the class is there because it may build a library
     ),
+    Room("bitgen/quantize/", 500, 800, "fit, learn, calibrate, write"),
     Room("bitgen/serve/", 2200, 3250, "three dialects: OpenAI's two and Ollama's"),
     Room("bitgen/hf/", 350, 530, "checkpoints, layers and the operator of torch"),
     Room("bitgen/lm_eval.py", 200, 230, "windows as the harness cuts them"),

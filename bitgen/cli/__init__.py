@@ -41,8 +41,10 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "pull": "download a model from the Hugging Face hub",
     "list": "the models on this machine: the hub's cache, LM Studio, Ollama",
+    "embed": "vectors of texts",
     "perplexity": "how well a model predicts a text",
     "convert": "Hugging Face folder -> GGUF",
+    "quantize": "write a model with weights of 3 or 4 bits",
     "inspect": "what a model file holds",
     "cache": "list, check or clear the packed weights that are kept on disk",
 }

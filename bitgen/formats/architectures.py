@@ -78,6 +78,7 @@ class Architecture:
     interleaved: bool = False  # a GGUF file stores the rows of q and k for RoPE over (x[2i], x[2i + 1])
     group: int = 0  # activations were not quantised in training: each so many get a scale of their own
     master_weights: bool = True  # floats of a Hugging Face checkpoint are what training updates
+    runs_as: str = ""  # another architecture, once MiniCPM's scalars are folded into the weights
 
     @property
     def sub_norms(self) -> bool:
@@ -112,6 +113,16 @@ _RECORDS = (
         hf_rope_theta=1000000.0,
         group=128,
         master_weights=False,
+    ),
+    Architecture(
+        "minicpm",
+        "silu",
+        _PRE_NORMS,
+        hf_class="MiniCPMForCausalLM",
+        interleaved=True,
+        group=128,
+        master_weights=False,
+        runs_as="llama",
     ),
 )
 ARCHITECTURES = {record.name: record for record in _RECORDS}

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bitgen.families.base import Codes
 from bitgen.formats.quants import Bytes, Floats, half
+from bitgen.formats.ternary import TERNARY
 from bitgen.formats.weights import CodedMatrix
 from bitgen.spec import Shape
 
@@ -48,6 +49,7 @@ def _power_of_two(blocks: Bytes) -> Floats:
 
 
 BLOCK = 32
+TWO_BITS = ("q2_0", "pq2_0")  # ternary, unless the fourth code is used
 CODED = {
     one.name: one
     for one in (
@@ -71,6 +73,21 @@ def decode_codes(kind: str, data: Bytes, cols: int) -> Codes:
     return Codes(codes, scales, offsets, table)
 
 
+def encode_codes(kind: str, rows: Codes) -> Bytes:
+    """The bytes of rows whose scales the type holds exactly: uint8 (rows, row_bytes)."""
+    t = CODED[kind]
+    m, k = rows.codes.shape
+    blocks = rows.codes.reshape(m, k // BLOCK, 2, BLOCK // 2)
+    out = np.empty((m, k // BLOCK, t.block_bytes), np.uint8)
+    if kind == "mxfp4":
+        out[..., 0] = np.log2(rows.scales).astype(np.int32) + 128
+    else:
+        parts = (rows.scales,) if rows.offsets is None else (rows.scales, rows.offsets)
+        out[..., : t.codes_at] = np.stack(parts, axis=-1).astype("<f2").view(np.uint8)
+    out[..., t.codes_at :] = blocks[..., 0, :] | blocks[..., 1, :] << 4
+    return out.reshape(m, -1)
+
+
 def coded_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> CodedMatrix:
     """A matrix (m, k) stored as one of `CODED`."""
     m, k = shape
@@ -78,3 +95,20 @@ def coded_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> C
     return CodedMatrix.make(
         name, Shape(m, k), CODED[kind].kind, BLOCK, lambda begin, end: decode_codes(kind, rows[begin:end], k)
     )
+
+
+def two_bit_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> CodedMatrix:
+    """A matrix (m, k) stored as one of `TWO_BITS`, with all four codes: T4 by the table -1, 0, 1, 2."""
+    (m, k), t = shape, TERNARY[kind]
+    rows = data.reshape(m, k // t.block, t.block_bytes)
+    table = np.zeros((1, 16), np.int8)
+    table[0, :4] = -1, 0, 1, 2
+
+    def read(begin: int, end: int) -> Codes:
+        blocks = rows[begin:end]
+        codes: NDArray[np.uint8] = (
+            blocks[..., 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & np.uint8(3)
+        ).reshape(-1, k)
+        return Codes(codes, half(blocks, 0)[..., 0], None, table)
+
+    return CodedMatrix.make(name, Shape(m, k), "t4", t.block, read)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import FileError, UsageError, unknown
-from bitgen.families.base import TERNARY as TERNARY_WEIGHTS
 from bitgen.formats.architectures import (
     EMBEDDING,
     FINAL_NORM,
@@ -29,14 +28,18 @@ from bitgen.formats.architectures import (
     architecture_of,
     half_to_interleaved,
 )
+from bitgen.formats.coded import CODED
 from bitgen.formats.config import Floats, ModelConfig
+from bitgen.formats.convert_codes import CODE_TYPES, OWN, coded_tensor, table_tensors
 from bitgen.formats.gguf import BY_ID, U32, NewTensor, write_gguf
 from bitgen.formats.gguf_tokenizer import tokenizer_metadata
 from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
-from bitgen.formats.quants import DENSE
+from bitgen.formats.pooling import pooling_metadata
+from bitgen.formats.quants import DENSE, OTHER
 from bitgen.formats.source import Bytes
+from bitgen.formats.table_types import STACKS, TableLayout
 from bitgen.formats.ternary import (
     I2_S_BLOCK,
     I2_S_ID,
@@ -46,13 +49,25 @@ from bitgen.formats.ternary import (
     encode_i2_s,
     i2_s_bytes,
 )
-from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.weights import CodedMatrix, DenseMatrix, LayerWeights, TernaryMatrix, Weights
 from bitgen.progress import Report
 
-TYPES = ("i2_s", *TERNARY, "f16")
+TYPES = ("i2_s", *TERNARY, "f16", *CODE_TYPES)
 # general.file_type: 40 is bitnet.cpp's I2_S, 141 and 143 are those of Bonsai's fork, the others
 # llama.cpp's. A file of another type goes without.
-_FILE_TYPES = {"i2_s": 40, "tq1_0": 36, "tq2_0": 37, "f16": 1, "q1_0": 41, "pq2_0": 141, "ptq1_0": 143}
+_FILE_TYPES = {
+    "i2_s": 40,
+    "tq1_0": 36,
+    "tq2_0": 37,
+    "f16": 1,
+    "q1_0": 41,
+    "pq2_0": 141,
+    "ptq1_0": 143,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 25,
+    "mxfp4": 38,
+}
 _CHUNK_VALUES = 1 << 20  # weights encoded at once
 
 
@@ -76,18 +91,13 @@ def convert(
     """
     if kind not in TYPES:
         raise unknown("type", kind, TYPES)
-    target = Path(out).expanduser()
-    if target.is_dir() or not target.parent.is_dir():
-        problem = (
-            "is a folder" if target.is_dir() else f"cannot be written: there is no folder {target.parent}"
-        )
-        raise FileError(f"{target} {problem}")
-    model = open_model(source)
-    if target.exists() and target.resolve() == model.path.resolve():
-        raise UsageError(f"{target} is the source itself; write to another file")
+    model, target = open_for(source, out, two_bits=kind == OWN)
     architecture = architecture_of(model.config)
-    tokenizer, notes = _tokenizer(model)
-    metadata = {**gguf_metadata(model.config, architecture.name, _FILE_TYPES.get(kind)), **tokenizer}
+    tokenizer, notes = copied_tokenizer(model)
+    metadata = gguf_metadata(model.config, architecture.name, _FILE_TYPES.get(kind))
+    metadata |= {**pooling_metadata(model, architecture.name), **tokenizer}
+    if kind == OWN:
+        metadata |= TableLayout(OWN, 4, model.config.group).metadata
     tensors = list(model_tensors(model.weights, architecture, kind))
     fallback = sum(t.type_id not in (_type_id(kind), DENSE["f32"].id) for t in tensors if "blk." in t.name)
     if fallback:
@@ -100,6 +110,20 @@ def convert(
         )
     write_gguf(target, metadata, tensors, progress)
     return Converted(target, target.stat().st_size, _counts(tensors), tuple(notes))
+
+
+def open_for(source: Path | str, out: Path | str, two_bits: bool = False) -> tuple[ModelFile, Path]:
+    """The model that becomes the file ``out``, and its path. BitgenError: either cannot be."""
+    target = Path(out).expanduser()
+    if target.is_dir() or not target.parent.is_dir():
+        problem = (
+            "is a folder" if target.is_dir() else f"cannot be written: there is no folder {target.parent}"
+        )
+        raise FileError(f"{target} {problem}")
+    model = open_model(source, two_bits)
+    if target.exists() and target.resolve() == model.path.resolve():
+        raise UsageError(f"{target} is the source itself; write to another file")
+    return model, target
 
 
 def gguf_metadata(config: ModelConfig, architecture: str, file_type: int | None) -> dict[str, Any]:
@@ -149,7 +173,7 @@ def _rope_scaling(prefix: str, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
+def copied_tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
     """The tokenizer's metadata: built from tokenizer.json, or copied from a GGUF file."""
     if model.container == "safetensors":
         return tokenizer_metadata(model.tokenizer_data, model.config.vocab)
@@ -167,18 +191,27 @@ def _tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:
 def model_tensors(weights: Weights, architecture: Architecture, kind: str) -> Iterator[NewTensor]:
     """All tensors of a model in ``kind``, one of TYPES. FileError where that would lose something."""
     config = weights.config
-    yield from _dense(EMBEDDING.gguf, weights.embedding, kind)
+    yield from dense_tensor(EMBEDDING.gguf, weights.embedding, kind)
     if weights.lm_head is not None:
-        yield from _dense(LM_HEAD.gguf, weights.lm_head, kind)
-    yield _vector(f"{FINAL_NORM.gguf}.weight", weights.final_norm)
-    if config.rope_factors is not None and not _is_linear(config):
-        yield _vector("rope_freqs.weight", np.array(config.rope_factors, np.float32))
+        yield from dense_tensor(LM_HEAD.gguf, weights.lm_head, kind)
+    yield from final_tensors(weights)
     for index, layer in enumerate(weights.layers):
         prefix = GGUF_LAYER.format(index)
         for field, tensor in architecture.norms.items():
-            yield _vector(f"{prefix}{tensor.gguf}.weight", getattr(layer, field))
+            yield vector_tensor(f"{prefix}{tensor.gguf}.weight", getattr(layer, field))
+        if kind == OWN:
+            yield from _own_stacks(prefix, layer)
+            continue
         for role, matrix in file_matrices(config, layer, architecture).items():
-            yield from _ternary(prefix + architecture.matrices[role].gguf, matrix, kind)
+            yield from _matrix(prefix + architecture.matrices[role].gguf, matrix, kind)
+
+
+def final_tensors(weights: Weights) -> Iterator[NewTensor]:
+    """The last norm, and the divisors of RoPE's frequencies where there are any."""
+    config = weights.config
+    yield vector_tensor(f"{FINAL_NORM.gguf}.weight", weights.final_norm)
+    if config.rope_factors is not None and not _is_linear(config):
+        yield vector_tensor("rope_freqs.weight", np.array(config.rope_factors, np.float32))
 
 
 def file_matrices(
@@ -192,14 +225,14 @@ def file_matrices(
     return {role: matrices[role] for role in architecture.matrices}
 
 
-def _vector(name: str, values: Floats) -> NewTensor:
+def vector_tensor(name: str, values: Floats) -> NewTensor:
     data = np.ascontiguousarray(values, "<f4")
     return NewTensor(name, values.shape, DENSE["f32"].id, data.nbytes, lambda: [data.view(np.uint8)])
 
 
-def _dense(name: str, matrix: DenseMatrix, kind: str) -> Iterator[NewTensor]:
+def dense_tensor(name: str, matrix: DenseMatrix, kind: str) -> Iterator[NewTensor]:
     """An embedding or a head as it is, or as the other matrices where it is ternary in groups too."""
-    if matrix.type != kind and (kind in TERNARY or matrix.is_ternary):
+    if kind not in (matrix.type, *CODE_TYPES) and (kind in TERNARY or matrix.is_ternary):
         ternary = ternary_matrix(matrix.name, matrix.type, matrix.shape, matrix.data)
         if matrix.is_ternary or _has_groups(ternary):
             yield from _ternary(name, ternary, kind)
@@ -222,10 +255,34 @@ def _has_groups(matrix: TernaryMatrix) -> bool:
         return False
 
 
+def _matrix(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]:
+    """NAME.weight in ``kind``, and NAME.scale where it needs one."""
+    if isinstance(matrix, CodedMatrix):
+        if kind not in CODED:
+            raise FileError(f"{matrix.name} has weights of 4 bits: {kind.upper()} holds ternary ones")
+        yield coded_tensor(name, matrix, kind)
+        return
+    if kind in CODED:
+        raise _needs_quantize(matrix, kind)
+    yield from _ternary(name, matrix, kind)
+
+
+def _own_stacks(prefix: str, layer: LayerWeights) -> Iterator[NewTensor]:
+    for matrix, name in zip(layer.matrices, STACKS.values(), strict=True):
+        if not isinstance(matrix, CodedMatrix):
+            raise _needs_quantize(matrix, OWN)
+        yield from table_tensors(prefix + name, matrix)
+
+
+def _needs_quantize(matrix: TernaryMatrix, kind: str) -> FileError:
+    return FileError(
+        f"{matrix.name} has no weights of 4 bits, of which {kind.upper()} keeps codes and scales; `bitgen "
+        "quantize` makes such weights"
+    )
+
+
 def _ternary(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]:
     """NAME.weight in ``kind``, or in a type that holds it exactly, and NAME.scale where it needs one."""
-    if matrix.weights != TERNARY_WEIGHTS:
-        raise FileError(f"{matrix.name} has weights of 4 bits: {kind.upper()} holds ternary ones")
     if matrix.group:
         yield _in_groups(name, matrix, kind)
         return
@@ -238,7 +295,7 @@ def _ternary(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]
     fits = _is_half(live)
     rows = np.broadcast_to(matrix.scale, (matrix.shape.m,))
     if single and not fits:
-        yield _vector(name + ".scale", scale)
+        yield vector_tensor(name + ".scale", scale)
         rows = np.ones(matrix.shape.m, np.float32)
         fits = True
     if kind in TERNARY and fits and matrix.shape.k % TERNARY[kind].block == 0:
@@ -335,7 +392,9 @@ def _rows(matrix: TernaryMatrix) -> Iterator[tuple[Ternary, int, int]]:
 
 
 def _type_id(kind: str) -> int:
-    return I2_S_ID if kind == "i2_s" else (DENSE.get(kind) or TERNARY[kind]).id
+    if kind in ("i2_s", OWN):
+        return I2_S_ID if kind == "i2_s" else OTHER["i8"].id
+    return (DENSE.get(kind) or TERNARY.get(kind) or OTHER[kind]).id
 
 
 def _counts(tensors: list[NewTensor]) -> dict[str, int]:

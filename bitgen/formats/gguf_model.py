@@ -7,7 +7,7 @@ the matrix `NAME.weight` (llama.cpp keeps a scale there that its block formats w
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,16 @@ from bitgen.formats.architectures import (
     Architecture,
     interleaved_to_half,
 )
-from bitgen.formats.coded import BLOCK, CODED, coded_matrix
+from bitgen.formats.coded import BLOCK, CODED, TWO_BITS, coded_matrix, two_bit_matrix
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.gguf import BY_ID, GgufFile, TensorInfo, read_gguf
 from bitgen.formats.matrices import ternary_head, ternary_matrix
+from bitgen.formats.model_file import TensorSummary
 from bitgen.formats.quants import DENSE, OTHER, Bytes, dequantize
 from bitgen.formats.rope import Yarn
+from bitgen.formats.scalars import Scalars
 from bitgen.formats.source import Settings, short
+from bitgen.formats.table_types import KIND, STACKS, TableLayout
 from bitgen.formats.ternary import I2_S_BLOCK, TERNARY
 from bitgen.formats.weights import (
     CodedMatrix,
@@ -67,8 +70,11 @@ def _architecture(file: GgufFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def gguf_config(file: GgufFile) -> ModelConfig:
-    """The hyperparameters. FileError names what is missing or not supported."""
+def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
+    """The hyperparameters. FileError names what is missing or not supported.
+
+    ``two_bits``: Q2_0 holds weights of 2 bits, -1 .. 2, not ternary ones.
+    """
     arch = _architecture(file)
     _refuse_transforms(file)
     keys = Settings(file.path, file.metadata, arch.name + ".")
@@ -88,10 +94,15 @@ def gguf_config(file: GgufFile) -> ModelConfig:
     embedding = _tensor(file, f"{EMBEDDING.gguf}.weight")
     if len(embedding.shape) != 2:
         raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
-    weights = _weights_kind(file, arch)
+    own = TableLayout.of(file.path, file.metadata)
+    weights = _weights_kind(file, arch) if own is None else KIND
+    group = own.group if own else _group(file, arch) if weights == TERNARY_WEIGHTS else BLOCK
+    if two_bits and weights == TERNARY_WEIGHTS and (block := _two_bit_block(file, arch)):
+        weights, group = KIND, block
+    factors, context = _rope_factors(file, keys, head_dim, context)
     return file_config(
         file.path,
-        architecture=arch.name,
+        architecture=arch.runs_as or arch.name,
         hidden=hidden,
         ffn=keys.integer("feed_forward_length"),
         layers=keys.integer("block_count"),
@@ -104,14 +115,21 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         activation=arch.activation,
         sub_norms=arch.sub_norms,
         qk_norm=arch.qk_norm,
-        group=_group(file, arch) if weights == TERNARY_WEIGHTS else BLOCK,
+        group=group,
         weights=weights,
-        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=_scalars(keys, arch).eps(keys.number("attention.layer_norm_rms_epsilon")),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
-        rope_factors=_rope_factors(file, keys, head_dim),
+        rope_factors=factors,
         yarn=_yarn(keys),
     )
+
+
+def _scalars(keys: Settings, arch: Architecture) -> Scalars:
+    """What is folded into the weights; nothing of most architectures."""
+    if not arch.runs_as:
+        return Scalars()
+    return Scalars.of_gguf(keys, keys.integer("embedding_length"), keys.integer("block_count"))
 
 
 def _group(file: GgufFile, arch: Architecture) -> int:
@@ -120,10 +138,21 @@ def _group(file: GgufFile, arch: Architecture) -> int:
     return 0 if first in file.tensors and file.tensors[first].type == "i2_s" else arch.group
 
 
+def _two_bit_block(file: GgufFile, arch: Architecture) -> int:
+    """Of a file whose matrices are all Q2_0 of one kind the weights of a block, else 0."""
+    found = {type_name(file, info) for info in _matrix_tensors(file, arch)}
+    kind = found.pop() if len(found) == 1 else ""
+    return TERNARY[kind].block if kind in TWO_BITS else 0
+
+
+def _matrix_tensors(file: GgufFile, arch: Architecture) -> list[TensorInfo]:
+    ends = tuple(f".{tensor.gguf}.weight" for tensor in arch.matrices.values())
+    return [info for name, info in file.tensors.items() if name.startswith("blk.") and name.endswith(ends)]
+
+
 def _weights_kind(file: GgufFile, arch: Architecture) -> str:
     """The kind that holds the weights of all matrices (`Family.weights`). FileError: they have none."""
-    ends = tuple(f".{tensor.gguf}.weight" for tensor in arch.matrices.values())
-    found = [info for name, info in file.tensors.items() if name.startswith("blk.") and name.endswith(ends)]
+    found = _matrix_tensors(file, arch)
     coded = [info for info in found if type_name(file, info) in CODED]
     if not coded:
         return TERNARY_WEIGHTS
@@ -150,8 +179,13 @@ def _refuse_transforms(file: GgufFile) -> None:
         )
 
 
-def _rope_factors(file: GgufFile, keys: Settings, head_dim: int) -> tuple[float, ...] | None:
-    """The divisors of the RoPE frequencies: a tensor (Llama 3.1), times a linear factor."""
+def _rope_factors(
+    file: GgufFile, keys: Settings, head_dim: int, context: int
+) -> tuple[tuple[float, ...] | None, int]:
+    """The divisors of the RoPE frequencies, and the positions that they are for.
+
+    A tensor (Llama 3.1) times a linear factor, or one of the two tensors of longrope.
+    """
     half = head_dim // 2
     factors = np.ones(half, np.float32)
     if "rope_freqs.weight" in file.tensors:
@@ -161,9 +195,22 @@ def _rope_factors(file: GgufFile, keys: Settings, head_dim: int) -> tuple[float,
     if scaling == "linear" or (scaling == "none" and keys.get("rope.scale_linear") is not None):
         # GGUF readers treat 0 as "not set".
         factors = factors * np.float32(linear or 1.0)
+    elif scaling == "longrope":
+        factors, context = _longrope(file, keys, half, context)
     elif scaling not in ("none", "yarn"):
-        raise keys.error("rope.scaling.type", f"is {short(scaling)}; none, linear and yarn are supported")
-    return None if (factors == 1).all() else tuple(factors.tolist())
+        known = "none, linear, yarn and longrope"
+        raise keys.error("rope.scaling.type", f"is {short(scaling)}; {known} are supported")
+    return None if (factors == 1).all() else tuple(factors.tolist()), context
+
+
+def _longrope(file: GgufFile, keys: Settings, half: int, context: int) -> tuple[Floats, int]:
+    """Divisors for short texts, which are those of long ones too, or else for the original context alone."""
+    if keys.number("rope.scaling.attn_factor", 1.0) != 1:
+        raise keys.error("rope.scaling.attn_factor", "is not 1, which is not supported with longrope")
+    short_ones, long_ones = (_vector(file, f"rope_factors_{kind}.weight", half) for kind in ("short", "long"))
+    if np.array_equal(short_ones, long_ones):
+        return short_ones, context
+    return short_ones, min(context, keys.integer("rope.scaling.original_context_length", context))
 
 
 def _yarn(keys: Settings) -> Yarn | None:
@@ -270,8 +317,8 @@ def _coded_bytes(file: GgufFile, info: TensorInfo, kind: str) -> Bytes:
     return file.data[info.offset : info.offset + size]
 
 
-def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix:
-    """`NAME.weight`, times the scalar `NAME.scale` where there is one."""
+def _ternary(file: GgufFile, name: str, shape: tuple[int, ...], as_codes: bool) -> TernaryMatrix:
+    """`NAME.weight`, times the scalar `NAME.scale` where there is one; Q2_0 may be read ``as_codes``."""
     info = _tensor(file, name + ".weight")
     _check_shape(file, info, shape)
     kind = type_name(file, info)
@@ -286,6 +333,8 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix
             f"{file.path}: {info.name} has {shape[0]}x{shape[1]} weights, no whole blocks of {I2_S_BLOCK}: "
             "I2_S has lost the last ones; convert the model to F16 instead",
         )
+    if kind in TWO_BITS and as_codes:
+        return two_bit_matrix(info.name, kind, shape, file.bytes_of(info))
     matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info))
     if name + ".scale" in file.tensors:
         return matrix.scaled(_vector(file, name + ".scale", 1))
@@ -294,7 +343,8 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...]) -> TernaryMatrix
 
 def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
     """All tensors of the model. FileError names the first that is missing, extra or wrong."""
-    used = {"rope_freqs.weight"} | {f"{t.gguf}.weight" for t in (EMBEDDING, LM_HEAD, FINAL_NORM)}
+    used = {"rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"}
+    used |= {f"{t.gguf}.weight" for t in (EMBEDDING, LM_HEAD, FINAL_NORM)}
     size = (config.vocab, config.hidden)
     embedding = _dense(file, f"{EMBEDDING.gguf}.weight", size, EMBEDDING_TYPES)
     lm_head = None
@@ -302,7 +352,11 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
         lm_head = _dense(file, f"{LM_HEAD.gguf}.weight", size, HEAD_TYPES)
     elif embedding.type not in HEAD_TYPES:
         raise _unsupported(file, _tensor(file, embedding.name), HEAD_TYPES)
-    layers = tuple(_layer(file, config, i, used) for i in range(config.layers))
+    own = TableLayout.of(file.path, file.metadata)
+    arch = _architecture(file)
+    scalars = _scalars(Settings(file.path, file.metadata, arch.name + "."), arch)
+    read = _Reader(file, config, used, own, scalars)
+    layers = tuple(_layer(read, i) for i in range(config.layers))
     extra = [name for name in file.tensors if name not in used and not name.endswith(_IGNORED)]
     if extra:
         _refuse_embedding_model(file, extra)
@@ -310,7 +364,7 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
             f"{file.path}: the tensor {short(extra[0])} ({len(extra)} such) belongs to no "
             f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
         )
-    final = _vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden)
+    final = scalars.final(_vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden))
     head = embedding if lm_head is None else lm_head
     groups = config.group if config.weights == TERNARY_WEIGHTS else 0
     return Weights(config, embedding, lm_head, final, layers, ternary_head(head, groups))
@@ -329,30 +383,85 @@ def _refuse_embedding_model(file: GgufFile, extra: list[str]) -> None:
         )
 
 
-def _layer(file: GgufFile, config: ModelConfig, index: int, used: set[str]) -> LayerWeights:
+@dataclass(frozen=True)
+class _Reader:
+    """What reading a layer needs; ``used`` grows by the names of its tensors."""
+
+    file: GgufFile
+    config: ModelConfig
+    used: set[str]
+    own: TableLayout | None
+    scalars: Scalars
+
+
+def _layer(read: _Reader, index: int) -> LayerWeights:
+    file, config, used = read.file, read.config, read.used
     prefix = GGUF_LAYER.format(index)
     architecture = ARCHITECTURES[config.architecture]
+    if read.own is not None:
+        return _own_layer(read, prefix, read.own)
     matrices: dict[str, TernaryMatrix] = {}
     for role, tensor in architecture.matrices.items():
         name = prefix + tensor.gguf
-        matrices[role] = _ternary(file, name, tensor.shape(config))
+        matrices[role] = _ternary(file, name, tensor.shape(config), config.weights != TERNARY_WEIGHTS)
         used |= {f"{name}.weight", f"{name}.scale"}
     if architecture.interleaved:
         for role, heads in (("q", config.heads), ("k", config.kv_heads)):
             matrices[role] = matrices[role].reordered(interleaved_to_half(heads, config.head_dim))
-    norms = {}
-    for field, tensor in architecture.norms.items():
-        name = f"{prefix}{tensor.gguf}.weight"
-        norms[field] = _vector(file, name, *tensor.shape(config))
-        used.add(name)
+    norms = _norms(read, prefix)
     for role, matrix in matrices.items():
         if isinstance(matrix, CodedMatrix):
             matrices[role] = matrix.as_kind(config.weights)
-    return LayerWeights.of(matrices, norms)
+    return LayerWeights.of(read.scalars.matrices(matrices), norms)
 
 
-def read_gguf_model(path: Path | str) -> tuple[GgufFile, ModelConfig, Weights]:
-    """Open a file and check that it holds a whole model of a supported architecture."""
+def _norms(read: _Reader, prefix: str) -> dict[str, Floats]:
+    norms = {}
+    for field, tensor in ARCHITECTURES[read.config.architecture].norms.items():
+        name = f"{prefix}{tensor.gguf}.weight"
+        norms[field] = _vector(read.file, name, *tensor.shape(read.config))
+        read.used.add(name)
+    return norms
+
+
+def _own_layer(read: _Reader, prefix: str, own: TableLayout) -> LayerWeights:
+    """The layer of a file of bitgen's own types: its stacks are tensors."""
+    file, config = read.file, read.config
+    stacks: dict[str, TernaryMatrix] = {}
+    for matmul in config.layer_matmuls:
+        name = prefix + STACKS[matmul.role]
+        info, tables = _tensor(file, f"{name}.weight"), _tensor(file, f"{name}.tables")
+        for each in (info, tables):
+            if each.type != "i8":
+                raise _unsupported(file, each, ("i8",))
+            if len(each.shape) != 2:
+                raise FileError(f"{file.path}: {each.name} has the shape {_by(each.shape)}, not two sizes")
+        _check_shape(file, info, own.shape(matmul.m, matmul.k))
+        values = file.bytes_of(tables).reshape(tables.shape).view(np.int8)
+        try:
+            stacks[matmul.role] = own.matrix(info.name, matmul.shape, file.bytes_of(info), values)
+        except FileError as error:
+            raise FileError(f"{file.path}: {error.message}") from None
+        read.used.update((info.name, tables.name))
+    return LayerWeights(**{**read.scalars.matrices(stacks), **_norms(read, prefix)})  # type: ignore[arg-type]
+
+
+def tensor_summaries(file: GgufFile, config: ModelConfig) -> tuple[TensorSummary, ...]:
+    """The tensors as `bitgen inspect` lists them: those of bitgen's own types as the matrices they are."""
+    own = TableLayout.of(file.path, file.metadata)
+    matrices = {} if own is None else {STACKS[one.role]: (one.m, one.k) for one in config.layer_matmuls}
+
+    def summary(info: TensorInfo) -> TensorSummary:
+        shape = matrices.get(info.name.removesuffix(".weight").rpartition(".")[2])
+        if own is None or shape is None or not info.name.endswith(".weight"):
+            return TensorSummary(info.name, type_name(file, info), info.shape, info.size)
+        return TensorSummary(info.name, own.type, shape, info.size)
+
+    return tuple(summary(info) for info in file.tensors.values())
+
+
+def read_gguf_model(path: Path | str, two_bits: bool = False) -> tuple[GgufFile, ModelConfig, Weights]:
+    """Open a file and check that it holds a whole model of a supported architecture; see `gguf_config`."""
     file = read_gguf(path)
-    weights = gguf_weights(file, gguf_config(file))
+    weights = gguf_weights(file, gguf_config(file, two_bits))
     return file, weights.config, weights

@@ -37,6 +37,7 @@ from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
 from bitgen.formats.quants import dequantize
 from bitgen.formats.rope import Yarn, llama3_divisors
 from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder
+from bitgen.formats.scalars import Scalars
 from bitgen.formats.source import Settings, read_json, short
 from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
 from bitgen.tokenizer.data import TokenizerData
@@ -69,7 +70,7 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
     tied = settings.get("tie_word_embeddings")
     return file_config(
         settings.where,
-        architecture=architecture.name,
+        architecture=architecture.runs_as or architecture.name,
         hidden=hidden,
         ffn=settings.integer("intermediate_size"),
         layers=settings.integer("num_hidden_layers"),
@@ -83,11 +84,18 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         qk_norm=architecture.qk_norm,
         # BitLinear layers round the activations of a token with one scale.
         group=0 if settings.section("quantization_config").get("quant_method") else architecture.group,
-        norm_eps=settings.number("rms_norm_eps"),
+        norm_eps=_scalars(settings, architecture).eps(settings.number("rms_norm_eps")),
         tied_head=f"{LM_HEAD.hf[0]}.weight" not in tensors if tied is None else bool(tied),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
         **_rope(settings, head_dim, architecture.hf_rope_theta),
     )
+
+
+def _scalars(settings: Settings, architecture: Architecture) -> Scalars:
+    """What is folded into the weights; nothing of most architectures."""
+    if not architecture.runs_as:
+        return Scalars()
+    return Scalars.of_hf(settings, settings.integer("hidden_size"), settings.integer("num_hidden_layers"))
 
 
 def _architecture(settings: Settings) -> Architecture:
@@ -131,7 +139,23 @@ def _rope(settings: Settings, head_dim: int, default: float) -> dict[str, Any]:
         except BitgenError as error:
             raise FileError(f"{rope.where}: {error.message}") from None
         return {"rope_theta": theta, "yarn": yarn}
-    raise rope.error("rope_type", f"is {str(kind)[:40]!r}; default, linear, llama3 and yarn are supported")
+    if kind == "longrope" and rope.raw("short_factor") == rope.raw("long_factor"):
+        return {"rope_theta": theta, "rope_factors": _longrope(rope, head_dim, original())}
+    known = "default, linear, llama3, yarn, and longrope with equal factors"
+    raise rope.error("rope_type", f"is {str(kind)[:40]!r}; {known} are supported")
+
+
+def _longrope(rope: Settings, head_dim: int, original: int) -> tuple[float, ...]:
+    """The factors of short texts, where those of long ones are the same. FileError: they scale more."""
+    values = rope.raw("short_factor")
+    if not (isinstance(values, list) and all(isinstance(v, (int, float)) for v in values)):
+        raise rope.error("short_factor", "is no list of numbers")
+    if len(values) != head_dim // 2:
+        raise rope.error("short_factor", f"has {len(values)} numbers, not {head_dim // 2}")
+    factor = rope.number("factor", 1.0)
+    if rope.number("attention_factor", 1.0) != 1 or factor != 1:
+        raise rope.error("factor", f"is {factor:g} over {original} positions, which is not supported")
+    return tuple(float(np.float32(value)) for value in values)
 
 
 @dataclass(frozen=True)
@@ -172,6 +196,7 @@ class _Checkpoint:
     tensors: Mapping[str, StoredTensor]
     quantization: Quantization
     used: set[str]
+    scalars: Scalars
 
     def error(self, what: str) -> BitgenError:
         return FileError(f"{self.folder}: {what}")
@@ -238,7 +263,8 @@ def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
     table = checkpoint.dense(embedding, *size)
     lm_head = None if config.tied_head else checkpoint.dense(output, *size)
     checkpoint.used.add(output)  # stored again by some checkpoints that tie it
-    final = checkpoint.vector(f"{FINAL_NORM.hf[0]}.weight", config.hidden)
+    scalars = checkpoint.scalars
+    final = scalars.final(checkpoint.vector(f"{FINAL_NORM.hf[0]}.weight", config.hidden))
     layers = tuple(_layer(checkpoint, config, i) for i in range(config.layers))
     extra = [n for n in checkpoint.tensors if n not in checkpoint.used and not n.endswith(_IGNORED)]
     if extra:
@@ -267,7 +293,7 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
         field: checkpoint.vector(f"{name(tensor)}.weight", *tensor.shape(config))
         for field, tensor in architecture.norms.items()
     }
-    return LayerWeights.of(matrices, norms)
+    return LayerWeights.of(checkpoint.scalars.matrices(matrices), norms)
 
 
 def open_folder(folder: Path) -> ModelFile:
@@ -275,8 +301,11 @@ def open_folder(folder: Path) -> ModelFile:
     data = read_json(folder / "config.json")
     tensors = read_folder(folder)
     config = hf_config(folder, data, tensors)
-    quantization = quantization_of(data, ARCHITECTURES[config.architecture], str(folder / "config.json"))
-    weights = hf_weights(_Checkpoint(folder, tensors, quantization, set()), config)
+    settings = Settings(folder / "config.json", data)
+    architecture = _architecture(settings)
+    quantization = quantization_of(data, architecture, str(settings.where))
+    scalars = _scalars(settings, architecture)
+    weights = hf_weights(_Checkpoint(folder, tensors, quantization, set(), scalars), config)
     files = (
         [folder / SINGLE]
         if (folder / SINGLE).is_file()

@@ -10,6 +10,7 @@ import numpy as np
 
 from bitgen.formats.config import printable
 from bitgen.formats.model_file import ModelFile
+from bitgen.formats.table_types import TableLayout
 from bitgen.spec import EVERY_FAMILY, Layout
 
 _TEXT_SHOWN = 60  # characters of a metadata value
@@ -72,6 +73,8 @@ def facts(model: ModelFile) -> dict[str, Any]:
     """The model in a few lines: name -> value."""
     c = model.config
     scaled = ", frequencies scaled" if c.rope_divisors is not None else ""
+    own = TableLayout.of(model.path, model.metadata) if model.container == "gguf" else None
+    stored = {} if own is None else {"stored as": f"{own.type}, {_bits(model, own):.3f} bits a weight"}
     return {
         "file": str(model.path),
         "container": model.container,
@@ -88,10 +91,17 @@ def facts(model: ModelFile) -> dict[str, Any]:
         "sub-norms": "yes" if c.sub_norms else "no",
         "norms of q and k": "yes" if c.qk_norm else "no",
         **({"groups": f"{c.group} weights along k share a scale, or fewer"} if c.group else {}),
+        **stored,
         "head": f"{model.weights.output.type}, {'tied to the embedding' if c.tied_head else 'its own'}",
         "rope": f"theta {c.rope_theta:g}{scaled}",
         "norm_eps": c.norm_eps,
     }
+
+
+def _bits(model: ModelFile, own: TableLayout) -> float:
+    """Of a weight of the matrices, scales, selectors and tables counted."""
+    size = sum(t.size or 0 for t in model.tensors if t.type == own.type or t.name.endswith(".tables"))
+    return 8 * size / model.config.ternary_weights
 
 
 def metadata_lines(model: ModelFile) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TypeAlias
 
@@ -123,7 +124,13 @@ def _floats(name: str, kind: str, shape: Shape, data: Bytes) -> TernaryMatrix:
     def decode(begin: int, end: int) -> Ternary:
         return read(begin, end, group())[0]
 
-    return _grouped(name, shape, decode, group, scales)
+    def values(begin: int, end: int) -> Floats:
+        found = dequantize(kind, data[begin:end], shape.k)
+        if not np.isfinite(found).all():
+            raise FileError(f"{name} holds NaN or infinity; the file is damaged")
+        return found
+
+    return replace(_grouped(name, shape, decode, group, scales), floats=values)
 
 
 _Scales: TypeAlias = Callable[[int, int, int], Floats | None]  # of rows [begin, end), for a size of groups

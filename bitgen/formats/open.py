@@ -9,20 +9,20 @@ from pathlib import Path
 from bitgen.errors import BitgenError, FileError, nearest_names
 from bitgen.formats.config import ModelPreset, find_model, load_models
 from bitgen.formats.downloads import find_download, is_download
-from bitgen.formats.gguf_model import read_gguf_model, type_name
+from bitgen.formats.gguf_model import read_gguf_model, tensor_summaries
 from bitgen.formats.gguf_tokenizer import gguf_tokenizer
 from bitgen.formats.hf import open_folder
-from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
+from bitgen.formats.model_file import ModelFile, fingerprint_of
 from bitgen.paths import models_dir
 
 
-def open_model(path: str | os.PathLike[str]) -> ModelFile:
+def open_model(path: str | os.PathLike[str], two_bits: bool = False) -> ModelFile:
     """Open a .gguf file, a folder with config.json and safetensors, or a folder with one .gguf file.
 
     A .safetensors file stands for its folder; the name of a model that ships with bitgen (`shipped_model`)
     for its file, unless there is a file or folder of that name; `bitgen.formats.downloads` knows names with
-    hf:, lmstudio: and ollama: in front. FileError when there is no
-    model, when it is damaged, or when it is of a kind that bitgen does not run.
+    hf:, lmstudio: and ollama: in front. ``two_bits``: Q2_0 holds weights of 2 bits, not ternary ones.
+    FileError when there is no model, when it is damaged, or when it is of a kind that bitgen does not run.
     """
     name = os.fspath(path)
     file = find_download(name) if is_download(name) else Path(path).expanduser()
@@ -43,7 +43,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         file = found[0]
     if file.suffix == ".safetensors" and (file.parent / "config.json").is_file():
         return open_folder(file.parent)
-    return _open_gguf(file)
+    return _open_gguf(file, two_bits)
 
 
 def shipped_model(name: str) -> Path | None:
@@ -85,17 +85,15 @@ def _refuse_unknown_name(name: str, file: Path) -> None:
     raise FileError(f"{name!r} does not exist and is no model that ships: {hint}{wanted}")
 
 
-def _open_gguf(path: Path) -> ModelFile:
-    file, config, weights = read_gguf_model(path)
+def _open_gguf(path: Path, two_bits: bool) -> ModelFile:
+    file, config, weights = read_gguf_model(path, two_bits)
     return ModelFile(
         path=path,
         container="gguf",
         config=config,
         weights=weights,
         metadata=file.metadata,
-        tensors=tuple(
-            TensorSummary(t.name, type_name(file, t), t.shape, t.size) for t in file.tensors.values()
-        ),
+        tensors=tensor_summaries(file, config),
         fingerprint=fingerprint_of([path], [file.data[: file.header_bytes].data]),
         read_tokenizer=lambda: gguf_tokenizer(file),
     )

@@ -93,6 +93,29 @@ def dequantize(name: str, data: Bytes, cols: int) -> Floats:
         return _DEQUANTIZE[name](blocks).reshape(rows, cols)
 
 
+def quantize_rows(name: str, values: Floats, what: str) -> Bytes:
+    """float32 (rows, cols) -> the bytes of F16 or Q8_0, uint8 (rows, row_bytes).
+
+    Q8_0: d = f16(max|w| / 127) of each block, codes round(w / d). FileError when a value is too large.
+    """
+    rows, cols = values.shape
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if name == "f16":
+            stored = values.astype("<f2")
+            scales = stored
+        else:
+            blocks = values.reshape(rows, -1, DENSE["q8_0"].block)
+            scales = (np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)).astype("<f2")
+            codes = np.rint(blocks / scales.astype(np.float32))
+            codes = np.where(scales == 0, 0, codes).clip(-127, 127).astype(np.int8)
+    if not np.isfinite(scales).all():
+        raise FileError(f"{what}: its values are no numbers, or too large for half floats")
+    if name == "f16":
+        return np.ascontiguousarray(stored).view(np.uint8)
+    made: Bytes = np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], axis=-1)
+    return made.reshape(rows, cols // DENSE["q8_0"].block * DENSE["q8_0"].block_bytes)
+
+
 def half(blocks: Bytes, at: int) -> Floats:
     """The f16 at byte ``at`` of each block: float32 (rows, blocks, 1)."""
     return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2").astype(np.float32)

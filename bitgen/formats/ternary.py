@@ -143,7 +143,8 @@ def _q2_codes(blocks: Bytes, name: str) -> Bytes:
     """Byte p holds weights 4 p .. 4 p + 3, low bits first. The fourth code is +2: another kind of model."""
     _refuse_code_3(
         blocks,
-        f"{name} holds the code 3, which is +2 times the scale: it has weights of 2 bits, not ternary ones",
+        f"{name} holds the code 3, which is +2 times the scale: it has weights of 2 bits, not ternary ones; "
+        "`bitgen convert --type table4` makes a file of it that runs",
     )
     return _Q2_TABLE[blocks].view(np.uint8)
 

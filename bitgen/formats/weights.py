@@ -45,8 +45,9 @@ class TernaryMatrix:
     ``decode(begin, end)`` gives the rows [begin, end) of w. ``find_scale()`` gives the scales of rows, (m,)
     or (1,) float32; it may have to read the whole matrix (values stored as floats), so `scale` calls it when
     it is first asked for and remembers it; a cache of packed weights should keep the scales too. ``groups``
-    gives those of groups. All raise BitgenError when the file does not hold what it claims. Any number of
-    threads may read.
+    gives those of groups. ``floats(begin, end)`` gives the values of rows where the file stores floats: these
+    may be no ternary ones, and then only `values` can be read. All raise BitgenError when the file does not
+    hold what it claims. Any number of threads may read.
     """
 
     name: str  # of the tensor, or of the tensors that were stacked
@@ -54,6 +55,7 @@ class TernaryMatrix:
     decode: Callable[[int, int], Ternary] = field(repr=False)
     find_scale: Callable[[], Floats] = field(repr=False)
     groups: GroupScales | None = field(default=None, repr=False)
+    floats: Callable[[int, int], Floats] | None = field(default=None, repr=False, kw_only=True)
 
     @property
     def weights(self) -> str:
@@ -105,7 +107,9 @@ class TernaryMatrix:
         return self.decode(begin, end)
 
     def values(self, begin: int, end: int) -> Floats:
-        """W[begin:end], float32 (end - begin, k): each weight times its scale."""
+        """W[begin:end], float32 (end - begin, k): each weight times its scale, or the floats of the file."""
+        if self.floats is not None:
+            return self.floats(begin, end)
         scales = self.scales(begin, end)
         if self.group:
             scales = np.repeat(scales, self.group, axis=1)[:, : self.shape.k]
@@ -118,7 +122,10 @@ class TernaryMatrix:
             rows = factor if factor.size == 1 else factor[begin:end]
             return self.scales(begin, end) * rows[:, None]
 
-        return self._with(self.decode, lambda: self.scale * factor, decode)
+        def values(begin: int, end: int) -> Floats:
+            return self.values(begin, end) * (factor if factor.size == 1 else factor[begin:end, None])
+
+        return self._with(self.decode, lambda: self.scale * factor, decode, values)
 
     def reordered(self, order: NDArray[np.int64]) -> TernaryMatrix:
         """Row i of the result is row order[i]. Cheap where ``order`` moves rows only a short way."""
@@ -136,7 +143,7 @@ class TernaryMatrix:
         def find_scale() -> Floats:
             return self.scale if self.scale.size == 1 else self.scale[order]
 
-        return self._with(moved(self.rows), find_scale, moved(self.scales))
+        return self._with(moved(self.rows), find_scale, moved(self.scales), moved(self.values))
 
     def slice(self, begin: int, end: int) -> TernaryMatrix:
         """The rows [begin, end) as a matrix, with one scale where all of them share it."""
@@ -151,17 +158,22 @@ class TernaryMatrix:
         def scales(first: int, last: int) -> Floats:
             return self.scales(begin + first, begin + last)
 
-        return replace(self._with(decode, find_scale, scales), shape=Shape(end - begin, self.shape.k))
+        def values(first: int, last: int) -> Floats:
+            return self.values(begin + first, begin + last)
+
+        return replace(self._with(decode, find_scale, scales, values), shape=Shape(end - begin, self.shape.k))
 
     def _with(
         self,
         decode: Callable[[int, int], Ternary],
         find_scale: Callable[[], Floats],
         scales: Callable[[int, int], Floats],
+        values: Callable[[int, int], Floats],
     ) -> TernaryMatrix:
         """The same matrix, its rows or scales changed."""
         groups = None if self.groups is None else GroupScales(lambda: self.group, scales)
-        return TernaryMatrix(self.name, self.shape, decode, find_scale, groups)
+        floats = None if self.floats is None else values
+        return TernaryMatrix(self.name, self.shape, decode, find_scale, groups, floats=floats)
 
     @classmethod
     def stack(cls, parts: Sequence[TernaryMatrix]) -> TernaryMatrix:
@@ -195,12 +207,17 @@ class TernaryMatrix:
             made: Floats = joined(begin, end, lambda part, low, high: part.scales(low, high, find_size()))
             return made
 
+        def floats(begin: int, end: int) -> Floats:
+            made: Floats = joined(begin, end, cls.values)
+            return made
+
         return cls(
             "+".join(part.name for part in parts),
             Shape(starts[-1], k),
             lambda begin, end: joined(begin, end, cls.rows),
             find_scale,
             None if all(part.groups is None for part in parts) else GroupScales(find_size, scales),
+            floats=None if all(part.floats is None for part in parts) else floats,
         )
 
     @classmethod
@@ -272,8 +289,12 @@ class CodedMatrix(TernaryMatrix):
         )
 
     def scaled(self, factor: Floats) -> TernaryMatrix:
-        del factor
-        raise FileError(f"{self.name}: a factor of a matrix with 4-bit weights is not supported")
+        def read(begin: int, end: int) -> Codes:
+            rows, by = self.codes(begin, end), factor if factor.size == 1 else factor[begin:end, None]
+            offsets = None if rows.offsets is None else rows.offsets * by
+            return replace(rows, scales=rows.scales * by, offsets=offsets)
+
+        return self.make(self.name, self.shape, self.kind, self.group, read)
 
     def reordered(self, order: NDArray[np.int64]) -> TernaryMatrix:
         def moved(begin: int, end: int) -> Codes:
@@ -323,29 +344,43 @@ def _joined_codes(name: str, parts: Sequence[Codes]) -> Codes:
         return None if found[0] is None else np.concatenate(found)
 
     tables, selectors = parts[0].tables, None
-    every = [part.tables for part in parts if part.tables is not None]
-    if tables is not None and any(not np.array_equal(own, tables) for own in every):
-        tables = np.unique(np.concatenate(every), axis=0)
-        if len(tables) > TABLES or any(len(part.codes) % 16 for part in parts):
+    if tables is not None and (
+        any(part.selectors is not None or not _same(part.tables, tables) for part in parts)
+    ):
+        tables = np.unique(np.concatenate([part.tables for part in parts if part.tables is not None]), axis=0)
+        if len(tables) > TABLES or any(len(part.codes) % 16 for part in parts[:-1]):
             raise FileError(f"{name}: its tables differ, and not by 16 rows each")
-        ids = [int(np.flatnonzero((tables == own[:1]).all(axis=1))[0]) for own in every]
-        shapes = [(len(part.codes) // 16, part.scales.shape[1]) for part in parts]
-        selectors = np.concatenate([np.full(s, i, np.uint8) for s, i in zip(shapes, ids, strict=True)])
+        selectors = np.concatenate([selectors_among(tables, part) for part in parts])
     return Codes(rows("codes"), rows("scales"), rows("offsets"), tables, selectors)
 
 
-def _with_offsets(rows: Codes) -> Codes:
+def _same(tables: NDArray[np.int8] | None, others: NDArray[np.int8]) -> bool:
+    return tables is not None and np.array_equal(tables, others)
+
+
+def selectors_among(tables: NDArray[np.int8], rows: Codes) -> NDArray[np.uint8]:
+    """What 16 rows and a group select where ``tables``, which hold all of the rows', are the tables."""
+    own = () if rows.tables is None else rows.tables
+    ids = np.array([int(np.flatnonzero((tables == table).all(axis=1))[0]) for table in own], np.uint8)
+    shape = (-(-len(rows.codes) // 16), rows.scales.shape[1])
+    selected: NDArray[np.uint8] = ids[np.zeros(shape, np.uint8) if rows.selectors is None else rows.selectors]
+    return selected
+
+
+def with_offsets(rows: Codes) -> Codes:
+    """Q4 as Q4M: the offset of each group is -8 times its scale."""
     return Codes(rows.codes, rows.scales, rows.scales * np.float32(-EVERY_FAMILY["q4"].bias))
 
 
-def _with_table(rows: Codes) -> Codes:
+def with_table(rows: Codes) -> Codes:
+    """Q4 as T4, by the table -8 .. 7."""
     return Codes(rows.codes, rows.scales, None, np.arange(-8, 8, dtype=np.int8)[None])
 
 
 # What holds weights of another kind exactly: Q4 is Q4M with the offset -8 d, and T4 with the table -8 .. 7.
 _CHANGES: Mapping[tuple[str, str], Callable[[Codes], Codes]] = {
-    ("q4", "q4m"): _with_offsets,
-    ("q4", "t4"): _with_table,
+    ("q4", "q4m"): with_offsets,
+    ("q4", "t4"): with_table,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,57 @@ def test_a_damaged_scale_is_found_when_weights_are_packed() -> None:
 def test_the_table_of_iq4_nl() -> None:
     assert len(set(IQ4_NL)) == 16
     assert max(map(abs, IQ4_NL)) == 127
+
+
+# ---- from one type to another
+
+
+@pytest.mark.parametrize(
+    ("source", "targets"),
+    [
+        ("q4_0", ("q4_1", "q4_0")),
+        ("q4_0", ("table4", "q4_0")),
+        ("iq4_nl", ("table4", "iq4_nl")),
+        ("mxfp4", ("table4", "mxfp4")),
+        ("q4_1", ("q4_1",)),
+        ({"attn_q": "iq4_nl", "ffn_up": "mxfp4"}, ("table4",)),
+    ],
+)
+def test_conversion_keeps_every_weight(tmp_path: Path, source: Any, targets: tuple[str, ...]) -> None:
+    """Through each type in turn, and back into the first: the same values, and of one type the same bytes."""
+    path, _ = write_coded(tmp_path / "m.gguf", source)
+    before = open_model(path).weights
+    last = path
+    for i, kind in enumerate(targets):
+        last = convert(last, tmp_path / f"{i}.gguf", kind).path
+        after = open_model(last).weights
+        for x, y in zip(before.layers, after.layers, strict=True):
+            for a, b in zip(x.matrices, y.matrices, strict=True):
+                # The offset -8 d in place of the bias 8 is rounded once more.
+                bound = 1e-7 if kind == "q4_1" and source == "q4_0" else 0
+                np.testing.assert_allclose(b.values(0, b.shape.m), a.values(0, a.shape.m), rtol=0, atol=bound)
+    if targets[-1] == source:
+        one, other = read_gguf(path), read_gguf(last)
+        for name, info in one.tensors.items():
+            if info.size is not None:
+                assert np.array_equal(one.bytes_of(info), other.bytes_of(other.tensors[name])), name
+
+
+def test_conversion_that_would_lose_something_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    for source, kind, message in (
+        ("q4_0", "iq4_nl", "blk.0.attn_q.weight cannot be IQ4_NL without loss: its values are evenly spaced"),
+        ("q4_1", "q4_0", "its offsets are not -8 times its scales"),
+        ("q4_1", "table4", "Q4M weights are no T4 ones"),
+        ("iq4_nl", "mxfp4", "its table has other values"),
+        ("mxfp4", "q4_0", "its table has other values"),
+        ("mxfp4", "q4_1", "its table has other values"),
+    ):
+        path, _ = write_coded(tmp_path / "m.gguf", source)
+        with pytest.raises(FileError, match=re.escape(message)):
+            convert(path, out, kind)
+    ternary = write_model(tmp_path / "t.gguf", plain_model(coded_config()))
+    for kind in ("q4_0", "table4"):
+        with pytest.raises(FileError, match="has no weights of 4 bits, of which"):
+            convert(ternary, out, kind)
+    assert not list(tmp_path.glob("out*"))

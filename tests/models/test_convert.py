@@ -145,7 +145,7 @@ def test_the_command_names_every_type(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("no/such/m.gguf", "i2_s", "there is no folder", FileError.exit_code),
         (".", "i2_s", "is a folder", FileError.exit_code),
-        ("m.gguf", "q4_0", "unknown type 'q4_0'; did you mean q2_0 or q1_0 or tq2_0", UsageError.exit_code),
+        ("m.gguf", "q3_0", "unknown type 'q3_0'; did you mean q4_0 or q2_0 or q1_0", UsageError.exit_code),
     ],
 )
 def test_what_cannot_be_written(tmp_path: Path, out: str, kind: str, message: str, code: int) -> None:

@@ -119,7 +119,8 @@ def test_a_scale_of_zero_and_the_smallest_subnormal(tmp_path: Path) -> None:
 
 
 def test_the_fourth_code_is_refused_where_it_is_read(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "m.gguf", grouped_model(), "pq2_0")
+    model = grouped_model()
+    path = write_model(tmp_path / "m.gguf", model, "pq2_0")
     file = read_gguf(path)
     content = bytearray(path.read_bytes())
     content[file.tensors["blk.0.ffn_down.weight"].offset + 2] |= 3
@@ -128,6 +129,12 @@ def test_the_fourth_code_is_refused_where_it_is_read(tmp_path: Path) -> None:
     layer.qkv.rows(0, layer.qkv.shape.m)
     with pytest.raises(FileError, match=r"blk\.0\.ffn_down\.weight holds the code 3, which is \+2 times"):
         layer.down.rows(0, 256)
+    again = open_model(convert(path, tmp_path / "out.gguf", "table4").path)
+    assert (again.config.weights, again.config.group) == ("t4", 128)
+    down = again.weights.layers[0].down.values(0, 256)
+    expected = values_of(model, "blk.0.ffn_down")
+    expected[0, 0] = 2 * model.scale["blk.0.ffn_down"][0, 0]
+    assert np.array_equal(down, expected)
 
 
 # ---- the three layouts of type 42 ----

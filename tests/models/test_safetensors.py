@@ -197,6 +197,7 @@ def test_both_directions_are_those_of_transformers() -> None:
     from bitgen.formats.architectures import ARCHITECTURES
     from bitgen.formats.hf import _Checkpoint, quantization_of
     from bitgen.formats.safetensors import StoredTensor
+    from bitgen.formats.scalars import Scalars
     from bitgen.reference import linear
 
     torch._dynamo.config.disable = True
@@ -223,7 +224,7 @@ def test_both_directions_are_those_of_transformers() -> None:
         }
         settings = {"quantization_config": {"quant_method": "bitnet", "linear_class": name}}
         quantization = quantization_of(settings, ARCHITECTURES["llama"], "config.json")
-        matrix = _Checkpoint(Path(), tensors, quantization, set()).ternary("l", 12, 40)
+        matrix = _Checkpoint(Path(), tensors, quantization, set(), Scalars()).ternary("l", 12, 40)
         assert np.allclose(linear(x, matrix.rows(0, 12), matrix.scale), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -342,7 +343,7 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; silu and relu2 are supported"),
         ({"attention_bias": True}, "attention_bias is set: biases are not supported"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor is no list of numbers"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "numbers of the yarn RoPE scaling make no"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": 1}}, "mscale is 1, which is not"),
         ({"rope_scaling": 5}, "rope_scaling is no object"),

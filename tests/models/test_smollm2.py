@@ -67,6 +67,19 @@ def test_greedy_text(llm: LLM) -> None:
     assert "".join(llm.generate(PROMPT, max_tokens=32, temperature=0)) == TEXT
 
 
+def test_vectors_of_texts(llm: LLM) -> None:
+    """Of length 1, the same bits in a batch and alone, and texts about the same thing are nearer."""
+    texts = [
+        "A cat sleeps on the sofa.",
+        "A kitten naps on the couch.",
+        "Interest rates rose by half a percent.",
+    ]
+    vectors = np.stack(list(llm.embed(texts, "mean")))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(next(llm.embed(texts[1:2], "mean")), vectors[1])
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.02
+
+
 def test_a_text_at_once_and_token_by_token(llm: LLM) -> None:
     engine = llm.engine
     assert isinstance(engine, Engine)

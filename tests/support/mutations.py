@@ -190,6 +190,8 @@ def typed_file(folder: Path, kind: str) -> tuple[Path, int]:
 
     if kind in CODED:
         return coded_file(folder, kind)
+    if kind in OWN:
+        return own_file(folder, kind)
     layout = TERNARY[kind.removeprefix("42 ")]
     model = plain_model(small_config("qwen3", **{**TINY, "ffn": 256}))
     rng = np.random.default_rng(0)
@@ -224,7 +226,20 @@ def coded_file(folder: Path, kind: str) -> tuple[Path, int]:
     return path, read_gguf(path).header_bytes
 
 
-TYPES = (*TERNARY, "42 pq2_0", "42 stq1_0", *CODED)
+def own_file(folder: Path, kind: str) -> tuple[Path, int]:
+    """The same as one of bitgen's own types."""
+    from bitgen.formats.gguf import read_gguf
+    from bitgen.quantize import Recipe, quantize
+
+    source = write_model(folder / "floats.gguf", plain_model(small_config("llama", **TINY)))
+    path = quantize(source, folder / f"{kind}.gguf", Recipe(kind, 32)).path
+    file = read_gguf(path)
+    os.truncate(path, max(t.offset + (t.size or 0) for t in file.tensors.values()))  # no padding at its end
+    return path, file.header_bytes
+
+
+OWN = ("codebook4", "bitmod3")
+TYPES = (*TERNARY, "42 pq2_0", "42 stq1_0", *CODED, *OWN)
 
 
 def hf_folder(folder: Path) -> Path:
