@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -27,20 +28,38 @@ if TYPE_CHECKING:
     from bitgen.energy import Meter
     from bitgen.llm import LLM
 
-_HEADERS_S = 10.0  # until the first request of a connection has its headers
+_HEADERS_S = 10.0  # until a request has its headers
 _LAST_S = 2.0  # for the last words of streams that were cut
 
 
 class _Protocol(H11Protocol):
-    """A connection that says nothing is closed."""
+    """A connection that is silent at first, or stops amid the headers of a request, is closed."""
+
+    _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(_HEADERS_S, self._close_if_silent)
+        self._watch()
 
-    def _close_if_silent(self) -> None:
-        if not getattr(self, "scope", None):  # no request yet, which uvicorn's annotation leaves out
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        first = getattr(self, "scope", None) is None  # no request yet, which uvicorn's annotation leaves out
+        if self.conn.their_state is not h11.IDLE or not (first or self.conn.trailing_data[0]):
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_HEADERS_S, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class _Uvicorn(uvicorn.Server):

@@ -44,7 +44,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with Server(library, tmp_path_factory.mktemp("home"), "--parallel", "4") as server:
+    # Memory for two whole texts: what is parked is given up, and long texts wait for each other.
+    flags = ("--parallel", "4", "--kv-memory", "1.1")
+    with Server(library, tmp_path_factory.mktemp("home"), *flags) as server:
         yield server
 
 

@@ -14,14 +14,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import uvicorn
 from serving import Client, FakeEngine, Reply, once, running
+from uvicorn.server import ServerState
 
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.inference.grammar import GrammarState
 from bitgen.serve.guard import Access
 from bitgen.serve.messages import ChatBody, ChatMessage, chat_ids
 from bitgen.serve.ports import holder, is_loopback, listen
-from bitgen.serve.server import fingerprint_of, read_keys
+from bitgen.serve.server import _Protocol, fingerprint_of, read_keys
 from bitgen.serve.tools import CallFilter, Tool
 
 HAS_LLGUIDANCE = importlib.util.find_spec("llguidance") is not None
@@ -671,6 +673,58 @@ def test_a_slow_sender_holds_nobody_up_and_is_told() -> None:
             assert (late.status, error(late)["type"]) == (408, "timeout_error")
 
     asyncio.run(ask())
+
+
+class Wire(asyncio.Transport):
+    """One end of a connection that nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent, self.closed = b"", False
+
+    def write(self, data: Any) -> None:
+        self.sent += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+
+def test_headers_that_do_not_come_end_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first request, and of one after another; a request that is answered slowly is left alone."""
+    monkeypatch.setattr("bitgen.serve.server._HEADERS_S", 0.05)
+    go = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (scope["path"], receive is not None) == ("/", True)
+        await go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def connect() -> None:
+        config = uvicorn.Config(app, log_config=None, lifespan="off")
+        config.load()
+        loop, ends = asyncio.get_running_loop(), []
+        for _ in range(3):
+            protocol, wire = _Protocol(config, ServerState(), {}, loop), Wire()
+            protocol.connection_made(wire)
+            ends.append((protocol, wire))
+        (_, silent), (slow, slows), (good, goods) = ends
+        slow.data_received(b"GET / HTTP/1.1\r\nho")
+        good.data_received(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        await asyncio.sleep(0.1)
+        assert (silent.closed, slows.closed, goods.closed) == (True, True, False)
+        go.set()
+        await asyncio.sleep(0.1)
+        assert goods.sent.startswith(b"HTTP/1.1 200")
+        assert not goods.closed
+        good.data_received(b"GET / HT")
+        await asyncio.sleep(0.1)
+        assert goods.closed
+
+    asyncio.run(connect())
 
 
 @pytest.mark.parametrize("seed", range(6))
