@@ -71,11 +71,24 @@ actions = st.lists(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(actions=actions, mixed=st.booleans())
 def test_a_text_of_the_tiny_model_does_not_depend_on_the_load(
     actions: list[Any], mixed: bool, alone: LLM, crowded: LLM
 ) -> None:
+    check_load(actions, mixed, alone, crowded)
+
+
+@pytest.mark.deep
+@settings(max_examples=500)
+@given(actions=actions, mixed=st.booleans())
+def test_a_text_of_the_tiny_model_does_not_depend_on_any_of_many_loads(
+    actions: list[Any], mixed: bool, alone: LLM, crowded: LLM
+) -> None:
+    check_load(actions, mixed, alone, crowded)
+
+
+def check_load(actions: list[Any], mixed: bool, alone: LLM, crowded: LLM) -> None:
     texts: dict[Job, str] = {}
     ends: dict[Job, str] = {}
 

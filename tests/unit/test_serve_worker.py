@@ -147,17 +147,29 @@ capacities = st.builds(
 )
 
 
+loads: dict[str, st.SearchStrategy[Any]] = {
+    "actions": actions,
+    "capacity": capacities,
+    "token_s": st.sampled_from([0.0, 0.004, 0.02]),
+    "drafts": st.booleans(),
+    "mixed": st.booleans(),
+}
+
+
 @settings(max_examples=100)
-@given(
-    actions=actions,
-    capacity=capacities,
-    token_s=st.sampled_from([0.0, 0.004, 0.02]),
-    drafts=st.booleans(),
-    mixed=st.booleans(),
-)
-def test_a_text_does_not_depend_on_the_load(
-    actions: list[Any], capacity: Capacity, token_s: float, drafts: bool, mixed: bool
-) -> None:
+@given(**loads)
+def test_a_text_does_not_depend_on_the_load(**load: Any) -> None:
+    check_load(**load)
+
+
+@pytest.mark.deep
+@settings(max_examples=5000)
+@given(**loads)
+def test_a_text_does_not_depend_on_any_of_many_loads(**load: Any) -> None:
+    check_load(**load)
+
+
+def check_load(actions: list[Any], capacity: Capacity, token_s: float, drafts: bool, mixed: bool) -> None:
     """Arrivals, cancels, evictions, shared prefixes, drafts, grammars and parts of any size are invisible.
 
     And at no time keys and values take more bytes than they may (`FakeEngine.forward`).
