@@ -37,6 +37,9 @@ Floats: TypeAlias = NDArray[np.float32]
 Generic: TypeAlias = Literal["never", "fallback", "only"]
 Activations: TypeAlias = Literal["int8", "int16"]  # what the inputs of matrices are quantised to
 _ALIGNMENT = 64
+# cffi unmaps a library that nobody refers to, whatever of it is still to be called: contexts, which end their
+# threads when they are collected. What was opened stays.
+_opened: list[Any] = []
 _CTYPES = {"uint8": "uint8_t[]", "int8": "int8_t[]", "float32": "float[]"}
 
 
@@ -110,6 +113,7 @@ def _open(path: Path, sha256: str | None) -> Any:
         name = file.loadable
         try:
             lib = ffi.dlopen(name)
+            _opened.append(lib)
         except OSError as error:
             why = str(error).replace(name, str(path))
             raise FileError(f"cannot open the library {path}: {why}") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -317,3 +319,11 @@ def test_missing_files_are_one_line(tmp_path: Path) -> None:
 def test_errors_cross_processes() -> None:
     error = pickle.loads(pickle.dumps(ArgumentValueError("x is empty")))  # noqa: S301 - our own bytes
     assert (type(error), error.message) == (ArgumentValueError, "x is empty")
+
+
+def test_a_table_that_nobody_keeps_ends_its_threads(bundle: Path) -> None:
+    """Whichever of the table, its context and its library Python takes apart first."""
+    for last in ("load({!r}, 2)", "table = load({!r}, 2); table.beyond = table"):
+        script = f"from bitgen.runtime import load\n{last.format(str(bundle))}\n"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
