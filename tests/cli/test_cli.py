@@ -389,14 +389,18 @@ def test_export_writes_the_schedules_without_timings(
 
 
 def test_a_corrupted_cache_entry_is_told_and_made_again(built: Path, workplace: Path) -> None:
-    before = (built / "manifest.json").read_bytes()
-    for broken in (workplace / "cache" / "objects").rglob("*.o"):
+    before, when = (built / "manifest.json").read_bytes(), (built / "manifest.json").stat().st_mtime
+    objects = ((path.stat().st_mtime, path) for path in (workplace / "cache" / "objects").rglob("*.o"))
+    newest = sorted(found for found in objects if found[0] <= when)[
+        -3:
+    ]  # of this library, whatever else is there
+    for _, broken in newest:
         broken.write_bytes(b"not an object")
     done = bitgen_in(workplace, "build", "-m", "tiny.yaml")
     assert "corrupted file" in done.stderr
     lines = done.stderr.splitlines()
     assert all("a corrupted file in bitgen's cache is made again: " in line for line in lines)
-    assert len(set(lines)) == len(lines), "each file is told once"
+    assert len(set(lines)) == len(lines) == len(newest) == 3, "each file is told once"
     assert (built / "manifest.json").read_bytes() == before
     with bitgen.load(built):
         pass
