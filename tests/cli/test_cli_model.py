@@ -7,21 +7,26 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from model_files import plain_model, small_config, write_model
+from model_files import plain_model, preset_yaml, small_config, write_model
 from text_models import piece_data
 
 import bitgen
 from bitgen.cli import main
 from bitgen.energy import open_source
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UsageError
-from bitgen.formats.config import ModelConfig
+from bitgen.formats.config import ModelConfig, find_model
 from bitgen.formats.open import open_model
+from bitgen.inference import memory
+from bitgen.inference.engine import Engine
 from bitgen.inference.opening import find_library
 from bitgen.inference.sequence import Sequence
+from bitgen.inference.synthetic import random_weights
+from bitgen.runtime import load
 
 pytestmark = pytest.mark.slow
 
@@ -393,6 +398,31 @@ def test_bench_takes_a_preset(tmp_path: Path, library: Path, capsys: pytest.Capt
     out, _ = out_of(capsys, *argv)
     assert "| small |" in out
     assert "| tg2 |" in out
+
+
+def test_a_model_larger_than_memory_runs_from_disk_alone(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is said, and that all of it is said before any packing."""
+    preset = tmp_path / "large.yaml"
+    sizes = {"hidden": 256, "ffn": 512, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 50}
+    preset.write_text(preset_yaml("large", **sizes))
+    with load(library) as table:
+        plan = Engine(random_weights(replace(find_model(str(preset)), context=2)), table, context=2).memory
+    argv = ["bench", "-m", str(preset), "--library", str(library), "-p", "0", "-n", "2", "-r", "1"]
+    monkeypatch.setenv("BITGEN_HOME", str(tmp_path))
+    monkeypatch.setattr(memory, "_SPARE", 0)
+    room = plan.total - plan.weights // 2
+    monkeypatch.setattr(memory, "available_memory", lambda: room)
+    _, err = out_of(capsys, *argv, code=BitgenError.exit_code)
+    said, refusal = (line for line in err.splitlines() if "memory: " in line)
+    assert said.startswith("bitgen: memory: ")
+    assert "--from-disk" in refusal
+    assert not list(tmp_path.glob("cache/packed/*"))
+    out, err = out_of(capsys, *argv, "--from-disk", "-o", "json")
+    assert "MiB in each step, at " in err
+    assert json.loads(out)["bench"][0]["avg_ts"] > 0
+    assert len(list(tmp_path.glob("cache/packed/*"))) == 1
 
 
 @pytest.mark.parametrize("options", [["-p", "x"], ["-p", "0", "-n", "0"], ["-r", "0"], ["-b", "0"]])

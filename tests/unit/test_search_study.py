@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from replay import Contention
 from search_study import LOG, MODEL, read_logs, search, true_times
 
 from bitgen.formats.config import find_model
@@ -40,3 +41,18 @@ def test_the_logs_hold_whole_spaces_with_something_to_win() -> None:
         assert len(log.rounds_ns) >= 16
         times = true_times(log)
         assert max(times.values()) > 1.05 * min(times.values())
+
+
+def test_bursts_only_add_time() -> None:
+    times, bursts = [100.0] * 1000, Contention(0.2, 0.5)
+    hit = bursts.disturb(times, "a")
+    assert hit == bursts.disturb(times, "a") != bursts.disturb(times, "b")
+    assert min(hit) == 100.0
+    assert 150 < sum(time > 100 for time in hit) < 250
+    assert 105 < statistics.fmean(hit) < 115
+
+
+def test_a_search_beside_other_work_sees_other_times_and_takes_longer() -> None:
+    logs = [log for log in LOGS if log.group == ("t5", "avx2", "n1", 1)][:1]
+    quiet, noisy = (search(logs, 0, load_search_config(), each) for each in (None, Contention(0.3, 1.0)))
+    assert noisy.share > quiet.share
