@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from bitgen.errors import BitgenError, UsageError
+from bitgen.errors import UsageError
 from bitgen.formats.pooling import POOLINGS, Pooling
+from bitgen.inference.directions import direction
 from bitgen.inference.scheduler import Row, Scheduler
 from bitgen.inference.wants import Floats, Hidden, Nothing, Want
 
@@ -61,8 +60,4 @@ def _run(scheduler: Scheduler, batch: Sequence[Sequence[int]], pooling: Pooling)
     for ids in batch:
         states = [state for state in answers[at : at + len(ids)] if state is not None]
         at += len(ids)
-        mean = np.mean(np.array(states, np.float64), axis=0)
-        length = float(np.sqrt((mean**2).sum()))
-        if length == 0:
-            raise BitgenError("the model's state of a text is zero, which has no direction")
-        yield (mean / length).astype(np.float32)
+        yield direction(states)

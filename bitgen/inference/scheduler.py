@@ -308,6 +308,7 @@ class Scheduler:
         if not sequence.tokens:  # cancelled in its prompt, maybe: that starts over
             sequence.computed = 0
             sequence.scores.clear()
+            sequence.states.clear()
         return self._slots.place(sequence, self._running)
 
     def _lacking(self, slot: int) -> int:
@@ -346,7 +347,9 @@ class Scheduler:
         part = tokens[at : at + size]
         last = fresh and at + len(part) == len(tokens)
         wants: list[Want] = [Logits() if scored else Nothing()] * len(part)
-        if last and not scored:
+        if sequence.request.pooling:
+            wants = sequence.wants_of(len(part), last)
+        elif last and not scored:
             wants[-1] = sequence.want(self.engine.config.vocab)
         behind = tokens[at + 1 : at + len(part) + 1] if scored else []
         return _Part(sequence, Row(slot, part), wants, behind, last)
@@ -361,8 +364,13 @@ class Scheduler:
         sequence.computed += len(tokens)
         self.timings.prompt_tokens += len(tokens)
         self.timings.prompt_s += seconds
+        if sequence.request.pooling:
+            sequence.states += [state for state in answers if state is not None]
         if not part.last:
             return []
+        if sequence.request.pooling:
+            sequence.point()
+            return [Event(sequence, "")]
         if sequence.progress:
             whole = len(sequence.whole)
             sequence.progress(Progress("reading the prompt", whole, whole, "tokens"))

@@ -10,10 +10,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from bitgen.errors import BitgenError
+from bitgen.formats.pooling import Pooling
+from bitgen.inference.directions import direction
 from bitgen.inference.drafts import PromptLookupDrafter
 from bitgen.inference.grammar import Grammar
 from bitgen.inference.sampling import Sampler, Sampling, Score, score_of
-from bitgen.inference.wants import Best, Chosen, Floats, Logits, Mask, pack_mask
+from bitgen.inference.wants import Best, Chosen, Floats, Hidden, Logits, Mask, Nothing, Want, pack_mask
 from bitgen.progress import Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -29,7 +31,7 @@ class Request:
     ``logprobs`` keeps the log-probability of every sampled token beside as many of the likeliest ones, and
     with ``score_prompt`` of the prompt's tokens too. A text with a ``grammar`` follows it, and ends where it
     is complete. Without one no token comes before ``min_tokens`` that would end it; ``stop_ids`` are more of
-    these. The KV cache is shared within one ``owner``.
+    these. The KV cache is shared within one ``owner``. With ``pooling`` the prompt gets a vector, no text.
     """
 
     prompt: tuple[int, ...]
@@ -44,6 +46,7 @@ class Request:
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     owner: str = ""
+    pooling: Pooling | None = None
 
 
 class Sequence:
@@ -62,6 +65,8 @@ class Sequence:
         self.error = ""
         self.computed = 0  # tokens of the prompt that the KV cache did not hold
         self.scores: list[Score] = []  # of the prompt from its second token on, if asked for, and of `tokens`
+        self.states: list[Floats] = []  # of the prompt's tokens that its vector is made of
+        self.vector: Floats | None = None  # float32 (hidden), of length 1
         self.whole = list(request.prompt)  # and what was sampled; the last token has not been computed yet
         self._sampler = Sampler(request.sampling)
         self._tokenizer = tokenizer
@@ -109,6 +114,18 @@ class Sequence:
     def learn(self, drafted: int, accepted: int) -> None:
         if self._drafter is not None:
             self._drafter.learn(drafted, accepted)
+
+    def wants_of(self, tokens: int, last: bool) -> list[Want]:
+        """What so many tokens of its prompt have to give for its vector; ``last``: they are its last ones."""
+        rest: Want = Hidden() if self.request.pooling == "mean" else Nothing()
+        return [rest] * (tokens - 1) + [Hidden() if last else rest]
+
+    def point(self) -> None:
+        """Make its vector of the states, and end."""
+        try:
+            self.vector, self.finish = direction(self.states), "end"
+        except BitgenError as error:
+            self.error, self.finish = error.message, "error"
 
     def score(self, logits: Floats, token: int) -> None:
         """Keep what the model thought of ``token``, whatever the sampler makes of its logits."""

@@ -124,7 +124,8 @@ class Slots:
         """How many tokens that a slot holds spare a sequence their computation."""
         request = sequence.request
         known = self._shared or slot in self.pinned or request.owner == self.owner[slot]
-        if not known or (request.score_prompt and not sequence.tokens):
+        whole = request.score_prompt or request.pooling == "mean"  # every token's row is wanted
+        if not known or (whole and not sequence.tokens):
             return 0
         most = len(sequence.whole) - 1  # the last token is computed for its logits
         return min(common_start(self.tokens[slot], sequence.whole), most)

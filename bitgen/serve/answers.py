@@ -42,11 +42,8 @@ class Choice:
         return "".join(self.parts)
 
 
-class Answer(ABC):
-    """Collects updates and puts them into words, whole or as a stream; a subclass for each shape."""
-
-    media_type: ClassVar[str] = "text/event-stream"
-    ping: ClassVar[bytes] = b": ping\n\n"  # into a stream that is silent
+class Collected(ABC):
+    """Collects updates, and makes a body of them."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.choices = [Choice(job) for job in jobs]
@@ -63,6 +60,13 @@ class Answer(ABC):
     @abstractmethod
     def body(self) -> dict[str, Any]:
         """The whole answer."""
+
+
+class Answer(Collected):
+    """Puts updates into words, whole or as a stream; a subclass for each shape."""
+
+    media_type: ClassVar[str] = "text/event-stream"
+    ping: ClassVar[bytes] = b": ping\n\n"  # into a stream that is silent
 
     @abstractmethod
     def begin(self) -> bytes:

@@ -21,7 +21,8 @@ from bitgen.inference.sampling import Sampling
 from bitgen.serve import messages, openapi
 from bitgen.serve.answers import ChatAnswer, CompletionAnswer, Head, ToolAnswer
 from bitgen.serve.anthropic import MessagesEndpoints
-from bitgen.serve.errors import ApiError, draining, no_embeddings
+from bitgen.serve.embeddings import EmbeddingsEndpoints
+from bitgen.serve.errors import ApiError, draining
 from bitgen.serve.guard import Guard
 from bitgen.serve.messages import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from bitgen.serve.ollama import OllamaEndpoints
@@ -54,7 +55,6 @@ class Endpoints:
             Endpoint("GET", "/version", self.version, "the version of bitgen"),
             Endpoint("POST", "/v1/completions", self.completions, "continue texts", CompletionBody),
             Endpoint("POST", "/v1/chat/completions", self.chat, "answer a conversation", ChatBody),
-            Endpoint("POST", "/v1/embeddings", self.embeddings, "not implemented"),
             Endpoint("POST", "/tokenize", self.tokenize, "tokens of a text", TokenizeBody),
             Endpoint("POST", "/detokenize", self.detokenize, "text of tokens", DetokenizeBody),
         ]
@@ -89,10 +89,6 @@ class Endpoints:
     def _head(self, body: Body) -> Head:
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return self._service.head(body.model, usage)
-
-    async def embeddings(self, http: HttpRequest) -> Response:
-        del http
-        raise no_embeddings()
 
     async def tokenize(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, TokenizeBody)
@@ -218,6 +214,7 @@ def make_app(service: Service) -> Guard:
         Endpoints(service),
         ResponsesEndpoints(service),
         MessagesEndpoints(service),
+        EmbeddingsEndpoints(service),
         OllamaEndpoints(service),
     )
     endpoints = [endpoint for part in parts for endpoint in part.all()]

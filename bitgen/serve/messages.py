@@ -231,9 +231,9 @@ def completion_requests(body: CompletionBody, llm: LLM, limits: Limits) -> list[
         **_grammar(body, llm),
     )
     prompts = []
-    for prompt in _prompts(body.prompt):
+    for prompt in split_prompts(body.prompt, "prompt"):
         ids = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        prompts.append(_checked(ids, llm, "prompt"))
+        prompts.append(checked(ids, llm, "prompt"))
     return _choices(body, wanted, prompts)
 
 
@@ -247,7 +247,7 @@ def chat_requests(body: ChatBody, llm: LLM, limits: Limits) -> list[Request]:
     if llm.template_text == BUILT_IN["plain"]:
         wanted = replace(wanted, stop=(*wanted.stop, *PLAIN_STOP))
     return _choices(
-        body, wanted, [_checked(chat_ids(body.messages, llm, body.callable_tools), llm, "messages")]
+        body, wanted, [checked(chat_ids(body.messages, llm, body.callable_tools), llm, "messages")]
     )
 
 
@@ -339,21 +339,22 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": call.type, "function": function}
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> Sequence[str | list[int]]:
+def split_prompts(prompt: str | list[str | int | list[int]], param: str) -> Sequence[str | list[int]]:
+    """A text, texts, token ids, or lists of these, each of which is a prompt."""
     if isinstance(prompt, str):
         return [prompt]
     texts = [each for each in prompt if isinstance(each, str)]
     ids = [each for each in prompt if isinstance(each, int)]
     lists = [each for each in prompt if isinstance(each, list)]
-    check(bool(prompt), "the prompt is empty", "prompt")
-    check(len(prompt) in (len(texts), len(ids), len(lists)), "a prompt is of one kind", "prompt")
+    check(bool(prompt), "the prompt is empty", param)
+    check(len(prompt) in (len(texts), len(ids), len(lists)), "a prompt is of one kind", param)
     if ids:
         return [ids]
-    check(len(prompt) <= PROMPTS_MAX, f"a request has {PROMPTS_MAX} prompts at most", "prompt")
+    check(len(prompt) <= PROMPTS_MAX, f"a request has {PROMPTS_MAX} prompts at most", param)
     return texts or lists
 
 
-def _checked(ids: Sequence[int], llm: LLM, param: str) -> tuple[int, ...]:
+def checked(ids: Sequence[int], llm: LLM, param: str) -> tuple[int, ...]:
     """A prompt that fits; an empty one is a start token."""
     if len(ids) > llm.context:
         raise context_error(len(ids), llm.context)

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from bitgen import __version__
 from bitgen.serve import messages
 from bitgen.serve.answers import Head, SingleAnswer
-from bitgen.serve.errors import ApiError, no_embeddings
+from bitgen.serve.errors import ApiError
 from bitgen.serve.messages import ChatBody, ChatMessage, CompletionBody, JsonSchema, ResponseFormat
 from bitgen.serve.openapi import Endpoint
 from bitgen.serve.service import Maker, Service, json_response
@@ -203,7 +203,6 @@ class OllamaEndpoints:
             Endpoint("POST", "/api/chat", self.chat, "Ollama: answer a conversation", OllamaChat),
             Endpoint("POST", "/api/generate", self.generate, "Ollama: continue a text", Generate),
             Endpoint("POST", "/api/show", self.show, "Ollama: what is known of the model", Named),
-            Endpoint("POST", "/api/embed", self.embed, "Ollama: not implemented"),
             Endpoint("GET", "/api/tags", self.tags, "Ollama: the names of the model"),
             Endpoint("GET", "/api/ps", self.ps, "Ollama: what is loaded"),
             Endpoint("GET", "/api/version", self.version, "Ollama: the version of this dialect"),
@@ -277,10 +276,6 @@ class OllamaEndpoints:
                 "capabilities": ["completion", "tools"],
             }
         )
-
-    async def embed(self, http: HttpRequest) -> Response:
-        del http
-        raise no_embeddings()
 
     async def tags(self, http: HttpRequest) -> Response:
         del http

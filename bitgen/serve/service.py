@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from bitgen import __version__
 from bitgen.inference.sequence import Request
 from bitgen.serve import messages
-from bitgen.serve.answers import Answer, Head
+from bitgen.serve.answers import Answer, Collected, Head
 from bitgen.serve.errors import ApiError, draining, stopped
 from bitgen.serve.guard import Access
 from bitgen.serve.metrics import Metrics
@@ -192,13 +192,23 @@ class Service:
                 return self._stream(exchange, answer, write)
 
             return _Stream(answer.media_type, work, lambda: self.leave(exchange))
+        return await self._whole(http, exchange, answer)
+
+    async def whole(
+        self, http: HttpRequest, requests: Sequence[Request], made: Callable[[Sequence[Job]], Collected]
+    ) -> Response:
+        """The same for what is never streamed."""
+        exchange, jobs = self.submit(requests, http.state.owner)
+        return await self._whole(http, exchange, made(jobs))
+
+    async def _whole(self, http: HttpRequest, exchange: Exchange, answer: Collected) -> Response:
         try:
             stayed = await _unless_gone(http.receive, self._collect(exchange, answer))
         finally:
             self.leave(exchange)
         return json_response(answer.body()) if stayed else Response(status_code=_NOBODY)
 
-    async def _collect(self, exchange: Exchange, answer: Answer) -> None:
+    async def _collect(self, exchange: Exchange, answer: Collected) -> None:
         while answer.running:
             answer.take(_checked(await exchange.updates.get()))
 

@@ -22,6 +22,7 @@ from bitgen.inference.sampling import Score
 from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import Finish, Request
 from bitgen.inference.sequence import Sequence as Running
+from bitgen.inference.wants import Floats
 
 Ended: TypeAlias = "Finish | Literal['cancelled', 'error']"
 _IDS = itertools.count(1)
@@ -57,6 +58,7 @@ class Job:
     ended: float | None = None
     seed: int | None = None
     stop: str | None = None  # the stop text that ended it
+    vector: Floats | None = None  # of the prompt, where that was asked for
     computed: int = 0  # tokens of the prompt that were not reused
     sampled: int = 0  # tokens
 
@@ -212,7 +214,7 @@ class Worker:
                 updates.append(Update(job, text, tokens, scores, first=first))
                 continue
             del self._running[job]
-            job.stop = sequence.stopped_by
+            job.stop, job.vector = sequence.stopped_by, sequence.vector
             ended = self._end(job, sequence.finish)._replace(error=sequence.error)
             updates.append(ended._replace(text=text, tokens=tokens, scores=scores, first=first))
         return updates

@@ -121,6 +121,18 @@ def check_load(actions: list[Any], mixed: bool, alone: LLM, crowded: LLM) -> Non
         assert expected.startswith(text) if ends[job] == "cancelled" else text == expected
 
 
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_vectors_are_those_of_embed(pooling: Any, alone: LLM, crowded: LLM) -> None:
+    texts = [start * 2 for start in STARTS]
+    prompts = [tuple(alone.tokenizer.encode(text)) for text in texts]
+    asked = [crowded.scheduler.submit(Request(prompt, 0, pooling=pooling)) for prompt in prompts]
+    while not all(sequence.finish for sequence in asked):
+        crowded.scheduler.step()
+    for sequence, vector in zip(asked, alone.embed(texts, pooling), strict=True):
+        assert sequence.vector is not None
+        assert sequence.vector.tolist() == vector.tolist()
+
+
 def test_a_pinned_system_prompt_is_not_computed_again(library: Path) -> None:
     capacity = Capacity(parallel=1, pinned=1)
     with LLM("tiny", library=library, threads=1, context=CONTEXT, capacity=capacity) as llm:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.util
 import json
 import random
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import uvicorn
-from serving import Client, FakeEngine, Reply, once, running
+from serving import Client, FakeEngine, Reply, fake_llm, once, running
 from uvicorn.server import ServerState
 
 from bitgen.errors import BitgenError, FileError, UsageError
@@ -582,6 +584,41 @@ def test_a_text_is_calls_or_content_however_it_is_cut(text: str, calls: int) -> 
         assert len(found) == calls
         assert "".join(shown) + rest == ("" if calls else text)
         assert all((call.name, json.loads(call.arguments)) == ("hand", {"to": "the"}) for call in found)
+
+
+# ---- Vectors ----
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_vectors_are_those_of_embed_whatever_runs_beside(pooling: Any) -> None:
+    texts = ["the end and the other", "a", "the end and the other end " * 4]
+
+    async def ask() -> tuple[list[Any], Any, Any, Any]:
+        engine = FakeEngine(batch=2, token_s=0.02)
+        llm = fake_llm(engine)
+        llm.pooling = pooling
+        async with running(engine, llm=llm) as client:
+            bodies = [{"input": texts}, {"input": texts[0]}, {"input": texts[2], "encoding_format": "base64"}]
+            asked = [client.post("/v1/embeddings", body) for body in bodies]
+            *vectors, _ = await asyncio.gather(*asked, client.post(COMPLETIONS, ASK))
+            ollama = await client.post("/api/embed", {"model": "fake", "input": texts[:2]})
+            wrong = await client.post("/v1/embeddings", {"input": "a", "dimensions": 5})
+            return vectors, ollama, wrong, await client.post("/v1/embeddings", {"input": ["a", 5]})
+
+    (several, one, packed), ollama, wrong, mixed = asyncio.run(ask())
+    alone = fake_llm(FakeEngine(batch=1), None)
+    expected = [vector.tolist() for vector in alone.embed(texts, pooling)]
+    assert [each["embedding"] for each in several.json["data"]] == expected
+    assert one.json["data"][0] == {"object": "embedding", "index": 0, "embedding": expected[0]}
+    raw = base64.b64decode(packed.json["data"][0]["embedding"])
+    assert np.frombuffer(raw, "<f4").tolist() == expected[2]
+    tokens = [len(alone.tokenizer.encode(text)) for text in texts]
+    assert several.json["usage"] == {"prompt_tokens": sum(tokens), "total_tokens": sum(tokens)}
+    assert ollama.json["embeddings"] == expected[:2]
+    assert [(reply.status, error(reply)["param"]) for reply in (wrong, mixed)] == [
+        (400, "dimensions"),
+        (400, "input"),
+    ]
 
 
 # ---- Load, and clients that leave ----

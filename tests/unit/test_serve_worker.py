@@ -13,6 +13,7 @@ from serving import FakeEngine, fake_llm
 
 from bitgen.errors import BitgenError, UsageError
 from bitgen.inference.draft_model import DraftModel
+from bitgen.inference.embedding import embed
 from bitgen.inference.grammar import Grammar
 from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.sampling import Sampling
@@ -126,9 +127,18 @@ requests = st.builds(
         ]
     ),
 )
+vectors = st.builds(
+    request,
+    length=st.sampled_from([1, 17, 90, 250]),
+    text=st.integers(0, 1),
+    tokens=st.just(0),
+    owner=st.sampled_from(["", "a"]),
+    pooling=st.sampled_from(["last", "mean"]),
+)
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), requests),
+        st.tuples(st.just("submit"), vectors),
         st.tuples(st.just("turn"), st.integers(1, 4)),
         st.tuples(st.just("cancel"), st.integers(0, 20)),
     ),
@@ -198,6 +208,10 @@ def check_load(actions: list[Any], capacity: Capacity, token_s: float, drafts: b
             assert expected.startswith(house.texts[job])
         else:
             assert house.texts[job] == expected
+            if pooling := job.request.pooling:
+                (vector,) = embed(Scheduler(FakeEngine(1)), [job.request.prompt], pooling)
+                assert job.vector is not None
+                assert job.vector.tolist() == vector.tolist()
 
 
 def test_the_fake_engine_notices_a_wrong_cache() -> None:
