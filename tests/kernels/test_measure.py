@@ -449,7 +449,8 @@ def test_the_peak_of_tiles_is_probed(runner: LocalRunner) -> None:
 
 
 def test_the_peak_of_float_multiply_adds_is_probed(runner: LocalRunner) -> None:
-    for isa in accepted_isas(detect_cpu(), load_isas()):
+    levels = accepted_isas(detect_cpu(), load_isas())
+    for isa in dict.fromkeys((levels[0], levels[-1])):  # the best one, and the one that every CPU has
         probe = Fma(isa.name)
         assert probe.source().text.count("= vf_fma(sum") == probe.chains
         assert runner.fma_gflops(1, isa.name) > 0
