@@ -35,7 +35,7 @@ from bitgen.inference import FEW
 from bitgen.inference.chat_template import BUILT_IN, PLAIN_STOP, Message, render_chat, template_for
 from bitgen.inference.draft_model import DraftModel
 from bitgen.inference.embedding import embed
-from bitgen.inference.engine import Head, Kv, own_activations
+from bitgen.inference.engine import OWN_ACTIVATIONS, Head, Kv
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
 from bitgen.inference.kv_memory import Capacity
@@ -90,7 +90,7 @@ class LLM:
         config = file.config
         positions = context_for(config, context)
         tokenizer = file.tokenizer_data  # before the long work: it may be missing
-        self.activations = activations or own_activations(config)
+        self.activations = activations or OWN_ACTIVATIONS
         self.precision = (f"kv {kv}", *(["int16"] if self.activations == "int16" else []))
         self.pooling = pooling_of(file)
         self._content = partial(content_digest, file.path, KV_VERSION, *self.precision)

@@ -61,6 +61,10 @@ _SCREENED = ("f32", "f16", "bf16")  # heads that int8 rows are half of, or less
 # Smaller heads stay in the caches, where screening gains nothing: that of the tiny model takes 0.03 ms.
 _SCREENED_BYTES = 64 << 20
 
+# What inputs of matrices are rounded to where nobody asks for more. BitNets are trained with int8. Models in
+# groups are not, but lose next to nothing by it, and prompts take half as long as with int16
+# (docs/reference/activations.md).
+OWN_ACTIVATIONS: Activations = "int8"
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
 
@@ -78,16 +82,6 @@ class _Rows:
     rows: Any
     kept: list[Any]
     result: Callable[[], Any]
-
-
-def own_activations(config: ModelConfig) -> Activations:
-    """What the inputs of a model's matrices are rounded to where nobody asks for more.
-
-    BitNets are trained with int8. Models in groups are not, but lose next to nothing by it, and prompts take
-    half as long as with int16 (docs/reference/activations.md).
-    """
-    del config
-    return "int8"
 
 
 class Engine:
@@ -139,7 +133,7 @@ class Engine:
         if kv not in KV_TYPES or head not in get_args(Head):
             heads = "auto, full, screened or q8"
             raise BitgenError(f"kv must be f16, f32 or q8, head {heads}, not {kv!r}, {head!r}")
-        self.activations: Activations = activations or own_activations(config)
+        self.activations: Activations = activations or OWN_ACTIVATIONS
         table.check_activations(self.activations)
         self._sizes(kv)
         groups = find_groups(weights, fingerprint)

@@ -14,7 +14,7 @@ from float_ops import fma, greater
 from numpy.typing import NDArray
 
 from bitgen.formats.weights import CodedMatrix, TernaryMatrix, Weights
-from bitgen.inference.engine import inverse_frequencies, own_activations
+from bitgen.inference.engine import OWN_ACTIVATIONS, inverse_frequencies
 from bitgen.reference import (
     coded_int16_linear,
     grouped_int16_linear,
@@ -166,7 +166,7 @@ def exact_logits(
     weights: Weights, ids: Any, kv: str = "f16", steps: Steps | None = None, activations: str | None = None
 ) -> Floats:
     """Logits float32 (len(ids), vocab) of one text; ``steps`` gets what a BitLinear multiplied in int8."""
-    mode = activations or own_activations(weights.config)
+    mode = activations or OWN_ACTIVATIONS
     with np.errstate(all="ignore"):
         return _logits(weights, np.asarray(ids), kv, {} if steps is None else steps, mode)
 
