@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from libraries import share_cache
 from model_files import preset_yaml
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
@@ -62,7 +63,7 @@ LACKS = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+    return share_cache(tmp_path_factory.mktemp("benchmarks") / "home")
 
 
 def run(home: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
