@@ -128,6 +128,7 @@ FIGURES = (
     Figure("search", "docs/lab/search.md", "search_study.py -o json"),
     Figure("transformers", "docs/guide/python.md", "hf.py --threads {threads} -o json"),
     Figure("opening", "docs/guide/bundles.md", "opening.py {distribution}"),
+    Figure("quantised", "docs/guide/quantising.md", "quantize.py -m {smollm2} --work {work} --windows 4"),
 )
 
 
@@ -213,7 +214,7 @@ def run(args: argparse.Namespace) -> int:
     levels = frozenset(isa.name for isa in accepted_isas(cpu, load_isas()))
     options = {
         "threads": str(args.threads or cpu.usable_threads),
-        **{name: getattr(args, name) for name in ("work", "ik", "llama", "distribution")},
+        **{name: getattr(args, name) for name in ("work", "ik", "llama", "distribution", "smollm2")},
     }
     known = {figure.name for figure in FIGURES}
     if unknown := sorted(set(args.only) - known):
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument("--ik", metavar="PYTHON", help="a Python with ik-llama-cpp-python")
     parser.add_argument("--llama", metavar="PYTHON", help="a Python with llama-cpp-python")
     parser.add_argument("--distribution", metavar="ZIP", help="a distribution of bundles")
+    parser.add_argument("--smollm2", metavar="FILE", help="SmolLM2-135M-Instruct.Q4_1.gguf")
     try:
         sys.exit(1 if run(parser.parse_args()) else 0)
     except BitgenError as error:

@@ -73,7 +73,10 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> aarch64_root.Aarch64Root
         pytest.skip(f"no aarch64 system here: {error}")
 
 
-@pytest.fixture(scope="module", params=CORES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(core, marks=[pytest.mark.deep] if core == "cortex-a72" else []) for core in CORES],
+)
 def shipped(
     request: pytest.FixtureRequest,
     system: aarch64_root.Aarch64Root,

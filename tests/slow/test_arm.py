@@ -161,11 +161,7 @@ def test_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
 @needs_emulator
 @pytest.mark.parametrize(
     "isa",
-    [
-        pytest.param(isa, marks=[] if isa.name == "neon_dotprod" else [pytest.mark.deep], id=isa.name)
-        for isa in LEVELS
-        if "sve" not in isa.requires
-    ],
+    [pytest.param(isa, marks=[pytest.mark.deep], id=isa.name) for isa in LEVELS if "sve" not in isa.requires],
 )
 def test_kernels_stay_within_their_buffers(isa: Isa, tmp_path: Path) -> None:
     """Under AddressSanitizer, which does not see what SVE loads, and UndefinedBehaviorSanitizer."""
@@ -210,7 +206,11 @@ def test_the_kernels_program_sees_what_is_wrong(
 # ---- libraries
 
 
-@pytest.fixture(scope="module", params=LIBRARIES)
+@pytest.fixture(
+    scope="module",
+    # That of the oldest core is the host code and the refusals of the others, and NEON's kernels alone.
+    params=[pytest.param(one, marks=[pytest.mark.deep] if one == "cortex-a72" else []) for one in LIBRARIES],
+)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A target and the library that `bitgen build --target` makes for it."""
     if foreign.why_not():
@@ -291,6 +291,7 @@ def test_the_manifest_says_what_it_is_for(library: tuple[str, Path]) -> None:
     assert manifest["compiler"]["scalar"]["target"] == "aarch64-linux-gnu"
 
 
+@pytest.mark.deep
 @needs_emulator
 @pytest.mark.skipif(shutil.which("clang") is None, reason="needs clang")
 def test_clang_builds_the_same_library(tmp_path: Path) -> None:
@@ -377,6 +378,7 @@ def test_the_check_on_macos_asks_sysctl() -> None:
     assert "auxv" not in text
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs pip install ziglang")
 def test_a_library_for_macos_is_a_mach_o(tmp_path: Path) -> None:
     """Compiled and linked, not executed: there is no Mac."""

@@ -55,6 +55,7 @@ LACKS = {
     ),
     "hf": (["--model", "none"], "none"),
     "opening": (["none.zip"], "none.zip"),
+    "quantize": (["-m", "none.gguf", "--work", "{folder}"], "none.gguf does not exist"),
     "peer_ik": (["none.gguf"], "this Python has no ik-llama-cpp-python"),
     "peer_llama": (["none.gguf"], "this Python has no llama-cpp-python"),
     "arm_loops": (["--core", "neoverse-n1", "--family", "i2s", "--llvm", "0"], "llvm-mca-0"),
