@@ -64,13 +64,13 @@ class Row:
 
 
 def rows_of(names: Sequence[str], group: int, text: str) -> Iterator[Row]:
-    """Every type; then unfitted, as papers have them; then several tables by rows, and calibrated."""
+    """Every type; with scales the other way; then several tables by rows, and calibrated."""
     kinds = [(name, 0 if TYPES[name].gguf else group, TYPES[name]) for name in names]
     many = [(name, size) for name, size, kind in kinds if kind.learned or len(kind.tables) > 1]
     yield from (Row(Recipe(name, size)) for name, size, _ in kinds)
     for name, size, kind in kinds:
         if not kind.learned and not kind.gguf:
-            yield Row(Recipe(name, size, fitted=False), own_tables=(name, size) in many)
+            yield Row(Recipe(name, size, fitted=not kind.fitted), own_tables=(name, size) in many)
     yield from (Row(Recipe(name, size), own_tables=True) for name, size in many)
     yield from (Row(Recipe(name, size, calibration=text)) for name, size in many)
 
@@ -113,7 +113,7 @@ class Measure:
 def with_own_tables(weights: Weights, made: Weights, row: Row) -> tuple[Weights, float]:
     """The tables of ``made``, selected for each row: weights of floats, and what they changed by."""
     kind, group = row.recipe.checked()
-    fit = Fit(group, "plus" if kind.sign == "free" else kind.sign, row.recipe.fitted, rows=1)
+    fit = Fit(group, "plus" if kind.sign == "free" else kind.sign, row.recipe.fits_scales, rows=1)
     layers, error, size = [], 0.0, 0.0
     for layer, other in zip(weights.layers, made.layers, strict=True):
         found: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def one(model: ModelFile, measure: Measure, row: Row, args: argparse.Namespace) 
     """The cells of a row: the file is made, read, measured, and run where that is asked for."""
     recipe = row.recipe
     kind, group = recipe.checked()
-    how = "calibrated" if recipe.calibration else "fitted" if recipe.fitted else "largest"
+    how = "calibrated" if recipe.calibration else "fitted" if recipe.fits_scales else "largest"
     path = args.work / f"{kind.name}-g{group}-{how}.gguf"
     if recipe.calibration and not measure.squares:
         measure.squares = list(squares_of(model, recipe.calibration))

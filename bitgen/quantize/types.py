@@ -27,6 +27,7 @@ class DataType:
 
     A scale begins as the largest weight of its group over the largest value. Its ``sign`` is "plus", or
     "largest": that weight becomes that value, sign included; or "free": whichever has the smaller error.
+    ``fitted``: whether scales of least squares, uncalibrated, keep a model nearer (docs/guide/quantising.md).
     ``gguf``: the type is one of GGUF's, in blocks of 32.
     """
 
@@ -36,6 +37,7 @@ class DataType:
     tables: tuple[Table, ...] = ()
     learned: int = 0
     sign: Sign = "plus"
+    fitted: bool = True
     gguf: bool = False
 
     def arrays(self) -> NDArray[np.int8]:
@@ -50,13 +52,13 @@ def _special(table: Table, *values: int) -> tuple[Table, ...]:
 
 
 _RECORDS = (
-    DataType("bitmod4", "BitMoD-FP4", 4, _special(FP4, 10, 16), sign="free"),
+    DataType("bitmod4", "BitMoD-FP4", 4, _special(FP4, 10, 16), sign="free", fitted=False),
     DataType("bitmod3", "BitMoD-FP3", 3, _special(_FP3, 3, 6), sign="free"),
     DataType("codebook4", "four learned tables of 16", 4, learned=4, sign="largest"),
     DataType("codebook3", "four learned tables of 8", 3, learned=4, sign="largest"),
-    DataType("fp4", "FP4 (E2M1)", 4, (FP4,)),
+    DataType("fp4", "FP4 (E2M1)", 4, (FP4,), fitted=False),
     DataType("fp3", "FP3", 3, (_FP3,)),
-    DataType("int4", "INT4, -7 .. 7", 4, ((*range(-7, 8), 0),)),
+    DataType("int4", "INT4, -7 .. 7", 4, ((*range(-7, 8), 0),), fitted=False),
     DataType("nl4", "IQ4_NL's values", 4, (IQ4_NL,), sign="largest"),
     DataType("int3", "INT3, -3 .. 3", 3, ((*range(-3, 4), 0),)),
     DataType("q4_0", "GGUF's Q4_0", 4, (tuple(range(-8, 8)),), sign="largest", gguf=True),

@@ -51,14 +51,22 @@ class Recipe:
     """What to make: a type of TYPES, groups of weights along k that share a scale, the head as one of HEADS.
 
     ``calibration``: text that the model reads first; errors then count by what weights are multiplied with.
-    ``fitted`` False: scales are the largest weight over the largest value, as BitMoD's paper has them.
+    ``fitted`` False: scales are the largest weight over the largest value, as BitMoD's paper has them; None:
+    as is nearer (`DataType.fitted`).
     """
 
     type: str
     group: int = 0  # 0: 128, or 32 of GGUF's types
     head: str = "keep"
     calibration: str = ""
-    fitted: bool = True
+    fitted: bool | None = None
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether scales are fitted by least squares. With calibration always: errors are then of outputs."""
+        if self.fitted is not None:
+            return self.fitted
+        return bool(self.calibration) or TYPES[self.type].fitted
 
     def checked(self) -> tuple[DataType, int]:
         """The type and the size of groups. UsageError."""
@@ -143,7 +151,7 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.layout = TableLayout(self.kind.name, self.kind.bits, self.group)
-        self.fit = Fit(self.group, self.kind.sign, self.recipe.fitted)
+        self.fit = Fit(self.group, self.kind.sign, self.recipe.fits_scales)
         self._layer = -1
         self._current: Squares = {}
 
