@@ -126,7 +126,8 @@ class Worker:
         away = False
         while not self._stopped:
             try:
-                with self._database.connect() as connection:
+                # Closed, not committed: it may have been cut, which is no matter to what the others did.
+                with contextlib.closing(self._database.connect()) as connection:
                     self._take_name(connection)  # for as long as this connection is open
                     self._begin(connection)
                     if away:
