@@ -54,16 +54,13 @@ def _write(path: Path, vectors: list[Floats]) -> None:
     import numpy as np
 
     from bitgen.errors import FileError
+    from bitgen.whole import whole
 
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with whole(path) as file:
             np.save(file, np.stack(vectors))
-        partial.replace(path)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _lines(path: Path) -> list[str]:

@@ -70,10 +70,10 @@ def options_of(table: KernelTable) -> list[Option]:
     """The layouts whose kernels for any shape are of the library's best ISA level here, its own first."""
     w = np.zeros((_PROBE.m, _PROBE.k), np.int8)
     own, level = table.layout_name(_PROBE), table.linear(w, 1.0).kernel(1).isa
-    known = dict.fromkeys(Option(kernel.family, kernel.row_block) for kernel in table.kernels)
-    found = [option for option in known if option.name == own]
+    every = _every_option(table)
+    found = [option for option in every if option.name == own]
     try:
-        for option in known:
+        for option in every:
             if option.name == own or not table.prefer(_PROBE, *option):
                 continue
             if table.linear(w, 1.0).kernel(1).isa == level:
@@ -81,6 +81,11 @@ def options_of(table: KernelTable) -> list[Option]:
     finally:
         table.prefer(_PROBE, None)
     return found
+
+
+def _every_option(table: KernelTable) -> list[Option]:
+    """The layouts of all kernels, whatever shapes and ISA levels they are for."""
+    return list(dict.fromkeys(Option(kernel.family, kernel.row_block) for kernel in table.kernels))
 
 
 def pack_smaller(
@@ -114,18 +119,19 @@ def settle_layouts(table: KernelTable, config: ModelConfig, progress: Report | N
     matmuls = [matmul for matmul in config.matmuls if matmul.shape not in tuned]
     if sum(table.packed_bytes(m.shape) * m.count for m in matmuls) < _WORTH:
         return
-    options, file = options_of(table), _file(table)
-    if len(options) < 2 or file is None:
+    if (file := _file(table)) is None:
         return
     known = recall(file)
     missing = [matmul for matmul in matmuls if matmul.shape.name not in known.layouts]
     if missing:
+        if len(options := options_of(table)) < 2:  # packs a matrix in each: not for what is remembered
+            return
         found = race(table, missing, options, progress)
         known = Settled(known.cpu, {**known.layouts, **found})
         with contextlib.suppress(OSError, BitgenError):  # then the next start races again
             ensure_dir(file.parent)
             write_private(file, (json.dumps(dump(known), indent=1) + "\n").encode())
-    by_name = {option.name: option for option in options}
+    by_name = {option.name: option for option in _every_option(table)}
     for matmul in matmuls:
         if option := by_name.get(known.layouts[matmul.shape.name]):
             table.prefer(matmul.shape, *option)
