@@ -25,6 +25,12 @@ from bitgen.families.base import Bytes, Codes, Ternary, encode_tail
 from bitgen.spec import EVERY_FAMILY, Layout, Shape, ceil_to
 
 
+def are_halves(values: NDArray[np.floating[Any]]) -> bool:
+    """Whether each of them, float32 of any shape, is a half float exactly."""
+    with np.errstate(over="ignore"):
+        return bool((values == values.astype(np.float16)).all())
+
+
 def check_ternary(w: Ternary) -> Shape:
     """The shape of ``w``, which must be int8 (m, k) with values in {-1, 0, 1}."""
     if w.dtype != np.int8 or w.ndim != 2:

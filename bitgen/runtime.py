@@ -28,7 +28,7 @@ from bitgen.bundle import Bundle, is_bundle, read_bundle, require_runnable
 from bitgen.cpu import cap_note, detect_cpu
 from bitgen.errors import BitgenError, FileError, UnsupportedError, UsageError
 from bitgen.families.base import GROUPS, TERNARY, Codes
-from bitgen.reference import grouped_int16_linear, grouped_linear, int16_linear, ternary_matmul
+from bitgen.reference import are_halves, grouped_int16_linear, grouped_linear, int16_linear, ternary_matmul
 from bitgen.reference import linear as reference_linear
 from bitgen.spec import REGIMES, Shape
 from bitgen.trust import open_private
@@ -386,8 +386,7 @@ class Groups:
     @classmethod
     def of(cls, scales: Floats, group: int) -> Groups:
         """Those of ``scales``, all of one matrix: half floats where each is one exactly."""
-        with np.errstate(over="ignore"):
-            return cls(group, bool((scales == scales.astype(np.float16)).all()))
+        return cls(group, are_halves(scales))
 
     @property
     def native(self) -> tuple[int, int]:

@@ -51,6 +51,7 @@ from bitgen.formats.ternary import (
 )
 from bitgen.formats.weights import CodedMatrix, DenseMatrix, LayerWeights, TernaryMatrix, Weights
 from bitgen.progress import Report
+from bitgen.reference import are_halves
 
 TYPES = ("i2_s", *TERNARY, "f16", *CODE_TYPES)
 # general.file_type: 40 is bitnet.cpp's I2_S, 141 and 143 are those of Bonsai's fork, the others
@@ -292,7 +293,7 @@ def _ternary(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]
     if kind == "i2_s" and single and matrix.shape.k % I2_S_BLOCK == 0:
         yield _i2_s(name, matrix, scale)
         return
-    fits = _is_half(live)
+    fits = are_halves(live)
     rows = np.broadcast_to(matrix.scale, (matrix.shape.m,))
     if single and not fits:
         yield vector_tensor(name + ".scale", scale)
@@ -310,11 +311,6 @@ def _ternary(name: str, matrix: TernaryMatrix, kind: str) -> Iterator[NewTensor]
     stored = "f16" if fits else "f32"
     dtype = {"f16": "<f2", "f32": "<f4"}[stored]
     yield _encoded(name, matrix, stored, lambda w, b, e: (w * rows[b:e, None]).astype(dtype).view(np.uint8))
-
-
-def _is_half(scale: Floats) -> bool:
-    with np.errstate(over="ignore"):
-        return bool((scale.astype(np.float16).astype(np.float32) == scale).all())
 
 
 def _in_groups(name: str, matrix: TernaryMatrix, kind: str) -> NewTensor:
@@ -335,7 +331,7 @@ def _in_groups(name: str, matrix: TernaryMatrix, kind: str) -> NewTensor:
     def scales(begin: int, end: int) -> Floats:
         finer = math.gcd(block, group) if kind != "f16" else group
         found = matrix.scales(begin, end, finer)
-        if not _is_half(found):
+        if not are_halves(found):
             raise refused("a scale of it is no f16")
         if finer == group and kind != "f16":
             found = found.reshape(len(found), -1, block // group)

@@ -18,6 +18,7 @@ from bitgen.formats.gguf import NewTensor
 from bitgen.formats.quants import DENSE, OTHER, Bytes
 from bitgen.formats.table_types import KIND, ROWS, TableLayout
 from bitgen.formats.weights import CodedMatrix, selectors_among, with_offsets, with_table
+from bitgen.reference import are_halves
 
 OWN = "table4"
 CODE_TYPES = (*CODED, OWN)
@@ -104,6 +105,5 @@ def _as(kind: str, rows: Codes, matrix: CodedMatrix, name: str) -> Codes:
 
 
 def _require_halves(values: np.ndarray, name: str) -> None:
-    with np.errstate(over="ignore"):
-        if (values.astype(np.float16).astype(np.float32) != values).any():
-            raise FileError(f"{name}.weight cannot be converted without loss: a scale of it is no f16")
+    if not are_halves(values):
+        raise FileError(f"{name}.weight cannot be converted without loss: a scale of it is no f16")
