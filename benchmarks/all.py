@@ -110,6 +110,11 @@ FIGURES = (
         "peers.py --work {work} --model 2B-4T --bitgen best=40 --bitgen head=screened,best=40 "
         "--threads {threads} --rounds 7 --tests tg32 -o json",
     ),
+    Figure(
+        "serve-3B",
+        "docs/guide/serving.md",
+        "serve.py streams step stall prefix cpu --model 3B --threads {threads} -o json",
+    ),
     Figure("bench-100B", _PERFORMANCE, "bitgen bench -m 100B -p 0 -n 8 -r 3 -o json"),
     Figure("kernels-3B", "docs/guide/tuning.md", "bitgen bench --kernels --model 3B -o json"),
     Figure(
