@@ -97,14 +97,16 @@ def shapes_of(model: ModelPreset) -> dict[Shape, int]:
 def measure(args: argparse.Namespace, environment: Environment, ns: list[int], threads: int) -> list[Cell]:
     isas = [environment.isa(name) for name in args.isa] or [environment.isa(None)]
     cells: list[Cell] = []
+    config = find_model(args.model)
+    group = config.group if args.group is None else args.group
     with LocalRunner(environment.toolchain, environment.cpu) as runner:
         for n in ns:
-            for shape, count in shapes_of(find_model(args.model)).items():
+            for shape, count in shapes_of(config).items():
                 specs = dict.fromkeys(
-                    recorded(environment, shape, family, isa, regime_of(n).name, threads, args.group)
+                    recorded(environment, shape, family, isa, regime_of(n).name, threads, group)
                     for isa in isas
                     for family in args.family or FAMILIES
-                    if not args.group or args.group in EVERY_FAMILY[family].groups
+                    if not group or group in EVERY_FAMILY[family].groups
                 )
                 race = time_shape(runner, specs, shape, n, threads, args.rounds)
                 cells += cells_of(race, shape, count, n, threads)
@@ -188,7 +190,7 @@ def main() -> None:
     parser.add_argument("--model", default="3B")
     parser.add_argument("--isa", action="append", default=[])
     parser.add_argument("--family", action="append", default=[])
-    parser.add_argument("--group", type=int, default=0, help="weights that share a scale (of q4, q4m, t4)")
+    parser.add_argument("--group", type=int, help="weights that share a scale (the model's; 0: one a row)")
     parser.add_argument("--threads", default="1")
     parser.add_argument("-n", type=int, default=512, help="tokens of prefill")
     parser.add_argument("--rounds", type=int, default=11)
