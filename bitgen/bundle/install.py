@@ -150,10 +150,12 @@ def _receive(container: Container, verified: Verified, folder: Path) -> list[Bun
     index, where = verified.index, container.where
     container.require_only({INDEX_NAME, SIGNATURE_NAME, *index.files})
     folder.mkdir(mode=0o700)
-    left = UNPACKED_LIMIT
+    left, folders = UNPACKED_LIMIT, {folder}
     for name, sha256 in index.files.items():
         target, digest = folder / name, hashlib.sha256()
-        _make_folders(folder, target.parent)
+        if target.parent not in folders:
+            _make_folders(folder, target.parent)
+            folders.add(target.parent)
         with _create(target) as file:
             for chunk in container.chunks(name):
                 left -= len(chunk)
