@@ -170,9 +170,23 @@ class JobRecord:
     time: float
 
 
-Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord | JobRecord
+@dataclass(frozen=True)
+class StartRecord:
+    """What a fleet's tune tries ``first``, as it was when it began; ``tune`` is a digest of what it is asked.
+
+    A tune commits winners, and the next one starts from these. So that a tune which is killed and goes on
+    starts from where it began, whatever it committed meanwhile, that is kept.
+    """
+
+    kind: ClassVar[str] = "start"
+    tune: str
+    first: tuple[KernelSpec, ...]
+    time: float = field(default_factory=now)
+
+
+Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord | JobRecord | StartRecord
 _KINDS: dict[str, type[Record]] = {
-    c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord, JobRecord)
+    c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord, JobRecord, StartRecord)
 }
 
 
@@ -193,6 +207,7 @@ class RecordStore:
         self.tunings: list[TuningRecord] = []
         self.peaks: list[PeakRecord] = []
         self.jobs: list[JobRecord] = []
+        self.starts: dict[str, StartRecord] = {}  # the first of each tune
         self._trials: dict[tuple[Fingerprint, tuple[Any, ...]], TrialRecord] = {}
         self._races: dict[tuple[tuple[str, ...], tuple[Any, ...]], RaceRecord] = {}
         for record in self._read():
@@ -331,6 +346,8 @@ class RecordStore:
             self.peaks.append(record)
         elif isinstance(record, JobRecord):
             self.jobs.append(record)
+        elif isinstance(record, StartRecord):
+            self.starts.setdefault(record.tune, record)
         else:
             self.tunings.append(record)
 

@@ -92,6 +92,17 @@ def family_winners(cpu_family: str, folder: Path | None = None) -> tuple[Job, ..
     return found.winners if found else ()
 
 
+def winners_in_force(cpu_family: str, folder: Path) -> tuple[Job, ...]:
+    """The winners of a CPU family that ship with bitgen, with those in ``folder`` in their places.
+
+    As `commit_winners` would fold them: shipped winners of weights that ``folder`` packs otherwise do not
+    count. BitgenError when a file is wrong.
+    """
+    files = [_read(_family_path(cpu_family, at)) for at in (winners_dir(), folder)]
+    shipped, own = (file.winners if file else () for file in files)
+    return tuple(entry.job for entry in _folded(shipped, own))
+
+
 def nearest_winners(cpu: Cpu, isas: Iterable[Isa], folder: Path | None = None) -> FamilyWinners | None:
     """The winners of this CPU's family, else of the nearest family of its architecture; None without any."""
     own = winners_dir() if folder is None else folder

@@ -85,10 +85,10 @@ ROOMS = (
     Room("bitgen/toolchain/", 680, 1150, "cross compilers, zig, DLLs, a second compiler for kernels"),
     Room("bitgen/measure/", 1850, 2750, "groups and 4 bits in the cases, lanes, preempted repeats"),
     Room("bitgen/search/", 1350, 1950, "two numbers of threads, layouts raced whole, a fleet's session"),
-    Room("bitgen/store.py", 400, 650, "winners exported, merged and committed", ("bitgen/winners.py",)),
+    Room("bitgen/store.py", 400, 700, "winners exported, merged, committed, pinned", ("bitgen/winners.py",)),
     Room("bitgen/trust/", 500, 520),
     Room("bitgen/report/", 700, 1250, "plots are drawn here, without a library"),
-    Room("bitgen/fleet/", 900, 2400, "it survives kills, clocks, full disks, liars; queue and rights"),
+    Room("bitgen/fleet/", 900, 2600, "it survives kills, clocks, full disks, liars; queue, rights, locks"),
     Room(
         "bitgen/bundle/",
         1450,

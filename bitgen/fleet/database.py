@@ -104,9 +104,12 @@ def _checked(words: dict[str, str], env: Mapping[str, str]) -> dict[str, str]:
         words.setdefault("require_auth", "scram-sha-256,none")
     words.setdefault("connect_timeout", str(_CONNECT_S))
     words.setdefault("application_name", "bitgen fleet")
-    # A machine that vanished frees its locks: without these after two hours.
-    words.update({"keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3"})
-    words["options"] = f"{words.get('options', '')} -c search_path={SCHEMA_NAME}".strip()
+    # Who vanished is noticed after a minute, by both ends: a server would keep its locks for two hours.
+    alive = {"keepalives_idle": "30", "keepalives_interval": "10", "keepalives_count": "3"}
+    settings = {f"tcp_{name}": value for name, value in alive.items()} | {"search_path": SCHEMA_NAME}
+    words.update(alive)
+    options = (words.get("options", ""), *(f"-c {name}={value}" for name, value in settings.items()))
+    words["options"] = " ".join(options).strip()
     return words
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import select
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -29,8 +31,11 @@ from bitgen.fleet.messages import TASK, Answer, Request, queue_name, read_answer
 from bitgen.fleet.schema import require
 
 _POLL_S = 2.0  # between looks at the queue itself; answers are notified
-_TURN_S = 0.05
 _AWAY_S = 1.0
+_START_S = 60.0  # to wait for a database that is away when a tune begins; later for as long as it takes
+_LOCK_S = 5.0  # in which the lock of a coordinator that was killed is free
+_LOST_S = 90.0  # the same of a connection that was lost on the way, whose end the server notices in a minute
+_TOGETHER = 64  # jobs put into the queue by one statement
 _ATTEMPTS = 3  # of different machines before a request that fails everywhere ends the tune
 
 
@@ -43,28 +48,58 @@ class _Pending:
     tries: int = 0
 
 
+class _Bell:
+    """Wakes a thread that waits for a connection."""
+
+    def __init__(self) -> None:
+        self._here, self._there = socket.socketpair()
+        for end in (self._here, self._there):
+            end.setblocking(False)
+
+    def ring(self) -> None:
+        with contextlib.suppress(OSError):  # it rings already, or nobody listens any more
+            self._there.send(b"\0")
+
+    def wait(self, connection: psycopg.Connection[Any], seconds: float) -> None:
+        """Until it rings, something comes on ``connection``, or the time is over."""
+        select.select([connection.fileno(), self._here.fileno()], [], [], max(0.0, seconds))
+        with contextlib.suppress(OSError):
+            self._here.recv(4096)
+
+    def close(self) -> None:
+        self._here.close()
+        self._there.close()
+
+
 class PostgresExchange:
     """An `Exchange` over a database, used in a ``with`` statement: it has a thread that listens for answers.
 
     ``report`` gets a line when the database is away, when it is back, and when a machine refuses a job.
+    ``label``: the kind of CPU that this is the only coordinator of; "" for whoever only asks. The database
+    keeps that lock as long as the connection lives, and each new connection takes it anew.
+    BitgenError where another coordinator has the lock, or the database is away for a minute at the start.
     """
 
-    def __init__(self, database: Database, report: Callable[[str], None]) -> None:
+    def __init__(self, database: Database, report: Callable[[str], None], label: str = "") -> None:
         self._database = database
         self._report = report
+        self._label = label
         self._pending: dict[str, _Pending] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._bell = _Bell()
         self._manager = JobManager(SyncPsycopgConnector())
-        self._refused = 0  # the last refusal that was told
+        self._refused: int | None = None  # the last refusal that was told, or was there before
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="fleet answers", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> PostgresExchange:
-        with self._database.connect() as connection:  # what is wrong is told now, and once
-            require(connection)
-            row = connection.execute("SELECT coalesce(max(id), 0) FROM refusals").fetchone()
-            self._refused = row[0] if row else 0
+        try:
+            first = self._first()
+        except BaseException:
+            self._bell.close()
+            raise
+        self._thread = threading.Thread(target=self._run, args=(first,), name="fleet answers", daemon=True)
         self._thread.start()
         return self
 
@@ -72,8 +107,11 @@ class PostgresExchange:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join(timeout=10)
+        self._bell.ring()
+        if self._thread:
+            self._thread.join(timeout=10)
         self._fail(InterruptError("the coordinator ended"))
+        self._bell.close()
 
     def ask(self, request: Request, apart_from: str = "") -> Future[Answer]:
         """The answer to ``request``, put into the queue unless it is there or was answered before."""
@@ -83,16 +121,61 @@ class PostgresExchange:
                 known = self._pending[request.key] = _Pending(request, apart_from)
         if self._failure:
             self._end(known, self._failure)
+        self._bell.ring()
         return known.future
+
+    # ---- connections ----
+
+    def _first(self) -> psycopg.Connection[Any]:
+        """The connection of the start: what is wrong is told now, and once."""
+        ends, told = time.monotonic() + _START_S, False
+        while True:
+            try:
+                return self._connected(_LOCK_S)
+            except AwayError as error:
+                if time.monotonic() >= ends:
+                    message = f"the database was away for {_START_S:g} s: {error.message}"
+                    raise BitgenError(message) from error
+                if not told:
+                    self._report(f"the database is away, waiting {_START_S:g} s for it: {error.message}")
+                told = True
+            time.sleep(_AWAY_S)
+
+    def _connected(self, lock_s: float) -> psycopg.Connection[Any]:
+        """A connection that listens and has the coordinator's lock."""
+        connection = self._database.connect()
+        try:
+            with raised("lost the connection"):
+                require(connection)
+                if self._label:
+                    self._take_lock(connection, lock_s)
+                connection.execute("LISTEN bitgen_fleet_results")
+                if self._refused is None:
+                    row = connection.execute("SELECT coalesce(max(id), 0) FROM refusals").fetchone()
+                    self._refused = row[0] if row else 0
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _take_lock(self, connection: psycopg.Connection[Any], seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        query = "SELECT pg_try_advisory_lock(hashtextextended('bitgen fleet ' || %s, 0))"
+        while connection.execute(query, (self._label,)).fetchone() != (True,):
+            if time.monotonic() >= ends or self._ended.is_set():
+                raise BitgenError(f"another coordinator tunes {self._label} now")
+            self._ended.wait(_AWAY_S / 4)
 
     # ---- the thread ----
 
-    def _run(self) -> None:
+    def _run(self, first: psycopg.Connection[Any]) -> None:
+        kept: psycopg.Connection[Any] | None = first
         away = False
         while not self._ended.is_set():
             try:
-                with self._database.connect() as connection:
-                    connection.execute("LISTEN bitgen_fleet_results")
+                # Closed, not committed: it may have been cut.
+                with contextlib.closing(kept or self._connected(_LOST_S)) as connection:
+                    kept = None
                     if away:
                         self._report("the database is back")
                     away = False
@@ -110,17 +193,18 @@ class PostgresExchange:
         looked = -math.inf
         with raised("lost the connection"):
             while not self._ended.is_set():
-                if self._new():
+                # What came while something else was asked is here, and not on the network any more.
+                notified = list(connection.notifies(timeout=0))
+                due, new = time.monotonic() - looked >= _POLL_S, self._new()
+                if notified or due or new:
                     self._collect(connection)
-                    self._put(connection)
-                # In short turns: a request that is new wakes nobody who waits for the network.
-                notified = list(connection.notifies(timeout=_TURN_S, stop_after=1))
-                due = time.monotonic() - looked >= _POLL_S
-                if notified or due:
-                    self._collect(connection)
+                if new:
+                    self._put(connection, new)
                 if due:
                     self._look_after(connection)
                     looked = time.monotonic()
+                if not (notified or due or new):
+                    self._bell.wait(connection, looked + _POLL_S - time.monotonic())
 
     def _new(self) -> list[_Pending]:
         return [p for p in self._open() if not p.tries]
@@ -151,9 +235,9 @@ class PostgresExchange:
                 continue
             self._end(pending, answer)
 
-    def _put(self, connection: psycopg.Connection[Any]) -> None:
-        """Put what is new into the queue; what waits there or is being done stays as it is."""
-        new = self._new()
+    def _put(self, connection: psycopg.Connection[Any], asked: Sequence[_Pending]) -> None:
+        """Put what nobody has answered into the queue; what waits there or is being done stays as it is."""
+        new = [pending for pending in asked if not pending.future.done()]
         keys = [p.request.key for p in new]
         there = connection.execute(
             "SELECT queueing_lock FROM procrastinate_jobs WHERE queueing_lock = ANY(%s) "
@@ -163,17 +247,28 @@ class PostgresExchange:
         queued = {row[0] for row in there}
         for pending in new:
             pending.tries = 1
-            if pending.request.key not in queued:
-                self._defer(connection, pending)
+        self._defer(connection, [pending for pending in new if pending.request.key not in queued])
 
-    def _defer(self, connection: psycopg.Connection[Any], pending: _Pending) -> None:
+    def _defer(self, connection: psycopg.Connection[Any], new: Sequence[_Pending]) -> None:
+        """All at once: whom the first of them wakes would find it taken, and the next ones not there yet."""
+        for start in range(0, len(new), _TOGETHER):
+            jobs = [self._job(connection, pending) for pending in new[start : start + _TOGETHER]]
+            try:
+                with _plain_errors():
+                    self._manager.batch_defer_jobs(jobs=jobs, connection=connection)
+            except exceptions.AlreadyEnqueued:  # one of them, meanwhile
+                for job in jobs:
+                    with contextlib.suppress(exceptions.AlreadyEnqueued), _plain_errors():
+                        self._manager.batch_defer_jobs(jobs=[job], connection=connection)
+
+    def _job(self, connection: psycopg.Connection[Any], pending: _Pending) -> QueueJob:
         request = pending.request
         live = self._live(connection, request) if pending.apart_from else []
         others = sorted(name for name in live if name != pending.apart_from)
         if others:  # spread by the key, so that not one machine gets every second opinion
             at = int(hashlib.sha256(request.key.encode()).hexdigest()[:8], 16) % len(others)
             pending.machine = others[at]
-        job = QueueJob(
+        return QueueJob(
             queue=queue_name(request.label, request.code, request.threads, pending.machine),
             priority=request.priority,
             lock=None,
@@ -181,8 +276,6 @@ class PostgresExchange:
             task_name=TASK,
             task_kwargs={"label": request.label, "request": request.text},
         )
-        with contextlib.suppress(exceptions.AlreadyEnqueued), _plain_errors():
-            self._manager.batch_defer_jobs(jobs=[job], connection=connection)
 
     def _live(self, connection: psycopg.Connection[Any], request: Request) -> list[str]:
         """The machines that may answer ``request`` now."""
@@ -213,7 +306,7 @@ class PostgresExchange:
                 with _plain_errors():  # its machine is gone: another one gets the job
                     self._manager.cancel_job_by_id(last, delete_job=True, connection=connection)
                 pending.machine = ""
-                self._defer(connection, pending)
+                self._defer(connection, [pending])
             elif not todo and not doing:
                 self._again(connection, pending, failed=last is not None)
 
@@ -230,7 +323,7 @@ class PostgresExchange:
             self._end(pending, BitgenError(f"a job failed {pending.tries} times: {why}"))
             return
         pending.tries += failed
-        self._defer(connection, pending)
+        self._defer(connection, [pending])
 
     def _tell_refusals(self, connection: psycopg.Connection[Any]) -> None:
         rows = connection.execute(

@@ -8,6 +8,7 @@ first: a time t of a machine with twice its bandwidth counts as 2 t.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -22,7 +23,10 @@ from bitgen.measure.jobs import batches
 from bitgen.search import SpaceFactory
 from bitgen.spec import KernelSpec, Shape
 
-BATCH = 8  # candidates of a request: 10 s to a minute of a machine
+BATCH = 8  # candidates of a request at most: 10 s to a minute of a machine
+# Requests that all searches together have in flight where they can: two for each of eight machines. By the
+# plan alone, not by the machines that are there, so that who begins again asks the same questions.
+IN_FLIGHT = 16
 
 
 class Exchange(Protocol):
@@ -34,24 +38,35 @@ class Exchange(Protocol):
 
 
 class FleetRunner:
-    """A `Runner` over ``exchange``, for one kind of CPU; several searches may ask it at once."""
+    """A `Runner` over ``exchange``, for one kind of CPU; ``searches`` ask it at once.
+
+    The fewer they are, the smaller are their requests: of a tune of one space each candidate is a job.
+    """
 
     def __init__(
-        self, exchange: Exchange, label: str, code: str, isas: Sequence[Isa], spaces: SpaceFactory
+        self,
+        exchange: Exchange,
+        label: str,
+        code: str,
+        isas: Sequence[Isa],
+        spaces: SpaceFactory,
+        searches: int,
     ) -> None:
         self._exchange = exchange
         self._label, self._code = label, code
         self._isas = {isa.name: isa for isa in isas}
         self._spaces = spaces
+        self._searches = searches
         self._defaults: dict[tuple[str, str, str, Shape], KernelSpec | None] = {}
         self._peaks: dict[int, MachinePeak] = {}
         self._lock = threading.Lock()
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
         """One answer for each job, in the order of the jobs; batches go to different machines."""
+        size = max(1, min(BATCH, math.ceil(len(jobs) * self._searches / IN_FLIGHT)))
         requests = [
             self._request("measure", batch[0].threads, jobs=tuple(map(self._compared, batch)))
-            for batch in batches(jobs, BATCH)
+            for batch in batches(jobs, size)
         ]
         for request, answer in [(request, self._exchange.ask(request)) for request in requests]:
             found = answer.result()

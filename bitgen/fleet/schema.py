@@ -72,8 +72,12 @@ def initialise(database: Database, stalled_s: float) -> list[str]:
 
 
 def require(connection: psycopg.Connection[Any]) -> float:
-    """The seconds after which a worker counts as stalled; BitgenError unless the schema is this version's."""
-    known = _recorded(connection)
+    """The seconds after which a worker counts as stalled.
+
+    BitgenError unless the schema is this version's, AwayError where the connection is lost meanwhile.
+    """
+    with raised("the schema was not read"):
+        known = _recorded(connection)
     if known is None:
         raise BitgenError("this database holds no fleet: run bitgen fleet init")
     _check(known[0], known[1])

@@ -1,17 +1,20 @@
 """The coordinator: one search for each kind of CPU, on all its machines, and what may be committed of it.
 
-The search is that of `bitgen tune`, over a `FleetRunner`: a function of the seed and the answers, so a
-coordinator that was killed walks the same way again. Then every winner meets the kernel that it would
-replace once more, on two machines, and takes its place only where both agree.
+The search is that of `bitgen tune`, over a `FleetRunner`: a function of the seed, the answers and what it
+tried first when it began, so a coordinator that was killed walks the same way again. Then every winner meets
+the kernel that it would replace once more, on two machines, and takes its place only where both agree.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,19 +23,18 @@ from pathlib import Path
 from bitgen import __version__
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, require_isa
 from bitgen.errors import BitgenError
-from bitgen.fingerprints import Fingerprint
+from bitgen.fingerprints import Fingerprint, Fingerprints
 from bitgen.fleet.admin import append_jobs
-from bitgen.fleet.database import Database, raised
+from bitgen.fleet.database import AwayError, Database, raised
 from bitgen.fleet.exchange import PostgresExchange
 from bitgen.fleet.messages import code_digest
 from bitgen.fleet.runner import Exchange, FleetRunner
-from bitgen.fleet.schema import require
 from bitgen.fleet.statistics import OCCASIONS, Effect, Pooled, may_replace, pooled
 from bitgen.formats.config import ModelPreset
 from bitgen.measure import Job, RaceJob
 from bitgen.paths import ensure_dir, tune_logs_dir
 from bitgen.progress import Progress
-from bitgen.records import load
+from bitgen.records import dump, load
 from bitgen.search import (
     Plan,
     SearchConfig,
@@ -49,11 +51,12 @@ from bitgen.search.choose import token_weights
 from bitgen.search.plan import seed_of
 from bitgen.space import space_for
 from bitgen.spec import KernelSpec, Shape, regime_named
-from bitgen.store import RecordStore
-from bitgen.winners import commit_winners, family_winners
+from bitgen.store import RecordStore, StartRecord
+from bitgen.winners import commit_winners, winners_in_force
 
 AT_ONCE = 32  # searches, races and comparisons under way for one kind of CPU
 _WAIT_S = 1.0
+_COMMIT = threading.Lock()  # zen4 and zen4.avx2 are of one file
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def _tune_label(
     def say(text: str) -> None:
         report(f"{label}: {text}")
 
-    with alone(database, label), PostgresExchange(database, say) as exchange:
+    with PostgresExchange(database, say, label) as exchange:
         family = _family(database, label, say)
         logs = ensure_dir(tune_logs_dir(options.logs) / "fleet")
         store = RecordStore(logs / f"{label}.jsonl")
@@ -150,31 +153,19 @@ def _tune_label(
                 append_jobs(database, label, store)
 
 
-@contextlib.contextmanager
-def alone(database: Database, label: str) -> Iterator[None]:
-    """One coordinator a kind of CPU: the database keeps the lock as long as the connection lives."""
-    with database.connect() as connection, raised("the coordinator's lock"):
-        require(connection)
-        row = connection.execute(
-            "SELECT pg_try_advisory_lock(hashtextextended('bitgen fleet ' || %s, 0))", (label,)
-        ).fetchone()
-        if row != (True,):
-            raise BitgenError(f"another coordinator tunes {label} now")
-        yield
-
-
 def _family(database: Database, label: str, say: Callable[[str], None]) -> Family:
     """The kind of CPU as its first worker described it; waits for one."""
     told = False
-    with database.connect() as connection, raised("lost the connection"):
-        while True:
+    while True:
+        # While the database is away there is nothing to say: the exchange tells that.
+        with contextlib.suppress(AwayError), database.connect() as connection, raised("lost the connection"):
             row = connection.execute("SELECT cpu FROM families WHERE label = %s", (label,)).fetchone()
             if row:
                 return Family(label, load(Cpu, row[0], f"the family {label}"), load_isas())
             if not told:
                 say("no worker of this kind was ever here; waiting for one (bitgen worker)")
             told = True
-            time.sleep(_WAIT_S)
+        time.sleep(_WAIT_S)
 
 
 def search_family(
@@ -194,25 +185,48 @@ def search_family(
     if len(plan.threads) > 1:
         raise BitgenError("a fleet tunes for one number of threads at a time")
     spaces = family.spaces(plan.kind.group)
-    runner = FleetRunner(exchange, family.label, code, plan.isas, spaces)
-    known = family_winners(family.cpu.family, folder) or family_winners(family.cpu.family)
+    searches = len(plan.families) * len(plan.regimes) * len(plan.isas)
+    runner = FleetRunner(exchange, family.label, code, plan.isas, spaces, searches)
+    fingerprints = fleet_fingerprints(family.label, code)
+    known = winners_in_force(family.cpu.family, folder)
+    first = _first(plan, f"{family.label} {code}", store, fingerprints, known)
     session = Session(
         config=config,
-        family_winners=tuple(job.spec for job in known),
-        started_from=f"winners committed for {family.cpu.family}" if known else "",
+        family_winners=first,
+        started_from=f"winners committed for {family.cpu.family}" if first else "",
         fresh=options.fresh,
+        earlier=False,
         at_once=AT_ONCE,
         progress=lambda progress: say(_text(progress)),
     )
-    result = tune(plan, runner, store, fleet_fingerprints(family.label, code), spaces, session)
+    result = tune(plan, runner, store, fingerprints, spaces, session)
     decisions = _decide(plan, config, runner, result, known, family)
     jobs = [c for d in decisions if d.replaced for c in d.contests]
     if not jobs:
         return FleetTune(family.label, result, tuple(decisions), None)
     tuned_on = {"cpu": f"a fleet of {family.label}", "harness": code, "version": __version__}
     winners = [Job(c.new, c.shape, regime_named(c.new.regime).n_min, c.threads) for c in jobs]
-    file = commit_winners(family.cpu, family.isas, winners, tuned_on, folder)
+    with _COMMIT:
+        file = commit_winners(family.cpu, family.isas, winners, tuned_on, folder)
     return FleetTune(family.label, result, tuple(decisions), file)
+
+
+def _first(
+    plan: Plan, where: str, store: RecordStore, fingerprints: Fingerprints, known: Iterable[Job]
+) -> tuple[KernelSpec, ...]:
+    """What the search tries first: winners of earlier tunes and those committed, when this tune began.
+
+    A tune is known by what it is asked, its seed and ``where``. Begun again, after a kill or an end, it
+    starts from the same kernels whatever it recorded and committed meanwhile: it finds the same winners.
+    """
+    asked = {**dump(plan), "isas": [isa.name for isa in plan.isas]}
+    text = json.dumps([where, asked], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    if key not in store.starts:
+        earlier = [spec for shape in plan.shapes for spec in store.current(shape, fingerprints, plan.kind)]
+        first = (*store.stale(fingerprints), *earlier, *(job.spec for job in known))
+        store.append(StartRecord(key, tuple(dict.fromkeys(first))))
+    return store.starts[key].first
 
 
 def fleet_fingerprints(label: str, code: str) -> Callable[[KernelSpec], Fingerprint]:

@@ -13,10 +13,11 @@ import contextlib
 import logging
 import math
 import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import psycopg
 from procrastinate import App, PsycopgConnector, exceptions, retry
@@ -36,7 +37,7 @@ from bitgen.fleet.load import Load, sample_load
 from bitgen.fleet.messages import TASK, Answer, Request, queue_name, read_request
 from bitgen.fleet.outbox import Outbox
 from bitgen.fleet.schema import require
-from bitgen.measure import Runner
+from bitgen.measure import Runner, Status
 from bitgen.records import dump
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ HEARTBEAT_S, BEATS = 10.0, 6  # a sign of life at least so often while a worker 
 _POLL_S = 2.0
 _AWAY_S = 1.0
 _NAME_S = 5.0  # in which the connection of a worker that was killed is gone
+_STILL_S = 3.0  # between two beats, a second apart: kernels that failed meanwhile are measured again
 _POOL_S = 5.0  # to wait for a connection before the database counts as away
 _LOAD_EVERY_S = 5.0  # between looks at the load, each of which costs 0.3 s
 _CALIBRATE_EVERY_S = 3600.0
@@ -54,6 +56,8 @@ _TRIES = 5  # of a job that fails for no fault of its own, such as a full disk
 _AGAIN_S = 1.0
 _BROKEN_S = 60.0
 _GRACE_S = 30.0  # for the job under way when the worker is told to stop
+
+T = TypeVar("T")
 
 
 class Measurer(Runner, Protocol):
@@ -110,7 +114,6 @@ class Worker:
         self._measurer: Measurer | None = None
         self._stalled_s = math.inf
         self._pulse = Pulse()
-        self._mark = 0
         self._state = ""
         self._calibrated_at = -math.inf
         self._looked_at = -math.inf
@@ -118,6 +121,8 @@ class Worker:
         self._worked_at = time.monotonic()
         self._busy = False
         self._stopped = False
+        self._connection: psycopg.Connection[Any] | None = None  # of jobs and calibrations
+        self._using = threading.Lock()
 
     def run(self) -> None:
         """Work until a signal, or until idle for too long; BitgenError for what a person must mend."""
@@ -146,6 +151,8 @@ class Worker:
                     break
                 time.sleep(_AWAY_S)
         self._close()
+        if self._connection:
+            self._connection.close()
 
     # ---- with the database ----
 
@@ -187,7 +194,6 @@ class Worker:
 
     async def _serve(self) -> None:
         """Fetch and answer jobs until the connection is lost or somebody stops the worker."""
-        self._pulse = Pulse(self._stalled_s / 2)
         connector = PsycopgConnector(conninfo=self._database.text, min_size=1, max_size=3, timeout=_POOL_S)
         app = App(connector=connector)
         app.job_manager = _Manager(app.connector, self._may_work, self._machine.name)
@@ -252,10 +258,22 @@ class Worker:
                     await asyncio.to_thread(self._call, "SELECT fleet_reap()")
 
     def _call(self, query: str, *values: object) -> tuple[Any, ...]:
-        """One row of the database, on a connection of its own; ``query`` is one of this module's."""
-        with self._database.connect() as connection, raised("the database refused"):
-            row = connection.execute(query.encode(), values).fetchone()
-        return tuple(row or ())
+        """One row of the database; ``query`` is one of this module's."""
+        return self._with_connection(lambda connection: _row(connection, query, values))
+
+    def _with_connection(self, use: Callable[[psycopg.Connection[Any]], T]) -> T:
+        """What ``use`` gives, of the connection of jobs; asked once more where that was lost meanwhile.
+
+        A new connection for each call costs the server a process (10 ms), three times a job.
+        """
+        with self._using:
+            if self._connection:
+                try:
+                    return use(self._connection)
+                except AwayError:
+                    self._connection.close()
+            self._connection = self._database.connect()
+            return use(self._connection)
 
     # ---- before a job ----
 
@@ -279,12 +297,11 @@ class Worker:
         if self._state != (reason or "waiting"):
             self._report(reason or "waiting for jobs")
             self._state = reason or "waiting"
-        self._mark = self._pulse.mark()  # the job is this worker's from before it is fetched
+        self._pulse.mark()  # the job is this worker's from before it is fetched
         return not reason
 
     def _flush_now(self) -> None:
-        with self._database.connect() as connection:
-            self._flush(connection)
+        self._with_connection(self._flush)
 
     def _too_loaded(self, load: Load | None) -> str:
         if load is None:
@@ -326,7 +343,8 @@ class Worker:
                 return
             self._call("SELECT * FROM fleet_seen(%s, 'measuring')", self._machine.name)
             answer = self._answer(asked, context.should_abort)
-            if self._pulse.late_since(self._mark):
+            still_s = self._pulse.longest()
+            if still_s > self._stalled_s / 2 or (still_s > _STILL_S and _has_failures(answer)):
                 raise LateError("this machine stood still; what it measured meanwhile is dropped")
             self._deliver(answer, {"attempt": context.job.attempts, "label": asked.label})
         except RefusedError as error:
@@ -368,8 +386,7 @@ class Worker:
             kept = self._outbox.put(answer, job)
         except FileError as error:
             self._report(f"{error.message}; the answer is sent without a copy here")
-        with self._database.connect() as connection:
-            self._send(connection, job, answer)
+        self._with_connection(lambda connection: self._send(connection, job, answer))
         if kept:
             self._outbox.sent(kept)
 
@@ -389,36 +406,48 @@ class Worker:
             self._measurer = None
 
 
+def _row(connection: psycopg.Connection[Any], query: str, values: Sequence[object]) -> tuple[Any, ...]:
+    with raised("the database refused"):
+        row = connection.execute(query.encode(), values).fetchone()
+    return tuple(row or ())
+
+
 def _line(error: BaseException) -> str:
     """What is behind an error of procrastinate, which says no more than that there was one."""
     text = error.message if isinstance(error, BitgenError) else str(error.__cause__ or error)
     return text.strip().partition("\n")[0]
 
 
+def _has_failures(answer: Answer) -> bool:
+    """Whether a kernel hung or crashed, as one seems to that is measured by processes that are stopped."""
+    hung = any(trial.measurement.status in (Status.TIMEOUT, Status.CRASHED) for trial in answer.trials)
+    return hung or (answer.race is not None and any(answer.race.dropped))
+
+
 class Pulse:
-    """Tells whether this process stood still: stopped by a signal, or on a machine that slept.
+    """Tells how long this process stood still: stopped by a signal, or on a machine that slept.
 
     By a clock that goes on while the machine sleeps, never by that on the wall, which people set.
     """
 
-    def __init__(self, most_s: float = math.inf) -> None:
-        self._most_s = most_s
+    def __init__(self) -> None:
         self._last = _awake()
-        self._late = 0
+        self._longest = 0.0
 
     def beat(self) -> None:
         now = _awake()
-        self._late += now - self._last > self._most_s
+        self._longest = max(self._longest, now - self._last)
         self._last = now
 
-    def mark(self) -> int:
-        """How often it stood still up to now."""
+    def mark(self) -> None:
+        """What comes from now on counts."""
         self.beat()
-        return self._late
+        self._longest = 0.0
 
-    def late_since(self, mark: int) -> bool:
+    def longest(self) -> float:
+        """The seconds between two beats at most, since the mark."""
         self.beat()
-        return self._late > mark
+        return self._longest
 
 
 def _awake() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +58,11 @@ class Session:
     ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
     which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
     ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
-    numbers of threads to compare. ``fresh``: measure again what the store knows. ``at_once``: searches, and
-    races, that go on at the same time, for a runner that asks many machines; they ask for nothing in common,
-    so the outcome is the same.
+    numbers of threads to compare. ``fresh``: measure again what the store knows. ``earlier``: what the store
+    says of earlier tunes is tried first and races again; False where ``family_winners`` has all of that, so
+    that a tune which was killed after it had recorded its own winners is not led another way by them.
+    ``at_once``: searches, and races, that go on at the same time, for a runner that asks many machines; they
+    ask for nothing in common, so the outcome is the same.
     """
 
     config: SearchConfig = field(default_factory=load_search_config)
@@ -67,6 +70,7 @@ class Session:
     started_from: str = ""
     rest_ns: Callable[[str, int], float] | None = None
     fresh: bool = False
+    earlier: bool = True
     at_once: int = 1
     progress: Report | None = None
     clock: Callable[[], float] = time.monotonic
@@ -111,12 +115,14 @@ class _Tune:
         self._fingerprints = cache.fingerprints
         self._clock = session.clock
         self._starters: list[KernelSpec] = []
+        self._stale: list[KernelSpec] = []
         self._left_races: dict[str, None] = {}
         self._begin = self._clock()
         self._end = self._begin + (plan.timeout_s or math.inf)
         self._limits: dict[int, MachinePeak] = {}
         self._read_gbs: dict[int, float] = {}
         self._peak_gops: dict[int, dict[str, float]] = {}
+        self._lock = threading.Lock()  # of `_read_gbs`, while slots race at the same time
 
     def run(self, spaces: SpaceFactory) -> TuningResult:
         plan = self._plan
@@ -130,10 +136,10 @@ class _Tune:
             self._store.append(PeakRecord(cpu, self._limits[threads]))
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
         self._store.reload()
-        stale = self._store.stale(self._fingerprints)
+        self._stale = self._store.stale(self._fingerprints) if self._session.earlier else []
         self._starters = [
             replace(spec, isa=isa.name)
-            for spec in (*stale, *self._session.family_winners)
+            for spec in (*self._stale, *self._session.family_winners)
             for isa in plan.isas
         ]
         outcomes, races = self._search_and_race(groups)
@@ -159,6 +165,8 @@ class _Tune:
         """
         searches = [self._search_of(group) for group in groups]
         end = self._begin + (self._end - self._begin) * (1 - self._config.race_share)
+        if self._session.at_once > 1:
+            return self._search_and_race_at_once(searches, end)
         while True:
             self._search(searches, end)
             outcomes = [search.outcome for search in searches]
@@ -167,6 +175,26 @@ class _Tune:
             end = self._end - (self._clock() - begin)
             if all(search.complete for search in searches) or self._clock() + _LEAST_TURN_S > end:
                 return outcomes, races
+
+    def _search_and_race_at_once(
+        self, searches: Sequence[GroupSearch], end: float
+    ) -> tuple[list[GroupOutcome], dict[Shape, dict[Slot, SlotRace]]]:
+        """All searches at the same time, each until ``end``; the races of a slot follow its own searches.
+
+        So no machine waits for the longest search of another regime.
+        """
+
+        def whole(slot: Slot) -> dict[Shape, dict[Slot, SlotRace]]:
+            mine = [search for search in searches if slot_of(search.group) == slot]
+            self._each(lambda search: self._run(search, searches, end), mine)
+            self._recall(mine)
+            return self._race_all([search.outcome for search in mine])
+
+        races: dict[Shape, dict[Slot, SlotRace]] = {shape: {} for shape in self._plan.shapes}
+        for found in self._each(whole, dict.fromkeys(slot_of(search.group) for search in searches)):
+            for shape, of_slot in found.items():
+                races[shape].update(of_slot)
+        return [search.outcome for search in searches], races
 
     def _search_of(self, group: Group) -> GroupSearch:
         starters = [spec for spec in self._starters if spec.family == group.family]
@@ -177,13 +205,9 @@ class _Tune:
         """Search one group after the other, until all are complete or it is ``end``.
 
         Each gets its share of the time that is left when its turn comes, so what one leaves goes to those
-        behind it; what they leave goes to those that were cut short, in further turns. Searches that go on at
-        once have all of the time, each of them.
+        behind it; what they leave goes to those that were cut short, in further turns.
         """
         turn = [search for search in searches if not search.complete]
-        if self._session.at_once > 1:
-            self._each(lambda search: self._run(search, searches, end), turn)
-            turn = []
         while turn:
             shares = [self._config.regimes[search.group.regime].time_share for search in turn]
             for i, search in enumerate(turn):
@@ -192,9 +216,18 @@ class _Tune:
                 self._run(search, searches, now + share)
             more = end - self._clock() >= _LEAST_TURN_S
             turn = [search for search in turn if more and not search.complete]
+        self._recall(searches)
+
+    def _recall(self, searches: Sequence[GroupSearch]) -> None:
+        """A previous winner must not be lost by a shorter tune."""
         for search, shape in product(searches, self._plan.shapes):
-            # A previous winner must not be lost by a shorter tune.
-            search.recall(self._store.current(shape, self._fingerprints, self._plan.kind))
+            search.recall(self._previous(shape))
+
+    def _previous(self, shape: Shape) -> list[KernelSpec]:
+        """What the newest tune of ``shape`` selected."""
+        if not self._session.earlier:
+            return []
+        return self._store.current(shape, self._fingerprints, self._plan.kind)
 
     def _each(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """``work`` of every item, in their order; `Session.at_once` of them at the same time."""
@@ -233,7 +266,8 @@ class _Tune:
 
         for (slot, shape), raced in zip(pairs, self._each(race, enumerate(pairs)), strict=True):
             races[shape][slot] = raced
-            self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], raced.raced.read_gbs)
+            with self._lock:
+                self._read_gbs[slot.threads] = max(self._read_gbs[slot.threads], raced.raced.read_gbs)
         return races
 
     def _race(self, shape: Shape, slot: Slot, outcomes: Sequence[GroupOutcome], deadline: float) -> SlotRace:
@@ -241,7 +275,7 @@ class _Tune:
         defaults: dict[str, KernelSpec] = {}
         for outcome in outcomes:  # best ISA level first
             defaults.setdefault(outcome.group.family, outcome.group.defaults[shape])
-        previous = set(self._store.current(shape, self._fingerprints, self._plan.kind))
+        previous = set(self._previous(shape))
         limit = self._config.finalist_ratio
         finalists = finalists_of(shape, outcomes, regime.finalists, limit, defaults, previous)
         for fewer in range(regime.finalists - 1, 0, -1):
@@ -376,9 +410,9 @@ class _Tune:
         )
 
     def _tried_first(self) -> tuple[str, ...]:
-        stale = self._store.stale(self._fingerprints)
-        before = (f"{len(stale)} winners of earlier tunes whose timing is stale",) if stale else ()
-        return (*before, *filter(None, [self._session.started_from]))
+        stale = len(self._stale)
+        before = f"{stale} winners of earlier tunes whose timing is stale" if stale else ""
+        return tuple(filter(None, [before, self._session.started_from]))
 
     def _raise_roof(self, choice: Choice) -> None:
         """The limits quoted are the most that any probe *or kernel* of this run reached."""

@@ -39,7 +39,7 @@ from bitgen.fleet.exchange import PostgresExchange
 from bitgen.fleet.messages import TASK, Answer, Request, queue_name
 from bitgen.fleet.outbox import Outbox
 from bitgen.fleet.schema import COORDINATOR, WORKER, initialise, require
-from bitgen.fleet.tune import Family, alone, search_family
+from bitgen.fleet.tune import Family, search_family
 from bitgen.fleet.worker import Settings, Worker
 from bitgen.formats.config import find_model
 from bitgen.measure import Job
@@ -176,9 +176,9 @@ def request(machine: str = "m1", cpu: str = "zen4", count: int = 4, **changes: A
 
 
 @contextlib.contextmanager
-def exchange_of(fleet: Fleet) -> Iterator[tuple[PostgresExchange, list[str]]]:
+def exchange_of(fleet: Fleet, label: str = "") -> Iterator[tuple[PostgresExchange, list[str]]]:
     lines: list[str] = []
-    with PostgresExchange(fleet.database("coordinator1"), lines.append) as exchange:
+    with PostgresExchange(fleet.database("coordinator1"), lines.append, label) as exchange:
         yield exchange, lines
 
 
@@ -391,16 +391,56 @@ def test_what_every_machine_refuses_ends_the_tune(shared: Fleet) -> None:
         asked(shared, wide)
 
 
+REFUSED = "another coordinator tunes zen4 now"
+
+
 def test_there_is_one_coordinator(
     shared: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("bitgen.fleet.exchange._LOCK_S", 0.1)
     monkeypatch.setenv("BITGEN_FLEET_DSN", shared.dsn("coordinator1"))
-    with alone(shared.database("coordinator1"), "zen4"):
+    with exchange_of(shared, "zen4"):
         argv = ["fleet", "tune", *FLAGS, "--families", "zen4", "--logs", str(shared.folder / "logs")]
         assert cli.main(argv) == BitgenError.exit_code
-    assert capsys.readouterr().err == "bitgen: another coordinator tunes zen4 now\n"
-    with alone(shared.database("coordinator1"), "zen4"):
+    assert capsys.readouterr().err == f"bitgen: {REFUSED}\n"
+    with exchange_of(shared, "zen4"), exchange_of(shared, "zen3"), exchange_of(shared):
         pass
+
+
+def test_there_is_one_coordinator_after_the_database_died(
+    new_fleet: Callable[..., Fleet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock died with its connection, and comes back with it; where another has it meanwhile, it ends."""
+    monkeypatch.setattr("bitgen.fleet.exchange._LOCK_S", 0.1)
+    monkeypatch.setattr("bitgen.fleet.exchange._LOST_S", 0.1)
+    fleet = new_fleet()
+    locked = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted"
+    with exchange_of(fleet, "zen4") as (exchange, lines):
+        fleet.server.kill()
+        fleet.server.start()
+        fleet.wait(lambda: "the database is back" in lines and fleet.sql(locked))
+        with pytest.raises(BitgenError, match=REFUSED), exchange_of(fleet, "zen4"):
+            pass
+        monkeypatch.setattr("bitgen.fleet.exchange._AWAY_S", 2.0)
+        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'coordinator1'"
+        fleet.sql(cut)
+        fleet.wait(lambda: len(lines) > 2)  # it is away for two seconds
+        with exchange_of(fleet, "zen4"):
+            future = exchange.ask(request())
+            with pytest.raises(BitgenError, match=REFUSED):
+                future.result(60)
+
+
+def test_a_tune_waits_for_a_database_that_is_away(new_fleet: Callable[..., Fleet]) -> None:
+    fleet = new_fleet()
+    fleet.worker("m1")
+    fleet.wait(lambda: fleet.sql("SELECT FROM live_machines"))
+    fleet.server.kill()
+    coordinator = fleet.coordinator()
+    fleet.wait(lambda: "zen4: the database is away, waiting 60 s for it: " in fleet.said("coordinator"))
+    fleet.server.start()
+    assert coordinator.wait(120) == 0, fleet.said("coordinator")
+    assert (fleet.folder / "winners" / "zen4.json").exists()
 
 
 # ---- whole tunes, through everything ----
@@ -554,6 +594,21 @@ def test_a_zombie_changes_nothing_of_who_has_its_job(new_fleet: Callable[..., Fl
     assert zombie.poll() is None
     assert other.poll() is None
     assert fleet.sql("SELECT DISTINCT status FROM procrastinate_jobs") == [("succeeded",)]
+
+
+def test_a_kernel_that_was_stopped_with_its_worker_has_not_hung(new_fleet: Callable[..., Fleet]) -> None:
+    """Ctrl-Z, too short for its job to be another's: what timed out meanwhile is measured again."""
+    fleet = new_fleet(stalled_s=60.0)
+    worker = fleet.worker("m1", "--sleep", "0.2", "--hangs", "2")
+    fleet.wait(lambda: fleet.sql("SELECT FROM live_machines"))
+    with exchange_of(fleet) as (exchange, _):
+        future = exchange.ask(request())
+        fleet.wait(lambda: fleet.sql("SELECT FROM machines WHERE state = 'measuring'"))
+        worker.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        worker.send_signal(signal.SIGCONT)
+        assert all(trial.measurement.ok for trial in future.result(60).trials)
+    assert "stood still" in fleet.said("m1")
 
 
 def test_an_answer_outlives_the_database_and_the_worker(new_fleet: Callable[..., Fleet]) -> None:

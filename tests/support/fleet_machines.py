@@ -13,6 +13,7 @@ import math
 import random
 import select
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -63,7 +64,8 @@ class FakeMachine:
 
     Times are true ones with the noise of a round, which hits all kernels of a request alike, and of each
     kernel (``noise``, a standard deviation of logarithms), drawn by the request and by ``seed``. ``taste``:
-    how much kernels differ from machine to machine. ``sleep_s`` a kernel.
+    how much kernels differ from machine to machine. ``sleep_s`` a kernel; one that took ``hangs_s`` more has
+    hung.
     """
 
     factor: float = 1.0
@@ -72,12 +74,17 @@ class FakeMachine:
     hiccups: float = 0.0
     seed: object = ""
     sleep_s: float = 0.0
+    hangs_s: float = math.inf
     asked: list[str] = field(default_factory=list)
 
     def measure(self, jobs: Sequence[Job]) -> Iterator[Measurement]:
         for job in jobs:
             self.asked.append(job.spec.name)
+            began = time.monotonic()
             _sleep(self.sleep_s)
+            if time.monotonic() - began > self.sleep_s + self.hangs_s:
+                yield Measurement(job, Status.TIMEOUT, f"not done after {self.sleep_s + self.hangs_s:g} s")
+                continue
             key = ("measure", job.spec.name, job.against and job.against.name, job.shape.name, job.n)
             names = [job.spec, *([job.against] if job.against and job.against != job.spec else [])]
             times = self._rounds(key, names, job.shape, job.n, REPEATS)
@@ -157,6 +164,7 @@ def main() -> None:
     parser.add_argument("--cpu", default="zen4")
     parser.add_argument("--factor", type=float, default=1.0)
     parser.add_argument("--sleep", type=float, default=0.0)
+    parser.add_argument("--hangs", type=float, default=math.inf)
     parser.add_argument("--outbox", type=Path, required=True)
     parser.add_argument("--idle", type=float)
     args = parser.parse_args()
@@ -167,7 +175,7 @@ def main() -> None:
     worker = Worker(
         find_database(args.dsn),
         machine_of(args.name, args.cpu),
-        lambda: FakeMachine(args.factor, sleep_s=args.sleep),
+        lambda: FakeMachine(args.factor, sleep_s=args.sleep, hangs_s=args.hangs),
         fingerprints,
         Outbox(args.outbox),
         "none",

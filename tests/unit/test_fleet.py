@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from bitgen.errors import BitgenError, UsageError
 from bitgen.fleet.answering import answer_of, calibrate
 from bitgen.fleet.bounds import Bounds, RefusedError, check_request
 from bitgen.fleet.database import find_database
+from bitgen.fleet.exchange import PostgresExchange
 from bitgen.fleet.load import Load, sample_load
 from bitgen.fleet.messages import Request, label_of, queue_name, read_answer, read_request
 from bitgen.fleet.outbox import Outbox
@@ -45,6 +49,7 @@ from bitgen.search import Session, TuneOptions, load_search_config, targets_of, 
 from bitgen.space import space_for
 from bitgen.spec import KernelSpec, Shape, regime_named
 from bitgen.store import JobRecord, RecordStore
+from bitgen.winners import commit_winners, family_winners, winners_in_force
 
 MACHINE = machine_of("m1", "zen4")
 LEVEL = next(iter(MACHINE.levels.values()))
@@ -257,11 +262,29 @@ def test_everything_else_is_checked(host: str) -> None:
     assert find_database("", {"BITGEN_FLEET_DSN": "", "PGHOST": host}).words["sslmode"] == "verify-full"
 
 
+def test_settings_that_were_asked_for_stay() -> None:
+    words = find_database("host=db.example options='-c work_mem=8MB'", {}).words
+    assert words["options"].startswith("-c work_mem=8MB -c ")
+    assert "-c tcp_keepalives_idle=30" in words["options"]
+    assert words["options"].endswith("-c search_path=bitgen_fleet")
+
+
 def test_a_database_that_is_not_there_is_one_line(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["fleet", "status", "--dsn", f"host={tmp_path}"]) == BitgenError.exit_code
     said = capsys.readouterr().err
     assert said.startswith("bitgen: no connection: ")
     assert said.count("\n") == 1
+
+
+def test_a_tune_waits_a_while_for_its_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitgen.fleet.exchange._START_S", 0.2)
+    monkeypatch.setattr("bitgen.fleet.exchange._AWAY_S", 0.05)
+    said: list[str] = []
+    exchange = PostgresExchange(find_database(f"host={tmp_path}", {}), said.append)
+    with pytest.raises(BitgenError, match=r"the database was away for 0\.2 s: no connection: "), exchange:
+        pass
+    (line,) = said
+    assert line.startswith("the database is away, waiting 0.2 s for it: no connection: ")
 
 
 def test_an_idle_worker_ends_while_the_database_is_away(
@@ -310,10 +333,11 @@ def test_the_load_is_what_others_use(tmp_path: Path) -> None:
 def test_the_pulse_tells_that_time_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 101.0, 104.0, 108.0, 120.0, 121.0, 122.0])
     monkeypatch.setattr("bitgen.fleet.worker._awake", lambda: next(clock))
-    pulse = Pulse(5.0)
-    mark = pulse.mark()
-    assert [pulse.late_since(mark) for _ in range(3)] == [False, False, True]
-    assert not pulse.late_since(pulse.mark())
+    pulse = Pulse()
+    pulse.mark()
+    assert [pulse.longest() for _ in range(3)] == [3.0, 4.0, 12.0]
+    pulse.mark()
+    assert pulse.longest() == 1.0
 
 
 def test_an_outbox_keeps_what_is_whole(tmp_path: Path) -> None:
@@ -432,9 +456,9 @@ def test_a_machine_calibrates_with_known_kernels() -> None:
 # ---- the runner ----
 
 
-def fleet_runner(exchange: DirectExchange) -> FleetRunner:
+def fleet_runner(exchange: DirectExchange, searches: int = 16) -> FleetRunner:
     family = Family(MACHINE.label, MACHINE.cpu, MACHINE.isas)
-    return FleetRunner(exchange, MACHINE.label, MACHINE.code, [LEVEL], family.spaces(0))
+    return FleetRunner(exchange, MACHINE.label, MACHINE.code, [LEVEL], family.spaces(0), searches)
 
 
 def test_times_are_told_in_units_of_one_machine() -> None:
@@ -464,8 +488,18 @@ def test_everything_is_timed_beside_something() -> None:
     assert [f.job.key for f in found] == [job.key for job in jobs]
     against = [f.job.against for f in found]
     assert against == [*[SPACE.default] * 4, None, *[SPACE.default] * 5, others[3]]
-    sizes = [len(asked.jobs) for asked, _ in exchange.asked if asked.kind == "measure"]
-    assert sizes == [8, 3]
+
+
+@pytest.mark.parametrize(
+    ("searches", "sizes"), [(16, [8, 3]), (4, [3, 3, 3, 2]), (2, [2, 2, 2, 2, 2, 1]), (1, [1] * 11)]
+)
+def test_the_fewer_searches_ask_the_smaller_is_a_job(searches: int, sizes: list[int]) -> None:
+    """So that machines are not idle; by the plan alone, so that the same questions are asked again."""
+    exchange = DirectExchange({"a": FakeMachine()})
+    jobs = [Job(spec, SHAPE, 1, 1, True) for spec in SPACE.points[:11]]
+    found = list(fleet_runner(exchange, searches).measure(jobs))
+    assert [f.job.key for f in found] == [job.key for job in jobs]
+    assert [len(asked.jobs) for asked, _ in exchange.asked if asked.kind == "measure"] == sizes
 
 
 def test_searches_at_once_find_what_they_find_one_after_the_other(tmp_path: Path) -> None:
@@ -492,6 +526,82 @@ def tuned(folder: Path, exchange: DirectExchange, options: TuneOptions = OPTIONS
     family = Family(MACHINE.label, MACHINE.cpu, MACHINE.isas)
     store = RecordStore(folder / "records.jsonl")
     return search_family(family, MODEL, options, exchange, store, folder / "winners", lambda _: None)
+
+
+class Killed(BaseException):
+    """As kill -9: nobody catches it."""
+
+
+class MortalExchange(DirectExchange):
+    """Its coordinator dies at the question after ``most`` others."""
+
+    most = 10**9
+
+    def ask(self, request: Request, apart_from: str = "") -> Any:
+        if len(self.asked) >= self.most and request.key not in self._answers:
+            raise Killed
+        return super().ask(request, apart_from)
+
+
+def test_a_killed_tune_ends_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it dies: in the search, in races, before it committed anything, and after it has.
+
+    What it records and commits is what a tune starts from. It is no part of what this one starts from.
+    """
+    options = replace(OPTIONS, families=("i2s",), trials=16)
+    whole = DirectExchange({"m": FakeMachine()})
+    expected = tuned(tmp_path / "whole", whole, options).file
+    assert expected is not None
+    folder, exchange = tmp_path / "killed", MortalExchange({"m": FakeMachine()})
+    for share in (0.1, 0.4, 0.7, 0.9):
+        exchange.most = int(share * len(whole.asked))
+        with pytest.raises(Killed), alone():
+            tuned(folder, exchange, options)
+    exchange.most = 10**9
+    assert not (folder / "winners").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("bitgen.fleet.tune.commit_winners", committed_and_killed)
+        with pytest.raises(Killed), alone():
+            tuned(folder, exchange, options)
+    assert (folder / "winners" / expected.name).read_bytes() == expected.read_bytes()
+    asked = len(exchange.asked)
+    tuned(folder, exchange, options)
+    assert (folder / "winners" / expected.name).read_bytes() == expected.read_bytes()
+    assert len(exchange.asked) == asked, "everything was known"
+    tuned(folder, exchange, replace(options, seed=1))
+    assert len(exchange.asked) > asked, "another seed is another tune"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Until the threads of a tune that died have died, too."""
+    before = threading.active_count()
+    try:
+        yield
+    finally:
+        while threading.active_count() > before:
+            time.sleep(0.01)
+
+
+def committed_and_killed(*args: Any) -> Path:
+    commit_winners(*args)
+    raise Killed
+
+
+def test_what_a_folder_lacks_of_what_ships_still_counts(tmp_path: Path) -> None:
+    """A committed winner defends its place against each tune, also against the second one of a folder."""
+    shipped = winners_in_force("zen4", tmp_path)
+    assert shipped == family_winners("zen4")
+    old = shipped[0]
+    points = space_for(old.spec.family, LEVEL, regime_named(old.spec.regime), old.shape, MACHINE.cpu).points
+    new = next(p for p in points if p.layout == old.spec.layout and p != old.spec)
+    other = next(p for p in points if p.layout != old.spec.layout)
+    commit_winners(MACHINE.cpu, MACHINE.isas, [replace(old, spec=new)], {}, tmp_path)
+    assert set(winners_in_force("zen4", tmp_path)) == {*shipped[1:], replace(old, spec=new)}
+    commit_winners(MACHINE.cpu, MACHINE.isas, [replace(old, spec=other)], {}, tmp_path)
+    found = winners_in_force("zen4", tmp_path)
+    alike = (old.shape, old.spec.isa, old.threads)
+    assert [j.spec for j in found if (j.shape, j.spec.isa, j.threads) == alike] == [other]
 
 
 def somewhere(seed: int) -> Callable[[Request, Sequence[str]], str]:
