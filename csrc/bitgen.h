@@ -236,7 +236,8 @@ BITGEN_API int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, 
  *   BITGEN_WEIGHTS_Q4M   w = q * scale + offset
  *   BITGEN_WEIGHTS_T4    w = table[q] * scale, of int8 values -127 .. 127
  *
- * acc above is the exact sum of (q - 8) x, q x or table[q] x; the offset of a group joins behind its sum,
+ * T4 also in groups of 16. acc above is the exact sum of (q - 8) x, q x or table[q] x; the offset of a group joins
+ * behind its sum,
  *
  *   y[n, m] = fma(offset[m, g], x_scale[n, g] * (float)x_sum[n, g], y[n, m])
  *

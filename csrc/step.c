@@ -20,7 +20,7 @@ enum {
     FUSED_TOKENS = 16,     /* up to which a thread rotates, stores and attends head by head */
     HEADS_A_THREAD = 4,    /* items of attention that a thread should have, so that none waits long for the others */
     PAGE = 4096,
-    GROUP_LEAST = 32, /* weights along k that share a scale, at least and at most */
+    GROUP_LEAST = 16, /* weights along k that share a scale, at least and at most */
     GROUP_MOST = 256,
     HEAD_ROWS = 64,       /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
     SCREEN_SHARE = 16,    /* of the head's rows that may be read by way of its screen; more are faster read in order */

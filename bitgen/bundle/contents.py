@@ -24,9 +24,8 @@ from bitgen.spec import EVERY_FAMILY, LARGE, N1, REGIMES, KernelSpec, Layout, Sh
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 COMMON_GROUP = 128  # of weights in groups: every library has kernels of its ISA level for these
-CODED_GROUP = (
-    32  # of weights of 4 bits: every library has portable kernels for these, by table for all GROUPS
-)
+# Of weights of 4 bits: every library has portable kernels for these, by table for all groups there are.
+CODED_GROUP = 32
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
 BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 
@@ -209,9 +208,11 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     # One portable kernel serves every n of weights in groups: what is slow need not make libraries large.
     grouped = [layout for layout in layouts if layout.group]
     grouped += [replace(DEFAULT_LAYOUT, group=group) for group in GROUPS]
-    coded = [(name, one.by_table) for name, one in EVERY_FAMILY.items() if not one.is_ternary]
     grouped += [
-        Layout(name, 16, g) for name, any_group in coded for g in (GROUPS if any_group else (CODED_GROUP,))
+        Layout(name, 16, group)
+        for name, one in EVERY_FAMILY.items()
+        if not one.is_ternary
+        for group in (one.groups if one.by_table else (CODED_GROUP,))
     ]
     for layout in dict.fromkeys(grouped):
         spec = _default_spec(layout, LARGE.name, target.scalar, target, choices)

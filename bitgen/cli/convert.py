@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="i2_s",
         help="storage of the ternary matrices (i2_s): i2_s, tq1_0, tq2_0, q1_0, q2_0, stq1_0, pq2_0, ptq1_0, "
         "f16; f16 where a scale a row does not fit, refused where scales of groups do not. Of matrices of 4 "
-        "bits: q4_0, q4_1, iq4_nl, mxfp4, table4",
+        "bits: q4_0, q4_1, iq4_nl, mxfp4, nvfp4, table4",
     )
 
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group",
         type=int,
         default=0,
-        help="weights along k that share a scale: 32, 64, 128 or 256 (default: scales lie outside)",
+        help="weights along k that share a scale: 32 .. 256, of T4 also 16 (default: scales lie outside)",
     )
     parser.add_argument("--algorithm", help="direct, panel, ... (default: that of the default schedule)")
     parser.add_argument(

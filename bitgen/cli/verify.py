@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inherited", action="store_true", help="also kernels with the text of their level's parent"
     )
     parser.add_argument(
-        "--group", type=int, default=0, help="kernels of weights with a scale for each 32, 64, 128 or 256"
+        "--group",
+        type=int,
+        default=0,
+        help="kernels of weights with a scale for each 32, 64, 128 or 256 (of T4 also 16)",
     )
     add_compiler(parser)
 

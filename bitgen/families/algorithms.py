@@ -264,8 +264,8 @@ class Tiles(Algorithm):
     """Tiles of bytes are multiplied by one instruction, on levels that have it."""
 
     def serves_groups(self, group: int, regime: Regime) -> bool:
-        del group  # tiles of 64 k, of groups of 32 half ones
-        return regime is LARGE  # few tokens would wait for their floats
+        # Tiles of 64 k, of groups of 32 half ones; few tokens would wait for their floats.
+        return regime is LARGE and group >= 32
 
     def axes(self, family: Family, isa: Isa, regime: Regime) -> Axes:
         wide = not isa.generic

@@ -28,6 +28,7 @@ TERNARY = "ternary"  # of `Family.weights`
 TABLES = 4  # of 16 values at the head of a row block
 VALUE_MAX = 127  # the largest magnitude of such a value: -128 has no negative
 GROUPS = (32, 64, 128, 256)  # weights along k that may share a scale
+FINE_GROUPS = (16,)  # likewise, of families whose `least_group` is that small
 TAIL = 8  # weights behind the whole chunks of a group that 2-bit codes hold
 
 # Values a knob may have at all; an algorithm narrows some. Counts multiply the code of a kernel; sizes
@@ -152,8 +153,9 @@ class Family:
     ``template`` (none: that of its name).
 
     ``weights`` is what they are: "ternary", or a kind of 4-bit codes that no other family holds; those are
-    stored in groups alone, and ``encode`` takes and ``decode`` gives codes. ``scales``: values of each row
-    and group behind the codes: a scale, and where there are 2 an offset. ``by_table``: a code stands for one
+    stored in groups alone, and ``encode`` takes and ``decode`` gives codes. ``least_group``: the fewest
+    weights that share a scale. ``scales``: values of each row and group behind the codes: a scale, and where
+    there are 2 an offset. ``by_table``: a code stands for one
     of 16 int8 values of a table at the head of its row block.
     """
 
@@ -173,6 +175,7 @@ class Family:
     weights: str = TERNARY
     scales: int = 1
     by_table: bool = False
+    least_group: int = GROUPS[0]
     template: str = ""
     constants: Mapping[str, object] = field(default_factory=dict, compare=False)
 
@@ -252,11 +255,12 @@ class Family:
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Of `GROUPS` the lengths that are whole chunks, or those and a tail: its scales can lie behind."""
+        """The lengths of groups that are whole chunks, or those and a tail: its scales can lie behind."""
         own = (one for one in self.algorithms if one.name not in UNPACKING)  # one token needs them
         if not any(one.grouped for one in own):
             return ()
-        return tuple(length for length in GROUPS if length % self.k_chunk in (0, self.tail_weights))
+        lengths = (length for length in (*FINE_GROUPS, *GROUPS) if length >= self.least_group)
+        return tuple(length for length in lengths if length % self.k_chunk in (0, self.tail_weights))
 
     def in_groups(self, group: int, regime: Regime) -> Family:
         """The family with the algorithms that multiply weights in groups of ``group``, and no others."""

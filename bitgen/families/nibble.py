@@ -7,7 +7,7 @@ A chunk is 16 rows x 8 k in 64 bytes, q[r, i] a code 0..15::
 ======  ====================  =========================================================================
 Q4      w = (q - 8) d         Q4_0
 Q4M     w = q d + m           Q4_1: an offset beside the scale of each row and group
-T4      w = T[q] d            IQ4_NL, MXFP4 and learned tables: 16 int8 values, -127 .. 127
+T4      w = T[q] d            IQ4_NL, MXFP4, NVFP4 and learned tables: 16 int8 values, -127 .. 127
 ======  ====================  =========================================================================
 
 A row block of T4 begins with four tables, and a byte for each group and each 16 rows that selects one of
@@ -109,5 +109,5 @@ def _family(name: str, title: str, **facts: object) -> Family:
 FAMILIES = (
     _family("q4", "Q4", bias=8),
     _family("q4m", "Q4M", bias=0, scales=2),
-    _family("t4", "T4", bias=0, by_table=True),
+    _family("t4", "T4", bias=0, by_table=True, least_group=16),
 )

@@ -68,6 +68,7 @@ _FILE_TYPES = {
     "q4_1": 3,
     "iq4_nl": 25,
     "mxfp4": 38,
+    "nvfp4": 39,
 }
 _CHUNK_VALUES = 1 << 20  # weights encoded at once
 

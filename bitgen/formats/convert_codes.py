@@ -13,7 +13,7 @@ import numpy as np
 
 from bitgen.errors import FileError
 from bitgen.families.base import Codes
-from bitgen.formats.coded import BLOCK, CODED, encode_codes
+from bitgen.formats.coded import CODED, UE4M3, encode_codes
 from bitgen.formats.gguf import NewTensor
 from bitgen.formats.quants import DENSE, OTHER, Bytes
 from bitgen.formats.table_types import KIND, ROWS, TableLayout
@@ -71,7 +71,7 @@ def _as(kind: str, rows: Codes, matrix: CodedMatrix, name: str) -> Codes:
         return FileError(f"{name}.weight cannot be {kind.upper()} without loss: {what}")
 
     target = CODED[kind]
-    if matrix.group % BLOCK:
+    if matrix.group % target.group:
         raise refused(f"it has groups of {matrix.group}")
     if target.kind == "q4m" and rows.tables is None and rows.offsets is None:
         rows = with_offsets(rows)
@@ -86,8 +86,8 @@ def _as(kind: str, rows: Codes, matrix: CodedMatrix, name: str) -> Codes:
         used = rows.tables[:1] if rows.selectors is None else rows.tables[np.unique(rows.selectors)]
         if target.kind == "q4m" or any(not np.array_equal(table, wanted[0]) for table in used):  # type: ignore[index]
             raise refused("its table has other values")
-    repeat = matrix.group // BLOCK
-    count = matrix.shape.k // BLOCK
+    repeat = matrix.group // target.group
+    count = -(-matrix.shape.k // target.group)
 
     def finer(values: np.ndarray) -> np.ndarray:
         return np.repeat(values, repeat, axis=1)[:, :count]
@@ -97,6 +97,10 @@ def _as(kind: str, rows: Codes, matrix: CodedMatrix, name: str) -> Codes:
         exponents = np.log2(np.where(made.scales > 0, made.scales, 3))
         if (exponents % 1).any() or (exponents < -128).any():
             raise refused("a scale of it is no power of two")
+        return made
+    if kind == "nvfp4":
+        if not np.isin(made.scales, UE4M3[:127]).all():
+            raise refused("a scale of it is no UE4M3 number")
         return made
     for values in (made.scales, made.offsets):
         if values is not None:

@@ -23,7 +23,7 @@ from bitgen.formats.architectures import (
     Architecture,
     interleaved_to_half,
 )
-from bitgen.formats.coded import BLOCK, CODED, TWO_BITS, coded_matrix, two_bit_matrix
+from bitgen.formats.coded import CODED, TWO_BITS, coded_matrix, two_bit_matrix
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.gguf import BY_ID, GgufFile, TensorInfo, read_gguf
 from bitgen.formats.matrices import ternary_head, ternary_matrix
@@ -42,6 +42,7 @@ from bitgen.formats.weights import (
     Weights,
     common_kind,
 )
+from bitgen.spec import WeightKind
 
 TERNARY_TYPES = ("i2_s", *TERNARY, "f32", "f16", "bf16", "q8_0")
 MATRIX_TYPES = (*TERNARY_TYPES, *CODED)
@@ -94,11 +95,7 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
     embedding = _tensor(file, f"{EMBEDDING.gguf}.weight")
     if len(embedding.shape) != 2:
         raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
-    own = TableLayout.of(file.path, file.metadata)
-    weights = _weights_kind(file, arch) if own is None else KIND
-    group = own.group if own else _group(file, arch) if weights == TERNARY_WEIGHTS else BLOCK
-    if two_bits and weights == TERNARY_WEIGHTS and (block := _two_bit_block(file, arch)):
-        weights, group = KIND, block
+    kind = _weight_kind(file, arch, two_bits)
     factors, context = _rope_factors(file, keys, head_dim, context)
     return file_config(
         file.path,
@@ -115,8 +112,8 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
         activation=arch.activation,
         sub_norms=arch.sub_norms,
         qk_norm=arch.qk_norm,
-        group=group,
-        weights=weights,
+        group=kind.group,
+        weights=kind.weights,
         norm_eps=_scalars(keys, arch).eps(keys.number("attention.layer_norm_rms_epsilon")),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
@@ -150,12 +147,23 @@ def _matrix_tensors(file: GgufFile, arch: Architecture) -> list[TensorInfo]:
     return [info for name, info in file.tensors.items() if name.startswith("blk.") and name.endswith(ends)]
 
 
-def _weights_kind(file: GgufFile, arch: Architecture) -> str:
-    """The kind that holds the weights of all matrices (`Family.weights`). FileError: they have none."""
+def _weight_kind(file: GgufFile, arch: Architecture, two_bits: bool) -> WeightKind:
+    """The kind that holds the weights of all matrices, and their groups. FileError: they have none."""
+    own = TableLayout.of(file.path, file.metadata)
+    if own is not None:
+        return WeightKind(KIND, own.group)
+    coded = _coded_kind(file, arch)
+    if coded is None and two_bits and (block := _two_bit_block(file, arch)):
+        return WeightKind(KIND, block)
+    return coded or WeightKind(TERNARY_WEIGHTS, _group(file, arch))
+
+
+def _coded_kind(file: GgufFile, arch: Architecture) -> WeightKind | None:
+    """That of matrices of 4 bits; None: there are none of them. FileError: no kind holds all matrices."""
     found = _matrix_tensors(file, arch)
     coded = [info for info in found if type_name(file, info) in CODED]
     if not coded:
-        return TERNARY_WEIGHTS
+        return None
     other = next((info for info in found if type_name(file, info) not in CODED), None)
     if other is not None:
         raise FileError(
@@ -163,8 +171,14 @@ def _weights_kind(file: GgufFile, arch: Architecture) -> str:
             f"{type_name(file, other).upper()}; bitgen runs models whose matrices are all of "
             f"{', '.join(name.upper() for name in CODED)}, or all ternary",
         )
+    groups = sorted({CODED[info.type].group for info in coded})
+    if len(groups) > 1:
+        raise FileError(
+            f"{file.path}: some matrices are in groups of {groups[0]} weights (NVFP4), some of {groups[1]}; "
+            "bitgen runs models whose matrices share one size"
+        )
     try:
-        return common_kind(CODED[info.type].kind for info in coded)
+        return WeightKind(common_kind(CODED[info.type].kind for info in coded), groups[0])
     except FileError as error:
         raise FileError(f"{file.path}: {error.message}") from None
 
@@ -324,10 +338,9 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...], as_codes: bool) 
     kind = type_name(file, info)
     if kind not in MATRIX_TYPES:
         raise _unsupported(file, info, MATRIX_TYPES)
-    if kind in CODED and name + ".scale" in file.tensors:
-        raise FileError(f"{file.path}: {name}.scale: a factor of 4-bit weights is not supported")
     if kind in CODED:
-        return coded_matrix(info.name, kind, shape, _coded_bytes(file, info, kind))
+        coded = coded_matrix(info.name, kind, shape, _coded_bytes(file, info, kind))
+        return coded.scaled(factor) if (factor := _factor(file, name)) is not None else coded
     if info.type == "i2_s" and info.values % I2_S_BLOCK:
         raise FileError(
             f"{file.path}: {info.name} has {shape[0]}x{shape[1]} weights, no whole blocks of {I2_S_BLOCK}: "
@@ -336,9 +349,12 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...], as_codes: bool) 
     if kind in TWO_BITS and as_codes:
         return two_bit_matrix(info.name, kind, shape, file.bytes_of(info))
     matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info))
-    if name + ".scale" in file.tensors:
-        return matrix.scaled(_vector(file, name + ".scale", 1))
-    return matrix
+    return matrix if (factor := _factor(file, name)) is None else matrix.scaled(factor)
+
+
+def _factor(file: GgufFile, name: str) -> Floats | None:
+    """What multiplies the output of a matrix, float32 (1,): the scale of all of it, NVFP4's second level."""
+    return _vector(file, f"{name}.scale", 1) if f"{name}.scale" in file.tensors else None
 
 
 def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
@@ -405,6 +421,8 @@ def _layer(read: _Reader, index: int) -> LayerWeights:
         name = prefix + tensor.gguf
         matrices[role] = _ternary(file, name, tensor.shape(config), config.weights != TERNARY_WEIGHTS)
         used |= {f"{name}.weight", f"{name}.scale"}
+        if file.tensors[f"{name}.weight"].type == "nvfp4":
+            used.add(f"{name}.input_scale")  # for activations of 4 bits, which nothing here rounds to
     if architecture.interleaved:
         for role, heads in (("q", config.heads), ("k", config.kv_heads)):
             matrices[role] = matrices[role].reordered(interleaved_to_half(heads, config.head_dim))

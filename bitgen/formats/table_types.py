@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.families.base import GROUPS, TABLES, VALUE_MAX, Codes
+from bitgen.families.base import TABLES, VALUE_MAX, Codes
 from bitgen.formats.config import printable
 from bitgen.formats.gguf import U32
 from bitgen.formats.quants import Bytes
 from bitgen.formats.source import Settings, short
 from bitgen.formats.weights import CodedMatrix
-from bitgen.spec import Shape
+from bitgen.spec import EVERY_FAMILY, Shape
 
 VERSION = 1
 ROWS = 16  # that share a selector: those of a block
@@ -55,8 +55,8 @@ class TableLayout:
         bits, group = keys.integer("bits"), keys.integer("group")
         if bits not in (3, 4):
             raise keys.error("bits", f"is {bits}; 3 and 4 are supported")
-        if group not in GROUPS:
-            raise keys.error("group", f"is {group}; {', '.join(map(str, GROUPS))} are supported")
+        if group not in (known := EVERY_FAMILY[KIND].groups):
+            raise keys.error("group", f"is {group}; {', '.join(map(str, known))} are supported")
         return cls(printable(keys.text("type", "unnamed")[:40]), bits, group)
 
     @property

@@ -126,6 +126,7 @@ def test_kernels_of_weights_of_4_bits_are_exact(
     isa = runnable(isa_name)
     specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("q4m", "t4") for r in REGIMES]
     specs.append(space_for("q4", isa, N1, SHAPE, CPU, 64).default)
+    specs += [space_for("t4", isa, regime, SHAPE, CPU, 16).default for regime in REGIMES]
     own = [spec for spec in specs if not inherits(spec)] or specs[:1]
     counts = sweep(runner, own)
     report(counts, request)

@@ -57,7 +57,7 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
     contents = choose_contents(libraries.choices(cpu), Target.of(cpu))
     plain = (TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT)
     others = (replace(DEFAULT_LAYOUT, group=group) for group in (32, 64, 128, 256))
-    kinds = (("q4", 32), ("q4m", 32), *(("t4", group) for group in (32, 64, 128, 256)))
+    kinds = (("q4", 32), ("q4m", 32), *(("t4", group) for group in (16, 32, 64, 128, 256)))
     coded = (Layout(kind, 16, group) for kind, group in kinds)  # of 4 bits
     grouped = list(dict.fromkeys([common_layout(contents.target), *others, *coded]))
     assert contents.layouts == (*plain, *grouped)
@@ -81,7 +81,7 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
 def test_a_scalar_library_holds_each_kernel_once(portable: Target) -> None:
     contents = choose_contents([], portable)
     assert {entry.spec.isa for entry in contents.entries} == {"scalar"}
-    assert len(contents.specs) == 3 + 3 + 3 + 6, "I2_S; groups of 128; portable: 32, 64, 256; 4 bits"
+    assert len(contents.specs) == 3 + 3 + 3 + 7, "I2_S; groups of 128; portable: 32, 64, 256; 4 bits"
     assert len({source.name for source in contents.sources}) == len(contents.sources)
 
 

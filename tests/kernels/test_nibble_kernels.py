@@ -29,12 +29,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
         yield opened
 
 
-def weights(kind: str, m: int, k: int, *, half: bool = True) -> Codes:
+def weights(kind: str, m: int, k: int, *, half: bool = True, group: int = 32) -> Codes:
     """Random codes; scales and offsets of both signs, zeros and half subnormals among them; three tables."""
     rng, family = np.random.default_rng((m, k)), EVERY_FAMILY[kind]
 
     def scales() -> np.ndarray:
-        values = rng.uniform(-0.1, 0.1, (m, -(-k // 32))).astype(np.float32)
+        values = rng.uniform(-0.1, 0.1, (m, -(-k // group))).astype(np.float32)
         values.reshape(-1)[3::7] = 0
         values.reshape(-1)[4::7] *= np.float32(1e-4)
         return values.astype(np.float16).astype(np.float32) if half else values
@@ -43,7 +43,7 @@ def weights(kind: str, m: int, k: int, *, half: bool = True) -> Codes:
     if not family.by_table:
         return Codes(codes, scales(), scales() if family.scales > 1 else None)
     tables = rng.integers(-127, 128, (3, 16), dtype=np.int8)
-    selectors = rng.integers(0, 3, (-(-m // 16), -(-k // 32)), dtype=np.uint8)
+    selectors = rng.integers(0, 3, (-(-m // 16), -(-k // group)), dtype=np.uint8)
     return Codes(codes, scales(), None, tables, selectors)
 
 
@@ -96,6 +96,7 @@ def test_bits_a_weight() -> None:
     bits = {kind: Layout(kind, 16, 32).bits_a_weight for kind in KINDS}
     assert bits == {"q4": 4.5, "q4m": 5.0, "t4": 4.5}
     assert Layout("t4", 16, 128).bits_a_weight == 4.125
+    assert Layout("t4", 16, 16).bits_a_weight == 5
 
 
 @pytest.mark.parametrize(("kind", "most"), [("q4", 4), ("q4m", 4), ("t4", 0)])
@@ -162,6 +163,27 @@ def test_y_is_the_same_for_every_batch_and_number_of_threads(table: KernelTable,
             for n in (1, 2, 16, 17, 40):
                 y = np.concatenate([linear(x[i : i + n]) for i in range(0, 40, n)])
                 np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("group", EVERY_FAMILY["t4"].groups)
+def test_groups_by_table_of_every_length(table: KernelTable, group: int, half: bool) -> None:
+    """Of 16 weights (NVFP4) too: packed as numpy packs, multiplied as numpy does."""
+    for m, k in ((1, 1), (33, 200), (64, 512)):
+        rows, groups = weights("t4", m, k, half=half, group=group), Groups(group, half, "t4")
+        linear = table.coded(rows, groups)
+        layout = layout_of(table, linear.shape, groups)
+        blocks = pack_codes(layout, rows, half=half)
+        np.testing.assert_array_equal(linear.packed[64 : 64 + blocks.size], blocks)
+        x = np.random.default_rng(k).normal(size=(18, k)).astype(np.float32)
+        np.testing.assert_array_equal(linear(x), coded_linear(x, rows, layout))
+
+
+def test_only_values_by_table_have_groups_of_16() -> None:
+    assert [kind for kind in KINDS if 16 in EVERY_FAMILY[kind].groups] == ["t4"]
+    with pytest.raises(UsageError, match=r"Q4 has scales for groups of 32, 64, .* weights, not 16"):
+        Layout("q4", 16, 16)
+    assert not any(16 in family.groups for family in FAMILIES.values())
 
 
 def test_the_formula(table: KernelTable) -> None:

@@ -88,6 +88,17 @@ CONFIGS = {
         kv_heads=3,
         layers=1,
     ),
+    "values of 4-bit codes in groups of 16": small_config(
+        sub_norms=False,
+        weights="t4",
+        group=16,
+        hidden=72,
+        ffn=64,
+        head_dim=24,
+        heads=3,
+        kv_heads=3,
+        layers=1,
+    ),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }
 

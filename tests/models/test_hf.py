@@ -23,7 +23,7 @@ pytest.importorskip("safetensors", reason="safetensors writes the files")
 
 import torch
 import transformers
-from torch_models import qwen3_of, random_model, save
+from torch_models import floats_of, random_model, save
 from transformers.integrations.bitnet import AutoBitLinear, BitLinear
 
 import bitgen.hf
@@ -172,7 +172,7 @@ def test_sub_norms_and_relu2(library: Path) -> None:
 
 def test_ternary_linears_with_a_scale_for_each_group(tmp_path: Path, library: Path) -> None:
     model = grouped_model(layers=2, tied_head=True)
-    oracle = qwen3_of(open_model(write_model(tmp_path / "m.gguf", model, "ptq1_0")).weights)
+    oracle = floats_of(open_model(write_model(tmp_path / "m.gguf", model, "ptq1_0")).weights)
     ids = IDS % oracle.config.vocab_size
     before = logits(oracle, ids)
     bitgen.hf.optimize(oracle, library=library, threads=2)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_model import exact_logits
-from model_files import grouped_model, write_model
+from model_files import GROUP, grouped_model, plain_model, small_config, write_model
 from numpy.typing import NDArray
 from reference_model import TIE, logits_of
 
@@ -29,9 +29,9 @@ pytest.importorskip("safetensors", reason="safetensors writes the files")
 import torch
 from torch_models import (
     ARCHITECTURES,
+    floats_of,
     linears,
     model_of,
-    qwen3_of,
     random_model,
     run,
     run_in_groups,
@@ -42,15 +42,18 @@ from torch_models import (
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.formats.convert import convert
+from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.open import open_model
+from bitgen.formats.ternary import encode_blocks
 from bitgen.formats.weights import Weights
 from bitgen.inference import divergence
 from bitgen.inference.engine import Engine
 from bitgen.inference.perplexity import perplexity
+from bitgen.inference.weight_cache import named_matrices
 from bitgen.llm import LLM
 from bitgen.paths import models_dir
 from bitgen.reference import quantize_activations
-from bitgen.runtime import KernelTable, load
+from bitgen.runtime import Activations, KernelTable, load
 from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -196,26 +199,89 @@ def test_groups_are_those_of_qwen3_in_floats(
     """
     model = grouped_model(layers=2, tied_head=tied)
     weights = open_model(write_model(tmp_path / "m.gguf", model, "ptq1_0")).weights
-    oracle, ids = qwen3_of(weights), np.random.default_rng(5).integers(0, weights.config.vocab, 64).tolist()
+    record_property("oracle", f"groups, tied {tied}: {against_floats(weights, table, most=1e-3)}")
+
+
+def against_floats(
+    weights: Weights, table: KernelTable, most: float, activations: Activations = "int8"
+) -> str:
+    """A model that was not trained to round activations, against transformers on its weights as floats.
+
+    ``most``: the KL divergence that rounding them may cost.
+    """
+    oracle, ids = floats_of(weights), np.random.default_rng(5).integers(0, weights.config.vocab, 64).tolist()
     n = len(ids)
     positions, none = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
-    got = Engine(weights, table, kv="f32", context=n).forward(
-        np.array(ids, np.int32), positions, none, np.ones(n, bool)
-    )
-    steps: dict[str, NDArray[np.int8]] = {}
-    assert np.array_equal(exact_logits(weights, ids, "f32", steps), got)
-    same, farthest = run_in_groups(oracle, ids, 128, steps)
+    engine = Engine(weights, table, kv="f32", context=n, activations=activations)
+    got = engine.forward(np.array(ids, np.int32), positions, none, np.ones(n, bool))
     free = run(oracle, ids).logits
-    noise = float(np.abs(got - same).max() / free.std())
     compared = divergence.Comparison()
     for expected, row in zip(free, got, strict=True):
         compared.add(expected, row)
     found = compared.result
-    record_property("oracle", f"groups, tied {tied}: noise {noise:.1e}, farthest {farthest:.1e}, {found}")
+    assert found.mean < most
+    assert found.same_top > 0.9  # random weights: the likeliest tokens are close
+    steps: dict[str, NDArray[np.int8]] = {}
+    assert np.array_equal(exact_logits(weights, ids, "f32", steps, activations), got)
+    if activations == "int16":
+        return f"{activations}: {found}"
+    groups = {name: weights.group_of(matrix) for name, matrix in named_matrices(weights).items()}
+    same, farthest = run_in_groups(oracle, ids, groups, steps)
+    noise = float(np.abs(got - same).max() / free.std())
     assert farthest < TIE
     assert noise < NOISE
-    assert found.mean < 1e-3
-    assert found.same_top > 0.9  # random weights: the likeliest tokens are close
+    return f"noise {noise:.1e}, farthest {farthest:.1e}, {found}"
+
+
+@pytest.mark.parametrize("kind", ["f16", "tq1_0", "tq2_0"])
+def test_shards_are_those_of_llama_in_floats(
+    kind: str, tmp_path: Path, table: KernelTable, record_property: Callable[[str, object], None]
+) -> None:
+    """TriLM's: trained on several devices, each with a scale for its part of a matrix, f16.
+
+    Rows of q, k, v, gate and up are cut, and columns of o and down: the first have a scale a row here, the
+    others run in groups. Three devices, as widths of the 190M model are cut into parts of 256 and 512.
+    """
+    weights = open_model(sharded_file(tmp_path / "m.gguf", kind)).weights
+    config, layer = weights.config, weights.layers[0]
+    assert (config.architecture, config.group) == ("llama", 0)
+    assert [weights.group_of(matrix) for matrix in layer.matrices] == [0, 256, 0, 256]
+    assert len(set(layer.qkv.scale.tolist())) == 9
+    assert [len(set(one.scales(0, 1)[0])) for one in (layer.o, layer.down)] == [3, 3]
+    record_property("oracle", f"shards, {kind}: {against_floats(weights, table, most=1e-2)}")
+    if kind == "f16":
+        found = against_floats(weights, table, most=1e-5, activations="int16")
+        record_property("oracle", f"shards, {found}")
+
+
+def sharded_file(path: Path, kind: str, shards: int = 3) -> Path:
+    """A small TriLM: llama, as many heads for keys as for queries, a head of its own."""
+    sizes = {"hidden": 768, "ffn": 1536, "heads": 12, "kv_heads": 12, "head_dim": 64, "vocab": 300}
+    model, rng = plain_model(small_config("llama", **sizes, layers=1)), np.random.default_rng(9)
+    for key, w in model.w.items():
+        scales = rng.uniform(0.02, 0.06, shards).astype(np.float16).astype(np.float32)
+        m, k = w.shape
+        if key.endswith(("attn_output", "ffn_down")):
+            model.scale[key] = np.broadcast_to(np.repeat(scales, k // GROUP // shards), (m, k // GROUP))
+        else:
+            model.scale[key] = np.broadcast_to(np.repeat(scales, m // shards)[:, None], (m, k // GROUP))
+    return write_model(path, model, kind)
+
+
+def test_a_matrix_of_the_largest_trilm() -> None:
+    """3.9B's: down is 3072 x 9216, o 3072 x 3072, on six devices. Codes and scales of each part are kept."""
+    rng, m = np.random.default_rng(2), 48  # of 3072 rows
+    for k in (9216, 3072):
+        w = rng.integers(-1, 2, (m, k), dtype=np.int8)
+        shards = rng.uniform(0.02, 0.06, 6).astype(np.float16).astype(np.float32)
+        blocks = np.broadcast_to(np.repeat(shards, k // 6 // 256), (m, k // 256))
+        values = (w * np.repeat(shards, k // 6)).astype("<f2").view(np.uint8)
+        stored = {"f16": values} | {kind: encode_blocks(kind, w, blocks) for kind in ("tq1_0", "tq2_0")}
+        for kind, data in stored.items():
+            matrix = ternary_matrix("w", kind, (m, k), data.reshape(-1))
+            assert matrix.group == 256, kind
+            assert np.array_equal(matrix.rows(0, m), w), kind
+            assert np.array_equal(matrix.scales(0, m), blocks), kind
 
 
 @pytest.fixture(scope="module")

@@ -211,14 +211,17 @@ def coded_file(folder: Path, kind: str) -> tuple[Path, int]:
     """The same with all matrices of a type of 4-bit weights."""
     from bitgen.formats.gguf import read_gguf
 
-    config = small_config("llama", **{**TINY, "hidden": 32, "ffn": 32, "head_dim": 16})
+    block = CODED[kind].block
+    config = small_config("llama", **{**TINY, "hidden": block, "ffn": block, "head_dim": block // 2})
     model, tensors = plain_model(config), []
     layout = DENSE.get(kind) or OTHER[kind]
     rng = np.random.default_rng(0)
     for key in model.w:
         rows, cols = shape_of(config, key.rpartition(".")[2])
         data = rng.integers(0, 256, (rows, layout.row_bytes(cols)), dtype=np.uint8)
-        if kind != "mxfp4":
+        if kind == "nvfp4":
+            data.reshape(-1, layout.block_bytes)[:, :4] &= 0x7F  # no sign
+        elif kind != "mxfp4":
             data.reshape(-1, layout.block_bytes)[:, 1:4:2] &= 0x3F  # no infinity
         tensors.append(tensor(f"{key}.weight", data, layout.id, (rows, cols)))
     model.w = {}

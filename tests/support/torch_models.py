@@ -131,8 +131,8 @@ def tokenizer_of(data: TokenizerData) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end, pad_token=end)
 
 
-def qwen3_of(weights: Weights) -> Any:
-    """The Qwen3ForCausalLM that has these weights as floats: each ternary one times its scale."""
+def floats_of(weights: Weights) -> Any:
+    """The Qwen3ForCausalLM or Llama one of these weights as floats: each ternary one times its scale."""
     c = weights.config
     sizes = _sizes(c.hidden, c.ffn, c.heads, c.kv_heads, c.head_dim)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
@@ -144,9 +144,9 @@ def qwen3_of(weights: Weights) -> Any:
         "rope_parameters": rope,
         "tie_word_embeddings": c.tied_head,
     }
-    model = _empty("Qwen3", {**sizes, **changes})
+    model = _empty("Qwen3" if c.qk_norm else "Llama", {**sizes, **changes})
     values = _common(weights)
-    for number, layer in enumerate(weights.layers):
+    for number, layer in enumerate(weights.layers if c.qk_norm else ()):
         prefix = f"model.layers.{number}."
         values[prefix + "self_attn.q_norm.weight"] = layer.q_norm
         values[prefix + "self_attn.k_norm.weight"] = layer.k_norm
@@ -157,11 +157,12 @@ def qwen3_of(weights: Weights) -> Any:
 
 
 def run_in_groups(
-    model: Any, ids: Sequence[int], group: int, given: Mapping[str, NDArray[np.int8]]
+    model: Any, ids: Sequence[int], groups: Mapping[str, int], given: Mapping[str, NDArray[np.int8]]
 ) -> tuple[NDArray[np.float32], float]:
     """Logits where each linear layer's input is int8 in groups, ``given`` by `step_name`, times its scale.
 
-    Also the farthest that any of them is from what the input would round to, in int8 steps.
+    ``groups``: of each of them the weights that share a scale, 0: all of a token. Also the farthest that any
+    of the given is from what the input would round to, in int8 steps.
     """
     farthest = 0.0
 
@@ -169,6 +170,7 @@ def run_in_groups(
         def hook(_module: Any, args: Any) -> Any:
             nonlocal farthest
             x = args[0][0].numpy()
+            group = groups[name] or x.shape[1]
             scale = np.repeat(quantize_groups(x, group)[1], group, axis=1)[:, : x.shape[1]]
             xq = given[name]
             farthest = max(farthest, float(np.abs(x / scale - xq).max()) - 0.5)
@@ -177,7 +179,8 @@ def run_in_groups(
         return hook
 
     modules = [(step_name(n), m) for n, m in model.named_modules() if n.split(".")[-1] in STACKED]
-    handles = [m.register_forward_pre_hook(hook_of(n)) for n, m in [*modules, ("head", model.lm_head)]]
+    modules += [("head", model.lm_head)] * ("head" in groups)
+    handles = [m.register_forward_pre_hook(hook_of(n)) for n, m in modules]
     with torch.no_grad():
         logits: NDArray[np.float32] = model(torch.tensor([list(ids)])).logits[0].numpy()
     for handle in handles:
