@@ -305,6 +305,8 @@ BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, co
  *                   gate, up = gate_up(norm(x));                 x += down(sub_norm(act(gate) * up))
  *   logits = head(norm(x))
  *
+ * or, as in BitNet-embedding, q = q(q_norm_in(norm(x))) and so on: a norm before each matrix.
+ *
  * A matrix quantises its input as bitgen_matmul_as does, to the model's x_type. Norms are
  * x / sqrt(mean(x^2) + eps) * weight; RoPE turns the pairs (i, i + head_dim / 2). Every float operation has one
  * order, so the logits of a token are the same bits for every number of threads, every batch it is in and every
@@ -368,6 +370,10 @@ struct bitgen_layer {
     const float *attn_sub_norm;        /* (heads * head_dim), or NULL: none */
     const float *ffn_sub_norm;         /* (ffn), or NULL */
     const float *q_norm, *k_norm;      /* (head_dim) of each head of q and of k before RoPE, or NULL: none */
+    /* Where q.packed is no NULL these take the place of qkv and gate_up, their rows: each norms its input once more. o and
+     * down do by attn_sub_norm and ffn_sub_norm. */
+    struct bitgen_matrix q, k, v, gate, up;
+    const float *q_norm_in, *k_norm_in, *v_norm_in, *gate_norm_in, *up_norm_in; /* (hidden), or NULL: none */
 };
 
 struct bitgen_model {

@@ -245,6 +245,96 @@ static void gate(struct step *s)
     stage_done(s, BITGEN_STAGE_GATE);
 }
 
+/* --- matrices that share their input and have a norm of it each --- */
+
+/* delta = norm(x + delta), whose rows nobody reads until the next matrix gives them anew. */
+static void shared_norm_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    float *normed = s->normed + worker * s->longest; /* whole vectors are written: rows of delta may be shorter */
+    for (int64_t t = begin; t < end; ++t) {
+        const int64_t at = (s->row + t) * s->hidden;
+        found(s,
+              s->ops->norm(s->x + at, s->add ? s->add + at : NULL, s->weight, s->model->norm_eps, s->hidden, normed));
+        memcpy(s->delta + at, normed, (size_t)s->hidden * 4);
+    }
+}
+
+/* xq = the own norm of the shared input */
+static void own_norm_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    for (int64_t t = begin; t < end; ++t)
+        quantize_token(s, worker, t, s->delta + (s->row + t) * s->hidden, NULL, s->hidden);
+}
+
+/* Outputs of one matrix, which stand together in `inner`, to where they belong in `wide`. */
+static void place_body(void *arg, int32_t worker, int64_t begin, int64_t end)
+{
+    struct step *s = arg;
+    (void)worker;
+    for (int64_t t = begin; t < end; ++t)
+        memcpy(s->wide + t * s->wide_row + s->column, s->inner + t * s->m, (size_t)s->m * 4);
+}
+
+/* The next columns of wide = matrix(own norm of the shared input) */
+static int32_t multiply_own(struct step *s, const struct bitgen_matrix *matrix, const float *weight, int64_t m)
+{
+    int32_t code = prepare(s, matrix, m, s->hidden);
+    if (code) return code;
+    s->weight = weight;
+    over_tokens(s, own_norm_body, s->hidden);
+    stage_done(s, BITGEN_STAGE_NORM);
+    code = multiply(s, s->n == 1 ? s->wide + s->column : s->inner);
+    if (!code && s->n > 1) over_tokens(s, place_body, m);
+    stage_done(s, BITGEN_STAGE_MATMUL);
+    s->column += m;
+    return code;
+}
+
+/* The shared input, of which nothing is in wide yet. */
+static void shared_norm(struct step *s, const float *weight, const float *add, int64_t wide_row)
+{
+    s->add = add;
+    s->weight = weight;
+    s->wide_row = wide_row;
+    s->column = 0;
+    over_tokens(s, shared_norm_body, s->hidden);
+    stage_done(s, BITGEN_STAGE_NORM);
+}
+
+/* wide (n, q_rows + 2 kv_rows) = q, k, v of norm(x), x += add before */
+static int32_t query_key_value(struct step *s, const float *add)
+{
+    const struct bitgen_layer *layer = s->layer;
+    const int64_t wide_row = s->q_rows + 2 * s->kv_rows;
+    int32_t code;
+    if (layer->q.packed) {
+        shared_norm(s, layer->attn_norm, add, wide_row);
+        if ((code = multiply_own(s, &layer->q, layer->q_norm_in, s->q_rows))) return code;
+        if ((code = multiply_own(s, &layer->k, layer->k_norm_in, s->kv_rows))) return code;
+        return multiply_own(s, &layer->v, layer->v_norm_in, s->kv_rows);
+    }
+    if ((code = prepare(s, &layer->qkv, wide_row, s->hidden))) return code;
+    norm(s, layer->attn_norm, add); /* xq (n, hidden) */
+    return multiply_layer(s, s->wide);
+}
+
+/* wide (n, 2 ffn) = gate, up of norm(x), x += delta before */
+static int32_t gate_and_up(struct step *s)
+{
+    const struct bitgen_layer *layer = s->layer;
+    int32_t code;
+    if (layer->q.packed) {
+        shared_norm(s, layer->ffn_norm, s->delta, 2 * s->ffn);
+        if ((code = multiply_own(s, &layer->gate, layer->gate_norm_in, s->ffn))) return code;
+        return multiply_own(s, &layer->up, layer->up_norm_in, s->ffn);
+    }
+    if ((code = prepare(s, &layer->gate_up, 2 * s->ffn, s->hidden))) return code;
+    norm(s, layer->ffn_norm, s->delta); /* xq (n, hidden) */
+    return multiply_layer(s, s->wide);
+}
+
 /* A layer on the current part of the tokens, n of them. `prepare` names each matrix before its input is made, so that
  * waiting threads ask for its weights meanwhile. The last layer goes on with the tokens that want something alone, and
  * puts their rows of x at `row`. */
@@ -255,9 +345,7 @@ static int32_t forward_layer(struct step *s, int64_t row)
     int32_t code;
 
     /* x += o(sub_norm(attention(rope(q), cache of rope(k) and v))), where q, k, v = qkv(norm(x)) */
-    if ((code = prepare(s, &layer->qkv, s->q_rows + 2 * s->kv_rows, s->hidden))) return code;
-    norm(s, layer->attn_norm, first ? NULL : s->delta);   /* xq (n, hidden) */
-    if ((code = multiply_layer(s, s->wide))) return code; /* wide (n, q_rows + 2 kv_rows): q, k, v */
+    if ((code = query_key_value(s, first ? NULL : s->delta))) return code; /* wide (n, q_rows + 2 kv_rows) */
     make_blocks(s);
     attention(s, last && !s->outputs); /* k, v -> cache; q, cache -> inner (n, q_rows) */
     if (last) keep_outputs(s, row);
@@ -267,9 +355,7 @@ static int32_t forward_layer(struct step *s, int64_t row)
     if ((code = multiply_layer(s, s->delta + s->row * s->hidden))) return code; /* delta (n, hidden) */
 
     /* x += down(sub_norm(act(gate) * up)), where gate, up = gate_up(norm(x)) */
-    if ((code = prepare(s, &layer->gate_up, 2 * s->ffn, s->hidden))) return code;
-    norm(s, layer->ffn_norm, s->delta);                   /* xq (n, hidden) */
-    if ((code = multiply_layer(s, s->wide))) return code; /* wide (n, 2 ffn): gate, up */
+    if ((code = gate_and_up(s))) return code; /* wide (n, 2 ffn) */
     if ((code = prepare(s, &layer->down, s->hidden, s->ffn))) return code;
     gate(s);                                                 /* inner (n, ffn) */
     sub_norm(s, layer->ffn_sub_norm);                        /* xq (n, ffn) */

@@ -130,7 +130,7 @@ struct step {
     float *attention;     /* (threads, bitgen_attention_floats) */
     int64_t planes;       /* rows of int8 activations of a token: 2 of int16, else 1 */
     int64_t longest;      /* input of a matrix, padded */
-    float *normed;        /* (threads, longest) a norm that is not yet planes */
+    float *normed;        /* (threads, longest) a norm that is not yet planes, or the input of several matrices */
     int8_t *xq;           /* (part, planes) activations as kernels read them */
     int32_t *x_sum;       /* (part, planes, groups) */
     float *x_scale;       /* (part, planes, groups) */
@@ -146,6 +146,7 @@ struct step {
     uint32_t *exact;  /* (best, vocab bits) which of them are the head's own, not the screen's */
     const float *add; /* of the current norm */
     const float *weight;
+    int64_t wide_row, column; /* of matrices with norms of their own: a row of wide, where the next one writes */
     const struct bitgen_matrix *matrix; /* the one that comes next, (m, k), and its kernel */
     const struct bitgen_kernel *kernel;
     int64_t m, k;
@@ -191,7 +192,7 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
     s->exact = take(base, &used, s->best * ceil_div(model->vocab, 32) * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);
     s->longest = ceil_to(longest, FLOATS);
-    s->normed = take(base, &used, s->planes > 1 ? s->ctx->threads * s->longest * 4 : 0);
+    s->normed = take(base, &used, s->ctx->threads * s->longest * 4);
     s->xq = take(base, &used, part * s->planes * stride);
     s->x_sum = take(base, &used, part * s->planes * groups * 4);
     s->x_scale = take(base, &used, part * s->planes * groups * 4);

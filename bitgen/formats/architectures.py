@@ -5,7 +5,7 @@ To add one, add a record to ARCHITECTURES. Only new mathematics needs C as well 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,22 +63,46 @@ _QK_NORMS = {
     "q_norm": Tensor("attn_q_norm", ("self_attn.q_norm",), ("head_dim",)),
     "k_norm": Tensor("attn_k_norm", ("self_attn.k_norm",), ("head_dim",)),
 }
+# Of the input of each matrix, behind the norm that is there anyway; those before o and down are sub-norms.
+_INPUT_NORMS = {
+    "q_norm_in": Tensor("attn_q_norm_in", ("self_attn.q_proj.norm",), ("hidden",)),
+    "k_norm_in": Tensor("attn_k_norm_in", ("self_attn.k_proj.norm",), ("hidden",)),
+    "v_norm_in": Tensor("attn_v_norm_in", ("self_attn.v_proj.norm",), ("hidden",)),
+    "attn_sub_norm": Tensor("attn_output_norm_in", ("self_attn.o_proj.norm",), ("q_rows",)),
+    "gate_norm_in": Tensor("ffn_gate_norm_in", ("mlp.gate_proj.norm",), ("hidden",)),
+    "up_norm_in": Tensor("ffn_up_norm_in", ("mlp.up_proj.norm",), ("hidden",)),
+    "ffn_sub_norm": Tensor("ffn_down_norm_in", ("mlp.down_proj.norm",), ("ffn",)),
+}
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What an architecture's name implies and its files do not say."""
 
-    name: str  # GGUF's general.architecture
+    name: str  # GGUF's general.architecture, unless `stored_as` is
     activation: Activation  # of the gate; config.json may say otherwise
     norms: Mapping[str, Tensor]  # of a layer
     matrices: Mapping[str, Tensor] = field(default_factory=lambda: _MATRICES)  # of a layer
-    hf_class: str | None = None  # the class of transformers with this forward pass
+    hf_classes: tuple[str, ...] = ()  # of transformers with this forward pass
     hf_rope_theta: float = 10000.0  # where config.json does not say it
     interleaved: bool = False  # a GGUF file stores the rows of q and k for RoPE over (x[2i], x[2i + 1])
     group: int = 0  # activations were not quantised in training: each so many get a scale of their own
     master_weights: bool = True  # floats of a Hugging Face checkpoint are what training updates
     runs_as: str = ""  # another architecture, once MiniCPM's scalars are folded into the weights
+    stored_as: str = ""  # GGUF's general.architecture, which another record has for a name
+    told_by: str = ""  # of the norms the one whose tensor tells it from that record
+    # Its vectors were trained on the last token. bitnet.cpp's converter writes "mean" where it finds nothing.
+    last_token: bool = False
+
+    @property
+    def gguf_name(self) -> str:
+        """GGUF's general.architecture."""
+        return self.stored_as or self.name
+
+    @property
+    def input_norms(self) -> bool:
+        """Whether q, k, v, gate and up have a norm of their input each."""
+        return "q_norm_in" in self.norms
 
     @property
     def sub_norms(self) -> bool:
@@ -93,23 +117,38 @@ class Architecture:
 
 _RECORDS = (
     # 1bitLLM's BitnetForCausalLM (small n) gates with silu, Microsoft's BitNetForCausalLM with relu^2.
-    Architecture("bitnet", "silu", {**_PRE_NORMS, **_SUB_NORMS}, hf_class="BitnetForCausalLM"),
+    Architecture("bitnet", "silu", {**_PRE_NORMS, **_SUB_NORMS}, hf_classes=("BitnetForCausalLM",)),
     Architecture("bitnet-25", "relu2", {**_PRE_NORMS, **_SUB_NORMS}),
     Architecture(
         "bitnet-b1.58",
         "relu2",
         {**_PRE_NORMS, **_SUB_NORMS},
-        hf_class="BitNetForCausalLM",
+        hf_classes=("BitNetForCausalLM",),
         hf_rope_theta=500000.0,
     ),
     Architecture(
-        "llama", "silu", _PRE_NORMS, hf_class="LlamaForCausalLM", interleaved=True, master_weights=False
+        "llama",
+        "silu",
+        _PRE_NORMS,
+        hf_classes=("LlamaForCausalLM",),
+        interleaved=True,
+        master_weights=False,
+    ),
+    Architecture(
+        "bitnet-embedding",
+        "silu",
+        {**_PRE_NORMS, **_QK_NORMS, **_INPUT_NORMS},
+        hf_classes=("Qwen3Model", "Qwen3ForCausalLM"),
+        hf_rope_theta=1000000.0,
+        stored_as="qwen3",
+        told_by="q_norm_in",
+        last_token=True,
     ),
     Architecture(
         "qwen3",
         "silu",
         {**_PRE_NORMS, **_QK_NORMS},
-        hf_class="Qwen3ForCausalLM",
+        hf_classes=("Qwen3ForCausalLM", "Qwen3Model"),
         hf_rope_theta=1000000.0,
         group=128,
         master_weights=False,
@@ -118,7 +157,7 @@ _RECORDS = (
         "minicpm",
         "silu",
         _PRE_NORMS,
-        hf_class="MiniCPMForCausalLM",
+        hf_classes=("MiniCPMForCausalLM",),
         interleaved=True,
         group=128,
         master_weights=False,
@@ -126,7 +165,33 @@ _RECORDS = (
     ),
 )
 ARCHITECTURES = {record.name: record for record in _RECORDS}
-HF_CLASSES = {record.hf_class: record for record in _RECORDS if record.hf_class is not None}
+
+
+def gguf_names() -> list[str]:
+    """Every general.architecture that has a record."""
+    return list(dict.fromkeys(record.gguf_name for record in ARCHITECTURES.values()))
+
+
+def hf_classes() -> list[str]:
+    """Every class of transformers that has a record."""
+    return list(dict.fromkeys(name for record in ARCHITECTURES.values() for name in record.hf_classes))
+
+
+def stored_in_gguf(name: str, tensors: Container[str]) -> Architecture | None:
+    """The record of a file with this general.architecture and these tensors; None: there is none."""
+    records = (record for record in ARCHITECTURES.values() if record.gguf_name == name)
+    return _first(records, lambda norm: f"{GGUF_LAYER.format(0)}{norm.gguf}.weight" in tensors)
+
+
+def stored_in_hf(name: str, tensors: Container[str]) -> Architecture | None:
+    """The same of a checkpoint of this class of transformers."""
+    records = (record for record in ARCHITECTURES.values() if name in record.hf_classes)
+    return _first(records, lambda norm: any(f"{HF_LAYER.format(0)}{n}.weight" in tensors for n in norm.hf))
+
+
+def _first(records: Iterable[Architecture], has: Callable[[Tensor], bool]) -> Architecture | None:
+    """The first whose telling norm is there, or that needs none."""
+    return next((one for one in records if not one.told_by or has(one.norms[one.told_by])), None)
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
@@ -137,11 +202,15 @@ def architecture_of(config: ModelConfig) -> Architecture:
         if known and known.activation == config.activation and _has_norms_of(known, config):
             return known
     norms = ["sub-norms"] * config.sub_norms + ["norms of q and k"] * config.qk_norm
+    norms += ["norms of inputs"] * config.input_norms
     raise FileError(f"no GGUF architecture has {config.activation} with {' and '.join(norms) or 'no others'}")
 
 
 def _has_norms_of(architecture: Architecture, config: ModelConfig) -> bool:
-    return (architecture.sub_norms, architecture.qk_norm) == (config.sub_norms, config.qk_norm)
+    return all(
+        getattr(architecture, kind) == getattr(config, kind)
+        for kind in ("sub_norms", "qk_norm", "input_norms")
+    )
 
 
 def matrices_of(config: ModelConfig) -> Mapping[str, Tensor]:
@@ -159,6 +228,7 @@ def norms_of(config: ModelConfig) -> Mapping[str, Tensor]:
         **_PRE_NORMS,
         **(_SUB_NORMS if config.sub_norms else {}),
         **(_QK_NORMS if config.qk_norm else {}),
+        **(_INPUT_NORMS if config.input_norms else {}),
     }
 
 

@@ -43,7 +43,7 @@ def check_head_dim(head_dim: int, where: str) -> int:
 class Matmul:
     """One matrix a token is multiplied with: y (m) = W (m, k) x (k), ``count`` times a token."""
 
-    role: str  # qkv, o, gate_up, down, head
+    role: str  # qkv, o, gate_up, down, head; with norms of inputs q, k, v, gate, up by themselves
     m: int
     k: int
     count: int
@@ -77,6 +77,7 @@ class ModelConfig:
     norm_eps: float
     architecture: str  # as GGUF's general.architecture calls it: bitnet, llama, qwen3
     qk_norm: bool = field(default=False, kw_only=True)  # an RMSNorm of each head of q and of k before RoPE
+    input_norms: bool = field(default=False, kw_only=True)  # RMSNorms of the input of q, k, v, gate and up
     group: int = field(default=0, kw_only=True)  # its matrices run in groups of so many, or finer
     ternary_head: bool = field(default=False, kw_only=True)  # the LM head is a matrix like the others
     weights: str = field(default="ternary", kw_only=True)  # of its matrices, see `Family.weights`
@@ -135,8 +136,8 @@ class ModelConfig:
     def matmuls(self) -> tuple[Matmul, ...]:
         """The ternary matrices as the runtime runs them: q, k, v stacked, and gate, up stacked.
 
-        The parts of a stack share one input, so they run as one matmul with a weight scale a row.
-        The LM head is listed where it is ternary.
+        The parts of a stack share one input, so they run as one matmul with a weight scale a row; with a norm
+        of its input each runs by itself. The LM head is listed where it is ternary.
         """
         head = (Matmul("head", self.vocab, self.hidden, 1),) if self.ternary_head else ()
         return (*self.layer_matmuls, *head)
@@ -144,11 +145,15 @@ class ModelConfig:
     @property
     def layer_matmuls(self) -> tuple[Matmul, ...]:
         """Those of the layers."""
+        q_rows, kv_rows, ffn = self.q_rows, self.kv_rows, self.ffn
+        qkv, gate_up = {"qkv": q_rows + 2 * kv_rows}, {"gate_up": 2 * ffn}
+        if self.input_norms:
+            qkv, gate_up = {"q": q_rows, "k": kv_rows, "v": kv_rows}, {"gate": ffn, "up": ffn}
         return (
-            Matmul("qkv", self.q_rows + 2 * self.kv_rows, self.hidden, self.layers),
-            Matmul("o", self.hidden, self.q_rows, self.layers),
-            Matmul("gate_up", 2 * self.ffn, self.hidden, self.layers),
-            Matmul("down", self.hidden, self.ffn, self.layers),
+            *(Matmul(role, m, self.hidden, self.layers) for role, m in qkv.items()),
+            Matmul("o", self.hidden, q_rows, self.layers),
+            *(Matmul(role, m, self.hidden, self.layers) for role, m in gate_up.items()),
+            Matmul("down", self.hidden, ffn, self.layers),
         )
 
     @property

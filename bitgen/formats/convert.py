@@ -96,8 +96,8 @@ def convert(
     model, target = open_for(source, out, two_bits=kind == OWN)
     architecture = architecture_of(model.config)
     tokenizer, notes = copied_tokenizer(model)
-    metadata = gguf_metadata(model.config, architecture.name, _FILE_TYPES.get(kind))
-    metadata |= {**pooling_metadata(model, architecture.name), **tokenizer}
+    metadata = gguf_metadata(model.config, architecture.gguf_name, _FILE_TYPES.get(kind))
+    metadata |= {**pooling_metadata(model, architecture.gguf_name), **tokenizer}
     if kind == OWN:
         metadata |= TableLayout(OWN, 4, model.config.group).metadata
     tensors = list(model_tensors(model.weights, architecture, kind))

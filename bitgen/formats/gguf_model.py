@@ -21,7 +21,9 @@ from bitgen.formats.architectures import (
     GGUF_LAYER,
     LM_HEAD,
     Architecture,
+    gguf_names,
     interleaved_to_half,
+    stored_in_gguf,
 )
 from bitgen.formats.coded import CODED, TWO_BITS, coded_matrix, two_bit_matrix
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
@@ -63,12 +65,13 @@ def _architecture(file: GgufFile) -> Architecture:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str):
         raise FileError(f"{file.path}: general.architecture is missing; this is no model file")
-    if name not in ARCHITECTURES:
+    found = stored_in_gguf(name, file.tensors)
+    if found is None:
         raise FileError(
             f"{file.path}: the architecture {short(name)} is not supported; bitgen runs "
-            f"{', '.join(ARCHITECTURES)} with ternary matrices",
+            f"{', '.join(gguf_names())} with ternary matrices",
         )
-    return ARCHITECTURES[name]
+    return found
 
 
 def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
@@ -78,7 +81,7 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
     """
     arch = _architecture(file)
     _refuse_transforms(file)
-    keys = Settings(file.path, file.metadata, arch.name + ".")
+    keys = Settings(file.path, file.metadata, arch.gguf_name + ".")
     if keys.integer("expert_count", 0):
         raise keys.error("expert_count", "is not 0: mixtures of experts are not supported")
     hidden = keys.integer("embedding_length")
@@ -112,6 +115,7 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
         activation=arch.activation,
         sub_norms=arch.sub_norms,
         qk_norm=arch.qk_norm,
+        input_norms=arch.input_norms,
         group=kind.group,
         weights=kind.weights,
         norm_eps=_scalars(keys, arch).eps(keys.number("attention.layer_norm_rms_epsilon")),
@@ -150,6 +154,10 @@ def _matrix_tensors(file: GgufFile, arch: Architecture) -> list[TensorInfo]:
 def _weight_kind(file: GgufFile, arch: Architecture, two_bits: bool) -> WeightKind:
     """The kind that holds the weights of all matrices, and their groups. FileError: they have none."""
     own = TableLayout.of(file.path, file.metadata)
+    if own is not None and arch.input_norms:
+        raise FileError(
+            f"{file.path}: {own.type} stacks matrices of one input, which {arch.name} norms apart"
+        )
     if own is not None:
         return WeightKind(KIND, own.group)
     coded = _coded_kind(file, arch)
@@ -370,12 +378,11 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
         raise _unsupported(file, _tensor(file, embedding.name), HEAD_TYPES)
     own = TableLayout.of(file.path, file.metadata)
     arch = _architecture(file)
-    scalars = _scalars(Settings(file.path, file.metadata, arch.name + "."), arch)
+    scalars = _scalars(Settings(file.path, file.metadata, arch.gguf_name + "."), arch)
     read = _Reader(file, config, used, own, scalars)
     layers = tuple(_layer(read, i) for i in range(config.layers))
     extra = [name for name in file.tensors if name not in used and not name.endswith(_IGNORED)]
     if extra:
-        _refuse_embedding_model(file, extra)
         raise FileError(
             f"{file.path}: the tensor {short(extra[0])} ({len(extra)} such) belongs to no "
             f"{config.architecture} model that bitgen runs (biases and experts are not supported)",
@@ -384,19 +391,6 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
     head = embedding if lm_head is None else lm_head
     groups = config.group if config.weights == TERNARY_WEIGHTS else 0
     return Weights(config, embedding, lm_head, final, layers, ternary_head(head, groups))
-
-
-# Before each of its seven matrices.
-_INPUT_NORMS = tuple(f".{tensor.gguf}_norm_in.weight" for tensor in ARCHITECTURES["qwen3"].matrices.values())
-
-
-def _refuse_embedding_model(file: GgufFile, extra: list[str]) -> None:
-    norms = [name for name in extra if name.endswith(_INPUT_NORMS)]
-    if norms:
-        raise FileError(
-            f"{file.path}: the tensor {short(norms[0])} ({len(norms)} such) norms the input of one matrix: "
-            "this is BitNet-embedding, a model of vectors on Qwen3's architecture, which is not supported",
-        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ scale   y is divided by weight_scale for `bitlinear` (the default), multiplied f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,12 @@ from bitgen.formats.architectures import (
     ARCHITECTURES,
     EMBEDDING,
     FINAL_NORM,
-    HF_CLASSES,
     HF_LAYER,
     LM_HEAD,
     Architecture,
     Tensor,
+    hf_classes,
+    stored_in_hf,
 )
 from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.hf_tokenizer import hf_tokenizer
@@ -53,7 +54,7 @@ _IGNORED = ("rotary_emb.inv_freq",)
 def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
     """config.json as a ModelConfig. FileError names what is missing or not supported."""
     settings = Settings(folder / "config.json", data)
-    architecture = _architecture(settings)
+    architecture = _architecture(settings, tensors)
     hidden, heads = settings.integer("hidden_size"), settings.integer("num_attention_heads")
     if heads < 1:
         raise settings.error("num_attention_heads", f"is {heads}")
@@ -68,6 +69,7 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
     if settings.get("use_sliding_window") and settings.integer("sliding_window", context) < context:
         raise settings.error("use_sliding_window", "is set: attention to a window is not supported")
     tied = settings.get("tie_word_embeddings")
+    no_head = f"{LM_HEAD.hf[0]}.weight" not in tensors
     return file_config(
         settings.where,
         architecture=architecture.runs_as or architecture.name,
@@ -82,10 +84,12 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         activation=_ACTIVATIONS[act],
         sub_norms=architecture.sub_norms,
         qk_norm=architecture.qk_norm,
+        input_norms=architecture.input_norms,
         # BitLinear layers round the activations of a token with one scale.
         group=0 if settings.section("quantization_config").get("quant_method") else architecture.group,
         norm_eps=_scalars(settings, architecture).eps(settings.number("rms_norm_eps")),
-        tied_head=f"{LM_HEAD.hf[0]}.weight" not in tensors if tied is None else bool(tied),
+        # A model of vectors is mostly stored without a head, whatever its config.json says.
+        tied_head=no_head if tied is None else bool(tied) or (no_head and architecture.last_token),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
         **_rope(settings, head_dim, architecture.hf_rope_theta),
     )
@@ -98,14 +102,15 @@ def _scalars(settings: Settings, architecture: Architecture) -> Scalars:
     return Scalars.of_hf(settings, settings.integer("hidden_size"), settings.integer("num_hidden_layers"))
 
 
-def _architecture(settings: Settings) -> Architecture:
+def _architecture(settings: Settings, tensors: Container[str]) -> Architecture:
     names = settings.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or name not in HF_CLASSES:
+    found = stored_in_hf(name, tensors) if isinstance(name, str) else None
+    if found is None:
         raise settings.error(
-            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(HF_CLASSES)} with ternary matrices"
+            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(hf_classes())} with ternary matrices"
         )
-    return HF_CLASSES[name]
+    return found
 
 
 def _rope(settings: Settings, head_dim: int, default: float) -> dict[str, Any]:
@@ -296,13 +301,22 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
     return LayerWeights.of(checkpoint.scalars.matrices(matrices), norms)
 
 
+def _as_with_head(tensors: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+    """By the names of a model with a head: without one (Qwen3Model) they come without `model.`."""
+    prefix, _, name = EMBEDDING.hf[0].partition(".")
+    if f"{name}.weight" not in tensors:
+        return tensors
+    head = f"{LM_HEAD.hf[0]}."
+    return {key if key.startswith(head) else f"{prefix}.{key}": one for key, one in tensors.items()}
+
+
 def open_folder(folder: Path) -> ModelFile:
     """FileError when the folder holds no whole model of a supported kind."""
     data = read_json(folder / "config.json")
-    tensors = read_folder(folder)
+    tensors = _as_with_head(read_folder(folder))
     config = hf_config(folder, data, tensors)
     settings = Settings(folder / "config.json", data)
-    architecture = _architecture(settings)
+    architecture = _architecture(settings, tensors)
     quantization = quantization_of(data, architecture, str(settings.where))
     scalars = _scalars(settings, architecture)
     weights = hf_weights(_Checkpoint(folder, tensors, quantization, set(), scalars), config)

@@ -90,6 +90,7 @@ def facts(model: ModelFile) -> dict[str, Any]:
         "activation": c.activation,
         "sub-norms": "yes" if c.sub_norms else "no",
         "norms of q and k": "yes" if c.qk_norm else "no",
+        **({"norms of inputs": "one a matrix"} if c.input_norms else {}),
         **({"groups": f"{c.group} weights along k share a scale, or fewer"} if c.group else {}),
         **stored,
         "head": f"{model.weights.output.type}, {'tied to the embedding' if c.tied_head else 'its own'}",

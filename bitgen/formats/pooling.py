@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeAlias, cast
 
 from bitgen.errors import FileError
+from bitgen.formats.architectures import ARCHITECTURES
 from bitgen.formats.gguf import U32
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.source import Settings, read_json, short
@@ -17,14 +18,18 @@ _HF: dict[str, Pooling] = {f"{_MODE}mean_tokens": "mean", f"{_MODE}lasttoken": "
 
 
 def pooling_of(file: ModelFile) -> Pooling | None:
-    """What a model's file says; None: nothing. FileError for a pooling that is not supported."""
+    """What a model's file says, or is known of its architecture; None: nothing.
+
+    FileError for a pooling that is not supported.
+    """
     if file.container == "gguf":
         keys = Settings(file.path, file.metadata, f"{file.metadata['general.architecture']}.")
         number = keys.integer("pooling_type", 0)
         names = {value: name for name, value in _GGUF.items()}
         if number and number not in names:
             raise keys.error("pooling_type", f"is {number}; 1 (mean) and 3 (last) are supported")
-        return cast("Pooling | None", names.get(number))
+        named = ARCHITECTURES.get(file.config.architecture)
+        return "last" if named and named.last_token else cast("Pooling | None", names.get(number))
     path = file.path / "1_Pooling" / "config.json"
     if not path.is_file():
         return None

@@ -480,6 +480,11 @@ class LayerWeights:
     ffn_sub_norm: Floats | None = None  # (ffn), before down
     q_norm: Floats | None = None  # (head_dim), of each head of q before RoPE
     k_norm: Floats | None = None  # (head_dim), of each head of k
+    q_norm_in: Floats | None = None  # (hidden), of the input of one matrix, as the next four
+    k_norm_in: Floats | None = None
+    v_norm_in: Floats | None = None
+    gate_norm_in: Floats | None = None
+    up_norm_in: Floats | None = None
 
     @classmethod
     def of(cls, matrices: Mapping[str, TernaryMatrix], norms: Mapping[str, Floats]) -> LayerWeights:
@@ -503,6 +508,11 @@ class LayerWeights:
     @property
     def matrices(self) -> tuple[TernaryMatrix, ...]:
         return self.qkv, self.o, self.gate_up, self.down
+
+    def as_run(self, config: ModelConfig) -> dict[str, TernaryMatrix]:
+        """The matrices by the roles of the config's matmuls."""
+        parts = self.split(config) if config.input_norms else {}
+        return {one.role: parts.get(one.role) or getattr(self, one.role) for one in config.layer_matmuls}
 
 
 @dataclass(frozen=True)

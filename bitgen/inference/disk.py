@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.inference.weight_cache import PackedLayer, PackedMatrix, PackedModel, release_pages
+from bitgen.inference.weight_cache import PackedMatrix, PackedModel, release_pages
 from bitgen.runtime import aligned_bytes
 
 _PIECE = 4 << 20  # bytes of one read; disks reach their rate from about 1 MiB on
@@ -45,10 +45,7 @@ def hold(packed: PackedModel, budget: int) -> tuple[PackedModel, int]:
         release_pages(matrix.data)
         return replace(matrix, data=copy)
 
-    layers = tuple(
-        PackedLayer(*(held(matrix) for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)))
-        for layer in packed.layers
-    )
+    layers = tuple({role: held(matrix) for role, matrix in layer.items()} for layer in packed.layers)
     held_head = None if packed.head is None else held(packed.head)
     return replace(packed, layers=layers, head=held_head), on_disk
 

@@ -516,8 +516,8 @@ class Engine:
     def _layers(self, packed: tuple[PackedLayer, ...]) -> Any:
         structs = self._ffi.new("struct bitgen_layer[]", len(packed))
         for struct, layer, matrices in zip(structs, self.weights.layers, packed, strict=True):
-            for name in ("qkv", "o", "gate_up", "down"):
-                self._set_matrix(getattr(struct, name), getattr(matrices, name))
+            for role, matrix in matrices.items():
+                self._set_matrix(getattr(struct, role), matrix)
             for name in norms_of(self.config):
                 setattr(struct, name, self._pointer("float[]", getattr(layer, name)))
         self._alive.append(structs)

@@ -69,14 +69,7 @@ class PackedMatrix:
     group: int
 
 
-@dataclass(frozen=True)
-class PackedLayer:
-    """The four matmuls of a block."""
-
-    qkv: PackedMatrix
-    o: PackedMatrix
-    gate_up: PackedMatrix
-    down: PackedMatrix
+PackedLayer: TypeAlias = Mapping[str, PackedMatrix]  # by the roles of the config's matmuls
 
 
 @dataclass(frozen=True)
@@ -113,7 +106,6 @@ class CacheEntry:
 
 
 _PACKING = "packing weights for these kernels, once"
-_MATRICES = ("qkv", "o", "gate_up", "down")
 _HEAD = "head"
 
 _Slab: TypeAlias = "tuple[NDArray[np.int8], Floats | None] | Codes"  # rows with the scales of their groups
@@ -164,7 +156,9 @@ def _groups_of(matrix: TernaryMatrix, group: int) -> Groups | None:
 def named_matrices(weights: Weights) -> dict[str, TernaryMatrix]:
     """All ternary matrices by their names in the cache."""
     matrices = {
-        f"{i}.{name}": getattr(layer, name) for i, layer in enumerate(weights.layers) for name in _MATRICES
+        f"{i}.{role}": matrix
+        for i, layer in enumerate(weights.layers)
+        for role, matrix in layer.as_run(weights.config).items()
     }
     return matrices if weights.ternary_head is None else {**matrices, _HEAD: weights.ternary_head}
 
@@ -209,7 +203,8 @@ def pack_model(
         scale = pieces[f"{name}.scale"].view(np.float32)
         return PackedMatrix(matrices[name].shape, pieces[name], scale, used.group if used else 0)
 
-    layers = (PackedLayer(*(made(f"{i}.{name}") for name in _MATRICES)) for i in range(len(weights.layers)))
+    roles = [matmul.role for matmul in weights.config.layer_matmuls]
+    layers = ({role: made(f"{i}.{role}") for role in roles} for i in range(len(weights.layers)))
     head = made(_HEAD) if _HEAD in matrices else None
     return PackedModel(tuple(layers), head, None if key is None else _path(key))
 

@@ -113,6 +113,10 @@ def quantize(
     """
     kind, group = recipe.checked()
     model, target = open_for(source, out)
+    if model.config.input_norms:
+        raise FileError(
+            f"{source}: {model.config.architecture} was trained ternary; there is nothing to quantize"
+        )
     if squares is None and recipe.calibration:
         squares = squares_of(model, recipe.calibration)
     work = _Work(
@@ -120,8 +124,8 @@ def quantize(
     )
     tokenizer, notes = copied_tokenizer(model)
     metadata = {
-        **gguf_metadata(model.config, work.architecture.name, _FILE_TYPES.get(kind.name)),
-        **pooling_metadata(model, work.architecture.name),
+        **gguf_metadata(model.config, work.architecture.gguf_name, _FILE_TYPES.get(kind.name)),
+        **pooling_metadata(model, work.architecture.gguf_name),
         **tokenizer,
     }
     if not kind.gguf:

@@ -11,7 +11,7 @@ import pytest
 from model_files import plain_model, small_config, write_folder
 from reference_model import logits_of
 
-from bitgen.formats.architectures import ARCHITECTURES, HF_CLASSES, Architecture, Tensor, architecture_of
+from bitgen.formats.architectures import ARCHITECTURES, Architecture, Tensor, architecture_of
 from bitgen.formats.convert import convert
 from bitgen.formats.gguf import read_gguf
 from bitgen.formats.open import open_model
@@ -26,9 +26,8 @@ NORMS = {
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Architecture:
     """An architecture with a class and names of its own."""
-    record = Architecture("toy", "relu2", NORMS, hf_class="ToyForCausalLM", master_weights=False)
+    record = Architecture("toy", "relu2", NORMS, hf_classes=("ToyForCausalLM",), master_weights=False)
     monkeypatch.setitem(ARCHITECTURES, "toy", record)
-    monkeypatch.setitem(HF_CLASSES, "ToyForCausalLM", record)
     for field, tensor in NORMS.items():
         monkeypatch.setitem(model_files.HF_NAMES, field, tensor.hf[0])
     return record
@@ -36,7 +35,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Architecture:
 
 def test_a_new_record_is_read_and_written(toy: Architecture, tmp_path: Path) -> None:
     config = replace(small_config("llama"), activation="relu2")
-    changes = {"architectures": [toy.hf_class], "hidden_act": "relu2"}
+    changes = {"architectures": list(toy.hf_classes), "hidden_act": "relu2"}
     folder = write_folder(tmp_path / "m", plain_model(config), "floats", None, changes)
     opened = open_model(folder)
     assert (opened.config.architecture, opened.config.sub_norms) == ("toy", False)
@@ -50,9 +49,11 @@ def test_a_new_record_is_read_and_written(toy: Architecture, tmp_path: Path) -> 
 
 
 def test_random_models_have_the_norms_of_their_architecture() -> None:
-    for config in (small_config("llama"), small_config("bitnet"), small_config("bitnet-25")):
-        layer = random_weights(config).layers[0]
-        assert (layer.attn_sub_norm is not None) == config.sub_norms == architecture_of(config).sub_norms
+    for name in ("llama", "bitnet", "bitnet-25", "bitnet-embedding"):
+        config = small_config(name)
+        layer, found = random_weights(config).layers[0], architecture_of(config)
+        assert (layer.attn_sub_norm is not None) == config.sub_norms == found.sub_norms
+        assert (layer.up_norm_in is not None) == config.input_norms == found.input_norms
 
 
 def test_every_record_names_each_tensor_once() -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from model_files import plain_model, small_config, write_folder, write_model
+from model_files import plain_model, small_config, write_folder, write_model, write_safetensors
 from reference_model import logits_of
 from text_models import small_llm, weights
 
 from bitgen.cli import main
 from bitgen.errors import FileError, UsageError
+from bitgen.formats.convert import convert
 from bitgen.formats.gguf import U32
 from bitgen.formats.open import open_model
 from bitgen.formats.pooling import pooling_of
+from bitgen.formats.quants import dequantize
+from bitgen.formats.safetensors import read_safetensors
 from bitgen.llm import LLM
 
 TEXTS = ["the and", "a", "then the hand on the land", "and"]
@@ -78,6 +82,48 @@ def test_pooling_is_what_the_file_says(tmp_path: Path) -> None:
     config.write_text(json.dumps({"pooling_mode_cls_token": True}))
     with pytest.raises(FileError, match="pooling_mode_cls_token"):
         pooling_of(open_model(folder))
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_bitnet_embedding_is_pooled_at_its_last_token(tmp_path: Path, number: int) -> None:
+    """Whatever the file says: bitnet.cpp's converter writes "mean" where it finds nothing."""
+    model = plain_model(small_config("bitnet-embedding"))
+    opened = open_model(write_model(tmp_path / "m.gguf", model, metadata={"qwen3.pooling_type": U32(number)}))
+    assert opened.config.architecture == "bitnet-embedding"
+    assert pooling_of(opened) == "last"
+    written = open_model(convert(opened.path, tmp_path / "out.gguf", "f16").path)
+    assert written.metadata["general.architecture"] == "qwen3"
+    assert written.metadata["qwen3.pooling_type"] == 3
+
+
+def test_a_folder_of_bitnet_embedding(tmp_path: Path) -> None:
+    """Names with and without `model.`, a class with a head and one without, and its flag of ties."""
+    model = plain_model(small_config("bitnet-embedding"))
+    expected = None
+    for number, changes in enumerate(
+        ({}, {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": None})
+    ):
+        folder = write_folder(tmp_path / str(number), model, "floats", None, changes)
+        if number:
+            path = folder / "model.safetensors"
+            tensors = {
+                name.removeprefix("model."): ("F32", values.astype(np.float32))
+                for name, values in read_tensors(path).items()
+            }
+            write_safetensors(path, tensors)
+        opened = open_model(folder)
+        assert (opened.config.architecture, opened.config.group) == ("bitnet-embedding", 0)
+        assert opened.config.tied_head
+        states = logits_of(opened.weights, [1, 5, 7])
+        expected = states if expected is None else expected
+        np.testing.assert_array_equal(states, expected)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    return {
+        name: dequantize(one.type, one.data.reshape(1, -1), math.prod(one.shape)).reshape(one.shape)
+        for name, one in read_safetensors(path).items()
+    }
 
 
 def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,9 @@ CONFIGS = {
         kv_heads=3,
         layers=1,
     ),
+    "norms of the input of each matrix": small_config(
+        qk_norm=True, input_norms=True, head_dim=52, heads=3, kv_heads=1, norm_eps=1e-6
+    ),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }
 
@@ -639,6 +642,20 @@ def test_files_with_groups_run(tables: Any, tmp_path: Path, kind: str, bitgen_ho
     assert not screened.screens
 
 
+def test_a_layer_with_some_of_its_own_matrices_is_an_error(tables: Any) -> None:
+    config = small_config(qk_norm=True, input_norms=True)
+    engine = Engine(random_weights(config, 1), tables())
+    assert engine.weights.config.layer_matmuls[1].role == "k"
+    for role in ("k", "up"):
+        matrix = getattr(engine._model.layer[1], role)
+        packed, matrix.packed = matrix.packed, engine._ffi.NULL
+        with pytest.raises(BitgenError, match="a pointer is NULL"):
+            feed(engine, [1, 2])
+        engine.truncate(0, 0)
+        matrix.packed = packed
+    assert np.isfinite(feed(engine, [1, 2])).all()
+
+
 def test_a_busy_table_and_a_closed_engine_say_so(tables: Any) -> None:
     engine = Engine(random_weights(small_config(), 1), tables())
     engine.close()
@@ -667,8 +684,7 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
         scales = heads * chunks * 128 * 4
         expected = {"f16": 2 * values, "f32": 4 * values, "q8": values + scales}[kv]
         assert expected <= sizes[kv] <= expected + heads * chunks * 1152 + 64
-        packed_size = sum(m.data.size for layer in packed_layers(weights, tables()) for m in
-                          (layer.qkv, layer.o, layer.gate_up, layer.down))  # fmt: skip
+        packed_size = sum(m.data.size for layer in packed_layers(weights, tables()) for m in layer.values())
         scale_bytes = sum(m.shape.m * 4 for layer in weights.layers for m in layer.matrices)
         assert engine.memory.weights == packed_size + scale_bytes
         assert engine.memory_bytes == engine.memory.total > engine.memory.cache + engine.memory.weights

@@ -187,14 +187,16 @@ def test_type_42_that_cannot_be_told_is_refused(
 # ---- what is refused by name ----
 
 
-def test_bitnet_embedding_is_told_from_qwen3(tmp_path: Path) -> None:
+def test_a_norm_that_qwen3_has_not_is_refused(tmp_path: Path) -> None:
+    """BitNet-embedding is told by its norm of q's input; a file with some of its norms is neither model."""
     model = plain_model(small_config("qwen3"))
     model.vectors["blk.1.ffn_down_norm_in.weight"] = np.ones(20, np.float32)
     message = refused(write_model(tmp_path / "m.gguf", model))
-    assert (
-        "'blk.1.ffn_down_norm_in.weight' (1 such) norms the input of one matrix: this is BitNet-embed"
-        in message
-    )
+    assert "'blk.1.ffn_down_norm_in.weight' (1 such) belongs to no qwen3 model" in message
+    model = plain_model(small_config("bitnet-embedding"))
+    del model.vectors["blk.1.ffn_down_norm_in.weight"]
+    message = refused(write_model(tmp_path / "m.gguf", model))
+    assert "the tensor blk.1.ffn_down_norm_in.weight is missing" in message
 
 
 def test_floats_that_are_no_groups_are_refused(tmp_path: Path) -> None:

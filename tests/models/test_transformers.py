@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_model import exact_logits
-from model_files import GROUP, grouped_model, plain_model, small_config, write_model
+from model_files import GROUP, grouped_model, plain_model, small_config, tokenizer_json, write_model
 from numpy.typing import NDArray
 from reference_model import TIE, logits_of
 
@@ -29,19 +29,26 @@ pytest.importorskip("safetensors", reason="safetensors writes the files")
 import torch
 from torch_models import (
     ARCHITECTURES,
+    Run,
+    embedding_model,
     floats_of,
     linears,
     model_of,
+    own_step_name,
     random_model,
     run,
+    run_embedding,
     run_in_groups,
     save,
+    save_embedding,
     scaled,
+    states_of,
     step_name,
 )
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.formats.convert import convert
+from bitgen.formats.gguf import read_gguf
 from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.open import open_model
 from bitgen.formats.ternary import encode_blocks
@@ -139,7 +146,14 @@ class Comparison:
         )
 
 
-def compare(model: torch.nn.Module, weights: Weights, ids: list[int], table: KernelTable) -> Comparison:
+def compare(
+    model: torch.nn.Module,
+    weights: Weights,
+    ids: list[int],
+    table: KernelTable,
+    run: Callable[..., Run] = run,
+    step_name: Callable[[str], str] = step_name,
+) -> Comparison:
     n = len(ids)
     engine = Engine(weights, table, kv="f32", context=n)
     positions, none = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
@@ -282,6 +296,46 @@ def test_a_matrix_of_the_largest_trilm() -> None:
             assert matrix.group == 256, kind
             assert np.array_equal(matrix.rows(0, m), w), kind
             assert np.array_equal(matrix.scales(0, m), blocks), kind
+
+
+@pytest.mark.parametrize("container", ["safetensors", "gguf"])
+def test_bitnet_embedding_is_what_transformers_runs(
+    container: str, tmp_path: Path, table: KernelTable, record_property: Callable[[str, object], None]
+) -> None:
+    """Qwen3 whose linear layers norm their input once more, each by itself: states, then vectors."""
+    model = embedding_model()
+    path = save_embedding(model, tmp_path / "hf")
+    end: dict[str, Any] = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    ends = {  # as Qwen3's models of vectors append the end of a text
+        "type": "TemplateProcessing",
+        "single": [first, end],
+        "pair": [first, end, second, end],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [96], "tokens": ["</s>"]}},
+    }
+    (path / "tokenizer.json").write_text(json.dumps({**tokenizer_json(97), "post_processor": ends}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    if container == "gguf":
+        path = convert(path, tmp_path / "m.gguf").path
+        types = {name: info.type for name, info in read_gguf(path).tensors.items() if name.startswith("blk.")}
+        assert sorted(set(types.values())) == ["f32", "i2_s"]
+        assert types["blk.1.ffn_down_norm_in.weight"] == "f32"
+    weights = open_model(path).weights
+    config = weights.config
+    assert (config.architecture, config.group, config.tied_head) == ("bitnet-embedding", 0, True)
+    assert [one.role for one in config.layer_matmuls] == ["q", "k", "v", "o", "gate", "up", "down"]
+    found = compare(model, weights, TEXT, table, run_embedding, own_step_name)
+    record_property("oracle", f"BitNet-embedding, {container}: {found}")
+    check(found)
+    with LLM(path, library=table.path.parent, threads=2, kv="f32") as llm:
+        texts = ["abc", "theland", "a"]
+        vectors = list(llm.embed(texts))
+        for text, vector in zip(texts, vectors, strict=True):
+            ids = llm.tokenizer.encode(text)
+            assert ids[-1] == llm.tokenizer.eos
+            state = states_of(model, ids)[-1].astype(np.float64)
+            # Activations that round the other way move a random model's states; NOISE is without those.
+            assert float(vector @ (state / np.linalg.norm(state))) > 0.999
 
 
 @pytest.fixture(scope="module")

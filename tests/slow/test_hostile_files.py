@@ -41,21 +41,22 @@ def counts() -> dict[str, dict[str, int]]:
 
 def test_mutations_are_refused_or_load(counts: dict[str, dict[str, int]]) -> None:
     mutated = {kind: found for kind, found in counts.items() if "prefix" not in kind}
-    assert len(mutated) == 12 + 2 * len(TYPES)
+    assert len(mutated) == 14 + 2 * len(TYPES)
     for kind, found in mutated.items():
         assert sum(found.values()) == COUNT, kind
         assert set(found) <= {"valid", "refused", "refused by the tokenizer"}
     for kind in TYPES:
         assert mutated[f"GGUF {kind}, one number"]["refused"], kind
         assert mutated[f"GGUF {kind}, one byte"]["valid"], kind
-    for kind in ("GGUF llama, one byte", "GGUF bitnet, one number", "config.json, one value"):
+    names = ("GGUF llama, one byte", "GGUF bitnet, one number", "GGUF bitnet-embedding, one number")
+    for kind in (*names, "config.json, one value"):
         assert mutated[kind]["refused"], kind
         assert mutated[kind]["valid"], kind
 
 
 def test_every_prefix_is_refused(counts: dict[str, dict[str, int]]) -> None:
     prefixes = {kind: found for kind, found in counts.items() if "prefix" in kind}
-    assert len(prefixes) == 3 + len(TYPES)
+    assert len(prefixes) == 4 + len(TYPES)
     for kind, found in prefixes.items():
         assert set(found) <= {"refused", "refused by the tokenizer"}, kind
         assert sum(found.values()) > 400

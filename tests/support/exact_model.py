@@ -183,8 +183,20 @@ def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps, act
             return linear_int16(matrix, x, group)
         return linear(matrix, x, steps, name, group)
 
+    def multiply_apart(parts: str, x: Floats, number: int) -> Floats:
+        """Matrices of one input, each with a norm of its own."""
+        layer, outputs = weights.layers[number], []
+        for role in parts.split():
+            own = norm(x, getattr(layer, f"{role}_norm_in"), c.norm_eps)
+            outputs.append(multiply(layer.split(c)[role], own, f"{number}.{role}"))
+        return np.concatenate(outputs, axis=1)
+
     for number, layer in enumerate(weights.layers):
-        qkv = multiply(layer.qkv, norm(x, layer.attn_norm, c.norm_eps), f"{number}.qkv")
+        shared = norm(x, layer.attn_norm, c.norm_eps)
+        if c.input_norms:
+            qkv = multiply_apart("q k v", shared, number)
+        else:
+            qkv = multiply(layer.qkv, shared, f"{number}.qkv")
         q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
         q, k = q.reshape(n, c.heads, -1), k.reshape(n, c.kv_heads, -1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -195,7 +207,11 @@ def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps, act
         if layer.attn_sub_norm is not None:
             inner = norm(inner, layer.attn_sub_norm, c.norm_eps)
         x = x + multiply(layer.o, inner, f"{number}.o")
-        gate_up = multiply(layer.gate_up, norm(x, layer.ffn_norm, c.norm_eps), f"{number}.gate_up")
+        shared = norm(x, layer.ffn_norm, c.norm_eps)
+        if c.input_norms:
+            gate_up = multiply_apart("gate up", shared, number)
+        else:
+            gate_up = multiply(layer.gate_up, shared, f"{number}.gate_up")
         inner = gate(gate_up, c.activation)
         if layer.ffn_sub_norm is not None:
             inner = norm(inner, layer.ffn_sub_norm, c.norm_eps)

@@ -53,7 +53,8 @@ def small_config(architecture: str = "bitnet", **changes: Any) -> ModelConfig:
         "rope_theta": 10000.0,
         "activation": "relu2" if architecture in ("bitnet-25", "bitnet-b1.58") else "silu",
         "sub_norms": architecture not in ("llama", "qwen3"),
-        "qk_norm": architecture == "qwen3",
+        "qk_norm": architecture in ("qwen3", "bitnet-embedding"),
+        "input_norms": architecture == "bitnet-embedding",
         "norm_eps": 1e-5,
         "tied_head": architecture != "llama",
         "name": "small",
@@ -135,7 +136,9 @@ def plain_model(config: ModelConfig, seed: int = 0) -> Plain:
             model.w[key] = rng.integers(-1, 2, shape_of(config, name), dtype=np.int8)
             model.scale[key] = float(np.float32(rng.uniform(0.5, 2.0)))
         norms = {"attn_norm": config.hidden, "ffn_norm": config.hidden}
-        if config.sub_norms:
+        if config.input_norms:
+            norms |= {f"{name}_norm_in": shape_of(config, name)[1] for name in MATRICES}
+        elif config.sub_norms:
             norms |= {"attn_sub_norm": config.q_rows, "ffn_sub_norm": config.ffn}
         if config.qk_norm:
             norms |= {"attn_q_norm": config.head_dim, "attn_k_norm": config.head_dim}
@@ -171,7 +174,7 @@ def stored_rows(model: Plain, key: str) -> Ternary:
 
 
 def gguf_metadata(config: ModelConfig, tokens: list[str] | None = None) -> dict[str, Any]:
-    a = config.architecture
+    a = "qwen3" if config.input_norms else config.architecture
     words = tokens or [f"w{i}" for i in range(config.vocab)]
     return {
         "general.architecture": a,
@@ -295,11 +298,13 @@ HF_NAMES = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
+HF_NAMES |= {f"{name}_norm_in": f"{HF_NAMES[name]}.norm" for name in MATRICES}
 HF_CLASSES = {
     "bitnet": "BitnetForCausalLM",
     "bitnet-b1.58": "BitNetForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "bitnet-embedding": "Qwen3Model",
 }
 
 

@@ -255,13 +255,13 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path, header = gguf_file(folder)
-        old, old_header = gguf_file(folder, "bitnet")
+        others = [gguf_file(folder, name) for name in ("bitnet", "bitnet-embedding")]
         hf = hf_folder(folder)
-        for each in (path, old, hf):
+        for each in (path, *(file for file, _ in others), hf):
             use_tokenizer(read_everything(each))  # everything is imported before the limits
         limit_memory()
         results: dict[str, Counter[str]] = {}
-        for file, size in ((path, header), (old, old_header)):
+        for file, size in ((path, header), *others):
             content = file.read_bytes()
             kind = f"GGUF {file.stem}"
             results[f"{kind}, one byte"] = mutations(file, file, one_byte(content, count, rng, size))
@@ -283,6 +283,7 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
             results[f"GGUF {kind}, every prefix"] = prefixes(file, file, size)
         results |= {
             "GGUF llama, every prefix": prefixes(path, path),
+            "GGUF bitnet-embedding, every prefix": prefixes(others[1][0], others[1][0]),
             "model.safetensors, every prefix": prefixes(hf, hf / "model.safetensors"),
             "tokenizer.json, every prefix": prefixes(hf_folder(folder), hf / "tokenizer.json"),
         }

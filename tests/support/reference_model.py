@@ -128,6 +128,7 @@ class ReferenceEngine:
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
         self.lengths = [0] * self.max_batch
         self._matrices: dict[int, NDArray[np.float64]] = {}
+        self._parts: dict[int, dict[str, TernaryMatrix]] = {}  # kept: `_matrices` knows them by their ids
         self._head = self.weights.output.rows(0, c.vocab).astype(np.float64)
 
     @property
@@ -192,7 +193,7 @@ class ReferenceEngine:
     def _layer(self, number: int, x: Doubles, positions: Any, sequences: Any) -> Doubles:
         c, layer, eps = self.config, self.weights.layers[number], self.config.norm_eps
         n = len(x)
-        qkv = self._linear(f"{number}.qkv", layer.qkv, rms_norm(x, layer.attn_norm, eps))
+        qkv = self._shared(number, "qkv", "q k v", rms_norm(x, layer.attn_norm, eps))
         q, k, v = np.split(qkv, [c.q_rows, c.q_rows + c.kv_rows], axis=1)
         q, k = q.reshape(n, c.heads, c.head_dim), k.reshape(n, c.kv_heads, c.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -205,11 +206,27 @@ class ReferenceEngine:
         if layer.attn_sub_norm is not None:
             attended = rms_norm(attended, layer.attn_sub_norm, eps)
         x = x + self._linear(f"{number}.o", layer.o, attended)
-        gate_up = self._linear(f"{number}.gate_up", layer.gate_up, rms_norm(x, layer.ffn_norm, eps))
+        gate_up = self._shared(number, "gate_up", "gate up", rms_norm(x, layer.ffn_norm, eps))
         inner = activate(gate_up[:, : c.ffn], gate_up[:, c.ffn :], c.activation)
         if layer.ffn_sub_norm is not None:
             inner = rms_norm(inner, layer.ffn_sub_norm, eps)
         return x + self._linear(f"{number}.down", layer.down, inner)
+
+    def _shared(self, number: int, stack: str, parts: str, x: Doubles) -> Doubles:
+        """The outputs of matrices that share an input: stacked, or each with a norm of its own before it."""
+        layer, config = self.weights.layers[number], self.config
+        if not config.input_norms:
+            return self._linear(f"{number}.{stack}", getattr(layer, stack), x)
+        matrices = self._parts.setdefault(number, layer.split(config))
+        outputs = [
+            self._linear(
+                f"{number}.{role}",
+                matrices[role],
+                rms_norm(x, getattr(layer, f"{role}_norm_in"), config.norm_eps),
+            )
+            for role in parts.split()
+        ]
+        return np.concatenate(outputs, axis=1)
 
     def _attend(self, number: int, q: Doubles, position: int, sequence: int) -> Doubles:
         """q (heads, head_dim) over the keys and values of positions 0..position -> (heads, head_dim)."""

@@ -295,3 +295,88 @@ def save(model: Any, folder: Path, form: str) -> Path:
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     return folder
+
+
+# ---- BitNet-embedding ----
+
+
+class NormedBitLinear(torch.nn.Linear):  # type: ignore[misc, name-defined]
+    """BitNet-embedding's: norms its input, rounds it to int8 a token and its weights to -1, 0, 1."""
+
+    def __init__(self, rows: int, columns: int, eps: float) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.norm = transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(columns, eps)
+        self.given: Any = None  # int8 that take the place of the rounded activations
+        self.seen: Any = None
+
+    def forward(self, x: Any) -> Any:
+        x = self.norm(x)
+        self.seen = x[0].detach().numpy()
+        scale = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
+        rounded = (x * scale).round().clamp(-128, 127)
+        if self.given is not None:
+            rounded = torch.from_numpy(self.given).float()[None]
+        mean = 1 / self.weight.abs().mean().clamp(min=1e-5)
+        return torch.nn.functional.linear(rounded / scale, (self.weight * mean).round().clamp(-1, 1) / mean)
+
+
+# BitNet-embedding 0.6B, small: two heads a key head, hidden not heads * head_dim; whole blocks of I2_S.
+EMBEDDING_SIZES = _sizes(128, 384, 4, 2, 64, rms_norm_eps=1e-6, tie_word_embeddings=True,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1000000.0})  # fmt: skip
+
+
+def embedding_model(seed: int = 3, **changes: Any) -> Any:
+    """A random Qwen3Model whose linear layers are `NormedBitLinear`."""
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(**{**EMBEDDING_SIZES, **changes})
+    model = transformers.Qwen3Model(config).float()
+    for name, linear in list(model.named_modules()):
+        if name.split(".")[-1] in STACKED:
+            own = NormedBitLinear(linear.out_features, linear.in_features, config.rms_norm_eps)
+            model.get_submodule(name.rpartition(".")[0]).__setattr__(name.split(".")[-1], own)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.5)
+    return model.eval()
+
+
+def own_step_name(linear: str) -> str:
+    """layers.3.self_attn.q_proj -> 3.q: matrices that norm their input are not stacked."""
+    parts = linear.split(".")
+    return f"{parts[-3]}.{parts[-1].removesuffix('_proj')}"
+
+
+def run_embedding(model: Any, ids: Sequence[int], given: Mapping[str, NDArray[np.int8]] | None = None) -> Run:
+    """As `run`, by `own_step_name`; logits are those of the embedding as a head."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, NormedBitLinear)}
+    for name, module in linears.items():
+        module.given = None if given is None else given[own_step_name(name)]
+    with torch.no_grad():
+        states = model(torch.tensor([list(ids)])).last_hidden_state[0]
+        logits = (states @ model.embed_tokens.weight.T).numpy()
+    return Run(logits, {name: module.seen for name, module in linears.items()})
+
+
+def states_of(model: Any, ids: Sequence[int]) -> NDArray[np.float32]:
+    """Behind the last norm, float32 (len(ids), hidden); activations are rounded as the model rounds them."""
+    for module in model.modules():
+        if isinstance(module, NormedBitLinear):
+            module.given = None
+    with torch.no_grad():
+        states: NDArray[np.float32] = model(torch.tensor([list(ids)])).last_hidden_state[0].numpy()
+    return states
+
+
+def save_embedding(model: Any, folder: Path) -> Path:
+    """As BitNet-embedding is published: master weights, by the names of a model without a head."""
+    folder.mkdir(exist_ok=True)
+    model.config.save_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.architectures = ["Qwen3Model"]
+    config.save_pretrained(folder)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

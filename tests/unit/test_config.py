@@ -50,6 +50,21 @@ def test_presets_have_the_stacked_shapes_the_runtime_runs(name: str, shapes: lis
     assert preset.ternary_head == (preset.group == 128)
 
 
+def test_a_preset_whose_matrices_norm_their_inputs_has_no_stacks() -> None:
+    preset = find_model("BitNet-embedding-0.6B")
+    assert [f"{one.role} {one.m}x{one.k}" for one in preset.matmuls] == [
+        "q 2048x1024",
+        "k 1024x1024",
+        "v 1024x1024",
+        "o 1024x2048",
+        "gate 3072x1024",
+        "up 3072x1024",
+        "down 1024x3072",
+    ]
+    stacked = dataclasses.replace(preset, input_norms=False)
+    assert stacked.ternary_weights == preset.ternary_weights == 28 * 15 * 1024 * 1024
+
+
 def test_every_preset_is_stored_under_its_alias_and_sorted_by_size() -> None:
     models = load_models()
     files = {file.stem for file in (configs_dir() / "models").glob("*.yaml")}
