@@ -26,7 +26,7 @@ class ProgressBar:
     def __init__(self) -> None:
         self._bar: Bar | None = None
         self._started = time.monotonic()
-        self._total = 0.0  # of the work that is shown in lines
+        self._total: float | None = None  # of the work that is shown in lines; 0: it is not known
         self._last = 0.0
         self._kept = ""  # what was too soon to print; the last of it is how far the work came
 
@@ -54,7 +54,7 @@ class ProgressBar:
 
     def _line(self, progress: Progress) -> str:
         done, total = progress.done, progress.total
-        if self._total and total != self._total:  # other work, with a speed of its own
+        if self._total is not None and total != self._total:  # other work, with a speed of its own
             self._started = time.monotonic()
         self._total = total
         spent = time.monotonic() - self._started

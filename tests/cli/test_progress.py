@@ -47,6 +47,23 @@ def test_lines_elsewhere_tell_the_share_and_the_time_left(
     assert capsys.readouterr().err == "checking: 25%, 60 s left\ndone: 100%\n"
 
 
+def test_the_time_left_does_not_count_work_of_unknown_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute of compiling says nothing about how fast weights are packed after it."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with ProgressBar() as bar:
+        for second, step in (
+            (11.0, Progress("building the kernels")),
+            (71.0, Progress("packing", 1, 100)),
+            (91.0, Progress("packing", 11, 100)),
+        ):
+            now[0] = second
+            bar.show(step)
+    assert capsys.readouterr().err.splitlines()[2] == "packing: 11%, 162 s left"
+
+
 def test_of_a_budget_in_seconds_the_rest_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar() as bar:
         bar.show(Progress("probing", 1, 480, "seconds"))
