@@ -410,7 +410,7 @@ def verify(
             or [
                 name
                 for name, family in EVERY_FAMILY.items()
-                if (group in family.groups if group else family.is_ternary)
+                if (group in family.groups if group else family.in_rows)
             ],
             sample,
             seed,

@@ -1,6 +1,6 @@
 """The oracle, in plain numpy: what every kernel must equal, and what the bytes of every layout mean.
 
-Weights of 4 bits are `Codes`, which `pack_codes` packs and `code_values` reads as integers.
+Weights that are not ternary are `Codes`, which `pack_codes` packs and `code_values` reads as integers.
 
 ``pack(layout, w)`` takes w int8 (m, k) in {-1, 0, 1} and gives uint8 (layout.packed_bytes,). The matrix is
 padded with zero weights to whole row blocks and chunks (whole groups where scales lie among the weights, and
@@ -54,9 +54,15 @@ def pack(
         if scales is None or scales.shape != (shape.m, layout.groups(shape.k)):
             raise BitgenError(f"{layout.name} needs scales ({shape.m}, {layout.groups(shape.k)})")
         return _pack_groups(layout, w, (scales,), half)
-    family, chunks = EVERY_FAMILY[layout.family], layout.chunks(shape.k)
-    padded = np.zeros((ceil_to(shape.m, layout.row_block), chunks * family.k_chunk), np.int8)
-    padded[: shape.m, : shape.k] = w
+    return _pack_rows(layout, w)
+
+
+def _pack_rows(layout: Layout, w: Ternary) -> Bytes:
+    """Of each row block its chunks, then its trailers: weights, or codes, whose scales lie outside."""
+    (m, k), family = w.shape, EVERY_FAMILY[layout.family]
+    chunks = layout.chunks(k)
+    padded = np.zeros((ceil_to(m, layout.row_block), chunks * family.k_chunk), np.int8)
+    padded[:m, :k] = w
     # (blocks, chunks, sub-blocks, 16 rows, k_chunk)
     tiles = padded.reshape(-1, layout.sub_blocks, 16, chunks, family.k_chunk).transpose(0, 3, 1, 2, 4)
     blocks = family.encode(tiles).reshape(len(tiles), -1)
@@ -277,17 +283,19 @@ def grouped_int16_linear(
     return high + low
 
 
-# ---- weights of 4 bits
+# ---- weights that are codes
 
 
 def pack_codes(layout: Layout, weights: Codes, *, half: bool = True) -> Bytes:
-    """Pack 4-bit codes -> uint8 (layout.packed_bytes,); ``half`` as in `pack`."""
+    """Pack codes -> uint8 (layout.packed_bytes,); ``half`` as in `pack`."""
     w, family = weights.codes, EVERY_FAMILY[layout.family]
-    if w.max(initial=0) > 15 or weights.scales.shape != (len(w), layout.groups(w.shape[1])):
-        raise BitgenError(f"{layout.name} needs codes of 4 bits and scales of its groups")
+    if w.max(initial=0) >= family.codes or weights.scales.shape != (len(w), layout.groups(w.shape[1])):
+        raise BitgenError(f"{layout.name} needs codes of {family.code_bits} bits and scales of its groups")
     offsets = () if weights.offsets is None else (weights.offsets,)
     if family.is_ternary or len(offsets) != family.scales - 1 or (weights.tables is None) == family.by_table:
         raise BitgenError(f"these weights are not {family.title}'s")
+    if not layout.group:
+        return _pack_rows(layout, w.astype(np.int8))
     head = _table_head(layout, weights) if family.by_table else None
     return _pack_groups(layout, w.astype(np.int8), (weights.scales, *offsets), half, head)
 
@@ -310,7 +318,8 @@ def _table_head(layout: Layout, weights: Codes) -> Bytes:
 def code_values(layout: Layout, weights: Codes) -> NDArray[np.int8]:
     """The integers (m, k) that kernels multiply, times whose scales, plus offsets, they are weights."""
     if weights.tables is None:
-        return weights.codes.astype(np.int8) - np.int8(EVERY_FAMILY[layout.family].bias)
+        family = EVERY_FAMILY[layout.family]
+        return np.int8(family.step) * weights.codes.astype(np.int8) - np.int8(family.bias)
     m, k = weights.codes.shape
     table = np.zeros((m, k), np.intp)
     if weights.selectors is not None:
@@ -323,7 +332,7 @@ def code_values(layout: Layout, weights: Codes) -> NDArray[np.int8]:
 def scale_codes(
     xq: NDArray[np.int8], weights: Codes, x_scale: NDArray[np.float32], layout: Layout
 ) -> NDArray[np.float32]:
-    """As `scale_groups`, of 4-bit weights.
+    """As `scale_groups`, of weights that are codes.
 
     With offsets each group adds ``y = fma(offset[m, g], x_scale[n, g] * (float)x_sum[n, g], y)`` behind its
     sum.
@@ -342,7 +351,7 @@ def scale_codes(
 
 
 def coded_linear(x: NDArray[np.float32], weights: Codes, layout: Layout) -> NDArray[np.float32]:
-    """The whole product of 4-bit weights: quantise by groups, multiply exactly, scale and add in order."""
+    """The whole product of codes in groups: quantise by groups, multiply exactly, scale and add in order."""
     xq, x_scale = quantize_groups(x, layout.group)
     return scale_codes(xq, weights, x_scale, layout)
 

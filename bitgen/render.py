@@ -269,18 +269,17 @@ def render_kernel(spec: KernelSpec) -> Source:
 
 def _formulas(spec: KernelSpec) -> tuple[str, ...]:
     """What a kernel computes, for its banner."""
+    family = EVERY_FAMILY[spec.family]
+    values = f"in {{-1, {'0, ' if family.codes > 2 else ''}1}}"
     if not spec.layout.group:
         return (
-            "acc[n, m] = sum over k of w[m, k] * xq[n, k]            "
-            "w in {-1, 0, 1}, xq int8, acc int32, exact",
+            f"acc[n, m] = sum over k of w[m, k] * xq[n, k]            w {values}, xq int8, acc int32, exact",
             "y[n, m] = (float)acc[n, m] * (x_scale[n] * w_scale[m])  one order of operations on every ISA",
         )
-    family = EVERY_FAMILY[spec.family]
-    values = "in {-1, 0, 1}"
-    if not family.is_ternary:
-        values = (
-            "one of 16 int8" if family.by_table else f"= q - {family.bias}, q = 0 .. 15".replace(" - 0", "")
-        )
+    if family.by_table:
+        values = f"one of {family.codes} int8"
+    elif family.codes > 3:
+        values = f"= q - {family.bias}, q = 0 .. {family.codes - 1}".replace(" - 0", "")
     lines = [
         f"acc[n, m, g] = sum over k of group g, {spec.layout.group} columns, of w[m, k] * xq[n, k]",
         f"                                                        w {values}, xq int8, acc int32, exact",

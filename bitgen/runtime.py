@@ -249,7 +249,7 @@ class KernelTable:
         else:
             code = lib.bitgen_group_packed_layout(self._context, shape.m, shape.k, *groups.native, header)
         self.check(code)
-        return f"{_text(header.family)}_r{header.row_block}" + (f"_g{header.group}" if groups else "")
+        return f"{_text(header.family)}_r{header.row_block}" + (f"_g{header.group}" if header.group else "")
 
     def prefer(self, shape: Shape, family: str | None, row_block: int = 0) -> bool:
         """Pack weights of this shape without groups in another layout from now on; None: the best one again.
@@ -303,23 +303,27 @@ class KernelTable:
     def pack_codes(
         self, rows: Codes, begin: int, shape: Shape, packed: NDArray[np.uint8], groups: Groups
     ) -> None:
-        """As `pack_rows`, of 4-bit codes: ``rows`` has those of rows from ``begin`` on."""
+        """As `pack_rows`, of codes: ``rows`` has those of rows from ``begin`` on."""
         m = len(rows.codes)
         struct, alive = groups.coded(), []
         for name in ("codes", "scales", "offsets", "tables", "selectors"):
-            if (values := getattr(rows, name)) is not None:
+            if (values := getattr(rows, name)) is not None and values.size:
                 alive.append(ffi.from_buffer(_CTYPES[values.dtype.name], np.ascontiguousarray(values)))
                 setattr(struct, name, alive[-1])
         struct.table_count = 0 if rows.tables is None else len(rows.tables)
         where = (begin, begin + m, shape.m, shape.k, ffi.from_buffer("uint8_t[]", packed), packed.size)
         self.check(self._lib.bitgen_pack_codes(self._context, struct, *where))
 
-    def coded(self, rows: Codes, groups: Groups) -> Linear:
-        """Pack a matrix of 4-bit codes, as `linear` does ternary weights in groups."""
+    def coded(self, rows: Codes, groups: Groups, scale: float | Floats = 1.0) -> Linear:
+        """Pack a matrix of codes, as `linear` does ternary weights.
+
+        ``scale``: of weights without groups (``groups.group`` 0, which Q1 has) a float or float32 (m,).
+        """
         shape = Shape(*rows.codes.shape)
         packed = aligned_bytes(self.packed_bytes(shape, groups))
         self.pack_codes(rows, 0, shape, packed, groups)
-        return Linear(self, shape, packed, np.empty(0, np.float32), groups.group)
+        scales = np.empty(0, np.float32) if groups.group else _scales(scale, shape.m)
+        return Linear(self, shape, packed, scales, groups.group)
 
     def is_packed(self, packed: NDArray[np.uint8], shape: Shape) -> bool:
         """Whether ``packed`` opens like weights of this shape that the library can multiply with."""
@@ -376,7 +380,8 @@ class KernelTable:
 class Groups:
     """A scale for each ``group`` weights along k; ``half``: stored as half floats, else as floats.
 
-    ``weights``: ternary, or a kind of 4-bit codes (`bitgen.families.base.Family.weights`).
+    ``weights``: ternary, or a kind of codes (`bitgen.families.base.Family.weights`). ``group`` 0: codes with
+    a scale a row, outside.
     """
 
     group: int
@@ -391,10 +396,11 @@ class Groups:
     @property
     def native(self) -> tuple[int, int]:
         """(group, scale type) as the library's functions take them."""
-        return self.group, constants.BITGEN_SCALE_F16 if self.half else constants.BITGEN_SCALE_F32
+        half = self.half and self.group
+        return self.group, constants.BITGEN_SCALE_F16 if half else constants.BITGEN_SCALE_F32
 
     def coded(self) -> Any:
-        """The same of 4-bit codes: a struct bitgen_codes without rows."""
+        """The same of codes: a struct bitgen_codes without rows."""
         group, scale_type = self.native
         kind = getattr(constants, f"BITGEN_WEIGHTS_{self.weights.upper()}")
         fields = {"group": group, "scale_type": scale_type, "kind": kind}

@@ -137,7 +137,7 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, gro
     if family not in EVERY_FAMILY:
         raise unknown("family", family, EVERY_FAMILY)
     facts = EVERY_FAMILY[family]
-    if group or not facts.is_ternary:
+    if group or not facts.in_rows:
         facts.require_group(group)
         facts = facts.in_groups(group, regime)
     axes = facts.axes(isa, regime)
@@ -219,6 +219,11 @@ def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu
         f"int16 partial sums must stay within {INT16_MIN} .. {INT16_MAX}: a smaller widen_every",
         lambda s: (sums := int16_sums(s)) is None or sums.exact,
     )
+    if family.by_table:
+        yield Rule(
+            "values of a table are signed, and sums of int16 take unsigned codes: widen_every must be 0",
+            lambda s: s.schedule.get("widen_every", 0) == 0,
+        )
     if not isa.generic:  # its blocks are arrays: the compiler decides
         yield Rule(
             f"accumulators and operands must fit the registers of {isa.name}",

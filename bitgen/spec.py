@@ -69,7 +69,7 @@ class Layout:
         if self.row_block < family.rows or self.row_block % family.rows:
             message = f"row_block {self.row_block}: it must be a positive multiple of {family.rows}"
             raise UsageError(message)
-        if self.group or not family.is_ternary:
+        if self.group or not family.in_rows:
             family.require_group(self.group)
 
     @property

@@ -73,7 +73,7 @@ enum bitgen_error {
     BITGEN_ERROR_SCALES = 22,          /* a scale of a group is not finite, or no half float and stored as one */
     BITGEN_ERROR_GROUPS = 23,          /* weights in groups have no integer sums over all of k */
     BITGEN_ERROR_BUNDLE = 24,          /* no bundle, one of another ABI, damaged, or one that others can change */
-    BITGEN_ERROR_CODES = 25            /* a code above 15, a value of -128, or a table that is not there */
+    BITGEN_ERROR_CODES = 25            /* a code too large, a value of -128, or a table that is not there */
 };
 
 /* Flags of bitgen_context_create: */
@@ -228,37 +228,42 @@ BITGEN_API int32_t bitgen_pack_group_rows(bitgen_context *ctx, const int8_t *w, 
                                           int64_t row_end, int64_t m, int64_t k, int64_t group, int32_t scale_type,
                                           void *packed, size_t packed_bytes);
 
-/* --- weights of 4 bits -------------------------------------------------------------------------------------
+/* --- weights of 4 bits, of 3 and of 1 ----------------------------------------------------------------------
  *
- * Weights in groups whose codes q are 0 .. 15:
+ * Weights whose codes q are 0 .. 15, of T3 0 .. 7, of Q1 0 and 1:
  *
  *   BITGEN_WEIGHTS_Q4    w = (q - 8) * scale
  *   BITGEN_WEIGHTS_Q4M   w = q * scale + offset
  *   BITGEN_WEIGHTS_T4    w = table[q] * scale, of int8 values -127 .. 127
+ *   BITGEN_WEIGHTS_T3    the same of three bits: the first 8 values of a table of 16
+ *   BITGEN_WEIGHTS_Q1    w = (2 q - 1) * scale
  *
- * T4 also in groups of 16. acc above is the exact sum of (q - 8) x, q x or table[q] x; the offset of a group joins
- * behind its sum,
+ * T4 also in groups of 16. acc above is the exact sum of (q - 8) x, q x, table[q] x or (2 q - 1) x; the offset of a
+ * group joins behind its sum,
  *
  *   y[n, m] = fma(offset[m, g], x_scale[n, g] * (float)x_sum[n, g], y[n, m])
  *
- * with x_sum the sum of the group's activations. Everything else is as for ternary weights in groups. */
+ * with x_sum the sum of the group's activations. Everything else is as for ternary weights in groups. Weights of
+ * Q1 may be without groups: then they have no scales here, and are multiplied as ternary ones without groups. */
 enum bitgen_weight_kind {
     BITGEN_WEIGHTS_TERNARY = 0,
     BITGEN_WEIGHTS_Q4 = 1,
     BITGEN_WEIGHTS_Q4M = 2,
-    BITGEN_WEIGHTS_T4 = 3
+    BITGEN_WEIGHTS_T4 = 3,
+    BITGEN_WEIGHTS_Q1 = 4,
+    BITGEN_WEIGHTS_T3 = 5
 };
 
 /* Rows of such a matrix, of k columns. What is behind scale_type is read by bitgen_pack_codes alone. */
 struct bitgen_codes {
     int64_t size;             /* sizeof(struct bitgen_codes) */
-    int64_t group;            /* weights along k that share a scale */
+    int64_t group;            /* weights along k that share a scale; of Q1 also 0 */
     int32_t kind;             /* of enum bitgen_weight_kind, not ternary */
-    int32_t scale_type;       /* of enum bitgen_scale_type: must hold scales and offsets exactly */
+    int32_t scale_type;       /* of enum bitgen_scale_type: must hold scales and offsets exactly; F32 without groups */
     const uint8_t *codes;     /* (rows, k) */
-    const float *scales;      /* (rows, groups) */
+    const float *scales;      /* (rows, groups); NULL without groups */
     const float *offsets;     /* (rows, groups) of BITGEN_WEIGHTS_Q4M; else NULL */
-    const int8_t *tables;     /* (table_count, 16) of BITGEN_WEIGHTS_T4; else NULL */
+    const int8_t *tables;     /* (table_count, 16) of BITGEN_WEIGHTS_T4 and _T3; else NULL */
     int64_t table_count;      /* 1 .. 4, or 0 */
     const uint8_t *selectors; /* (ceil(rows / 16), groups): the table of 16 rows and a group; NULL: the first */
 };

@@ -50,7 +50,7 @@ const char *bitgen_error_message(int32_t code)
             "a struct has another size than in this library: set its size, or compile with its header",
         [BITGEN_ERROR_SCALES] = "a scale of a group is not finite, or no half float and to be stored as one",
         [BITGEN_ERROR_BUNDLE] = "the folder holds no bundle, or one of another ABI, damaged, or that others can change",
-        [BITGEN_ERROR_CODES] = "a code of 4 bits is above 15, a value of a table is -128, or a table is not there",
+        [BITGEN_ERROR_CODES] = "a code has too many bits, a value of a table is -128, or a table is not there",
         [BITGEN_ERROR_GROUPS] = "weights with a scale for each group have no integer sums over all of k",
         [BITGEN_ERROR_TILES] = "the system refuses this process the tile registers (AMX) of its CPU",
         [BITGEN_ERROR_ISA_CAP] =
@@ -455,12 +455,13 @@ int32_t bitgen_group_packed_layout(const bitgen_context *ctx, int64_t m, int64_t
                                    struct bitgen_packed_header *header)
 { return group ? tell_layout(ctx, m, k, grouped(group, scale_type), header) : BITGEN_ERROR_ARGUMENT; }
 
-/* The format of 4-bit codes. */
+/* The format of codes. */
 static int32_t format_of(const struct bitgen_codes *codes, struct format *format)
 {
     if (!codes) return BITGEN_ERROR_NULL;
     if (codes->size != sizeof *codes) return BITGEN_ERROR_STRUCT;
-    if (codes->kind < BITGEN_WEIGHTS_Q4 || codes->kind > BITGEN_WEIGHTS_T4 || !codes->group)
+    if (codes->kind < BITGEN_WEIGHTS_Q4 || codes->kind > BITGEN_WEIGHTS_T3 ||
+        (!codes->group && (codes->kind != BITGEN_WEIGHTS_Q1 || codes->scale_type != BITGEN_SCALE_F32)))
         return BITGEN_ERROR_ARGUMENT;
     *format = (struct format){codes->group, codes->scale_type, codes->kind};
     return BITGEN_OK;
@@ -550,8 +551,9 @@ int32_t bitgen_pack_codes(bitgen_context *ctx, const struct bitgen_codes *codes,
     struct format format;
     int32_t code = format_of(codes, &format);
     if (code) return code;
-    const int tables = format.kind == BITGEN_WEIGHTS_T4, offsets = format.kind == BITGEN_WEIGHTS_Q4M;
-    if (!ctx || !codes->codes || !codes->scales || !codes->tables != !tables || !codes->offsets != !offsets)
+    const int tables = bitgen_has_tables(format.kind), offsets = format.kind == BITGEN_WEIGHTS_Q4M;
+    if (!ctx || !codes->codes || !codes->scales != !codes->group || !codes->tables != !tables ||
+        !codes->offsets != !offsets)
         return BITGEN_ERROR_NULL;
     if (tables ? codes->table_count < 1 || codes->table_count > 4 : codes->table_count != 0)
         return BITGEN_ERROR_ARGUMENT;

@@ -1,4 +1,4 @@
-/* Weights (m, k) int8 in -1, 0, 1, or 4-bit codes, to packed weights. bitgen/reference.py defines the same bytes in
+/* Weights (m, k) int8 in -1, 0, 1, or codes, to packed weights. bitgen/reference.py defines the same bytes in
  * numpy.
  *
  * The matrix is padded with zero weights to whole row blocks and chunks. A row block holds its chunks in order of
@@ -92,6 +92,19 @@ static void pack_tl5(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int6
         }
 }
 
+/* byte[4 r + j] = sum over s of code[r, 4 s + j] << s */
+static void pack_q1(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int64_t sub)
+{
+    (void)trailer;
+    (void)sub;
+    for (int r = 0; r < ROWS; ++r) {
+        uint32_t c[8], bytes = 0; /* four codes each, j = 0..3, of one bit */
+        memcpy(c, codes + 32 * r, 32);
+        for (int s = 0; s < 8; ++s) bytes |= c[s] << s;
+        memcpy(cell + 4 * r, &bytes, 4);
+    }
+}
+
 /* byte[4 r + j] = code[r, j] | code[r, 4 + j] << 4 */
 static void pack_nibbles(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int64_t sub)
 {
@@ -101,11 +114,29 @@ static void pack_nibbles(const uint8_t *codes, uint8_t *cell, int32_t *trailer, 
         for (int j = 0; j < 4; ++j) cell[4 * r + j] = (uint8_t)(codes[8 * r + j] | codes[8 * r + 4 + j] << 4);
 }
 
+/* Codes Q[s] of k = 4 s + j: byte[64 p + 4 r + j] = Q[2 p] | Q[2 p + 1] << 4 | (Q[6] >> p & 1) << 3 |
+ * (Q[7] >> p & 1) << 7, p = 0, 1, 2 */
+static void pack_t3(const uint8_t *codes, uint8_t *cell, int32_t *trailer, int64_t sub)
+{
+    const uint32_t ones = 0x01010101;
+    (void)trailer;
+    (void)sub;
+    for (int r = 0; r < ROWS; ++r) {
+        uint32_t q[8]; /* four codes each, j = 0..3, of three bits */
+        memcpy(q, codes + 32 * r, 32);
+        for (int p = 0; p < 3; ++p) {
+            const uint32_t spread = (q[6] >> p & ones) << 3 | (q[7] >> p & ones) << 7;
+            const uint32_t bytes = q[2 * p] | q[2 * p + 1] << 4 | spread;
+            memcpy(cell + 64 * p + 4 * r, &bytes, 4);
+        }
+    }
+}
+
 static const struct {
     const char *family;
     pack_cell *pack;
-} packers[] = {{"i2s", pack_i2s}, {"tl1", pack_tl1},    {"tl2", pack_tl2},     {"t5", pack_t5},
-               {"tl5", pack_tl5}, {"q4", pack_nibbles}, {"q4m", pack_nibbles}, {"t4", pack_nibbles}};
+} packers[] = {{"i2s", pack_i2s},    {"tl1", pack_tl1},     {"tl2", pack_tl2},    {"t5", pack_t5}, {"tl5", pack_tl5},
+               {"q4", pack_nibbles}, {"q4m", pack_nibbles}, {"t4", pack_nibbles}, {"t3", pack_t3}, {"q1", pack_q1}};
 
 struct packing {
     const struct bitgen_layout *layout;
@@ -115,12 +146,15 @@ struct packing {
     _Atomic int32_t bad_codes, bad_scales;
 };
 
-enum { TABLES = 4, TABLE_BYTES = 16, CODE_MAX = 15, LINE = 64 };
+enum { TABLES = 4, TABLE_BYTES = 16, LINE = 64 };
+
+/* The largest code of a kind: one less than a power of two. */
+static uint8_t code_max(int32_t kind) { return kind == BITGEN_WEIGHTS_Q1 ? 1 : kind == BITGEN_WEIGHTS_T3 ? 7 : 15; }
 
 /* Bytes in front of the groups of a row block: tables, and which of them each group of each sub-block has. */
 static int64_t head_bytes(const struct bitgen_layout *layout, int64_t groups)
 {
-    if (layout->kind != BITGEN_WEIGHTS_T4) return 0;
+    if (!bitgen_has_tables(layout->kind)) return 0;
     return TABLES * TABLE_BYTES + ceil_div(layout->row_block / ROWS * groups, LINE) * LINE;
 }
 
@@ -171,13 +205,14 @@ static void encode(const int8_t *w, uint8_t *codes, uint32_t *bad)
 static void gather_codes(const struct bitgen_weights *from, int64_t row, int64_t column, int64_t width, uint8_t *codes,
                          uint32_t *bad)
 {
+    const uint8_t most = code_max(from->codes->kind);
     int64_t columns = from->k - column < width ? from->k - column : width;
     memset(codes, 0, (size_t)(ROWS * width));
     for (int64_t r = 0; r < ROWS && row + r < from->m && columns > 0; ++r) {
         const uint8_t *own = from->codes->codes + (row + r) * from->k + column;
         for (int64_t i = 0; i < columns; ++i) {
-            codes[r * width + i] = own[i] & CODE_MAX;
-            *bad |= own[i] > CODE_MAX;
+            codes[r * width + i] = own[i] & most;
+            *bad |= own[i] > most;
         }
     }
 }
@@ -260,7 +295,7 @@ static int32_t pack_groups(struct packing *p, int64_t block, uint8_t *cell, uint
     const int64_t subs = layout->row_block / ROWS, groups = bitgen_groups(from->k, layout->group);
     const int64_t scale_bytes = bitgen_scale_bytes(from->scale_type), row = block * layout->row_block;
     int32_t bad_scales = 0;
-    if (layout->kind == BITGEN_WEIGHTS_T4) pack_head(p, block, groups, cell, bad);
+    if (bitgen_has_tables(layout->kind)) pack_head(p, block, groups, cell, bad);
     cell += head_bytes(layout, groups);
     for (int64_t g = 0; g < groups; ++g) {
         uint8_t codes[ROWS * K_CHUNK_MAX];

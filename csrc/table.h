@@ -88,6 +88,9 @@ int32_t bitgen_usable_cores(void);
 /* Scales (and offsets) of each row and group, of an enum bitgen_weight_kind. */
 static inline int64_t bitgen_scales_each(int32_t kind) { return kind == BITGEN_WEIGHTS_Q4M ? 2 : 1; }
 
+/* Whether codes of an enum bitgen_weight_kind stand for values of tables. */
+static inline int bitgen_has_tables(int32_t kind) { return kind == BITGEN_WEIGHTS_T4 || kind == BITGEN_WEIGHTS_T3; }
+
 /* Bytes of packed weights of (m, k) without the header; scale_bytes: of a group's scale of a row (pack.c). */
 int64_t bitgen_layout_bytes(const struct bitgen_layout *layout, int64_t scale_bytes, int64_t m, int64_t k);
 
@@ -103,7 +106,7 @@ int bitgen_is_half(float value, uint16_t *half);
 
 /* Weights (m, k), and with groups their scales (m, groups) and how they are stored. */
 struct bitgen_weights {
-    const int8_t *w; /* or NULL: 4-bit codes */
+    const int8_t *w; /* or NULL: codes */
     const float *scales;
     int64_t scale_type; /* of enum bitgen_scale_type */
     int64_t m, k;

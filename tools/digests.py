@@ -53,6 +53,8 @@ EXAMPLES = {
     "streams=2 nr=1 accumulators=4 widen_every=0 unroll=1 prefetch=0 prefetch_hint=0",
     "i2s_direct_n1_g128__avx512_vnni": "i2s avx512_vnni n1 direct 32/128 "
     "streams=1 nr=1 accumulators=4 widen_every=0 unroll=1 prefetch=4096 prefetch_hint=0",
+    "q1_direct_n1_g128__avx512_vnni": "q1 avx512_vnni n1 direct 32/128 "
+    "streams=1 nr=1 accumulators=4 widen_every=0 unroll=1 prefetch=4096 prefetch_hint=0",
     "t5_direct_small__neon_dotprod": "t5 neon_dotprod small direct 16 "
     "streams=1 nr=2 accumulators=3 widen_every=0 unroll=2 prefetch=0",
     "tl1_lookup_blocked__avx2": "tl1 avx2 small direct 16 "
@@ -155,7 +157,8 @@ def spaces() -> dict[str, Space]:
         f"{family}/{isa.name}/{regime.name}": space_for(
             *(family, isa, regime, Shape(3200, 8640)), cpu_of(isa)
         )
-        for family in FAMILIES
+        for family, facts in EVERY_FAMILY.items()
+        if facts.in_rows
         for isa in load_isas()
         for regime in REGIMES
     }
@@ -167,13 +170,13 @@ def grouped_spaces() -> dict[str, Space]:
     return {
         name: space_for(space.family, space.isa, space.regime, space.shape, cpu_of(space.isa), 128)
         for name, space in spaces().items()
-        if 128 in FAMILIES[space.family].groups
+        if 128 in EVERY_FAMILY[space.family].groups
     }
 
 
 @cache
 def coded_spaces() -> dict[str, Space]:
-    """Those of weights of 4 bits, in groups of 32."""
+    """Those of weights that are codes, in groups of 32."""
     return {
         f"{name}/{isa.name}/{regime.name}": space_for(name, isa, regime, Shape(3200, 8640), cpu_of(isa), 32)
         for name, family in EVERY_FAMILY.items()

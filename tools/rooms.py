@@ -62,8 +62,8 @@ ROOMS = (
     Room(
         "bitgen/families/",
         700,
-        1400,
-        "three families of 4 bits; scales, offsets and tables of groups",
+        1600,
+        "families of 4, 3 and 1 bits; scales, offsets and tables of groups",
         ("bitgen/packing.py", "bitgen/space/axes.py", "bitgen/space/presets.py"),
     ),
     Room("bitgen/space.py", 170, 330, "bounds and defaults of groups", ("bitgen/space/",)),

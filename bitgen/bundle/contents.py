@@ -20,12 +20,21 @@ from bitgen.families import first_family
 from bitgen.families.base import GROUPS
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
-from bitgen.spec import EVERY_FAMILY, LARGE, N1, REGIMES, KernelSpec, Layout, Shape, StepSizes, regime_named
+from bitgen.spec import (
+    EVERY_FAMILY,
+    LARGE,
+    N1,
+    REGIMES,
+    TERNARY_ROWS,
+    KernelSpec,
+    Layout,
+    Shape,
+    StepSizes,
+    regime_named,
+)
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 COMMON_GROUP = 128  # of weights in groups: every library has kernels of its ISA level for these
-# Of weights of 4 bits: every library has portable kernels for these, by table for all groups there are.
-CODED_GROUP = 32
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
 BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 
@@ -126,9 +135,10 @@ class Contents:
 
     @property
     def any_n(self) -> frozenset[KernelSpec]:
-        """Kernels for many tokens that serve fewer too: the portable ones of weights in groups."""
+        """Kernels for many tokens that serve fewer too: the portable ones of all but ternary rows."""
         portable = (entry.spec for entry in self.entries if entry.role == PORTABLE and not entry.shape)
-        return frozenset(spec for spec in portable if spec.layout.group and spec.regime == LARGE.name)
+        others = (spec for spec in portable if spec.layout.kind != TERNARY_ROWS)
+        return frozenset(spec for spec in others if spec.regime == LARGE.name)
 
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
@@ -193,7 +203,7 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
                 names = f"{layout.name} and {choice.spec.layout.name}"
                 raise BitgenError(f"kernels for {choice.shape.name} read two layouts, {names}")
     generic = [choice.spec.layout for choice in choices if choice.shape is None]
-    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT, common_layout(target)])
+    layouts = dict.fromkeys([*generic, DEFAULT_LAYOUT, *common_layouts(target)])
     layouts |= dict.fromkeys(choice.spec.layout for choice in choices)
     entries = [choice for choice in choices if choice.shape]
     entries += [choice for choice in choices if not choice.shape]
@@ -203,18 +213,14 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
             KernelEntry(_default_spec(layout, regime.name, isa, target, choices), role=role)
             for layout in layouts
             for regime in REGIMES
-            if role != PORTABLE or not layout.group
+            if role != PORTABLE or layout.kind == TERNARY_ROWS
         ]
-    # One portable kernel serves every n of weights in groups: what is slow need not make libraries large.
-    grouped = [layout for layout in layouts if layout.group]
-    grouped += [replace(DEFAULT_LAYOUT, group=group) for group in GROUPS]
-    grouped += [
-        Layout(name, 16, group)
-        for name, one in EVERY_FAMILY.items()
-        if not one.is_ternary
-        for group in (one.groups if one.by_table else (CODED_GROUP,))
-    ]
-    for layout in dict.fromkeys(grouped):
+    # One portable kernel serves every n of weights in groups and of codes: what is slow need not make
+    # libraries large.
+    others = [layout for layout in layouts if layout.kind != TERNARY_ROWS]
+    others += [replace(DEFAULT_LAYOUT, group=group) for group in GROUPS]
+    others += [Layout(name, 16, g) for name, one in EVERY_FAMILY.items() for g in one.portable]
+    for layout in dict.fromkeys(others):
         spec = _default_spec(layout, LARGE.name, target.scalar, target, choices)
         entries.append(KernelEntry(spec, role=PORTABLE))
     if target.universal:
@@ -263,13 +269,15 @@ def untuned_entries(target: Target) -> list[KernelEntry]:
     ]
 
 
-def common_layout(target: Target) -> Layout:
-    """The layout of weights in groups of `COMMON_GROUP` that nobody tuned.
+def common_layouts(target: Target) -> tuple[Layout, ...]:
+    """The layouts of weights in groups of `COMMON_GROUP` that nobody tuned: of ternary ones, and of bits.
 
-    16 rows and a group are 544 bytes, so every other group would begin in the middle of a register of 64.
+    16 rows and a group are 544 bytes, or 288, so every other group would begin in the middle of a register of
+    64.
     """
     wide = all(isa.vector_bytes == 64 for isa in target.levels)
-    return Layout(DEFAULT_LAYOUT.family, 32 if wide else DEFAULT_LAYOUT.row_block, COMMON_GROUP)
+    rows = 32 if wide else DEFAULT_LAYOUT.row_block
+    return tuple(Layout(family, rows, COMMON_GROUP) for family in (DEFAULT_LAYOUT.family, "q1"))
 
 
 def _default_spec(

@@ -32,7 +32,7 @@ each kind, not a search.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from bitgen.cpu import Isa
@@ -375,6 +375,18 @@ def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
         yield from matrices
     if family.looks_up:
         yield from own
+
+
+def on_lines(preset: Preset, isa: Isa) -> Preset:
+    """The same rows as row blocks of 32, where registers are lines and 16 rows of a group are no whole ones.
+
+    Of 4-bit codes in groups of 32 those are 288 bytes with their scales; of 32 rows every group begins on a
+    line.
+    """
+    streams = preset.knobs["streams"]
+    if isa.vector_bytes != 64 or streams % 2:
+        return preset
+    return replace(preset, knobs={**preset.knobs, "streams": streams // 2}, row_block=32)
 
 
 def _panel_presets(family: Family, isa: Isa, steps: int) -> Iterator[Preset]:

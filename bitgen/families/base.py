@@ -144,7 +144,8 @@ class Family:
     """A way to store weights of a few bits and to multiply with them.
 
     ``g`` weights share one code; a chunk of 16 rows x ``k_chunk`` weights takes ``chunk_bytes``; a row block
-    has a multiple of ``rows`` rows. Kernels multiply ``codes`` codes 0, 1, ..: weight + ``bias``.
+    has a multiple of ``rows`` rows. Kernels multiply ``step`` times the ``codes`` codes 0, 1, ..: weight
+    + ``bias``.
     ``encode`` makes int8 weights (blocks, chunks, sub-blocks, 16 rows, k_chunk) uint8 (blocks, chunks,
     sub-blocks, chunk_bytes), in whatever shape of these bytes; ``decode`` undoes it. ``values``: of the same
     weights the numbers (blocks, chunks, sub-blocks, 16 rows, ...) whose negative ones a trailer of 64 bytes
@@ -152,11 +153,12 @@ class Family:
     with so many weights as 2-bit codes, behind its chunks. ``constants``: names for its template, which is
     ``template`` (none: that of its name).
 
-    ``weights`` is what they are: "ternary", or a kind of 4-bit codes that no other family holds; those are
-    stored in groups alone, and ``encode`` takes and ``decode`` gives codes. ``least_group``: the fewest
-    weights that share a scale. ``scales``: values of each row and group behind the codes: a scale, and where
-    there are 2 an offset. ``by_table``: a code stands for one
-    of 16 int8 values of a table at the head of its row block.
+    ``weights`` is what they are: "ternary", or a kind of codes that no other family holds, of which
+    ``encode`` takes and ``decode`` gives codes. ``in_rows``: whether a row may have one scale; else there are
+    groups alone. ``least_group``: the fewest weights that share a scale. ``scales``: values of each row and
+    group behind the codes: a scale, and where there are 2 an offset. ``by_table``: a code stands for an int8
+    value of a table at the head of its row block. ``portable``: of a kind of codes the groups (0: a scale a
+    row) that every library multiplies.
     """
 
     name: str
@@ -172,10 +174,13 @@ class Family:
     tail_weights: int = 0
     codes: int = 3
     bias: int = 1
+    step: int = 1
     weights: str = TERNARY
+    in_rows: bool = True
     scales: int = 1
     by_table: bool = False
     least_group: int = GROUPS[0]
+    portable: tuple[int, ...] = ()
     template: str = ""
     constants: Mapping[str, object] = field(default_factory=dict, compare=False)
 
@@ -217,7 +222,12 @@ class Family:
     @property
     def top_code(self) -> int:
         """The largest code that is multiplied; of values from a table the largest magnitude."""
-        return VALUE_MAX if self.by_table else self.codes - 1
+        return VALUE_MAX if self.by_table else self.step * (self.codes - 1)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code: 1 of two codes, 2 of three, 3 of eight, 4 of sixteen."""
+        return (self.codes - 1).bit_length()
 
     @property
     def pair_range(self) -> tuple[int, int]:
@@ -299,11 +309,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Codes:
-    """A matrix of 4-bit codes in groups along k, or rows of it.
+    """A matrix of codes in groups along k, or rows of it.
 
-    ``codes`` uint8 (m, k) in 0..15; ``scales`` and, of a family that has them, ``offsets`` float32 (m,
-    groups). ``tables`` int8 (1..4, 16), -127..127, of a family by table, and ``selectors`` uint8 (ceil(m /
-    16), groups): the table of 16 rows and a group; None: the first everywhere.
+    ``codes`` uint8 (m, k) below `Family.codes`; ``scales`` and, of a family that has them, ``offsets``
+    float32 (m, groups), without groups (m, 0). ``tables`` int8 (1..4, 16), -127..127, of a family by table,
+    and ``selectors`` uint8 (ceil(m / 16), groups): the table of 16 rows and a group; None: the first
+    everywhere.
     """
 
     codes: NDArray[np.uint8]

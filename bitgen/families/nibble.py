@@ -28,8 +28,19 @@ from typing import TypeVar
 import numpy as np
 
 from bitgen.cpu import Isa
-from bitgen.families.algorithms import UNPACKED, Multiply, SmallTable
-from bitgen.families.base import Axes, Bytes, Check, Family, Int16Sums, Knobs, Preset, Ternary
+from bitgen.families.algorithms import UNPACKED, Multiply, SmallTable, on_lines
+from bitgen.families.base import (
+    FINE_GROUPS,
+    GROUPS,
+    Axes,
+    Bytes,
+    Check,
+    Family,
+    Int16Sums,
+    Knobs,
+    Preset,
+    Ternary,
+)
 from bitgen.shapes import Regime
 
 # The default for one token; see i2s.py.
@@ -51,12 +62,8 @@ class Nibbles(Multiply):
 
     def presets(self, family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
         for preset in super().presets(family, isa, regime):
-            knobs = _without(preset.knobs)
-            # 16 rows of 32 codes and their scales are 288 bytes: of 32 rows all groups begin on a line.
-            pairs = isa.vector_bytes == 64 and family.scales == 1 and knobs["streams"] % 2 == 0
-            if pairs:
-                knobs = {**knobs, "streams": knobs["streams"] // 2}
-            yield replace(preset, knobs=knobs, row_block=32 if pairs else 0)
+            own = replace(preset, knobs=_without(preset.knobs))
+            yield on_lines(own, isa) if family.scales == 1 else own
 
     def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
         tables = knobs["streams"] * (row_block // 16) if family.by_table else 0
@@ -100,6 +107,7 @@ def _family(name: str, title: str, **facts: object) -> Family:
         encode=encode,
         decode=decode,
         codes=16,
+        in_rows=False,
         template="nibble",
         constants=dict(_ONE),
         **known,  # type: ignore[arg-type]
@@ -107,7 +115,7 @@ def _family(name: str, title: str, **facts: object) -> Family:
 
 
 FAMILIES = (
-    _family("q4", "Q4", bias=8),
-    _family("q4m", "Q4M", bias=0, scales=2),
-    _family("t4", "T4", bias=0, by_table=True, least_group=16),
+    _family("q4", "Q4", bias=8, portable=(32,)),
+    _family("q4m", "Q4M", bias=0, scales=2, portable=(32,)),
+    _family("t4", "T4", bias=0, by_table=True, least_group=16, portable=(*FINE_GROUPS, *GROUPS)),
 )

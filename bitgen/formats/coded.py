@@ -73,6 +73,7 @@ def _four_of_ue4m3(blocks: Bytes) -> Floats:
 
 
 TWO_BITS = ("q2_0", "pq2_0")  # ternary, unless the fourth code is used
+TWO_BIT_KIND = "t3"  # then: no kernels have fewer bits with values that are not -1, 0, 1
 CODED = {
     one.name: one
     for one in (
@@ -125,7 +126,7 @@ def coded_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> C
 
 
 def two_bit_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> CodedMatrix:
-    """A matrix (m, k) stored as one of `TWO_BITS`, with all four codes: T4 by the table -1, 0, 1, 2."""
+    """A matrix (m, k) stored as one of `TWO_BITS`, with all four codes: T3 by the table -1, 0, 1, 2."""
     (m, k), t = shape, TERNARY[kind]
     rows = data.reshape(m, k // t.block, t.block_bytes)
     table = np.zeros((1, 16), np.int8)
@@ -138,4 +139,4 @@ def two_bit_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) ->
         ).reshape(-1, k)
         return Codes(codes, half(blocks, 0)[..., 0], None, table)
 
-    return CodedMatrix.make(name, Shape(m, k), "t4", t.block, read)
+    return CodedMatrix.make(name, Shape(m, k), TWO_BIT_KIND, t.block, read)

@@ -16,7 +16,7 @@ from bitgen.families.base import Codes
 from bitgen.formats.coded import CODED, UE4M3, encode_codes
 from bitgen.formats.gguf import NewTensor
 from bitgen.formats.quants import DENSE, OTHER, Bytes
-from bitgen.formats.table_types import KIND, ROWS, TableLayout
+from bitgen.formats.table_types import ROWS, TableLayout
 from bitgen.formats.weights import CodedMatrix, selectors_among, with_offsets, with_table
 from bitgen.reference import are_halves
 
@@ -38,10 +38,10 @@ def coded_tensor(name: str, matrix: CodedMatrix, kind: str) -> NewTensor:
 
 
 def table_tensors(name: str, matrix: CodedMatrix) -> tuple[NewTensor, NewTensor]:
-    """NAME.tables and NAME.weight in bitgen's own layout, of a matrix with codes of 4 bits."""
-    coded = matrix.as_kind(KIND)
+    """NAME.tables and NAME.weight in bitgen's own layout of 4 bits, of a matrix whose codes have no more."""
+    layout = TableLayout(OWN, 4, matrix.group)
+    coded = matrix.as_kind(layout.kind)
     m, k = coded.shape.m, coded.shape.k
-    layout = TableLayout(OWN, 4, coded.group)
     tables = coded.coded(0, m).tables
     if tables is None:
         raise FileError(f"{matrix.name} has no tables")

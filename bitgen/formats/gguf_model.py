@@ -25,18 +25,19 @@ from bitgen.formats.architectures import (
     interleaved_to_half,
     stored_in_gguf,
 )
-from bitgen.formats.coded import CODED, TWO_BITS, coded_matrix, two_bit_matrix
+from bitgen.formats.coded import CODED, TWO_BIT_KIND, TWO_BITS, coded_matrix, two_bit_matrix
 from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
 from bitgen.formats.gguf import BY_ID, GgufFile, TensorInfo, read_gguf
-from bitgen.formats.matrices import ternary_head, ternary_matrix
+from bitgen.formats.matrices import ONE_BIT, ternary_head, ternary_matrix
 from bitgen.formats.model_file import TensorSummary
 from bitgen.formats.quants import DENSE, OTHER, Bytes, dequantize
 from bitgen.formats.rope import Yarn
 from bitgen.formats.scalars import Scalars
 from bitgen.formats.source import Settings, short
-from bitgen.formats.table_types import KIND, STACKS, TableLayout
+from bitgen.formats.table_types import STACKS, TableLayout
 from bitgen.formats.ternary import I2_S_BLOCK, TERNARY
 from bitgen.formats.weights import (
+    BINARY,
     CodedMatrix,
     DenseMatrix,
     LayerWeights,
@@ -159,11 +160,17 @@ def _weight_kind(file: GgufFile, arch: Architecture, two_bits: bool) -> WeightKi
             f"{file.path}: {own.type} stacks matrices of one input, which {arch.name} norms apart"
         )
     if own is not None:
-        return WeightKind(KIND, own.group)
+        return WeightKind(own.kind, own.group)
     coded = _coded_kind(file, arch)
     if coded is None and two_bits and (block := _two_bit_block(file, arch)):
-        return WeightKind(KIND, block)
-    return coded or WeightKind(TERNARY_WEIGHTS, _group(file, arch))
+        return WeightKind(TWO_BIT_KIND, block)
+    return coded or WeightKind(BINARY if _is_binary(file, arch) else TERNARY_WEIGHTS, _group(file, arch))
+
+
+def _is_binary(file: GgufFile, arch: Architecture) -> bool:
+    """Whether all matrices are bits, of a model whose activations have groups: a scale a token has rows."""
+    found = {type_name(file, info) for info in _matrix_tensors(file, arch)}
+    return found == {ONE_BIT} and arch.group > 0
 
 
 def _coded_kind(file: GgufFile, arch: Architecture) -> WeightKind | None:
@@ -356,7 +363,7 @@ def _ternary(file: GgufFile, name: str, shape: tuple[int, ...], as_codes: bool) 
         )
     if kind in TWO_BITS and as_codes:
         return two_bit_matrix(info.name, kind, shape, file.bytes_of(info))
-    matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info))
+    matrix = ternary_matrix(info.name, info.type, shape, file.bytes_of(info), binary=as_codes)
     return matrix if (factor := _factor(file, name)) is None else matrix.scaled(factor)
 
 
@@ -389,8 +396,9 @@ def gguf_weights(file: GgufFile, config: ModelConfig) -> Weights:
         )
     final = scalars.final(_vector(file, f"{FINAL_NORM.gguf}.weight", config.hidden))
     head = embedding if lm_head is None else lm_head
-    groups = config.group if config.weights == TERNARY_WEIGHTS else 0
-    return Weights(config, embedding, lm_head, final, layers, ternary_head(head, groups))
+    binary = config.weights == BINARY
+    groups = config.group if binary or config.weights == TERNARY_WEIGHTS else 0
+    return Weights(config, embedding, lm_head, final, layers, ternary_head(head, groups, binary=binary))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def token_bytes(model: ModelFile) -> TokenBytes:
     for name, layout in layouts.items():
         packed[name] = sum(m.count * layout.packed_bytes(m.shape) for m in config.layer_matmuls)
         matrix = model.weights.ternary_head
-        head[name] = layout.packed_bytes(matrix.shape) if matrix else model.weights.output.data.size
+        alike = matrix is not None and matrix.weights == config.weights
+        head[name] = layout.packed_bytes(matrix.shape) if matrix and alike else model.weights.output.data.size
     return TokenBytes(packed, head, 2 * 2 * config.layers * config.kv_rows)
 
 

@@ -28,29 +28,36 @@ from bitgen.spec import Shape
 
 _CHUNK_VALUES = 1 << 20  # decoded at once while a whole matrix is read for its scales: 4 MB of float32
 _FLOATS = ("f32", "f16", "bf16")
+ONE_BIT = "q1_0"
 _ROWS_TRIED = 64
 _GROUPS = (256, 128, 64, 32)  # sizes of groups that kernels know
 _ABSMEAN_FLOOR = 1e-5
 
 
-def ternary_matrix(name: str, kind: str, shape: tuple[int, ...], data: Bytes) -> TernaryMatrix:
-    """A matrix (m, k) stored as i2_s, in blocks with scales, or as ternary values in a type for floats."""
+def ternary_matrix(
+    name: str, kind: str, shape: tuple[int, ...], data: Bytes, *, binary: bool = False
+) -> TernaryMatrix:
+    """A matrix (m, k) stored as i2_s, in blocks with scales, or as ternary values in a type for floats.
+
+    ``binary``: one of Q1_0 is for kernels of bits.
+    """
     m, k = shape
     if kind == "i2_s":
         return _i2_s(name, Shape(m, k), data)
     if kind in TERNARY:
-        return _blocks(name, kind, Shape(m, k), data.reshape(m, -1))
+        return _blocks(name, kind, Shape(m, k), data.reshape(m, -1), binary=binary and kind == ONE_BIT)
     return _floats(name, kind, Shape(m, k), data.reshape(m, DENSE[kind].row_bytes(k)))
 
 
-def ternary_head(head: DenseMatrix, group: int) -> TernaryMatrix | None:
+def ternary_head(head: DenseMatrix, group: int, *, binary: bool = False) -> TernaryMatrix | None:
     """The matrix that makes logits, for the ternary kernels; None where it is not ternary.
 
     ``group``: of the model's matrices; a head of floats is ternary where some of its rows are, which is how
-    models with groups are unpacked. A row that is not makes reading it a FileError.
+    models with groups are unpacked. A row that is not makes reading it a FileError. ``binary``: see
+    `ternary_matrix`.
     """
     if head.is_ternary or (group and head.type in _FLOATS and _is_probably_ternary(head, group)):
-        return ternary_matrix(head.name, head.type, head.shape, head.data)
+        return ternary_matrix(head.name, head.type, head.shape, head.data, binary=binary)
     return None
 
 
@@ -73,8 +80,11 @@ def _i2_s(name: str, shape: Shape, data: Bytes) -> TernaryMatrix:
     return TernaryMatrix(name, shape, decode, lambda: scale)
 
 
-def _blocks(name: str, kind: str, shape: Shape, data: Bytes) -> TernaryMatrix:
-    """Blocks with scales. Where those of each row are the same, or zero, it is a scale a row."""
+def _blocks(name: str, kind: str, shape: Shape, data: Bytes, *, binary: bool) -> TernaryMatrix:
+    """Blocks with scales. Where those of each row are the same, or zero, it is a scale a row.
+
+    Bits cannot say 0: a scale of zero among them keeps all of them in blocks.
+    """
     block = TERNARY[kind].block
 
     def scales(begin: int, end: int, group: int) -> Floats | None:
@@ -82,7 +92,8 @@ def _blocks(name: str, kind: str, shape: Shape, data: Bytes) -> TernaryMatrix:
         if group:
             return _merged(found, group // block)
         first = np.take_along_axis(found, (found != 0).argmax(axis=1)[:, None], axis=1)
-        return first if ((found == 0) | (found == first)).all() else None
+        same = (found == first) & (found != 0) if binary else (found == 0) | (found == first)
+        return first if same.all() else None
 
     sizes = (0, *(size for size in _GROUPS if size % block == 0 and size <= max(block, 128)))
     group = cache(lambda: _coarsest(shape, sizes, scales))
@@ -95,7 +106,7 @@ def _blocks(name: str, kind: str, shape: Shape, data: Bytes) -> TernaryMatrix:
                 w.reshape(*dead.shape, block)[dead] = 0
         return w
 
-    return _grouped(name, shape, decode, group, scales)
+    return replace(_grouped(name, shape, decode, group, scales), binary=binary)
 
 
 def _merged(scales: Floats, count: int) -> Floats | None:

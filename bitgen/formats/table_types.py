@@ -30,7 +30,7 @@ from bitgen.spec import EVERY_FAMILY, Shape
 
 VERSION = 1
 ROWS = 16  # that share a selector: those of a block
-KIND = "t4"  # of `Family.weights`: codes of 3 bits run as nibbles
+KINDS = {3: "t3", 4: "t4"}  # of `Family.weights`, by bits
 STACKS = {"qkv": "attn_qkv", "o": "attn_output", "gate_up": "ffn_gate_up", "down": "ffn_down"}
 _PREFIX = "bitgen.weights."
 _EIGHT = 8  # codes in ``bits`` bytes
@@ -55,7 +55,7 @@ class TableLayout:
         bits, group = keys.integer("bits"), keys.integer("group")
         if bits not in (3, 4):
             raise keys.error("bits", f"is {bits}; 3 and 4 are supported")
-        if group not in (known := EVERY_FAMILY[KIND].groups):
+        if group not in (known := EVERY_FAMILY[KINDS[4]].groups):
             raise keys.error("group", f"is {group}; {', '.join(map(str, known))} are supported")
         return cls(printable(keys.text("type", "unnamed")[:40]), bits, group)
 
@@ -63,6 +63,12 @@ class TableLayout:
     def metadata(self) -> dict[str, Any]:
         facts = {"version": U32(VERSION), "type": self.type, "bits": U32(self.bits), "group": U32(self.group)}
         return {_PREFIX + key: value for key, value in facts.items()}
+
+    @property
+    def kind(self) -> str:
+        """Of `Family.weights`: codes of 3 bits in groups that T3 does not have run as nibbles."""
+        fewest = KINDS[self.bits]
+        return fewest if self.group in EVERY_FAMILY[fewest].groups else KINDS[4]
 
     @property
     def levels(self) -> int:
@@ -132,7 +138,7 @@ class TableLayout:
             selectors = rows.selectors if len(tables) > 1 else None
             return Codes(rows.codes[:count], rows.scales[:count], None, rows.tables, selectors)
 
-        return CodedMatrix.make(name, shape, KIND, self.group, read)
+        return CodedMatrix.make(name, shape, self.kind, self.group, read)
 
 
 def _packed(codes: Bytes, bits: int) -> Bytes:

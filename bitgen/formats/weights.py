@@ -24,6 +24,8 @@ from bitgen.formats.quants import DENSE, dequantize
 from bitgen.formats.ternary import TERNARY, Ternary, dequantize_blocks
 from bitgen.spec import EVERY_FAMILY, Shape
 
+BINARY = "q1"  # of `Family.weights`: -1 and 1
+
 
 @dataclass(frozen=True)
 class GroupScales:
@@ -47,7 +49,8 @@ class TernaryMatrix:
     it is first asked for and remembers it; a cache of packed weights should keep the scales too. ``groups``
     gives those of groups. ``floats(begin, end)`` gives the values of rows where the file stores floats: these
     may be no ternary ones, and then only `values` can be read. All raise BitgenError when the file does not
-    hold what it claims. Any number of threads may read.
+    hold what it claims. Any number of threads may read. ``binary``: no weight is zero, and kernels of bits
+    multiply them.
     """
 
     name: str  # of the tensor, or of the tensors that were stacked
@@ -56,11 +59,12 @@ class TernaryMatrix:
     find_scale: Callable[[], Floats] = field(repr=False)
     groups: GroupScales | None = field(default=None, repr=False)
     floats: Callable[[int, int], Floats] | None = field(default=None, repr=False, kw_only=True)
+    binary: bool = field(default=False, kw_only=True)
 
     @property
     def weights(self) -> str:
         """What they are, `Family.weights`."""
-        return TERNARY_WEIGHTS
+        return BINARY if self.binary else TERNARY_WEIGHTS
 
     @cached_property
     def group(self) -> int:
@@ -105,6 +109,16 @@ class TernaryMatrix:
         if begin == end:
             return np.empty((0, self.shape.k), np.int8)
         return self.decode(begin, end)
+
+    def coded(self, begin: int, end: int, group: int) -> Codes:
+        """The rows [begin, end) as kernels of codes take them, with a scale for each ``group`` weights.
+
+        BitgenError: they are ternary.
+        """
+        if not self.binary:
+            raise BitgenError(f"{self.name} is ternary: it has no codes")
+        scales = np.ascontiguousarray(self.scales(begin, end, group))
+        return Codes((self.rows(begin, end) > 0).view(np.uint8), scales)
 
     def values(self, begin: int, end: int) -> Floats:
         """W[begin:end], float32 (end - begin, k): each weight times its scale, or the floats of the file."""
@@ -173,7 +187,9 @@ class TernaryMatrix:
         """The same matrix, its rows or scales changed."""
         groups = None if self.groups is None else GroupScales(lambda: self.group, scales)
         floats = None if self.floats is None else values
-        return TernaryMatrix(self.name, self.shape, decode, find_scale, groups, floats=floats)
+        return TernaryMatrix(
+            self.name, self.shape, decode, find_scale, groups, floats=floats, binary=self.binary
+        )
 
     @classmethod
     def stack(cls, parts: Sequence[TernaryMatrix]) -> TernaryMatrix:
@@ -218,6 +234,7 @@ class TernaryMatrix:
             find_scale,
             None if all(part.groups is None for part in parts) else GroupScales(find_size, scales),
             floats=None if all(part.floats is None for part in parts) else floats,
+            binary=all(part.binary for part in parts),
         )
 
     @classmethod
@@ -230,7 +247,7 @@ class TernaryMatrix:
 
 @dataclass(frozen=True)
 class CodedMatrix(TernaryMatrix):
-    """A matrix of 4-bit codes in groups, which kernels of ``weights`` multiply (`Family.weights`).
+    """A matrix of codes in groups, which kernels of ``weights`` multiply (`Family.weights`).
 
     ``codes(begin, end)`` gives rows with scales, offsets and tables. Kinds that another holds exactly become
     that kind where both are in one matrix or one model (`as_kind`).
@@ -270,8 +287,9 @@ class CodedMatrix(TernaryMatrix):
             self._finite(made.offsets)
         return made
 
-    def coded(self, begin: int, end: int) -> Codes:
-        """The rows [begin, end) as kernels take them."""
+    def coded(self, begin: int, end: int, group: int = 0) -> Codes:
+        """The rows [begin, end) as kernels take them, in the groups that they have."""
+        del group
         return self._checked(begin, end)
 
     def values(self, begin: int, end: int) -> Floats:
@@ -377,10 +395,12 @@ def with_table(rows: Codes) -> Codes:
     return Codes(rows.codes, rows.scales, None, np.arange(-8, 8, dtype=np.int8)[None])
 
 
-# What holds weights of another kind exactly: Q4 is Q4M with the offset -8 d, and T4 with the table -8 .. 7.
+# What holds weights of another kind exactly: Q4 is Q4M with the offset -8 d, and T4 with the table -8 .. 7;
+# T3 is T4 with tables of which 8 values are used.
 _CHANGES: Mapping[tuple[str, str], Callable[[Codes], Codes]] = {
     ("q4", "q4m"): with_offsets,
     ("q4", "t4"): with_table,
+    ("t3", "t4"): lambda rows: rows,
 }
 
 

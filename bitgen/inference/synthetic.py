@@ -14,9 +14,10 @@ from bitgen.families.base import Codes
 from bitgen.formats.architectures import matrices_of, norms_of
 from bitgen.formats.coded import IQ4_NL
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.formats.matrices import ternary_head
+from bitgen.formats.matrices import ONE_BIT, ternary_head
 from bitgen.formats.ternary import TERNARY, encode_blocks
 from bitgen.formats.weights import (
+    BINARY,
     CodedMatrix,
     DenseMatrix,
     GroupScales,
@@ -27,7 +28,8 @@ from bitgen.formats.weights import (
 from bitgen.spec import EVERY_FAMILY, Shape
 
 _BLOCK = 1 << 20  # random weights a matrix
-_TERNARY = "pq2_0"  # of an embedding whose matrices run in groups
+# Of an embedding whose matrices run in groups of 128: as Bonsai has it.
+_EMBEDDINGS = {TERNARY_WEIGHTS: "pq2_0", BINARY: ONE_BIT}
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
@@ -43,8 +45,8 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
     def layer() -> LayerWeights:
         matrices = {
-            role: _ternary(rng, t.shape(config), config.group)
-            if config.weights == TERNARY_WEIGHTS
+            role: _ternary(rng, t.shape(config), config)
+            if config.weights in _EMBEDDINGS
             else _coded(rng, t.shape(config), config)
             for role, t in matrices_of(config).items()
         }
@@ -52,11 +54,11 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
             matrices, {field: norm(*t.shape(config)) for field, t in norms_of(config).items()}
         )
 
-    is_ternary = config.weights == TERNARY_WEIGHTS and config.group == TERNARY[_TERNARY].block
-    is_ternary = is_ternary and config.hidden % config.group == 0
-    dense = _ternary_rows if is_ternary else _dense
-    embedding = dense(rng, config.vocab, config.hidden)
-    lm_head = None if config.tied_head else dense(rng, config.vocab, config.hidden)
+    kind = _EMBEDDINGS.get(config.weights, "f16")
+    if kind == "f16" or config.group != TERNARY[kind].block or config.hidden % config.group:
+        kind = "f16"
+    embedding = _rows(rng, config.vocab, config.hidden, kind)
+    lm_head = None if config.tied_head else _rows(rng, config.vocab, config.hidden, kind)
     head = embedding if lm_head is None else lm_head
     return Weights(
         config=config,
@@ -64,14 +66,19 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         lm_head=lm_head,
         final_norm=norm(config.hidden),
         layers=tuple(layer() for _ in range(config.layers)),
-        ternary_head=ternary_head(head, 0),
+        ternary_head=ternary_head(head, 0, binary=config.weights == BINARY),
     )
 
 
-def _ternary(rng: np.random.Generator, shape: tuple[int, ...], group: int) -> TernaryMatrix:
-    m, k = shape
+def _signs(rng: np.random.Generator, size: tuple[int, int], *, binary: bool) -> NDArray[np.int8]:
+    """-1, 0 and 1, or -1 and 1."""
+    return 2 * rng.integers(0, 2, size, dtype=np.int8) - 1 if binary else rng.integers(-1, 2, size, np.int8)
+
+
+def _ternary(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> TernaryMatrix:
+    (m, k), group, binary = shape, config.group, config.weights == BINARY
     rows = max(1, min(m, _BLOCK // k))
-    block = rng.integers(-1, 2, (rows, k), dtype=np.int8)
+    block = _signs(rng, (rows, k), binary=binary)
     size = (rows, -(-k // group)) if group else 1
     scale = (rng.uniform(0.8, 1.2, size) / np.sqrt(k * 2 / 3)).astype(np.float32)
 
@@ -84,15 +91,15 @@ def _ternary(rng: np.random.Generator, shape: tuple[int, ...], group: int) -> Te
 
     halves = scale.astype(np.float16).astype(np.float32)  # as files have them
     groups = GroupScales(lambda: group, scales) if group else None
-    return TernaryMatrix("random", Shape(m, k), decode, lambda: scale, groups)
+    return TernaryMatrix("random", Shape(m, k), decode, lambda: scale, groups, binary=binary)
 
 
 def _coded(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> CodedMatrix:
     m, k = shape
     rows, family = max(1, min(m, _BLOCK // k)), EVERY_FAMILY[config.weights]
-    block = rng.integers(0, 16, (rows, k), dtype=np.uint8)
+    block = rng.integers(0, family.codes, (rows, k), dtype=np.uint8)
     table = np.array([IQ4_NL], np.int8) if family.by_table else None
-    values = np.arange(16) - 7.5 if table is None else np.array(IQ4_NL, np.float64)
+    values = np.arange(16) - 7.5 if table is None else np.array(IQ4_NL[: family.codes], np.float64)
     size = (rows, -(-k // config.group))
     scale = rng.uniform(0.8, 1.2, size) / np.sqrt(k * np.mean(np.square(values)))
     halves = scale.astype(np.float16).astype(np.float32)
@@ -105,12 +112,15 @@ def _coded(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConfig
     return CodedMatrix.make("random", Shape(m, k), config.weights, config.group, read)
 
 
-def _ternary_rows(rng: np.random.Generator, rows: int, cols: int) -> DenseMatrix:
+def _rows(rng: np.random.Generator, rows: int, cols: int, kind: str) -> DenseMatrix:
+    """An embedding or a head: f16, or ternary in blocks."""
+    if kind == "f16":
+        return _dense(rng, rows, cols)
     some = min(rows, max(1, _BLOCK // cols))
-    w = rng.integers(-1, 2, (some, cols), dtype=np.int8)
-    scale = rng.uniform(0.8, 1.2, (some, cols // TERNARY[_TERNARY].block)).astype(np.float32)
-    block = encode_blocks(_TERNARY, w, scale)
-    return DenseMatrix("random", _TERNARY, (rows, cols), np.resize(block, (rows, block.shape[1])))
+    w = _signs(rng, (some, cols), binary=kind == ONE_BIT)
+    scale = rng.uniform(0.8, 1.2, (some, cols // TERNARY[kind].block)).astype(np.float32)
+    block = encode_blocks(kind, w, scale)
+    return DenseMatrix("random", kind, (rows, cols), np.resize(block, (rows, block.shape[1])))
 
 
 def _dense(rng: np.random.Generator, rows: int, cols: int) -> DenseMatrix:

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError, FileError
-from bitgen.families.base import Codes
-from bitgen.formats.weights import CodedMatrix, DenseMatrix, TernaryMatrix, Weights
+from bitgen.families.base import TERNARY, Codes
+from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference.memory import mapping_of
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.progress import Progress, Report
@@ -141,11 +141,11 @@ def _groups_of(matrix: TernaryMatrix, group: int) -> Groups | None:
     if not group:
         return None
     m, step = matrix.shape.m, _rows_at_once(matrix.shape)
-    if isinstance(matrix, CodedMatrix):
-        rows = (matrix.coded(begin, min(begin + step, m)) for begin in range(0, m, step))
+    if matrix.weights != TERNARY:
+        rows = (matrix.coded(begin, min(begin + step, m), group) for begin in range(0, m, step))
         values = (one for part in rows for one in (part.scales, part.offsets) if one is not None)
-        half = all(Groups.of(one, matrix.group).half for one in values)
-        return Groups(matrix.group, half, matrix.weights)
+        half = all(Groups.of(one, group).half for one in values)
+        return Groups(group, half, matrix.weights)
     half = all(
         Groups.of(matrix.scales(begin, min(begin + step, m), group), group).half
         for begin in range(0, m, step)
@@ -353,8 +353,8 @@ def _slabs(
     pending: list[Future[_Slab]] = []
 
     def decode(begin: int, end: int) -> _Slab:
-        if isinstance(matrix, CodedMatrix):
-            return matrix.coded(begin, end)
+        if groups and matrix.weights != TERNARY:
+            return matrix.coded(begin, end, groups.group)
         scales = np.ascontiguousarray(matrix.scales(begin, end, groups.group)) if groups else None
         return np.ascontiguousarray(matrix.rows(begin, end)), scales
 

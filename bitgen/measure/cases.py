@@ -18,6 +18,7 @@ from bitgen.families.base import TABLES, VALUE_MAX, Codes
 from bitgen.measure.guarded import Guarded, guarded_copy
 from bitgen.measure.harness import Harness
 from bitgen.reference import (
+    code_values,
     group_sums,
     pack,
     pack_codes,
@@ -230,7 +231,7 @@ class Checks:
         a.w_scale_stride = n % 2  # a scale a row, and one for the tensor
         w_name, x_name = (_input_name(case, part) for part in (0, 1))
         a.w = self._input(
-            "const uint8_t *", ("w", w_name, m, k), lambda: pack(self._layout, case_weights(case)), 64
+            "const uint8_t *", ("w", w_name, m, k), lambda: _packed_rows(self._layout, case), 64
         )
         a.x = self._input("const int8_t *", ("x", x_name, n, k), lambda: _padded(case_activations(case)), 64)
         a.x_sum = self._input("const int32_t *", ("sum", x_name, n, k), lambda: _sums(case_activations(case)))
@@ -239,7 +240,7 @@ class Checks:
             "const float *", ("ws", m if n % 2 else 1), lambda: _scales(m if n % 2 else 1)
         )
         what = ("y" if case.floats else "acc", case.name, m, k, n)
-        call.expected = self._input("const void *", what, lambda: _expected(case))
+        call.expected = self._input("const void *", what, lambda: _expected(self._layout, case))
         call.floats = case.floats
         self._split(call, case)
 
@@ -327,6 +328,19 @@ def _token_scales(layout: Layout, case: Case) -> NDArray[np.float32]:
     return _scales(shape[0] * shape[1]).reshape(shape) if case.floats else np.ones(shape, np.float32)
 
 
+def case_integers(layout: Layout, case: Case) -> Int8:
+    """What is multiplied, int8 (m, k): the weights of a case as a layout without groups holds them."""
+    if family_named(layout.family).is_ternary:
+        return case_weights(case)
+    return code_values(layout, case_codes(layout, case, half=True))
+
+
+def _packed_rows(layout: Layout, case: Case) -> NDArray[np.uint8]:
+    if not family_named(layout.family).is_ternary:
+        return pack_codes(layout, case_codes(layout, case, half=True))
+    return pack(layout, case_weights(case))
+
+
 def _packed_groups(layout: Layout, case: Case, half: bool) -> NDArray[np.uint8]:
     if not family_named(layout.family).is_ternary:
         return pack_codes(layout, case_codes(layout, case, half), half=half)
@@ -334,21 +348,22 @@ def _packed_groups(layout: Layout, case: Case, half: bool) -> NDArray[np.uint8]:
 
 
 def case_codes(layout: Layout, case: Case, half: bool) -> Codes:
-    """The weights of a case as 4-bit codes: where those are -1, 0, 1 the least, one between and the largest.
+    """The weights of a case as codes: where those are -1, 0, 1 the least, one between and the largest.
 
     Tables hold the values with the largest sums at both ends; one table is all of one value.
     """
     family = family_named(layout.family)
     (m, k), rng = (case.shape.m, case.shape.k), _rng(case.shape.m, case.shape.k, 4)
-    codes = rng.integers(0, 16, (m, k), dtype=np.uint8)
+    codes = rng.integers(0, family.codes, (m, k), dtype=np.uint8)
+    ends = [0, family.codes // 2, family.codes - 1]
     if case.name != "random":
-        codes = np.array([0, 8, 15], np.uint8)[case_weights(case) + 1]
+        codes = np.array(ends, np.uint8)[case_weights(case) + 1]
     scales = _group_scales(layout, case, half)
     offsets = np.roll(scales, 1, axis=0) * np.float32(-2) if family.scales > 1 else None
     if not family.by_table:
         return Codes(codes, scales, offsets)
     tables = rng.integers(-VALUE_MAX, VALUE_MAX + 1, (TABLES, 16), dtype=np.int8)
-    tables[:, [0, 8, 15]] = ((-VALUE_MAX, 0, VALUE_MAX), (-VALUE_MAX, 1, VALUE_MAX), (-12, 0, 12), (127,) * 3)
+    tables[:, ends] = ((-VALUE_MAX, 0, VALUE_MAX), (-VALUE_MAX, 1, VALUE_MAX), (-12, 0, 12), (127,) * 3)
     if case.name != "random":
         return Codes(codes, scales, None, tables[:1])
     selectors = rng.integers(0, TABLES, (-(-m // 16), layout.groups(k)), dtype=np.uint8)
@@ -362,8 +377,8 @@ def _expected_groups(layout: Layout, case: Case, half: bool) -> NDArray[np.float
     return scale_groups(case_activations(case), case_weights(case), x_scale, w_scale, layout.group)
 
 
-def _expected(case: Case) -> NDArray[Any]:
-    acc = ternary_matmul(case_activations(case), case_weights(case))
+def _expected(layout: Layout, case: Case) -> NDArray[Any]:
+    acc = ternary_matmul(case_activations(case), case_integers(layout, case))
     if not case.floats:
         return acc
     return scale_output(acc, _scales(case.n), _scales(case.shape.m if case.n % 2 else 1))

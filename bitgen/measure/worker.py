@@ -36,6 +36,7 @@ from bitgen.measure.guarded import Guarded, Pool, Pools
 from bitgen.measure.harness import Functions, Harness
 from bitgen.measure.stats import EarlyStopping
 from bitgen.reference import (
+    code_values,
     coded_linear,
     grouped_linear,
     pack,
@@ -149,7 +150,7 @@ LOADING, CHECKING, TIMING, DONE = range(4)
 
 @dataclass(frozen=True)
 class _Weights:
-    """w (rows, k), and with groups of weights along k their scales (rows, groups); or codes for a layout."""
+    """w (rows, k), and with groups of weights along k their scales (rows, groups); or codes too."""
 
     w: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -344,8 +345,9 @@ class Workbench:
                 self._units[layout, k] = (_Weights(w, scales, layout.group), pack(layout, w, scales))
             else:
                 codes = _random_codes(layout, k, scales, rng)
+                values = code_values(layout, codes)
                 self._units[layout, k] = (
-                    _Weights(w, scales, layout.group, codes, layout),
+                    _Weights(values, scales, layout.group, codes, layout),
                     pack_codes(layout, codes),
                 )
         return self._units[layout, k]
@@ -360,9 +362,9 @@ class Workbench:
 
 
 def _random_codes(layout: Layout, k: int, scales: NDArray[np.float32], rng: np.random.Generator) -> Codes:
-    """4-bit weights with these scales: every code, four tables."""
+    """Codes with these scales: every one, four tables."""
     family, rows = family_named(layout.family), len(scales)
-    codes = rng.integers(0, 16, (rows, k), dtype=np.uint8)
+    codes = rng.integers(0, family.codes, (rows, k), dtype=np.uint8)
     if family.by_table:
         tables = rng.integers(-127, 128, (4, 16), dtype=np.int8)
         selectors = rng.integers(0, 4, (rows // 16, scales.shape[1]), dtype=np.uint8)

@@ -119,16 +119,30 @@ def test_schedules_of_weights_in_groups_are_exact(
 
 
 @levels
-def test_kernels_of_weights_of_4_bits_are_exact(
+def test_kernels_of_weights_of_3_and_4_bits_are_exact(
     isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
 ) -> None:
     """The defaults whose text is the level's own; `.ci/deep` runs all schedules of these families."""
     isa = runnable(isa_name)
     specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("q4m", "t4") for r in REGIMES]
+    specs += [space_for("t3", isa, r, SHAPE, CPU, group).default for group in (32, 128) for r in REGIMES]
     specs.append(space_for("q4", isa, N1, SHAPE, CPU, 64).default)
     specs += [space_for("t4", isa, regime, SHAPE, CPU, 16).default for regime in REGIMES]
     own = [spec for spec in specs if not inherits(spec)] or specs[:1]
     counts = sweep(runner, own)
+    report(counts, request)
+    assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
+
+
+@levels
+@pytest.mark.parametrize("group", [0, 128])
+def test_kernels_of_bits_are_exact(
+    group: int, isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
+) -> None:
+    """With a scale a row and in groups: defaults, a preset, an edge and other points."""
+    isa = runnable(isa_name)
+    specs = [spec for regime in REGIMES for spec in chosen("q1", isa, regime, CPU, SAMPLE, SEED, group)]
+    counts = sweep(runner, list(dict.fromkeys(specs)))
     report(counts, request)
     assert not counts.failures, "\n".join(f"{p.spec.name}: {p.detail}" for p in counts.failures)
 

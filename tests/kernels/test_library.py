@@ -19,7 +19,7 @@ from libraries import TL1_LAYOUT, TL1_SHAPE, TL2_LAYOUT, TL2_SHAPE
 
 from bitgen.abi import ABI_VERSION
 from bitgen.bundle import DEFAULT, PORTABLE, TUNED, KernelEntry, read_bundle, sha256_of, write
-from bitgen.bundle.contents import DEFAULT_LAYOUT, Contents, Target, choose_contents, common_layout
+from bitgen.bundle.contents import DEFAULT_LAYOUT, Contents, Target, choose_contents, common_layouts
 from bitgen.bundle.units import library_units_of, table_values
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, Isa, detect_cpu, load_isas
@@ -57,20 +57,24 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
     contents = choose_contents(libraries.choices(cpu), Target.of(cpu))
     plain = (TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT)
     others = (replace(DEFAULT_LAYOUT, group=group) for group in (32, 64, 128, 256))
-    kinds = (("q4", 32), ("q4m", 32), *(("t4", group) for group in (16, 32, 64, 128, 256)))
-    coded = (Layout(kind, 16, group) for kind, group in kinds)  # of 4 bits
-    grouped = list(dict.fromkeys([common_layout(contents.target), *others, *coded]))
+    by_table = ((kind, g) for kind in ("t4", "t3") for g in (16, 32, 64, 128, 256) if (kind, g) != ("t3", 16))
+    kinds = (("q4", 32), ("q4m", 32), *by_table, ("q1", 0), ("q1", 128))
+    coded = (Layout(kind, 16, group) for kind, group in kinds)
+    common = common_layouts(contents.target)
+    grouped = list(dict.fromkeys([*common, *others, *coded]))
     assert contents.layouts == (*plain, *grouped)
     generic = {
         (e.spec.layout, e.spec.regime, e.spec.isa, e.role) for e in contents.entries if e.role != TUNED
     }
     native = contents.target.isa.name
     assert generic == {
-        *((layout, regime.name, native, DEFAULT) for layout in (*plain, grouped[0]) for regime in REGIMES),
+        *((layout, regime.name, native, DEFAULT) for layout in (*plain, *common) for regime in REGIMES),
         *((layout, regime.name, "scalar", PORTABLE) for layout in plain for regime in REGIMES),
         *((layout, LARGE.name, "scalar", PORTABLE) for layout in grouped),
     }
-    assert contents.any_n == {e.spec for e in contents.entries if e.role == PORTABLE and e.spec.layout.group}
+    assert contents.any_n == {
+        e.spec for e in contents.entries if e.role == PORTABLE and e.spec.layout not in plain
+    }
     roles = [entry.role for entry in contents.entries]
     assert roles == sorted(roles, key=[TUNED, DEFAULT, PORTABLE].index)
     assert [(e.shape, e.threads) for e in contents.entries if e.role == TUNED] == [
@@ -81,7 +85,9 @@ def test_every_layout_has_kernels_for_every_regime_on_both_levels(cpu: Cpu) -> N
 def test_a_scalar_library_holds_each_kernel_once(portable: Target) -> None:
     contents = choose_contents([], portable)
     assert {entry.spec.isa for entry in contents.entries} == {"scalar"}
-    assert len(contents.specs) == 3 + 3 + 3 + 7, "I2_S; groups of 128; portable: 32, 64, 256; 4 bits"
+    assert len(contents.specs) == 3 + 3 + 3 + 3 + 7 + 4 + 1, (
+        "I2_S; its groups of 128; bits in them; portable: 32, 64, 256; 4 bits; 3 bits; rows of bits"
+    )
     assert len({source.name for source in contents.sources}) == len(contents.sources)
 
 

@@ -99,8 +99,30 @@ CONFIGS = {
         kv_heads=3,
         layers=1,
     ),
+    "values of 3-bit codes": small_config(
+        sub_norms=False,
+        weights="t3",
+        group=64,
+        hidden=100,
+        ffn=64,
+        head_dim=32,
+        heads=3,
+        kv_heads=3,
+        layers=1,
+    ),
     "norms of the input of each matrix": small_config(
         qk_norm=True, input_norms=True, head_dim=52, heads=3, kv_heads=1, norm_eps=1e-6
+    ),
+    "bits, their head too": small_config(
+        sub_norms=False,
+        weights="q1",
+        group=128,
+        hidden=256,
+        ffn=300,
+        head_dim=40,
+        heads=5,
+        kv_heads=1,
+        layers=1,
     ),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }

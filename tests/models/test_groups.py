@@ -15,6 +15,7 @@ from model_files import (
     refused,
     small_config,
     tensor,
+    ternary_tensors,
     values_of,
     write_folder,
     write_model,
@@ -24,9 +25,10 @@ from bitgen.errors import BitgenError, FileError
 from bitgen.formats.convert import convert
 from bitgen.formats.gguf import NewTensor, read_gguf, write_gguf
 from bitgen.formats.inspect import facts
+from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
-from bitgen.formats.ternary import TERNARY
+from bitgen.formats.ternary import TERNARY, dequantize_blocks, encode_blocks
 
 LOSSLESS = ("q2_0", "pq2_0", "ptq1_0", "f16")  # they hold all codes and scales of groups of 128
 
@@ -106,7 +108,32 @@ def test_a_binary_model(tmp_path: Path) -> None:
     for key, w in model.w.items():
         model.w[key] = np.where(w == 0, np.int8(1), w)
     model.embedding = values_of(model, "token_embd")
-    check(model, open_model(write_model(tmp_path / "m.gguf", model, "q1_0")))
+    opened = open_model(write_model(tmp_path / "m.gguf", model, "q1_0"))
+    check(model, opened)
+    head = opened.weights.ternary_head
+    assert head is not None
+    assert (opened.config.weights, opened.config.group) == ("q1", 128)
+    assert {one.weights for one in (*opened.weights.layers[0].matrices, head)} == {"q1"}
+    # Where matrices of another type are beside them all of it runs as ternary.
+    key = "blk.0.ffn_down"
+    other = ternary_tensors(key, model.w.pop(key), model.scale[key], "pq2_0")
+    mixed = open_model(write_model(tmp_path / "n.gguf", model, "q1_0", more=other))
+    assert mixed.config.weights == "ternary"
+    assert {one.weights for one in mixed.weights.layers[0].matrices} == {"ternary"}
+
+
+def test_bits_under_a_scale_of_zero_stay_as_they_are() -> None:
+    """A row whose other scales agree has no scale of its own: a bit cannot say 0."""
+    for scales, group in (([[1, 0], [2, 2]], 128), ([[3, 3], [0, 0]], 128), ([[3, 3], [2, 2]], 0)):
+        data = encode_blocks("q1_0", np.ones((2, 256), np.int8), np.array(scales, np.float32))
+        expected = dequantize_blocks("q1_0", data, 256, "w")
+        for binary in (True, False):
+            matrix = ternary_matrix("w", "q1_0", (2, 256), data, binary=binary)
+            assert matrix.group == (group if binary else 0)
+            assert np.array_equal(matrix.values(0, 2), expected)
+        codes = ternary_matrix("w", "q1_0", (2, 256), data, binary=True).coded(0, 2, 128)
+        values = (2 * codes.codes.astype(np.int8) - 1) * np.repeat(codes.scales, 128, axis=1)
+        assert np.array_equal(values, expected)
 
 
 def test_a_scale_of_zero_and_the_smallest_subnormal(tmp_path: Path) -> None:

@@ -229,7 +229,8 @@ def test_a_file_of_an_own_type(tmp_path: Path, name: str) -> None:
     source, values = float_model(tmp_path / "m.gguf")
     made = quantize(source, tmp_path / "out.gguf", Recipe(name, 64))
     opened = open_model(made.path)
-    assert (opened.config.weights, opened.config.group) == ("t4", 64)
+    kind = {3: "t3", 4: "t4"}[TYPES[name].bits]
+    assert (opened.config.weights, opened.config.group) == (kind, 64)
     assert facts(opened)["stored as"] == f"{name}, {made.bits:.3f} bits a weight"
     used = {use.type: use for use in type_uses(opened)}
     assert used[name].tensors == 8

@@ -136,10 +136,18 @@ def test_kernels_of_weights_in_groups_are_exact(isa: Isa, tmp_path: Path) -> Non
     ],
     ids=lambda isa: isa.name,
 )
-def test_kernels_of_weights_of_4_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
+def test_kernels_of_weights_of_3_and_4_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
     """Values by table in every regime, codes with offsets for one token."""
-    specs = [space_for("t4", isa, regime, SHAPE, CPU, 32).default for regime in REGIMES]
+    specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("t4", "t3") for r in REGIMES]
     exact([*specs, space_for("q4m", isa, REGIMES[0], SHAPE, CPU, 32).default], tmp_path)
+
+
+@needs_emulator
+@levels
+def test_kernels_of_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
+    """With a scale a row and in groups of 128."""
+    specs = [space_for("q1", isa, r, SHAPE, CPU, group).default for group in (0, 128) for r in REGIMES]
+    exact([spec for spec in specs if not inherits(spec)] or specs[:1], tmp_path)
 
 
 @pytest.mark.deep

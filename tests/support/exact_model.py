@@ -13,7 +13,8 @@ import numpy as np
 from float_ops import fma, greater
 from numpy.typing import NDArray
 
-from bitgen.formats.weights import CodedMatrix, TernaryMatrix, Weights
+from bitgen.families.base import TERNARY
+from bitgen.formats.weights import TernaryMatrix, Weights
 from bitgen.inference.engine import OWN_ACTIVATIONS, inverse_frequencies
 from bitgen.reference import (
     coded_int16_linear,
@@ -80,8 +81,9 @@ def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str, group: int
     if group:
         xq, scale = quantize_groups(x, group)
         steps[name] = xq
-        if isinstance(matrix, CodedMatrix):
-            return scale_codes(xq, matrix.coded(0, matrix.shape.m), scale, Layout(matrix.weights, 16, group))
+        if matrix.weights != TERNARY:
+            codes = matrix.coded(0, matrix.shape.m, group)
+            return scale_codes(xq, codes, scale, Layout(matrix.weights, 16, group))
         return scale_groups(
             xq, matrix.rows(0, matrix.shape.m), scale, matrix.scales(0, matrix.shape.m, group), group
         )
@@ -93,8 +95,8 @@ def linear(matrix: TernaryMatrix, x: Floats, steps: Steps, name: str, group: int
 
 def linear_int16(matrix: TernaryMatrix, x: Floats, group: int) -> Floats:
     m = matrix.shape.m
-    if isinstance(matrix, CodedMatrix):
-        return coded_int16_linear(x, matrix.coded(0, m), Layout(matrix.weights, 16, group))
+    if matrix.weights != TERNARY:
+        return coded_int16_linear(x, matrix.coded(0, m, group), Layout(matrix.weights, 16, group))
     if group:
         return grouped_int16_linear(x, matrix.rows(0, m), matrix.scales(0, m, group), group)
     return int16_linear(x, matrix.rows(0, m), np.broadcast_to(matrix.scale, (m,)))

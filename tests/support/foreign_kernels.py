@@ -13,7 +13,14 @@ import foreign
 import numpy as np
 
 from bitgen.hostcode import kernel_unit
-from bitgen.measure.cases import Case, case_activations, case_codes, case_weights, cases_of
+from bitgen.measure.cases import (
+    Case,
+    case_activations,
+    case_codes,
+    case_integers,
+    case_weights,
+    cases_of,
+)
 from bitgen.reference import (
     group_sums,
     pack,
@@ -130,9 +137,11 @@ def record(layout: Layout, case: Case) -> bytes:
         grouped = (groups, layout.group, 2 if halves else 4, whole, layout.chunks(k) // groups)
         sums = group_sums(xq, layout.group)
     else:
-        acc = ternary_matmul(xq, w)
+        acc = ternary_matmul(xq, case_integers(layout, case))
         expected = scale_output(acc, x_scale, w_scale) if case.floats else acc
-        packed, grouped = pack(layout, w), (1, 0, 0, k, 0)
+        is_ternary = EVERY_FAMILY[layout.family].is_ternary
+        packed = pack(layout, w) if is_ternary else pack_codes(layout, case_codes(layout, case, half=True))
+        grouped = (1, 0, 0, k, 0)
     half = -(-m // layout.row_block) // 2 * layout.row_block if case.split else 0
     table_stride = layout.chunks(k) * max((size for _, size in EVERY_FAMILY[layout.family].tables), default=0)
     numbers = (case.floats, m, k, n, x.shape[1], table_stride, m + 3, len(packed), len(w_scale), half)
