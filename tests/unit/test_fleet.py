@@ -648,6 +648,9 @@ def test_a_report_shows_who_did_what(tmp_path: Path) -> None:
     assert part.plot.x.high < 2500, "a pause is left out"
     page = render_report(tune)
     assert "The fleet" in page
+    other = replace(tune, jobs=(JobRecord("zen3-a", "race", 2.0, 0, 1.7e9 + 9),))
+    (both,) = [section for section in sections_of(tune, other) if section.key == "fleet"]
+    assert [row[0] for row in both.parts[0].table.rows] == ["late", "m2", "m<b>", "zen3-a"]  # type: ignore[union-attr]
     assert "m<b>" not in page.partition('<script type="application/json"')[0]
 
 
