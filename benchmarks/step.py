@@ -82,9 +82,15 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environ
 
 
 def cache_bytes(config: ModelConfig, positions: int, kv: str) -> int:
-    """Bytes of the keys and values of so many positions; q8: a byte each, and a float for each head."""
-    head = 2 * config.head_dim if kv == "f16" else config.head_dim + 4
-    return positions * config.layers * config.kv_heads * head * 2
+    """Bytes of the keys and values of so many positions.
+
+    q8: a byte each, and a float for each head; q4: half a byte, and two bytes for each 32 of a head.
+    """
+    groups = -(-config.head_dim // 32)
+    head = {"f16": 4 * config.head_dim, "q8": 2 * config.head_dim + 8}.get(
+        kv, config.head_dim // 2 + groups * 16 + groups * 4
+    )
+    return positions * config.layers * config.kv_heads * head
 
 
 def attention_operations(config: ModelConfig, n: int) -> int:
@@ -117,7 +123,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kv", choices=("f16", "q8"), default="f16", help="keys and values (f16)")
+    parser.add_argument("--kv", choices=("f16", "q8", "q4"), default="f16", help="keys and values (f16)")
     parser.add_argument("--library", help="a kernel library (the best here)")
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     args = parser.parse_args()

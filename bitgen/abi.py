@@ -88,9 +88,7 @@ del DENSE_TYPES["types"]  # their number
 STAGES = tuple(enumerators("bitgen_stage", "BITGEN_STAGE_"))
 ACTIVATIONS = enumerators("bitgen_activation", "BITGEN_")
 X_TYPES = enumerators("bitgen_x_type", "BITGEN_X_")  # what activations are quantised to
-KV_TYPES = {
-    "q8" if name == "i8" else name: n for name, n in enumerators("bitgen_kv_type", "BITGEN_KV_").items()
-}
+KV_TYPES = {name.replace("i", "q"): n for name, n in enumerators("bitgen_kv_type", "BITGEN_KV_").items()}
 
 if __name__ == "__main__":
     Path(__file__).with_name("abi_types.py").write_text(types_module(_declarations()), encoding="utf-8")

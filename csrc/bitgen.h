@@ -333,8 +333,9 @@ enum bitgen_dense_type {
 
 enum bitgen_activation { BITGEN_SILU = 0, BITGEN_RELU2 = 1 };
 
-/* How keys and values are kept: half floats, floats, or int8 with a scale for each head and position. */
-enum bitgen_kv_type { BITGEN_KV_F16 = 0, BITGEN_KV_F32 = 1, BITGEN_KV_I8 = 2 };
+/* How keys and values are kept: half floats, floats, int8 with a scale for each head and position, or 4 bits with a scale
+ * for each 32 of a head. */
+enum bitgen_kv_type { BITGEN_KV_F16 = 0, BITGEN_KV_F32 = 1, BITGEN_KV_I8 = 2, BITGEN_KV_I4 = 3 };
 
 /* The stages that a step reports its time for. */
 enum bitgen_stage {

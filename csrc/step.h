@@ -58,18 +58,27 @@ struct bitgen_step_ops {
     void (*head_norm)(float *x, int64_t heads, int64_t head_dim, const float *weight,
                       float eps); /* of each, in place */
     void (*rotate)(float *x, int64_t heads, int64_t head_dim, const float *turn, float scale);
-    /* Key and value of one head at `position` of a chunk, for a cache of type BITGEN_KV_F16, _F32, _I8 */
-    void (*store[3])(const float *key, const float *value, int64_t head_dim, int64_t position, uint8_t *chunk);
-    void (*attend[3])(const struct bitgen_attention *a);
+    /* Key and value of one head at `position` of a chunk, for a cache of type BITGEN_KV_F16, _F32, _I8, _I4 */
+    void (*store[4])(const float *key, const float *value, int64_t head_dim, int64_t position, uint8_t *chunk);
+    void (*attend[4])(const struct bitgen_attention *a);
     void (*merge_parts)(const float *parts, int64_t chunks, int64_t head_dim, float *work, float *y);
     void (*embed[BITGEN_DENSE_TYPES])(const uint8_t *row, int64_t k, float *x);
     void (*head[BITGEN_DENSE_TYPES])(const struct bitgen_head *a);
 };
 
-/* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim) and, with elements of one byte,
- * the scales of the keys and of the values (float each). Read in this order they are one stream. */
-static inline int64_t bitgen_chunk_bytes(int64_t head_dim, int64_t element)
-{ return 2 * BITGEN_KEY_CHUNK * head_dim * element + (element == 1 ? 2 * BITGEN_KEY_CHUNK * 4 : 0); }
+/* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim), then the scales of the keys and
+ * those of the values: of I8 a float each, of I4 a half float for each 32 of head_dim, for keys (blocks of 16, groups, 16),
+ * for values (keys, groups). Values of I4 are whole groups. Read in this order they are one stream. */
+static inline int64_t bitgen_chunk_bytes(int64_t head_dim, int32_t kv_type)
+{
+    const int64_t groups = (head_dim + 31) / 32;
+    switch (kv_type) {
+    case BITGEN_KV_F16: return 2 * BITGEN_KEY_CHUNK * head_dim * 2;
+    case BITGEN_KV_F32: return 2 * BITGEN_KEY_CHUNK * head_dim * 4;
+    case BITGEN_KV_I8: return 2 * BITGEN_KEY_CHUNK * (head_dim + 4);
+    default: return BITGEN_KEY_CHUNK * (head_dim / 2 + groups * 16 + 2 * groups * 2);
+    }
+}
 
 /* Floats of the result of a chunk of keys for one query row: maximum, sum, padding, product with the values. */
 static inline int64_t bitgen_part_floats(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 16; }

@@ -11,9 +11,8 @@ struct cache {
 
 static struct cache cache_of(const struct bitgen_model *model)
 {
-    static const int64_t elements[] = {2, 4, 1};
     struct cache c = {.chunks = ceil_to(model->context, BITGEN_KEY_CHUNK) / BITGEN_KEY_CHUNK};
-    c.head = ceil_to(bitgen_chunk_bytes(model->head_dim, elements[model->kv_type]), 64);
+    c.head = ceil_to(bitgen_chunk_bytes(model->head_dim, model->kv_type), 64);
     /* Heads a multiple of 4 KiB apart would keep their newest keys in the same sets of the L1 cache. */
     if (c.head % PAGE < PAGE / 4) c.head += PAGE / 4 + 64;
     c.chunk = model->layers * model->kv_heads * c.head;
@@ -43,13 +42,13 @@ static int32_t check_sizes(const struct bitgen_model *model)
         !in_size(model->sequences))
         return BITGEN_ERROR_MODEL;
     if (model->heads % model->kv_heads || model->head_dim % 2 || model->activation < 0 ||
-        model->activation > BITGEN_RELU2 || model->kv_type < 0 || model->kv_type > BITGEN_KV_I8 || model->x_type < 0 ||
+        model->activation > BITGEN_RELU2 || model->kv_type < 0 || model->kv_type > BITGEN_KV_I4 || model->x_type < 0 ||
         model->x_type > BITGEN_X_INT16)
         return BITGEN_ERROR_MODEL;
     /* As doubles, because the products may overflow. */
     double heads = (double)model->sequences * (double)model->layers * (double)model->kv_heads;
     double chunks = (double)model->context / BITGEN_KEY_CHUNK + 1;
-    if (heads * chunks * (double)bitgen_chunk_bytes(model->head_dim + PAGE, 4) > 1e17) return BITGEN_ERROR_MODEL;
+    if (heads * chunks * (double)bitgen_chunk_bytes(model->head_dim + PAGE, BITGEN_KV_F32) > 1e17) return BITGEN_ERROR_MODEL;
     double widest = (double)(model->heads + 2 * model->kv_heads) * (double)model->head_dim;
     return widest < 1e9 && model->ffn < 1e9 ? BITGEN_OK : BITGEN_ERROR_MODEL;
 }

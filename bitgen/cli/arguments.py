@@ -61,7 +61,8 @@ def add_head(parser: argparse._ActionsContainer, default: str, text: str) -> Non
 
 
 def add_kv(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--kv", choices=("f16", "f32", "q8"), default="f16", help="keys and values (f16)")
+    choices = ("f16", "f32", "q8", "q4")
+    parser.add_argument("--kv", choices=choices, default="f16", help="keys and values (f16)")
 
 
 def add_from_disk(parser: argparse._ActionsContainer) -> None:

@@ -54,7 +54,7 @@ from bitgen.progress import Progress, Report
 from bitgen.runtime import Activations, KernelTable, aligned_bytes
 
 Ints: TypeAlias = NDArray[np.int32]
-Kv: TypeAlias = Literal["f16", "f32", "q8"]
+Kv: TypeAlias = Literal["f16", "f32", "q8", "q4"]
 Head: TypeAlias = Literal["auto", "full", "screened", "q8", "exact"]  # exact: what full was called
 
 _SCREENED = ("f32", "f16", "bf16")  # heads that int8 rows are half of, or less
@@ -132,7 +132,7 @@ class Engine:
             raise BitgenError(f"max_batch must be at least 1, not {max_batch}")
         if kv not in KV_TYPES or head not in get_args(Head):
             heads = "auto, full, screened or q8"
-            raise BitgenError(f"kv must be f16, f32 or q8, head {heads}, not {kv!r}, {head!r}")
+            raise BitgenError(f"kv must be f16, f32, q8 or q4, head {heads}, not {kv!r}, {head!r}")
         self.activations: Activations = activations or OWN_ACTIVATIONS
         table.check_activations(self.activations)
         self._sizes(kv)
@@ -544,7 +544,7 @@ class Engine:
         except MemoryError:
             raise BitgenError(
                 f"not enough memory: {self._reserved / 1e9:.1f} GB for keys and values of "
-                f"{self.max_batch} x {self.context} positions; ask for a smaller context (-c) or --kv q8"
+                f"{self.max_batch} x {self.context} positions; ask for a smaller context (-c) or --kv q8, q4"
             ) from None
         self._frequency = inverse_frequencies(config)
         self._cache = cache

@@ -88,7 +88,7 @@ def made(
         yield sizes, sized, generic
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8", "q4"])
 def test_sized_or_not_the_logits_are_the_same(
     made: tuple[StepSizes, KernelTable, KernelTable], kv: Any
 ) -> None:
@@ -209,6 +209,7 @@ const int64_t hd = 100, block_bytes = hd * 32;
 const int64_t hd = 100, wide = (hd + 15) / 16 * 16;
 const int64_t hd = 100, block_bytes = hd * 64;
 const int64_t hd = 100, block_bytes = hd * 16;
+const int64_t hd = 100, block_bytes = hd * 8;
 const int64_t k = 100;
 extern const struct bitgen_step_ops bitgen_step_ops_hidden100_q_rows500_ffn150_head_dim100__scalar;
 const struct bitgen_step_ops bitgen_step_ops_hidden100_q_rows500_ffn150_head_dim100__scalar = {

@@ -199,7 +199,7 @@ KV_CONFIGS = ("silu, sub-norms, hidden 100", "relu2, heads of 96", "no sub-norms
     [
         pytest.param(name, kv, marks=[] if kv == "f16" or name in KV_CONFIGS else [pytest.mark.deep])
         for name in CONFIGS
-        for kv in ("f16", "f32", "q8")
+        for kv in ("f16", "f32", "q8", "q4")
     ],
 )
 def test_every_level_gives_the_bits_of_the_exact_model(tables: Any, config: str, kv: Any, level: str) -> None:
@@ -276,7 +276,7 @@ def test_neither_threads_nor_cuts_change_a_bit(tables: Any, level: str) -> None:
         assert np.array_equal(feed(engine, ids, cuts), whole), (threads, cuts)
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8", "q4"])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_threads_that_share_a_head_change_no_bit(tables: Any, kv: Any, heads: int) -> None:
     """With fewer key heads than threads a step cuts the keys in spans and merges their chunks."""
@@ -284,7 +284,8 @@ def test_threads_that_share_a_head_change_no_bit(tables: Any, kv: Any, heads: in
     weights = random_weights(config, 11)
     texts = ids_of(config, 900), ids_of(config, 300, seed=4)
     alone = [
-        feed(Engine(weights, tables("scalar" if kv == "q8" else BEST, 1), kv=kv), text) for text in texts
+        feed(Engine(weights, tables(BEST if kv in ("f16", "f32") else "scalar", 1), kv=kv), text)
+        for text in texts
     ]
     for threads in (2, 3, 7):
         engine = Engine(weights, tables(threads=threads), kv=kv, max_batch=2)
@@ -369,7 +370,7 @@ def full_engine(weights: Weights, table: KernelTable, ids: list[int]) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8", "q4"])
 def test_what_is_truncated_or_copied_is_as_if_computed(tables: Any, kv: Any) -> None:
     config = small_config()
     weights = random_weights(config, 7)
@@ -696,7 +697,7 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
     config = small_config(vocab=300, context=500)
     weights = random_weights(config, 1)
     sizes = {}
-    for kv in ("f16", "f32", "q8"):
+    for kv in ("f16", "f32", "q8", "q4"):
         engine = Engine(weights, tables(), kv=kv, max_batch=3, context=400)
         c = config
         chunks = 4  # of 128 positions: 400, rounded up
@@ -704,7 +705,9 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
         values = heads * chunks * 128 * c.head_dim
         sizes[kv] = engine.memory.cache
         scales = heads * chunks * 128 * 4
-        expected = {"f16": 2 * values, "f32": 4 * values, "q8": values + scales}[kv]
+        groups = heads * chunks * 128 * -(-c.head_dim // 32)
+        four_bits = values // 4 + groups * 16 // 2 + groups * 2  # half of `heads` are those of keys
+        expected = {"f16": 2 * values, "f32": 4 * values, "q8": values + scales, "q4": four_bits}[kv]
         assert expected <= sizes[kv] <= expected + heads * chunks * 1152 + 64
         packed_size = sum(m.data.size for layer in packed_layers(weights, tables()) for m in layer.values())
         scale_bytes = sum(m.shape.m * 4 for layer in weights.layers for m in layer.matrices)

@@ -264,7 +264,7 @@ def test_work_memory_counts_what_is_chosen_from(weights: Weights, table: KernelT
         assert lib.bitgen_work_bytes(context, engine._model, *wrong, size) == lib.BITGEN_ERROR_SHAPE
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32", "q8"])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8", "q4"])
 def test_what_is_cached_goes_on_in_another_engine(weights: Weights, table: KernelTable, kv: Kv) -> None:
     """Another context, another sequence: the same logits, bit for bit."""
     n = 70

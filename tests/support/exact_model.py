@@ -31,6 +31,7 @@ from bitgen.spec import Layout
 Floats = NDArray[np.float32]
 F = np.float32
 CHUNK = 128  # keys of one softmax
+GROUP = 32  # of head_dim, that share a scale in 4 bits
 
 
 def lanes(x: Floats, fill: float = 0.0) -> Floats:
@@ -118,30 +119,46 @@ def rotate(x: Floats, turn: tuple[Floats, Floats], scale: np.float32) -> Floats:
 
 
 def kept(x: Floats, kv: str) -> tuple[Floats, Floats]:
-    """Keys or values (n, heads, head_dim) as the cache holds them, and their scales (n, heads)."""
-    ones = np.ones(x.shape[:2], F)
+    """Keys or values (n, heads, head_dim) as the cache holds them, and their scales (n, heads, groups)."""
+    ones = np.ones((*x.shape[:2], 1), F)
     if kv == "f32":
         return x, ones
     if kv == "f16":
         return x.astype(np.float16).astype(F), ones
-    q, scale = quantize_activations(x.reshape(-1, x.shape[2]))
-    return q.astype(F).reshape(x.shape), scale.reshape(x.shape[:2])
+    if kv == "q8":
+        q, scale = quantize_activations(x.reshape(-1, x.shape[2]))
+        return q.astype(F).reshape(x.shape), scale.reshape(*x.shape[:2], 1)
+    codes, scales = zip(*(four_bits(x[..., d : d + GROUP]) for d in range(0, x.shape[2], GROUP)), strict=True)
+    return np.concatenate(codes, axis=2), np.concatenate(scales, axis=2)
+
+
+def four_bits(x: Floats) -> tuple[Floats, Floats]:
+    """A group (n, heads, up to 32) as codes -8 .. 7 and scales (n, heads, 1); what is largest becomes -8."""
+    top, low = np.maximum(x.max(axis=2), F(0)), np.maximum((F(0) - x).max(axis=2), F(0))
+    scale = (np.where(top >= low, -top, low) * F(0.125)).astype(np.float16).astype(F)[..., None]
+    with np.errstate(divide="ignore"):
+        step = np.where(scale == 0, F(0), F(1) / scale)
+    return np.clip(np.rint(x * step), -8, 7).astype(F), scale
 
 
 def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floats]) -> Floats:
     """q (n, heads, head_dim), already scaled, over one sequence from position 0 on: (n, heads, head_dim)."""
     n, heads, hd = q.shape
     k, k_scale, v, v_scale = (a.repeat(heads // a.shape[1], axis=1) for a in (*keys, *values))
+    k_group = GROUP if k_scale.shape[2] > 1 else hd
+    v_scale = v_scale.repeat(GROUP if v_scale.shape[2] > 1 else hd, axis=2)[..., :hd]
     most = np.full((n, heads), -np.inf, F)
     total, out = np.zeros((n, heads), F), np.zeros((n, heads, hd), F)
     for begin in range(0, n, CHUNK):
         part = slice(begin, min(begin + CHUNK, n))
         score = np.zeros((n, heads, part.stop - begin), F)
-        for d in range(hd):
-            score = fma(
-                np.broadcast_to(q[:, :, d, None], score.shape), k[None, part, :, d].swapaxes(1, 2), score
-            )
-        score = score * k_scale[None, part].swapaxes(1, 2)
+        for group in range(k_scale.shape[2]):
+            sums = np.zeros_like(score)
+            for d in range(group * k_group, min((group + 1) * k_group, hd)):
+                key = k[None, part, :, d].swapaxes(1, 2)
+                sums = fma(np.broadcast_to(q[:, :, d, None], sums.shape), key, sums)
+            scales = np.broadcast_to(k_scale[None, part, :, group].swapaxes(1, 2), sums.shape)
+            score = fma(sums, scales, score)
         seen = np.arange(begin, part.stop)[None, None, :] <= np.arange(n)[:, None, None]
         score = np.where(seen, score, F(-np.inf))
         rows = np.arange(n) >= begin  # the others see nothing of this chunk
@@ -152,10 +169,10 @@ def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floa
         for i in range(blocks.shape[2]):
             sums = sums + blocks[:, :, i]
         chunk_total = tree(sums)
-        p = p * v_scale[None, part].swapaxes(1, 2)
         product = np.zeros((*p.shape[:2], hd), F)
-        for key in range(p.shape[2]):
-            product = fma(np.broadcast_to(p[:, :, key, None], product.shape), v[None, begin + key], product)
+        for i in range(p.shape[2]):
+            scaled = p[:, :, i, None] * v_scale[None, begin + i]
+            product = fma(scaled, np.broadcast_to(v[None, begin + i], product.shape), product)
         larger = greater(most[rows], top)
         a, b = exponential(most[rows] - larger), exponential(top - larger)
         most[rows] = larger

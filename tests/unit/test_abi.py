@@ -58,7 +58,7 @@ def test_python_reads_its_numbers_from_the_header() -> None:
     assert abi.DENSE_TYPES["q6_k"] == abi.constants.BITGEN_DENSE_Q6_K
     assert list(abi.DENSE_TYPES.values()) == list(range(abi.constants.BITGEN_DENSE_TYPES))
     assert len(abi.STAGES) == abi.constants.BITGEN_STAGES
-    assert abi.KV_TYPES == {"f16": 0, "f32": 1, "q8": 2}
+    assert abi.KV_TYPES == {"f16": 0, "f32": 1, "q8": 2, "q4": 3}
     assert abi.ACTIVATIONS == {"silu": 0, "relu2": 1}
 
 
