@@ -139,6 +139,7 @@ def test_kernels_of_weights_in_groups_are_exact(isa: Isa, tmp_path: Path) -> Non
 def test_kernels_of_weights_of_3_and_4_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
     """Values by table in every regime, codes with offsets for one token."""
     specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("t4", "t3") for r in REGIMES]
+    specs += [space_for("t4", isa, regime, SHAPE, CPU, 16).default for regime in REGIMES]
     exact([*specs, space_for("q4m", isa, REGIMES[0], SHAPE, CPU, 32).default], tmp_path)
 
 
