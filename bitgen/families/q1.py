@@ -36,8 +36,8 @@ from bitgen.families.base import (
 )
 from bitgen.shapes import LARGE, Regime
 
-# The default for one token; see i2s.py. Rows that share activations share their broadcasts: 64 rows at 512 bits
-# take 11.1 instructions for 256 products, 32 rows 14.5.
+# The default for one token; see i2s.py. Rows that share activations share their broadcasts: 64 rows at 512
+# bits take 11.1 instructions for 256 products, 32 rows 14.5.
 _FIRST: SmallTable = (
     ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accumulators": 4}),
     ({"vector_bytes": 64}, {"streams": 4, "accumulators": 2}),
