@@ -81,12 +81,18 @@ def isa_named(name: str) -> Isa:
 def ops_used(ops: Mapping[str, str], body: str) -> list[str]:
     """The names of the ops that ``body`` needs, directly or through another op, in their order."""
     seen: set[str] = set()
-    pending = set(_IDENTIFIER.findall(body)) & set(ops)
+    pending = set(_IDENTIFIER.findall(body)) & ops.keys()
     while pending:
         name = pending.pop()
         seen.add(name)
-        pending |= (set(_IDENTIFIER.findall(ops[name])) & set(ops)) - seen
+        pending |= (_identifiers(ops[name]) & ops.keys()) - seen
     return [name for name in ops if name in seen]
+
+
+@cache
+def _identifiers(op: str) -> frozenset[str]:
+    """What the text of an op names; the same few hundred ops are in thousands of kernels."""
+    return frozenset(_IDENTIFIER.findall(op))
 
 
 def _environment() -> jinja2.Environment:

@@ -21,6 +21,7 @@ from libraries import CACHE_VARIABLE, share_cache, shared_cache
 
 from bitgen.cpu import CAP_VARIABLE, Cpu, detect_cpu
 from bitgen.errors import BitgenError
+from bitgen.paths import HOME_VARIABLE
 
 # The same examples in every run, and no limits of time: a loaded machine is slow, not wrong.
 # For new examples: pytest --hypothesis-profile=explore
@@ -36,11 +37,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Kernels that tests call in this process may use tiles: the system must be asked once.
 
     A shell starts background jobs with SIGINT ignored, and children inherit that: tests interrupt them.
-    Parallel workers, and tests that tests start, inherit the folder of what is compiled.
+    Parallel workers, and tests that tests start, inherit the folder of what is compiled. Nothing is written to
+    the home of whoever runs the tests, nor read from there.
     """
     if not os.environ.get(CACHE_VARIABLE):
         os.environ[CACHE_VARIABLE] = folder = tempfile.mkdtemp(prefix="bitgen-tests-")
         config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has that of the process that started it
+        home = tempfile.mkdtemp(prefix="bitgen-home-")
+        config.add_cleanup(functools.partial(shutil.rmtree, home, ignore_errors=True))
+        os.environ[HOME_VARIABLE] = str(share_cache(Path(home)))
     os.environ["BITGEN_RACE"] = "0"  # of layouts, at the first run of a model that nobody tuned
     # 60 ms of each of hundreds of processes, and where several run it only spins.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

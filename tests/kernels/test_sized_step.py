@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import session_folder, users_toolchain
+from libraries import users_toolchain
 from reference_model import random_dense, small_config
 
 from bitgen import records
@@ -72,17 +71,10 @@ def made(
 ) -> Iterator[tuple[StepSizes, KernelTable, KernelTable]]:
     """Sizes, a library with a step for them, and one with the step for every model alone."""
     level, sizes = MADE[request.param]
-    out = session_folder(tmp_path_factory) / os.environ.get("PYTEST_XDIST_WORKER", "main")
     name = f"sized-{level}-{sizes.hidden}"
-    bundle = write_library(
-        (),
-        users_toolchain(),
-        out,
-        name,
-        Target.of(detect_cpu(), level),
-        sizes=sizes,
-        check=False,
-    )
+    target = Target.of(detect_cpu(), level)
+    out = tmp_path_factory.mktemp("sized")
+    bundle = write_library((), users_toolchain(), out, name, target, sizes=sizes, check=False)
     assert read_bundle(bundle).manifest.step == sizes
     with load(bundle, 2) as sized, load(level_library(level), 2) as generic:
         yield sizes, sized, generic

@@ -13,7 +13,7 @@ import re
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -645,6 +645,12 @@ class Harness:
         around = np.delete(page, slice(offset, offset + size))
         return Outcome(number, out, page[offset : offset + size].copy(), bool((around != CANARY).any()))
 
+    def try_all(self, isa: Isa, op: str) -> Iterator[Trial]:
+        """What `trials_of` has of an op."""
+        for trial in trials_of(self, isa, ops_of(isa)[op]):
+            (outcome,) = self.run_all(isa, [trial.call])
+            yield replace(trial, outcome=outcome)
+
     def run_all(self, _isa: Isa, calls: list[Call]) -> Iterator[Outcome]:
         """The outcomes of ``calls``, in order."""
         for call in calls:
@@ -661,8 +667,21 @@ class Call:
     offset: int
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A call, what it should return and leave behind its pointer, and what came of it."""
+
+    call: Call
+    expected: Any
+    memories: list[Array]
+    outcome: Outcome | None = None
+
+
 class Emulated:
-    """The ops of each level of another architecture as a program of its own, run by an emulator."""
+    """The ops of each level of another architecture as a program of its own, run by an emulator.
+
+    Once for all ops of a level: to start it takes longer than to call one.
+    """
 
     page_bytes = 4096
 
@@ -670,11 +689,27 @@ class Emulated:
         self.folder = folder
         self.toolchain = toolchain_of_words(compiler)
         self.programs: dict[str, tuple[Path, list[str]]] = {}
+        self.level = ""
+        self.tried: dict[str, list[Trial]] = {}  # op of that level -> its calls and their outcomes
+
+    def try_all(self, isa: Isa, op: str) -> list[Trial]:
+        """What `trials_of` has of an op; those of the level that was asked for last are kept."""
+        if self.level != isa.name:
+            every = {name: list(trials_of(self, isa, signature)) for name, signature in ops_of(isa).items()}
+            outcomes = self.run_all(isa, [trial.call for trials in every.values() for trial in trials])
+            self.tried = {
+                name: [replace(trial, outcome=next(outcomes)) for trial in trials]
+                for name, trials in every.items()
+            }
+            assert next(outcomes, None) is None, "more outcomes than calls"
+            self.level = isa.name
+        return self.tried[op]
 
     def run_all(self, isa: Isa, calls: list[Call]) -> Iterator[Outcome]:
         """The outcomes of ``calls``, in order, all from one run of the program."""
         program, functions = self.programs.get(isa.name) or self._program(isa)
-        data = b"".join(record(call, functions) for call in calls)
+        numbers = {name: number for number, name in enumerate(functions)}
+        data = b"".join(record(call, numbers) for call in calls)
         done = foreign.emulate([str(program)], foreign.core_of(isa), data)
         assert done.returncode == 0, done.stderr
         at = 0
@@ -705,14 +740,14 @@ class Emulated:
         return program, functions
 
 
-def record(call: Call, functions: list[str]) -> bytes:
-    """A call as data/vector_ops_harness/foreign.c reads it."""
+def record(call: Call, numbers: dict[str, int]) -> bytes:
+    """A call as data/vector_ops_harness/foreign.c reads it; ``numbers`` are those of its functions."""
     pointer, memory, values = -1, b"", []
     for i, (value, here) in enumerate(zip(call.args, call.is_pointer, strict=True)):
         if here:
             pointer, memory = i, value.tobytes()
         values.append(b"" if here else np.atleast_1d(value).tobytes())
-    head = struct.pack("=5i", functions.index(call.function), len(values), pointer, call.offset, len(memory))
+    head = struct.pack("=5i", numbers[call.function], len(values), pointer, call.offset, len(memory))
     return head + b"".join(value.ljust(64, b"\0") for value in values) + memory
 
 
@@ -785,23 +820,28 @@ def test_word_means_what_numpy_says_on_an_emulated_cpu(emulated: Emulated, isa: 
     try_op(emulated, isa, ops_of(isa)[op])
 
 
-def try_op(harness: Harness | Emulated, isa: Isa, signature: Signature) -> None:
-    """Call one op with everything `argument_lists` has, at several places of the page."""
-    kinds, names = [kind for kind, _ in signature.params], [name for _, name in signature.params]
+def trials_of(harness: Harness | Emulated, isa: Isa, signature: Signature) -> Iterator[Trial]:
+    """Calls of one op with everything `argument_lists` has, at several places of the page."""
+    kinds = [kind for kind, _ in signature.params]
     is_pointer = ["*" in kind for kind in kinds]
-    calls, wanted = [], []
     for args in argument_lists(signature, isa.code_max):
         copies = [value.copy() for value in args]
         with np.errstate(all="ignore"):
             expected = MEANINGS[signature.name](*copies)
         function = function_name(signature, isa, args)
         for offset in offsets(harness.page_bytes, kinds, args):
-            calls.append(Call(function, args, is_pointer, offset))
-            wanted.append((expected, list(itertools.compress(copies, is_pointer))))
-    for call, outcome, (expected, memories) in zip(calls, harness.run_all(isa, calls), wanted, strict=True):
-        fault = fault_of(outcome, expected, memories)
-        assert fault is None, f"{fault} with {dict(zip(names, call.args, strict=True))}"
-    assert len(calls) >= (1 if not kinds else 15)
+            memories = list(itertools.compress(copies, is_pointer))
+            yield Trial(Call(function, args, is_pointer, offset), expected, memories)
+
+
+def try_op(harness: Harness | Emulated, isa: Isa, signature: Signature) -> None:
+    """Every trial of an op is without fault."""
+    names, count = [name for _, name in signature.params], 0
+    for count, trial in enumerate(harness.try_all(isa, signature.name), 1):  # noqa: B007
+        assert trial.outcome is not None
+        fault = fault_of(trial.outcome, trial.expected, trial.memories)
+        assert fault is None, f"{fault} with {dict(zip(names, trial.call.args, strict=True))}"
+    assert count >= (1 if not names else 15)
 
 
 def tile_rows(tile: int, rows0: int, rows1: int) -> int:

@@ -225,7 +225,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if foreign.why_not():
         pytest.skip(str(foreign.why_not()))
     return request.param, build(
-        "0.7B", target=request.param, system="Linux", cc="gcc", out=tmp_path_factory.mktemp("built")
+        "tiny", target=request.param, system="Linux", cc="gcc", out=tmp_path_factory.mktemp("built")
     )
 
 

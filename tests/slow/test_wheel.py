@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import step_levels
+from libraries import share_cache
 
 from bitgen import __version__
 from bitgen.cpu import CAP_VARIABLE, accepted_isas, detect_cpu, load_isas
@@ -91,6 +92,7 @@ def test_render_and_models_in_an_empty_folder(site: Path, tmp_path: Path) -> Non
 
 def test_output_goes_to_the_users_cache(site: Path, tmp_path: Path) -> None:
     """Where there is no checkout: generated libraries and compiled objects, never the installation."""
+    share_cache(tmp_path / "cache" / "bitgen")
     before = sorted(path.name for path in site.rglob("*") if "__pycache__" not in path.parts)
     made = (
         run(site, tmp_path, "-m", "bitgen", "build", "-m", "TriLM-99M", "--isa", BEST)

@@ -7,13 +7,13 @@ BITGEN_TEST_CACHE, else one that goes away with the run. Runs that have it in co
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from bitgen.bundle import KernelEntry
 from bitgen.bundle.contents import Target
@@ -76,6 +76,15 @@ def session_folder(factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], object]) -> Path:
+    """``name`` in the session's folder, which ``write(folder)`` makes in one of the workers of a run."""
+    folder = session_folder(factory)
+    with FileLock(folder / f".{name}.lock"):
+        if not (folder / name).exists():
+            write(folder)
+    return folder / name
+
+
 def shared_cache() -> Path:
     """The folder of everything that this test run compiled."""
     return Path(os.environ[CACHE_VARIABLE])
@@ -108,11 +117,9 @@ def users_toolchain() -> Toolchain:
 
 def built_library(factory: pytest.TempPathFactory) -> Path:
     """The bundle of a library with `choices` for this CPU, proven by its self-test."""
-    return _library(session_folder(factory))
 
+    def write(folder: Path) -> None:
+        cpu = detect_cpu()
+        write_library(choices(cpu), users_toolchain(), folder, "tests", Target.of(cpu), model="tests")
 
-@lru_cache(maxsize=1)
-def _library(folder: Path) -> Path:
-    cpu = detect_cpu()
-    out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    return write_library(choices(cpu), users_toolchain(), out, "tests", Target.of(cpu), model="tests")
+    return made_once(factory, "tests", write)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
-from libraries import session_folder, users_toolchain
+from libraries import made_once, users_toolchain
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
@@ -22,28 +20,24 @@ def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
     for decision in resolve_isas(detect_cpu(), load_isas()):
         if decision.isa.name == level and isinstance(decision, Rejected):
             pytest.skip(f"cannot run {level} here: {decision.reason}{cap_note()}")
-    return _library(session_folder(factory), level)
 
+    def write(folder: Path) -> None:
+        target = Target.of(detect_cpu(), level)
+        write_library((), users_toolchain(), folder, name, target, check=False)
 
-@cache
-def _library(folder: Path, level: str) -> Path:
-    # One for each worker of a parallel run; they share what is compiled.
-    out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    target = Target.of(detect_cpu(), level)
-    return write_library((), users_toolchain(), out, f"step-{level}", target, check=False)
+    name = f"step-{level}"
+    return made_once(factory, name, write)
 
 
 def universal_library(factory: pytest.TempPathFactory) -> Path:
     """The bundle of a universal library with the levels that this CPU runs, and no winners."""
-    return _universal(session_folder(factory))
-
-
-@cache
-def _universal(folder: Path) -> Path:
-    out = folder / os.environ.get("PYTEST_XDIST_WORKER", "main")
     cpu, isas = detect_cpu(), load_isas()
     held = [isa for isa in isas if isa in accepted_isas(cpu, isas)]
-    target = Target.every(cpu.arch, cpu.os, held)
     name = f"universal-{cpu.arch}"
-    toolchain = replace(users_toolchain(), strip=True)
-    return write_library((), toolchain, out, name, target, check=False, release=True)
+
+    def write(folder: Path) -> None:
+        target = Target.every(cpu.arch, cpu.os, held)
+        toolchain = replace(users_toolchain(), strip=True)
+        write_library((), toolchain, folder, name, target, check=False, release=True)
+
+    return made_once(factory, name, write)

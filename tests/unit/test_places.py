@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from libraries import share_cache
 from model_files import preset_yaml
 
 pytestmark = pytest.mark.slow  # two checks and a tune in processes of their own
@@ -35,6 +36,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "configs" / "isas.yaml").open("a", encoding="utf-8") as levels:
         levels.write((TOYS / "isas.yaml").read_text(encoding="utf-8"))
     (root / "toy-model.yaml").write_text(MODEL, encoding="utf-8")
+    share_cache(root / "home")
     return root
 
 
