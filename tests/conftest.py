@@ -37,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Kernels that tests call in this process may use tiles: the system must be asked once.
 
     A shell starts background jobs with SIGINT ignored, and children inherit that: tests interrupt them.
-    Parallel workers, and tests that tests start, inherit the folder of what is compiled. Nothing is written to
-    the home of whoever runs the tests, nor read from there.
+    Parallel workers, and tests that tests start, inherit the folder of what is compiled. Nothing is
+    written to the home of whoever runs the tests, nor read from there.
     """
     if not os.environ.get(CACHE_VARIABLE):
         os.environ[CACHE_VARIABLE] = folder = tempfile.mkdtemp(prefix="bitgen-tests-")

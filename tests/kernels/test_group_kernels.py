@@ -56,7 +56,7 @@ def test_fused_multiply_add_rounds_once() -> None:
     text += "{ for (int64_t i = 0; i < n; ++i) c[i] = fmaf(a[i], b[i], c[i]); }\n"
     prototype = Prototype.parse("void fma_all(const float *a, const float *b, float *c, int64_t n)")
     made: Any = load_units(
-        libraries.users_toolchain(), [Unit("fma", f"#include <stdint.h>\n{text}", functions=(prototype,))]
+        libraries.toolchain_of(), [Unit("fma", f"#include <stdint.h>\n{text}", functions=(prototype,))]
     )
     expected = c.copy()
     buffers = [made.ffi.from_buffer("float[]", values) for values in (a, b, expected)]

@@ -353,10 +353,12 @@ def test_host_code_compiles_without_a_warning(compiler: Compiler, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "compiler", [c for c in find_compilers() if c.kind != "zig"], ids=lambda compiler: compiler.kind
+    "compiler",
+    [c for c in find_compilers() if c.kind != "zig" and c != find_compiler()],
+    ids=lambda compiler: compiler.kind,
 )
 def test_forward_passes_compile_without_a_warning(compiler: Compiler) -> None:
-    """Libraries of other tests are compiled as a user's: with warnings, which nobody reads."""
+    """By compilers besides the one that makes libraries of tests, of which no warning passes."""
     contents = choose_contents((), Target.of(detect_cpu()))
     steps = [unit for unit in library_units_of(contents) if unit.name.startswith("bitgen_step_")]
     assert len(steps) == len({step.isa for step in contents.steps}) > 0

@@ -83,7 +83,7 @@ def answers_of(runner: Runner, jobs: Sequence[Job]) -> list[Measurement]:
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Iterator[LocalRunner]:
-    toolchain = replace(toolchain_of(), werror=False)
+    toolchain = toolchain_of(strict=False)
     with LocalRunner(
         toolchain,
         detect_cpu(),

@@ -303,7 +303,7 @@ int32_t bitgen_struct_sizes(int32_t *a, int32_t *b) { *a = *b = 1; return 0; }
     ],
 )
 def test_another_library_is_not_taken_for_ours(tmp_path: Path, text: str, message: str) -> None:
-    toolchain = libraries.users_toolchain()
+    toolchain = libraries.toolchain_of()
     library = toolchain.link_shared([toolchain.compile_object(Unit("other", text))], tmp_path / "other.so")
     with pytest.raises(FileError, match=message):
         load(library)

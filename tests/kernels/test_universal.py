@@ -124,7 +124,7 @@ def test_the_label_of_a_cpu_ranks_schedules_of_one_level(tmp_path: Path) -> None
     families = dict(zip(("", "zen", "haswell"), legal, strict=True))
     choices = [KernelEntry(spec, shape, 1, cpu_family=family) for family, spec in families.items()]
     target = Target.every("x86_64", "Linux", [isa for isa in ISAS if isa.name in ("scalar", "avx2")])
-    toolchain = replace(libraries.users_toolchain(), strip=True)
+    toolchain = replace(libraries.toolchain_of(), strip=True)
     made = write_library(choices, toolchain, tmp_path, "ranked", target, check=False, release=True)
     assert [kernel.cpu_family for kernel in read_bundle(made).manifest.kernels[:3]] == list(families)
     program = compile_program(ROOT / "examples" / "c" / "example.c", made, tmp_path, CC, *WARNINGS)

@@ -97,7 +97,7 @@ def test_a_bundle_computes_the_logits_of_a_tuned_library(universal_library: Path
         for shape in config.shapes
         for regime in REGIMES
     ]
-    toolchain, target = libraries.users_toolchain(), Target.of(cpu)
+    toolchain, target = libraries.toolchain_of(), Target.of(cpu)
     tuned = write_library(choices, toolchain, tmp_path, "tuned", target, check=False)
     logits = []
     for library in (tuned, universal_library):

@@ -15,6 +15,7 @@ import foreign
 import foreign_kernels
 import numpy as np
 import pytest
+from compiled import QuickToolchain
 from libraries import shared_cache
 
 from bitgen.api import build
@@ -50,7 +51,7 @@ levels = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: isa.name)
 
 
 def cross_toolchain(*flags: str, cc: str | None = None) -> Toolchain:
-    return Toolchain(
+    return QuickToolchain(
         find_cross_compiler("aarch64", "Linux", cc), shared_cache(), timeout_s=900, extra_flags=flags
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import foreign
 import libraries
 import pytest
+from compiled import QuickToolchain
 from distributions import rewritten
 
 from bitgen.bundle.contents import Target, choose_contents
@@ -84,7 +85,7 @@ def test_the_release_compiler_asks_for_old_symbols_only(arch: str, tmp_path: Pat
 
 def universal(compiler: Compiler, arch: str, levels: Sequence[str], out: Path) -> Path:
     isas = [isa for isa in load_isas() if isa.name in ("scalar", *levels)]
-    toolchain = Toolchain(compiler, cache_dir=libraries.shared_cache(), timeout_s=900, strip=True)
+    toolchain = QuickToolchain(compiler, cache_dir=libraries.shared_cache(), timeout_s=900, strip=True)
     target = Target.every(arch, "Linux", isas)
     return write_library((), toolchain, out, f"universal-{arch}", target, check=False, release=True)
 

@@ -7,10 +7,10 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from bitgen.cpu import Cpu, Isa
+from bitgen.cpu import Cpu, Isa, load_isas
 from bitgen.render import inherits
 from bitgen.space import Space, int16_sums, space_for
-from bitgen.spec import REGIMES, KernelSpec, Regime, Shape
+from bitgen.spec import EVERY_FAMILY, REGIMES, KernelSpec, Regime, Shape
 
 SHAPE = Shape(3200, 8640)
 DEEP_VARIABLE = "BITGEN_TEST_DEEP"  # set by .ci/deep: nothing is left to a sample
@@ -56,22 +56,25 @@ def _widest(space: Space, algorithm: str, values: dict[str, int]) -> Iterator[Ke
 def chosen(
     family: str, isa: Isa, regime: Regime, cpu: Cpu, sample: int, seed: int, group: int = 0
 ) -> list[KernelSpec]:
-    """Of a space the default, an edge of int16 sums, a preset and a sample; `.ci/deep`: all edges, presets.
+    """Of a space the default and a preset, an edge of int16 sums or a sample; `.ci/deep`: all of them.
 
-    Of scalar kernels neither presets nor a sample; of kernels that have the text of their level's parent the
-    default alone.
+    Which one goes around: a family has each in one regime of an ISA level. Of scalar kernels neither presets
+    nor a sample; of kernels that have the text of their level's parent the default alone.
     """
     space = space_for(family, isa, regime, SHAPE, cpu, group)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}" + (f" {group}" if group else ""))
-    presets: Sequence[KernelSpec] = tuple(space.known_good)
-    widest = [] if group else list(edges(space))  # int16 sums end with a group, below the edge
     scalar, deep = isa.name == "scalar", bool(os.environ.get(DEEP_VARIABLE))
-    if scalar:
-        presets = ()  # its unrolled arrays take seconds each to compile
-        sample = sample if deep else 0
-    if not deep:
-        widest, presets = (draw.sample(some, min(1, len(some))) for some in (widest, presets))
-    points = (space.default, *presets, *widest, *draw.sample(space.points, sample))
+    presets: Sequence[KernelSpec] = () if scalar else tuple(space.known_good)  # seconds each to compile
+    widest = [] if group else list(edges(space))  # int16 sums end with a group, below the edge
+    others: Sequence[KernelSpec]
+    if deep:
+        others = (*presets, *widest, *draw.sample(space.points, sample))
+    else:
+        places = ([r.name for r in REGIMES], [i.name for i in load_isas()], list(EVERY_FAMILY))
+        turn = sum(map(list.index, places, (regime.name, isa.name, family)))
+        some = (presets, widest, ())[turn % 3] or (() if scalar else space.points)
+        others = draw.sample(some, min(1, len(some)))
+    points = (space.default, *others)
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
 
 

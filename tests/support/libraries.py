@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import QuickToolchain
 from filelock import FileLock
 
 from bitgen.bundle import KernelEntry
@@ -21,7 +22,7 @@ from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, detect_cpu
 from bitgen.space import space_for
 from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape
-from bitgen.toolchain import Toolchain, find_compiler
+from bitgen.toolchain import find_compiler
 
 CACHE_VARIABLE = "BITGEN_TEST_CACHE"
 
@@ -99,20 +100,12 @@ def share_cache(home: Path) -> Path:
     return home
 
 
-def toolchain_of(*extra_flags: str, werror: bool = True) -> Toolchain:
-    """A toolchain of the shared folder that takes every warning as an error."""
+def toolchain_of(*extra_flags: str, strict: bool = True) -> QuickToolchain:
+    """A toolchain of the shared folder, with the flags that commands use; every warning is an error."""
     # Patient: the limit is there for compilers that hang, and a loaded machine is no such thing.
-    return Toolchain(
-        find_compiler(), cache_dir=shared_cache(), timeout_s=900, werror=werror, extra_flags=extra_flags
+    return QuickToolchain(
+        find_compiler(), cache_dir=shared_cache(), timeout_s=900, extra_flags=extra_flags, strict=strict
     )
-
-
-def users_toolchain() -> Toolchain:
-    """A toolchain with the flags that commands use, so that libraries of tests and of commands share objects.
-
-    That host code and forward passes compile without a warning is a test's, in tests/kernels/test_host.py.
-    """
-    return toolchain_of(werror=False)
 
 
 def built_library(factory: pytest.TempPathFactory) -> Path:
@@ -120,6 +113,6 @@ def built_library(factory: pytest.TempPathFactory) -> Path:
 
     def write(folder: Path) -> None:
         cpu = detect_cpu()
-        write_library(choices(cpu), users_toolchain(), folder, "tests", Target.of(cpu), model="tests")
+        write_library(choices(cpu), toolchain_of(), folder, "tests", Target.of(cpu), model="tests")
 
     return made_once(factory, "tests", write)

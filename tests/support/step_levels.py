@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from libraries import made_once, users_toolchain
+from libraries import made_once, toolchain_of
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
@@ -23,7 +23,7 @@ def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
 
     def write(folder: Path) -> None:
         target = Target.of(detect_cpu(), level)
-        write_library((), users_toolchain(), folder, name, target, check=False)
+        write_library((), toolchain_of(), folder, name, target, check=False)
 
     name = f"step-{level}"
     return made_once(factory, name, write)
@@ -37,7 +37,7 @@ def universal_library(factory: pytest.TempPathFactory) -> Path:
 
     def write(folder: Path) -> None:
         target = Target.every(cpu.arch, cpu.os, held)
-        toolchain = replace(users_toolchain(), strip=True)
+        toolchain = replace(toolchain_of(), strip=True)
         write_library((), toolchain, folder, name, target, check=False, release=True)
 
     return made_once(factory, name, write)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from broken_kernels import RIGHT, Broken, source_of, spec_of
-from libraries import users_toolchain
+from libraries import toolchain_of
 
 from bitgen.bundle import read_bundle
 from bitgen.bundle.contents import Target, choose_contents
@@ -175,7 +175,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library without tuned kernels for the best level of this CPU."""
     out = tmp_path_factory.mktemp("cap")
     target = Target.of(detect_cpu(), BEST)
-    return write_library((), users_toolchain(), out, "cap", target, check=False)
+    return write_library((), toolchain_of(), out, "cap", target, check=False)
 
 
 def created(library: Any, flags: int) -> int:
@@ -229,7 +229,7 @@ def test_the_measuring_worker_acts_as_the_small_cpu(
 
     def found() -> Status:
         with LocalRunner(
-            users_toolchain(), detect_cpu(), render=lambda _: kernel, lock_folder=tmp_path
+            toolchain_of(), detect_cpu(), render=lambda _: kernel, lock_folder=tmp_path
         ) as runner:
             (answer,) = runner.verify([spec])
         return answer.status
