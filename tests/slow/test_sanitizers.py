@@ -12,24 +12,25 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from compiled import QuickToolchain
+from libraries import shared_cache
 
 from bitgen.cpu import Accepted, Isa, detect_cpu, load_isas, resolve_isas
 from bitgen.reference import pack
 from bitgen.render import Source, inherits, matmul_struct, render_kernel, render_quantize, render_tables
 from bitgen.space import space_for
 from bitgen.spec import FAMILIES, REGIMES, KernelSpec, Layout, Shape, regime_named, x_stride
-from bitgen.toolchain import Prototype
+from bitgen.toolchain import Compiler, Prototype, Unit
 
 CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
-FLAGS = ("-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
+FLAGS = ("-std=gnu11", "-g1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 DRIVER = Path(__file__).parents[1] / "data" / "sanitizers" / "driver.c"
 PROBLEMS = [
@@ -153,22 +154,18 @@ def build(isa: Isa, folder: Path) -> Program:
         render_quantize(isa.name),
         *(render_tables(f.name, isa.name, kind) for f in FAMILIES.values() for kind, _ in f.tables),
     ]
-    (folder / "kernels.h").write_text(kernels_header(specs, sources))
+    header = kernels_header(specs, sources)
     # The blocks of the scalar level are arrays: instrumented and optimised, a file takes gcc minutes.
-    flags = (*isa.cc_flags, "-O0" if isa.name == "scalar" else "-O1")
-    units: list[tuple[str, str, tuple[str, ...]]] = [("driver.c", DRIVER.read_text(), ("-O1",))]
-    units += [(f"{i}.c", source.text, flags) for i, source in enumerate(sources)]
-
-    def compiled(unit: tuple[str, str, tuple[str, ...]]) -> Path:
-        name, text, flags = unit
-        (folder / name).write_text(text)
-        made = (folder / name).with_suffix(".o")
-        command = [gcc, *FLAGS, *SANITIZERS, *flags, "-c", str(folder / name), "-o", str(made)]
-        subprocess.run(command, check=True)
-        return made
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, units))
+    optimised = "-O0" if isa.name == "scalar" else "-O1"
+    toolchain = QuickToolchain(
+        Compiler("gcc", (gcc,)),
+        cache_dir=shared_cache(),
+        timeout_s=900,
+        extra_flags=(*FLAGS, *SANITIZERS, optimised),
+    )
+    units = [Unit("driver", DRIVER.read_text(), headers=(("kernels.h", header),), flags=("-O1",))]
+    units += [Unit(source.name, source.text, isa) for source in sources]
+    objects = toolchain.objects(units)
     program = folder / "driver"
     subprocess.run([gcc, *SANITIZERS, *objects, "-lm", "-o", program], check=True)
     problems = folder / "problems.bin"
