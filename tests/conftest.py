@@ -83,6 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 SLOW = Path(__file__).parent / "slow"
 LIBRARIES = {"bundle", "level_library", "universal_library"}  # fixtures that compile one
+# Files that call every kernel of a library: what a CPU is for.
+SMALL_CPU = {"test_group_kernels", "test_int16", "test_nibble_kernels", "test_runtime"}
 # Files that ask no CPU, or one that is named: the lanes of small CPUs need not repeat them.
 ANY_CPU = {
     f"test_{name}"
@@ -136,14 +138,17 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in tests/slow is slow, and what calls a library; elsewhere a test says so itself.
 
-    Deep tests are for `.ci/deep`.
+    Of a CPU that acts as a smaller one these calls are what is asked: `SMALL_CPU` is in its fast lane. Deep
+    tests are for `.ci/deep`.
     """
+    capped = bool(os.environ.get(CAP_VARIABLE))
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     deep = pytest.mark.skip(reason=f"takes minutes: .ci/deep tests runs it ({DEEP_VARIABLE}=1)")
     for item in items:
         if item.get_closest_marker("deep") and not os.environ.get(DEEP_VARIABLE):
             item.add_marker(deep)
-        if item.path.is_relative_to(SLOW) or LIBRARIES & set(getattr(item, "fixturenames", ())):
+        calls = LIBRARIES & set(getattr(item, "fixturenames", ()))
+        if item.path.is_relative_to(SLOW) or (calls and not (capped and item.path.stem in SMALL_CPU)):
             item.add_marker(pytest.mark.slow)
         if item.path.stem in ANY_CPU:
             item.add_marker(pytest.mark.any_cpu)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import libraries
@@ -21,8 +22,8 @@ from bitgen.toolchain import Prototype, Unit
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with runtime.load(libraries.built_library(tmp_path_factory), 2) as opened:
+def table(bundle: Path) -> Iterator[KernelTable]:
+    with runtime.load(bundle, 2) as opened:
         yield opened
 
 

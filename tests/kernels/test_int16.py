@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import libraries
 import numpy as np
 import pytest
 from step_levels import LEVELS
@@ -21,8 +20,8 @@ BATCHES = (1, 2, 8, 9, 40)  # 2 to 16 rows of int8 are few, more are many
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with runtime.load(libraries.built_library(tmp_path_factory), 2) as opened:
+def table(bundle: Path) -> Iterator[KernelTable]:
+    with runtime.load(bundle, 2) as opened:
         yield opened
 
 

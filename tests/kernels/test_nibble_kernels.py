@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
-import libraries
 import numpy as np
 import pytest
 
@@ -34,8 +34,8 @@ GROUP = {name: 32 if 32 in EVERY_FAMILY[name].portable else 128 for name in KIND
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KernelTable]:
-    with runtime.load(libraries.built_library(tmp_path_factory), 2) as opened:
+def table(bundle: Path) -> Iterator[KernelTable]:
+    with runtime.load(bundle, 2) as opened:
         yield opened
 
 

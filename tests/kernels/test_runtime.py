@@ -25,8 +25,6 @@ from bitgen.runtime import ArgumentTypeError, ArgumentValueError, BusyError, Ker
 from bitgen.spec import Shape
 from bitgen.toolchain import Unit
 
-pytestmark = pytest.mark.slow
-
 RAGGED = (Shape(1, 1), Shape(5, 127), Shape(33, 200), Shape(17, 961), TL1_SHAPE, TL2_SHAPE)
 
 

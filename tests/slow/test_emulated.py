@@ -10,6 +10,8 @@ from pathlib import Path
 import emulated
 import pytest
 
+from bitgen.cpu import detect_cpu, find_isa, load_isas
+from bitgen.render import vector_ops
 from bitgen.spec import FAMILIES
 from bitgen.toolchain import Compiler, find_compilers
 
@@ -99,11 +101,12 @@ def test_without_the_emulator_it_is_an_illegal_instruction(program: Path) -> Non
 # What runs on an emulated CPU: the words these levels add, the default kernels of all families and regimes, a
 # whole model. `python tests/support/emulated.py bitgen verify --isa amx_int8` runs every schedule.
 # (suite, level): file, which of its tests, how many they are.
+NEW_OPS = ("vw_dot4", "vw_widen", "vw_rows")
 SUITES = {
     ("ops", "avx_vnni"): (
         "kernels/test_vector_ops.py",
-        "avx_vnni and (vw_dot4 or vw_widen or vw_rows)",
-        4 * len(COMPILERS),
+        f"avx_vnni and ({' or '.join(NEW_OPS)})",
+        sum(name.startswith(NEW_OPS) for name in vector_ops("avx_vnni")) * len(COMPILERS),
     ),
     ("ops", "amx_int8"): ("kernels/test_vector_ops.py", "amx_int8 and tiles_mean", len(COMPILERS)),
     ("kernels", "avx_vnni"): ("kernels/test_exact.py", "one_shape and avx_vnni", 1),
@@ -121,8 +124,10 @@ DEEP = {("kernels", "avx_vnni"), ("models", "avx_vnni"), ("models", "amx_int8")}
 
 
 def needs(level: str) -> pytest.MarkDecorator:
-    """Skip what runs on a level of which this CPU lacks more than the emulator gives it."""
+    """Skip a level that this CPU has, or of which it lacks more than the emulator gives it."""
     reason = emulated.missing_for(level)
+    if find_isa(level, load_isas()).requires <= detect_cpu().features:
+        reason = f"this CPU has {level}: the tests run without help"
     return pytest.mark.skipif(reason is not None, reason=f"{reason}")
 
 
@@ -147,6 +152,7 @@ def test_suites_pass_on_an_emulated_cpu(
         sys.executable,
         "-m",
         "pytest",
+        "-n0",
         "-p",
         "no:cacheprovider",
         str(Path(__file__).parents[1] / file),
