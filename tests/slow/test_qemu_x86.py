@@ -40,6 +40,8 @@ def run_tiny(core: str | None, library: Path, home: Path) -> subprocess.Complete
     words = ["run", "-m", "tiny", "--library", str(library), "-t", "1", "--temp", "0", "--no-perf"]
     prompt = ["-p", EXAMPLE["prompt"], "-n", str(len(EXAMPLE["tokens"]))]
     env = {name: value for name, value in os.environ.items() if name not in (CAP_VARIABLE, "LD_PRELOAD")}
+    if core:  # OpenBLAS, which numpy brings, takes the emulated Nehalem of some hosts for more than it is
+        env["OPENBLAS_CORETYPE"] = core
     return subprocess.run(
         [*emulator, sys.executable, "-m", "bitgen", *words, *prompt],
         env={**env, "BITGEN_HOME": str(home)},
