@@ -39,7 +39,14 @@ from bitgen.inference.engine import OWN_ACTIVATIONS, Head, Kv
 from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
 from bitgen.inference.kv_memory import Capacity
-from bitgen.inference.opening import context_for, find_library, has_kernels, open_engine, tuned_shapes
+from bitgen.inference.opening import (
+    context_for,
+    find_library,
+    has_kernels,
+    made_for_others,
+    open_engine,
+    tuned_shapes,
+)
 from bitgen.inference.prompt_cache import KV_VERSION, restore, save
 from bitgen.inference.protocol import EngineProtocol
 from bitgen.inference.sampling import Sampling
@@ -419,14 +426,18 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
             known = None  # no compiler: what is there runs
         if known is not None:
             return known
-    if bundle is not None:
+    if bundle is not None and not made_for_others(bundle, config):
         return bundle
-    from bitgen.api import load as load_or_build
+    from bitgen.api import untuned_library
 
     if progress:
         progress(Progress("building the default kernels, once"))
-    with load_or_build() as table:
-        return table.path
+    try:
+        return untuned_library()
+    except ToolchainError:
+        if bundle is None:
+            raise
+        return bundle  # no compiler: what is there runs
 
 
 def _untuned(config: ModelConfig) -> ModelPreset:

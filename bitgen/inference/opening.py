@@ -56,6 +56,12 @@ def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
     return any(_multiplies(offer, config) for offer in bundle.manifest.offers())
 
 
+def made_for_others(bundle: Bundle, config: ModelConfig) -> bool:
+    """Whether a library was built for models of 4 bits, this one being ternary: it has I2_S, not T5."""
+    families = {offer.family for offer in bundle.manifest.offers() if offer.role != PORTABLE}
+    return config.weights == TERNARY and any(EVERY_FAMILY[name].weights != TERNARY for name in families)
+
+
 def find_library(config: ModelConfig) -> Bundle | None:
     """The bundle to run a model with on this CPU, built here or installed: tuned for its matrices first.
 
@@ -66,12 +72,13 @@ def find_library(config: ModelConfig) -> Bundle | None:
     found = all_bundles(hashed=False, cpu=cpu)[0]
     bundles = [bundle for bundle in found if judge(bundle, cpu, refused).accepted]
 
-    def fitting(bundle: Bundle) -> tuple[int, bool]:
+    def fitting(bundle: Bundle) -> tuple[int, bool, bool]:
         offers = [offer for offer in bundle.manifest.offers() if _multiplies(offer, config)]
-        return len(tuned_shapes(config, (offer.shape for offer in offers))), bool(offers)
+        tuned = tuned_shapes(config, (offer.shape for offer in offers))
+        return len(tuned), bool(offers), not made_for_others(bundle, config)
 
     fits = [fitting(bundle) for bundle in bundles]
-    most = max(fits, default=(0, False))
+    most = max(fits, default=None)
     best = [bundle for bundle, fit in zip(bundles, fits, strict=True) if fit == most]
     return choose_bundle(best, cpu, refused, recall(cpu))[0]
 

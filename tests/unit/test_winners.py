@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from synthetic import WIDE, fingerprints
@@ -11,14 +13,16 @@ from test_store import LARGE, R16, R32, of_layout, others, tuning
 
 from bitgen import __version__, winners
 from bitgen.api import choices_for
-from bitgen.bundle import Bundle, KernelEntry, read_bundle
+from bitgen.bundle import PORTABLE, Bundle, KernelEntry, read_bundle
 from bitgen.bundle.contents import Target
+from bitgen.bundle.manifest import Offer
 from bitgen.bundle.transfer import committed_kernels
 from bitgen.cli import main
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
 from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import find_model
+from bitgen.inference.opening import made_for_others
 from bitgen.llm import library_for
 from bitgen.measure import Job
 from bitgen.paths import winners_dir
@@ -153,7 +157,7 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     tuned = tuning([(point, 1)], point.layout, made=env.fingerprints)
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
     untuned = folder_of(library_for(preset))
-    assert untuned.parent.name.startswith("untuned-")
+    assert untuned.name.startswith("untuned-")
     export_winners(store, env.fingerprints, env.cpu, env.isas, tmp_path)
     said: list[Progress] = []
     library = folder_of(library_for(preset, said.append))
@@ -165,7 +169,20 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     # Where nothing can be compiled, what is there runs.
     shutil.rmtree(library)
     monkeypatch.setenv("CC", str(tmp_path / "none"))
-    assert folder_of(library_for(preset)) == untuned.parent
+    assert folder_of(library_for(preset)) == untuned
+
+
+def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
+    """It holds I2_S alone for ternary weights: a ternary model gets the default kernels of all families."""
+    offers = [Offer("i2s", 0, "default", None), Offer("t4", 32, PORTABLE, None)]
+    plain, coded = (
+        cast(Bundle, SimpleNamespace(manifest=SimpleNamespace(offers=lambda each=each: each)))
+        for each in (offers, [*offers, Offer("t4", 32, "default", None)])
+    )
+    ternary = find_model("TriLM-99M")
+    assert not made_for_others(plain, ternary)
+    assert made_for_others(coded, ternary)
+    assert not made_for_others(coded, replace(ternary, weights="t4", group=32))
 
 
 def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
