@@ -83,8 +83,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 SLOW = Path(__file__).parent / "slow"
 LIBRARIES = {"bundle", "level_library", "universal_library"}  # fixtures that compile one
-# Files that call every kernel of a library: what a CPU is for.
-SMALL_CPU = {"test_group_kernels", "test_int16", "test_nibble_kernels", "test_runtime"}
+# Files that call the kernels of a library: what a CPU is for.
+SMALL_CPU = {"test_group_kernels", "test_int16", "test_isa_cap", "test_nibble_kernels", "test_runtime"}
 # Files that ask no CPU, or one that is named: the lanes of small CPUs need not repeat them.
 ANY_CPU = {
     f"test_{name}"

@@ -20,7 +20,6 @@ from libraries import toolchain_of
 from bitgen.bundle import read_bundle
 from bitgen.bundle.contents import Target, choose_contents
 from bitgen.bundle.units import table_values
-from bitgen.bundle.write import write_library
 from bitgen.cli import main
 from bitgen.cpu import CAP_VARIABLE, Cpu, accepted_isas, capped, detect_cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
@@ -171,11 +170,9 @@ def test_what_a_process_starts_inherits_the_cap(cap: Callable[[str], None]) -> N
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(level_library: Callable[[str], Path]) -> Path:
     """A library without tuned kernels for the best level of this CPU."""
-    out = tmp_path_factory.mktemp("cap")
-    target = Target.of(detect_cpu(), BEST)
-    return write_library((), toolchain_of(), out, "cap", target, check=False)
+    return level_library(BEST)
 
 
 def created(library: Any, flags: int) -> int:
