@@ -19,7 +19,7 @@ from bitgen.errors import UsageError
 from bitgen.families.base import TERNARY
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
-from bitgen.formats.weights import Weights
+from bitgen.formats.weights import BINARY, Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.layouts import settle_layouts
@@ -57,9 +57,14 @@ def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
 
 
 def made_for_others(bundle: Bundle, config: ModelConfig) -> bool:
-    """Whether a library was built for models of 4 bits, this one being ternary: it has I2_S, not T5."""
-    families = {offer.family for offer in bundle.manifest.offers() if offer.role != PORTABLE}
-    return config.weights == TERNARY and any(EVERY_FAMILY[name].weights != TERNARY for name in families)
+    """Whether a library was built for models of codes, this one being ternary: it has I2_S, not T5.
+
+    Kernels of bits for every shape are in every library.
+    """
+    offers = (offer for offer in bundle.manifest.offers() if offer.role != PORTABLE)
+    kinds = {(EVERY_FAMILY[offer.family].weights, offer.shape is None) for offer in offers}
+    others = {kind for kind, _ in kinds - {(BINARY, True)}} - {TERNARY}
+    return config.weights == TERNARY and bool(others)
 
 
 def find_library(config: ModelConfig) -> Bundle | None:

@@ -173,15 +173,27 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
 
 
 def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
-    """It holds I2_S alone for ternary weights: a ternary model gets the default kernels of all families."""
-    offers = [Offer("i2s", 0, "default", None), Offer("t4", 32, PORTABLE, None)]
-    plain, coded = (
+    """It holds I2_S alone for ternary weights: a ternary model gets the default kernels of all families.
+
+    Kernels of bits for every shape are in every library.
+    """
+    offers = [
+        Offer("i2s", 0, "default", None),
+        Offer("q1", 128, "default", None),
+        Offer("t4", 32, PORTABLE, None),
+    ]
+    plain, coded, binary = (
         cast(Bundle, SimpleNamespace(manifest=SimpleNamespace(offers=lambda each=each: each)))
-        for each in (offers, [*offers, Offer("t4", 32, "default", None)])
+        for each in (
+            offers,
+            [*offers, Offer("t4", 32, "default", None)],
+            [*offers, Offer("q1", 128, "tuned", Shape(256, 256))],
+        )
     )
     ternary = find_model("TriLM-99M")
     assert not made_for_others(plain, ternary)
     assert made_for_others(coded, ternary)
+    assert made_for_others(binary, ternary)
     assert not made_for_others(coded, replace(ternary, weights="t4", group=32))
 
 
