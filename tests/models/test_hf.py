@@ -167,7 +167,10 @@ def test_sub_norms_and_relu2(library: Path) -> None:
     model = random_model("2B-4T")
     before = logits(model)
     bitgen.hf.optimize(model, library=library, threads=2)
-    assert (logits(model) - before).abs().max() < 0.02 * before.std()
+    off = (logits(model) - before).abs() / before.std()
+    # Behind an activation that rounds the other way, on a Zen 5 one of the second text, 0.053 was measured.
+    assert off.median() < 1e-5
+    assert off.max() < 0.1
 
 
 def test_ternary_linears_with_a_scale_for_each_group(tmp_path: Path, library: Path) -> None:
