@@ -44,7 +44,7 @@ extern "C" {
 /* ABI begins: what follows up to "ABI ends" is also what other languages read to call this library. */
 
 /* Grows with every incompatible change of this header. */
-#define BITGEN_ABI_VERSION 3
+#define BITGEN_ABI_VERSION 4
 
 /* The codes; bitgen_error_message() has a sentence for each. */
 enum bitgen_error {
