@@ -73,10 +73,14 @@ static inline int64_t bitgen_chunk_bytes(int64_t head_dim, int32_t kv_type)
 {
     const int64_t groups = (head_dim + 31) / 32;
     switch (kv_type) {
-    case BITGEN_KV_F16: return 2 * BITGEN_KEY_CHUNK * head_dim * 2;
-    case BITGEN_KV_F32: return 2 * BITGEN_KEY_CHUNK * head_dim * 4;
-    case BITGEN_KV_I8: return 2 * BITGEN_KEY_CHUNK * (head_dim + 4);
-    default: return BITGEN_KEY_CHUNK * (head_dim / 2 + groups * 16 + 2 * groups * 2);
+    case BITGEN_KV_F16:
+        return 2 * BITGEN_KEY_CHUNK * head_dim * 2;
+    case BITGEN_KV_F32:
+        return 2 * BITGEN_KEY_CHUNK * head_dim * 4;
+    case BITGEN_KV_I8:
+        return 2 * BITGEN_KEY_CHUNK * (head_dim + 4);
+    default:
+        return BITGEN_KEY_CHUNK * (head_dim / 2 + groups * 16 + 2 * groups * 2);
     }
 }
 

@@ -48,7 +48,8 @@ static int32_t check_sizes(const struct bitgen_model *model)
     /* As doubles, because the products may overflow. */
     double heads = (double)model->sequences * (double)model->layers * (double)model->kv_heads;
     double chunks = (double)model->context / BITGEN_KEY_CHUNK + 1;
-    if (heads * chunks * (double)bitgen_chunk_bytes(model->head_dim + PAGE, BITGEN_KV_F32) > 1e17) return BITGEN_ERROR_MODEL;
+    if (heads * chunks * (double)bitgen_chunk_bytes(model->head_dim + PAGE, BITGEN_KV_F32) > 1e17)
+        return BITGEN_ERROR_MODEL;
     double widest = (double)(model->heads + 2 * model->kv_heads) * (double)model->head_dim;
     return widest < 1e9 && model->ffn < 1e9 ? BITGEN_OK : BITGEN_ERROR_MODEL;
 }
