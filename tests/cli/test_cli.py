@@ -400,9 +400,10 @@ def test_a_corrupted_cache_entry_is_told_and_made_again(
     def noted(cache: ContentCache, kind: str, key: str, suffix: str) -> Path | None:
         path = find(cache, kind, key, suffix)
         if path is not None and suffix == ".o":
-            objects.append(home / path.relative_to(workplace))
-            objects[-1].parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, objects[-1])
+            kept = home / path.relative_to(workplace)  # not objects[-1]: several threads are here
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, kept)
+            objects.append(kept)
         return path
 
     with monkeypatch.context() as patch:

@@ -514,7 +514,7 @@ def test_what_is_wrong_is_said(tables: Any) -> None:
         ({"context": 33}, "context must be 1 to 32 positions, not 33"),
         ({"context": 0}, "context must be"),
         ({"max_batch": 0}, "max_batch must be"),
-        ({"kv": "f64"}, "kv must be f16, f32 or q8"),
+        ({"kv": "f64"}, "kv must be f16, f32, q8 or q4"),
         ({"head": "q4"}, "head auto, full, screened or q8"),
     ):
         with pytest.raises(BitgenError, match=message):
@@ -593,7 +593,7 @@ def test_the_step_checks_its_model(tables: Any) -> None:
         ("head_dim", 25),
         ("kv_heads", 3),
         ("activation", 2),
-        ("kv_type", 3),
+        ("kv_type", 4),
         ("kv_type", -1),
     ):
         assert code(field(name, value)) == lib.BITGEN_ERROR_MODEL, name
@@ -917,8 +917,8 @@ def test_matrices_go_in_slabs(tables: Any, monkeypatch: pytest.MonkeyPatch) -> N
     pieces = packed_layers(counting, tables())
     assert max(reads) == 256
     for a, b in zip(whole, pieces, strict=True):
-        for name in ("qkv", "o", "gate_up", "down"):
-            assert np.array_equal(getattr(a, name).data, getattr(b, name).data)
+        assert a.keys() == b.keys() == {"qkv", "o", "gate_up", "down"}
+        assert all(np.array_equal(a[name].data, b[name].data) for name in a)
 
 
 def test_pages_of_a_model_file_are_let_go(tmp_path: Path) -> None:

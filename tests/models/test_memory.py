@@ -167,11 +167,9 @@ def test_weights_that_do_not_fit_come_from_disk(
 def test_what_stays_in_memory_is_the_beginning(table: KernelTable, weights: Weights) -> None:
     groups = weight_cache.find_groups(weights)
     packed = weight_cache.pack_model(weights, table, groups, "x")
-    sizes = [matrix.data.nbytes for layer in packed.layers for matrix in vars(layer).values()]
+    sizes = [matrix.data.nbytes for layer in packed.layers for matrix in layer.values()]
     held, on_disk = disk.hold(packed, sum(sizes[:5]) + 1)
-    kept = [
-        memory.mapping_of(matrix.data) is None for layer in held.layers for matrix in vars(layer).values()
-    ]
+    kept = [memory.mapping_of(matrix.data) is None for layer in held.layers for matrix in layer.values()]
     assert kept == [True] * 5 + [False] * (len(sizes) - 5)
     assert on_disk == sum(sizes[5:])
     assert disk.hold(packed, sum(sizes))[1] == 0

@@ -458,7 +458,7 @@ def test_int32_sums_fit_for_the_largest_k(family: str, isa: Isa, regime: Regime)
 
 
 def test_unknown_family() -> None:
-    with pytest.raises(BitgenError, match="unknown family 'tl3'; did you mean tl5 or tl2 or tl1"):
+    with pytest.raises(BitgenError, match="unknown family 'tl3'; did you mean t3 or tl5 or tl2"):
         space_of("tl3", "avx2", N1)
 
 
