@@ -43,13 +43,13 @@ from bitgen.families.base import (
 )
 from bitgen.shapes import Regime
 
-# The default for one token; see i2s.py.
-_FIRST: SmallTable = (
+# The default for one token, of T3 too; see i2s.py.
+FIRST: SmallTable = (
     ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accumulators": 1}),
     ({"vector_bytes": 16}, {"streams": 1, "accumulators": 1}),
     ({}, {"streams": 2, "accumulators": 1}),
 )
-_ONE: Mapping[str, int] = {"accumulators": 1}
+ONE_SUM: Mapping[str, int] = {"accumulators": 1}
 Value = TypeVar("Value")
 
 
@@ -67,7 +67,7 @@ class Nibbles(Multiply):
 
     def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
         tables = knobs["streams"] * (row_block // 16) if family.by_table else 0
-        return super().registers(family, isa, {**knobs, **_ONE}, row_block) + tables
+        return super().registers(family, isa, {**knobs, **ONE_SUM}, row_block) + tables
 
     def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
         return iter(())
@@ -82,7 +82,7 @@ class Nibbles(Multiply):
 
 
 def _without(knobs: Mapping[str, Value]) -> dict[str, Value]:
-    return {name: value for name, value in knobs.items() if name not in _ONE}
+    return {name: value for name, value in knobs.items() if name not in ONE_SUM}
 
 
 def encode(tiles: Ternary) -> Bytes:
@@ -103,13 +103,13 @@ def _family(name: str, title: str, **facts: object) -> Family:
         g=1,
         k_chunk=8,
         chunk_bytes=64,
-        algorithms=(Nibbles("direct", first=_FIRST, ahead=4096), *UNPACKED),
+        algorithms=(Nibbles("direct", first=FIRST, ahead=4096), *UNPACKED),
         encode=encode,
         decode=decode,
         codes=16,
         in_rows=False,
         template="nibble",
-        constants=dict(_ONE),
+        constants=dict(ONE_SUM),
         **known,  # type: ignore[arg-type]
     )
 

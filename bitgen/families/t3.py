@@ -16,16 +16,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from bitgen.families.algorithms import UNPACKED, SmallTable
+from bitgen.families.algorithms import UNPACKED
 from bitgen.families.base import GROUPS, Bytes, Family, Ternary
-from bitgen.families.nibble import Nibbles
+from bitgen.families.nibble import FIRST, ONE_SUM, Nibbles
 
-# The default for one token; see i2s.py.
-_FIRST: SmallTable = (
-    ({"vector_bytes": 64, "native_dot4": True}, {"streams": 4, "accumulators": 1}),
-    ({"vector_bytes": 16}, {"streams": 1, "accumulators": 1}),
-    ({}, {"streams": 2, "accumulators": 1}),
-)
 _PLANES = np.arange(3, dtype=np.uint8)[:, None, None]  # p, before rows and j
 
 
@@ -53,7 +47,7 @@ FAMILY = Family(
     g=1,
     k_chunk=32,
     chunk_bytes=192,
-    algorithms=(Nibbles("direct", first=_FIRST, ahead=4096), *UNPACKED),
+    algorithms=(Nibbles("direct", first=FIRST, ahead=4096), *UNPACKED),
     encode=encode,
     decode=decode,
     codes=8,
@@ -62,5 +56,5 @@ FAMILY = Family(
     in_rows=False,
     by_table=True,
     portable=GROUPS,
-    constants={"accumulators": 1},
+    constants=dict(ONE_SUM),
 )

@@ -66,17 +66,22 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def random_model(preset: str, seed: int = 3) -> Any:
-    """A random model of the architecture of ``preset`` with master weights that it quantises as it runs."""
-    architecture, sizes = ARCHITECTURES[preset]
-    torch.manual_seed(seed)
-    model = _empty(architecture, sizes)
+def _randomize(model: Any) -> None:
+    """Norms of 0.5 to 1.5, everything else normal with a deviation of 0.5."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(0, 0.5)
+
+
+def random_model(preset: str, seed: int = 3) -> Any:
+    """A random model of the architecture of ``preset`` with master weights that it quantises as it runs."""
+    architecture, sizes = ARCHITECTURES[preset]
+    torch.manual_seed(seed)
+    model = _empty(architecture, sizes)
+    _randomize(model)
     return _with_bitlinears(model, "online", model.state_dict())
 
 
@@ -334,12 +339,7 @@ def embedding_model(seed: int = 3, **changes: Any) -> Any:
         if name.split(".")[-1] in STACKED:
             own = NormedBitLinear(linear.out_features, linear.in_features, config.rms_norm_eps)
             model.get_submodule(name.rpartition(".")[0]).__setattr__(name.split(".")[-1], own)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(0, 0.5)
+    _randomize(model)
     return model.eval()
 
 
