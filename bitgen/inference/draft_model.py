@@ -2,19 +2,19 @@
 
 The small model samples what may come next with the seed and the position of the large one, so that the same
 random numbers meet similar probabilities; the large model checks all of it in one forward pass. Its own
-tokens are the text, whatever was drafted. How many tokens are drafted is measured while texts are made: the
-number whose tokens take the least time wins, and that may be none.
+tokens are the text, whatever was drafted. How many tokens are drafted is chosen by what was measured
+(`bitgen.inference.draft_length`), and may be none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+
+from bitgen.inference.draft_length import Checked, DraftLength, MeanTime
 from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import Sequence
 
-_LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12)  # of drafts
-_TRIALS = 3  # steps with each, before they are compared
-_RETRY = 64  # every so many steps another length is tried again
-_FORGET = 0.9  # what a step leaves of the measurements before it
+_LACKING = 2  # tokens that a draft lacks at most where the one before was right: read as it begins
 
 
 class DraftModel:
@@ -22,40 +22,33 @@ class DraftModel:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._measured: dict[tuple[int, int], tuple[int, float, float]] = {}  # steps, seconds, tokens
-        self._steps = 0
+        self._lengths = DraftLength()
+        self._read_s = MeanTime()  # a token that is read
+        self._reading_s = 0.0  # of the step that is being made
+        self._behind = False  # in this step a sequence got no draft because its text is still being read
         # Slots of the large engine, which may have more, and those here that follow them; the last used last.
         self._following: dict[int, int] = {}
 
     def length(self, running: int, room: int) -> int:
         """How many tokens to draft for each of the ``running`` sequences, ``room`` at most."""
-        lengths = [length for length in _LENGTHS if length <= room]
-        self._steps += 1
-        if self._steps % _RETRY == 0:
-            return lengths[self._steps // _RETRY % len(lengths)]
-        for length in lengths:
-            if self._measured.get((running, length), (0, 0.0, 0.0))[0] < _TRIALS:
-                return length
-        return min(lengths, key=lambda length: self._pace(running, length))
+        return self._lengths.choose(running, room)
 
-    def learn(self, running: int, length: int, seconds: float, tokens: int) -> None:
-        """What a step took, drafts included, and how many tokens came of it."""
-        steps, before, made = self._measured.get((running, length), (0, 0.0, 0.0))
-        self._measured[running, length] = steps + 1, _FORGET * before + seconds, _FORGET * made + tokens
+    def learn(self, running: int, drafted: int, seconds: float, checked: Items[tuple[int, int]]) -> None:
+        """What a step took that checked so many tokens, and of each draft how many are known, and right."""
+        self._lengths.learn(running, drafted, seconds - self._reading_s, [Checked(*each) for each in checked])
+        if not self._behind:
+            self._lengths.tried()
+        self._reading_s, self._behind = 0.0, False
 
-    def _pace(self, running: int, length: int) -> float:
-        """Seconds a token."""
-        _, seconds, tokens = self._measured[running, length]
-        return seconds / tokens
-
-    def draft(self, slot: int, sequence: Sequence, most: int) -> list[int] | None:
-        """Up to ``most`` tokens; None while the small model reads the prompt."""
+    def draft(self, slot: int, sequence: Sequence, most: int) -> list[int]:
+        """Up to ``most`` tokens; none while the small model reads the text, or where that would not pay."""
         most = min(most, self._scheduler.engine.context - len(sequence.whole))
         if most <= 0:
             return []
         own = self._own(slot)
-        if not self._scheduler.catch_up(own, sequence.whole):
-            return None
+        if not self._caught_up(own, sequence.whole):
+            return []
+        started = self._scheduler.clock()
         vocab, tokens = self._scheduler.engine.config.vocab, list[int]()
         while len(tokens) < most:
             answer = self._scheduler.ask(own, [*sequence.whole, *tokens], sequence.want(vocab, tokens))
@@ -63,7 +56,26 @@ class DraftModel:
             tokens.append(token)
             if sequence.would_end(token):
                 break
+        self._lengths.token_s.add((self._scheduler.clock() - started) / len(tokens))
         return tokens
+
+    def _caught_up(self, own: int, tokens: Items[int]) -> bool:
+        """Whether a slot holds nearly all of a text; else a part of it is read, if it may take so long."""
+        lacking = self._scheduler.lacking(own, tokens)
+        if lacking <= _LACKING:
+            return True
+        first = not self._lengths.token_s.count  # until something was drafted nobody knows what it brings
+        if not first and not self._lengths.affords(lacking * self._read_s.seconds):
+            return False
+        started = self._scheduler.clock()
+        left = self._scheduler.catch_up(own, tokens)
+        seconds = self._scheduler.clock() - started
+        self._reading_s += seconds
+        self._read_s.add(seconds / (lacking - left))
+        if not first:
+            self._lengths.spend(seconds)
+        self._behind = self._behind or left > _LACKING
+        return left <= _LACKING
 
     def _own(self, slot: int) -> int:
         """The slot that follows ``slot`` of the large engine: its own, a free one, or the longest unused."""

@@ -59,9 +59,9 @@ class Drafts(Protocol):
 
     def length(self, running: int, room: int) -> int: ...
 
-    def draft(self, slot: int, sequence: Sequence, most: int) -> list[int] | None: ...
+    def draft(self, slot: int, sequence: Sequence, most: int) -> list[int]: ...
 
-    def learn(self, running: int, length: int, seconds: float, tokens: int) -> None: ...
+    def learn(self, running: int, drafted: int, seconds: float, checked: Items[tuple[int, int]]) -> None: ...
 
 
 class Phases(Protocol):
@@ -93,7 +93,6 @@ class _Batch(NamedTuple):
     rows: Items[Row]
     wants: Items[Want]
     started: float
-    drafted: int | None  # tokens for each by the draft model; None while it reads a prompt, or is none
 
     @property
     def tokens(self) -> int:
@@ -149,7 +148,7 @@ class Scheduler:
         self.mixed = False  # a part of a prompt and the step of those that run are one forward pass
         self.drafts: Drafts | None = None
         self.meter: Phases | None = None
-        self._clock = clock
+        self.clock = clock
         self._tokenizer = tokenizer
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # slot -> sequence
@@ -320,12 +319,12 @@ class Scheduler:
     def _fill(self, slot: int) -> list[Event]:
         """Compute a part of a prompt, and sample the first token after its last part."""
         self._enter("prompt")
-        started = self._clock()
+        started = self.clock()
         part = self._part(slot)
         if part is None:
             return []
         answers = self.answers([part.row], part.wants)
-        return self._filled(part, answers, self._clock() - started)
+        return self._filled(part, answers, self.clock() - started)
 
     def _part(self, slot: int, beside: int = 0) -> _Part | None:
         """The next part of a prompt, ``beside`` so many other tokens; None where another slot had the rest.
@@ -384,7 +383,7 @@ class Scheduler:
         batch = self._batch(running)
         self._enter("decode")
         answers = self.answers([*batch.rows, part.row], [*batch.wants, *part.wants])
-        seconds = self._clock() - batch.started
+        seconds = self.clock() - batch.started
         share = batch.tokens / len(answers)
         events = self._decoded(batch, answers[: batch.tokens], share * seconds)
         return events + self._filled(part, answers[batch.tokens :], (1 - share) * seconds)
@@ -394,67 +393,70 @@ class Scheduler:
         self._enter("decode")
         batch = self._batch(running)
         answers = self.answers(batch.rows, batch.wants)
-        return self._decoded(batch, answers, self._clock() - batch.started)
+        return self._decoded(batch, answers, self.clock() - batch.started)
 
     def _batch(self, running: Mapping[int, Sequence]) -> _Batch:
         """The last token of each sequence, and drafts of those that follow."""
-        started = self._clock()
+        started = self.clock()
         room = max(0, FEW // len(running) - 1)
         length = self.drafts.length(len(running), room) if self.drafts else 0
-        reading = self.drafts is None
         rows, wants = [], []
         for slot, sequence in running.items():
             most = sequence.room(min(room, self.engine.context - len(sequence.whole)))
             if self.drafts is None or sequence.drafts_itself:
                 draft = sequence.draft(most)
             else:
-                found = self.drafts.draft(slot, sequence, min(length, most)) if length else []
-                draft, reading = found or [], reading or found is None
+                draft = self.drafts.draft(slot, sequence, min(length, most)) if length else []
             rows.append(Row(slot, [sequence.whole[-1], *draft]))
             wants += [sequence.want(self.engine.config.vocab, draft[:i]) for i in range(len(draft) + 1)]
-        return _Batch(running, rows, wants, started, None if reading else length)
+        return _Batch(running, rows, wants, started)
 
     def _decoded(self, batch: _Batch, answers: Items[Any], seconds: float) -> list[Event]:
         """Sample what comes behind the rows of a step that took ``seconds``, as far as drafts were right."""
         self.timings.steps += 1
         self.timings.step_s += seconds
-        events, at, tokens = [], 0, self.timings.step_tokens
+        events, at, drafted, checked = [], 0, 0, []
         for slot, fed, _ in batch.rows:
             sequence = batch.running[slot]
             pieces = []
-            for row, drafted in enumerate([*fed[1:], None]):
+            for row, draft in enumerate([*fed[1:], None]):
                 pieces.append(self._sample(sequence, answers[at + row]))
-                if sequence.finish or sequence.whole[-1] != drafted:
+                if sequence.finish or sequence.whole[-1] != draft:
                     break
             at += len(fed)
             self.timings.step_tokens += len(pieces)
             if len(fed) > 1:
                 sequence.learn(len(fed) - 1, len(pieces) - 1)
+                if not sequence.drafts_itself:
+                    drafted += len(fed) - 1
+                    checked.append((len(pieces) - 1 if sequence.finish else len(fed) - 1, len(pieces) - 1))
                 self.timings.drafted += len(fed) - 1
                 self.timings.accepted += len(pieces) - 1
                 self._slots.forget(slot, len(sequence.whole) - 1)
             events.append(Event(sequence, "".join(pieces)))
-        if self.drafts and batch.drafted is not None:
-            made = self.timings.step_tokens - tokens
-            took = self._clock() - batch.started
-            self.drafts.learn(len(batch.running), batch.drafted, took, made)
+        if self.drafts:
+            self.drafts.learn(len(batch.running), drafted, self.clock() - batch.started, checked)
         return events
 
     def _sample(self, sequence: Sequence, answer: Floats | Chosen) -> str:
-        started = self._clock()
+        started = self.clock()
         piece = sequence.sample(answer, self.engine.context)
         self.timings.sampled += 1
-        self.timings.sample_s += self._clock() - started
+        self.timings.sample_s += self.clock() - started
         return piece
 
     # ---- Plain tokens ----
 
-    def catch_up(self, slot: int, tokens: Items[int]) -> bool:
-        """Compute a part of ``tokens`` in a slot; whether all but one chunk of them are there."""
-        lacking, size = self._rest(slot, tokens), self._chunk()
-        if len(lacking) > size:
-            self.forward([Row(slot, lacking[:size], [False] * size)])
-        return len(lacking) <= size
+    def lacking(self, slot: int, tokens: Items[int]) -> int:
+        """How many of ``tokens`` a slot does not hold, at least the last."""
+        return len(tokens) - min(common_start(self._slots.tokens[slot], tokens), len(tokens) - 1)
+
+    def catch_up(self, slot: int, tokens: Items[int]) -> int:
+        """Compute a part of ``tokens`` in a slot, but not the last; how many it lacks then."""
+        part = self._rest(slot, tokens)[:-1][: self._chunk()]
+        if part:
+            self.forward([Row(slot, part, [False] * len(part))])
+        return self.lacking(slot, tokens)
 
     def ask(self, slot: int, tokens: Items[int], want: Want) -> Any:
         """What ``want`` gives at the end of ``tokens``, of which a slot lacks few."""
@@ -533,7 +535,7 @@ class Scheduler:
         if self._slots.unsure:
             self._slots.settle()
         self._slots.unsure = True
-        started = self._clock()
+        started = self.clock()
         answers = self.engine.forward(
             np.array(tokens, np.int32), np.array(positions, np.int32), np.array(slots, np.int32), wants
         )
@@ -541,7 +543,7 @@ class Scheduler:
             self._slots.add(slot, part)
         self._slots.unsure = False
         if len(tokens) >= (_CHUNK_MIN if self.max_stall_s is None else _PART_MIN):
-            self._token_s = max(1e-9, (self._clock() - started) / len(tokens))
+            self._token_s = max(1e-9, (self.clock() - started) / len(tokens))
         return answers
 
     # ---- The KV cache ----
