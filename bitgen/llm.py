@@ -363,8 +363,13 @@ class LLM:
         """The model's chat template, or the built-in one that fits its vocabulary."""
         return self.template or BUILT_IN[template_for(self.tokenizer.ids)]
 
-    def chat_prompt(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
-        """The ids of a conversation, up to where the assistant is to speak; ``tools``: see `render_chat`."""
+    def chat_prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """The ids of a conversation, up to where the assistant is to speak.
+
+        ``tools`` and ``thinking``: see `render_chat`; None is as ``LLM.thinking`` says.
+        """
         tokenizer = self.tokenizer
         text = render_chat(
             self.template_text,
@@ -372,7 +377,7 @@ class LLM:
             tools=tools,
             bos=tokenizer.token(tokenizer.bos),
             eos=tokenizer.token(tokenizer.eos),
-            thinking=self.thinking,
+            thinking=self.thinking if thinking is None else thinking,
         )
         ids = tokenizer.encode(text, special=False)
         if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:

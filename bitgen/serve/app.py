@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -208,6 +209,14 @@ def _read_page() -> tuple[str, str]:
     )
 
 
+def _base_url_hint(path: str, paths: Set[str]) -> str | None:
+    """What to tell a client whose base URL lacks its end, or has too much of one."""
+    for wanted, end in ((f"/v1{path}", "with /v1"), (path.removeprefix("/v1"), "before /v1")):
+        if wanted in paths and wanted != "/":
+            return f"there is no {path[:100]}, but {wanted[:100]}: the base URL should end {end}"
+    return None
+
+
 def make_app(service: Service) -> Guard:
     """The ASGI application."""
     parts = (
@@ -228,9 +237,16 @@ def make_app(service: Service) -> Guard:
     routes = [Route(each.path, each.call, methods=[each.method]) for each in endpoints]
     router = Router(routes, redirect_slashes=False)
 
+    paths = {each.path for each in endpoints}
+
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = router  # an unknown path is then an exception, which the guard puts into our shape
-        await router(scope, receive, send)
+        try:
+            await router(scope, receive, send)
+        except HTTPException as error:
+            if error.status_code == 404 and (hint := _base_url_hint(scope["path"], paths)):
+                raise ApiError(404, hint) from None
+            raise
 
     settings = service.settings
     return Guard(app, settings.access, service.metrics.responded, settings.log)

@@ -41,6 +41,13 @@ class EmbedBody(msgspec.Struct, kw_only=True):
     dimensions: int | None = None
 
 
+class OldEmbedBody(msgspec.Struct, kw_only=True):
+    """Of ``/api/embeddings``, which Ollama had before."""
+
+    model: str
+    prompt: str
+
+
 class VectorsAnswer(Collected):
     """The vectors of all texts, in the shape of a dialect."""
 
@@ -58,7 +65,7 @@ class VectorsAnswer(Collected):
 
 
 class EmbeddingsEndpoints:
-    """Two paths."""
+    """The paths of both dialects."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -69,6 +76,7 @@ class EmbeddingsEndpoints:
         return [
             Endpoint("POST", "/v1/embeddings", self.embeddings, "vectors of texts", EmbeddingsBody),
             Endpoint("POST", "/api/embed", self.embed, "Ollama: vectors of texts", EmbedBody),
+            Endpoint("POST", "/api/embeddings", self.old_embed, "Ollama: the vector of a text", OldEmbedBody),
         ]
 
     async def embeddings(self, http: HttpRequest) -> Response:
@@ -86,6 +94,12 @@ class EmbeddingsEndpoints:
         body = await self._service.body(http, EmbedBody)
         shape = partial(_ollama, model=self._service.model(body.model))
         return await self._answer(http, body.input, body.dimensions, shape)
+
+    async def old_embed(self, http: HttpRequest) -> Response:
+        self._check()
+        body = await self._service.body(http, OldEmbedBody)
+        self._service.model(body.model)
+        return await self._answer(http, body.prompt, None, _old_ollama)
 
     def _check(self) -> None:
         if self._llm.pooling is None:
@@ -122,3 +136,8 @@ def _openai(vectors: Sequence[Floats], tokens: int, *, model: str, packed: bool)
 
 def _ollama(vectors: Sequence[Floats], tokens: int, *, model: str) -> dict[str, Any]:
     return {"model": model, "embeddings": [v.tolist() for v in vectors], "prompt_eval_count": tokens}
+
+
+def _old_ollama(vectors: Sequence[Floats], tokens: int) -> dict[str, Any]:
+    del tokens
+    return {"embedding": vectors[0].tolist()}

@@ -45,6 +45,7 @@ Temperature: TypeAlias = Annotated[float, Meta(ge=0)]
 TopK: TypeAlias = Annotated[int, Meta(ge=-1)]
 LastN: TypeAlias = Annotated[int, Meta(ge=-1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+Most: TypeAlias = Annotated[int, Meta(ge=-1)]  # -1, as llama.cpp and LM Studio write it: as many as fit
 Share: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)]
@@ -76,7 +77,7 @@ class Body(msgspec.Struct, kw_only=True):
     """The fields that chats and completions have in common."""
 
     model: str | None = None
-    max_tokens: Positive | None = None
+    max_tokens: Most | None = None
     n: Positive | None = None
     stop: str | list[str] | None = None
     stream: bool | None = None
@@ -137,21 +138,33 @@ class ChatMessage(msgspec.Struct):
     tool_call_id: str | None = None
 
 
+class TemplateOptions(msgspec.Struct):
+    """What a request tells the chat template: whether the model thinks first, where the template asks."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatBody(Body, kw_only=True):
     """Of ``/v1/chat/completions``."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: Positive | None = None
+    max_completion_tokens: Most | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tools: list[Tool] | None = None
     tool_choice: str | NamedTool | None = None
     parallel_tool_calls: bool | None = None  # a model that is made to call makes one call
+    chat_template_kwargs: TemplateOptions | None = None  # in the words of llama.cpp and vLLM
 
     @property
     def callable_tools(self) -> Sequence[Tool]:
         """The tools that the model may call."""
         return () if self.tool_choice == "none" else self.tools or ()
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think before it answers; None: as the server says."""
+        return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -223,9 +236,8 @@ def completion_requests(body: CompletionBody, llm: LLM, limits: Limits) -> list[
     check(not body.suffix, "suffix is not supported", "suffix")
     check(body.best_of in (None, body.choices), "best_of other than n is not supported", "best_of")
     k = body.logprobs
-    tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     wanted = replace(
-        _wanted(body, limits, tokens),
+        _wanted(body, limits, COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens),
         logprobs=k,
         score_prompt=bool(body.echo) and k is not None,
         **_grammar(body, llm),
@@ -241,14 +253,14 @@ def chat_requests(body: ChatBody, llm: LLM, limits: Limits) -> list[Request]:
     """A request for each choice."""
     k = body.top_logprobs or 0
     check(not k or bool(body.logprobs), "top_logprobs needs logprobs", "top_logprobs")
-    given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    wanted = replace(_wanted(body, limits, given), logprobs=k if body.logprobs else None)
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    wanted = _wanted(body, limits, getattr(body, name), name)
+    wanted = replace(wanted, logprobs=k if body.logprobs else None)
     wanted = replace(wanted, **(_forced_call(body, llm) or _grammar(body, llm)))
     if llm.template_text == BUILT_IN["plain"]:
         wanted = replace(wanted, stop=(*wanted.stop, *PLAIN_STOP))
-    return _choices(
-        body, wanted, [checked(chat_ids(body.messages, llm, body.callable_tools), llm, "messages")]
-    )
+    ids = chat_ids(body.messages, llm, body.callable_tools, body.thinking)
+    return _choices(body, wanted, [checked(ids, llm, "messages")])
 
 
 def _grammar(body: Body, llm: LLM) -> dict[str, Any]:
@@ -296,7 +308,9 @@ def _made(param: str, make: Callable[[], Grammar]) -> Grammar:
         raise ApiError(501, error.message, param) from None
 
 
-def chat_ids(messages: Sequence[ChatMessage], llm: LLM, tools: Sequence[Tool] = ()) -> list[int]:
+def chat_ids(
+    messages: Sequence[ChatMessage], llm: LLM, tools: Sequence[Tool] = (), thinking: bool | None = None
+) -> list[int]:
     """The prompt of a conversation."""
     check(bool(messages), "a chat needs at least one message", "messages")
     given = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
@@ -305,7 +319,7 @@ def chat_ids(messages: Sequence[ChatMessage], llm: LLM, tools: Sequence[Tool] = 
         given = plain_messages(given)
         given = tell(given, tools) if tools else given
     try:
-        return llm.chat_prompt(given, msgspec.to_builtins(tools) if native else ())
+        return llm.chat_prompt(given, msgspec.to_builtins(tools) if native else (), thinking)
     except BitgenError as error:
         raise ApiError(400, error.message, "messages") from None
 
@@ -364,9 +378,11 @@ def checked(ids: Sequence[int], llm: LLM, param: str) -> tuple[int, ...]:
         raise ApiError(400, error.message, param) from None
 
 
-def _wanted(body: Body, limits: Limits, max_tokens: int | None) -> Request:
-    """All of a request but its prompt."""
+def _wanted(body: Body, limits: Limits, max_tokens: int | None, name: str = "max_tokens") -> Request:
+    """All of a request but its prompt; ``name`` is the field that says how many tokens."""
     n = body.choices
+    check(max_tokens != 0, f"{name} must be 1 or more (-1: as many as fit)", name)
+    max_tokens = None if max_tokens == -1 else max_tokens
     check(n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
     if limits.max_tokens is not None:
         max_tokens = min(limits.max_tokens, limits.max_tokens if max_tokens is None else max_tokens)

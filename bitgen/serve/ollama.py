@@ -18,9 +18,16 @@ from bitgen import __version__
 from bitgen.serve import messages
 from bitgen.serve.answers import Head, SingleAnswer
 from bitgen.serve.errors import ApiError
-from bitgen.serve.messages import ChatBody, ChatMessage, CompletionBody, JsonSchema, ResponseFormat
+from bitgen.serve.messages import (
+    ChatBody,
+    ChatMessage,
+    CompletionBody,
+    JsonSchema,
+    ResponseFormat,
+    TemplateOptions,
+)
 from bitgen.serve.openapi import Endpoint
-from bitgen.serve.service import Maker, Service, json_response
+from bitgen.serve.service import LATEST, Maker, Service, json_response
 from bitgen.serve.tools import CalledFunction, Tool, ToolCall
 from bitgen.serve.worker import Job, Update
 
@@ -58,7 +65,11 @@ class OllamaFunction(msgspec.Struct):
     """A function with its arguments as an object."""
 
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] | None = None
+
+    def call(self) -> ToolCall:
+        """The same in OpenAI's shape."""
+        return ToolCall(CalledFunction(self.name, msgspec.json.encode(self.arguments or {}).decode()))
 
 
 class OllamaCall(msgspec.Struct):
@@ -71,27 +82,22 @@ class OllamaMessage(msgspec.Struct):
     """A message of a chat."""
 
     role: messages.Role
-    content: str = ""
+    content: str | None = None
     images: list[str] | None = None
     tool_calls: list[OllamaCall] | None = None
     tool_name: str | None = None
 
     def chat_message(self) -> ChatMessage:
         """The same in OpenAI's shape."""
-        calls = [
-            ToolCall(
-                CalledFunction(call.function.name, msgspec.json.encode(call.function.arguments).decode())
-            )
-            for call in self.tool_calls or ()
-        ]
-        return ChatMessage(self.role, self.content, self.tool_name, calls or None)
+        calls = [each.function.call() for each in self.tool_calls or ()]
+        return ChatMessage(self.role, self.content or "", self.tool_name, calls or None)
 
 
 class Common(msgspec.Struct, kw_only=True):
     """The fields that chat and generate have in common."""
 
     model: str
-    stream: bool = True
+    stream: bool | None = None  # yes, where nobody says
     format: str | dict[str, Any] | None = None
     options: Options | None = None
 
@@ -111,6 +117,7 @@ class OllamaChat(Common, kw_only=True):
 
     messages: list[OllamaMessage] = []
     tools: list[Tool] | None = None
+    think: bool | str | None = None  # or how much, which is yes
 
 
 class Generate(Common, kw_only=True):
@@ -214,7 +221,8 @@ class OllamaEndpoints:
         if not body.messages:
             return self._loaded(body.model, chat=True)
         talk = [each.chat_message() for each in body.messages]
-        asked = ChatBody(messages=talk, tools=body.tools, **body.fields())
+        thinking = None if body.think is None else TemplateOptions(bool(body.think))
+        asked = ChatBody(messages=talk, tools=body.tools, chat_template_kwargs=thinking, **body.fields())
         names = [tool.function.name for tool in body.tools or ()]
         return await self._answer(http, body, messages.chat_requests, asked, chat=True, names=names)
 
@@ -247,7 +255,7 @@ class OllamaEndpoints:
         service = self._service
         requests: list[Request] = await service.in_thread(make, asked, self._llm, service.limits)
         made: Maker = partial(OllamaAnswer, head=head, chat=chat, names=names)
-        return await service.answer(http, requests, made, stream=body.stream)
+        return await service.answer(http, requests, made, stream=body.stream is not False)
 
     def _loaded(self, model: str, *, chat: bool) -> Response:
         """An empty request loads a model, which this one is."""
@@ -294,10 +302,9 @@ class OllamaEndpoints:
         digest = self._service.settings.fingerprint.removeprefix("fp_")
         loaded = datetime.fromtimestamp(self._service.started, timezone.utc).isoformat()
         rest = {"modified_at": loaded, "size": self._llm.memory[0], "digest": digest}
-        return [
-            {"name": name, "model": name, **rest, "details": self._details()}
-            for name in self._service.settings.names
-        ]
+        # A name has a tag here: Open WebUI adds one to what it asks for, and looks that up in this list.
+        tagged = [name if ":" in name else name + LATEST for name in self._service.settings.names]
+        return [{"name": name, "model": name, **rest, "details": self._details()} for name in tagged]
 
     def _details(self) -> Mapping[str, Any]:
         family = self._llm.config.architecture

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Write: TypeAlias = Callable[[bytes], Awaitable[None]]
 _IGNORED_MAX, _NAME_MAX = 100, 40  # names of fields that the log mentions, and their characters
+LATEST = ":latest"  # the tag that clients of Ollama give a name that has none
 _NOBODY = 499  # the client left: the log and the metrics see it, nobody else does
 
 
@@ -133,7 +134,8 @@ class Service:
     def model(self, asked: str | None) -> str:
         """The name that an answer says; one that is not ours is accepted unless the server is strict."""
         names = self.settings.names
-        if self.settings.strict_model and asked is not None and asked not in names:
+        known = asked is None or asked in names or asked.removesuffix(LATEST) in names
+        if self.settings.strict_model and asked is not None and not known:
             message = f"there is no model {asked[:100]!r}; there is {', '.join(names)}"
             raise ApiError(404, message, "model", "model_not_found")
         return asked or names[0]

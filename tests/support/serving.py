@@ -205,7 +205,8 @@ async def running(
     loop = asyncio.get_running_loop()
     llm = llm or fake_llm(engine)
     worker = Worker(llm.scheduler, loop.call_soon_threadsafe)
-    service = Service(llm, worker, Settings(("fake",), "fp_fake", **{"log": None, **settings}))
+    fields: dict[str, Any] = {"names": ("fake",), "fingerprint": "fp_fake", "log": None, **settings}
+    service = Service(llm, worker, Settings(**fields))
     client = Client(service, make_app(service), engine)
     worker.thread.start()
     try:

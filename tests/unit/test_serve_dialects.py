@@ -269,14 +269,36 @@ def test_an_ollama_chat_may_be_a_call_or_follow_a_schema() -> None:
 
 
 def test_what_ollama_clients_ask_beside_texts() -> None:
-    listed = once("GET", "/api/tags").json["models"]
-    assert [model["name"] for model in listed] == ["fake"]
+    listed = once("GET", "/api/tags", names=("fake", "qwen:8b")).json["models"]
+    assert [model["name"] for model in listed] == ["fake:latest", "qwen:8b"]
+    assert [model["model"] for model in listed] == ["fake:latest", "qwen:8b"]
     assert once("GET", "/api/ps").json["models"][0]["context_length"] == 256
     assert once("GET", "/api/version").json["version"]
     shown = once("POST", "/api/show", {"model": "fake"}).json
     assert shown["model_info"]["bitnet.context_length"] == 256
     assert once("POST", "/api/generate", {"model": "fake"}).json["done_reason"] == "load"
     assert once("POST", "/api/chat", {"model": "fake"}).json["done_reason"] == "load"
+    assert once("HEAD", "/").status == 200
+
+
+@pytest.mark.parametrize(("name", "status"), [("fake", 200), ("fake:latest", 200), ("fake:8b", 404)])
+def test_a_strict_server_knows_its_name_with_the_tag_of_ollama(name: str, status: int) -> None:
+    body = {"model": name, "prompt": "hello", "stream": False, "options": {"num_predict": 2}}
+    reply = once("POST", "/api/generate", body, strict_model=True)
+    assert reply.status == status
+    if status == 200:
+        assert reply.json["model"] == name
+
+
+def test_what_clients_of_ollama_leave_empty() -> None:
+    call = {"index": 0, "function": {"name": "hand", "arguments": None}}
+    talk = [
+        {"role": "user", "content": "hello", "images": []},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "done", "tool_call_id": "1"},
+    ]
+    body = {"model": "fake", "messages": talk, "options": {"num_predict": 2, "mirostat": 1}, "format": ""}
+    assert lines(once("POST", "/api/chat", {**body, "stream": None, "keep_alive": "5m"}))[-1]["done"]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ import msgspec
 import numpy as np
 import pytest
 import uvicorn
-from serving import Client, FakeEngine, Reply, fake_llm, once, running
+from serving import VOCAB, Client, FakeEngine, Reply, fake_llm, once, running
 from uvicorn.server import ServerState
 
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.inference.grammar import GrammarState
 from bitgen.serve.guard import Access
-from bitgen.serve.messages import ChatBody, ChatMessage, chat_ids
+from bitgen.serve.messages import ChatBody, ChatMessage, Limits, chat_ids, chat_requests, read
 from bitgen.serve.ports import holder, is_loopback, listen
 from bitgen.serve.server import _Protocol, fingerprint_of, read_keys
 from bitgen.serve.tools import CallFilter, Tool
@@ -142,6 +142,10 @@ def test_a_context_that_is_full_is_told_in_the_words_of_both_dialects() -> None:
     assert "exceeds the available context size (256 tokens)" in found["message"]
     assert (found["n_ctx"], found["n_prompt_tokens"] > 256) == (256, True)
     full = once("POST", COMPLETIONS, {**ASK, "max_tokens": 1000}).json
+    unlimited = once("POST", COMPLETIONS, {**ASK, "max_tokens": -1}).json  # as llama.cpp's clients write it
+    assert unlimited["choices"] == full["choices"]
+    refused = once("POST", CHAT, {**TALK, "max_completion_tokens": 0})
+    assert (refused.status, error(refused)["param"]) == (400, "max_completion_tokens")
     assert full["choices"][0]["finish_reason"] == "length"
     assert full["usage"]["total_tokens"] == 257  # the last one is not fed back
 
@@ -209,7 +213,7 @@ _FIELDS: dict[str, list[Any]] = {
         [10**40],
         "\ud800",
     ],
-    "max_tokens": ["5", 1.5, True, [], {}, 0, -1, -(10**30)],
+    "max_tokens": ["5", 1.5, True, [], {}, 0, -2, -(10**30)],
     "n": ["1", 0, -1, 5, 1.5, 10**30, True, []],
     "temperature": ["1", -1, [], {}, True, -1e-9],
     "top_p": ["1", -0.1, 1.1, 10**30, True],
@@ -396,6 +400,20 @@ def test_every_error_has_one_shape(method: str, path: str, status: int) -> None:
     reply = once(method, path, {} if method == "POST" else None)
     assert reply.status == status
     assert error(reply)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "meant", "end"),
+    [
+        ("/chat/completions", CHAT, "with /v1"),
+        ("/v1/v1/chat/completions", CHAT, "before /v1"),
+        ("/v1/api/chat", "/api/chat", "before /v1"),
+    ],
+)
+def test_a_base_url_that_is_wrong_is_told(path: str, meant: str, end: str) -> None:
+    reply = once("POST", path, TALK)
+    told = f"there is no {path}, but {meant}: the base URL should end {end}"
+    assert (reply.status, error(reply)["message"]) == (404, told)
 
 
 def test_a_body_has_a_largest_size_and_a_model_its_names() -> None:
@@ -586,6 +604,22 @@ def test_a_text_is_calls_or_content_however_it_is_cut(text: str, calls: int) -> 
         assert all((call.name, json.loads(call.arguments)) == ("hand", {"to": "the"}) for call in found)
 
 
+def test_a_request_says_whether_the_model_thinks() -> None:
+    llm = fake_llm(FakeEngine())
+    llm.template = "{{ enable_thinking | default('') }} {{ messages[0].content }}"
+
+    def prompt(body: dict[str, Any]) -> str:
+        asked = read(json.dumps({**TALK, **body}).encode(), ChatBody)
+        (request,) = chat_requests(asked, llm, Limits(1, VOCAB))
+        return llm.tokenizer.decode(request.prompt).strip()
+
+    assert prompt({}) == "hello"
+    assert prompt({"chat_template_kwargs": {"enable_thinking": False, "other": 1}}) == "False hello"
+    llm.thinking = False
+    assert prompt({}) == "False hello"
+    assert prompt({"chat_template_kwargs": {"enable_thinking": True}}) == "True hello"
+
+
 # ---- Vectors ----
 
 
@@ -602,6 +636,8 @@ def test_vectors_are_those_of_embed_whatever_runs_beside(pooling: Any) -> None:
             asked = [client.post("/v1/embeddings", body) for body in bodies]
             *vectors, _ = await asyncio.gather(*asked, client.post(COMPLETIONS, ASK))
             ollama = await client.post("/api/embed", {"model": "fake", "input": texts[:2]})
+            old = await client.post("/api/embeddings", {"model": "fake:latest", "prompt": texts[0]})
+            assert old.json == {"embedding": ollama.json["embeddings"][0]}
             wrong = await client.post("/v1/embeddings", {"input": "a", "dimensions": 5})
             return vectors, ollama, wrong, await client.post("/v1/embeddings", {"input": ["a", 5]})
 
