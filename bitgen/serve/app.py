@@ -25,6 +25,7 @@ from bitgen.serve.anthropic import MessagesEndpoints
 from bitgen.serve.embeddings import EmbeddingsEndpoints
 from bitgen.serve.errors import ApiError, draining
 from bitgen.serve.guard import Guard
+from bitgen.serve.llama_cpp import LlamaEndpoints
 from bitgen.serve.messages import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from bitgen.serve.ollama import OllamaEndpoints
 from bitgen.serve.openapi import Endpoint
@@ -225,6 +226,7 @@ def make_app(service: Service) -> Guard:
         MessagesEndpoints(service),
         EmbeddingsEndpoints(service),
         OllamaEndpoints(service),
+        LlamaEndpoints(service),
     )
     endpoints = [endpoint for part in parts for endpoint in part.all()]
     described = openapi.document(endpoints)

@@ -329,3 +329,39 @@ def test_errors_of_ollama_are_texts(path: str, body: Any, status: int, param: st
     reply = once("POST", f"/api/{path}", body)
     assert (reply.status, reply.json["param"]) == (status, param)
     assert isinstance(reply.json["error"], str)
+
+
+# ---- llama.cpp ----
+
+
+def test_a_completion_of_llama_cpp_is_the_text_of_a_completion() -> None:
+    asked = {"prompt": "the end", "seed": 5, "temperature": 0.7}
+    plain = once("POST", "/v1/completions", {**asked, "max_tokens": 8}).json["choices"][0]["text"]
+    whole = once("POST", "/completion", {**asked, "n_predict": 8, "cache_prompt": True, "id_slot": 0}).json
+    assert (whole["content"], whole["stop"], whole["stop_type"]) == (plain, True, "limit")
+    assert (whole["tokens_predicted"], whole["timings"]["predicted_n"], whole["seed"]) == (8, 8, 5)
+    *parts, last = once("POST", "/completion", {**asked, "n_predict": 8, "stream": True}).events
+    assert "".join(part["content"] for part in parts) == plain
+    assert {part["stop"] for part in parts} == {False}
+    assert (last["content"], last["stop"], last["tokens_evaluated"]) == ("", True, whole["tokens_evaluated"])
+    stopped = once("POST", "/completion", {**asked, "n_predict": 8, "stop": ["zzz", plain[3]]}).json
+    assert (stopped["stop_type"], stopped["stopping_word"]) == ("word", plain[3])
+    assert stopped["content"] == plain[: plain.index(plain[3])]
+    full = once("POST", "/completion", {**asked, "n_predict": -1, "ignore_eos": True}).json
+    assert once("POST", "/completion", {**asked, "ignore_eos": True}).json["content"] == full["content"]
+    assert full["tokens_predicted"] > 100
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"n_predict": 0}, "n_predict"),
+        ({"n": 2}, "n"),
+        ({"temperature": -1}, "temperature"),
+        ({"grammar": 'root ::= "a"'}, "grammar"),
+    ],
+)
+def test_wrong_completions_of_llama_cpp_are_named(fields: Any, param: str) -> None:
+    reply = once("POST", "/completion", {"prompt": "the end", **fields})
+    assert (reply.status, reply.json["error"]["param"]) == (400, param)
