@@ -364,9 +364,14 @@ class LLM:
         return self.template or BUILT_IN[template_for(self.tokenizer.ids)]
 
     def chat_prompt(
-        self, messages: Sequence[Message], tools: Sequence[Any] = (), thinking: bool | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        thinking: bool | None = None,
+        *,
+        begun: str = "",
     ) -> list[int]:
-        """The ids of a conversation, up to where the assistant is to speak.
+        """The ids of a conversation, up to where the assistant is to speak, or to go on after ``begun``.
 
         ``tools`` and ``thinking``: see `render_chat`; None is as ``LLM.thinking`` says.
         """
@@ -379,7 +384,7 @@ class LLM:
             eos=tokenizer.token(tokenizer.eos),
             thinking=self.thinking if thinking is None else thinking,
         )
-        ids = tokenizer.encode(text, special=False)
+        ids = tokenizer.encode(text + begun, special=False)
         if tokenizer.add_bos and tokenizer.bos is not None and ids[:1] != [tokenizer.bos]:
             ids.insert(0, tokenizer.bos)
         return ids

@@ -83,8 +83,11 @@ class CountBody(msgspec.Struct, kw_only=True):
     tools: list[InputTool] | None = None
     tool_choice: ToolChoice | None = None
 
-    def chat_fields(self) -> dict[str, Any]:
-        """Of the same chat in our words. ApiError names what cannot be honoured."""
+    def chat(self, **fields: Any) -> ChatBody:
+        """The same in our words, with more fields. ApiError names what cannot be honoured.
+
+        A text of the assistant that comes last is gone on with.
+        """
         found = [ChatMessage("system", _joined(self.system, "system"))] if self.system else []
         for i, message in enumerate(self.messages):
             found += _messages(message, f"messages[{i}]")
@@ -92,7 +95,9 @@ class CountBody(msgspec.Struct, kw_only=True):
             custom = tool.type in (None, "custom")
             messages.check(custom, f"tools[{i}] of type {str(tool.type)[:40]!r} is not supported", "tools")
         tools = [Tool(Function(t.name, t.description, t.input_schema)) for t in self.tools or ()]
-        return {"messages": found, "tools": tools or None, "tool_choice": self._choice()}
+        chat = ChatBody(messages=found, tools=tools or None, tool_choice=self._choice(), **fields)
+        chat.continue_final_message = chat.ends_begun
+        return chat
 
     def _choice(self) -> str | NamedTool | None:
         choice = self.tool_choice
@@ -118,8 +123,7 @@ class MessagesBody(CountBody, kw_only=True):
     stream: bool | None = None
 
     def chat_body(self) -> ChatBody:
-        return ChatBody(
-            **self.chat_fields(),
+        return self.chat(
             model=self.model,
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -313,7 +317,5 @@ class MessagesEndpoints:
     async def count(self, http: HttpRequest) -> Response:
         body, service = await self._service.body(http, CountBody), self._service
         service.model(body.model)
-        chat = ChatBody(**body.chat_fields())
-        tools = chat.callable_tools
-        ids = await service.in_thread(messages.chat_ids, chat.messages, service.llm, tools)
+        ids = await service.in_thread(messages.chat_ids, body.chat(), service.llm)
         return json_response({"input_tokens": len(ids)})

@@ -105,7 +105,7 @@ class Endpoints:
 
     def _tokens(self, body: TokenizeBody) -> list[int]:
         if body.messages is not None:
-            return messages.chat_ids(body.messages, self._llm)
+            return messages.chat_ids(ChatBody(messages=body.messages), self._llm)
         text = body.content if body.prompt is None else body.prompt
         messages.check(text is not None, "give content, prompt or messages", "content")
         special = body.add_special if body.prompt is None else body.add_special_tokens is not False

@@ -155,11 +155,18 @@ class ChatBody(Body, kw_only=True):
     tool_choice: str | NamedTool | None = None
     parallel_tool_calls: bool | None = None  # a model that is made to call makes one call
     chat_template_kwargs: TemplateOptions | None = None  # in the words of llama.cpp and vLLM
+    continue_final_message: bool | None = None  # which is the assistant's; in the words of vLLM
 
     @property
     def callable_tools(self) -> Sequence[Tool]:
         """The tools that the model may call."""
         return () if self.tool_choice == "none" else self.tools or ()
+
+    @property
+    def ends_begun(self) -> bool:
+        """Whether the last message is a text of the assistant, which may go on."""
+        last = self.messages[-1] if len(self.messages) > 1 else None
+        return last is not None and last.role == "assistant" and not last.tool_calls
 
     @property
     def thinking(self) -> bool | None:
@@ -259,8 +266,7 @@ def chat_requests(body: ChatBody, llm: LLM, limits: Limits) -> list[Request]:
     wanted = replace(wanted, **(_forced_call(body, llm) or _grammar(body, llm)))
     if llm.template_text == BUILT_IN["plain"]:
         wanted = replace(wanted, stop=(*wanted.stop, *PLAIN_STOP))
-    ids = chat_ids(body.messages, llm, body.callable_tools, body.thinking)
-    return _choices(body, wanted, [checked(ids, llm, "messages")])
+    return _choices(body, wanted, [checked(chat_ids(body, llm), llm, "messages")])
 
 
 def _grammar(body: Body, llm: LLM) -> dict[str, Any]:
@@ -308,18 +314,21 @@ def _made(param: str, make: Callable[[], Grammar]) -> Grammar:
         raise ApiError(501, error.message, param) from None
 
 
-def chat_ids(
-    messages: Sequence[ChatMessage], llm: LLM, tools: Sequence[Tool] = (), thinking: bool | None = None
-) -> list[int]:
+def chat_ids(body: ChatBody, llm: LLM) -> list[int]:
     """The prompt of a conversation."""
-    check(bool(messages), "a chat needs at least one message", "messages")
-    given = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    check(bool(body.messages), "a chat needs at least one message", "messages")
+    given = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    begun, tools = "", body.callable_tools
+    if body.continue_final_message:
+        check(body.ends_begun, "the last message is none of the assistant's texts", "continue_final_message")
+        begun = given.pop()["content"]
     native = knows_tools(llm.template_text)
     if not native:
         given = plain_messages(given)
         given = tell(given, tools) if tools else given
     try:
-        return llm.chat_prompt(given, msgspec.to_builtins(tools) if native else (), thinking)
+        shown = msgspec.to_builtins(tools) if native else ()
+        return llm.chat_prompt(given, shown, body.thinking, begun=begun)
     except BitgenError as error:
         raise ApiError(400, error.message, "messages") from None
 

@@ -223,6 +223,7 @@ class OllamaEndpoints:
         talk = [each.chat_message() for each in body.messages]
         thinking = None if body.think is None else TemplateOptions(bool(body.think))
         asked = ChatBody(messages=talk, tools=body.tools, chat_template_kwargs=thinking, **body.fields())
+        asked.continue_final_message = asked.ends_begun
         names = [tool.function.name for tool in body.tools or ()]
         return await self._answer(http, body, messages.chat_requests, asked, chat=True, names=names)
 

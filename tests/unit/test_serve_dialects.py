@@ -6,8 +6,11 @@ import importlib.util
 import json
 from typing import Any
 
+import msgspec
 import pytest
-from serving import FakeEngine, Reply, once
+from serving import FakeEngine, Reply, fake_llm, once
+
+from bitgen.serve.messages import ChatBody, ChatMessage, chat_ids
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 5}
@@ -146,6 +149,26 @@ def test_a_message_is_the_answer_of_a_chat() -> None:
     stopped = once("POST", MESSAGES, {**HELLO, "stop_sequences": ["zzz", plain[3]]}).json
     assert stopped["content"][0]["text"] == plain[: plain.index(plain[3])]
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", plain[3])
+
+
+def test_a_text_of_the_assistant_that_comes_last_goes_on() -> None:
+    talk = [*TALK["messages"], {"role": "assistant", "content": expected()[:3]}]
+    chat = {**TALK, "messages": talk}
+    ollama = {"model": "a", "messages": talk, "stream": False, "options": {"num_predict": 8, "seed": 5}}
+    begun = once("POST", CHAT, {**chat, "continue_final_message": True}).json
+    texts = {
+        begun["choices"][0]["message"]["content"],
+        once("POST", MESSAGES, {**HELLO, "messages": talk}).json["content"][0]["text"],
+        once("POST", "/api/chat", ollama).json["message"]["content"],
+    }
+    assert len(texts) == 1
+    assert texts != {once("POST", CHAT, chat).json["choices"][0]["message"]["content"]}
+    llm = fake_llm(FakeEngine())
+    asked = ChatBody(messages=msgspec.convert(talk, list[ChatMessage]), continue_final_message=True)
+    alone = llm.tokenizer.decode(llm.chat_prompt(TALK["messages"]))
+    assert llm.tokenizer.decode(chat_ids(asked, llm)) == alone + expected()[:3]
+    refused = once("POST", CHAT, {**TALK, "continue_final_message": True})
+    assert (refused.status, refused.json["error"]["param"]) == (400, "continue_final_message")
 
 
 def test_the_events_of_a_message() -> None:

@@ -565,9 +565,9 @@ def test_calls_and_results_are_told_to_a_template_that_knows_none() -> None:
 
     async def ask() -> str:
         async with running() as client:
-            body = ChatBody(messages=msgspec.convert(talk, list[ChatMessage]))
             tools = msgspec.convert([TOOL], list[Tool])
-            return client.service.llm.tokenizer.decode(chat_ids(body.messages, client.service.llm, tools))
+            body = ChatBody(messages=msgspec.convert(talk, list[ChatMessage]), tools=tools)
+            return client.service.llm.tokenizer.decode(chat_ids(body, client.service.llm))
 
     text = asyncio.run(ask())
     assert text.startswith("be short\n\nYou may call one of these functions.")
