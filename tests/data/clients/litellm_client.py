@@ -1,10 +1,12 @@
 """litellm against a server (BITGEN_URL), in the three dialects that it speaks; says what it saw as JSON."""
 
+import importlib
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
-import litellm
-
+litellm: Any = importlib.import_module("litellm")
 litellm.num_retries = 0
 litellm.suppress_debug_info = True
 URL = os.environ["BITGEN_URL"]
@@ -26,7 +28,7 @@ def streamed(**options: object) -> str:
     return "".join(part.choices[0].delta.content or "" for part in parts)
 
 
-def refused(call: object, **options: object) -> str:
+def refused(call: Callable[..., object], **options: object) -> str:
     try:
         call(**options)
     except Exception as error:
