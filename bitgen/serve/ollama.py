@@ -266,12 +266,13 @@ class OllamaEndpoints:
 
     async def show(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, Named)
-        self._service.model(body.model or body.name)
+        name = self._service.model(body.model or body.name)
         config = self._llm.config
         architecture = config.architecture
         info = {
             "general.architecture": architecture,
-            f"{architecture}.context_length": config.context,
+            "general.basename": name.removesuffix(LATEST),
+            f"{architecture}.context_length": self._llm.context,  # what fits here; clients cut texts by it
             f"{architecture}.embedding_length": config.hidden,
             f"{architecture}.block_count": config.layers,
         }
@@ -282,7 +283,7 @@ class OllamaEndpoints:
                 "template": self._llm.template_text,
                 "details": self._details(),
                 "model_info": info,
-                "capabilities": ["completion", "tools"],
+                "capabilities": ["completion", "tools", *(["embedding"] if self._llm.pooling else [])],
             }
         )
 
@@ -309,7 +310,8 @@ class OllamaEndpoints:
 
     def _details(self) -> Mapping[str, Any]:
         family = self._llm.config.architecture
-        return {"format": "gguf", "family": family, "families": [family], "parameter_size": ""}
+        named = {"format": "gguf", "family": family, "families": [family]}
+        return {"parent_model": "", **named, "parameter_size": "", "quantization_level": ""}
 
 
 def _now() -> str:

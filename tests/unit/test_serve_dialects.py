@@ -297,8 +297,10 @@ def test_what_ollama_clients_ask_beside_texts() -> None:
     assert [model["model"] for model in listed] == ["fake:latest", "qwen:8b"]
     assert once("GET", "/api/ps").json["models"][0]["context_length"] == 256
     assert once("GET", "/api/version").json["version"]
-    shown = once("POST", "/api/show", {"model": "fake"}).json
-    assert shown["model_info"]["bitnet.context_length"] == 256
+    shown = once("POST", "/api/show", {"model": "fake:latest"}, engine=FakeEngine(context=128)).json
+    assert shown["model_info"]["bitnet.context_length"] == 128
+    assert shown["model_info"]["general.basename"] == "fake"  # the name that Copilot shows
+    assert shown["capabilities"] == ["completion", "tools"]
     assert once("POST", "/api/generate", {"model": "fake"}).json["done_reason"] == "load"
     assert once("POST", "/api/chat", {"model": "fake"}).json["done_reason"] == "load"
     assert once("HEAD", "/").status == 200
