@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -297,7 +298,9 @@ def test_what_ollama_clients_ask_beside_texts() -> None:
     assert [model["model"] for model in listed] == ["fake:latest", "qwen:8b"]
     assert once("GET", "/api/ps").json["models"][0]["context_length"] == 256
     assert once("GET", "/api/version").json["version"]
-    shown = once("POST", "/api/show", {"model": "fake:latest"}, engine=FakeEngine(context=128)).json
+    engine = FakeEngine(context=128)
+    engine.config = replace(engine.config, context=4096)  # of the model, as it was trained
+    shown = once("POST", "/api/show", {"model": "fake:latest"}, engine=engine).json
     assert shown["model_info"]["bitnet.context_length"] == 128
     assert shown["model_info"]["general.basename"] == "fake"  # the name that Copilot shows
     assert shown["capabilities"] == ["completion", "tools"]
