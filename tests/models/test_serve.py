@@ -269,6 +269,22 @@ def test_the_client_of_openai(server: Server) -> None:
     assert missing.value.status_code == 501
 
 
+def test_the_client_of_litellm(server: Server) -> None:
+    """The script that was recorded (tests/unit/test_serve_clients.py replays that without litellm)."""
+    if importlib.util.find_spec("litellm") is None:
+        pytest.skip("litellm is not installed")
+    env = {**os.environ, "BITGEN_URL": server.url}
+    script = PAGES.parents[1] / "tests" / "data" / "clients" / "litellm_client.py"
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    saw = json.loads(done.stdout)
+    assert saw["whole"] == saw["streamed"] == saw["ollama"] == saw["ollama streamed"]
+    assert saw["anthropic"] == saw["anthropic streamed"]
+    assert json.loads(saw["object"])["to"] <= 9
+    assert saw["call"][0] == "count"
+    assert saw["refused"][:2] == ["ContextWindowExceededError", "BadRequestError"]
+
+
 def test_the_client_of_openai_for_responses(server: Server) -> None:
     openai = pytest.importorskip("openai", reason="openai is not installed (the extra clients)")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

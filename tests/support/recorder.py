@@ -5,7 +5,8 @@
         python tests/data/clients/litellm_client.py
 
 The client asks a proxy (BITGEN_URL); each exchange becomes an entry of the file. Of the headers only those
-are kept that a server may look at, and no key. tests/unit/test_serve_clients.py replays the file.
+are kept that a server may look at, and no key. (A module of JavaScript has to be copied into the folder of
+its packages first: node looks for them from where it lies.) tests/unit/test_serve_clients.py replays it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def main() -> None:
         recorder.shutdown()
     if done.returncode:
         sys.exit(f"error: the client ended with {done.returncode}; nothing is written")
-    Path(path).write_text(json.dumps(recorder.exchanges, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    lines = ",\n".join(json.dumps(each, ensure_ascii=False) for each in recorder.exchanges)
+    Path(path).write_text(f"[\n{lines}\n]\n", "utf-8")
     print(f"{len(recorder.exchanges)} exchanges")
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from recorder import Shape, answers_in, distinct, shape_of
 from serving import FakeEngine, once
 
@@ -61,6 +64,7 @@ def test_an_answer_has_what_the_client_reads(exchange: Any) -> None:
         pytest.skip("llguidance is not installed (the extra json)")
     headers = {"host": "localhost:8080", **exchange["headers"]}
     engine = FakeEngine(context=512)
+    engine.config = replace(engine.config, architecture="bitnet-b1.58")  # a name of a field of /api/show
     reply = once(exchange["method"], exchange["path"], body, headers, engine=engine, names=("tiny",))
     assert reply.status == exchange["status"], reply.content
     shapes = distinct(shape_of(each) for each in answers_in(reply.content))
@@ -77,8 +81,23 @@ def test_what_is_lacking_is_found() -> None:
     assert lacks(shape_of({"data": []}), {"data": [{"id": "str"}]}) == ".data[] is empty"
 
 
+def test_the_page_configures_what_was_asked() -> None:
+    page = (FOLDER.parents[2] / "docs" / "guide" / "clients.md").read_text(encoding="utf-8")
+    paths = {path.stem: {e["path"] for e in json.loads(path.read_text(encoding="utf-8"))} for path in FILES}
+    config = re.search(r"## Continue\n.*?```yaml\n(.*?)```", page, re.DOTALL)
+    assert config
+    (model,) = yaml.safe_load(config[1])["models"]
+    script = (FOLDER / "continue.mjs").read_text(encoding="utf-8")
+    assert f'provider: "{model["provider"]}"' in script
+    assert model["model"] == "tiny"
+    assert urlsplit(model["apiBase"]).path + "/chat/completions" in paths["continue"]
+    urls = dict(re.findall(r"^(\w+_BASE_URL)=(\S+) .*open-webui serve$", page, re.MULTILINE))
+    assert urlsplit(urls["OPENAI_API_BASE_URL"]).path + "/models" in paths["open_webui"]
+    assert urlsplit(urls["OLLAMA_BASE_URL"]).path + "/api/tags" in paths["open_webui"]
+
+
 def test_nothing_that_was_recorded_is_private() -> None:
-    assert {path.stem for path in FILES} >= {"open_webui"}
+    assert {path.stem for path in FILES} == {"continue", "litellm", "open_webui"}
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(?i)authorization|api-key|bearer|user-agent|/(home|work|root|tmp)/", text), (

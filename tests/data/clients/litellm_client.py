@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing from the network
 litellm: Any = importlib.import_module("litellm")
 litellm.num_retries = 0
 litellm.suppress_debug_info = True
@@ -25,7 +26,7 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "age", "schema": PARAME
 
 def streamed(**options: object) -> str:
     parts = litellm.completion(**options, stream=True)
-    return "".join(part.choices[0].delta.content or "" for part in parts)
+    return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
 
 
 def refused(call: Callable[..., object], **options: object) -> str:
@@ -50,7 +51,13 @@ def main() -> None:
     text = litellm.text_completion(**plain)
     usage = {"stream_options": {"include_usage": True}}
     ollama = {"model": "ollama_chat/tiny", "api_base": URL, "messages": MESSAGES, **SMALL}
-    anthropic = {"model": "anthropic/tiny", "api_base": URL, "api_key": "none", "messages": MESSAGES, **SMALL}
+    anthropic: dict[str, Any] = {
+        "model": "anthropic/tiny",
+        "api_base": URL,
+        "api_key": "none",
+        "messages": MESSAGES,
+    }
+    anthropic |= {"max_tokens": 12, "temperature": 0}  # it has no seed
     long = [{"role": "user", "content": "the " * 600}]
     saw = {
         "whole": whole.choices[0].message.content,
