@@ -14,16 +14,12 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from transformers.integrations import bitnet
 
-import bitgen.hf
 from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig, find_model
@@ -36,6 +32,10 @@ from bitgen.runtime import load
 
 def random_bitnet(config: ModelConfig, dtype: Any, linear_class: str) -> Any:
     """BitNetForCausalLM of a preset's sizes; a third of its weights is zero."""
+    import torch
+    import transformers
+    from transformers.integrations import bitnet
+
     settings = transformers.BitNetConfig(
         hidden_size=config.hidden,
         intermediate_size=config.ffn,
@@ -68,6 +68,9 @@ def random_bitnet(config: ModelConfig, dtype: Any, linear_class: str) -> Any:
 
 
 def _fill(layer: Any) -> None:
+    import torch
+    from transformers.integrations import bitnet
+
     k = layer.in_features
     scale = (1.5 / k) ** 0.5
     if isinstance(layer, bitnet.BitLinear):
@@ -91,18 +94,18 @@ def timed(run: Callable[[], int], args: argparse.Namespace) -> list[float]:
     return speeds
 
 
-@torch.inference_mode()
-def time_torch(model: Any, args: argparse.Namespace) -> Iterator[list[float]]:
+def time_torch(model: Any, args: argparse.Namespace) -> list[list[float]]:
     """Of prompts, then of decoding behind one."""
+    import torch
+
     vocab, prompts, steps = model.config.vocab_size, int(args.prompt), int(args.steps)
     prompt = torch.randint(0, vocab, (1, args.prompt))
+
+    cache: Any = None
 
     def read() -> int:
         model(prompt, use_cache=True, logits_to_keep=1)
         return prompts
-
-    yield timed(read, args)
-    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
 
     def step() -> int:
         nonlocal cache
@@ -110,7 +113,10 @@ def time_torch(model: Any, args: argparse.Namespace) -> Iterator[list[float]]:
             cache = model(torch.randint(0, vocab, (1, 1)), past_key_values=cache).past_key_values
         return steps
 
-    yield timed(step, args)
+    with torch.inference_mode():
+        read_speeds = timed(read, args)
+        cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        return [read_speeds, timed(step, args)]
 
 
 def time_engine(config: ModelConfig, args: argparse.Namespace) -> Iterator[list[float]]:
@@ -157,12 +163,16 @@ def main() -> int:
     parser.add_argument("--skip", nargs="*", default=[], choices=("transformers", "optimized", "engine"))
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="text")
     args = parser.parse_args()
+    config = find_model(args.model)
+    import torch  # with transformers 5 s, which --help and a wrong model need not wait for
+
+    import bitgen.hf
+
     torch.set_num_threads(args.torch_threads or args.threads)
     torch._dynamo.config.disable = args.eager
-    config = find_model(args.model)
     rows = []
 
-    def add(name: str, speeds: Iterator[list[float]]) -> None:
+    def add(name: str, speeds: Iterable[list[float]]) -> None:
         middle = []
         for found in speeds:
             center = statistics.median(found)

@@ -14,29 +14,32 @@ from typing import Any
 
 import numpy as np
 import pytest
+from late import Late
 from model_files import grouped_model, pack_rows, write_model
+from torch_models import bitnet, floats_of, random_model, save, torch, transformers
 
-pytest.importorskip("torch", reason="torch is not installed (the extra hf)")
-pytest.importorskip("transformers", reason="transformers is not installed (the extra hf)")
-pytest.importorskip("accelerate", reason="accelerate is not installed (the extra hf)")
-pytest.importorskip("safetensors", reason="safetensors writes the files")
-
-import torch
-import transformers
-from torch_models import floats_of, random_model, save
-from transformers.integrations.bitnet import AutoBitLinear, BitLinear
-
-import bitgen.hf
+import bitgen
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.formats.open import open_model
-from bitgen.hf.layers import OptimizedAutoBitLinear, OptimizedBitLinear, OptimizedLinear, optimized
 
 pytestmark = pytest.mark.slow
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
-IDS = torch.tensor([[1, 17, 3, 80, 80, 5, 41, 0, 63, 22], [4, 4, 9, 2, 77, 1, 0, 50, 6, 90]])
-TYPES = [torch.float32, torch.bfloat16]
+IDS = [[1, 17, 3, 80, 80, 5, 41, 0, 63, 22], [4, 4, 9, 2, 77, 1, 0, 50, 6, 90]]
+hf: Any = Late("bitgen.hf", "bitgen.hf imports torch and transformers")
+layers: Any = Late("bitgen.hf.layers", "bitgen.hf imports torch and transformers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extra() -> None:
+    for name in ("torch", "transformers", "accelerate", "safetensors"):
+        pytest.importorskip(name, reason=f"{name} is not installed (the extra hf)")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> Any:
+    return getattr(torch, request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +55,14 @@ def library(level_library: Callable[[str], Path]) -> Path:
     return level_library(BEST)
 
 
-def checkpoint(folder: Path, form: str, dtype: Any = torch.float32, preset: str = "TriLM") -> Any:
+def checkpoint(folder: Path, form: str, dtype: Any = None, preset: str = "TriLM") -> Any:
     """A model as transformers loads it from a checkpoint of ``form``: master, bitlinear or autobitlinear."""
     save(random_model(preset), folder, form)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32).eval()
 
 
 def logits(model: Any, ids: Any = IDS) -> Any:
-    return model(ids).logits.float()
+    return model(torch.as_tensor(ids)).logits.float()
 
 
 def layer_of(
@@ -69,11 +72,13 @@ def layer_of(
     torch.manual_seed(m + k)
     codes = torch.randint(-1, 2, (m, k))
     if kind == "BitLinear":
-        layer = BitLinear(k, m, bias, dtype=dtype, use_rms_norm=norm)
+        layer = bitnet.BitLinear(k, m, bias, dtype=dtype, use_rms_norm=norm)
         layer.weight.copy_(torch.from_numpy(pack_rows(codes.numpy().astype(np.int8))))
         layer.weight_scale.fill_(37.0)  # divides
     else:
-        layer = AutoBitLinear(k, m, bias, dtype=dtype, online_quant=kind == "online", use_rms_norm=norm)
+        layer = bitnet.AutoBitLinear(
+            k, m, bias, dtype=dtype, online_quant=kind == "online", use_rms_norm=norm
+        )
         if kind == "online":
             layer.weight.copy_(torch.randn(m, k))
         else:
@@ -89,7 +94,7 @@ def layer_of(
 
 def ternary_of(layer: Any) -> Any:
     """The weights -1, 0, 1 of a layer, as transformers has them."""
-    if isinstance(layer, BitLinear):
+    if isinstance(layer, bitnet.BitLinear):
         w = layer.weight
         return torch.cat([(w >> 2 * i) & 3 for i in range(4)]).to(torch.int8) - 1
     wide = layer.weight.float()
@@ -101,21 +106,19 @@ def ternary_of(layer: Any) -> Any:
 # ---- Exact ----
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", ["BitLinear", "offline", "online"])
 def test_the_sums_are_those_of_bitlinear(kind: str, dtype: Any, library: Path) -> None:
     layer = layer_of(kind, dtype)
     x = torch.randn(7, 200).to(dtype)
     expected_w = ternary_of(layer)
-    bitgen.hf.optimize(layer, library=library, threads=2)
-    rounded, _ = BitLinear.activation_quant(layer, x)
+    hf.optimize(layer, library=library, threads=2)
+    rounded, _ = bitnet.BitLinear.activation_quant(layer, x)
     acc = layer.bitgen_linear(rounded)
     assert acc.dtype == torch.int32
     # What BitLinear itself multiplies, in floats that hold these integers exactly.
     assert torch.equal(acc.float(), torch.nn.functional.linear(rounded.float(), expected_w.float()))
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["BitLinear", "offline", "online"])
@@ -123,7 +126,7 @@ def test_a_layer_gives_what_it_gave(kind: str, bias: bool, norm: bool, dtype: An
     layer = layer_of(kind, dtype, bias=bias, norm=norm)
     x = torch.randn(2, 5, 200).to(dtype)
     before = layer(x)
-    bitgen.hf.optimize(layer, library=library, threads=2)
+    hf.optimize(layer, library=library, threads=2)
     after = layer(x)
     assert (after.dtype, after.shape) == (before.dtype, before.shape)
     # In bfloat16 each rounds three times, and BitLinear its activations too; in float32 the order is all.
@@ -131,20 +134,18 @@ def test_a_layer_gives_what_it_gave(kind: str, bias: bool, norm: bool, dtype: An
     assert (after - before).float().abs().max() <= bound * before.float().abs().max()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 def test_activations_of_transformers_give_its_very_bits(dtype: Any, library: Path) -> None:
     layer = layer_of("BitLinear", dtype)
     x = torch.randn(3, 4, 200).to(dtype)
     before = layer(x)
-    bitgen.hf.optimize(layer, library=library, threads=2, activations="transformers")
+    hf.optimize(layer, library=library, threads=2, activations="transformers")
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
 def test_a_whole_model_gives_its_very_bits(dtype: Any, tmp_path: Path, library: Path) -> None:
     model = checkpoint(tmp_path, "bitlinear", dtype)
     before = logits(model)
-    bitgen.hf.optimize(model, library=library, threads=2, activations="transformers")
+    hf.optimize(model, library=library, threads=2, activations="transformers")
     assert torch.equal(logits(model), before)
 
 
@@ -152,9 +153,9 @@ def test_a_whole_model_gives_its_very_bits(dtype: Any, tmp_path: Path, library: 
 def test_a_checkpoint_gives_the_same_logits(form: str, tmp_path: Path, library: Path) -> None:
     model = checkpoint(tmp_path, form)
     before = logits(model)
-    assert bitgen.hf.optimize(model, library=library, threads=2) is model
-    kind = OptimizedBitLinear if form == "bitlinear" else OptimizedAutoBitLinear
-    found = list(optimized(model))
+    assert hf.optimize(model, library=library, threads=2) is model
+    kind = layers.OptimizedBitLinear if form == "bitlinear" else layers.OptimizedAutoBitLinear
+    found = list(layers.optimized(model))
     assert {type(each) for each in found} == {kind}
     assert len(found) == 7 * model.config.num_hidden_layers
     after = logits(model)
@@ -166,7 +167,7 @@ def test_a_checkpoint_gives_the_same_logits(form: str, tmp_path: Path, library: 
 def test_sub_norms_and_relu2(library: Path) -> None:
     model = random_model("2B-4T")
     before = logits(model)
-    bitgen.hf.optimize(model, library=library, threads=2)
+    hf.optimize(model, library=library, threads=2)
     off = (logits(model) - before).abs() / before.std()
     # Behind an activation that rounds the other way, on a Zen 5 one of the second text, 0.053 was measured.
     assert off.median() < 1e-5
@@ -176,10 +177,10 @@ def test_sub_norms_and_relu2(library: Path) -> None:
 def test_ternary_linears_with_a_scale_for_each_group(tmp_path: Path, library: Path) -> None:
     model = grouped_model(layers=2, tied_head=True)
     oracle = floats_of(open_model(write_model(tmp_path / "m.gguf", model, "ptq1_0")).weights)
-    ids = IDS % oracle.config.vocab_size
+    ids = torch.tensor(IDS) % oracle.config.vocab_size
     before = logits(oracle, ids)
-    bitgen.hf.optimize(oracle, library=library, threads=2)
-    assert {type(each) for each in optimized(oracle)} == {OptimizedLinear}
+    hf.optimize(oracle, library=library, threads=2)
+    assert {type(each) for each in layers.optimized(oracle)} == {layers.OptimizedLinear}
     after = logits(oracle, ids)
     # Its activations were floats and are int8 now: the distance of the two predictions.
     p, q = before.log_softmax(-1), after.log_softmax(-1)
@@ -193,12 +194,12 @@ def test_floats_stay_floats(library: Path) -> None:
         )
     )
     with pytest.raises(BitgenError, match="no layer of this model is ternary"):
-        bitgen.hf.optimize(model, library=library)
-    assert not list(optimized(model))
+        hf.optimize(model, library=library)
+    assert not list(layers.optimized(model))
     ternary = torch.nn.Linear(64, 8)
     ternary.weight.copy_(torch.randint(-1, 2, (8, 64)) * 0.25)
     with pytest.raises(BitgenError, match="no layer"):
-        bitgen.hf.optimize(ternary, library=library, linears=False)
+        hf.optimize(ternary, library=library, linears=False)
 
 
 # ---- Everything that models go through ----
@@ -209,7 +210,7 @@ def model(tmp_path: Path, library: Path) -> Any:
     """An optimised model of packed BitLinears, and ``original``, the same before."""
     made = checkpoint(tmp_path / "checkpoint", "bitlinear")
     original = copy.deepcopy(made)
-    bitgen.hf.optimize(made, library=library, threads=2)
+    hf.optimize(made, library=library, threads=2)
     return made, original
 
 
@@ -222,7 +223,7 @@ def test_states_are_those_of_the_original(model: Any, tmp_path: Path, library: P
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert {type(m) for m in again.modules()} == {type(m) for m in original.modules()}
     assert torch.equal(logits(again), logits(original))
-    assert torch.equal(logits(bitgen.hf.optimize(again, library=library, threads=1)), logits(made))
+    assert torch.equal(logits(hf.optimize(again, library=library, threads=1)), logits(made))
 
 
 def test_copies_and_pickles_run(model: Any) -> None:
@@ -239,7 +240,7 @@ def test_loading_other_weights_packs_them(model: Any) -> None:
     made, original = model
     other = copy.deepcopy(original)
     for layer in other.modules():
-        if isinstance(layer, BitLinear):
+        if isinstance(layer, bitnet.BitLinear):
             layer.weight_scale.mul_(2)
             layer.weight.copy_(layer.weight.flip(0))
     made.load_state_dict(other.state_dict())
@@ -258,8 +259,8 @@ def test_other_types_and_shared_memory(model: Any, tmp_path: Path) -> None:
 
 def test_restored_layers_are_the_original(model: Any) -> None:
     made, original = model
-    bitgen.hf.restore(made)
-    assert not list(optimized(made))
+    hf.restore(made)
+    assert not list(layers.optimized(made))
     assert torch.equal(logits(made), logits(original))
     assert [name for name, _ in made.named_buffers()] == [name for name, _ in original.named_buffers()]
 
@@ -267,7 +268,7 @@ def test_restored_layers_are_the_original(model: Any) -> None:
 def test_generation_with_a_cache(model: Any) -> None:
     made, original = model
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    before, after = (m.generate(IDS[:, :4], **options) for m in (original, made))
+    before, after = (m.generate(torch.tensor(IDS)[:, :4], **options) for m in (original, made))
     assert after.shape == before.shape
     assert (after == before).float().mean() > 0.8  # random weights: likeliest tokens are close
 
@@ -284,10 +285,10 @@ def test_torch_compile_sees_one_operator(model: Any) -> None:
             return graph.forward
 
         compiled = torch.compile(made, backend=backend, fullgraph=True)
-        assert torch.equal(compiled(IDS).logits.float(), expected)
+        assert torch.equal(compiled(torch.tensor(IDS)).logits.float(), expected)
         torch._dynamo.reset()
     calls = [n for g in graphs for n in g.graph.nodes if "bitgen.linear" in str(n.target)]
-    assert len(calls) == len(list(optimized(made)))
+    assert len(calls) == len(list(layers.optimized(made)))
 
 
 @pytest.mark.deep
@@ -296,12 +297,12 @@ def test_torch_compile_as_people_use_it(model: Any) -> None:
     expected = logits(made)
     with torch._dynamo.config.patch(disable=False):
         compiled = torch.compile(made)
-        assert (compiled(IDS).logits.float() - expected).abs().max() < 0.02 * expected.std()
+        assert (compiled(torch.tensor(IDS)).logits.float() - expected).abs().max() < 0.02 * expected.std()
         torch._dynamo.reset()
 
 
 def test_the_operator_is_a_good_citizen(library: Path) -> None:
-    layer = bitgen.hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
+    layer = hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
     kernel = layer.bitgen_kernel
     rest = (layer.bitgen_packed, kernel.m, kernel.scales, kernel.library, kernel.threads)
     for x in (torch.randn(3, 200), torch.randn(2, 3, 400)[..., ::2], torch.ones(2, 200, dtype=torch.int8)):
@@ -317,12 +318,12 @@ def test_a_forked_child_opens_its_own_table(model: Any) -> None:
 
     def child() -> None:
         torch.set_num_threads(1)  # PyTorch's own threads do not survive a fork
-        layer: Any = next(optimized(made))
+        layer: Any = next(layers.optimized(made))
         queue.put(layer.bitgen_linear(torch.ones(2, layer.in_features)).tolist())
 
     process = context.Process(target=child)
     process.start()
-    layer: Any = next(optimized(made))
+    layer: Any = next(layers.optimized(made))
     ours = layer.bitgen_linear(torch.ones(2, layer.in_features)).tolist()
     process.join(60)
     assert process.exitcode == 0
@@ -332,7 +333,7 @@ def test_a_forked_child_opens_its_own_table(model: Any) -> None:
 
 def test_threads_take_turns(model: Any) -> None:
     made, _ = model
-    layer: Any = next(optimized(made))
+    layer: Any = next(layers.optimized(made))
     x = torch.randn(4, layer.in_features)
     expected = layer.bitgen_linear(x)
     found: list[bool] = []
@@ -350,7 +351,7 @@ def test_threads_take_turns(model: Any) -> None:
 
 def test_a_token_that_is_not_finite_is_nan_and_no_other(model: Any) -> None:
     made, _ = model
-    layer: Any = next(optimized(made))
+    layer: Any = next(layers.optimized(made))
     x = torch.randn(3, layer.in_features)
     expected = layer.bitgen_linear(x)
     x[1, 5] = float("inf")
@@ -361,7 +362,7 @@ def test_a_token_that_is_not_finite_is_nan_and_no_other(model: Any) -> None:
 
 def test_training_runs_the_original_and_packs_afterwards(library: Path) -> None:
     layer = layer_of("online", torch.float32)
-    bitgen.hf.optimize(layer, library=library, threads=1)
+    hf.optimize(layer, library=library, threads=1)
     x = torch.randn(2, 200)
     layer.train()
     with torch.enable_grad():
@@ -374,7 +375,7 @@ def test_training_runs_the_original_and_packs_afterwards(library: Path) -> None:
 
 
 def test_backward_through_kernels_says_why_not(library: Path) -> None:
-    layer = bitgen.hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
+    layer = hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
     with torch.enable_grad():
         y = layer(torch.randn(2, 200, requires_grad=True))
         with pytest.raises(BitgenError, match="no gradients"):
@@ -384,7 +385,7 @@ def test_backward_through_kernels_says_why_not(library: Path) -> None:
 def test_a_layer_that_is_not_ternary_any_more_runs_as_before(library: Path) -> None:
     layer = torch.nn.Linear(64, 8).eval()
     layer.weight.copy_(torch.randint(-1, 2, (8, 64)) * 0.25)
-    bitgen.hf.optimize(layer, library=library, threads=1)
+    hf.optimize(layer, library=library, threads=1)
     state = {"weight": torch.randn(8, 64), "bias": torch.randn(8)}
     with pytest.warns(UserWarning, match="is not ternary"):
         layer.load_state_dict(state)
@@ -407,9 +408,9 @@ def test_hooks_of_accelerate_stay(library: Path) -> None:
     x = torch.randn(2, 200)
     before = layer(x)
     add_hook_to_module(layer, Watch())
-    bitgen.hf.optimize(layer, library=library, threads=1)
+    hf.optimize(layer, library=library, threads=1)
     after = layer(x)
-    assert seen == [OptimizedBitLinear]
+    assert seen == [layers.OptimizedBitLinear]
     assert not torch.equal(after, before)
     assert (after - before).abs().max() <= 2e-6 * before.abs().max()
 
@@ -419,15 +420,15 @@ def test_hooks_of_accelerate_stay(library: Path) -> None:
 
 def test_install_optimises_what_is_loaded(tmp_path: Path, library: Path) -> None:
     save(random_model("TriLM"), tmp_path, "autobitlinear")
-    bitgen.hf.install(library=library, threads=1)
+    hf.install(library=library, threads=1)
     try:
         made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-        assert len(list(optimized(made))) == 7 * made.config.num_hidden_layers
+        assert len(list(layers.optimized(made))) == 7 * made.config.num_hidden_layers
         assert not made.training
     finally:
-        bitgen.hf.uninstall()
+        hf.uninstall()
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not list(optimized(plain))
+    assert not list(layers.optimized(plain))
     assert (logits(made) - logits(plain)).abs().max() < 0.02 * logits(plain).std()
 
 
@@ -435,17 +436,17 @@ def test_wrong_arguments_are_named(library: Path) -> None:
     layer = layer_of("BitLinear", torch.float32)
     wrong: Any = "both"
     with pytest.raises(UsageError, match="activations must be bitgen or transformers"):
-        bitgen.hf.optimize(layer, library=library, activations=wrong)
+        hf.optimize(layer, library=library, activations=wrong)
     layer.weight.fill_(255)
     with pytest.raises(BitgenError, match="not ternary"):
-        bitgen.hf.optimize(layer, library=library)
+        hf.optimize(layer, library=library)
     with pytest.raises(UsageError, match="the weights are on meta"):
-        bitgen.hf.optimize(layer_of("BitLinear", torch.float32).to("meta"), library=library)
-    assert type(layer) is BitLinear
+        hf.optimize(layer_of("BitLinear", torch.float32).to("meta"), library=library)
+    assert type(layer) is bitnet.BitLinear
 
 
 def test_packed_bytes_at_any_address(library: Path) -> None:
-    layer = bitgen.hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
+    layer = hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
     x = torch.randn(2, 200)
     expected = layer(x)
     moved = torch.empty(layer.bitgen_packed.numel() + 1, dtype=torch.uint8)[1:]

@@ -68,10 +68,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return started(home, str(SCRIPTS / f"{script}.py"), *words)
+
+
+def started(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / f"{script}.py"), *words],
+        [sys.executable, *words],
         cwd=home,
-        env={**os.environ, "BITGEN_HOME": str(home), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "BITGEN_HOME": str(home), "PYTHONPATH": f"{ROOT}:{SCRIPTS}"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -94,11 +98,30 @@ def test_every_script_is_here() -> None:
     assert {path.stem for path in SCRIPTS.glob("*.py")} == {*RUNS, *LACKS, *MODULES, "peer_side"}
 
 
-@pytest.mark.parametrize("script", [*RUNS, *LACKS])
-def test_a_script_tells_what_it_does(script: str, home: Path) -> None:
-    done = run(home, script, "--help")
+# In one process, as each imports the same; the tests below start every script by itself.
+HELP = """
+import contextlib, io, json, runpy, sys
+said = {}
+for script in sys.argv[1:]:
+    sys.argv = [script, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            said[script] = stop.code, out.getvalue()
+print(json.dumps(said))
+"""
+
+
+def test_every_script_tells_what_it_does(home: Path) -> None:
+    scripts = [str(SCRIPTS / f"{name}.py") for name in (*RUNS, *LACKS)]
+    done = started(home, "-c", HELP, *scripts)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ")
+    said = json.loads(done.stdout)
+    assert list(said) == scripts
+    for script, (code, text) in said.items():
+        assert not code, script
+        assert text.startswith(f"usage: {Path(script).name}")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from late import Late
 from model_files import pack_rows
 from numpy.typing import NDArray
 
@@ -23,10 +25,10 @@ from bitgen.reference import quantize_groups
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
 
-torch = pytest.importorskip("torch", reason="torch is the oracle")
-transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
-bitnet = pytest.importorskip("transformers.integrations.bitnet", reason="transformers is the oracle")
-save_file = pytest.importorskip("safetensors.torch", reason="safetensors writes the files").save_file
+torch: Any = Late("torch", "torch is the oracle")
+transformers: Any = Late("transformers", "transformers is the oracle")
+bitnet: Any = Late("transformers.integrations.bitnet", "transformers is the oracle")
+safetensors: Any = Late("safetensors.torch", "safetensors writes the files")
 
 # The matrix of bitgen that holds each linear layer: those of one input are stacked.
 STACKED = {
@@ -264,7 +266,7 @@ def run(model: Any, ids: Sequence[int], given: Mapping[str, NDArray[np.int8]] | 
     uncompiled = torch._dynamo.config.patch(disable=True)  # it compiles what is too small to gain by it
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), uncompiled:
         if given is not None:
-            patch.setattr(bitnet, "ActQuant", Given)
+            patch.setattr("transformers.integrations.bitnet.ActQuant", Given)
         logits = model(torch.tensor([list(ids)])).logits[0].numpy()
     for handle in handles:
         handle.remove()
@@ -294,7 +296,7 @@ def save(model: Any, folder: Path, form: str) -> Path:
                 pack_rows((weight * s).round().clamp(-1, 1).to(torch.int8).numpy())
             )
             tensors[name + "_scale"] = (s if form == "bitlinear" else 1 / s).reshape(1)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = transformers.AutoConfig.from_pretrained(folder)
     config.quantization_config = quantization
     config.architectures = [type(model).__name__]
@@ -305,24 +307,30 @@ def save(model: Any, folder: Path, form: str) -> Path:
 # ---- BitNet-embedding ----
 
 
-class NormedBitLinear(torch.nn.Linear):  # type: ignore[misc, name-defined]
-    """BitNet-embedding's: norms its input, rounds it to int8 a token and its weights to -1, 0, 1."""
+@cache
+def normed_bitlinear() -> Any:
+    class NormedBitLinear(torch.nn.Linear):  # type: ignore[misc]
+        """BitNet-embedding's: norms its input, rounds it to int8 a token and its weights to -1, 0, 1."""
 
-    def __init__(self, rows: int, columns: int, eps: float) -> None:
-        super().__init__(columns, rows, bias=False)
-        self.norm = transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(columns, eps)
-        self.given: Any = None  # int8 that take the place of the rounded activations
-        self.seen: Any = None
+        def __init__(self, rows: int, columns: int, eps: float) -> None:
+            super().__init__(columns, rows, bias=False)
+            self.norm = transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm(columns, eps)
+            self.given: Any = None  # int8 that take the place of the rounded activations
+            self.seen: Any = None
 
-    def forward(self, x: Any) -> Any:
-        x = self.norm(x)
-        self.seen = x[0].detach().numpy()
-        scale = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
-        rounded = (x * scale).round().clamp(-128, 127)
-        if self.given is not None:
-            rounded = torch.from_numpy(self.given).float()[None]
-        mean = 1 / self.weight.abs().mean().clamp(min=1e-5)
-        return torch.nn.functional.linear(rounded / scale, (self.weight * mean).round().clamp(-1, 1) / mean)
+        def forward(self, x: Any) -> Any:
+            x = self.norm(x)
+            self.seen = x[0].detach().numpy()
+            scale = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
+            rounded = (x * scale).round().clamp(-128, 127)
+            if self.given is not None:
+                rounded = torch.from_numpy(self.given).float()[None]
+            mean = 1 / self.weight.abs().mean().clamp(min=1e-5)
+            return torch.nn.functional.linear(
+                rounded / scale, (self.weight * mean).round().clamp(-1, 1) / mean
+            )
+
+    return NormedBitLinear
 
 
 # BitNet-embedding 0.6B, small: two heads a key head, hidden not heads * head_dim; whole blocks of I2_S.
@@ -331,13 +339,13 @@ EMBEDDING_SIZES = _sizes(128, 384, 4, 2, 64, rms_norm_eps=1e-6, tie_word_embeddi
 
 
 def embedding_model(seed: int = 3, **changes: Any) -> Any:
-    """A random Qwen3Model whose linear layers are `NormedBitLinear`."""
+    """A random Qwen3Model whose linear layers are those of `normed_bitlinear`."""
     torch.manual_seed(seed)
     config = transformers.Qwen3Config(**{**EMBEDDING_SIZES, **changes})
     model = transformers.Qwen3Model(config).float()
     for name, linear in list(model.named_modules()):
         if name.split(".")[-1] in STACKED:
-            own = NormedBitLinear(linear.out_features, linear.in_features, config.rms_norm_eps)
+            own = normed_bitlinear()(linear.out_features, linear.in_features, config.rms_norm_eps)
             model.get_submodule(name.rpartition(".")[0]).__setattr__(name.split(".")[-1], own)
     _randomize(model)
     return model.eval()
@@ -351,7 +359,9 @@ def own_step_name(linear: str) -> str:
 
 def run_embedding(model: Any, ids: Sequence[int], given: Mapping[str, NDArray[np.int8]] | None = None) -> Run:
     """As `run`, by `own_step_name`; logits are those of the embedding as a head."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, NormedBitLinear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, normed_bitlinear())
+    }
     for name, module in linears.items():
         module.given = None if given is None else given[own_step_name(name)]
     with torch.no_grad():
@@ -363,7 +373,7 @@ def run_embedding(model: Any, ids: Sequence[int], given: Mapping[str, NDArray[np
 def states_of(model: Any, ids: Sequence[int]) -> NDArray[np.float32]:
     """Behind the last norm, float32 (len(ids), hidden); activations are rounded as the model rounds them."""
     for module in model.modules():
-        if isinstance(module, NormedBitLinear):
+        if isinstance(module, normed_bitlinear()):
             module.given = None
     with torch.no_grad():
         states: NDArray[np.float32] = model(torch.tensor([list(ids)])).last_hidden_state[0].numpy()
@@ -378,5 +388,5 @@ def save_embedding(model: Any, folder: Path) -> Path:
     config.architectures = ["Qwen3Model"]
     config.save_pretrained(folder)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
