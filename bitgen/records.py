@@ -103,7 +103,7 @@ def _read_short(cls: Any, value: Any) -> Any:
 
 
 def _read_record(cls: Any, value: Any) -> Any:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, (dict, Mapping)):  # the first is told at once
         raise _MismatchError(f": expected `key: value` lines, found {kind(value)}")
     readers, plain, required = _fields(cls)
     values = {}
@@ -146,7 +146,7 @@ def _read_list(hint: Any, origin: type[Any], item: Any, value: Any) -> Any:
 
 
 def _read_mapping(hint: Any, item: Any, value: Any) -> Any:
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, (dict, Mapping)) or not all(isinstance(name, str) for name in value):
         raise _MismatchError(f" must be `name: value` lines, found {kind(value)}")
     if not _has_record(hint):
         with contextlib.suppress(msgspec.ValidationError):

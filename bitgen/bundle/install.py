@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import secrets
 import shutil
@@ -18,22 +17,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from filelock import FileLock, Timeout
 
-from bitgen.bundle.container import UNPACKED_LIMIT, Container, download, is_url, open_container, read_small
+from bitgen.bundle.container import Container, download, is_url, open_container, read_small
 from bitgen.bundle.index import (
     INDEX_LIMIT,
     INDEX_NAME,
     SIGNATURE_NAME,
     Index,
     parse_index,
-    require_entry,
     version_key,
 )
 from bitgen.bundle.installed import FOLDER, Receipt, find_receipt, receipts
-from bitgen.bundle.manifest import Bundle, is_bundle, read_bundle
+from bitgen.bundle.manifest import Bundle, is_bundle
+from bitgen.bundle.receive import receive
 from bitgen.bundle.select import judge
 from bitgen.cpu import detect_cpu
 from bitgen.errors import FileError, UnsupportedError, UsageError
@@ -61,6 +59,12 @@ class Verified:
     @property
     def key_id(self) -> str | None:
         return self.signature.key_id if self.signature else None
+
+    @property
+    def texts(self) -> dict[str, bytes]:
+        """The files that the index does not name: itself, and its signature."""
+        own = {INDEX_NAME: self.data}
+        return own if self.signature is None else {**own, SIGNATURE_NAME: self.signature.file_text.encode()}
 
 
 def verify_index(container: Container, *, allow_unsigned: bool = False) -> Verified:
@@ -94,7 +98,7 @@ def verify(
     """
     with open_container(path) as container, tempfile.TemporaryDirectory(prefix="bitgen-verify-") as scratch:
         verified = verify_index(container, allow_unsigned=allow_unsigned)
-        for bundle in _receive(container, verified, Path(scratch) / "files"):
+        for bundle in receive(container, verified.index, verified.texts, Path(scratch) / "files"):
             if examine is not None:
                 examine(bundle)
     return verified
@@ -126,7 +130,8 @@ def install(
             verified = verify_index(container, allow_unsigned=allow_unsigned)
             _require_newer(verified.index, downgrade)
             made = Path(scratch) / "files"
-            _require_runnable(verified.index, _receive(container, verified, made))
+            bundles = receive(container, verified.index, verified.texts, made, linked=True)
+            _require_runnable(verified.index, bundles)
         return _commit(verified, made, root)
 
 
@@ -143,54 +148,6 @@ def remove(name: str, report: Callable[[str], None] | None = None) -> Receipt:
         (root / f"{name}.json").unlink()  # from here on it is not installed, whatever happens
         shutil.rmtree(root / receipt.folder, ignore_errors=True)
     return receipt
-
-
-def _receive(container: Container, verified: Verified, folder: Path) -> list[Bundle]:
-    """Copy the files of the index to the new ``folder``, each verified; the bundles among them."""
-    index, where = verified.index, container.where
-    container.require_only({INDEX_NAME, SIGNATURE_NAME, *index.files})
-    folder.mkdir(mode=0o700)
-    left, folders = UNPACKED_LIMIT, {folder}
-    for name, sha256 in index.files.items():
-        target, digest = folder / name, hashlib.sha256()
-        if target.parent not in folders:
-            _make_folders(folder, target.parent)
-            folders.add(target.parent)
-        with _create(target) as file:
-            for chunk in container.chunks(name):
-                left -= len(chunk)
-                if left < 0:
-                    raise FileError(f"{where} unpacks to more than {UNPACKED_LIMIT:,} bytes")
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != sha256:
-            raise FileError(f"{name} in {where} is not the file that its index names (sha256 differs)")
-    own = {INDEX_NAME: verified.data}
-    if verified.signature is not None:
-        own[SIGNATURE_NAME] = verified.signature.file_text.encode()
-    for name, data in own.items():
-        with _create(folder / name) as file:
-            file.write(data)
-    bundles = []
-    for entry in index.bundles:
-        bundle = read_bundle(folder / entry.path)
-        require_entry(entry, bundle, where)
-        bundles.append(bundle)
-    return bundles
-
-
-def _make_folders(root: Path, folder: Path) -> None:
-    for part in reversed([folder, *folder.parents]):
-        if part.is_relative_to(root):
-            part.mkdir(mode=0o700, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _create(path: Path) -> Iterator[IO[bytes]]:
-    """A new file for its owner only; never one that is there, nor what a link leads to."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "wb") as file:  # noqa: PTH123 - a descriptor
-        yield file
 
 
 def _require_newer(index: Index, downgrade: bool) -> None:

@@ -28,6 +28,7 @@ from bitgen.abi import ABI_VERSION
 from bitgen.bundle import all_bundles
 from bitgen.bundle import container as container_module
 from bitgen.bundle import install as install_module
+from bitgen.bundle import receive as receive_module
 from bitgen.bundle.install import install
 from bitgen.bundle.installed import receipts
 from bitgen.bundle.pack import pack
@@ -181,6 +182,51 @@ def test_a_folder_can_be_signed_elsewhere_and_then_packed(
     assert (home / "bundles").stat().st_mode & 0o777 == 0o700
     for path in (home / "bundles").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.fixture(scope="module")
+def pair(signer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A signed zip of two bundles, ``a`` and ``b``, with one header and one C text."""
+    folder = tmp_path_factory.mktemp("pair")
+    bundles = [fake_bundle(folder / name, name.encode() * 1000) for name in ("a", "b")]
+    return pack(bundles, folder / "pair.zip", signer=signer).path
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_files_that_bundles_share_are_kept_once(
+    home: Path, pair: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    """Where the file system has no second names, they are copied."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    install(str(pair))
+    (receipt,), _ = receipts()
+    folder = home / "bundles" / receipt.folder
+    assert tree(folder) == unpacked(pair)
+    twice = {name for name in unpacked(pair) if (folder / name).stat().st_nlink > 1}
+    shared = {f"{bundle}/{file}" for bundle in "ab" for file in ("bitgen.h", "src/run.c")}
+    assert twice == (shared if has_links else set())
+
+
+def test_a_file_that_is_there_already_is_not_read_again_but_verified(
+    home: Path, run: Callable[..., str], pair: Path, tmp_path: Path
+) -> None:
+    second = rewritten(pair, tmp_path / "b.zip", lambda files: files.update({"b/bitgen.h": b"other"}))
+    message = "b/bitgen.h in .* is not the file that its index names"
+    assert re.search(message, run("bundle", "verify", second, code=FileError.exit_code))
+    lacks = rewritten(pair, tmp_path / "x.zip", lambda files: files.pop("b/bitgen.h"))
+    assert "there is no b/bitgen.h" in run("bundle", "install", lacks, code=FileError.exit_code)
+    first = rewritten(pair, tmp_path / "a.zip", lambda files: files.update({"a/bitgen.h": b"other"}))
+    said = run("bundle", "install", first, code=FileError.exit_code)
+    assert "a/bitgen.h" in said
+    assert left(home) == set()
+    run("bundle", "install", second)
+    (receipt,), _ = receipts()
+    assert tree(home / "bundles" / receipt.folder) == unpacked(pair)  # what the index names, nothing else
 
 
 def test_the_bill_of_materials_and_the_statement_are_what_others_read(tmp_path: Path) -> None:
@@ -402,7 +448,7 @@ def test_sizes_are_limited(
         (container_module, "ZIP_LIMIT", 100),
         (container_module, "UNPACKED_LIMIT", 100),
         (container_module, "FILES_LIMIT", 2),
-        (install_module, "UNPACKED_LIMIT", 100),
+        (receive_module, "UNPACKED_LIMIT", 100),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
@@ -726,7 +772,7 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_old_one(
     home: Path, run: Callable[..., str], one: Path, two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(str(one))
-    real_create, real_write = install_module._create, write_private
+    real_create, real_write = receive_module._create, write_private
     for full_at in range(len(unpacked(two)) + 1):
         count = 0
 
@@ -738,7 +784,7 @@ def test_a_disk_that_is_full_at_any_file_leaves_the_old_one(
             return task(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(install_module, "_create", partial(room, real_create))
+            patch.setattr(receive_module, "_create", partial(room, real_create))
             patch.setattr(install_module, "write_private", partial(room, real_write))
             said = run("bundle", "install", two, code=FileError.exit_code)
         assert "the disk is full; nothing was changed" in said
