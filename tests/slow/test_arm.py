@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import foreign
@@ -48,6 +48,17 @@ LIBRARIES: dict[str, dict[str, str | None]] = {
 }
 needs_emulator = pytest.mark.skipif(foreign.why_not() is not None, reason=f"{foreign.why_not()}")
 levels = pytest.mark.parametrize("isa", LEVELS, ids=lambda isa: isa.name)
+
+
+def levels_but(deep: Collection[str]) -> pytest.MarkDecorator:
+    """Each level; `.ci/deep` alone runs those that are ``deep``."""
+    marked = [pytest.param(one, marks=[pytest.mark.deep] * (one.name in deep)) for one in LEVELS]
+    return pytest.mark.parametrize("isa", marked, ids=lambda isa: isa.name)
+
+
+# SVE of 128 and of 512 bits has the ops of 256 for another length, and streams of its own: the defaults of
+# all families below and the vector ops are verified at each length.
+one_length = levels_but(("sve128", "sve512"))
 
 
 def cross_toolchain(*flags: str, cc: str | None = None) -> Toolchain:
@@ -115,7 +126,7 @@ def test_the_default_kernels_are_exact(isa: Isa, tmp_path: Path) -> None:
 
 
 @needs_emulator
-@levels
+@one_length
 def test_kernels_of_weights_in_groups_are_exact(isa: Isa, tmp_path: Path) -> None:
     """The default of every family and regime, in groups of 128; I2_S in the other sizes too."""
     specs = [
@@ -129,14 +140,7 @@ def test_kernels_of_weights_in_groups_are_exact(isa: Isa, tmp_path: Path) -> Non
 
 
 @needs_emulator
-@pytest.mark.parametrize(
-    "isa",
-    [
-        pytest.param(isa, marks=[] if isa.name in ("neon", "neon_i8mm", "sve256") else [pytest.mark.deep])
-        for isa in LEVELS
-    ],
-    ids=lambda isa: isa.name,
-)
+@levels_but(("neon_dotprod", "sve128", "sve256_i8mm", "sve512"))
 def test_kernels_of_weights_of_3_and_4_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
     """Values by table in every regime, codes with offsets for one token."""
     specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("t4", "t3") for r in REGIMES]
@@ -145,7 +149,7 @@ def test_kernels_of_weights_of_3_and_4_bits_are_exact(isa: Isa, tmp_path: Path) 
 
 
 @needs_emulator
-@levels
+@one_length
 def test_kernels_of_bits_are_exact(isa: Isa, tmp_path: Path) -> None:
     """With a scale a row and in groups of 128."""
     specs = [space_for("q1", isa, r, SHAPE, CPU, group).default for group in (0, 128) for r in REGIMES]
