@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import toolchain_of
+from libraries import RAGGED, WHOLE, toolchain_of
 from reference_model import random_dense, small_config
 
 from bitgen import records
@@ -34,8 +34,6 @@ from bitgen.spec import StepSizes
 pytestmark = pytest.mark.slow
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
-RAGGED = StepSizes(hidden=100, q_rows=500, ffn=150, head_dim=100)
-WHOLE = StepSizes(hidden=256, q_rows=128, ffn=192, head_dim=64)  # no block has a remainder
 MADE = {"best, ragged": (BEST, RAGGED), "best, whole": (BEST, WHOLE), "scalar, ragged": ("scalar", RAGGED)}
 
 

@@ -21,7 +21,7 @@ from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Cpu, detect_cpu
 from bitgen.space import space_for
-from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape
+from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape, StepSizes
 from bitgen.toolchain import find_compiler
 
 CACHE_VARIABLE = "BITGEN_TEST_CACHE"
@@ -30,6 +30,11 @@ CACHE_VARIABLE = "BITGEN_TEST_CACHE"
 TL2_SHAPE, TL1_SHAPE = Shape(100, 500), Shape(64, 640)
 TL2_LAYOUT, TL1_LAYOUT, DEFAULT_LAYOUT = Layout("tl2", 32), Layout("tl1", 16), Layout("i2s", 16)
 
+
+# Models of these sizes have a forward step of their own, seconds to compile: with remainders everywhere,
+# and those of the tiny model, without any.
+RAGGED = StepSizes(hidden=100, q_rows=500, ffn=150, head_dim=100)
+WHOLE = StepSizes(hidden=256, q_rows=256, ffn=512, head_dim=64)
 
 # Values of templates/table.c.j2 for host code without any kernel.
 EMPTY_TABLE: dict[str, Any] = {
