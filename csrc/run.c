@@ -207,7 +207,7 @@ static void rows_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     const struct batch *batch = arg;
     struct bitgen_matmul a = batch->a;
     const int64_t groups = bitgen_groups(a.k, batch->kernel->group);
-    a.scratch = batch->scratch + worker * batch->scratch_stride;
+    if (batch->scratch) a.scratch = batch->scratch + worker * batch->scratch_stride;
     /* Items run through the rows of the first token group, then of the next: a claim may reach into another. */
     while (begin < end) {
         int64_t part = begin / batch->row_items, first = begin % batch->row_items;
