@@ -52,6 +52,7 @@ def host_headers(arch: str, system: str = "Linux") -> Headers:
     return (
         *((name, csrc_text(name)) for name in plain),
         ("arch.h", csrc_text(f"arch_{arch}{'_windows' if on_windows else ''}.h")),
+        ("pages.h", csrc_text(f"pages_{'linux' if system == 'Linux' else 'none'}.h")),
         ("system.h", csrc_text(f"system_{'windows' if on_windows else 'posix'}.h")),
         ("bitgen_config.h", config_header()),
     )

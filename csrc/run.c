@@ -10,9 +10,11 @@
  * Many tokens go in batches, so that work memory has a bound that does not depend on n.
  */
 #define _POSIX_C_SOURCE 200809L
+#define _DEFAULT_SOURCE /* pages.h */
 
 #include "arith.h"
 #include "kernel.h"
+#include "pages.h"
 #include "system.h"
 
 #include <stdlib.h>
@@ -59,8 +61,10 @@ int32_t bitgen_reserve(struct bitgen_buffer *buffer, int64_t bytes)
 {
     if (bytes <= buffer->bytes) return BITGEN_OK;
     bitgen_free(buffer->data);
-    bytes = ceil_div(bytes, 64) * 64;
-    buffer->data = bitgen_allocate(64, (size_t)bytes);
+    const int64_t page = bytes >= BITGEN_HUGE_PAGE / 2 ? BITGEN_HUGE_PAGE : 64;
+    bytes = ceil_div(bytes, page) * page;
+    buffer->data = bitgen_allocate((size_t)page, (size_t)bytes);
+    if (buffer->data && page == BITGEN_HUGE_PAGE) bitgen_want_huge_pages(buffer->data, (size_t)bytes);
     buffer->bytes = buffer->data ? bytes : 0;
     return buffer->data ? BITGEN_OK : BITGEN_ERROR_MEMORY;
 }

@@ -34,7 +34,8 @@ class Guarded:
     def __init__(self, harness: Harness, nbytes: int, align: int = 1) -> None:
         inner = -(-max(nbytes, 1) // _PAGE) * _PAGE
         self._harness = harness
-        self._map = mmap.mmap(-1, inner + 2 * _PAGE)
+        # Private: only then can large ones have huge pages, as the outputs of a library's steps do.
+        self._map = _new_mapping(inner + 2 * _PAGE)
         self._base = int(harness.ffi.cast("uintptr_t", harness.ffi.from_buffer(self._map)))
         self._inner = inner
         self._protect(0, _PAGE, _NONE)

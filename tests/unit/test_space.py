@@ -463,8 +463,8 @@ def test_unknown_family() -> None:
 
 
 def test_a_missing_algorithm_names_those_there_are() -> None:
-    with pytest.raises(BitgenError, match="I2_S for large has no algorithm 'direct'; it has panel"):
-        space_of("i2s", "avx2", LARGE).knobs("direct")
+    with pytest.raises(BitgenError, match="I2_S for large has no algorithm 'direct'; it has panel, tiles"):
+        space_of("i2s", "amx_int8", LARGE).knobs("direct")
     with pytest.raises(BitgenError, match="TL1 for n1 has no algorithm 'panel'; it has direct"):
         space_of("tl1", "avx2", N1).make("panel", Layout("tl1", 16), {})
 

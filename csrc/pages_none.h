@@ -1,0 +1,12 @@
+/* Pages of work memory, on systems whose programs cannot choose, or need a privilege for large ones. Internal. */
+#pragma once
+
+#include <stddef.h>
+
+enum { BITGEN_HUGE_PAGE = 2 << 20 };
+
+static inline void bitgen_want_huge_pages(void *memory, size_t bytes)
+{
+    (void)memory;
+    (void)bytes;
+}
