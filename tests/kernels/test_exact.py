@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_specs import DEEP_VARIABLE, SHAPE, chosen, edges, for_one_shape
+from exact_specs import DEEP_VARIABLE, SHAPE, chosen, edges, for_one_shape, in_turn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from libraries import toolchain_of
@@ -120,13 +120,14 @@ def test_schedules_of_weights_in_groups_are_exact(
     quick_runner: LocalRunner,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Defaults, a preset or another point at the group size of models; defaults at the others.
+    """Defaults, a preset or another point at the group size of models; defaults at the others, `in_turn`.
 
     Those have no text of the parent level. Scalar kernels for several tokens are compiled with -O1.
     """
     isa, sizes = runnable(isa_name), FAMILIES[family].groups
     specs = [spec for regime in REGIMES for spec in chosen(family, isa, regime, CPU, SAMPLE, SEED, 128)]
-    others = [space_for(family, isa, regime, SHAPE, CPU, g).default for g in sizes for regime in REGIMES]
+    turns = ((regime, g) for i, g in enumerate(sizes) for regime in REGIMES if in_turn(isa, regime, i))
+    others = [space_for(family, isa, regime, SHAPE, CPU, group).default for regime, group in turns]
     specs = list(dict.fromkeys((*specs, *(spec for spec in others if not inherits(spec)))))
     quick = [spec for spec in specs if isa.name == "scalar" and spec.regime != N1.name]
     for which, some in ((runner, [spec for spec in specs if spec not in quick]), (quick_runner, quick)):
@@ -140,12 +141,16 @@ def test_schedules_of_weights_in_groups_are_exact(
 def test_kernels_of_weights_of_3_and_4_bits_are_exact(
     isa_name: str, runner: LocalRunner, request: pytest.FixtureRequest
 ) -> None:
-    """The defaults whose text is the level's own; `.ci/deep` runs all schedules of these families."""
+    """The defaults whose text is the level's own, second group sizes `in_turn`.
+
+    `.ci/deep` runs all schedules of these families.
+    """
     isa = runnable(isa_name)
     specs = [space_for(name, isa, r, SHAPE, CPU, 32).default for name in ("q4m", "t4") for r in REGIMES]
-    specs += [space_for("t3", isa, r, SHAPE, CPU, group).default for group in (32, 128) for r in REGIMES]
+    specs += [space_for("t3", isa, r, SHAPE, CPU, 32).default for r in REGIMES]
     specs.append(space_for("q4", isa, N1, SHAPE, CPU, 64).default)
-    specs += [space_for("t4", isa, regime, SHAPE, CPU, 16).default for regime in REGIMES]
+    second = ((name, group, r) for name, group in (("t3", 128), ("t4", 16)) for r in REGIMES)
+    specs += [space_for(n, isa, r, SHAPE, CPU, g).default for n, g, r in second if in_turn(isa, r, g)]
     own = [spec for spec in specs if not inherits(spec)] or specs[:1]
     counts = sweep(runner, own)
     report(counts, request)

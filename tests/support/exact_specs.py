@@ -78,6 +78,16 @@ def chosen(
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
 
 
+def in_turn(isa: Isa, regime: Regime, number: int) -> bool:
+    """Whether the ``number``-th variant is verified: on each level in one regime, elsewhere in the others.
+
+    `.ci/deep`: in all of them.
+    """
+    levels = [one.name for one in load_isas()]
+    at = number + levels.index(isa.name) + [one.name for one in REGIMES].index(regime.name)
+    return bool(os.environ.get(DEEP_VARIABLE)) or at % len(REGIMES) == 0
+
+
 def for_one_shape(isa: Isa, families: Iterable[str], cpu: Cpu) -> list[KernelSpec]:
     """Kernels of every family with the shape in the text: tiny, ragged, cut along k.
 
