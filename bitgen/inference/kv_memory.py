@@ -49,6 +49,8 @@ class KvMemory:
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         except OSError:
             raise MemoryError from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a chunk of the cache is MBs in one piece, and all of it is written
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.data = np.frombuffer(self._map, np.uint8)
 
     def give_back(self, begin: int, end: int) -> None:
