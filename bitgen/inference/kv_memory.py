@@ -49,7 +49,7 @@ class KvMemory:
             self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         except OSError:
             raise MemoryError from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a chunk of the cache is MBs in one piece, and all of it is written
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a chunk is MBs in one piece, and all of it is written
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.data = np.frombuffer(self._map, np.uint8)
 
