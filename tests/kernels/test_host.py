@@ -362,7 +362,8 @@ def test_forward_passes_compile_without_a_warning(compiler: Compiler) -> None:
     contents = choose_contents((), Target.of(detect_cpu()))
     steps = [unit for unit in library_units_of(contents) if unit.name.startswith("bitgen_step_")]
     assert len(steps) == len({step.isa for step in contents.steps}) > 0
-    toolchain = Toolchain(compiler, shared_cache(), timeout_s=900, werror=True, extra_flags=("-O1",))
+    level = "-O1" if compiler.kind == "gcc" else "-O0"  # gcc finds some warnings while it optimises
+    toolchain = Toolchain(compiler, shared_cache(), timeout_s=900, werror=True, extra_flags=(level,))
     for result in toolchain.compile_objects(steps):
         assert isinstance(result, Path), result
 
