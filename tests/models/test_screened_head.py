@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from reference_model import small_config
 
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import BitgenError
+from bitgen.formats.open import open_model
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import engine, memory, weight_cache
-from bitgen.inference.engine import Engine
+from bitgen.inference.engine import Engine, Head
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.wants import Best, Hidden, Logits, Nothing, Want, pack_mask
+from bitgen.llm import LLM
+from bitgen.paths import models_dir
 from bitgen.runtime import KernelTable, load
 
 LEVEL = accepted_isas(detect_cpu(), load_isas())[0].name
@@ -139,6 +142,62 @@ def test_without_a_bound_it_is_wrong(table: KernelTable, monkeypatch: pytest.Mon
     assert list(map(bits, answers_of(Engine(weights, table, head="screened"), wants))) != list(
         map(bits, whole)
     )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "defaults": {},
+    "hot": {"temperature": 2.0, "top_p": 1.0, "min_p": 0.0},
+    "cold": {"temperature": 0.2, "top_k": 5},
+    "top-p": {"top_k": 100, "top_p": 0.5, "min_p": 0.0},
+    "min-p": {"top_k": 100, "top_p": 1.0, "min_p": 0.2},
+    "all candidates": {"top_k": 0, "top_p": 0.9},
+    "repeat penalty": {"repeat_penalty": 1.3, "repeat_last_n": -1},
+    "frequency and presence": {"frequency_penalty": 0.7, "presence_penalty": 0.7},
+    "bias": {"logit_bias": {7: 4.0, 11: -100.0, 2000: 1.5}},
+}
+FILES = ("tiny", "random")
+
+
+@pytest.mark.parametrize("tokens", [20, pytest.param(1000, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("file", FILES)
+def test_texts_are_the_same_at_every_setting(
+    file: str, tokens: int, level_library: Callable[[str], Path], table: KernelTable
+) -> None:
+    """Of a trained model and one whose tokens are nearly equally likely: ``tokens`` at each setting."""
+    heads: tuple[Head, ...] = ("full", "screened")
+    texts = []
+    for head in heads:
+        if file == "random":
+            llm = random_llm(table, head)
+        else:
+            llm = LLM(models_dir() / f"{file}.gguf", library=level_library(LEVEL), threads=2, head=head)
+        assert llm.engine.screens == (head == "screened")
+        texts.append([tokens_of(llm, options, tokens) for options in SETTINGS.values()])
+        llm.close()
+    assert texts[0] == texts[1]
+    assert sum(map(len, texts[0])) == tokens * len(SETTINGS)
+
+
+def random_llm(table: KernelTable, head: Head) -> LLM:
+    """Random weights, and the tokenizer of the tiny model."""
+    tiny = open_model(models_dir() / "tiny.gguf")
+    config = small_config(tied_head=False, vocab=tiny.config.vocab, hidden=HIDDEN, layers=1, context=512)
+    return LLM.over(Engine(random_weights(config, 3), table, head=head), config, tiny.tokenizer_data)
+
+
+def tokens_of(llm: LLM, options: Mapping[str, Any], count: int) -> list[int]:
+    """``count`` tokens, in texts of at most 200 that begin and are drawn differently."""
+    found: list[int] = []
+    while len(found) < count:
+        most = min(200, count - len(found))
+        prompt = [1 + len(found) % 97, 300, 40]
+        seed = {"seed": len(found), **options}
+        generation = llm.generate(prompt, max_tokens=most, ignore_end=True, **seed)
+        for _ in generation:
+            pass
+        found += generation.tokens
+    return found
 
 
 def test_a_head_of_few_bits_is_read_whole(table: KernelTable) -> None:
