@@ -172,6 +172,7 @@ def test_texts_are_the_same_at_every_setting(
             llm = random_llm(table, head)
         else:
             llm = LLM(models_dir() / f"{file}.gguf", library=level_library(LEVEL), threads=2, head=head)
+        assert isinstance(llm.engine, Engine)
         assert llm.engine.screens == (head == "screened")
         texts.append([tokens_of(llm, options, tokens) for options in SETTINGS.values()])
         llm.close()
