@@ -69,6 +69,18 @@ OP void vt_load(vt *t, int tile, const void *p, int64_t stride) {
 // The configuration says how much there is to load.
 OP void vt_load_half(vt *t, int tile, const void *p, int64_t stride) { vt_load(t, tile, p, stride); }
 
+//: vt_load_once
+OP void vt_load_once(vt *t, int tile, const void *p, int64_t stride) {
+    (void)t;
+    switch (tile) {
+    case 6: __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm6" : : "r"(p), "r"(stride) : "memory"); break;
+    case 7: __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm7" : : "r"(p), "r"(stride) : "memory"); break;
+    }
+}
+
+//: vt_load_once_half
+OP void vt_load_once_half(vt *t, int tile, const void *p, int64_t stride) { vt_load_once(t, tile, p, stride); }
+
 //: vt_store
 OP void vt_store(vt *t, int tile, int32_t *p) {
     const int64_t stride = 64;
@@ -102,5 +114,29 @@ OP void vt_dot4(vt *t, int c, int a, int b) {
     case 13: __asm__ volatile("tdpbsud %%tmm7, %%tmm4, %%tmm3" : :); break;
     case 14: __asm__ volatile("tdpbsud %%tmm6, %%tmm5, %%tmm3" : :); break;
     case 15: __asm__ volatile("tdpbsud %%tmm7, %%tmm5, %%tmm3" : :); break;
+    }
+}
+
+//: vt_dot4_signed
+// The same of signed bytes twice.
+OP void vt_dot4_signed(vt *t, int c, int a, int b) {
+    (void)t;
+    switch (4 * c + 2 * (a - 4) + b - 6) {
+    case 0: __asm__ volatile("tdpbssd %%tmm6, %%tmm4, %%tmm0" : :); break;
+    case 1: __asm__ volatile("tdpbssd %%tmm7, %%tmm4, %%tmm0" : :); break;
+    case 2: __asm__ volatile("tdpbssd %%tmm6, %%tmm5, %%tmm0" : :); break;
+    case 3: __asm__ volatile("tdpbssd %%tmm7, %%tmm5, %%tmm0" : :); break;
+    case 4: __asm__ volatile("tdpbssd %%tmm6, %%tmm4, %%tmm1" : :); break;
+    case 5: __asm__ volatile("tdpbssd %%tmm7, %%tmm4, %%tmm1" : :); break;
+    case 6: __asm__ volatile("tdpbssd %%tmm6, %%tmm5, %%tmm1" : :); break;
+    case 7: __asm__ volatile("tdpbssd %%tmm7, %%tmm5, %%tmm1" : :); break;
+    case 8: __asm__ volatile("tdpbssd %%tmm6, %%tmm4, %%tmm2" : :); break;
+    case 9: __asm__ volatile("tdpbssd %%tmm7, %%tmm4, %%tmm2" : :); break;
+    case 10: __asm__ volatile("tdpbssd %%tmm6, %%tmm5, %%tmm2" : :); break;
+    case 11: __asm__ volatile("tdpbssd %%tmm7, %%tmm5, %%tmm2" : :); break;
+    case 12: __asm__ volatile("tdpbssd %%tmm6, %%tmm4, %%tmm3" : :); break;
+    case 13: __asm__ volatile("tdpbssd %%tmm7, %%tmm4, %%tmm3" : :); break;
+    case 14: __asm__ volatile("tdpbssd %%tmm6, %%tmm5, %%tmm3" : :); break;
+    case 15: __asm__ volatile("tdpbssd %%tmm7, %%tmm5, %%tmm3" : :); break;
     }
 }

@@ -737,6 +737,13 @@ OP void vt_load_half(vt *t, int tile, const void *p, int64_t stride) {
     for (int r = 0; r < rows; ++r) memcpy(t->b[tile][r], (const uint8_t *)p + r * stride, tile > 5 ? 64 : 32);
 }
 
+//: vt_load_once
+// The same of 6 or 7, of what is read so rarely that it need not stay in the L1 cache.
+OP void vt_load_once(vt *t, int tile, const void *p, int64_t stride) { vt_load(t, tile, p, stride); }
+
+//: vt_load_once_half
+OP void vt_load_once_half(vt *t, int tile, const void *p, int64_t stride) { vt_load_half(t, tile, p, stride); }
+
 //: vt_store
 // The rows of sums that the tile has, one behind the other.
 OP void vt_store(vt *t, int tile, int32_t *p) { memcpy(p, t->b[tile], 64 * (size_t)t->rows[tile]); }
@@ -751,6 +758,19 @@ OP void vt_dot4(vt *t, int c, int a, int b) {
         for (int k = 0; k < 64; ++k)
             for (int i = 0; i < 16; ++i)
                 sums[i] += (uint32_t)((int8_t)t->b[a][r][k] * t->b[b][k / 4][4 * i + k % 4]);
+        memcpy(t->b[c][r], sums, 64);
+    }
+}
+
+//: vt_dot4_signed
+// The same of a signed b.
+OP void vt_dot4_signed(vt *t, int c, int a, int b) {
+    for (int r = 0; r < t->rows[c]; ++r) {
+        uint32_t sums[16];
+        memcpy(sums, t->b[c][r], 64);
+        for (int k = 0; k < 64; ++k)
+            for (int i = 0; i < 16; ++i)
+                sums[i] += (uint32_t)((int8_t)t->b[a][r][k] * (int8_t)t->b[b][k / 4][4 * i + k % 4]);
         memcpy(t->b[c][r], sums, 64);
     }
 }

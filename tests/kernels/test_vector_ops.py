@@ -533,8 +533,7 @@ def wrapper(signature: Signature, function: str, constant: int | None = None) ->
 
 
 # The ops for tiles only mean something together. rows0, rows1, the numbers of three tiles; contents.
-TILE_WRAPPERS = {
-    "product": """\
+TILE_PRODUCT = """\
     int n[5];
     vt t;
     memcpy(n, arg[0], sizeof n);
@@ -546,7 +545,10 @@ TILE_WRAPPERS = {
     vt_store(&t, n[2], arg[4]);
     vt_end(&t);
     (void)out;
-""",
+"""
+TILE_WRAPPERS = {
+    "product": TILE_PRODUCT,
+    "signed_product": TILE_PRODUCT.replace("vt_dot4", "vt_dot4_signed"),
     "load": """\
     int n[5];
     int32_t rows[256];
@@ -855,20 +857,27 @@ def test_tiles_mean_what_numpy_says(harness: Harness, isa: Isa) -> None:
     if isinstance(decision, Rejected):
         pytest.skip(f"cannot run {isa.name} here: {decision.reason}")
     rng = np.random.default_rng(5)
-    combinations = itertools.product(((16, 16), (16, 1), (7, 7), (16, 9)), range(4), (4, 5), (6, 7))
+    combinations = itertools.product(
+        ((16, 16), (16, 1), (7, 7), (16, 9)),
+        range(4),
+        (4, 5),
+        (6, 7),
+        (("product", np.uint8), ("signed_product", np.int8)),
+    )
     tried = 0
-    for (rows0, rows1), c, a, b in combinations:
+    for (rows0, rows1), c, a, b, (product, weights) in combinations:
         rows = tile_rows(c, rows0, rows1)
         if tile_rows(a, rows0, rows1) != rows:
             continue
         sums = rng.integers(-(2**31), 2**31, (16, 16)).astype(np.int32)
-        x, w = rng.integers(-128, 128, (16, 64)).astype(np.int8), rng.integers(0, 256, (16, 64), np.uint8)
+        x = rng.integers(-128, 128, (16, 64)).astype(np.int8)
+        w = rng.integers(0, 256, (16, 64), np.uint8).view(weights)
         by_row = i64(w).reshape(16, 16, 4).transpose(0, 2, 1).reshape(64, 16)  # (k, output rows)
         expected = wrapped(i64(sums) + i64(x) @ by_row, np.int32)[:rows]
         numbers = np.array([rows0, rows1, c, a, b], np.intc)
         args = [numbers, sums, x, w, np.full(64 * rows, CANARY, np.uint8)]
         is_pointer = [False] * 4 + [True]
-        call = Call(f"test_product__{isa.name}", args, is_pointer, harness.page_bytes - 64 * rows)
+        call = Call(f"test_{product}__{isa.name}", args, is_pointer, harness.page_bytes - 64 * rows)
         (outcome,) = harness.run_all(isa, [call])
         assert fault_of(outcome, None, [expected.view(np.uint8).reshape(-1)]) is None, numbers
         tried += 1
@@ -884,7 +893,7 @@ def test_tiles_mean_what_numpy_says(harness: Harness, isa: Isa) -> None:
         wanted = memory[row * stride : row * stride + 64] if tile < 4 else None
         assert fault_of(outcome, wanted, [memory]) is None, numbers
         tried += 1
-    assert tried == 3 * 16 // 2 + 2 * 16 + 24 - 8
+    assert tried == 2 * (2 * 16 // 2 + 2 * 16) + 24
 
 
 def test_the_harness_sees_a_forbidden_access(harness: Harness) -> None:

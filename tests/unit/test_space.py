@@ -207,6 +207,18 @@ def test_a_broken_rule_is_quoted(
     assert bad not in space.points
 
 
+def test_blocks_of_groups_need_not_fill_tiles() -> None:
+    """T5's chunks fill five tiles at 320 columns; a group of 128 is two tiles whatever its chunks are."""
+    one_scale = {spec.schedule["kc"] for spec in space_of("t5", "amx_int8", LARGE) if "kc" in spec.knobs}
+    assert one_scale == {0, 640, 960, 1920}
+    space = space_for("t5", ISAS["amx_int8"], LARGE, SHAPE, CPU, 128)
+    tiles = [spec for spec in space if spec.schedule.algorithm == "tiles"]
+    assert {spec.schedule["kc"] for spec in tiles} == {0, 512, 640, 1024, 1920}
+    assert space.default.schedule.algorithm == "tiles"
+    assert (space.default.schedule["mc"], space.default.schedule["kc"]) == (512, 512)
+    assert any("multiple of the group, 128" in rule.text for rule in space.broken(changed(tiles[0], kc=960)))
+
+
 def test_all_broken_rules_are_quoted_together() -> None:
     space, legal = one("tl2", "avx512", N1, "direct")
     with pytest.raises(BitgenError, match=r"int16 partial sums.*; .*both, or neither.*; kc must be 0"):
