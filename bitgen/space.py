@@ -243,12 +243,6 @@ def _rules(family: Family, isa: Isa, axes: Mapping[str, Axes], shape: Shape, cpu
             f"kc must be 0 (all of k) or a multiple of the family's chunk, {family.k_chunk}",
             lambda s: bool(s.layout.group) or s.schedule.get("kc", 0) % family.k_chunk == 0,
         )
-        if "kc" in axes.get("tiles", ()):
-            columns = family.k_chunk * family.tile_chunks
-            yield Rule(
-                f"kc of tiles must be a multiple of {columns}: whole chunks and whole tiles",
-                _of("tiles", lambda s: bool(s.layout.group) or s.schedule["kc"] % columns == 0),
-            )
         yield Rule(f"kc must be below k = {shape.k}", lambda s: s.schedule.get("kc", 0) < shape.k, local=True)
     if UNPACKING & axes.keys():
         yield Rule("mc of a panel must be a multiple of mr and of the row block, not 0", _panel_rows_divide)
@@ -292,7 +286,7 @@ def _within(knob: str, values: Sequence[int]) -> Callable[[KernelSpec], bool]:
 
 def _checked(algorithm: str, check: Check) -> Rule:
     text, holds = check
-    return Rule(text, _of(algorithm, lambda s: holds(s.knobs, s.layout.row_block)))
+    return Rule(text, _of(algorithm, lambda s: holds(s.knobs, s.layout.row_block, s.layout.group)))
 
 
 def _registers(family: Family, isa: Isa, spec: KernelSpec) -> int:

@@ -131,10 +131,9 @@ class Multiply(Algorithm):
         else:
             rest = {"accumulators": 1, "widen_every": widen_every, "unroll": 1}
             yield Preset("direct", {**first_fit(isa, self._FEW), **rest, "prefetch": 2048})
-            if regime is LARGE:
-                return
-            nr = 4 if isa.vector_bytes == 64 else 2
-            yield Preset("direct", {"streams": 1, "nr": nr, **rest, "prefetch": 0})
+            if regime is SMALL:
+                nr = 4 if isa.vector_bytes == 64 else 2
+                yield Preset("direct", {"streams": 1, "nr": nr, **rest, "prefetch": 0})
 
     def registers(self, family: Family, isa: Isa, knobs: Knobs, row_block: int) -> int:
         # AVX2 holds the masks of shifted fields in one register, of fields in place in one for each.
@@ -148,7 +147,7 @@ class Multiply(Algorithm):
             yield (
                 f"codes in place, {family.top_code} x 4^(accumulators - 1), must not exceed {most}, the "
                 f"largest byte that {isa.name} multiplies: fewer accumulators",
-                lambda knobs, _: family.top_code * _scale(knobs["accumulators"]) <= most,
+                lambda knobs, *_: family.top_code * _scale(knobs["accumulators"]) <= most,
             )
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
@@ -218,16 +217,16 @@ class Lookup(Algorithm):
     def checks(self, family: Family, isa: Isa, axes: Axes) -> Iterator[Check]:
         yield (
             "entries of lookup tables are int16 sums: widen_every must be at least 1",
-            lambda knobs, _: knobs["widen_every"] >= 1,
+            lambda knobs, *_: knobs["widen_every"] >= 1,
         )
         if "mc" in axes:
             yield (
                 "mc and kc block the cache together: give both, or neither",
-                lambda knobs, _: (knobs["mc"] > 0) == (knobs["kc"] > 0),
+                lambda knobs, *_: (knobs["mc"] > 0) == (knobs["kc"] > 0),
             )
             yield (
                 "mc must be a multiple of the rows walked at once",
-                lambda knobs, row_block: knobs["mc"] % (knobs["streams"] * row_block) == 0,
+                lambda knobs, row_block, _: knobs["mc"] % (knobs["streams"] * row_block) == 0,
             )
 
     def int16_sums(self, family: Family, knobs: Knobs) -> Int16Sums | None:
@@ -315,8 +314,14 @@ class Tiles(Algorithm):
         yield (
             f"there are {_TILE_SUMS} tiles of sums: rows walked at once x tokens must not exceed "
             f"{_TILE_SUMS} x 16 x 16",
-            lambda knobs, row_block: self._sums(knobs, row_block) <= _TILE_SUMS,
+            lambda knobs, row_block, _: self._sums(knobs, row_block) <= _TILE_SUMS,
         )
+        columns = family.k_chunk * family.tile_chunks
+        if "kc" in axes:
+            yield (
+                f"kc of tiles must be a multiple of {columns}: whole chunks and whole tiles",
+                lambda knobs, _, group: bool(group) or knobs["kc"] % columns == 0,
+            )
 
     @staticmethod
     def _sums(knobs: Knobs, row_block: int) -> int:
@@ -354,7 +359,7 @@ class Mmla(Algorithm):
         columns = family.k_chunk * family.tile_chunks
         yield (
             f"kc of mmla must be a multiple of {columns}: whole chunks, and blocks of 64 activations",
-            lambda knobs, _: knobs["kc"] % columns == 0,
+            lambda knobs, *_: knobs["kc"] % columns == 0,
         )
 
 
@@ -382,14 +387,13 @@ def presets_of(family: Family, isa: Isa, regime: Regime) -> Iterator[Preset]:
         yield from matrices
     if regime is SMALL and isa.sums_bytes > 64:  # a loop of 52 instructions; direct's has 88
         yield Preset("panel", {"mr": 16, "nr": 2, "mc": 64, "kc": 960, "widen_every": steps, "unroll": 1})
-    if regime is SMALL and not family.looks_up:
+    before_panels = regime is SMALL and not family.looks_up
+    if before_panels:
         yield from own
     yield from _panel_presets(family, isa, steps)
-    if regime is LARGE and not family.looks_up:
-        yield from own
     if isa.generic:
         yield from matrices
-    if family.looks_up:
+    if not before_panels:
         yield from own
 
 

@@ -19,7 +19,8 @@ Bytes = NDArray[np.uint8]
 Ternary = NDArray[np.int8]
 Knobs = Mapping[str, int]
 Axes = Mapping[str, tuple[int, ...]]  # knob -> the values that a space offers, in the order of a schedule
-Check = tuple[str, Callable[[Knobs, int], bool]]  # what is told when a schedule (knobs, row block) breaks it
+# What is told when a schedule (knobs, row block, group or 0) breaks it.
+Check = tuple[str, Callable[[Knobs, int, int], bool]]
 
 X_MIN, X_MAX = -128, 127  # int8 activations
 UNPACKING = frozenset(("panel", "tiles", "mmla"))  # algorithms that make bytes of weights first
