@@ -3,8 +3,6 @@
 
 #include <stddef.h>
 
-enum { BITGEN_HUGE_PAGE = 2 << 20 };
-
 static inline void bitgen_want_huge_pages(void *memory, size_t bytes)
 {
     (void)memory;

@@ -24,7 +24,8 @@ enum {
     BATCH_BYTES = 16 << 20, /* activations and tables of a batch: they are read once for each row range, from L3 */
     BATCH_MIN = 64,         /* tokens; two balanced batches then still have the 17 that "large" kernels expect */
     CLAIMS = 8,             /* claims in the range of one thread: what the slowest thread may be late by is 1/8 */
-    TOKENS_MIN = 32         /* tokens of a group when tokens are split over threads */
+    TOKENS_MIN = 32,        /* tokens of a group when tokens are split over threads */
+    HUGE_PAGE = 2 << 20     /* bytes; half of one is enough to ask for it */
 };
 /* Weights x tokens below which a claim is not worth its atomic operations and cold start: 1 to 5 us. */
 static const int64_t CLAIM_WORK = 1 << 18;
@@ -61,10 +62,10 @@ int32_t bitgen_reserve(struct bitgen_buffer *buffer, int64_t bytes)
 {
     if (bytes <= buffer->bytes) return BITGEN_OK;
     bitgen_free(buffer->data);
-    const int64_t page = bytes >= BITGEN_HUGE_PAGE / 2 ? BITGEN_HUGE_PAGE : 64;
+    const int64_t page = bytes >= HUGE_PAGE / 2 ? HUGE_PAGE : 64;
     bytes = ceil_div(bytes, page) * page;
     buffer->data = bitgen_allocate((size_t)page, (size_t)bytes);
-    if (buffer->data && page == BITGEN_HUGE_PAGE) bitgen_want_huge_pages(buffer->data, (size_t)bytes);
+    if (buffer->data && page == HUGE_PAGE) bitgen_want_huge_pages(buffer->data, (size_t)bytes);
     buffer->bytes = buffer->data ? bytes : 0;
     return buffer->data ? BITGEN_OK : BITGEN_ERROR_MEMORY;
 }
