@@ -31,7 +31,7 @@ class LlamaBody(Body, kw_only=True):
         messages.check(self.choices == 1, "n other than 1 is not supported: use /v1/completions", "n")
         fields = {name: getattr(self, name) for name in Body.__struct_fields__}
         most = self.max_tokens if self.n_predict is None else self.n_predict
-        messages.check(most != 0, "n_predict must be 1 or more (-1: as many as fit)", "n_predict")
+        messages.check_most(most, "n_predict")
         fields["max_tokens"] = -1 if most is None else most
         prompt = self.prompt if isinstance(self.prompt, str) else list[str | int | list[int]](self.prompt)
         return CompletionBody(prompt=prompt, **fields)

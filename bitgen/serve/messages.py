@@ -387,10 +387,15 @@ def checked(ids: Sequence[int], llm: LLM, param: str) -> tuple[int, ...]:
         raise ApiError(400, error.message, param) from None
 
 
+def check_most(tokens: int | None, name: str) -> None:
+    """ApiError where the field ``name`` asks for no token."""
+    check(tokens != 0, f"{name} must be 1 or more (-1: as many as fit)", name)
+
+
 def _wanted(body: Body, limits: Limits, max_tokens: int | None, name: str = "max_tokens") -> Request:
     """All of a request but its prompt; ``name`` is the field that says how many tokens."""
     n = body.choices
-    check(max_tokens != 0, f"{name} must be 1 or more (-1: as many as fit)", name)
+    check_most(max_tokens, name)
     max_tokens = None if max_tokens == -1 else max_tokens
     check(n <= limits.choices, f"n must be 1 to {limits.choices}, not {n}", "n")
     if limits.max_tokens is not None:
