@@ -53,9 +53,10 @@ from bitgen.inference.sampling import Sampling
 from bitgen.inference.scheduler import Scheduler, Timings
 from bitgen.inference.sequence import Request
 from bitgen.inference.slots import common_start
+from bitgen.inference.thread_race import open_table
 from bitgen.paths import tune_logs_dir
 from bitgen.progress import Progress, Report
-from bitgen.runtime import Activations, KernelTable, load
+from bitgen.runtime import Activations, KernelTable
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -66,8 +67,9 @@ Prompt: TypeAlias = "str | Sequence[int]"
 class LLM:
     """A model file with its tokenizer and an engine over a kernel library.
 
-    ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means one
-    a physical core; ``context`` the number of positions (None: 4096 or what the model has, 0: all it has);
+    ``library`` is a bundle, a .so, or None for what `library_for` finds or builds; ``threads`` None means as
+    many as a tune, or a race at the first run, found the fastest, else one a physical core; ``context`` the
+    number of positions (None: 4096 or what the model has, 0: all it has);
     ``batch`` the number of sequences there is room for from the start (a list of prompts makes more), or a
     ``capacity`` how many run at once, keep what they held, and the memory of them all.
     ``activations`` is what the inputs of matrices are quantised to (None: the model's own);
@@ -101,7 +103,9 @@ class LLM:
         self.precision = (f"kv {kv}", *(["int16"] if self.activations == "int16" else []))
         self.pooling = pooling_of(file)
         self._content = partial(content_digest, file.path, KV_VERSION, *self.precision)
-        self.table = table = load(library or library_for(config, progress), threads)
+        self.table = table = open_table(
+            library or library_for(config, progress), config, threads, progress, from_disk=from_disk
+        )
         self._open = partial(
             open_engine,
             file,
@@ -163,7 +167,8 @@ class LLM:
         positions = min(self.context, file.config.context)
         if positions < self.context:
             self.notes.append(f"the draft model has {positions} positions: behind them nothing is drafted")
-        self._draft_table = load(library or library_for(file.config, progress), threads)
+        found = library or library_for(file.config, progress)
+        self._draft_table = open_table(found, file.config, threads, progress)
         engine = open_engine(file, self._draft_table, context=positions, batch=batch, progress=progress)
         self.scheduler.drafts = self._drafts = DraftModel(Scheduler(engine))
 

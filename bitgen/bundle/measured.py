@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bitgen.bundle.manifest import Bundle
-from bitgen.cpu import Cpu
+from bitgen.cpu import Cpu, cpu_key
 from bitgen.errors import BitgenError
 from bitgen.paths import cache_dir, ensure_dir
 from bitgen.records import dump, load, load_json
@@ -31,12 +30,6 @@ class Measured:
     def of(self, bundle: Bundle) -> float | None:
         """What the library of a bundle took; None when it was not among those."""
         return self.times_ns.get(bundle.manifest.files.get(bundle.manifest.library, ""))
-
-
-def cpu_key(cpu: Cpu) -> str:
-    """Stands for a CPU and the threads it gives: times of another one do not count."""
-    parts = (cpu.os, cpu.arch, cpu.family, cpu.model_name, sorted(cpu.features), cpu.sve_bytes)
-    return hashlib.sha256(repr((*parts, cpu.usable_threads)).encode()).hexdigest()[:16]
 
 
 def recall(cpu: Cpu) -> Measured:

@@ -85,7 +85,9 @@ def add_model(parser: argparse.ArgumentParser, *, context: int | None = None, he
     """The model and how it runs. ``context`` replaces the default of -c, ``head`` is that of --head."""
     group = parser.add_argument_group("the model")
     group.add_argument("-m", "--model", required=True, help=MODEL_HELP)
-    group.add_argument("-t", "--threads", type=int, help="threads (default: one a physical core)")
+    group.add_argument(
+        "-t", "--threads", type=int, help="threads (default: one a core, or what a first race found)"
+    )
     group.add_argument(
         "-c",
         "--ctx-size",

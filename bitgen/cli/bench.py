@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-d", "--n-depth", default="0", metavar="LIST", help="tokens that the KV cache holds before (0)"
     )
     parser.add_argument("-b", "--batch", default="1", metavar="LIST", help="sequences that step at once (1)")
-    parser.add_argument("-t", "--threads", metavar="LIST", help="threads (default: one a physical core)")
+    parser.add_argument(
+        "-t", "--threads", metavar="LIST", help="threads (default: one a core, or what a first race found)"
+    )
     parser.add_argument("-r", "--repetitions", "--rounds", type=int, help="repetitions (5; with --kernels 9)")
     add_kv(parser)
     add_activations(parser)
@@ -126,9 +128,9 @@ def _run_model(args: argparse.Namespace) -> None:
     from bitgen.errors import UsageError
     from bitgen.inference.bench import bench_engine
     from bitgen.inference.opening import open_engine
+    from bitgen.inference.thread_race import open_table
     from bitgen.llm import library_for
     from bitgen.progress import Progress
-    from bitgen.runtime import load
 
     prompts = [n for n in numbers("-p", args.n_prompt, 0) if n]
     steps = [n for n in numbers("-n", args.n_gen or "128", 0) if n]
@@ -147,7 +149,7 @@ def _run_model(args: argparse.Namespace) -> None:
         library = args.library or library_for(model.config, line.show)
         random = f"random {replace(model.config, context=1)!r}"  # names packed weights of a preset
         for count in threads:
-            with load(library, count) as table:
+            with open_table(library, model.config, count, line.show, from_disk=args.from_disk) as table:
                 engine = open_engine(
                     model,
                     table,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
@@ -17,8 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.cpu import CAP_VARIABLE, Accepted, detect_cpu, isa_cap, load_isas, resolve_isas
-    from bitgen.cpu.linux import read_topology
+    from bitgen.cpu import (
+        CAP_VARIABLE,
+        Accepted,
+        detect_cpu,
+        detect_topology,
+        isa_cap,
+        load_isas,
+        resolve_isas,
+    )
+    from bitgen.cpu.raced import raced_here
     from bitgen.records import dump
     from bitgen.toolchain import find_compilers
 
@@ -32,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
         ),
         ("caches", ", ".join(f"L{c.level} {c.type} {c.size_bytes >> 10} KiB" for c in cpu.caches)),
     ]
-    if cpu.os == "Linux":
-        facts += _topology(read_topology(Path("/")))
+    facts += _topology(detect_topology())
+    facts += [("raced", f"{raced.model}: {raced}") for raced in raced_here()]
     if cap:
         facts.append(
             ("ISA cap", f"{cap.name} ({CAP_VARIABLE}): what levels beyond it need is not shown or used")
@@ -65,6 +72,14 @@ def _topology(found: Topology) -> list[tuple[str, str]]:
     if found.kinds:
         kinds = ", ".join(f"{count} {name}" for name, count in found.kinds)
         facts.append(("kinds of cores", f"{kinds}: all take part, and slower ones take fewer rows"))
+    if found.caches:
+        sizes = ", ".join(f"{found.caches.count(n)} of {n}" for n in dict.fromkeys(found.caches))
+        facts.append(("cores a cache", f"{sizes} cores"))
     if found.nodes > 1:
-        facts.append(("NUMA", f"{found.nodes} nodes"))
+        facts.append(
+            (
+                "NUMA",
+                f"{found.nodes} nodes",
+            )
+        )
     return facts

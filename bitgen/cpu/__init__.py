@@ -7,7 +7,7 @@ process, because hypervisors were seen that advertise what they do not run.
 from __future__ import annotations
 
 from bitgen.cpu.cap import CapRow, cap_rows, capped, isa_cap
-from bitgen.cpu.detect import detect_cpu, require_supported_os
+from bitgen.cpu.detect import detect_cpu, detect_topology, require_supported_os
 from bitgen.cpu.features import ANY_ARCH, ArmFeature, FeatureTable, X86Feature, feature_table, told_features
 from bitgen.cpu.isa import (
     CAP_VARIABLE,
@@ -23,7 +23,7 @@ from bitgen.cpu.isa import (
     require_isa,
     resolve_isas,
 )
-from bitgen.cpu.machine import Cache, Cpu, Topology
+from bitgen.cpu.machine import Cache, Cpu, Topology, cpu_key
 from bitgen.cpu.named import target_cpu, target_names
 
 __all__ = [
@@ -45,7 +45,9 @@ __all__ = [
     "cap_note",
     "cap_rows",
     "capped",
+    "cpu_key",
     "detect_cpu",
+    "detect_topology",
     "feature_table",
     "find_isa",
     "isa_cap",

@@ -6,9 +6,9 @@ import platform
 from pathlib import Path
 
 from bitgen.cpu.cap import capped
-from bitgen.cpu.linux import detect_linux
-from bitgen.cpu.machine import Cpu
-from bitgen.cpu.macos import cpu_from_sysctl, run_sysctl
+from bitgen.cpu.linux import detect_linux, read_topology
+from bitgen.cpu.machine import Cpu, Topology
+from bitgen.cpu.macos import cpu_from_sysctl, run_sysctl, topology_from_sysctl
 from bitgen.cpu.microarch import normal_arch
 from bitgen.errors import UnsupportedError
 
@@ -34,3 +34,10 @@ def detect_cpu(root: str | Path = "/", system: str | None = None) -> Cpu:
     if Path(root) == Path("/"):
         return capped(detect_linux(Path(root), normal_arch(platform.machine())))
     return detect_linux(Path(root))
+
+
+def detect_topology(root: str | Path = "/", system: str | None = None) -> Topology:
+    """The cores of this machine, or on Linux of the recorded file tree below ``root``; errors as above."""
+    name = platform.system() if system is None else system
+    require_supported_os(name)
+    return topology_from_sysctl(run_sysctl()) if name == "Darwin" else read_topology(Path(root))

@@ -6,9 +6,10 @@ in /proc/cpuinfo when it does not (XCR0).
 
 from __future__ import annotations
 
+import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bitgen.cpu.features import hwcap_features
@@ -57,14 +58,45 @@ def read_topology(root: Path, processors: Sequence[Mapping[str, str]] | None = N
         processors = parse_cpuinfo(_read(root / "proc/cpuinfo"))
     online = _online(processors)
     cores = _core_of_each_cpu(root, processors, online)
+    allowed = {cpu: cores[cpu] for cpu in sorted(_allowed(root, online))}
     return Topology(
         logical=len(online),
         cores=len(set(cores.values())),
-        allowed=len({cores[cpu] for cpu in _allowed(root, online)}),
+        allowed=len(set(allowed.values())),
         quota=cgroup_cpu_quota(root),
-        kinds=_kinds_of(root, cores),
-        nodes=max(1, sum(bool(_read(n)) for n in root.glob("sys/devices/system/node/node*/cpulist"))),
+        kinds=_kinds_of(root, allowed),
+        nodes=max(1, len(read_nodes(root, allowed))),
+        hardware=len(allowed),
+        caches=_caches_of(root, allowed),
     )
+
+
+def allowed_cpus(root: Path = Path("/")) -> set[int]:
+    """The logical CPUs that this process may run on."""
+    return _allowed(root, _online(parse_cpuinfo(_read(root / "proc/cpuinfo"))))
+
+
+def read_nodes(root: Path, allowed: Iterable[int]) -> list[set[int]]:
+    """Those of the ``allowed`` logical CPUs that each NUMA node has, in the nodes' order; none without."""
+    folders = sorted(
+        (root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda folder: int(folder.name[4:])
+    )
+    found = (set(parse_cpu_list(_read(folder / "cpulist"))) & set(allowed) for folder in folders)
+    return [cpus for cpus in found if cpus]
+
+
+def busy_seconds(cpus: Iterable[int], root: Path = Path("/")) -> float | None:
+    """Seconds that these logical CPUs have spent on any work, or were kept from it by a hypervisor.
+
+    None where /proc/stat does not tell.
+    """
+    wanted, ticks = {f"cpu{cpu}" for cpu in cpus}, []
+    for line in _read(root / "proc/stat").splitlines():
+        name, *numbers = line.split()
+        if name in wanted and len(numbers) > 7:
+            user, nice, system, _idle, _waiting, interrupts, soft, stolen = map(int, numbers[:8])
+            ticks.append(user + nice + system + interrupts + soft + stolen)
+    return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
 
 
 def _online(processors: Sequence[Mapping[str, str]]) -> list[int]:
@@ -94,6 +126,19 @@ def _kinds_of(root: Path, cores: Mapping[int, object]) -> tuple[tuple[str, int],
         }
     found = tuple((name, len(which)) for name, which in kinds.items() if which)
     return found if len(found) > 1 else ()
+
+
+def _caches_of(root: Path, cores: Mapping[int, object]) -> tuple[int, ...]:
+    """How many cores share each last-level cache, the largest first; empty where all share one."""
+    shared: dict[str, set[object]] = {}
+    for cpu, core in cores.items():
+        levels = {
+            _read(index / "level"): _read(index / "shared_cpu_list")
+            for index in (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")
+        }
+        if last := levels[max(levels)] if levels else "":
+            shared.setdefault(last, set()).add(core)
+    return tuple(sorted(map(len, shared.values()), reverse=True)) if len(shared) > 1 else ()
 
 
 def parse_cpuinfo(text: str) -> list[dict[str, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 # What to assume when the system does not tell. Small L1 and L2 keep blocks in cache everywhere; a large last
 # level keeps "cold" timings cold.
@@ -26,8 +28,9 @@ class Topology:
     """The cores of a machine and what of them this process may use.
 
     ``cores``: physical ones; ``allowed``: those with a logical CPU in the process's affinity (a cpuset,
-    taskset); ``quota``: CPUs' worth of time that its cgroup may use, None for no limit. ``kinds``: cores by
-    kind, the fastest first, where they differ; ``nodes``: NUMA nodes with CPUs.
+    taskset), and ``hardware`` these logical CPUs; ``quota``: CPUs' worth of time that its cgroup may use,
+    None for no limit. Of the allowed cores: ``kinds``: by kind, the fastest first, where they differ;
+    ``caches``: by the last-level cache that they share, where there are several; ``nodes``: NUMA nodes.
     """
 
     logical: int
@@ -36,6 +39,8 @@ class Topology:
     quota: float | None = None
     kinds: tuple[tuple[str, int], ...] = ()
     nodes: int = 1
+    hardware: int = 1
+    caches: tuple[int, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -44,6 +49,18 @@ class Topology:
         Rounded down: a thread beyond the quota is stopped and stalls the others at the next barrier.
         """
         return max(1, self.allowed if self.quota is None else min(self.allowed, int(self.quota)))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Numbers of threads of which any may be the fastest, the default first.
+
+        Fewer where memory is read as fast by some of the cores (halves, three times) or slow cores hold fast
+        ones up (the fastest kinds alone); more where a core has several hardware threads.
+        """
+        most = max(1, self.hardware if self.quota is None else min(self.hardware, int(self.quota)))
+        kinds = accumulate(count for _, count in self.kinds)
+        wanted = (self.threads, *kinds, most, *(self.threads >> i for i in (1, 2, 3)))
+        return tuple(dict.fromkeys(count for count in wanted if 1 <= count <= most))
 
     def __str__(self) -> str:
         """Why so many threads, in a line."""
@@ -108,3 +125,9 @@ class Cpu:
     def _llc(self) -> Cache | None:
         # A machine that tells only about L1 has not told about its last level.
         return next((c for c in reversed(self._data_caches) if c.level >= 2), None)
+
+
+def cpu_key(cpu: Cpu) -> str:
+    """Stands for a CPU and the threads it gives: times of another one do not count."""
+    parts = (cpu.os, cpu.arch, cpu.family, cpu.model_name, sorted(cpu.features), cpu.sve_bytes)
+    return hashlib.sha256(repr((*parts, cpu.usable_threads)).encode()).hexdigest()[:16]

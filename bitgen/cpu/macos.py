@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from bitgen.cpu.features import sysctl_features
-from bitgen.cpu.machine import Cache, Cpu
+from bitgen.cpu.machine import Cache, Cpu, Topology
 from bitgen.cpu.microarch import family_label, load_cpu_families
 
 # macOS names -> the names of Linux; what is not listed differs in case only.
@@ -14,8 +14,7 @@ _X86 = {"avx1.0": "avx", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "avx512vnni": "
 
 def cpu_from_sysctl(text: str, arch: str) -> Cpu:
     """The CPU of the output of ``sysctl hw machdep.cpu``; ``arch`` is that of this process (Rosetta)."""
-    pairs = (line.partition(":") for line in text.splitlines())
-    values = {key.strip(): value.strip() for key, _, value in pairs}
+    values = _values(text)
 
     def number(*keys: str) -> int:
         return next((int(values[key]) for key in keys if values.get(key, "").isdigit()), 0)
@@ -58,6 +57,29 @@ def cpu_from_sysctl(text: str, arch: str) -> Cpu:
         usable_threads=physical,
         caches=tuple(Cache(lvl, kind, size, line, shared or 1) for lvl, kind, size, shared in sizes if size),
     )
+
+
+def topology_from_sysctl(text: str) -> Topology:
+    """The cores of the same output. macOS binds no process to some of them, and has no quotas."""
+    values = _values(text)
+
+    def number(key: str, default: int) -> int:
+        return int(values[key]) if values.get(key, "").isdigit() else default
+
+    logical = number("hw.logicalcpu", 1)
+    cores = number("hw.physicalcpu", logical)
+    levels = range(number("hw.nperflevels", 2))
+    kinds = tuple(
+        (values.get(f"hw.perflevel{level}.name", "").lower() or f"level {level}", count)
+        for level in levels
+        if (count := number(f"hw.perflevel{level}.physicalcpu", 0))
+    )
+    return Topology(logical, cores, cores, kinds=kinds if len(kinds) > 1 else (), hardware=logical)
+
+
+def _values(text: str) -> dict[str, str]:
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def run_sysctl() -> str:

@@ -8,45 +8,30 @@ give the same bits. Weights in groups have one layout.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.bundle.measured import cpu_key
-from bitgen.cpu import Cpu, detect_cpu
-from bitgen.cpu.linux import available_memory
+from bitgen.cpu import cpu_key, detect_cpu
 from bitgen.errors import BitgenError
 from bitgen.families.base import TERNARY
 from bitgen.formats.config import Matmul, ModelConfig
 from bitgen.formats.weights import Weights
+from bitgen.inference import first_use
 from bitgen.inference.weight_cache import GroupsOf, named_matrices
-from bitgen.paths import cache_dir, ensure_dir
 from bitgen.progress import Progress, Report
-from bitgen.records import dump, load, load_json
-from bitgen.runtime import KernelTable, Linear, aligned_bytes
+from bitgen.records import load, load_json
+from bitgen.runtime import KernelTable, Linear
 from bitgen.spec import Shape
-from bitgen.trust import write_private
-
-RACE_VARIABLE = "BITGEN_RACE"  # 0: nothing is raced, the library's own order counts
 
 BUDGET_S = 8.0  # of rounds, all shapes together; with packing the race takes 10 s
-_WORTH = 64 << 20  # packed bytes of shapes nobody tuned, below which a race takes longer than it can save
-_MARGIN = 0.02  # the library's own choice stays unless another layout takes so much less
-# What a layout costs: a session of 128 steps and a prompt of 512, as tuning counts it (configs/search.yaml)
-_CALLS = {1: 128, 32: 16}  # of so many tokens each
 _WEIGHTS = 1 << 24  # of a matrix that is raced: rows beyond change nothing but the time it takes to pack them
-_ROWS = 256  # a multiple of every layout's row block
-_POOL = 512 << 20  # bytes of copies of a shape at most, which are read in turn so that they are in no cache
 _PROBE = Shape(64, 512)  # weights that show which kernel a layout has for shapes nobody tuned
 
 
@@ -113,11 +98,11 @@ def pack_smaller(
 
 def settle_layouts(table: KernelTable, config: ModelConfig, progress: Report | None = None) -> None:
     """Choose layouts for shapes that the library was not tuned for: remembered ones, else by a race now."""
-    if config.weights != TERNARY or config.group or os.environ.get(RACE_VARIABLE) == "0":
+    if config.weights != TERNARY or config.group or not first_use.is_wanted():
         return
     tuned = {kernel.shape for kernel in table.kernels}
     matmuls = [matmul for matmul in config.matmuls if matmul.shape not in tuned]
-    if sum(table.packed_bytes(m.shape) * m.count for m in matmuls) < _WORTH:
+    if sum(table.packed_bytes(m.shape) * m.count for m in matmuls) < first_use.WORTH:
         return
     if (file := _file(table)) is None:
         return
@@ -128,9 +113,7 @@ def settle_layouts(table: KernelTable, config: ModelConfig, progress: Report | N
             return
         found = race(table, missing, options, progress)
         known = Settled(known.cpu, {**known.layouts, **found})
-        with contextlib.suppress(OSError, BitgenError):  # then the next start races again
-            ensure_dir(file.parent)
-            write_private(file, (json.dumps(dump(known), indent=1) + "\n").encode())
+        first_use.keep(file, known)
     by_name = {option.name: option for option in _every_option(table)}
     for matmul in matmuls:
         if option := by_name.get(known.layouts[matmul.shape.name]):
@@ -155,7 +138,7 @@ def race(
             progress(Progress(f"racing {names}, once", at, len(matmuls), "shapes"))
         costs = _costs(table, matmul.shape, options, BUDGET_S / len(matmuls))
         best = min(costs, key=costs.__getitem__)
-        best = best if costs[best] <= (1 - _MARGIN) * costs[options[0]] else options[0]
+        best = best if costs[best] <= (1 - first_use.MARGIN) * costs[options[0]] else options[0]
         found[matmul.shape.name] = best.name
         saved.append((costs[options[0]], costs[best], matmul.count * matmul.shape.m))
     if progress:
@@ -176,53 +159,32 @@ def _outcome(
         what = f"{options[0].name} stays"
     else:
         what = f"{', '.join(chosen)} instead of {options[0].name} alone, {own / best:.2f} times as fast"
-    return f"nobody tuned these shapes; a race of {seconds:.0f} s: {what} ({RACE_VARIABLE}=0: no race)"
+    undo = f"{first_use.RACE_VARIABLE}=0: no race"
+    return f"nobody tuned these shapes; a race of {seconds:.0f} s: {what} ({undo})"
 
 
 def _costs(
     table: KernelTable, shape: Shape, options: Sequence[Option], budget_s: float
 ) -> dict[Option, float]:
-    """Nanoseconds of `_CALLS` with a matrix of a shape, over its rows, in each layout."""
-    rows = min(shape.m, max(_ROWS, _WEIGHTS // shape.k // _ROWS * _ROWS))
-    rng = np.random.default_rng(0)
-    w = rng.integers(-1, 2, (rows, shape.k), np.int8)
-    pools = _pools(table, w, options)
-    times: dict[tuple[Option, int], list[int]] = {(o, n): [] for o in options for n in _CALLS}
-    inputs = {n: rng.standard_normal((n, shape.k)).astype(np.float32) for n in _CALLS}
-    ends, turn, least = time.perf_counter() + budget_s, 0, 4
-    while time.perf_counter() < ends or turn < least:
-        for n, x in inputs.items():
-            for option in options:
-                linear = pools[option][turn % len(pools[option])]
-                started = time.perf_counter_ns()
-                linear(x)
-                times[option, n].append(time.perf_counter_ns() - started)
-            turn += 1
-    quartile = {key: statistics.quantiles(own, n=4, method="inclusive")[0] for key, own in times.items()}
-    return {o: sum(calls * quartile[o, n] for n, calls in _CALLS.items()) / rows for o in options}
+    """Nanoseconds of a session with a matrix of a shape, over its rows, in each layout."""
+    rows = first_use.rows_of(shape, _WEIGHTS)
+    w = np.random.default_rng(0).integers(-1, 2, (rows, shape.k), np.int8)
+    takers = {option: cycle(pool).__next__ for option, pool in _pools(table, w, options).items()}
+    costs = first_use.in_turns(takers, shape.k, time.perf_counter() + budget_s, least=2)
+    return {option: cost / rows for option, cost in costs.items()}
 
 
 def _pools(table: KernelTable, w: NDArray[np.int8], options: Sequence[Option]) -> dict[Option, list[Linear]]:
-    """Copies of one matrix in each layout: in all twice the last-level cache, or `_POOL`."""
-    shape, wanted = Shape(*w.shape), min(_POOL, 2 * detect_cpu().llc_total_bytes)
-    if (room := available_memory()) is not None:
-        wanted = min(wanted, room // 4)
+    """Copies of one matrix in each layout, which no cache holds all of."""
+    shape, each = Shape(*w.shape), first_use.pool_bytes() // len(options)
     pools: dict[Option, list[Linear]] = {}
     try:
         for option in options:
             table.prefer(shape, *option)
-            first = table.linear(w, 1.0)
-            copies = max(2, -(-wanted // (len(options) * first.packed.size)))
-            pools[option] = [first, *(_copy(first) for _ in range(copies - 1))]
+            pools[option] = first_use.copies_of(table.linear(w, 1.0), each)
     finally:
         table.prefer(shape, None)
     return pools
-
-
-def _copy(linear: Linear) -> Linear:
-    packed = aligned_bytes(linear.packed.size)
-    packed[:] = linear.packed
-    return Linear(linear.table, linear.shape, packed, linear.scales)
 
 
 # ---- what is remembered ----
@@ -246,9 +208,7 @@ def recall(file: Path) -> Settled:
 
 def _file(table: KernelTable) -> Path | None:
     """For this CPU, the library and its threads; None for a library outside a bundle, which has no name."""
-    if table.bundle is None:
+    if (library := first_use.library_digest(table)) is None:
         return None
-    cpu: Cpu = detect_cpu()
-    library = table.bundle.manifest.files[table.path.name]
-    key = hashlib.sha256(f"{cpu_key(cpu)} {library} {table.threads}".encode()).hexdigest()[:16]
-    return cache_dir() / "races" / f"layouts-{key}.json"
+    key = first_use.digest(cpu_key(detect_cpu()), library, table.threads)
+    return first_use.race_file(f"layouts-{key}.json")

@@ -45,9 +45,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
     def layer() -> LayerWeights:
         matrices = {
-            role: _ternary(rng, t.shape(config), config)
-            if config.weights in _EMBEDDINGS
-            else _coded(rng, t.shape(config), config)
+            role: random_matrix(rng, Shape(*t.shape(config)), config)
             for role, t in matrices_of(config).items()
         }
         return LayerWeights.of(
@@ -70,13 +68,19 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     )
 
 
+def random_matrix(rng: np.random.Generator, shape: Shape, config: ModelConfig) -> TernaryMatrix:
+    """One of a model's matrices, of any shape."""
+    make = _ternary if config.weights in _EMBEDDINGS else _coded
+    return make(rng, shape, config)
+
+
 def _signs(rng: np.random.Generator, size: tuple[int, int], *, binary: bool) -> NDArray[np.int8]:
     """-1, 0 and 1, or -1 and 1."""
     return 2 * rng.integers(0, 2, size, dtype=np.int8) - 1 if binary else rng.integers(-1, 2, size, np.int8)
 
 
-def _ternary(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> TernaryMatrix:
-    (m, k), group, binary = shape, config.group, config.weights == BINARY
+def _ternary(rng: np.random.Generator, shape: Shape, config: ModelConfig) -> TernaryMatrix:
+    (m, k), group, binary = (shape.m, shape.k), config.group, config.weights == BINARY
     rows = max(1, min(m, _BLOCK // k))
     block = _signs(rng, (rows, k), binary=binary)
     size = (rows, -(-k // group)) if group else 1
@@ -91,11 +95,11 @@ def _ternary(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConf
 
     halves = scale.astype(np.float16).astype(np.float32)  # as files have them
     groups = GroupScales(lambda: group, scales) if group else None
-    return TernaryMatrix("random", Shape(m, k), decode, lambda: scale, groups, binary=binary)
+    return TernaryMatrix("random", shape, decode, lambda: scale, groups, binary=binary)
 
 
-def _coded(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConfig) -> CodedMatrix:
-    m, k = shape
+def _coded(rng: np.random.Generator, shape: Shape, config: ModelConfig) -> CodedMatrix:
+    m, k = shape.m, shape.k
     rows, family = max(1, min(m, _BLOCK // k)), EVERY_FAMILY[config.weights]
     block = rng.integers(0, family.codes, (rows, k), dtype=np.uint8)
     table = np.array([IQ4_NL], np.int8) if family.by_table else None
@@ -109,7 +113,7 @@ def _coded(rng: np.random.Generator, shape: tuple[int, ...], config: ModelConfig
         at = np.arange(begin, end) % rows
         return Codes(block[at], halves[at], offsets[at] if family.scales > 1 else None, table)
 
-    return CodedMatrix.make("random", Shape(m, k), config.weights, config.group, read)
+    return CodedMatrix.make("random", shape, config.weights, config.group, read)
 
 
 def _rows(rng: np.random.Generator, rows: int, cols: int, kind: str) -> DenseMatrix:

@@ -209,6 +209,15 @@ def pack_model(
     return PackedModel(tuple(layers), head, None if key is None else _path(key))
 
 
+def pack_matrix(matrix: TernaryMatrix, table: KernelTable, group: int) -> PackedMatrix:
+    """One matrix packed in memory, in groups of ``group`` (0: none)."""
+    used = _groups_of(matrix, group)
+    pieces = dict(_pack({"": matrix}, table, {"": used}, None, lambda: None))
+    return PackedMatrix(
+        matrix.shape, pieces[""], pieces[".scale"].view(np.float32), used.group if used else 0
+    )
+
+
 def _scale_type(groups: Groups | None) -> str:
     return "a row" if groups is None else "f16" if groups.half else "f32"
 

@@ -14,7 +14,7 @@ from reference_model import small_config
 
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.weights import Weights
-from bitgen.inference import disk, layouts, memory, weight_cache
+from bitgen.inference import disk, first_use, layouts, memory, weight_cache
 from bitgen.inference.engine import Engine
 from bitgen.inference.layouts import Option, options_of, settle_layouts
 from bitgen.inference.synthetic import random_weights
@@ -204,9 +204,10 @@ def test_a_disk_that_cannot_hold_the_weights_is_told_in_a_line(
 def quick(monkeypatch: pytest.MonkeyPatch, bitgen_home: Path) -> None:
     """Races of models however small, that take no time."""
     del bitgen_home
-    monkeypatch.delenv(layouts.RACE_VARIABLE, raising=False)
-    for name, value in (("BUDGET_S", 0.0), ("_WORTH", 0), ("_POOL", 1 << 16)):
-        monkeypatch.setattr(layouts, name, value)
+    monkeypatch.delenv(first_use.RACE_VARIABLE, raising=False)
+    monkeypatch.setattr(layouts, "BUDGET_S", 0.0)
+    for name, value in (("WORTH", 0), ("_POOL", 1 << 16)):
+        monkeypatch.setattr(first_use, name, value)
 
 
 @pytest.mark.usefixtures("quick")
@@ -260,13 +261,13 @@ def test_what_is_not_raced(
         raise AssertionError(given)
 
     monkeypatch.setattr(layouts, "race", fail)
-    monkeypatch.delenv(layouts.RACE_VARIABLE, raising=False)
+    monkeypatch.delenv(first_use.RACE_VARIABLE, raising=False)
     settle_layouts(table, weights.config)  # small models
-    monkeypatch.setattr(layouts, "_WORTH", 0)
+    monkeypatch.setattr(first_use, "WORTH", 0)
     settle_layouts(table, small_config(group=64))
     with load(table.path.parent / table.path.name, 2) as same:
         monkeypatch.setattr(same, "bundle", None)
         settle_layouts(same, weights.config)  # a library that no manifest names
-    monkeypatch.setenv(layouts.RACE_VARIABLE, "0")
+    monkeypatch.setenv(first_use.RACE_VARIABLE, "0")
     settle_layouts(table, weights.config)
     assert not (bitgen_home / "cache" / "races").exists()
