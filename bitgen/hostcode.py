@@ -221,6 +221,7 @@ def library_units(arch: str, system: str, checks: CpuChecks, table: Mapping[str,
         host_unit("cpu", csrc_text(f"{_check_of(arch, system)}.c"), (*headers, *found)),
         host_unit("bundle", csrc_text(bundle), (*headers, ("sha256.h", csrc_text("sha256.h")))),
         host_unit("cores", csrc_text(f"cores_{SYSTEMS[system]}.c"), headers),
+        host_unit("nodes", csrc_text(f"nodes_{'linux' if system == 'Linux' else 'none'}.c"), headers),
         host_unit("table", render_table(**table), headers),
     )
 

@@ -192,6 +192,21 @@ class KernelTable:
         return int(self._lib.bitgen_context_threads(self._context))
 
     @property
+    def nodes(self) -> int:
+        """NUMA nodes that the threads are on: 1, but on machines of several; 0 when closed."""
+        if not has_function(self._lib, "bitgen_context_nodes"):
+            return 1
+        return int(self._lib.bitgen_context_nodes(self._context))
+
+    def copy_to_nodes(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A copy (64-byte aligned) of packed weights or rows, each part on the node whose threads read it."""
+        copy = aligned_bytes(data.nbytes)
+        source = ffi.from_buffer("uint8_t[]", np.ascontiguousarray(data))
+        target = ffi.from_buffer("uint8_t[]", copy)
+        self.check(self._lib.bitgen_copy_to_nodes(self._context, source, target, data.nbytes))
+        return copy.reshape(data.shape)
+
+    @property
     def version(self) -> str:
         """The version of bitgen that built the library."""
         return _text(self._lib.bitgen_version())

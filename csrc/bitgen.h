@@ -168,6 +168,14 @@ BITGEN_API void bitgen_context_destroy(bitgen_context *ctx);
 /* The number of threads, the calling one included; 0 for NULL. */
 BITGEN_API int32_t bitgen_context_threads(const bitgen_context *ctx);
 
+/* NUMA nodes that the threads are on; 0 for NULL. Where this process may use several, each thread but the calling one
+ * stays on one of them, neighbours together, as many on each as it has CPUs. */
+BITGEN_API int32_t bitgen_context_nodes(const bitgen_context *ctx);
+
+/* Copies packed weights, or rows of an embedding or head, so that each part lies on the node whose threads read it: `to`
+ * is memory that nobody has written to yet, `bytes` long, and does not overlap `from`. On one node it only copies. */
+BITGEN_API int32_t bitgen_copy_to_nodes(bitgen_context *ctx, const void *from, void *to, size_t bytes);
+
 /* --- weights ---------------------------------------------------------------------------------------------- */
 
 /* How many bytes packed weights of (m, k) take, header included: a multiple of 64. */

@@ -51,6 +51,7 @@ struct bitgen_context {
     int32_t entry_count;
     struct bitgen_preference *preferred; /* layouts that the caller chose for shapes (library.c) */
     int32_t preferred_count;
+    struct bitgen_nodes *nodes; /* of NUMA that the threads are on; NULL: there is one (nodes.c) */
 };
 
 /* The planes of int16 activations of a token, each group by itself: x (k) -> xq (2, stride), high and low, x_scale and

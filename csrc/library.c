@@ -275,6 +275,7 @@ int32_t bitgen_context_create(bitgen_context **out, int32_t threads, uint32_t fl
     bitgen_context *ctx = NULL;
     code = bitgen_context_open(&ctx, threads < THREADS_MAX ? threads : THREADS_MAX);
     if (code) return code;
+    bitgen_settle_on_nodes(ctx);
     ctx->ops = select_ops(features);
     code = select_entries(ctx, features);
     if (code) bitgen_context_close(ctx);
@@ -288,6 +289,18 @@ void bitgen_context_destroy(bitgen_context *ctx)
 }
 
 int32_t bitgen_context_threads(const bitgen_context *ctx) { return ctx ? ctx->threads : 0; }
+
+int32_t bitgen_context_nodes(const bitgen_context *ctx) { return ctx ? bitgen_count_nodes(ctx) : 0; }
+
+int32_t bitgen_copy_to_nodes(bitgen_context *ctx, const void *from, void *to, size_t bytes)
+{
+    if (!ctx || !from || !to) return BITGEN_ERROR_NULL;
+    const int32_t code = bitgen_enter(ctx);
+    if (code) return code;
+    bitgen_copy_by_nodes(ctx, from, to, bytes);
+    bitgen_leave(ctx);
+    return BITGEN_OK;
+}
 
 /* --- checks --- */
 

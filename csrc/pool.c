@@ -215,6 +215,8 @@ int32_t bitgen_pool_create(struct bitgen_pool **out, int32_t threads)
     return BITGEN_OK;
 }
 
+const void *bitgen_pool_thread(const struct bitgen_pool *pool, int32_t index) { return &pool->workers[index].thread; }
+
 void bitgen_pool_destroy(struct bitgen_pool *pool)
 {
     atomic_store(&pool->stop, 1);

@@ -11,6 +11,9 @@ typedef void bitgen_body(void *arg, int32_t worker, int64_t begin, int64_t end);
 /* threads >= 1, the calling thread included. BITGEN_OK, BITGEN_ERROR_MEMORY or BITGEN_ERROR_THREADS. */
 int32_t bitgen_pool_create(struct bitgen_pool **pool, int32_t threads);
 
+/* Thread `index`, 1 .. threads - 1, a bitgen_thread of system.h: for who binds it to cores. */
+const void *bitgen_pool_thread(const struct bitgen_pool *pool, int32_t index);
+
 /* Ends and joins the threads. */
 void bitgen_pool_destroy(struct bitgen_pool *pool);
 

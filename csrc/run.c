@@ -95,6 +95,7 @@ void bitgen_context_close(struct bitgen_context *ctx)
     bitgen_free(ctx->step.data);
     free(ctx->entries);
     free(ctx->preferred);
+    free(ctx->nodes);
     free(ctx);
 }
 

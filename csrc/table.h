@@ -85,6 +85,16 @@ int32_t bitgen_sve_bytes(void);
 /* Physical cores this process may use: within its affinity and its control group's quota, at least 1 (cores.c). */
 int32_t bitgen_usable_cores(void);
 
+/* Keeps each thread of a context but the calling one on a NUMA node that this process may use, where there are several:
+ * neighbours together, and on each as many as it has CPUs (nodes.c). */
+void bitgen_settle_on_nodes(struct bitgen_context *ctx);
+
+/* Nodes that the threads of a context are on, at least 1 (nodes.c). */
+int32_t bitgen_count_nodes(const struct bitgen_context *ctx);
+
+/* Copies, each part by a thread on the node whose threads read it when they share rows evenly (nodes.c). */
+void bitgen_copy_by_nodes(const struct bitgen_context *ctx, const void *from, void *to, size_t bytes);
+
 /* Scales (and offsets) of each row and group, of an enum bitgen_weight_kind. */
 static inline int64_t bitgen_scales_each(int32_t kind) { return kind == BITGEN_WEIGHTS_Q4M ? 2 : 1; }
 

@@ -79,7 +79,7 @@ def _topology(found: Topology) -> list[tuple[str, str]]:
         facts.append(
             (
                 "NUMA",
-                f"{found.nodes} nodes",
+                f"{found.nodes} nodes: threads stay on theirs, and weights are copied to where they are read",
             )
         )
     return facts

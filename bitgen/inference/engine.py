@@ -39,6 +39,7 @@ from bitgen.inference.memory import (
     resident_bytes,
     with_cache_that_fits,
 )
+from bitgen.inference.numa import place_model, place_rows
 from bitgen.inference.wants import Answer, Best, Chosen, Floats, Hidden, Logits, Nothing, Want
 from bitgen.inference.weight_cache import (
     GroupsOf,
@@ -148,8 +149,8 @@ class Engine:
         # What C reads must live as long as its addresses: everything is kept in these two.
         self._alive: list[Any] = []
         packed = pack_model(weights, table, groups, fingerprint, progress, from_disk=from_disk)
-        if from_disk:
-            packed = self._from_disk(packed, progress)
+        packed = self._from_disk(packed, progress) if from_disk else place_model(packed, table, progress)
+        self._places = table.nodes > 1 and not from_disk  # rows that steps read
         self._set_weights(packed, head, fingerprint, progress)
         self._set_cache()
         self._times = np.zeros(len(STAGES), np.int64)
@@ -496,7 +497,7 @@ class Engine:
             name = self.config.name or self.config.architecture
             small = quantize_lm_head(weights.output, self.table, fingerprint, progress, name)
             place = model.head if head == "q8" else model.screen
-            place.data = self._pointer("uint8_t[]", small.data)
+            place.data = self._pointer("uint8_t[]", self._placed(small.data.view(np.uint8)))
             place.scale = self._pointer("float[]", small.scale)
             place.row_bytes = self.config.hidden
             place.type = DENSE_TYPES["i8"]
@@ -509,7 +510,7 @@ class Engine:
                 raise BitgenError(
                     f"{weights.output.name} is {weights.output.type}, which no LM head can be: use --head q8"
                 )
-            self._set_dense(model.head, weights.output)
+            self._set_dense(model.head, replace(weights.output, data=self._placed(weights.output.data)))
         model.final_norm = self._pointer("float[]", weights.final_norm)
         model.layer = self._layers(packed.layers)
 
@@ -529,6 +530,10 @@ class Engine:
         if not matrix.group:
             struct.scale = self._pointer("float[]", matrix.scale)
             struct.scale_count = matrix.scale.size
+
+    def _placed(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Rows of a head, where the threads that read them are."""
+        return place_rows(rows, self.table) if self._places else rows
 
     def _set_dense(self, struct: Any, matrix: DenseMatrix) -> None:
         struct.data = self._pointer("uint8_t[]", matrix.data)

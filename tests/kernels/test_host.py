@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -316,6 +317,60 @@ def test_the_pool_has_no_data_race(tmp_path: Path) -> None:
     program = Unit("main", POOL_PROGRAM, headers=all_headers())
     said = run_program(tmp_path, [pool, program], "-fsanitize=thread", "-g")
     assert int(said) == 4 * sum(1 + loop * 13 for loop in range(300))
+
+
+NODES_PROGRAM = (Path(__file__).parents[1] / "data" / "host" / "nodes.c").read_text()
+# CPUs of each node's list; where the caller runs; the nodes as threads see them; of 1 to 5 threads the node
+# of each, and how many of ten pages and 100 bytes each node's threads read.
+TWO_NODES = [
+    "0; 41060",
+    "0 1; 24576 16484",
+    "0 0 1; 28672 12388",
+    "0 0 1 1; 24576 16484",
+    "0 0 0 1 1; 28672 12388",
+]
+NODES = {
+    "two sockets": (
+        ["0-1,4-5", "2-3,6-7"],
+        0,
+        " 0 1 4 5 | 2 3 6 7",
+        TWO_NODES,
+    ),
+    "the caller is on the second": (
+        ["0-1,4-5", "2-3,6-7"],
+        7,
+        " 2 3 6 7 | 0 1 4 5",
+        TWO_NODES,
+    ),
+    "a cpuset with one core of the second, CPUs of others, memory alone": (
+        ["0-2,64", "", "7,9-12", "20-30"],
+        2,
+        " 0 1 2 | 7",
+        [
+            "0; 41060",
+            "0 0; 41060",
+            "0 0 1; 28672 12388",
+            "0 0 0 1; 32768 8292",
+            "0 0 0 0 1; 36864 4196",
+        ],
+    ),
+    "one node": (["0-7"], 1, " 0 1 2 3 4 5 6 7", [f"{'0 ' * i}0; 41060" for i in range(5)]),
+    "none are told": ([], 0, "", []),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="NUMA is Linux's here")
+@pytest.mark.parametrize("name", NODES)
+def test_threads_and_copies_are_spread_over_nodes(name: str, tmp_path: Path) -> None:
+    """Recorded machines: no machine of several nodes was at hand. The copies run on this one."""
+    lists, here, seen, threads = NODES[name]
+    for node, cpus in enumerate(lists):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus + "\n")
+    defines = f'\n#define FOLDER "{tmp_path}"\n#define HERE {here}\n'
+    nodes = Unit("nodes", csrc_text("nodes_linux.c") + defines + NODES_PROGRAM, headers=all_headers())
+    said = run_program(tmp_path, [*run_units(detect_cpu().arch), nodes]).splitlines()
+    assert said == [seen, *threads, "1 0", "2 0", "0"]
 
 
 def all_headers() -> tuple[tuple[str, str], ...]:
