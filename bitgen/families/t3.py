@@ -6,7 +6,7 @@ BitMoD-FP3, learned codebooks of 8, FP3, INT3, and 2-bit codes that are no terna
     byte[64 p + 4 r + j] = Q[2 p] | Q[2 p + 1] << 4 | (Q[6] >> p & 1) << 3 | (Q[7] >> p & 1) << 7, p = 0, 1, 2
 
 So six fields of four k are nibbles, looked up as those of T4, and the spare bits of three vectors make a
-fourth vector of the last two: three shifts, three masks and two sums for eight products. Two planes, of two
+fourth vector of the last two: three masks, a shift and two averages for eight products. Two planes, of two
 bits and of one, would take a shift, a mask and a sum more for every field.
 
 Tables and selectors are T4's (nibble.py), of whose 16 values the first 8 count; so is what is multiplied.

@@ -101,6 +101,29 @@ OP vb vb_lut_low(vb table, vb idx) {
     return (vb){_mm256_shuffle_epi8(table.a, idx.a), _mm256_shuffle_epi8(table.b, idx.b)};
 }
 
+//: vb_lut8
+// vpshufb reads bits 0..3 and 7 of an index. Where a byte has no bit 3, what int16 shift into the one below it leaves its
+// bit 7 clear, so neither code takes a mask.
+OP vb vb_lut8(vb table, vb v, int bits) {
+    if (bits != 0) {
+        v.a = _mm256_srli_epi16(v.a, 4);
+        v.b = _mm256_srli_epi16(v.b, 4);
+    }
+    return (vb){_mm256_shuffle_epi8(table.a, v.a), _mm256_shuffle_epi8(table.b, v.b)};
+}
+
+//: avx2_spread
+// An average is a sum and a shift at once; what is added has no bit in common and no bit 0.
+OP __m256i avx2_spread(__m256i a, __m256i b, __m256i c) {
+    const __m256i spare = _mm256_set1_epi8((char)0x88);
+    a = _mm256_srli_epi16(_mm256_and_si256(a, spare), 1);
+    a = _mm256_avg_epu8(a, _mm256_and_si256(b, spare));
+    return _mm256_avg_epu8(a, _mm256_and_si256(c, spare));
+}
+
+//: vb_spread
+OP vb vb_spread(vb a, vb b, vb c) { return (vb){avx2_spread(a.a, b.a, c.a), avx2_spread(a.b, b.b, c.b)}; }
+
 //: vb_lut128
 // Eight tables of 16 in 24 instructions: vpshufb gives 0 for an index below its table (negative) and repeats itself
 // above it, so each table holds what to xor to the one before. The tables are loop invariants.

@@ -81,6 +81,22 @@ OP vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.
 //: vb_lut_low
 OP vb vb_lut_low(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
+//: vb_lut8
+// vpshufb reads bits 0..3 and 7 of an index. Where a byte has no bit 3, what int16 shift into the one below it leaves its
+// bit 7 clear, so neither code takes a mask.
+OP vb vb_lut8(vb table, vb v, int bits) {
+    return (vb){_mm512_shuffle_epi8(table.v, bits != 0 ? _mm512_srli_epi16(v.v, 4) : v.v)};
+}
+
+//: vb_spread
+// An average is a sum and a shift at once; what is added has no bit in common and no bit 0.
+OP vb vb_spread(vb a, vb b, vb c) {
+    const __m512i spare = _mm512_set1_epi8((char)0x88);
+    const __m512i first = _mm512_srli_epi16(_mm512_and_si512(a.v, spare), 1);
+    const __m512i both = _mm512_avg_epu8(first, _mm512_and_si512(b.v, spare));
+    return (vb){_mm512_avg_epu8(both, _mm512_and_si512(c.v, spare))};
+}
+
 //: vb_lut128
 // Eight tables of 16: vpshufb gives 0 for an index below its table (negative) and repeats itself above it, so each
 // table holds what to xor to the one before. The tables are loop invariants and stay in registers.

@@ -108,6 +108,24 @@ OP vb vb_lut_low(vb table, vb idx) {
                 neon_low4(table.d, idx.d)};
 }
 
+//: vb_lut8
+OP vb vb_lut8(vb table, vb v, int bits) {
+    return vb_lut16(table, bits != 0 ? vb_high(v, 4) : vb_and(v, vb_splat(7)));
+}
+
+//: neon_spread
+// An average is a sum and a shift at once; what is added has no bit in common and no bit 0.
+OP uint8x16_t neon_spread(uint8x16_t a, uint8x16_t b, uint8x16_t c) {
+    const uint8x16_t spare = vdupq_n_u8(0x88);
+    return vrhaddq_u8(vrhaddq_u8((a & spare) >> 1, b & spare), c & spare);
+}
+
+//: vb_spread
+OP vb vb_spread(vb a, vb b, vb c) {
+    return (vb){neon_spread(a.a, b.a, c.a), neon_spread(a.b, b.b, c.b), neon_spread(a.c, b.c, c.c),
+                neon_spread(a.d, b.d, c.d)};
+}
+
 //: vb_lut128
 // Two tables of 64: tbl gives 0 where an index is outside its table, tbx keeps what is there. The table stays in
 // eight registers.

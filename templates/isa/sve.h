@@ -165,6 +165,18 @@ OP vb vb_lut_low(vb table, vb idx) {
     return table;
 }
 
+//: vb_lut8
+OP vb vb_lut8(vb table, vb v, int bits) {
+    return vb_lut16(table, bits != 0 ? vb_high(v, 4) : vb_and(v, vb_splat(7)));
+}
+
+//: vb_spread
+OP vb vb_spread(vb a, vb b, vb c) {
+    for (int i = 0; i < SVE_PARTS; ++i)
+        a.z[i] = (a.z[i] >> 3 & 0x11) + (b.z[i] >> 2 & 0x22) + (c.z[i] >> 1 & 0x44);
+    return a;
+}
+
 //: sve_table
 // Table t of those that are as long as a register: tbl gives 0 where an index, less what lies before the table, is
 // outside it.

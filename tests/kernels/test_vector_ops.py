@@ -39,7 +39,7 @@ DECISIONS = {decision.isa.name: decision for decision in resolve_isas(detect_cpu
 EMULATED_ISAS = [isa for isa in ISAS if isa.arch in (ANY_ARCH, "aarch64")]
 COMPILERS = [c for c in find_compilers() if c.kind != "zig"] or find_compilers()
 NOT_FUNCTIONS = {"includes", "types", "vt", "vp", "vx", "values_bias"}
-HELPERS = ("neon_", "sve_")  # how the names of a level's own functions begin, which its ops share
+HELPERS = ("avx2_", "neon_", "sve_")  # how the names of a level's own functions begin, which its ops share
 CANARY = 0xA5
 DTYPES = {
     "vb": np.uint8,
@@ -170,6 +170,7 @@ MEANINGS.update(
     vb_add=lambda a, b: wrapped(i64(a) + i64(b), np.uint8),
     vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & mask,
     vb_high=lambda v, bits: v >> np.uint8(bits),
+    vb_spread=lambda a, b, c: sum((v & 0x88) >> np.uint8(3 - p) for p, v in enumerate((a, b, c))),
     vb_test=lambda v, bits: (v & bits != 0).astype(np.uint8),
     vb_sign=lambda v, s: wrapped(np.where(s >= 128, -i64(v), i64(v)), np.uint8),
     vb_choose=lambda s, a, b: np.where(s >= 128, a, b),
@@ -214,6 +215,11 @@ def vb_lut16(table: Array, idx: Array) -> Array:
 def vb_lut_low(table: Array, idx: Array) -> Array:
     found = np.take_along_axis(lanes(table), i64(lanes(idx)) & 15, axis=1)
     return np.where(idx >= 128, 0, found.reshape(-1))
+
+
+@meaning
+def vb_lut8(table: Array, v: Array, bits: int) -> Array:
+    return np.take_along_axis(lanes(table), i64(lanes(v)) >> bits & 7, axis=1).reshape(-1)
 
 
 @meaning
@@ -369,6 +375,7 @@ ROUNDED = [
 ]
 DOMAINS: dict[tuple[str, str], list[Any]] = {
     ("vb_lut16", "idx"): [0, 15, 128, 255, *range(1, 15), *range(129, 255)],
+    ("vb_lut8", "v"): [v for v in range(128) if not v & 8],
     ("vb_sign", "s"): [1, 127, 128, 255, *range(2, 127), *range(129, 255)],
     ("vh_pairs", "u"): CODES,
     ("vp_add", "u"): CODES,
@@ -383,6 +390,7 @@ DOMAINS: dict[tuple[str, str], list[Any]] = {
 RANGES: dict[tuple[str, str], range] = {
     ("vb_field", "bits"): range(8),
     ("vb_high", "bits"): range(8),
+    ("vb_lut8", "bits"): range(0, 5, 4),
     ("vh_digits_lo", "radix"): range(1, 65),
     ("vh_digits_hi", "radix"): range(1, 65),
     ("vw_sra", "bits"): range(32),
