@@ -3,12 +3,14 @@
     python benchmarks/arm_loops.py                            # the default kernel of every family, every core
     python benchmarks/arm_loops.py --space --family i2s --core cortex-a72      # every schedule
     python benchmarks/arm_loops.py --tokens 32 --core neoverse-v2 --algorithm panel       # for 32 tokens
+    python benchmarks/arm_loops.py --group 32 --family q4 --family t4         # weights in groups, half floats
 
-Each kernel multiplies 64 x 2880 weights by one token, or as many as --tokens says, in qemu, which logs every
-instruction that is executed: branches, prefetches, widening and the ends of rows count, each as often as it
-happens. The log goes to llvm-mca as one straight piece of code, which tells how many cycles a core's
-scheduling model takes for it; it assumes that every load hits the L1 cache and every branch is predicted.
-Both figures are for 256 weights and one token. Lookup tables are built before, once a token.
+Each kernel multiplies 64 x 2880 weights (64 x 3072, where they are in groups) by one token, or as many as
+--tokens says, in qemu, which logs every instruction that is executed: branches, prefetches, widening and the
+ends of rows count, each as often as it happens. The log goes to llvm-mca as one straight piece of code, which
+tells how many cycles a core's scheduling model takes for it; it assumes that every load hits the L1 cache and
+every branch is predicted. Both figures are for 256 weights and one token. Lookup tables are built before,
+once a token.
 
 Needs gcc-aarch64-linux-gnu, qemu-user, and LLVM 19 (llvm-mca-19, llvm-objdump-19; older: fewer cores).
 """
@@ -32,10 +34,10 @@ from bitgen.errors import BitgenError
 from bitgen.hostcode import kernel_unit
 from bitgen.render import render_kernel
 from bitgen.space import Space, space_for
-from bitgen.spec import FAMILIES, KernelSpec, Shape, regime_of, x_stride
+from bitgen.spec import EVERY_FAMILY, FAMILIES, KernelSpec, Shape, regime_of, x_stride
 from bitgen.toolchain import Toolchain, Unit, declarations_of, find_cross_compiler
 
-SHAPE = Shape(64, 2880)
+SHAPE, IN_GROUPS = Shape(64, 2880), Shape(64, 3072)
 UNIT = 256  # weights that both figures are for
 
 
@@ -68,14 +70,15 @@ DRIVER = """\
 {declarations}
 _Alignas(64) static uint8_t w[{w}], tables[{n} * {tables}], scratch[1 << 20];
 _Alignas(64) static int8_t x[{n} * {x}];
-static float y[{n} * {m}], scale[{n}];
-static int32_t x_sum[{n}];
+static float y[{n} * {m}], scale[{n} * {groups}];
+static int32_t x_sum[{n} * {groups}];
 
 int main(void)
 {{
     const struct bitgen_matmul a = {{
         .w = w, .x = x, .x_sum = x_sum, .tables = tables, .x_scale = scale, .w_scale = scale, .y = y,
         .scratch = scratch, .x_stride = {x}, .table_stride = {tables}, .out_stride = {m},
+        .w_scale_stride = {scale_bytes},
         .m = {m}, .k = {k}, .n = {n}, .row_end = {m}}};
     {name}(&a);
     return 0;
@@ -93,17 +96,19 @@ class Cost:
 
 def build(spec: KernelSpec, tokens: int, toolchain: Toolchain, folder: Path) -> Path:
     """A static program that calls the kernel of ``spec`` once, with so many tokens."""
-    source = render_kernel(spec)
+    source, shape = render_kernel(spec), shape_of(spec.layout.group)
     unit = kernel_unit(source, find_isa(source.isa, load_isas()))
     text = DRIVER.format(
         declarations=declarations_of([unit]),
         name=source.name,
-        w=spec.layout.packed_bytes(SHAPE),
-        tables=max(1, spec.layout.chunks(SHAPE.k) * spec.table_bytes),
-        x=x_stride(SHAPE.k),
-        m=SHAPE.m,
-        k=SHAPE.k,
+        w=spec.layout.packed_bytes(shape),
+        tables=max(1, spec.layout.chunks(shape.k) * spec.table_bytes),
+        x=x_stride(shape.k),
+        m=shape.m,
+        k=shape.k,
         n=tokens,
+        groups=max(1, spec.layout.groups(shape.k)),
+        scale_bytes=2 if spec.layout.group else 0,
     )
     objects = toolchain.objects([unit, Unit("driver", text)])
     program = folder / source.name
@@ -181,7 +186,8 @@ def one_step_flag() -> str:
 def cost(spec: KernelSpec, core: Core, tokens: int, llvm: str) -> Cost:
     """What the kernel costs on a core."""
     trace = trace_of(spec, tokens, llvm)
-    units = SHAPE.m * SHAPE.k / UNIT * tokens
+    shape = shape_of(spec.layout.group)
+    units = shape.m * shape.k / UNIT * tokens
     return Cost(len(trace) / units, estimated_cycles(trace, core.model, llvm) / units)
 
 
@@ -192,10 +198,13 @@ def trace_of(spec: KernelSpec, tokens: int, llvm: str) -> list[str]:
         return executed(program, render_kernel(spec).name, find_isa(spec.isa, load_isas()), llvm)
 
 
-def space_of(family: str, core: Core, tokens: int) -> Space:
-    return space_for(
-        family, find_isa(core.isa, load_isas()), regime_of(tokens), SHAPE, target_cpu(core.target)
-    )
+def space_of(family: str, core: Core, tokens: int, group: int) -> Space:
+    isa, cpu = find_isa(core.isa, load_isas()), target_cpu(core.target)
+    return space_for(family, isa, regime_of(tokens), shape_of(group), cpu, group)
+
+
+def shape_of(group: int) -> Shape:
+    return IN_GROUPS if group else SHAPE
 
 
 def points(space: Space, algorithm: str | None, every: bool) -> list[KernelSpec]:
@@ -240,7 +249,8 @@ def main() -> int:
     parser.add_argument(
         "--core", action="append", choices=list(dict.fromkeys(core.target for core in CORES)), default=[]
     )
-    parser.add_argument("--family", action="append", choices=list(FAMILIES), default=[])
+    parser.add_argument("--family", action="append", choices=list(EVERY_FAMILY), default=[])
+    parser.add_argument("--group", type=int, default=0, help="weights that share a scale (0: those of a row)")
     parser.add_argument("--space", action="store_true", help="every schedule, not only the default")
     parser.add_argument("--tokens", type=int, default=1, help="n of the product (1)")
     parser.add_argument("--algorithm", help="the default of this algorithm: direct, panel, mmla, ...")
@@ -252,7 +262,7 @@ def main() -> int:
         for core in CORES
         if core.target in args.core or not args.core
         for family in args.family or FAMILIES
-        for spec in points(space_of(family, core, args.tokens), args.algorithm, args.space)
+        for spec in points(space_of(family, core, args.tokens, args.group), args.algorithm, args.space)
     ]
     try:
         require_tools(args.llvm)

@@ -2,6 +2,7 @@
 
     python benchmarks/instructions.py                    # n = 1, all families and levels
     python benchmarks/instructions.py --tokens 8 --family tl5 --isa avx2
+    python benchmarks/instructions.py --group 128 --family t4 --family t3
 
 Kernels are compiled as `bitgen tune` compiles them and read back with `objdump -d`. The inner loop has the
 most vector instructions and holds no other one. Its instructions, with loads and the loop's own, are divided
@@ -23,7 +24,7 @@ from bitgen.environment import Environment
 from bitgen.measure.harness import unit_of
 from bitgen.render import render_kernel
 from bitgen.space import Space
-from bitgen.spec import FAMILIES, KernelSpec, Shape, regime_of
+from bitgen.spec import EVERY_FAMILY, FAMILIES, KernelSpec, Shape, regime_of
 
 SHAPE = Shape(3200, 8640)
 _FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
@@ -90,7 +91,7 @@ def products(spec: KernelSpec) -> int:
     """Products of a weight and an activation in one turn of the inner loop."""
     s = dict(spec.schedule)
     rows = s["mr"] if spec.schedule.algorithm == "panel" else s["streams"] * spec.layout.row_block
-    columns = 4 if spec.schedule.algorithm == "panel" else FAMILIES[spec.family].k_chunk
+    columns = 4 if spec.schedule.algorithm == "panel" else EVERY_FAMILY[spec.family].k_chunk
     return rows * columns * s["nr"] * s.get("unroll", 1)
 
 
@@ -106,13 +107,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1, help="n: which regime's kernels")
     parser.add_argument("--isa", action="append", default=[])
     parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--group", type=int, default=0, help="weights that share a scale (0: those of a row)")
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="md")
     args = parser.parse_args()
     environment = Environment()
     regime = regime_of(args.tokens).name
     names = args.isa or [isa.name for isa in load_isas() if isa.arch == environment.cpu.arch]
     spaces = [
-        environment.space(family, isa, regime, SHAPE)
+        environment.space(family, isa, regime, SHAPE, args.group)
         for isa in load_isas()
         if isa.name in names
         for family in args.family or FAMILIES
