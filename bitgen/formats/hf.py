@@ -1,8 +1,8 @@
 """A Hugging Face folder as a model: config.json, safetensors, tokenizer.json.
 
-Two kinds of matrices: packed (uint8, four rows in a byte, `weight_scale`) and floats. Floats of a BitNet
-checkpoint are master weights, quantised by absmean here as its layers do; floats of any other checkpoint must
-be ternary values already.
+Three kinds of matrices: packed (uint8, four rows in a byte, `weight_scale`), NVFP4 (hf_nvfp4.py) and floats.
+Floats of a BitNet checkpoint are master weights, quantised by absmean here as its layers do; floats of any
+other checkpoint must be ternary values already.
 
 packed  byte[r, c] = sum over i of (w[i R + r, c] + 1) << 2 i, R = ceil(m / 4)
 scale   y is divided by weight_scale for `bitlinear` (the default), multiplied for `autobitlinear`
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from bitgen.errors import BitgenError, FileError
+from bitgen.families.base import TERNARY
 from bitgen.formats.architectures import (
     ARCHITECTURES,
     EMBEDDING,
@@ -32,6 +33,7 @@ from bitgen.formats.architectures import (
     stored_in_hf,
 )
 from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, file_config, printable
+from bitgen.formats.hf_nvfp4 import KIND, METHODS, Nvfp4, check_factor, nvfp4_matrix, nvfp4_of
 from bitgen.formats.hf_tokenizer import hf_tokenizer
 from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_head, ternary_matrix
 from bitgen.formats.model_file import ModelFile, TensorSummary, fingerprint_of
@@ -41,6 +43,7 @@ from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder
 from bitgen.formats.scalars import Scalars
 from bitgen.formats.source import Settings, read_json, short
 from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.spec import Shape, WeightKind
 from bitgen.tokenizer.data import TokenizerData
 
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
@@ -70,6 +73,11 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         raise settings.error("use_sliding_window", "is set: attention to a window is not supported")
     tied = settings.get("tie_word_embeddings")
     no_head = f"{LM_HEAD.hf[0]}.weight" not in tensors
+    quantization = settings.section("quantization_config")
+    # BitLinear layers round the activations of a token with one scale.
+    kind = WeightKind(TERNARY, 0 if quantization.get("quant_method") else architecture.group)
+    if nvfp4_of(quantization, folder):
+        kind = KIND
     return file_config(
         settings.where,
         architecture=architecture.runs_as or architecture.name,
@@ -85,8 +93,8 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         sub_norms=architecture.sub_norms,
         qk_norm=architecture.qk_norm,
         input_norms=architecture.input_norms,
-        # BitLinear layers round the activations of a token with one scale.
-        group=0 if settings.section("quantization_config").get("quant_method") else architecture.group,
+        weights=kind.weights,
+        group=kind.group,
         norm_eps=_scalars(settings, architecture).eps(settings.number("rms_norm_eps")),
         # A model of vectors is mostly stored without a head, whatever its config.json says.
         tied_head=no_head if tied is None else bool(tied) or (no_head and architecture.last_token),
@@ -165,17 +173,22 @@ def _longrope(rope: Settings, head_dim: int, original: int) -> tuple[float, ...]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's BitLinear layers are stored, from quantization_config."""
+    """How a checkpoint's matrices are stored, from quantization_config."""
 
     master_weights: bool  # floats of matrices are what training updates
     multiplies: bool  # y * weight_scale; else y / weight_scale
+    nvfp4: Nvfp4 | None = None  # none of BitLinear, then
 
 
-def quantization_of(data: Mapping[str, Any], architecture: Architecture, where: str) -> Quantization:
+def quantization_of(data: Mapping[str, Any], architecture: Architecture, where: Path) -> Quantization:
     settings = Settings(where, data).section("quantization_config")
     method = settings.get("quant_method")
+    if found := nvfp4_of(settings, where.parent):
+        return Quantization(False, False, found)
     if method not in (None, "bitnet"):
-        raise settings.error("quant_method", f"is {short(method)}; bitnet is supported")
+        raise settings.error(
+            "quant_method", f"is {short(method)}; bitnet, {' and '.join(METHODS)} (NVFP4) are supported"
+        )
     if settings.get("use_rms_norm"):
         raise settings.error("use_rms_norm", "is set: a norm inside each linear layer is not supported")
     linear = settings.get("linear_class") or "bitlinear"
@@ -231,6 +244,37 @@ class _Checkpoint:
         tensor = self.floats(name, (rows, cols))
         return DenseMatrix(name, tensor.type, (rows, cols), tensor.data.reshape(rows, -1))
 
+    def nvfp4(self, name: str, m: int, k: int, names: Nvfp4) -> TernaryMatrix:
+        if f"{name}.{names.codes}" not in self.tensors and f"{name}.weight" in self.tensors:
+            raise self.error(
+                f"{name}.weight is {self.tensors[name + '.weight'].type}; bitgen runs models whose matrices "
+                "are all NVFP4, or none"
+            )
+        codes, scales, factor = (
+            self.tensor(f"{name}.{one}") for one in (names.codes, "weight_scale", names.factor)
+        )
+        for tensor, kind, shape in ((codes, "u8", (m, k // 2)), (scales, "f8_e4m3", (m, k // KIND.group))):
+            if (tensor.type, tensor.shape) != (kind, shape) or k % KIND.group:
+                raise self.error(
+                    f"{tensor.name} is {tensor.type} {tensor.shape}; of NVFP4, {m}x{k}, bitgen reads {kind} "
+                    f"{shape}"
+                )
+        self.used.update(f"{name}.{one}" for one in names.unread)
+        if factor.type != "f32" or math.prod(factor.shape) != 1:
+            raise self.error(f"{factor.name} is {factor.type} {factor.shape}, not one number of f32")
+        return nvfp4_matrix(
+            codes.name,
+            Shape(m, k),
+            codes.data.reshape(codes.shape),
+            scales.data.reshape(scales.shape),
+            check_factor(factor.name, dequantize("f32", factor.data.reshape(1, -1), 1)[0]),
+            divides=names.divides,
+        )
+
+    def matrix(self, name: str, m: int, k: int) -> TernaryMatrix:
+        names = self.quantization.nvfp4
+        return self.ternary(name, m, k) if names is None else self.nvfp4(name, m, k, names)
+
     def ternary(self, name: str, m: int, k: int) -> TernaryMatrix:
         tensor = self.tensor(name + ".weight")
         quarter = -(-m // 4)
@@ -278,7 +322,8 @@ def hf_weights(checkpoint: _Checkpoint, config: ModelConfig) -> Weights:
             "that bitgen runs (biases and experts are not supported)"
         )
     head = table if lm_head is None else lm_head
-    return Weights(config, table, lm_head, final, layers, ternary_head(head, config.group))
+    groups = config.group if config.weights == TERNARY else 0
+    return Weights(config, table, lm_head, final, layers, ternary_head(head, groups))
 
 
 def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWeights:
@@ -287,11 +332,13 @@ def _layer(checkpoint: _Checkpoint, config: ModelConfig, index: int) -> LayerWei
 
     def name(tensor: Tensor) -> str:
         """The first of its names that the checkpoint has."""
-        names = [prefix + each for each in tensor.hf]
-        return next((each for each in names if f"{each}.weight" in checkpoint.tensors), names[0])
+        names, codes = [prefix + each for each in tensor.hf], checkpoint.quantization.nvfp4
+        ends = ("weight",) if codes is None else ("weight", codes.codes)
+        stored = (each for each in names if any(f"{each}.{end}" in checkpoint.tensors for end in ends))
+        return next(stored, names[0])
 
     matrices = {
-        role: checkpoint.ternary(name(tensor), *tensor.shape(config))
+        role: checkpoint.matrix(name(tensor), *tensor.shape(config))
         for role, tensor in architecture.matrices.items()
     }
     norms = {
@@ -317,7 +364,7 @@ def open_folder(folder: Path) -> ModelFile:
     config = hf_config(folder, data, tensors)
     settings = Settings(folder / "config.json", data)
     architecture = _architecture(settings, tensors)
-    quantization = quantization_of(data, architecture, str(settings.where))
+    quantization = quantization_of(data, architecture, folder / "config.json")
     scalars = _scalars(settings, architecture)
     weights = hf_weights(_Checkpoint(folder, tensors, quantization, set(), scalars), config)
     files = (

@@ -223,7 +223,7 @@ def test_both_directions_are_those_of_transformers() -> None:
             "l.weight_scale": StoredTensor("l.weight_scale", "f32", (1,), scale.view(np.uint8)),
         }
         settings = {"quantization_config": {"quant_method": "bitnet", "linear_class": name}}
-        quantization = quantization_of(settings, ARCHITECTURES["llama"], "config.json")
+        quantization = quantization_of(settings, ARCHITECTURES["llama"], Path("config.json"))
         matrix = _Checkpoint(Path(), tensors, quantization, set(), Scalars()).ternary("l", 12, 40)
         assert np.allclose(linear(x, matrix.rows(0, 12), matrix.scale), expected, rtol=1e-5, atol=1e-6)
 
@@ -348,7 +348,10 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": 1}}, "mscale is 1, which is not"),
         ({"rope_scaling": 5}, "rope_scaling is no object"),
         ({"rms_norm_eps": float("nan")}, "norm_eps must be greater than 0 and finite, found nan"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; bitnet is supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quant_method is 'gptq'; bitnet, compressed-tensors and modelopt (NVFP4) are",
+        ),
         ({"quantization_config": {"quant_method": "bitnet", "use_rms_norm": True}}, "use_rms_norm is set"),
         ({"quantization_config": {"quant_method": "bitnet", "linear_class": "x"}}, "linear_class is 'x'"),
         (
