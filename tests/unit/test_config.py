@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitgen.errors import BitgenError, UsageError, nearest_names
-from bitgen.formats.config import ModelPreset, find_model, load_model, load_models
+from bitgen.formats.config import ModelPreset, find_model, load_model, load_models, preset_name
 from bitgen.paths import configs_dir
 
 THREE_B = (configs_dir() / "models" / "3B.yaml").read_text(encoding="utf-8")
@@ -35,6 +35,9 @@ def test_nearest_names_ignores_case_and_finds_parts() -> None:
         ("Bonsai-1.7B", ["4096x2048", "2048x2048", "12288x2048", "2048x6144"]),
         ("Bonsai-4B", ["6144x2560", "2560x4096", "19456x2560", "2560x9728"]),
         ("Bonsai-8B", ["6144x4096", "4096x4096", "24576x4096", "4096x12288"]),
+        ("Bonsai-1.7B-1bit", ["4096x2048", "2048x2048", "12288x2048", "2048x6144"]),
+        ("Bonsai-4B-1bit", ["6144x2560", "2560x4096", "19456x2560", "2560x9728"]),
+        ("Bonsai-8B-1bit", ["6144x4096", "4096x4096", "24576x4096", "4096x12288"]),
         ("TriLM-99M", ["1536x512", "512x512", "2560x512", "512x1280"]),
         ("100B", ["24576x8192", "8192x8192", "91136x8192", "8192x45568"]),
     ],
@@ -48,6 +51,16 @@ def test_presets_have_the_stacked_shapes_the_runtime_runs(name: str, shapes: lis
     head = [(matmul.role, matmul.m, matmul.k) for matmul in preset.matmuls[4:]]
     assert head == ([("head", preset.vocab, preset.hidden)] if preset.ternary_head else [])
     assert preset.ternary_head == (preset.group == 128)
+
+
+@pytest.mark.parametrize("size", ["1.7B", "4B", "8B"])
+def test_binary_presets_are_their_ternary_sisters_in_bits(size: str) -> None:
+    ternary, binary = find_model(f"Bonsai-{size}"), find_model(f"bonsai-{size}-q1_0")
+    assert binary == find_model(f"Bonsai-{size}-1bit")
+    assert (binary.kind.weights, binary.kind.group) == ("q1", 128)
+    assert binary.shapes == ternary.shapes
+    assert preset_name(binary) == f"Bonsai-{size}-1bit"
+    assert preset_name(ternary) == f"Bonsai-{size}"
 
 
 def test_a_preset_whose_matrices_norm_their_inputs_has_no_stacks() -> None:
