@@ -115,6 +115,7 @@ def tune(
 
 def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report | None = None) -> TuningResult:
     """`tune` with its options as a record, which the command line makes."""
+    from bitgen.measure.load import Watch
     from bitgen.measure.runner import LocalRunner, TimingPolicy
     from bitgen.search import Session, load_search_config, plan_for
     from bitgen.search import tune as search
@@ -141,6 +142,7 @@ def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report |
             rest_ns=_rest_ns(preset, {name: regime.n for name, regime in config.regimes.items()}),
             fresh=options.fresh,
             progress=progress,
+            load=Watch().look,
         )
         spaces = partial(env.space, group=plan.kind.group)
         return search(plan, runner, store, env.fingerprints, spaces, session)

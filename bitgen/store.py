@@ -156,6 +156,19 @@ class PeakRecord:
 
 
 @dataclass(frozen=True)
+class LoadRecord:
+    """What others took of the machine up to ``time``, as shares of all its CPUs. No search reads it.
+
+    ``busy`` with anything but the tune; ``steal``: taken by a hypervisor for others.
+    """
+
+    kind: ClassVar[str] = "load"
+    busy: float
+    steal: float
+    time: float = field(default_factory=now)
+
+
+@dataclass(frozen=True)
 class JobRecord:
     """One job of a fleet: who did ``what`` (measure, race, peak) and how long it took. No search reads it.
 
@@ -184,9 +197,9 @@ class StartRecord:
     time: float = field(default_factory=now)
 
 
-Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord | JobRecord | StartRecord
+Record = TrialRecord | RaceRecord | TuningRecord | PeakRecord | LoadRecord | JobRecord | StartRecord
 _KINDS: dict[str, type[Record]] = {
-    c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord, JobRecord, StartRecord)
+    c.kind: c for c in (TrialRecord, RaceRecord, TuningRecord, PeakRecord, LoadRecord, JobRecord, StartRecord)
 }
 
 
@@ -206,6 +219,7 @@ class RecordStore:
         self.skipped = self.outdated = 0
         self.tunings: list[TuningRecord] = []
         self.peaks: list[PeakRecord] = []
+        self.loads: list[LoadRecord] = []
         self.jobs: list[JobRecord] = []
         self.starts: dict[str, StartRecord] = {}  # the first of each tune
         self._trials: dict[tuple[Fingerprint, tuple[Any, ...]], TrialRecord] = {}
@@ -344,6 +358,8 @@ class RecordStore:
             self._races[record.fingerprints, record.job.key] = record
         elif isinstance(record, PeakRecord):
             self.peaks.append(record)
+        elif isinstance(record, LoadRecord):
+            self.loads.append(record)
         elif isinstance(record, JobRecord):
             self.jobs.append(record)
         elif isinstance(record, StartRecord):

@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -264,10 +265,11 @@ class PostgresExchange:
     def _job(self, connection: psycopg.Connection[Any], pending: _Pending) -> QueueJob:
         request = pending.request
         live = self._live(connection, request) if pending.apart_from else []
-        others = sorted(name for name in live if name != pending.apart_from)
-        if others:  # spread by the key, so that not one machine gets every second opinion
-            at = int(hashlib.sha256(request.key.encode()).hexdigest()[:8], 16) % len(others)
-            pending.machine = others[at]
+        if others := [name for name in live if name != pending.apart_from]:
+            # The one with the fewest of these jobs: by chance one of eight machines got three at once, and
+            # they were the end of a tune. Of equals by the key, not always the same.
+            has = Counter(other.machine for other in self._open())
+            pending.machine = min(others, key=lambda name: (has[name], _mixed(request.key, name)))
         return QueueJob(
             queue=queue_name(request.label, request.code, request.threads, pending.machine),
             priority=request.priority,
@@ -349,6 +351,11 @@ class PostgresExchange:
         self._ended.set()
         for pending in self._open():
             self._end(pending, error)
+
+
+def _mixed(key: str, name: str) -> str:
+    """An order of names that is another one for each key."""
+    return hashlib.sha256(f"{key} {name}".encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -33,11 +33,11 @@ from bitgen.fingerprints import Fingerprints
 from bitgen.fleet.answering import AbortedError, answer_of, calibrate
 from bitgen.fleet.bounds import BOUNDS, Bounds, Machine, RefusedError, check_request
 from bitgen.fleet.database import AwayError, Database, raised
-from bitgen.fleet.load import Load, sample_load
 from bitgen.fleet.messages import TASK, Answer, Request, queue_name, read_request
 from bitgen.fleet.outbox import Outbox
 from bitgen.fleet.schema import require
 from bitgen.measure import Runner, Status
+from bitgen.measure.load import Load, sample_load
 from bitgen.records import dump
 
 if TYPE_CHECKING:

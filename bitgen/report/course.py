@@ -222,14 +222,32 @@ def noise(tune: Tune) -> Section:
         parts.append(
             Part("memory", _dotted("Memory probe during the races", _SECONDS, "GB/s", [line]), table)
         )
+    parts += _load(tune)
     text = (
         "Spread: the standard deviation of the logarithm of the repeats of one kernel (3 at least), as a "
         "percentage. It is what the paired tests of search and race have to see through."
     )
-    left_out = [
-        "The records hold neither load nor frequency; the memory probe shows what they did to memory."
-    ]
+    what = "no frequency" if tune.loads else "neither load nor frequency"
+    left_out = [f"The records hold {what}; the memory probe shows what it did to memory."]
     return Section("noise", "Noise", text, parts, left_out)
+
+
+def _load(tune: Tune) -> list[Part]:
+    """What others took of the CPUs while the tune ran; nothing where that was not told."""
+    loads = [(tune.elapsed(load.time), 100 * load.busy, 100 * load.steal) for load in tune.loads]
+    if not loads:
+        return []
+    thin = loads[:: math.ceil(len(loads) / MAX_POINTS)]
+    lines = [
+        Line([(x, busy) for x, busy, _ in thin], "other programs", "s0"),
+        Line([(x, steal) for x, _, steal in thin], "the hypervisor", "s1"),
+    ]
+    plot = _dotted("Load by others during the tune", _SECONDS, "% of all CPUs", lines)
+    table = Table.of(
+        "seconds|s|.0f; busy|other programs %|.1f; steal|hypervisor %|.1f",
+        loads[:: math.ceil(len(loads) / MAX_ROWS)],
+    )
+    return [Part("load", plot, table)]
 
 
 def _p90(values: Sequence[float]) -> float:

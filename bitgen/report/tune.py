@@ -16,7 +16,16 @@ from bitgen.measure import MachinePeak
 from bitgen.search.choose import Slot, token_weights
 from bitgen.search.plan import load_search_config, tokens_of
 from bitgen.spec import REGIMES, Shape
-from bitgen.store import JobRecord, RaceRecord, Record, RecordStore, TrialRecord, TuningRecord, Winner
+from bitgen.store import (
+    JobRecord,
+    LoadRecord,
+    RaceRecord,
+    Record,
+    RecordStore,
+    TrialRecord,
+    TuningRecord,
+    Winner,
+)
 
 PAUSE_S = 120.0  # a longer gap between two records is no part of a tune: it was resumed
 
@@ -27,8 +36,8 @@ class Tune:
 
     ``source`` names the file. ``model`` weighs the matrices: the one asked for, or the only preset with
     exactly these shapes (``guessed``); None where there is none. ``machine`` is the CPU as it is detected
-    here, None where the records are of another one. Trials and races are in the order of their time. ``jobs``
-    tell which machine of a fleet did what.
+    here, None where the records are of another one. Trials and races are in the order of their time.
+    ``loads`` are those told meanwhile; ``jobs`` tell which machine of a fleet did what.
     """
 
     source: str
@@ -39,6 +48,7 @@ class Tune:
     model: ModelPreset | None
     guessed: bool
     machine: Cpu | None
+    loads: tuple[LoadRecord, ...] = ()
     jobs: tuple[JobRecord, ...] = ()
 
     @property
@@ -125,7 +135,8 @@ class Tune:
     @cached_property
     def elapsed(self) -> Callable[[float], float]:
         """Unix time -> seconds of the tune; pauses (`PAUSE_S`) are left out."""
-        times = sorted({*(trial.time for trial in self.trials), *(race.time for race in self.races)})
+        records: tuple[Record, ...] = (*self.trials, *self.races, *self.loads)
+        times = sorted({record.time for record in records})
         at, seconds = dict.fromkeys(times[:1], 0.0), 0.0
         for before, time in pairwise(times):
             seconds += time - before if time - before <= PAUSE_S else 0.0
@@ -160,6 +171,8 @@ def tune_of(
     digests = {winner.fingerprint.digest for winner in winners} | {t.fingerprint.digest for t in trials}
     races = [r for r in store.races() if r.job.shape in decisions and digests.issuperset(r.fingerprints)]
     cpus = {fingerprint[0] for fingerprint in alike}
+    shown: tuple[Record, ...] = (*trials, *races)
+    measured = sorted(record.time for record in shown)
     presets = [preset for preset in load_models() if _is_of(decisions, preset)]
     guess = presets[0] if len(presets) == 1 else None
     return Tune(
@@ -171,8 +184,15 @@ def tune_of(
         model=model or guess,
         guessed=model is None and guess is not None,
         machine=here if cpus == {cpu} else None,
+        loads=tuple(record for record in store.loads if _within(record.time, measured)),
         jobs=tuple(store.jobs),
     )
+
+
+def _within(time: float, measured: list[float]) -> bool:
+    """Whether a load was told soon after a measurement that is shown."""
+    place = bisect(measured, time)
+    return place > 0 and time - measured[place - 1] <= PAUSE_S
 
 
 def _conditions(fingerprint: Fingerprint) -> tuple[str, str, str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from bitgen.fingerprints import Fingerprints
 from bitgen.measure import Job, Measurement, Missing, Race, RaceJob, Runner
-from bitgen.store import RaceRecord, RecordStore, TrialRecord
+from bitgen.measure.load import Load
+from bitgen.store import LoadRecord, RaceRecord, RecordStore, TrialRecord
 
 
 class MeasurementCache:
     """A runner with a memory. ``fresh``: ask the runner again what the store knows of earlier runs.
 
+    ``load`` tells now and then what others took of the machine, for the store; it is asked while nothing is
+    timed.
     ``recorded`` counts what this run added to the store, ``recalled`` what it took from there. Searches may
     ask at the same time.
     """
@@ -24,6 +27,7 @@ class MeasurementCache:
         fingerprints: Fingerprints,
         seed: int = 0,
         fresh: bool = False,
+        load: Callable[[], Load | None] | None = None,
     ) -> None:
         self.runner = runner
         self.store = store
@@ -32,6 +36,7 @@ class MeasurementCache:
         self.recalled = 0
         self._seed = seed
         self._fresh = fresh
+        self._load = load or (lambda: None)
         self._raced: set[RaceJob] = set()  # by this run
         self._lock = threading.Lock()
 
@@ -71,3 +76,5 @@ class MeasurementCache:
         with self._lock:
             self.store.append(record)
             self.recorded += 1
+            if load := self._load():
+                self.store.append(LoadRecord(round(load.busy, 4), round(load.steal, 4)))

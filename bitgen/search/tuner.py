@@ -15,6 +15,7 @@ from typing import TypeVar
 from bitgen.errors import BitgenError, InterruptError
 from bitgen.fingerprints import Fingerprints
 from bitgen.measure import MachinePeak, Race, RaceJob, Runner
+from bitgen.measure.load import Load
 from bitgen.progress import Progress, Report
 from bitgen.search.cache import MeasurementCache
 from bitgen.search.choose import (
@@ -62,7 +63,7 @@ class Session:
     says of earlier tunes is tried first and races again; False where ``family_winners`` has all of that, so
     that a tune which was killed after it had recorded its own winners is not led another way by them.
     ``at_once``: searches, and races, that go on at the same time, for a runner that asks many machines; they
-    ask for nothing in common, so the outcome is the same.
+    ask for nothing in common, so the outcome is the same. ``load`` is that of `MeasurementCache`.
     """
 
     config: SearchConfig = field(default_factory=load_search_config)
@@ -73,6 +74,7 @@ class Session:
     earlier: bool = True
     at_once: int = 1
     progress: Report | None = None
+    load: Callable[[], Load | None] | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -92,7 +94,7 @@ def tune(
     InterruptError after Ctrl-C; FileError when the store cannot be written.
     """
     session = session or Session()
-    cache = MeasurementCache(runner, store, fingerprints, plan.seed, session.fresh)
+    cache = MeasurementCache(runner, store, fingerprints, plan.seed, session.fresh, session.load)
     try:
         return _Tune(plan, session, cache).run(spaces)
     except KeyboardInterrupt:

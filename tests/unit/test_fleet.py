@@ -8,6 +8,7 @@ import math
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,6 @@ from bitgen.fleet.answering import answer_of, calibrate
 from bitgen.fleet.bounds import Bounds, RefusedError, check_request
 from bitgen.fleet.database import find_database
 from bitgen.fleet.exchange import PostgresExchange
-from bitgen.fleet.load import Load, sample_load
 from bitgen.fleet.messages import Request, label_of, queue_name, read_answer, read_request
 from bitgen.fleet.outbox import Outbox
 from bitgen.fleet.runner import FleetRunner
@@ -42,6 +42,7 @@ from bitgen.fleet.tune import Contest, Family, FleetTune, search_family, togethe
 from bitgen.fleet.worker import Pulse, Settings, Worker
 from bitgen.formats.config import find_model
 from bitgen.measure import Job, RaceJob
+from bitgen.measure.load import Load, Watch, sample_load
 from bitgen.records import dump
 from bitgen.report import render_report, tune_of
 from bitgen.report.page import sections_of
@@ -287,6 +288,20 @@ def test_a_tune_waits_a_while_for_its_database(tmp_path: Path, monkeypatch: pyte
     assert line.startswith("the database is away, waiting 0.2 s for it: no connection: ")
 
 
+def test_second_opinions_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that wait each other machine has as many, whatever their keys are."""
+    exchange = PostgresExchange(find_database("host=/run", {}), lambda _: None)
+    monkeypatch.setattr(exchange, "_live", lambda *_: [f"m{i}" for i in range(4)])
+    given = Counter[str]()
+    for occasion in range(1, 13):
+        exchange.ask(request(occasion=occasion), apart_from="m2")
+        (pending,) = exchange._new()
+        job = exchange._job(Any, pending)  # type: ignore[arg-type]
+        assert job.queue == queue_name(MACHINE.label, MACHINE.code, 1, pending.machine)
+        pending.tries, given[pending.machine] = 1, given[pending.machine] + 1
+    assert given == {"m0": 4, "m1": 4, "m3": 4}
+
+
 def test_an_idle_worker_ends_while_the_database_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +343,55 @@ def test_the_load_is_what_others_use(tmp_path: Path) -> None:
     assert sample_load(tmp_path, 0) == Load(0.0, 0.0)
     stat.write_text("nonsense")
     assert sample_load(tmp_path, 0) is None
+
+
+class Processes:
+    """Files of /proc below a folder: of all CPUs together, and of processes with their parents."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "proc"
+        self.root.mkdir()
+        self.seconds = 0.0
+
+    def cpu(self, user: int, idle: int, steal: int = 0) -> None:
+        (self.root / "stat").write_text(f"cpu  {user} 0 0 {idle} 0 0 0 {steal} 0 0\ncpu0 1\n")
+
+    def process(self, pid: int, parent: int, ticks: int, waited: int = 0) -> None:
+        folder = self.root / str(pid)
+        folder.mkdir(exist_ok=True)
+        zeros = " ".join("0" * 9)
+        (folder / "stat").write_text(f"{pid} (a) 1 (b) S {parent} {zeros} {ticks} 0 {waited} 0 20 0 1\n")
+
+
+def test_a_watch_leaves_out_what_is_its_own(tmp_path: Path) -> None:
+    """Of 100 ticks 90 were busy: 60 of this process, of what it waited for and of a child's child."""
+    proc = Processes(tmp_path)
+    proc.cpu(0, 0)
+    for pid, parent in ((7, 1), (8, 7), (9, 8), (10, 1)):
+        proc.process(pid, parent, 0)
+    (proc.root / "11").mkdir()  # it ended just now
+    watch = Watch(tmp_path, 7, 5.0, lambda: proc.seconds)
+    proc.cpu(90, 5, 5)
+    proc.process(7, 1, 10, waited=20)
+    proc.process(9, 8, 30)
+    proc.process(10, 1, 30)
+    assert watch.look() is None, "it looked just now"
+    proc.seconds = 5.0
+    found = watch.look()
+    assert found is not None
+    assert found.busy == pytest.approx(0.3)
+    assert found.steal == pytest.approx(0.05)
+    proc.seconds = 10.0
+    assert watch.look() == Load(0.0, 0.0)
+    (proc.root / "stat").unlink()
+    proc.seconds = 15.0
+    assert watch.look() is None
+
+
+def test_a_watch_knows_this_process() -> None:
+    watch = Watch(every_s=0.0)
+    found = watch.look()
+    assert found is None or 0.0 <= found.busy <= 1.0
 
 
 def test_the_pulse_tells_that_time_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from bitgen.report.plots import Axis, number
 from bitgen.search import tune
 from bitgen.search.plan import targets_of
 from bitgen.spec import KernelSpec, Shape
-from bitgen.store import RecordStore
+from bitgen.store import LoadRecord, RecordStore
 
 MODEL = find_model("TriLM-99M")
 SNAPSHOTS = Path(__file__).parents[1] / "data" / "report"
@@ -217,6 +217,25 @@ def test_what_the_records_do_not_hold_is_left_out_with_a_sentence(records: Path,
     assert "hold no times of attention" in text
     assert "neither load nor frequency" in text
     assert "not of this CPU" in text
+
+
+def test_the_load_of_the_tune_is_shown(records: Path, tmp_path: Path) -> None:
+    """What was told while the tune ran, and not what another tune was told."""
+    path = tmp_path / "loaded.jsonl"
+    path.write_text(records.read_text())
+    times = [json.loads(line)["time"] for line in records.read_text().splitlines()]
+    store = RecordStore(path)
+    for time, busy, steal in ((1.0, 0.9, 0.0), (times[9] + 0.1, 0.25, 0.0), (times[30] + 0.1, 0.5, 0.125)):
+        store.append(LoadRecord(busy, steal, time))
+    tune = tune_of(RecordStore(path))
+    noise = next(s for s in sections_of(tune) if s.key == "noise")
+    (part,) = (part for part in noise.parts if part.name == "load")
+    assert part.table
+    assert part.plot
+    assert [row[1:] for row in part.table.rows] == [(25.0, 0.0), (50.0, 12.5)]
+    assert [row[0] for row in part.table.rows] == sorted(row[0] for row in part.table.rows)
+    text = "".join(check_harmless(render_report(tune)).text)
+    assert "The records hold no frequency" in text
 
 
 def test_without_a_model_each_matrix_counts_once(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from bitgen.errors import BitgenError, FileError, InterruptError, UsageError
 from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import find_model
 from bitgen.measure import Job, MachinePeak, Measurement, Missing, Race, RaceJob, Status
+from bitgen.measure.load import Load
 from bitgen.measure.stats import beats, p_faster, select
 from bitgen.paths import configs_dir
 from bitgen.progress import Progress
@@ -442,6 +443,16 @@ def test_time_that_the_races_leave_goes_to_the_searches(tmp_path: Path) -> None:
     assert 480 <= result.seconds <= 502
     searched = sum(group.seconds for group in result.groups)
     assert searched > 1.2 * (1 - CONFIG.race_share) * 500
+
+
+def test_the_load_is_recorded_as_it_is_told(tmp_path: Path) -> None:
+    told = iter([None, Load(0.25, 0.0), None, Load(0.5, 0.125)])
+    asked = plan(trials=4, families=("i2s",))
+    alone = go(tmp_path / "alone", asked, runner(asked))
+    loaded = go(tmp_path / "loaded", asked, runner(asked), load=lambda: next(told, None))
+    loads = RecordStore(tmp_path / "loaded").loads
+    assert [(load.busy, load.steal) for load in loads] == [(0.25, 0.0), (0.5, 0.125)]
+    assert (alone.rows, alone.recorded) == (loaded.rows, loaded.recorded)
 
 
 def test_a_search_goes_on_in_the_midst_of_a_batch(tmp_path: Path) -> None:
