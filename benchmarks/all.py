@@ -131,7 +131,17 @@ FIGURES = (
     Figure("instructions", "docs/reference/kernels.md", "instructions.py -o json"),
     Figure("arm-loops", "docs/reference/performance-arm.md", "arm_loops.py -o json"),
     Figure("search", "docs/lab/search.md", "search_study.py -o json"),
-    Figure("transformers", "docs/guide/python.md", "hf.py --threads {threads} -o json"),
+    Figure(
+        "transformers",
+        "docs/guide/python.md",
+        "hf.py --model 2B-4T --prompt 32 --steps 3 --repeats 2 --mode eager --mode own --threads {threads} "
+        "-o json",
+    ),
+    Figure(
+        "transformers-compiled",
+        "docs/guide/python.md",
+        "hf.py --model 2B-4T --layers 6 --prompt 32 --steps 4 --repeats 3 --threads {threads} -o json",
+    ),
     Figure("opening", "docs/guide/bundles.md", "opening.py {distribution}"),
     Figure("quantised", "docs/guide/quantising.md", "quantize.py -m {smollm2} --work {work} --windows 4"),
 )

@@ -1,11 +1,14 @@
 """transformers as it is, the same model on bitgen's kernels, and bitgen's engine, on random weights.
 
-    python benchmarks/hf.py --model 0.7B --prompt 128 --steps 16 --dtype bfloat16
+    python benchmarks/hf.py --model 2B-4T --prompt 64 --steps 4 --repeats 3 --threads 2
 
-All three run a model of a preset's sizes: transformers packed BitLinears (`linear_class: bitlinear`), as
-microsoft's checkpoints have them, the engine the same shapes. A row is tokens a second of a prompt and of
-decoding with a KV cache, medians over the repeats, and the largest of their deviations from it. PyTorch has
-as many threads as bitgen (``--torch-threads`` for another number): both pools are there at once.
+All three run a model of a preset's sizes (``--layers``: with fewer layers): transformers packed BitLinears
+(`linear_class: bitlinear`), as microsoft's checkpoints have them, the engine the same shapes. Each --mode of
+PyTorch has its rows: eager compiles nothing; own is how transformers comes, which compiles the rounding and
+the unpacking of BitLinear; compile is torch.compile over the whole model, decoding with a static cache. A row
+is tokens a second of a prompt and of decoding with a KV cache, medians over the repeats, and the largest of
+their deviations from it; the first repeat, which compiles, is not counted. PyTorch has as many threads as
+bitgen (``--torch-threads`` for another number): both pools are there at once.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from bitgen.inference.scheduler import Row, Scheduler
 from bitgen.inference.synthetic import random_weights
 from bitgen.llm import library_for
 from bitgen.runtime import load
+
+MODES = ("eager", "own", "compile")
 
 
 def random_bitnet(config: ModelConfig, dtype: Any, linear_class: str) -> Any:
@@ -94,28 +99,35 @@ def timed(run: Callable[[], int], args: argparse.Namespace) -> list[float]:
     return speeds
 
 
-def time_torch(model: Any, args: argparse.Namespace) -> list[list[float]]:
+def time_torch(model: Any, mode: str, args: argparse.Namespace) -> list[list[float]]:
     """Of prompts, then of decoding behind one."""
     import torch
+    import transformers
 
+    torch._dynamo.reset()
+    torch._dynamo.config.disable = mode == "eager"
+    called = torch.compile(model) if mode == "compile" else model
     vocab, prompts, steps = model.config.vocab_size, int(args.prompt), int(args.steps)
     prompt = torch.randint(0, vocab, (1, args.prompt))
+    context = args.prompt + args.steps * (args.repeats + 1)
 
-    cache: Any = None
+    # A cache that grows would be compiled anew when its length changes.
+    static = {"max_cache_len": context} if mode == "compile" else {}
+    kind = transformers.StaticCache if static else transformers.DynamicCache
+    held = kind(config=model.config, **static)
 
     def read() -> int:
-        model(prompt, use_cache=True, logits_to_keep=1)
+        called(prompt, use_cache=True, logits_to_keep=1)
         return prompts
 
     def step() -> int:
-        nonlocal cache
         for _ in range(args.steps):
-            cache = model(torch.randint(0, vocab, (1, 1)), past_key_values=cache).past_key_values
+            called(torch.randint(0, vocab, (1, 1)), past_key_values=held, use_cache=True)
         return steps
 
     with torch.inference_mode():
         read_speeds = timed(read, args)
-        cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        model(prompt, past_key_values=held, use_cache=True, logits_to_keep=1)
         return [read_speeds, timed(step, args)]
 
 
@@ -155,7 +167,10 @@ def main() -> int:
     parser.add_argument("--torch-threads", type=int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--linear-class", choices=("bitlinear", "autobitlinear"), default="bitlinear")
-    parser.add_argument("--eager", action="store_true", help="transformers without its torch.compile")
+    parser.add_argument("--layers", type=int, help="of the model (default: all)")
+    parser.add_argument(
+        "--mode", action="append", choices=MODES, help="of PyTorch; may be given again (eager, compile)"
+    )
     parser.add_argument(
         "--cpu-time", action="store_true", help="a second is one of this process' CPU time, on a busy machine"
     )
@@ -164,16 +179,26 @@ def main() -> int:
     parser.add_argument("-o", "--output", choices=("text", "md", "csv", "json"), default="text")
     args = parser.parse_args()
     config = find_model(args.model)
+    if args.layers is not None:
+        config = replace(config, layers=min(args.layers, config.layers))
     import torch  # with transformers 5 s, which --help and a wrong model need not wait for
 
     import bitgen.hf
 
     torch.set_num_threads(args.torch_threads or args.threads)
-    torch._dynamo.config.disable = args.eager
-    rows = []
+    torch.manual_seed(0)
+    modes = args.mode or ("eager", "compile")
+    rows: list[tuple[object, ...]] = []
+
+    def add_torch(name: str, mode: str) -> None:
+        try:
+            add(f"{name}, {mode}", time_torch(model, mode, args))
+        except torch._dynamo.exc.InternalTorchDynamoError as error:
+            rows.append((f"{name}, {mode}: PyTorch fails", None, None, None, None))
+            print(f"{name}, {mode}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
 
     def add(name: str, speeds: Iterable[list[float]]) -> None:
-        middle = []
+        middle: list[float] = []
         for found in speeds:
             center = statistics.median(found)
             middle += [center, max(abs(each - center) for each in found)]
@@ -182,11 +207,12 @@ def main() -> int:
 
     if not {"transformers", "optimized"} <= set(args.skip):
         model = random_bitnet(config, getattr(torch, args.dtype), args.linear_class)
-        if "transformers" not in args.skip:
-            add(f"transformers, {args.linear_class}, {args.dtype}", time_torch(model, args))
+        for mode in () if "transformers" in args.skip else modes:
+            add_torch(f"transformers, {args.linear_class}, {args.dtype}", mode)
         for activations in () if "optimized" in args.skip else ("transformers", "bitgen"):
             bitgen.hf.optimize(model, library=args.library, threads=args.threads, activations=activations)
-            add(f"optimised, activations {activations}", time_torch(model, args))
+            for mode in modes:
+                add_torch(f"optimised, activations {activations}", mode)
         del model
     if "engine" not in args.skip:
         add("bitgen's engine", time_engine(config, args))
@@ -197,7 +223,8 @@ def main() -> int:
         Column("decode_ts", "decode, t/s", ",.2f"),
         Column("decode_off", "±", ",.2f"),
     )
-    print(render_tables([Table(f"{args.model}, {args.threads} threads", columns, rows)], args.output))
+    what = f"{args.model}, {config.layers} layers, {args.threads} threads"
+    print(render_tables([Table(what, columns, rows)], args.output))
     return 0
 
 

@@ -11,6 +11,7 @@ import types
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -81,6 +82,14 @@ def _runs_here(module: nn.Module, x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not module.training
 
 
+# BitLinear's methods as they were before transformers compiled them: inside of a model that is compiled as a
+# whole PyTorch (2.13) stumbles over a method that is compiled already.
+_QUANT, _POST = (
+    getattr(method, "_torchdynamo_orig_callable", method)
+    for method in (BitLinear.activation_quant, BitLinear.post_quant_process)
+)
+
+
 class OptimizedBitLinear(_Optimized, BitLinear):
     """BitLinear: packed weights, activations rounded to int8 a token."""
 
@@ -90,8 +99,11 @@ class OptimizedBitLinear(_Optimized, BitLinear):
         if self.rms_norm is not None:
             input = self.rms_norm(input)  # noqa: A001
         if self.bitgen_kernel.activations == "transformers":
-            rounded, scale = self.activation_quant(input)
-            y = self.post_quant_process(self.bitgen_linear(rounded).to(input.dtype), self.weight_scale, scale)
+            whole = torch.compiler.is_compiling()
+            rounded, scale = _QUANT(self, input) if whole else self.activation_quant(input)
+            y = self.bitgen_linear(rounded).to(input.dtype)
+            post = partial(_POST, self) if whole else self.post_quant_process
+            y = post(y, self.weight_scale, scale)
         else:
             y = self.bitgen_linear(input)
         return y if self.bias is None else y + self.bias

@@ -291,6 +291,18 @@ def test_torch_compile_sees_one_operator(model: Any) -> None:
     assert len(calls) == len(list(layers.optimized(made)))
 
 
+def test_a_model_with_transformers_integers_compiles_too(tmp_path: Path, library: Path) -> None:
+    """As transformers has them, methods that it compiles for itself, it cannot be compiled as a whole."""
+    made = checkpoint(tmp_path, "bitlinear", torch.bfloat16)
+    hf.optimize(made, library=library, threads=2, activations="transformers")
+    expected = logits(made)
+    with torch._dynamo.config.patch(disable=False):
+        torch._dynamo.reset()
+        compiled = torch.compile(made, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(torch.tensor(IDS)).logits.float(), expected)
+        torch._dynamo.reset()
+
+
 @pytest.mark.deep
 def test_torch_compile_as_people_use_it(model: Any) -> None:
     made, _ = model
