@@ -12,7 +12,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -27,108 +26,27 @@ if postgres.missing():
     pytest.skip(postgres.missing(), allow_module_level=True)
 
 import psycopg
-from fleet_machines import DirectExchange, FakeMachine, fingerprints, machine_of
+from fleet_machines import FakeMachine, fingerprints, machine_of
+from fleet_processes import FLAGS, ROOT, STALLED_S, Fleet, Trouble, check_outcome, replayed
 from postgres import Postgres
 
 from bitgen import cli
 from bitgen.errors import BitgenError
 from bitgen.fleet.admin import hold, prune, pull, release, set_aside, status
 from bitgen.fleet.answering import answer_of
-from bitgen.fleet.database import Database, find_database
+from bitgen.fleet.database import find_database
 from bitgen.fleet.exchange import PostgresExchange
 from bitgen.fleet.messages import TASK, Answer, Request, queue_name
 from bitgen.fleet.outbox import Outbox
-from bitgen.fleet.schema import COORDINATOR, WORKER, initialise, require
-from bitgen.fleet.tune import Family, search_family
+from bitgen.fleet.schema import WORKER, initialise, require
 from bitgen.fleet.worker import Settings, Worker
-from bitgen.formats.config import find_model
 from bitgen.measure import Job
 from bitgen.records import dump
-from bitgen.search import TuneOptions
 from bitgen.space import space_for
 from bitgen.spec import Shape, regime_named
 from bitgen.store import RecordStore
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests" / "support" / "fleet_machines.py"
-MODEL = "TriLM-99M"
-FLAGS = ["-m", MODEL, "--family", "i2s", "--regime", "n1", "--regime", "large", "-t", "1", "--trials", "16"]
-OPTIONS = TuneOptions(families=("i2s",), regimes=("n1", "large"), threads=(1,), trials=16)
-STALLED_S = 2.0
 SHAPE = Shape(640, 256)
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}:{ROOT / 'benchmarks'}"}
-
-
-class Fleet:
-    """A database of its own on the module's server, and the processes that work with it."""
-
-    def __init__(self, server: Postgres, name: str, folder: Path, stalled_s: float = STALLED_S) -> None:
-        self.server, self.name, self.folder = server, name, folder
-        self.processes: list[subprocess.Popen[bytes]] = []
-        with psycopg.connect(server.dsn(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name} TEMPLATE template0".encode())
-        initialise(self.database("postgres"), stalled_s)
-        for login, role in (("worker1", WORKER), ("coordinator1", COORDINATOR)):
-            with contextlib.suppress(psycopg.errors.DuplicateObject):
-                self.sql(f"CREATE ROLE {login} LOGIN IN ROLE {role}")
-
-    def dsn(self, user: str) -> str:
-        return self.server.dsn(user, dbname=self.name)
-
-    def database(self, user: str) -> Database:
-        return find_database(self.dsn(user), {})
-
-    def sql(self, query: str, *values: object, user: str = "postgres") -> list[Any]:
-        options = "'-c search_path=bitgen_fleet'"
-        with psycopg.connect(
-            self.server.dsn(user, dbname=self.name, options=options), autocommit=True
-        ) as connection:
-            cursor = connection.execute(query.encode(), values)
-            has_rows = cursor.pgresult and cursor.pgresult.status == psycopg.pq.ExecStatus.TUPLES_OK
-            return cursor.fetchall() if has_rows else []
-
-    def worker(self, name: str, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
-        log = (self.folder / f"{name}.log").open("ab")
-        outbox = ["--outbox", str(self.folder / "outbox" / name)] if "--outbox" not in flags else []
-        command = [sys.executable, str(SCRIPT), "--dsn", self.dsn("worker1"), "--name", name, *outbox, *flags]
-        process = subprocess.Popen(command, stderr=log, env={**ENVIRONMENT, **environment})
-        log.close()
-        self.processes.append(process)
-        return process
-
-    def coordinator(self, families: str = "zen4", seed: int = 0) -> subprocess.Popen[bytes]:
-        out, logs = self.folder / "winners", self.folder / "logs"
-        command = [sys.executable, "-m", "bitgen", "fleet", "tune", *FLAGS, "--families", families]
-        command += ["--out", str(out), "--logs", str(logs), "--seed", str(seed)]
-        log = (self.folder / "coordinator.log").open("ab")
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**ENVIRONMENT, "BITGEN_FLEET_DSN": self.dsn("coordinator1")}
-        )
-        log.close()
-        self.processes.append(process)
-        return process
-
-    def said(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
-
-    def results(self) -> int:
-        return int(self.sql("SELECT count(*) FROM results")[0][0])
-
-    def wait(self, what: Callable[[], object], seconds: float = 60.0) -> None:
-        wait_for(what, seconds, lambda: "\n".join(p.read_text() for p in self.folder.glob("*.log")))
-
-    def close(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def wait_for(what: Callable[[], object], seconds: float = 60.0, why: Callable[[], str] = str) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, why()[-4000:]
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -446,17 +364,6 @@ def test_a_tune_waits_for_a_database_that_is_away(new_fleet: Callable[..., Fleet
 # ---- whole tunes, through everything ----
 
 
-def replayed(folder: Path, cpu: str = "zen4") -> bytes:
-    """The winners that one machine finds in one process, without any database."""
-    machine = machine_of("alone", cpu)
-    family = Family(machine.label, machine.cpu, machine.isas)
-    exchange = DirectExchange({"alone": FakeMachine()})
-    store, out = RecordStore(folder / f"{cpu}.jsonl"), folder / f"winners-{cpu}"
-    file = search_family(family, find_model(MODEL), OPTIONS, exchange, store, out, lambda _: None).file
-    assert file is not None
-    return file.read_bytes()
-
-
 def test_a_tune_survives_kills_of_everybody(new_fleet: Callable[..., Fleet], tmp_path: Path) -> None:
     """Worker, coordinator and database by kill -9, a worker that stands still and goes on."""
     fleet = new_fleet()
@@ -483,70 +390,14 @@ def test_a_tune_survives_kills_of_everybody(new_fleet: Callable[..., Fleet], tmp
     check_outcome(fleet, {"zen4": replayed(tmp_path)})
 
 
-def check_outcome(fleet: Fleet, winners: dict[str, bytes]) -> None:
-    """Every job has one result, no job is left, and the winners are those of one machine alone."""
-    for cpu, expected in winners.items():
-        assert (fleet.folder / "winners" / f"{cpu}.json").read_bytes() == expected
-    left = "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')"
-    fleet.wait(lambda: fleet.sql(left) == [(0,)], 20)
-    asked_for = fleet.sql("SELECT count(DISTINCT queueing_lock) FROM procrastinate_jobs")[0][0]
-    assert fleet.results() == asked_for
-    for log in fleet.folder.glob("*.log"):
-        assert "Traceback" not in log.read_text(), log.read_text()
-
-
 @pytest.mark.deep
 def test_eight_workers_of_two_families_through_random_kills(
     new_fleet: Callable[..., Fleet], tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
-    fleet = new_fleet()
-    draw = random.Random(os.environ.get("SEED", "1"))
-    kinds = ("zen4", "zen3")
-
-    def worker(i: int) -> subprocess.Popen[bytes]:
-        cpu = kinds[i % 2]
-        return fleet.worker(f"{cpu}-{i}", "--cpu", cpu, "--factor", str(2**i), "--sleep", "0.1")
-
-    workers = {i: worker(i) for i in range(8)}
-    coordinator = fleet.coordinator(",".join(kinds))
-    kills = dict.fromkeys(("worker", "stop", "coordinator", "database", "cut"), 0)
-    stopped: dict[int, float] = {}
-    end = time.monotonic() + 90
-    fleet.wait(lambda: fleet.results() >= 8, 300)
-    while coordinator.poll() is None and time.monotonic() < end:
-        time.sleep(draw.uniform(0.2, 1.0))
-        kind = draw.choices(list(kills), (8, 4, 2, 1, 3))[0]
-        kills[kind] += 1
-        i = draw.randrange(8)
-        if kind == "worker":
-            workers[i].kill()
-            stopped.pop(i, None)
-            workers[i] = worker(i)
-        elif kind == "stop" and i not in stopped:
-            workers[i].send_signal(signal.SIGSTOP)
-            stopped[i] = time.monotonic()
-        elif kind == "coordinator":
-            coordinator.kill()
-            coordinator.wait()
-            coordinator = fleet.coordinator(",".join(kinds))
-        elif kind == "database":
-            fleet.server.kill()
-            time.sleep(draw.uniform(0.1, 2.0))
-            fleet.server.start()
-        elif kind == "cut":
-            with contextlib.suppress(psycopg.OperationalError):
-                fleet.sql(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
-                    "AND datname = current_database() AND random() < 0.5"
-                )
-        for one, since in list(stopped.items()):
-            if time.monotonic() - since > 2 * STALLED_S:
-                workers[one].send_signal(signal.SIGCONT)
-                del stopped[one]
-    for one in stopped:
-        workers[one].send_signal(signal.SIGCONT)
-    assert coordinator.wait(600) == 0, fleet.said("coordinator")
-    record_property("oracle", f"fleet: {fleet.results()} results through {kills}")
+    fleet, kinds = new_fleet(), ("zen4", "zen3")
+    trouble = Trouble(fleet, kinds, 4, 0.1, random.Random(os.environ.get("SEED", "1")))
+    assert trouble.run(90.0) == 0, fleet.said("coordinator")
+    record_property("oracle", f"fleet: {fleet.results()} results through {trouble.counts}")
     check_outcome(fleet, {cpu: replayed(tmp_path, cpu) for cpu in kinds})
 
 
