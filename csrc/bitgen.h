@@ -44,7 +44,7 @@ extern "C" {
 /* ABI begins: what follows up to "ABI ends" is also what other languages read to call this library. */
 
 /* Grows with every incompatible change of this header. */
-#define BITGEN_ABI_VERSION 4
+#define BITGEN_ABI_VERSION 5
 
 /* The codes; bitgen_error_message() has a sentence for each. */
 enum bitgen_error {
@@ -388,6 +388,7 @@ struct bitgen_layer {
      * down do by attn_sub_norm and ffn_sub_norm. */
     struct bitgen_matrix q, k, v, gate, up;
     const float *q_norm_in, *k_norm_in, *v_norm_in, *gate_norm_in, *up_norm_in; /* (hidden), or NULL: none */
+    int64_t window; /* positions that a token attends to, the last of them its own; 0: all up to that */
 };
 
 struct bitgen_model {

@@ -26,6 +26,7 @@ struct bitgen_attention {
     const float *const *q;  /* (rows) pointers to (head_dim): rotated and multiplied by 1 / sqrt(head_dim) */
     float *const *out;      /* (rows) pointers to (head_dim) */
     const int32_t *last;    /* (rows): keys 0 .. last are visible */
+    int64_t window;         /* only the newest so many of these are; 0: all */
     int64_t rows, head_dim; /* rows <= BITGEN_QUERY_ROWS */
     int64_t begin, end;     /* the keys to look at; begin a multiple of BITGEN_KEY_CHUNK, end too or behind `last` */
     float *const *parts; /* NULL: `out` is written. Else (rows) pointers to (chunks, bitgen_part_floats): each chunk's
@@ -65,6 +66,10 @@ struct bitgen_step_ops {
     void (*embed[BITGEN_DENSE_TYPES])(const uint8_t *row, int64_t k, float *x);
     void (*head[BITGEN_DENSE_TYPES])(const struct bitgen_head *a);
 };
+
+/* The first of the keys that a query with the key `last` sees. */
+static inline int64_t bitgen_first_key(int64_t last, int64_t window)
+{ return window && last >= window ? last + 1 - window : 0; }
 
 /* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim), then the scales of the keys and
  * those of the values: of I8 a float each, of I4 a half float for each 32 of head_dim, for keys (blocks of 16, groups, 16),

@@ -57,6 +57,7 @@ static void attend_block(struct step *s, int32_t worker, int64_t head, const str
         .q = q,
         .out = out,
         .last = last,
+        .window = s->layer->window,
         .head_dim = hd,
         .begin = begin * BITGEN_KEY_CHUNK,
         .end = end * BITGEN_KEY_CHUNK,
@@ -89,9 +90,9 @@ static void spans_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
     for (int64_t i = begin; i < end; ++i) {
-        int64_t span = i % s->spans, item = i / s->spans;
-        attend_block(s, worker, item / s->block_count, &s->blocks[item % s->block_count], s->chunks * span / s->spans,
-                     s->chunks * (span + 1) / s->spans);
+        int64_t span = i % s->spans, item = i / s->spans, seen = s->chunks - s->unseen;
+        attend_block(s, worker, item / s->block_count, &s->blocks[item % s->block_count],
+                     s->unseen + seen * span / s->spans, s->unseen + seen * (span + 1) / s->spans);
     }
 }
 
@@ -101,10 +102,12 @@ static void merge_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     struct step *s = arg;
     const int64_t hd = s->model->head_dim, heads = s->model->heads;
     float *work = s->attention + worker * ceil_to(bitgen_attention_floats(hd), FLOATS);
-    for (int64_t i = begin; i < end; ++i)
-        s->ops->merge_parts(s->parts + i * s->chunks * bitgen_part_floats(hd),
-                            s->tokens->position[s->token + i / heads] / BITGEN_KEY_CHUNK + 1, hd, work,
-                            s->inner + i * hd);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t position = s->tokens->position[s->token + i / heads];
+        const int64_t first = bitgen_first_key(position, s->layer->window) / BITGEN_KEY_CHUNK;
+        s->ops->merge_parts(s->parts + (i * s->chunks + first) * bitgen_part_floats(hd),
+                            position / BITGEN_KEY_CHUNK + 1 - first, hd, work, s->inner + i * hd);
+    }
 }
 
 /* Few tokens: a head's keys and values are stored and attended to by one thread, without a barrier between. */
@@ -124,8 +127,9 @@ static void fused_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 static int64_t spans_of(const struct step *s, int64_t items, int64_t work)
 {
     int64_t wanted = HEADS_A_THREAD * s->ctx->threads;
-    if (!s->parts || items >= wanted || s->chunks < 2 || work * items < 4 * ATTENTION_WORK) return 0;
-    return min64(s->chunks, (wanted + items - 1) / items);
+    const int64_t seen = s->chunks - s->unseen;
+    if (!s->parts || items >= wanted || seen < 2 || work * items < 4 * ATTENTION_WORK) return 0;
+    return min64(seen, (wanted + items - 1) / items);
 }
 
 /* Rotation, cache and attention of the part: wide -> inner. */
@@ -133,12 +137,15 @@ static void attention(struct step *s, int only_store)
 {
     const struct bitgen_model *model = s->model;
     struct bitgen_pool *pool = s->ctx->pool;
-    int64_t keys = 0, last = 0, heads = model->kv_heads, items = heads * s->block_count;
+    int64_t keys = 0, first = INT64_MAX, last = 0, heads = model->kv_heads, items = heads * s->block_count;
     for (int64_t t = 0; t < s->n; ++t) {
         const int64_t position = s->tokens->position[s->token + t];
-        keys += position + 1;
+        const int64_t oldest = bitgen_first_key(position, s->layer->window);
+        keys += position + 1 - oldest;
+        first = min64(first, oldest);
         last = max64(last, position);
     }
+    s->unseen = first / BITGEN_KEY_CHUNK;
     s->chunks = last / BITGEN_KEY_CHUNK + 1;
     int64_t work = keys * 2 * model->head_dim * (model->heads / heads) / s->block_count; /* of an item */
     s->spans = only_store ? 0 : spans_of(s, items, work);

@@ -85,8 +85,10 @@ static int32_t check_model(const struct bitgen_model *model, const struct bitgen
     if (code) return code;
     /* An int8 head has scales for its own rows; as an embedding it would need them applied. */
     if (!tokens->x && model->embedding.type == BITGEN_DENSE_I8) return BITGEN_ERROR_MODEL;
-    for (int64_t i = 0; i < model->layers; ++i)
+    for (int64_t i = 0; i < model->layers; ++i) {
         if (!model->layer[i].attn_norm || !model->layer[i].ffn_norm) return BITGEN_ERROR_NULL;
+        if (model->layer[i].window < 0) return BITGEN_ERROR_MODEL;
+    }
     if (model->lm_head.packed) return BITGEN_OK;
     code = check_dense(&model->head, model->hidden);
     if (code || !model->screen.data) return code;
@@ -138,6 +140,7 @@ struct step {
     int64_t block_count;
     float *parts; /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
     int64_t chunks, spans; /* of the keys; spans 0: threads share no heads */
+    int64_t unseen;        /* chunks at the start that no token of the part attends to */
     int32_t *output_of;    /* (outputs) the token of each row of `final` */
     struct run *runs;      /* (outputs) of the head */
     int64_t run_count;

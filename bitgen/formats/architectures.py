@@ -85,6 +85,9 @@ class Architecture:
     matrices: Mapping[str, Tensor] = field(default_factory=lambda: _MATRICES)  # of a layer
     hf_classes: tuple[str, ...] = ()  # of transformers with this forward pass
     hf_rope_theta: float = 10000.0  # where config.json does not say it
+    # Classes with attention to a window: how many layers without one come first where config.json does not
+    # say it. 0: all layers have one, and no `use_sliding_window` is asked for.
+    hf_sliding: Mapping[str, int] = field(default_factory=dict)
     interleaved: bool = False  # a GGUF file stores the rows of q and k for RoPE over (x[2i], x[2i + 1])
     group: int = 0  # activations were not quantised in training: each so many get a scale of their own
     master_weights: bool = True  # floats of a Hugging Face checkpoint are what training updates
@@ -130,7 +133,8 @@ _RECORDS = (
         "llama",
         "silu",
         _PRE_NORMS,
-        hf_classes=("LlamaForCausalLM",),
+        hf_classes=("LlamaForCausalLM", "MistralForCausalLM"),
+        hf_sliding={"MistralForCausalLM": 0},
         interleaved=True,
         master_weights=False,
     ),
@@ -149,6 +153,7 @@ _RECORDS = (
         "silu",
         {**_PRE_NORMS, **_QK_NORMS},
         hf_classes=("Qwen3ForCausalLM", "Qwen3Model"),
+        hf_sliding={"Qwen3ForCausalLM": 28, "Qwen3Model": 28},
         hf_rope_theta=1000000.0,
         group=128,
         master_weights=False,

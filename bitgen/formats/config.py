@@ -84,6 +84,8 @@ class ModelConfig:
     context: int = field(default=4096, kw_only=True)  # the largest number of positions it was made for
     rope_factors: tuple[float, ...] | None = field(default=None, kw_only=True)  # (head_dim / 2)
     yarn: Yarn | None = field(default=None, kw_only=True)  # stretches RoPE, on top of rope_factors
+    # Positions that a token attends to in each layer, the last of them its own, 0: all; (): all in all layers
+    windows: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         for size in _SIZES:
@@ -99,6 +101,8 @@ class ModelConfig:
         if self.head_dim % 2:
             raise FileError(f"head_dim must be even (RoPE rotates pairs), found {self.head_dim}")
         half = self.head_dim // 2
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise FileError(f"windows must be {self.layers} numbers of positions, one a layer")
         factors = self.rope_factors
         if factors is not None and not (len(factors) == half and all(0 < f < math.inf for f in factors)):
             raise FileError(f"rope_factors must be {half} positive numbers")

@@ -149,6 +149,7 @@ def gguf_metadata(config: ModelConfig, architecture: str, file_type: int | None)
         f"{a}.rope.dimension_count": U32(config.head_dim),
         f"{a}.rope.freq_base": float(config.rope_theta),
         **_rope_scaling(f"{a}.rope.scaling.", config),
+        **_windows(f"{a}.attention.sliding_window", config),
         f"{a}.vocab_size": U32(config.vocab),
     }
 
@@ -173,6 +174,17 @@ def _rope_scaling(prefix: str, config: ModelConfig) -> dict[str, Any]:
         f"{prefix}yarn_beta_fast": float(yarn.beta_fast),
         f"{prefix}yarn_beta_slow": float(yarn.beta_slow),
     }
+
+
+def _windows(key: str, config: ModelConfig) -> dict[str, Any]:
+    """Metadata of windows of attention, all as long; the pattern says which layers have one, if not all."""
+    found = set(config.windows) - {0}
+    if not found:
+        return {}
+    if len(found) > 1:
+        raise FileError(f"a GGUF file holds one length of windows, not {', '.join(map(str, sorted(found)))}")
+    slides = [window > 0 for window in config.windows]
+    return {key: U32(found.pop()), **({} if all(slides) else {f"{key}_pattern": np.array(slides)})}
 
 
 def copied_tokenizer(model: ModelFile) -> tuple[dict[str, Any], list[str]]:

@@ -390,8 +390,8 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file, version 3, beside ``path`` and move it into place when it is whole.
 
-    ``metadata``: bool, int (signed 64 bits), U32, float (32 bits), str, numpy arrays of numbers, lists of
-    str. ``progress`` counts bytes of tensors. FileError when it cannot be written.
+    ``metadata``: bool, int (signed 64 bits), U32, float (32 bits), str, numpy arrays of numbers or bool,
+    lists of str. ``progress`` counts bytes of tensors. FileError when it cannot be written.
     """
     try:
         with whole(path, synced=False) as file:
@@ -455,7 +455,8 @@ def _value_bytes(value: Any) -> bytes:
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string_bytes(value)
     if isinstance(value, np.ndarray):
-        kind = next(k for k, name in _SCALARS.items() if np.dtype(name) == value.dtype and k != _BOOL)
+        kinds = (k for k, name in _SCALARS.items() if np.dtype(name) == value.dtype and k != _BOOL)
+        kind = _BOOL if value.dtype == bool else next(kinds)
         return struct.pack("<IIQ", _ARRAY, kind, value.size) + value.tobytes()
     strings = [_string_bytes(text) for text in value]
     return struct.pack("<IIQ", _ARRAY, _STRING, len(strings)) + b"".join(strings)

@@ -94,8 +94,6 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
         if keys.integer(key, head_dim) != head_dim:
             raise keys.error(key, f"is {keys.get(key)} with heads of {head_dim}, which is not supported")
     context = keys.integer("context_length")
-    if 0 < keys.integer("attention.sliding_window", 0) < context:
-        raise keys.error("attention.sliding_window", "is set: attention to a window is not supported")
     embedding = _tensor(file, f"{EMBEDDING.gguf}.weight")
     if len(embedding.shape) != 2:
         raise FileError(f"{file.path}: token_embd.weight has the shape {embedding.shape}")
@@ -124,7 +122,23 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
         rope_factors=factors,
         yarn=_yarn(keys),
+        windows=_windows(keys, context),
     )
+
+
+def _windows(keys: Settings, context: int) -> tuple[int, ...]:
+    """Of each layer, as a ModelConfig has them: one number for all, or for those that a pattern names."""
+    layers, window = keys.integer("block_count"), keys.integer("attention.sliding_window", 0)
+    if not 0 < window < context:
+        return ()
+    pattern = keys.raw("attention.sliding_window_pattern")
+    if pattern is None:
+        return (window,) * layers
+    if not isinstance(pattern, np.ndarray) or pattern.dtype != bool or pattern.size != layers:
+        raise keys.error(
+            "attention.sliding_window_pattern", f"is not {layers} of true and false, one a layer"
+        )
+    return tuple(window if slides else 0 for slides in pattern.tolist())
 
 
 def _scalars(keys: Settings, arch: Architecture) -> Scalars:

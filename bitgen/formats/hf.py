@@ -49,6 +49,8 @@ from bitgen.tokenizer.data import TokenizerData
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 _FLOATS = ("f32", "f16", "bf16")
 _IGNORED = ("rotary_emb.inv_freq",)
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_HF_WINDOW = 4096  # where config.json does not say it, as in transformers
 
 
 # ---- config.json ---------------------------------------------------------------
@@ -69,8 +71,6 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         if settings.get(key):
             raise settings.error(key, "is set: biases are not supported")
     context = settings.integer("max_position_embeddings")
-    if settings.get("use_sliding_window") and settings.integer("sliding_window", context) < context:
-        raise settings.error("use_sliding_window", "is set: attention to a window is not supported")
     tied = settings.get("tie_word_embeddings")
     no_head = f"{LM_HEAD.hf[0]}.weight" not in tensors
     quantization = settings.section("quantization_config")
@@ -99,8 +99,32 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         # A model of vectors is mostly stored without a head, whatever its config.json says.
         tied_head=no_head if tied is None else bool(tied) or (no_head and architecture.last_token),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
+        windows=_windows(settings, data, architecture),
         **_rope(settings, head_dim, architecture.hf_rope_theta),
     )
+
+
+def _windows(settings: Settings, data: Mapping[str, Any], architecture: Architecture) -> tuple[int, ...]:
+    """The window of each layer, as a ModelConfig has them; () where none ends before the context."""
+    sliding, names = architecture.hf_sliding, data.get("architectures") or ("",)
+    full = sliding.get(names[0])
+    if data.get("sliding_window", _HF_WINDOW) is None or not (
+        full == 0 or settings.get("use_sliding_window")
+    ):
+        return ()
+    window = settings.integer("sliding_window", _HF_WINDOW)
+    if not 0 < window < settings.integer("max_position_embeddings"):
+        return ()
+    if full is None:
+        raise settings.error("use_sliding_window", f"is set, and {names[0]} has no attention to a window")
+    layers, kinds = settings.integer("num_hidden_layers"), settings.get("layer_types")
+    if kinds is None:
+        full = settings.integer("max_window_layers", full) if full else 0
+        kinds = [_LAYER_TYPES[i >= full] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_TYPES for kind in kinds):
+        raise settings.error("layer_types", f"is not {layers} of {' and '.join(_LAYER_TYPES)}")
+    found = tuple(window * _LAYER_TYPES.index(kind) for kind in kinds)
+    return found if any(found) else ()
 
 
 def _scalars(settings: Settings, architecture: Architecture) -> Scalars:

@@ -516,7 +516,11 @@ class Engine:
 
     def _layers(self, packed: tuple[PackedLayer, ...]) -> Any:
         structs = self._ffi.new("struct bitgen_layer[]", len(packed))
-        for struct, layer, matrices in zip(structs, self.weights.layers, packed, strict=True):
+        windows = self.config.windows or (0,) * len(packed)
+        for struct, layer, matrices, window in zip(
+            structs, self.weights.layers, packed, windows, strict=True
+        ):
+            struct.window = window
             for role, matrix in matrices.items():
                 self._set_matrix(getattr(struct, role), matrix)
             for name in norms_of(self.config):

@@ -468,8 +468,18 @@ def test_the_metadata_of_llama_cpp_makes_the_config(tmp_path: Path) -> None:
             "the architecture 'gemma3' is not supported; bitgen runs bitnet,",
         ),
         (
-            {"bitnet.attention.sliding_window": U32(32)},
-            "bitnet.attention.sliding_window is set: attention to",
+            {
+                "bitnet.attention.sliding_window": U32(32),
+                "bitnet.attention.sliding_window_pattern": np.array([True]),
+            },
+            "bitnet.attention.sliding_window_pattern is not 2 of true and false, one a layer",
+        ),
+        (
+            {
+                "bitnet.attention.sliding_window": U32(32),
+                "bitnet.attention.sliding_window_pattern": U32(2),
+            },
+            "bitnet.attention.sliding_window_pattern is not 2 of true and false, one a layer",
         ),
         ({"prism.hadamard.version": 1}, "under a Hadamard transform ('prism.hadamard.version', as in"),
         ({"general.architecture": "bad\x1b[31m"}, "the architecture 'bad\\x1b[31m' is not supported"),

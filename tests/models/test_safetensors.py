@@ -326,7 +326,7 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM",
+            "bitgen runs BitnetForCausalLM, BitNetForCausalLM, LlamaForCausalLM, MistralForCausalLM",
         ),
         (
             {"architectures": ["Qwen3MoeForCausalLM"]},
@@ -339,7 +339,7 @@ def test_the_sub_norms_of_1bitllm_have_other_names(tmp_path: Path, monkeypatch: 
         ({"head_dim": 1 << 40}, "heads of 1099511627776 are not possible"),
         (
             {"use_sliding_window": True, "sliding_window": 32},
-            "use_sliding_window is set: attention to a window",
+            "use_sliding_window is set, and BitNetForCausalLM has no attention to a window",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; silu and relu2 are supported"),
         ({"attention_bias": True}, "attention_bias is set: biases are not supported"),

@@ -141,8 +141,15 @@ def four_bits(x: Floats) -> tuple[Floats, Floats]:
     return np.clip(np.rint(x * step), -8, 7).astype(F), scale
 
 
-def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floats]) -> Floats:
-    """q (n, heads, head_dim), already scaled, over one sequence from position 0 on: (n, heads, head_dim)."""
+def attention(
+    q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floats], window: int = 0
+) -> Floats:
+    """q (n, heads, head_dim), already scaled, over one sequence from position 0 on: (n, heads, head_dim).
+
+    ``window``: of so many positions, the last of them its own; 0: of all.
+    """
+    at = np.arange(len(q))
+    first = np.maximum(0, at + 1 - window) if window else np.zeros_like(at)
     n, heads, hd = q.shape
     k, k_scale, v, v_scale = (a.repeat(heads // a.shape[1], axis=1) for a in (*keys, *values))
     k_group = GROUP if k_scale.shape[2] > 1 else hd
@@ -159,9 +166,10 @@ def attention(q: Floats, keys: tuple[Floats, Floats], values: tuple[Floats, Floa
                 sums = fma(np.broadcast_to(q[:, :, d, None], sums.shape), key, sums)
             scales = np.broadcast_to(k_scale[None, part, :, group].swapaxes(1, 2), sums.shape)
             score = fma(sums, scales, score)
-        seen = np.arange(begin, part.stop)[None, None, :] <= np.arange(n)[:, None, None]
-        score = np.where(seen, score, F(-np.inf))
-        rows = np.arange(n) >= begin  # the others see nothing of this chunk
+        key_at = np.arange(begin, part.stop)
+        seen = (key_at <= at[:, None]) & (key_at >= first[:, None])
+        score = np.where(seen[:, None, :], score, F(-np.inf))
+        rows = seen.any(axis=1)  # the others see nothing of this chunk
         top = score[rows].max(axis=2)
         p = exponential(score[rows] - top[..., None])
         blocks = lanes(p)
@@ -222,7 +230,8 @@ def _logits(weights: Weights, ids: NDArray[np.int64], kv: str, steps: Steps, act
             q, k = norm(q, layer.q_norm, c.norm_eps), norm(k, layer.k_norm, c.norm_eps)
         q = rotate(q, turn, F(1) / F(np.sqrt(c.head_dim)))
         k = rotate(k, turn, F(1))
-        inner = attention(q, kept(k, kv), kept(v.reshape(n, c.kv_heads, -1), kv)).reshape(n, -1)
+        window = c.windows[number] if c.windows else 0
+        inner = attention(q, kept(k, kv), kept(v.reshape(n, c.kv_heads, -1), kv), window).reshape(n, -1)
         if layer.attn_sub_norm is not None:
             inner = norm(inner, layer.attn_sub_norm, c.norm_eps)
         x = x + multiply(layer.o, inner, f"{number}.o")

@@ -189,6 +189,7 @@ def gguf_metadata(config: ModelConfig, tokens: list[str] | None = None) -> dict[
         f"{a}.attention.layer_norm_rms_epsilon": config.norm_eps,
         f"{a}.rope.dimension_count": U32(config.head_dim),
         f"{a}.rope.freq_base": config.rope_theta,
+        **_windows(f"{a}.attention.sliding_window", config),
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": words,
         "tokenizer.ggml.scores": np.arange(len(words), dtype=np.float32),
@@ -197,6 +198,12 @@ def gguf_metadata(config: ModelConfig, tokens: list[str] | None = None) -> dict[
         "tokenizer.ggml.eos_token_id": U32(2),
         "tokenizer.ggml.add_bos_token": True,
     }
+
+
+def _windows(key: str, config: ModelConfig) -> dict[str, Any]:
+    if not config.windows:
+        return {}
+    return {key: U32(max(config.windows)), f"{key}_pattern": np.array(config.windows) > 0}
 
 
 def tensor(

@@ -229,10 +229,12 @@ class ReferenceEngine:
         return np.concatenate(outputs, axis=1)
 
     def _attend(self, number: int, q: Doubles, position: int, sequence: int) -> Doubles:
-        """q (heads, head_dim) over the keys and values of positions 0..position -> (heads, head_dim)."""
+        """q (heads, head_dim) over keys and values up to its position, in its window -> the same shape."""
         group = self.config.heads // self.config.kv_heads
-        keys = self.keys[sequence, number, : position + 1].astype(np.float64).repeat(group, axis=1)
-        values = self.values[sequence, number, : position + 1].astype(np.float64).repeat(group, axis=1)
+        window = self.config.windows[number] if self.config.windows else 0
+        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
+        keys = self.keys[sequence, number, seen].astype(np.float64).repeat(group, axis=1)
+        values = self.values[sequence, number, seen].astype(np.float64).repeat(group, axis=1)
         scores = np.einsum("hd,phd->hp", q, keys) / np.sqrt(self.config.head_dim)
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)

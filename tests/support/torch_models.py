@@ -139,7 +139,7 @@ def tokenizer_of(data: TokenizerData) -> Any:
 
 
 def floats_of(weights: Weights) -> Any:
-    """The Qwen3ForCausalLM or Llama one of these weights as floats: each ternary one times its scale."""
+    """The Qwen3ForCausalLM, Llama or Mistral one of these weights as floats: ternary ones times scales."""
     c = weights.config
     sizes = _sizes(c.hidden, c.ffn, c.heads, c.kv_heads, c.head_dim)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": c.rope_theta}
@@ -151,7 +151,13 @@ def floats_of(weights: Weights) -> Any:
         "rope_parameters": rope,
         "tie_word_embeddings": c.tied_head,
     }
-    model = _empty("Qwen3" if c.qk_norm else "Llama", {**sizes, **changes})
+    if c.windows:
+        changes["sliding_window"] = max(c.windows)
+        if c.qk_norm:
+            kinds = ["sliding_attention" if window else "full_attention" for window in c.windows]
+            changes |= {"use_sliding_window": True, "layer_types": kinds}
+    kind = "Qwen3" if c.qk_norm else "Mistral" if c.windows else "Llama"
+    model = _empty(kind, {**sizes, **changes})
     values = _common(weights)
     for number, layer in enumerate(weights.layers if c.qk_norm else ()):
         prefix = f"model.layers.{number}."
