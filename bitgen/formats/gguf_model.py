@@ -122,14 +122,14 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),
         rope_factors=factors,
         yarn=_yarn(keys),
-        windows=_windows(keys, context),
+        windows=_windows(file, keys, context),
     )
 
 
-def _windows(keys: Settings, context: int) -> tuple[int, ...]:
+def _windows(file: GgufFile, keys: Settings, context: int) -> tuple[int, ...]:
     """Of each layer, as a ModelConfig has them: one number for all, or for those that a pattern names."""
     layers, window = keys.integer("block_count"), keys.integer("attention.sliding_window", 0)
-    if not 0 < window < context:
+    if not 0 < window < context or layers > len(file.tensors):  # those that are missing are named later
         return ()
     pattern = keys.raw("attention.sliding_window_pattern")
     if pattern is None:

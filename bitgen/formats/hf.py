@@ -99,13 +99,18 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         # A model of vectors is mostly stored without a head, whatever its config.json says.
         tied_head=no_head if tied is None else bool(tied) or (no_head and architecture.last_token),
         name=printable(str(data.get("_name_or_path") or folder.resolve().name)[:200]),
-        windows=_windows(settings, data, architecture),
+        windows=_windows(settings, data, architecture, len(tensors)),
         **_rope(settings, head_dim, architecture.hf_rope_theta),
     )
 
 
-def _windows(settings: Settings, data: Mapping[str, Any], architecture: Architecture) -> tuple[int, ...]:
-    """The window of each layer, as a ModelConfig has them; () where none ends before the context."""
+def _windows(
+    settings: Settings, data: Mapping[str, Any], architecture: Architecture, tensors: int
+) -> tuple[int, ...]:
+    """The window of each layer, as a ModelConfig has them; () where none ends before the context.
+
+    ``tensors``: how many there are, which bounds the layers; what is missing is named later.
+    """
     sliding, names = architecture.hf_sliding, data.get("architectures") or ("",)
     full = sliding.get(names[0])
     if data.get("sliding_window", _HF_WINDOW) is None or not (
@@ -118,6 +123,8 @@ def _windows(settings: Settings, data: Mapping[str, Any], architecture: Architec
     if full is None:
         raise settings.error("use_sliding_window", f"is set, and {names[0]} has no attention to a window")
     layers, kinds = settings.integer("num_hidden_layers"), settings.get("layer_types")
+    if layers > tensors:
+        return ()
     if kinds is None:
         full = settings.integer("max_window_layers", full) if full else 0
         kinds = [_LAYER_TYPES[i >= full] for i in range(layers)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import libraries
 import numpy as np
 import pytest
+from control_groups import REAL_GROUPS, run_in_group
 from libraries import TL1_SHAPE, TL2_SHAPE
 
 from bitgen import runtime
@@ -126,6 +127,13 @@ def test_kernels_are_chosen_by_shape_tokens_and_threads(bundle: Path) -> None:
 def test_without_a_number_threads_are_the_usable_cores(bundle: Path) -> None:
     with load(bundle) as table:
         assert table.threads == detect_cpu().usable_threads
+
+
+@pytest.mark.parametrize("name", REAL_GROUPS)
+def test_the_library_sees_a_control_group(bundle: Path, name: str) -> None:
+    """A quota and a cpuset that are real, as C reads them."""
+    code = f"from bitgen.runtime import load; print(load({str(bundle)!r}).threads)"
+    assert run_in_group(name, code) == "1"
 
 
 def test_the_self_test_notices_a_wrong_kernel(table: KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,3 +318,17 @@ def test_a_converted_file_keeps_its_windows(tmp_path: Path, windows: tuple[int, 
 def test_windows_of_two_lengths_fit_into_no_gguf_file() -> None:
     with pytest.raises(FileError, match="a GGUF file holds one length of windows, not 10, 20"):
         gguf_metadata(file_config("llama", windows=(10, 20)), "llama", None)
+
+
+@pytest.mark.parametrize("layers", [1 << 24, 1 << 62])
+def test_layers_that_are_not_there_take_no_memory(tmp_path: Path, layers: int) -> None:
+    """A window for each of them would: they are counted in a file before anything is made of them."""
+    model = plain_model(file_config("llama"))
+    metadata = {"llama.block_count": layers, "llama.attention.sliding_window": U32(20)}
+    changes = {"architectures": ["MistralForCausalLM"], **WINDOW, "num_hidden_layers": layers}
+    for path in (
+        write_model(tmp_path / "m.gguf", model, metadata=metadata),
+        write_folder(tmp_path / "m", model, "packed", OFFLINE, changes),
+    ):
+        with pytest.raises(FileError, match=r"layers must be at most|is missing"):
+            open_model(path)

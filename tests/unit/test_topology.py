@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from control_groups import REAL_GROUPS, run_in_group
 
 from bitgen.cli import main
 from bitgen.cpu import Topology, detect_cpu, detect_topology
@@ -250,46 +251,10 @@ def test_a_process_below_taskset_has_other_cores() -> None:
     assert done.stdout.split() == ["1", "1", "1"]
 
 
-GROUPS = Path("/sys/fs/cgroup")
-# A real control group: where it lies, what is written to its files, and what a process in it finds.
-REAL_GROUPS = {
-    "v2, half a CPU": (GROUPS, {"cpu.max": "50000 100000"}, "0.5 1"),
-    "v1, half a CPU": (
-        GROUPS / "cpu",
-        {"cpu.cfs_period_us": "100000", "cpu.cfs_quota_us": "50000"},
-        "0.5 1",
-    ),
-    "v2, a cpuset of one": (GROUPS, {"cpuset.cpus": "CPU"}, "None 1"),
-    "v1, a cpuset of one": (GROUPS / "cpuset", {"cpuset.mems": "0", "cpuset.cpus": "CPU"}, "None 1"),
-}
-
-
 @pytest.mark.parametrize("name", REAL_GROUPS)
 def test_a_process_in_a_control_group(name: str) -> None:
-    parent, values, expected = REAL_GROUPS[name]
-    group = parent / f"bitgen-test-{os.getpid()}"
-    if not (parent / "cgroup.procs").exists():
-        pytest.skip(f"{parent} is no control group")
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error.strerror}")
-    try:
-        for file, value in values.items():
-            if not (group / file).exists():
-                pytest.skip(f"there is no {file} here")
-            (group / file).write_text(value.replace("CPU", str(min(os.sched_getaffinity(0)))))
-        code = (
-            "import os, pathlib, sys\n"
-            "pathlib.Path(sys.argv[1], 'cgroup.procs').write_text(str(os.getpid()))\n"
-            "from bitgen.cpu import detect_topology as d\n"
-            "print(d().quota, d().threads)"
-        )
-        command = [sys.executable, "-c", code, str(group)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected
-    finally:
-        group.rmdir()
+    code = "from bitgen.cpu import detect_topology as d; print(d().quota, d().threads)"
+    assert run_in_group(name, code) == f"{0.5 if 'half' in name else None} 1"
 
 
 def test_cores_of_a_mac() -> None:
