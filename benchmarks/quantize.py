@@ -95,8 +95,8 @@ class Measure:
     def of(self, weights: Weights, keep: bool = False) -> tuple[float, Comparison]:
         """Perplexity, and how far from the reference, of weights with float activations."""
         x = weights.embedding.gather(np.array(self.inputs, np.int32).reshape(-1))
-        for layer in weights.layers:
-            x = run_layer(weights.config, layer, x, len(self.windows), lambda _, w, x: multiply(w, x))
+        for index in range(weights.config.layers):
+            x = run_layer(weights, index, x, len(self.windows), lambda _, w, x: multiply(w, x))
         nll, compared, at = 0.0, Comparison(), 0
         first = WINDOW // 2
         for window, states in zip(self.windows, x.reshape(len(self.windows), WINDOW, -1), strict=True):

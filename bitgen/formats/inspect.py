@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitgen.formats.config import printable
+from bitgen.formats.config import ModelConfig, printable
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.table_types import TableLayout
 from bitgen.spec import EVERY_FAMILY, Layout
@@ -88,6 +88,7 @@ def facts(model: ModelFile) -> dict[str, Any]:
         "heads": f"{c.heads} of {c.head_dim}, {c.kv_heads} for keys and values",
         "vocabulary": c.vocab,
         "context": c.context,
+        **({"windows": _windows(c)} if c.windows else {}),
         "activation": c.activation,
         "sub-norms": "yes" if c.sub_norms else "no",
         "norms of q and k": "yes" if c.qk_norm else "no",
@@ -98,6 +99,14 @@ def facts(model: ModelFile) -> dict[str, Any]:
         "rope": f"theta {c.rope_theta:g}{scaled}",
         "norm_eps": c.norm_eps,
     }
+
+
+def _windows(config: ModelConfig) -> str:
+    """How far attention sees, by the number of layers."""
+    lengths = sorted(set(config.windows), reverse=True)
+    layers = {length: f"{config.windows.count(length)} of {config.layers}" for length in lengths}
+    each = (f"{length or 'all'} positions in {count} layers" for length, count in layers.items())
+    return ", ".join(each)
 
 
 def _bits(model: ModelFile, own: TableLayout) -> float:

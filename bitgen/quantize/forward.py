@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.formats.weights import LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.weights import TernaryMatrix, Weights
 
 Squares: TypeAlias = Mapping[str, Floats]  # of each matrix of a layer, by its role
 Linear: TypeAlias = Callable[[str, TernaryMatrix, Floats], Floats]  # role, matrix, x (n, k) -> (n, m)
@@ -40,20 +40,20 @@ def input_squares(weights: Weights, windows: Sequence[Sequence[int]]) -> Iterato
         return multiply(matrix, x)
 
     x = weights.embedding.gather(np.array(windows, np.int32).reshape(-1)).astype(np.float32)
-    for layer in weights.layers:
-        x = run_layer(weights.config, layer, x, len(windows), linear)
+    for index in range(weights.config.layers):
+        x = run_layer(weights, index, x, len(windows), linear)
         yield dict(squares)
 
 
-def run_layer(config: ModelConfig, layer: LayerWeights, x: Floats, texts: int, linear: Linear) -> Floats:
+def run_layer(weights: Weights, index: int, x: Floats, texts: int, linear: Linear) -> Floats:
     """The residual stream float32 (texts * n, hidden) after a layer, of ``texts`` texts of n tokens."""
-    c, eps = config, config.norm_eps
+    c, layer, eps = weights.config, weights.layers[index], weights.config.norm_eps
     n = len(x) // texts
     qkv = linear("qkv", layer.qkv, _norm(x, layer.attn_norm, eps)).reshape(texts, n, -1, c.head_dim)
     q, k, v = (part.swapaxes(1, 2) for part in np.split(qkv, [c.heads, c.heads + c.kv_heads], axis=2))
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = _norm(q, layer.q_norm, eps), _norm(k, layer.k_norm, eps)
-    attended = _attend(_rope(q, c), _rope(k, c), v)
+    attended = _attend(_rope(q, c), _rope(k, c), v, c.windows[index] if c.windows else 0)
     attended = attended.swapaxes(1, 2).reshape(texts * n, c.q_rows)
     if layer.attn_sub_norm is not None:
         attended = _norm(attended, layer.attn_sub_norm, eps)
@@ -89,10 +89,11 @@ def _rope(x: Floats, config: ModelConfig) -> Floats:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _attend(q: Floats, k: Floats, v: Floats) -> Floats:
-    """Causal attention: q (texts, heads, n, head_dim), k and v with kv_heads -> as q."""
+def _attend(q: Floats, k: Floats, v: Floats, window: int) -> Floats:
+    """Causal attention, to a window or (0) all: q (texts, heads, n, head_dim), k and v with kv_heads -> q."""
     heads, n = q.shape[1], q.shape[2]
-    hidden = np.triu(np.full((n, n), -np.inf, np.float32), 1)
+    seen = np.tri(n, dtype=bool) & ~np.tri(n, k=-(window or n), dtype=bool)
+    hidden = np.where(seen, np.float32(0), np.float32(-np.inf))
     out: NDArray[np.float32] = np.empty_like(q)
     for text in range(len(q)):  # a text at a time: scores are heads * n * n floats
         keys, values = (each[text].repeat(heads // k.shape[1], axis=0) for each in (k, v))

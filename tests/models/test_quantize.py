@@ -349,13 +349,17 @@ def test_gguf_tools_list_and_copy_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "bitnet-b1.58"])
-def test_the_float_model_is_the_formula(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_float_model_is_the_formula(tmp_path: Path, architecture: str, window: int) -> None:
     source, _ = float_model(tmp_path / "m.gguf", architecture)
     model = open_model(source).weights
+    if window:  # in every second layer
+        windows = tuple(window * (i % 2) for i in range(model.config.layers))
+        model = replace(model, config=replace(model.config, windows=windows))
     texts = [IDS, IDS[::-1]]
     x = model.embedding.gather(np.array(texts, np.int32).reshape(-1))
-    for layer in model.layers:
-        x = run_layer(model.config, layer, x, 2, lambda _, matrix, inputs: multiply(matrix, inputs))
+    for index in range(model.config.layers):
+        x = run_layer(model, index, x, 2, lambda _, matrix, inputs: multiply(matrix, inputs))
     got = logits(model, x).reshape(2, len(IDS), -1)
     for ids, rows in zip(texts, got, strict=True):
         expected = logits_of(model, ids, rounds=False)

@@ -23,6 +23,7 @@ from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.convert import convert, gguf_metadata
 from bitgen.formats.gguf import U32
+from bitgen.formats.inspect import facts
 from bitgen.formats.open import open_model
 from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine
@@ -154,18 +155,18 @@ def test_a_window_that_is_none_is_refused(tables: Any) -> None:
 
 
 def test_drafts_change_no_text(tables: Any, tmp_path: Path) -> None:
-    """A prompt and an answer longer than the window, with and without drafts from the text so far."""
+    """Longer than the window, with drafts from the text so far and from a model, and without."""
     model = plain_model(file_config("llama", vocab=97, context=400, windows=(24, 24)))
     path = write_model(tmp_path / "m.gguf", model)
     prompt = np.random.default_rng(1).integers(0, 90, 50).tolist() * 2
     texts = []
-    for options in ({}, {"lookup": True}):
-        with LLM(path, library=tables().path.parent, threads=2) as llm:
+    for draft, options in ((None, {}), (None, {"lookup": True}), (path, {})):
+        with LLM(path, library=tables().path.parent, threads=2, draft=draft) as llm:
             assert llm.config.windows == (24, 24)
             made = llm.generate(prompt, max_tokens=120, ignore_end=True, temperature=0.7, seed=3, **options)
             texts.append("".join(made))
-    assert texts[0] == texts[1]
     assert texts[0]
+    assert texts == [texts[0]] * 3
 
 
 # ---- transformers ----
@@ -332,3 +333,13 @@ def test_layers_that_are_not_there_take_no_memory(tmp_path: Path, layers: int) -
     ):
         with pytest.raises(FileError, match=r"layers must be at most|is missing"):
             open_model(path)
+
+
+def test_inspect_says_how_far_attention_sees(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", plain_model(file_config("llama", windows=(0, 20))))
+    assert (
+        facts(open_model(path))["windows"] == "20 positions in 1 of 2 layers, all positions in 1 of 2 layers"
+    )
+    assert "windows" not in facts(
+        open_model(write_model(tmp_path / "n.gguf", plain_model(file_config("llama"))))
+    )
