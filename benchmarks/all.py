@@ -131,6 +131,7 @@ FIGURES = (
     Figure("instructions", "docs/reference/kernels.md", "instructions.py -o json"),
     Figure("arm-loops", "docs/reference/performance-arm.md", "arm_loops.py -o json"),
     Figure("search", "docs/lab/search.md", "search_study.py -o json"),
+    Figure("cost-model", "docs/lab/search.md", "cost_model.py -o json"),
     Figure(
         "transformers",
         "docs/guide/python.md",

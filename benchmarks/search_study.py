@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ ROUNDS = 16
 _MIN_NS = 3e6  # a turn of a kernel lasts at least this long
 _CONTENDERS = 60  # kernels of one interleaved run; a space is taken in several
 _TURN = 2  # rounds of a run before the next one's turn
+NEAR = 0.03  # regret of a search that ended well
 
 # family, ISA level, regime, threads
 RECORDED = (
@@ -143,6 +145,7 @@ class Outcome:
     regret: dict[Shape, float]  # time of the winner / time of the best point - 1
     share: float  # of the time that timing every point in every round takes
     candidates: int
+    until: dict[Shape, int]  # candidates until one was as near as `NEAR`; all and one more where none was
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,16 @@ def exhaustive_ns(logs: Sequence[Log]) -> float:
 
 
 def search(
-    logs: Sequence[Log], seed: int, config: SearchConfig, contention: Contention | None = None
+    logs: Sequence[Log],
+    seed: int,
+    config: SearchConfig,
+    contention: Contention | None = None,
+    first: Sequence[KernelSpec] = (),
 ) -> Outcome:
-    """Search a group (``logs``: one a shape) as `bitgen tune` does, on the recorded times."""
+    """Search a group (``logs``: one a shape) as `bitgen tune` does, on the recorded times.
+
+    ``first``: what is tried behind the default, as winners of a near CPU family are.
+    """
     (group,) = {log.group for log in logs}
     family, isa_name, regime, threads = group
     isa = find_isa(isa_name, load_isas())
@@ -216,19 +226,29 @@ def search(
         return RecordedSpace(by_shape[shape].points)
 
     with tempfile.TemporaryDirectory() as folder:
+        store = RecordStore(Path(folder) / "records.jsonl")
         result = tune(
             plan,
             runner,
-            RecordStore(Path(folder) / "records.jsonl"),
+            store,
             lambda spec: Fingerprint("replay", "replay", spec.name, "replay"),
             spaces,  # type: ignore[arg-type]
-            Session(config=config),
+            Session(config=config, family_winners=tuple(first)),
         )
+    tried = list(dict.fromkeys(trial.measurement.job.spec for trial in store.trials()))
     true = {log.shape: true_times(log) for log in logs}
     return Outcome(
         {row.shape: true[row.shape][row.spec] / min(true[row.shape].values()) - 1 for row in result.winners},
         runner.spent_ns / exhaustive_ns(logs),
         sum(result.outcomes.values()),
+        {shape: _until(tried, times) for shape, times in true.items()},
+    )
+
+
+def _until(tried: Sequence[KernelSpec], true: dict[KernelSpec, float]) -> int:
+    bar = (1 + NEAR) * min(true.values())
+    return next(
+        (i for i, spec in enumerate(tried, start=1) if true.get(spec, math.inf) <= bar), len(tried) + 1
     )
 
 
@@ -257,7 +277,7 @@ def table(logs: Sequence[Log], seeds: int) -> Table:
                     statistics.mean(o.candidates for o in outcomes),
                     statistics.median(regret),
                     regret[-1],
-                    sum(r <= 0.03 for r in regret),
+                    sum(r <= NEAR for r in regret),
                     statistics.mean(share),
                     max(share),
                 )
@@ -293,9 +313,9 @@ def contention_table(logs: Sequence[Log], seeds: int, contention: Contention) ->
             (
                 f"{family} {isa} {regime} t={threads}",
                 len(each),
-                sum(quiet <= 0.03 for quiet, _ in each) / len(each),
-                sum(noisy <= 0.03 for _, noisy in each) / len(each),
-                sum(1 + noisy <= 1.03 * (1 + quiet) for quiet, noisy in each) / len(each),
+                sum(quiet <= NEAR for quiet, _ in each) / len(each),
+                sum(noisy <= NEAR for _, noisy in each) / len(each),
+                sum(1 + noisy <= (1 + NEAR) * (1 + quiet) for quiet, noisy in each) / len(each),
                 statistics.mean(quiet.share for quiet, _ in pairs),
                 statistics.mean(noisy.share for _, noisy in pairs),
             )

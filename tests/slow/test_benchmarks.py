@@ -29,6 +29,7 @@ SERVED = {"threads": 1, "rounds": 1, "tokens": 8, "long": 64, "prefix": 32, "mix
 RUNS = {
     "all": (["--list"], "bitgen tune --model 3B"),
     "search_study": (["--log", "{log}", "--seeds", "1"], "median regret"),
+    "cost_model": (["--regime", "small", "--seeds", "1"], "what a search tries first"),
     "kernels": (
         ["decode", "--model", "{model}", "--isa", BEST, "--family", "i2s", "--rounds", "1"],
         "of DRAM",
