@@ -102,7 +102,7 @@ def test_processes_are_started_in_few_places() -> None:
         "bitgen.energy",
         "bitgen.toolchain.process",
         "bitgen.cpu.macos",
-        "bitgen.measure.runner",
+        "bitgen.measure.client",
         "bitgen.bundle.write",
     }
     assert importers("subprocess") <= allowed, importers("subprocess") - allowed
