@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bitgen.cpu.pages import private_pages
+
 # Linux: no promise of memory for what is only reserved; the module has no name for it before Python 3.13.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -46,11 +48,9 @@ class KvMemory:
             self.data: NDArray[np.uint8] = np.zeros(size, np.uint8)
             return
         try:
-            self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            self._map = private_pages(size, _NO_RESERVE)  # a chunk is MBs in one piece, all of it written
         except OSError:
             raise MemoryError from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a chunk is MBs in one piece, and all of it is written
-            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.data = np.frombuffer(self._map, np.uint8)
 
     def give_back(self, begin: int, end: int) -> None:

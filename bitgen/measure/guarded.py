@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.cpu.linux import available_memory
+from bitgen.cpu.pages import HUGE, private_pages
 from bitgen.errors import BitgenError
 from bitgen.measure.harness import Harness
 
 _PAGE = mmap.PAGESIZE
 _NONE, _READ, _READ_WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
-_HUGE = 2 << 20
 # Pools that are kept: a race of all families has nine layouts, 2.3 GiB where pools have 256 MiB.
 _POOLS_BYTES, _POOLS_SHARE = 3 << 30, 4  # at most this, and at most a quarter of the memory there is
 _STEP = 64 << 20  # mappings are multiples of it, so that one of another shape fits
@@ -35,7 +35,7 @@ class Guarded:
         inner = -(-max(nbytes, 1) // _PAGE) * _PAGE
         self._harness = harness
         # Private: only then can large ones have huge pages, as the outputs of a library's steps do.
-        self._map = _new_mapping(inner + 2 * _PAGE)
+        self._map = private_pages(inner + 2 * _PAGE)
         self._base = int(harness.ffi.cast("uintptr_t", harness.ffi.from_buffer(self._map)))
         self._inner = inner
         self._protect(0, _PAGE, _NONE)
@@ -122,7 +122,7 @@ class Pools:
 
         New pages cost a virtual machine 1.5 s a GiB at their first touch, filling those it has 0.15 s.
         """
-        wanted = -(-(nbytes + _HUGE) // _STEP) * _STEP
+        wanted = -(-(nbytes + HUGE) // _STEP) * _STEP
         while True:
             fitting = [memory for memory in self._spare if len(memory) >= wanted]
             if fitting:
@@ -131,27 +131,20 @@ class Pools:
                 return memory
             held = [*self._spare, *(pool.memory for pool in self._pools.values())]
             if sum(map(len, held)) + wanted <= self._most or not held:
-                return _new_mapping(wanted)
+                return private_pages(wanted)
             idle = next((key for key in self._pools if key not in self._in_use), None)
             if self._spare:
                 self._spare.pop()
             elif idle is not None:
                 self._spare.append(self._pools.pop(idle).memory)
             else:
-                return _new_mapping(wanted)
+                return private_pages(wanted)
 
     def _filled(self, memory: mmap.mmap, nbytes: int, unit: NDArray[np.uint8]) -> Pool:
         base = int(self._harness.ffi.cast("uintptr_t", self._harness.ffi.from_buffer(memory)))
-        address = -(-base // _HUGE) * _HUGE  # whole huge pages only
+        address = -(-base // HUGE) * HUGE  # whole huge pages only
         view = np.frombuffer(memory, np.uint8, nbytes, address - base)
         whole = nbytes // unit.size
         view[: whole * unit.size].reshape(whole, unit.size)[:] = unit
         view[whole * unit.size :] = unit[: nbytes - whole * unit.size]
         return Pool(memory, address, nbytes)
-
-
-def _new_mapping(nbytes: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
