@@ -221,7 +221,7 @@ def _execute(folder: Path, target: Target) -> None:
 
 
 def _execute_at(folder: Path, cap: str | None) -> None:
-    command = [sys.executable, "-m", "bitgen.runtime", str(folder)]
+    command = [sys.executable, "-m", "bitgen.self_test", str(folder)]
     package = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, CAP_VARIABLE: cap} if cap else None
     try:

@@ -16,13 +16,13 @@ import pytest
 from control_groups import REAL_GROUPS, run_in_group
 from libraries import TL1_SHAPE, TL2_SHAPE
 
-from bitgen import runtime
+from bitgen import runtime, self_test
 from bitgen.abi import ABI_VERSION
 from bitgen.cpu import detect_cpu
 from bitgen.errors import BitgenError, FileError
 from bitgen.reference import linear as reference_linear
 from bitgen.reference import pack, ternary_matmul
-from bitgen.runtime import ArgumentTypeError, ArgumentValueError, BusyError, KernelTable, load, self_test
+from bitgen.runtime import ArgumentTypeError, ArgumentValueError, BusyError, KernelTable, load
 from bitgen.spec import Shape
 from bitgen.toolchain import Unit
 
@@ -137,10 +137,11 @@ def test_the_library_sees_a_control_group(bundle: Path, name: str) -> None:
 
 
 def test_the_self_test_notices_a_wrong_kernel(table: KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert self_test(table) == 24 + 24 + 6, "with scales outside, in groups, and of int16 activations"
-    monkeypatch.setattr(runtime, "ternary_matmul", lambda xq, w: ternary_matmul(xq, w) + 1)
+    matmuls = 24 + 24 + 6  # with scales outside, in groups, and of int16 activations
+    assert self_test.self_test(table) == matmuls
+    monkeypatch.setattr(self_test, "ternary_matmul", lambda xq, w: ternary_matmul(xq, w) + 1)
     with pytest.raises(BitgenError, match=r"bitgen_tl2_n1\w* computes wrong results for 5x127, n = 1"):
-        self_test(table)
+        self_test.self_test(table)
 
 
 W = np.zeros((4, 6), np.int8)
