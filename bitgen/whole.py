@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_numbers = itertools.count()  # two threads may write the same file, and so may two machines that share a home
 
 
 @contextlib.contextmanager
@@ -19,7 +23,7 @@ def whole(path: Path, *, synced: bool = True, private: bool = False) -> Iterator
     owner only. OSErrors are passed on: what could not be written, the caller knows. What processes that were
     killed had begun is deleted.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{next(_numbers)}")
     _tidy(path)
     fresh.unlink(missing_ok=True)  # of a killed process that had the same number
     try:
@@ -36,11 +40,13 @@ def whole(path: Path, *, synced: bool = True, private: bool = False) -> Iterator
 
 
 def _tidy(path: Path) -> None:
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        number = left.name.rpartition(".")[2]
-        if number.isdigit():
+    """Delete what processes of this machine had begun that live no more."""
+    start = f".{path.name}.{platform.node()}-"
+    for left in path.parent.glob(f"{glob.escape(start)}*"):
+        process = left.name.removeprefix(start).partition("-")[0]
+        if process.isdigit():
             try:
-                os.kill(int(number), 0)
+                os.kill(int(process), 0)
             except ProcessLookupError:
                 left.unlink(missing_ok=True)
             except (OSError, OverflowError):  # somebody else's

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from bitgen.records import dump, load, load_json
 from bitgen.space import space_for
 from bitgen.spec import KernelSpec, Shape, WeightKind, regime_named
 from bitgen.store import RecordStore
+from bitgen.whole import whole
 
 SCHEMA = 2
 _FAMILY = re.compile(r"[a-z0-9][a-z0-9_.-]{0,40}")
@@ -205,12 +205,10 @@ def _folded(winners: Iterable[_Entry], new: Iterable[_Entry]) -> tuple[_Entry, .
 
 
 def _write(target: Path, content: _File) -> Path:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(dump(content), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(target)
+        with whole(target, synced=False) as file:
+            file.write(f"{json.dumps(dump(content), indent=1)}\n".encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise FileError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 

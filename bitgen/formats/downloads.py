@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bitgen.errors import BitgenError, FileError, UsageError
+from bitgen.whole import whole
 
 PREFIXES = ("hf:", "lmstudio:", "ollama:")
 _HF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>[^:@]+))?(?:@(?P<revision>[\w./-]+))?")
@@ -276,9 +277,8 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
     ref = folder / "refs" / revision
     if revision != commit:
         ref.parent.mkdir(parents=True, exist_ok=True)
-        fresh = ref.with_name(f"{ref.name}.{os.getpid()}")
-        fresh.write_text(commit, encoding="ascii")
-        fresh.replace(ref)
+        with whole(ref, synced=False) as file:
+            file.write(commit.encode("ascii"))
 
 
 def _reason(error: BaseException) -> str:

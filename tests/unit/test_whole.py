@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -44,6 +45,18 @@ def test_only_its_owner_reads_what_is_private(tmp_path: Path) -> None:
         os.umask(umask)
 
 
+def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with whole(path) as first:
+        first.write(b"fir")
+        with whole(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"st")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     script = """
@@ -54,13 +67,17 @@ with whole(pathlib.Path(sys.argv[1])) as file:
     file.flush()
     os.kill(os.getpid(), 9)
 """
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
-    assert killed.returncode == -9
+    killed = subprocess.Popen([sys.executable, "-c", script, str(path)])
+    assert killed.wait() == -9
     (left,) = tmp_path.iterdir()
-    theirs = tmp_path / f".a.json.{os.getppid()}"  # of a process that lives
-    theirs.touch()
+    assert platform.node() in left.name
+    lives = tmp_path / left.name.replace(str(killed.pid), str(os.getppid()))
+    elsewhere = tmp_path / left.name.replace(platform.node(), "another machine")
+    for theirs in (lives, elsewhere):
+        theirs.touch()
     with whole(path) as file:
         file.write(b"whole")
     assert not left.exists()
-    assert theirs.exists()
+    assert lives.exists()
+    assert elsewhere.exists()
     assert path.read_bytes() == b"whole"
