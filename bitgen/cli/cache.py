@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from bitgen.inference.weight_cache import cache_entries, check_cache, clear_cache
+    from bitgen.inference.packed_file import cache_entries, check_cache, clear_cache
 
     if args.action == "clear":
         print(f"{clear_cache() / 2**20:,.1f} MiB freed")

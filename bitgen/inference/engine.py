@@ -12,15 +12,15 @@ of the library: every float operation has one order (templates/step), every inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from decimal import Context, Decimal
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, X_TYPES, constants, ffi
+from bitgen.abi import ACTIVATIONS, DENSE_TYPES, KV_TYPES, STAGES, X_TYPES, ffi
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.architectures import norms_of
 from bitgen.formats.config import ModelConfig
@@ -40,7 +40,8 @@ from bitgen.inference.memory import (
     with_cache_that_fits,
 )
 from bitgen.inference.numa import place_model, place_rows
-from bitgen.inference.wants import Answer, Best, Chosen, Floats, Hidden, Logits, Nothing, Want
+from bitgen.inference.rows import check_tokens, logit_rows, want_rows
+from bitgen.inference.wants import Answer, Floats, Want
 from bitgen.inference.weight_cache import (
     GroupsOf,
     PackedLayer,
@@ -69,20 +70,7 @@ OWN_ACTIVATIONS: Activations = "int8"
 PREFILL = 512  # tokens of one C call; longer inputs are cut. Work memory grows with it, logits do not change
 _ROPE_BLOCK = 1024  # positions whose cosines and sines are made at once: 5 ms
 
-_WANT_HIDDEN, _WANT_LOGITS, _WANT_BEST = (
-    getattr(constants, f"BITGEN_WANT_{name}") for name in ("HIDDEN", "LOGITS", "BEST")
-)
 _TOKENS_SIZE, _ROW_SIZE = (ffi.sizeof(f"struct bitgen_{name}") for name in ("tokens", "row"))
-_OUTPUTS = {Hidden: ("hidden", _WANT_HIDDEN), Logits: ("vocab", _WANT_LOGITS)}  # sizes in ModelConfig
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The ``struct bitgen_row`` of each token, what they point to, and how the answer is made of that."""
-
-    rows: Any
-    kept: list[Any]
-    result: Callable[[], Any]
 
 
 class Engine:
@@ -186,13 +174,13 @@ class Engine:
         n = len(ids)
         if not n or {len(places), len(owners), len(wants)} != {n}:
             raise BitgenError("tokens, positions, sequences and wants must be as many, and not none")
-        self._check_tokens(ids)
+        check_tokens(ids, self.config.vocab)
         self._check_places(places, owners)
         self._fill_rope(max(places) + 1)
         if isinstance(wants, np.ndarray) or isinstance(wants[0], (bool, np.bool_)):
-            answers = self._all_logits(np.asarray(wants).tolist())
+            answers = logit_rows(np.asarray(wants).tolist(), self.config)
         else:
-            answers = self._answers(wants)
+            answers = want_rows(wants, self.config)
         for begin in range(0, n, PREFILL):
             end = min(begin + PREFILL, n)
             self._step([a[begin:end] for a in inputs], answers.rows[begin:end])
@@ -282,72 +270,6 @@ class Engine:
 
     # ---- Inside ----
 
-    def _all_logits(self, wanted: list[bool]) -> _Rows:
-        """Rows that write the logits of the ``wanted`` tokens to one array."""
-        rows = [row for row, flag in enumerate(wanted) if flag]
-        logits = np.empty((len(rows), self.config.vocab), np.float32)
-        structs = self._ffi.new("struct bitgen_row[]", len(wanted))
-        if rows:
-            first = self._ffi.from_buffer("float[]", logits)
-            for at, row in enumerate(rows):
-                structs[row].want = _WANT_LOGITS
-                structs[row].out = first + at * self.config.vocab
-        return _Rows(structs, [logits], lambda: logits)
-
-    def _answers(self, wants: Sequence[Want]) -> _Rows:
-        """Rows that write each answer to arrays of its own."""
-        structs = self._ffi.new("struct bitgen_row[]", len(wants))
-        kept: list[Any] = []  # arrays and their addresses, until C has read and written them
-
-        def pointer(kind: str, values: NDArray[Any]) -> Any:
-            kept.append(self._ffi.from_buffer(kind, values))
-            return kept[-1]
-
-        answers: list[Answer] = []
-        for struct, want in zip(structs, wants, strict=True):
-            if isinstance(want, Nothing):
-                answers.append(None)
-            elif isinstance(want, Best):
-                answers.append(self._fill_best(struct, want, pointer))
-            else:
-                size, kind = _OUTPUTS[type(want)]
-                struct.want = kind
-                values = np.empty(getattr(self.config, size), np.float32)
-                struct.out = pointer("float[]", values)
-                answers.append(values)
-        return _Rows(structs, kept, lambda: [a.trimmed() if isinstance(a, Chosen) else a for a in answers])
-
-    def _fill_best(self, struct: Any, want: Best, pointer: Callable[[str, NDArray[Any]], Any]) -> Chosen:
-        vocab = self.config.vocab
-        if not 0 <= want.k <= vocab:
-            raise BitgenError(f"k must be 0 to {vocab}, the vocabulary, not {want.k}")
-        chosen = Chosen(
-            np.empty(want.k, np.int32), np.empty(want.k, np.float32), np.empty(len(want.named), np.float32)
-        )
-        struct.want, struct.best = _WANT_BEST, want.k
-        struct.ids, struct.out = pointer("int32_t[]", chosen.ids), pointer("float[]", chosen.logits)
-        if want.allowed is not None:
-            words = -(-vocab // 32)
-            if want.allowed.shape != (words,) or want.allowed.dtype != np.uint32:
-                raise BitgenError(
-                    f"allowed must be uint32 ({words},), a bit for each token of the vocabulary"
-                )
-            struct.allowed = pointer("uint32_t[]", np.ascontiguousarray(want.allowed))
-        struct.bias_count, struct.named_count = len(want.bias), len(want.named)
-        if want.bias:
-            self._check_tokens(list(want.bias))
-            with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
-                bias = np.fromiter(want.bias.values(), np.float32, len(want.bias))
-            if not np.isfinite(bias).all():
-                raise BitgenError("a bias must be finite: leave a token out with `allowed`")
-            struct.bias_id = pointer("int32_t[]", np.fromiter(want.bias, np.int32, len(want.bias)))
-            struct.bias = pointer("float[]", bias)
-        if want.named:
-            self._check_tokens(list(want.named))
-            struct.named = pointer("int32_t[]", np.array(want.named, np.int32))
-            struct.named_out = pointer("float[]", chosen.named)
-        return chosen
-
     def _step(self, inputs: Sequence[NDArray[Any]], rows: Any) -> None:
         """Tokens, positions and sequences, at most `PREFILL`, and their rows: one call of C."""
         ffi, lib = self._ffi, self._lib
@@ -371,12 +293,6 @@ class Engine:
         if code == self._lib.BITGEN_ERROR_NOT_FINITE:
             raise FileError("the model computes NaN or infinity: is its file damaged?")
         self.table.check(code)
-
-    def _check_tokens(self, ids: list[int]) -> None:
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.config.vocab:
-            wrong = low if low < 0 else high
-            raise BitgenError(f"token {wrong} is not in the vocabulary of {self.config.vocab}")
 
     def _check_places(self, positions: list[int], sequences: list[int]) -> None:
         expected = dict(enumerate(self.lengths))

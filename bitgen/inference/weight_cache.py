@@ -1,39 +1,24 @@
-"""A model's ternary matrices packed for the kernels of a library, kept on disk and mapped the next time.
+"""A model's ternary matrices packed for the kernels of a library, and its LM head as int8.
 
-A weight cache file holds what follows from a model file and a library's layouts, nothing else: its name is a
-digest of the model file's fingerprint and of the layout of every matrix. It is written beside its final name
-and renamed, so it is whole or not there, and it is only a cache: deleting it costs the time to pack again.
-
-::
-
-    pieces, each at a multiple of 64 bytes      packed weights, scales
-    JSON                                        {"format": 3, "model": ..., "pieces": {name: place}}, where
-                                                place is [offset, bytes, CRC-32]
-    24 bytes                                    where the JSON starts, its bytes (uint64 each), "BITGENPK"
+Both take seconds to minutes, so they are kept on disk and mapped the next time (`packed_file`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import mmap
-import os
-import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import BitgenError, FileError
+from bitgen.errors import FileError
 from bitgen.families.base import TERNARY, Codes
 from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference.memory import mapping_of
-from bitgen.paths import cache_dir, ensure_dir
+from bitgen.inference.packed_file import Bytes, Pieces, cached, check_disk, key_of, path_of
 from bitgen.progress import Progress, Report
 from bitgen.runtime import Groups, KernelTable, aligned_bytes
 from bitgen.spec import Shape
@@ -41,15 +26,9 @@ from bitgen.spec import Shape
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
 Doubles: TypeAlias = NDArray[np.float64]
 
-FORMAT = 3  # of cache files; part of their names, so files of other formats are never read
-_MAGIC = b"BITGENPK"
-_TAIL = 24
-_ALIGN = 64
-_SUFFIX = ".packed"
 # Weights decoded at once: 8 MiB as int8, so that what is not yet packed stays small beside a model. Rows come
 # in multiples of 256, which every layout's row block divides.
 _SLAB = 1 << 23
@@ -96,15 +75,6 @@ class QuantizedLmHead:
     error: float
 
 
-@dataclass(frozen=True)
-class CacheEntry:
-    """A file of the cache."""
-
-    path: Path
-    model: str
-    bytes: int
-
-
 _PACKING = "packing weights for these kernels, once"
 _HEAD = "head"
 
@@ -123,8 +93,8 @@ def find_groups(weights: Weights, fingerprint: str | None = None) -> GroupsOf:
         numbers = [(0, 0) if g is None else (g.group, int(g.half)) for g in found]
         yield "groups", np.array(numbers, np.int32).view(np.uint8).reshape(-1)
 
-    pieces = _cached(
-        _key(fingerprint, "groups", weights.config.group, list(matrices)),
+    pieces = cached(
+        key_of(fingerprint, "groups", weights.config.group, list(matrices)),
         weights.config.name or weights.config.architecture,
         make,
         lambda found: found["groups"].size == 8 * len(matrices),
@@ -183,14 +153,14 @@ def pack_model(
         name: (m.shape.name, table.layout_name(m.shape, groups[name]), _scale_type(groups[name]))
         for name, m in matrices.items()
     }
-    key = _key(fingerprint, "layers", layouts)
+    key = key_of(fingerprint, "layers", layouts)
 
     def make() -> Iterator[tuple[str, Bytes]]:
         if from_disk:
-            _check_disk(packed_bytes(weights, table, groups))
+            check_disk(packed_bytes(weights, table, groups))
         return _pack(matrices, table, groups, progress, lambda: release_pages(weights.embedding.data))
 
-    pieces = _cached(
+    pieces = cached(
         key,
         weights.config.name or weights.config.architecture,
         make,
@@ -206,7 +176,7 @@ def pack_model(
     roles = [matmul.role for matmul in weights.config.layer_matmuls]
     layers = ({role: made(f"{i}.{role}") for role in roles} for i in range(len(weights.layers)))
     head = made(_HEAD) if _HEAD in matrices else None
-    return PackedModel(tuple(layers), head, None if key is None else _path(key))
+    return PackedModel(tuple(layers), head, None if key is None else path_of(key))
 
 
 def pack_matrix(matrix: TernaryMatrix, table: KernelTable, group: int) -> PackedMatrix:
@@ -231,8 +201,8 @@ def quantize_lm_head(
 ) -> QuantizedLmHead:
     """An LM head as int8 with a scale a row, from the cache or made now; the arguments of `pack_model`."""
     rows, cols = head.shape
-    pieces = _cached(
-        _key(fingerprint, "head", [head.type, rows, cols]),
+    pieces = cached(
+        key_of(fingerprint, "head", [head.type, rows, cols]),
         model,
         lambda: _quantize(head, table, progress),
         lambda found: (
@@ -254,48 +224,6 @@ def packed_bytes(weights: Weights, table: KernelTable, groups: GroupsOf) -> int:
         table.packed_bytes(m.shape, groups[name]) + (0 if groups[name] else m.shape.m * 4)
         for name, m in named_matrices(weights).items()
     )
-
-
-def cache_entries() -> list[CacheEntry]:
-    """The files of the cache, largest first."""
-    entries = []
-    for path in _folder().glob(f"*{_SUFFIX}"):
-        with contextlib.suppress(OSError, BitgenError):
-            entries.append(CacheEntry(path, _map(path).model, path.stat().st_size))
-    return sorted(entries, key=lambda entry: (-entry.bytes, entry.path.name))
-
-
-def check_cache() -> list[CacheEntry]:
-    """Read all files of the cache whole, and delete those that are not what was written; those are returned.
-
-    A start does not do this: it maps a file and looks at its heads alone, and pages come when they are used.
-    """
-    damaged = []
-    for path in sorted(_folder().glob(f"*{_SUFFIX}")):
-        with contextlib.suppress(OSError):
-            size, model = path.stat().st_size, ""
-            try:
-                file = _map(path)
-                model = file.model
-                whole = all(zlib.crc32(data.data) == file.sums[name] for name, data in file.pieces.items())
-            except BitgenError:
-                whole = False
-            if not whole:
-                path.unlink()
-                damaged.append(CacheEntry(path, model, size))
-    return damaged
-
-
-def clear_cache() -> int:
-    """Delete all files of the cache, unfinished ones too; the bytes they had. Who has one mapped keeps it."""
-    freed = 0
-    for path in _folder().glob("*"):
-        if path.suffix in (_SUFFIX, ".part"):
-            with contextlib.suppress(OSError):
-                size = path.stat().st_size
-                path.unlink()
-                freed += size
-    return freed
 
 
 # ---- making the pieces ----
@@ -425,156 +353,8 @@ def _screen_bound(squares: Sequence[Doubles], k: int) -> Floats:
     return np.nextafter(bound.astype(np.float32), np.float32(np.inf))
 
 
-# ---- the cache ----
-
-
-def _folder() -> Path:
-    return cache_dir() / "packed"
-
-
-def _path(key: str) -> Path:
-    return _folder() / f"{key}{_SUFFIX}"
-
-
-def _check_disk(size: int) -> None:
-    """FileError unless the cache's disk has room for a file of ``size`` bytes."""
-    folder = ensure_dir(_folder())
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise FileError(
-            f"too little room in {folder}: packed weights take {size >> 20:,} MiB, {free >> 20:,} MiB are "
-            "free; BITGEN_HOME names another place"
-        )
-
-
-def _key(fingerprint: str | None, *what: Any) -> str | None:
-    """The name of a cache file; None where there is no fingerprint."""
-    if fingerprint is None:
-        return None
-    return hashlib.sha256(json.dumps([FORMAT, fingerprint, *what]).encode()).hexdigest()[:32]
-
-
-def _cached(
-    key: str | None,
-    model: str,
-    make: Callable[[], Iterator[tuple[str, Bytes]]],
-    is_valid: Callable[[Mapping[str, Bytes]], bool],
-    *,
-    must_write: bool = False,
-) -> Mapping[str, Bytes]:
-    """The pieces under ``key``; made, and kept if possible, where there are none or they are not valid.
-
-    ``must_write``: they are kept, or it is a FileError.
-    """
-    if key is not None:
-        path = _path(key)
-        found = _read(path, is_valid)
-        if found is None:
-            with contextlib.suppress(_CannotWriteError):
-                _write(path, model, make())
-                found = _read(path, is_valid)
-        if found is not None:
-            return found
-    if must_write:
-        raise FileError(f"cannot write packed weights to {_folder()}, which is what runs a model from disk")
-    return dict(make())
-
-
-def _read(path: Path, is_valid: Callable[[Mapping[str, Bytes]], bool]) -> Mapping[str, Bytes] | None:
-    try:
-        pieces = _map(path).pieces
-        return pieces if is_valid(pieces) else None
-    except (OSError, BitgenError, KeyError):
-        return None
-
-
 def _is_valid(
-    pieces: Mapping[str, Bytes], name: str, matrix: TernaryMatrix, groups: Groups | None, table: KernelTable
+    pieces: Pieces, name: str, matrix: TernaryMatrix, groups: Groups | None, table: KernelTable
 ) -> bool:
     sizes = (0,) if groups else (4, 4 * matrix.shape.m)
     return table.is_packed(pieces[name], matrix.shape) and pieces[f"{name}.scale"].size in sizes
-
-
-@dataclass(frozen=True)
-class _File:
-    """A cache file, mapped: the model's name, the pieces, the CRC-32 of each when it was written."""
-
-    model: str
-    pieces: Mapping[str, Bytes]
-    sums: Mapping[str, int]
-
-
-def _map(path: Path) -> _File:
-    """FileError for a file that is none of the cache's."""
-    other = FileError(f"{path} is not a weight cache file")
-    with path.open("rb") as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # an empty file
-            raise other from None
-    data = np.frombuffer(mapped, np.uint8)
-    tail = data[-_TAIL:].tobytes()
-    start, size = (int.from_bytes(tail[i : i + 8], "little") for i in (0, 8))
-    if tail[16:] != _MAGIC or start + size + _TAIL != data.size:
-        raise other
-    try:
-        header = json.loads(data[start : start + size].tobytes())
-        places = {str(name): tuple(map(int, place)) for name, place in header["pieces"].items()}
-        fits = all(not at % _ALIGN and at >= 0 <= n and at + n <= start for at, n, _ in places.values())
-        model, known = str(header["model"]), header["format"] == FORMAT
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise other from None
-    if not known or not fits:
-        raise other
-    pieces = {name: data[at : at + n] for name, (at, n, _) in places.items()}
-    return _File(model, pieces, {name: crc for name, (_, _, crc) in places.items()})
-
-
-class _CannotWriteError(Exception):
-    """The cache file cannot be written; what it would hold can still be made."""
-
-
-def _write(path: Path, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
-    """A cache file, whole or not at all. What making the pieces raises is passed on."""
-    import tempfile
-
-    try:
-        folder = ensure_dir(path.parent)
-        handle, name = tempfile.mkstemp(suffix=".part", dir=folder)
-    except (OSError, BitgenError) as error:
-        raise _CannotWriteError from error
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write_pieces(file, model, pieces)
-        with _or_cannot_write():
-            part.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def _write_pieces(file: BinaryIO, model: str, pieces: Iterator[tuple[str, Bytes]]) -> None:
-    places: dict[str, tuple[int, int, int]] = {}
-    at = 0
-    for name, data in pieces:
-        places[name] = (at, data.size, zlib.crc32(data.data))
-        padding = bytes(-data.size % _ALIGN)
-        with _or_cannot_write():
-            file.write(data.data)
-            file.write(padding)
-        at += data.size + len(padding)
-    text = json.dumps({"format": FORMAT, "model": model, "pieces": places}).encode()
-    tail = at.to_bytes(8, "little") + len(text).to_bytes(8, "little") + _MAGIC
-    with _or_cannot_write():
-        file.write(text + tail)
-        file.flush()
-
-
-@contextlib.contextmanager
-def _or_cannot_write() -> Iterator[None]:
-    """Only what writing raises: errors of the model file that is being read are passed on."""
-    try:
-        yield
-    except OSError as error:
-        raise _CannotWriteError from error

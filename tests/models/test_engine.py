@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import mmap
-import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,15 +28,9 @@ from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
 from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
 from bitgen.inference.kv_memory import Capacity
+from bitgen.inference.packed_file import cache_entries, check_cache, clear_cache
 from bitgen.inference.synthetic import random_weights
-from bitgen.inference.weight_cache import (
-    PackedLayer,
-    cache_entries,
-    check_cache,
-    clear_cache,
-    find_groups,
-    pack_model,
-)
+from bitgen.inference.weight_cache import PackedLayer, find_groups, pack_model
 from bitgen.progress import Progress
 from bitgen.runtime import KernelTable, load
 
@@ -877,20 +871,12 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
     monkeypatch.setenv("BITGEN_HOME", str(bitgen_home))
 
-    def full(self: Any, data: Any) -> int:
-        raise OSError(28, "No space left on device")
-
-    class FullDisk:
-        write = full
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
-
-    monkeypatch.setattr(os, "fdopen", lambda *_: FullDisk())
-    assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a disk that is full
+    try:
+        assert np.array_equal(feed(Engine(weights, tables(), fingerprint="x"), ids), expected)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((bitgen_home / "cache" / "packed").iterdir())
 
 

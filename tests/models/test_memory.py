@@ -17,8 +17,8 @@ from bitgen.formats.weights import Weights
 from bitgen.inference import disk, first_use, layouts, memory, weight_cache
 from bitgen.inference.engine import Engine
 from bitgen.inference.layouts import Option, options_of, settle_layouts
+from bitgen.inference.packed_file import cache_entries
 from bitgen.inference.synthetic import random_weights
-from bitgen.inference.weight_cache import cache_entries
 from bitgen.progress import Progress
 from bitgen.runtime import KernelTable, load
 from bitgen.spec import Shape
