@@ -27,7 +27,8 @@ from bitgen.cli.tables import Column, Table, render_tables
 from bitgen.errors import BitgenError
 from bitgen.formats.config import ModelConfig, find_model
 from bitgen.inference.opening import open_engine
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.passes import Row
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.synthetic import random_weights
 from bitgen.llm import library_for
 from bitgen.runtime import load

@@ -39,8 +39,9 @@ from bitgen.environment import Environment
 from bitgen.errors import BitgenError
 from bitgen.inference.draft_model import DraftModel
 from bitgen.inference.engine import Engine
+from bitgen.inference.passes import Row
 from bitgen.inference.protocol import EngineProtocol
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.wants import Best
 from bitgen.llm import LLM
 from bitgen.measure import LocalRunner

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 
 from bitgen.energy import Meter, Spent
+from bitgen.inference.passes import Row
 from bitgen.inference.protocol import EngineProtocol
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.wants import Best
 from bitgen.progress import Progress, Report
 

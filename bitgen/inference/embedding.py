@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from bitgen.errors import UsageError
 from bitgen.formats.pooling import POOLINGS, Pooling
 from bitgen.inference.directions import direction
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.passes import Row
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.wants import Floats, Hidden, Nothing, Want
 
 _BATCH = 2048  # tokens of one forward pass, or of one longer text
@@ -40,7 +41,7 @@ def embed(scheduler: Scheduler, texts: Sequence[Sequence[int]], pooling: Pooling
         batch = [texts[at]]
         while (
             at + len(batch) < len(texts)
-            and len(batch) < scheduler.engine.max_batch
+            and len(batch) < len(scheduler.unpinned)
             and sum(map(len, batch)) + len(texts[at + len(batch)]) <= _BATCH
         ):
             batch.append(texts[at + len(batch)])

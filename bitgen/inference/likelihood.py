@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from bitgen.inference.passes import Row
 from bitgen.inference.sampling import log_softmax_at
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.scheduler import Scheduler
 
 _TOKENS = 256  # of a forward pass at most: their logits are 131 MB with 128k tokens in the vocabulary
 
@@ -29,7 +30,7 @@ def likelihoods(
     UsageError when a context with its ending does not fit.
     """
     before, last = list(context[:-1]), context[-1]
-    for part in _parts(endings, scheduler.engine.max_batch):
+    for part in _parts(endings, len(scheduler.unpinned)):
         scheduler.check([*context, *max(part, key=len)][:-1])
         for slot in range(len(part)):
             scheduler.hold(slot, before)

@@ -11,7 +11,8 @@ import numpy as np
 from bitgen.formats.config import ModelPreset
 from bitgen.inference import FEW
 from bitgen.inference.engine import Engine
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.passes import Row
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.synthetic import random_weights
 from bitgen.runtime import load
 

@@ -45,7 +45,7 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
 
 
 def _multiplies(offer: Offer, config: ModelConfig) -> bool:
-    """Whether a kernel is for weights such as the model's, and more than the portable one."""
+    """Whether a kernel is for weights such as the model's, and more than the generic one."""
     if EVERY_FAMILY[offer.family].weights != config.weights:
         return False
     return config.weights == TERNARY or (offer.group == config.group and offer.role != PORTABLE)

@@ -21,7 +21,8 @@ from typing import BinaryIO
 import msgspec
 
 from bitgen.errors import FileError
-from bitgen.inference.scheduler import Held, Scheduler
+from bitgen.inference.passes import Held
+from bitgen.inference.scheduler import Scheduler
 from bitgen.whole import whole
 
 KV_VERSION = "kv 1"  # goes up when the same tokens fill the KV cache with other bits than before

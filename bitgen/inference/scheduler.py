@@ -8,9 +8,10 @@
         for event in scheduler.step():
             print(event.text, end="")
 
-The scheduler is the only caller of the engine. It keeps what the engine's KV cache holds, so a prompt that
-starts like the last one costs only its new part. Every sequence samples its tokens by itself, from logits
-that do not depend on what else is computed: a text is the same alone, in a batch, and with drafts.
+The scheduler is the only caller of the engine, by way of `Passes`. It keeps what the engine's KV cache holds,
+so a prompt that starts like the last one costs only its new part. Every sequence samples its tokens by
+itself, from logits that do not depend on what else is computed: a text is the same alone, in a batch, and
+with drafts.
 
 Prompts are computed whole, one after the other, while the sequences that run wait; with `max_stall_s` set
 they are computed in parts that take no longer, a step of all that run between two parts.
@@ -25,26 +26,18 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
-from bitgen.errors import BitgenError, FileError, UsageError
+from bitgen.errors import BitgenError
 from bitgen.formats.config import Floats
 from bitgen.inference import FEW
 from bitgen.inference.kv_memory import Capacity
+from bitgen.inference.passes import PART_MIN, Passes, Row
 from bitgen.inference.protocol import EngineProtocol
 from bitgen.inference.sequence import Request, Sequence
-from bitgen.inference.slots import Slots, common_start
 from bitgen.inference.wants import Chosen, Logits, Nothing, Want
 from bitgen.progress import Progress, Report
 from bitgen.tokenizer.tokenizer import Tokenizer
 
-_CHUNK = 512  # prompt tokens a forward pass at most; Ctrl-C and progress are seen between passes
-# What a pass of a prompt may take. Another one reads the weights again: 1.5 % of 128 tokens of a 3B.
-_CHUNK_S = 1.5
-_CHUNK_MIN = 64  # below this the kernels for many tokens do not pay
-_PART_MIN = 16  # tokens of a part at least, however long they take: the kernels for few tokens end here
 _PASSED_OVER_MAX = 3  # parts of shorter prompts in a row, before the prompt that came first has one
-_LOGITS_BYTES = 1 << 26  # of a part of the logits of a text
 
 
 class Event(NamedTuple):
@@ -68,22 +61,6 @@ class Phases(Protocol):
     """Who wants to know what is computed, from now on: `bitgen.energy.Meter`."""
 
     def enter(self, phase: str | None) -> None: ...
-
-
-class Held(NamedTuple):
-    """What a slot of the KV cache holds: whose request computed it, the tokens, and their bytes."""
-
-    owner: str
-    tokens: Items[int]
-    data: bytes
-
-
-class Row(NamedTuple):
-    """The next tokens of the sequence in a slot of the KV cache, and which of them get logits (None: all)."""
-
-    slot: int
-    tokens: Items[int]
-    wanted: Items[bool] | None = None
 
 
 class _Batch(NamedTuple):
@@ -125,12 +102,12 @@ class Timings:
     accepted: int = 0
 
 
-class Scheduler:
+class Scheduler(Passes):
     """Runs sequences on an engine, from one thread.
 
     As many run at once as the engine has slots, or as ``capacity`` says; the others wait in the order in
-    which they came. Without a tokenizer it computes plain tokens only (`forward`, `score`). ``max_stall_s``
-    None computes prompts whole.
+    which they came. Without a tokenizer it computes plain tokens only (`Passes`). ``max_stall_s`` None
+    computes prompts whole.
     """
 
     def __init__(
@@ -142,21 +119,15 @@ class Scheduler:
         max_stall_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.engine = engine
+        super().__init__(engine, capacity, max_stall_s, clock)
         self.timings = Timings()
-        self.max_stall_s = max_stall_s
         self.mixed = False  # a part of a prompt and the step of those that run are one forward pass
         self.drafts: Drafts | None = None
         self.meter: Phases | None = None
-        self.clock = clock
         self._tokenizer = tokenizer
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}  # slot -> sequence
-        self._slots = Slots(engine, capacity)
         self._passed_over = 0  # parts in a row that were not of the prompt that came first
-        self._token_s: float | None = None  # what a token of the last long part took
-
-    # ---- Sequences ----
 
     def submit(self, request: Request, progress: Report | None = None) -> Sequence:
         """A sequence that waits for its turn. UsageError when its prompt is empty or does not fit."""
@@ -250,19 +221,12 @@ class Scheduler:
             pass
         return [sequence.text for sequence in mine]
 
-    def check(self, prompt: Items[int]) -> None:
-        """UsageError when a prompt cannot be computed."""
-        if not prompt:
-            raise UsageError("the prompt is empty")
-        if len(prompt) > self.engine.context:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self.engine.context}: "
-                "shorten it or ask for a larger context (-c)",
-            )
-
     def _enter(self, phase: str | None) -> None:
         if self.meter is not None:
             self.meter.enter(phase)
+
+    def suspend(self) -> None:
+        self._only(())
 
     def _only(self, wanted: Items[Sequence]) -> None:
         """Make all but the ``wanted`` sequences wait for their own run, and these go on."""
@@ -340,7 +304,7 @@ class Scheduler:
             return None
         if fresh and sequence.progress:
             sequence.progress(Progress("reading the prompt", at, len(tokens), "tokens"))
-        size = max(_PART_MIN, self._chunk() - beside)
+        size = max(PART_MIN, self._chunk() - beside)
         if scored:
             size = min(size, self._logits_most())
         part = tokens[at : at + size]
@@ -444,149 +408,3 @@ class Scheduler:
         self.timings.sampled += 1
         self.timings.sample_s += self.clock() - started
         return piece
-
-    # ---- Plain tokens ----
-
-    def lacking(self, slot: int, tokens: Items[int]) -> int:
-        """How many of ``tokens`` a slot does not hold, at least the last."""
-        return len(tokens) - min(common_start(self._slots.tokens[slot], tokens), len(tokens) - 1)
-
-    def catch_up(self, slot: int, tokens: Items[int]) -> int:
-        """Compute a part of ``tokens`` in a slot, but not the last; how many it lacks then."""
-        part = self._rest(slot, tokens)[:-1][: self._chunk()]
-        if part:
-            self.forward([Row(slot, part, [False] * len(part))])
-        return self.lacking(slot, tokens)
-
-    def ask(self, slot: int, tokens: Items[int], want: Want) -> Any:
-        """What ``want`` gives at the end of ``tokens``, of which a slot lacks few."""
-        part = self._rest(slot, tokens)
-        return self.answers([Row(slot, part)], [*[Nothing()] * (len(part) - 1), want])[-1]
-
-    def _rest(self, slot: int, tokens: Items[int]) -> Items[int]:
-        """What a slot lacks of ``tokens``, at least the last; all else that it holds is forgotten."""
-        held = self._slots.tokens[slot]
-        self._slots.forget(slot, min(common_start(held, tokens), len(tokens) - 1))
-        return tokens[len(held) :]
-
-    def hold(self, slot: int, tokens: Items[int]) -> None:
-        """Make a slot hold ``tokens`` and nothing else; what any slot holds of them is not computed again.
-
-        Sequences that run wait until their own run goes on.
-        """
-        self._only(())
-        self._slots.owner[slot] = ""
-        commons = [common_start(held, tokens) for held in self._slots.tokens]
-        if max(commons) > commons[slot]:  # a pass reads all weights
-            self._slots.copy(commons.index(max(commons)), slot, max(commons))
-        self._compute(slot, tokens)
-
-    def pin(self, tokens: Items[int]) -> None:
-        """Compute ``tokens`` and keep them in a slot, for whatever starts like them, of all owners.
-
-        UsageError where there is no slot or no memory left for them; nothing may run.
-        """
-        self.check(tokens)
-        slot = self._slots.next_pin()
-        self.hold(slot, tokens)
-        self._slots.pin(slot)
-
-    def score(self, ids: Items[int], first: int = 0) -> Iterator[Floats]:
-        """Logits of given tokens from the token ``first`` on, in parts float32 (some tokens, vocab).
-
-        Sequences that run wait until their own run goes on.
-        """
-        self.check(ids)
-        self._slots.forget(0, 0)
-        self._slots.owner[0] = ""
-        most = self._logits_most()
-        at = 0
-        while at < len(ids):
-            self._only(())
-            self._compute(0, ids[:at])  # nothing, unless another run had the slot
-            part = ids[at : at + min(most, self._chunk())]
-            logits = self.forward([Row(0, part, [at + i >= first for i in range(len(part))])])
-            at += len(part)
-            if len(logits):
-                yield logits
-
-    def clear(self, keep: int = 0) -> None:
-        """Forget what each slot holds behind ``keep`` positions; sequences that run wait for theirs."""
-        self._only(())
-        for slot in range(self.engine.max_batch):
-            self._slots.forget(slot, keep)
-
-    def forward(self, rows: Items[Row]) -> Floats:
-        """One forward pass: logits float32 (wanted, vocab), in the order of ``rows`` and their tokens."""
-        outputs = [flag for _, part, flags in rows for flag in (flags or [True] * len(part))]
-        logits: Floats = self._run(rows, np.array(outputs, np.bool_))
-        return logits
-
-    def answers(self, rows: Items[Row], wants: Items[Want]) -> list[Any]:
-        """The same for whatever each token wants: floats for `Logits`, `Chosen` for `Best`."""
-        answers: list[Any] = self._run(rows, wants)
-        return answers
-
-    def _run(self, rows: Items[Row], wants: Any) -> Any:
-        tokens = [token for _, part, _ in rows for token in part]
-        held = self._slots.tokens
-        positions = [len(held[slot]) + i for slot, part, _ in rows for i in range(len(part))]
-        slots = [slot for slot, part, _ in rows for _ in part]
-        if self._slots.unsure:
-            self._slots.settle()
-        self._slots.unsure = True
-        started = self.clock()
-        answers = self.engine.forward(
-            np.array(tokens, np.int32), np.array(positions, np.int32), np.array(slots, np.int32), wants
-        )
-        for slot, part, _ in rows:
-            self._slots.add(slot, part)
-        self._slots.unsure = False
-        if len(tokens) >= (_CHUNK_MIN if self.max_stall_s is None else _PART_MIN):
-            self._token_s = max(1e-9, (self.clock() - started) / len(tokens))
-        return answers
-
-    # ---- The KV cache ----
-
-    def _compute(self, slot: int, tokens: Items[int]) -> None:
-        """Make a slot hold ``tokens`` and nothing else."""
-        held = self._slots.tokens[slot]
-        self._slots.forget(slot, common_start(held, tokens))
-        while len(held) < len(tokens):
-            part = tokens[len(held) : len(held) + self._chunk()]
-            self.forward([Row(slot, part, [False] * len(part))])
-
-    def _chunk(self) -> int:
-        """How many prompt tokens to compute at once, so that Ctrl-C or other sequences soon get a turn."""
-        if self.max_stall_s is None:
-            least, seconds, unknown = _CHUNK_MIN, _CHUNK_S, 2 * _CHUNK_MIN
-        else:
-            least, seconds, unknown = _PART_MIN, self.max_stall_s, _PART_MIN
-        if self._token_s is None:
-            return unknown
-        most = int(min(_CHUNK, seconds / self._token_s))
-        return max(least, most // _CHUNK_MIN * _CHUNK_MIN if most >= _CHUNK_MIN else most)
-
-    def _logits_most(self) -> int:
-        """How many tokens may have all of their logits at once."""
-        return max(32, min(_CHUNK, _LOGITS_BYTES // (4 * self.engine.config.vocab)))
-
-    def held(self) -> Iterator[Held]:
-        """What the slots hold that are not pinned, the one that was used last first."""
-        for slot in self._slots.recent():
-            tokens = self._slots.tokens[slot]
-            self.engine.truncate(slot, len(tokens))
-            yield Held(self._slots.owner[slot], tuple(tokens), self.engine.cached(slot))
-
-    def restore(self, held: Items[Held]) -> None:
-        """Fill the slots, as far as there is room. FileError for what does not fit; nothing may run."""
-        vocab, context = self.engine.config.vocab, self.engine.context
-        for _, tokens, _ in held:
-            if not all(0 <= token < vocab for token in tokens):
-                raise FileError(f"tokens outside the vocabulary of {vocab}")
-            if len(tokens) > context:
-                raise FileError(f"{len(tokens)} positions do not fit into a context of {context}")
-        slots = [slot for slot in range(self.engine.max_batch) if slot not in self._slots.pinned]
-        for slot, (owner, tokens, data) in zip(slots, held, strict=False):
-            if not self._slots.fill(slot, owner, tokens, data):
-                return

@@ -355,7 +355,7 @@ def test_logits_come_in_parts_that_are_not_large(monkeypatch: pytest.MonkeyPatch
     ids = llm.tokenizer.encode("the end and the other end on and on and on and the other hand and the end")
     assert len(ids) > 33
     whole = llm.logits(ids)
-    monkeypatch.setattr("bitgen.inference.scheduler._LOGITS_BYTES", 1)
+    monkeypatch.setattr("bitgen.inference.passes._LOGITS_BYTES", 1)
     assert [len(part) for part in llm.logit_parts(ids)] == [32, len(ids) - 32]
     assert np.array_equal(llm.logits(ids), whole)
     assert llm.logits(ids, len(ids)).shape == (0, llm.config.vocab)

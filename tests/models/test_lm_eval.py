@@ -15,7 +15,8 @@ from serving import FakeEngine
 
 from bitgen.errors import UsageError
 from bitgen.inference.likelihood import likelihoods
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.passes import Row
+from bitgen.inference.scheduler import Scheduler
 
 ROOT = Path(__file__).parents[2]
 VERSES = (ROOT / "tests" / "data" / "tiny-heldout.txt").read_text(encoding="utf-8").splitlines()

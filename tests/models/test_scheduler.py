@@ -13,7 +13,8 @@ from text_models import piece_data, small_llm, weights
 
 import bitgen
 from bitgen.errors import BitgenError, UsageError
-from bitgen.inference.scheduler import Row, Scheduler
+from bitgen.inference.passes import Row
+from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import Request, Sequence
 from bitgen.tokenizer.tokenizer import Tokenizer
 
@@ -105,7 +106,7 @@ def test_what_another_scheduler_left_is_forgotten() -> None:
 
 
 def test_nobody_else_calls_the_engine() -> None:
-    """The engine runs in scheduler.py, its cache is changed in slots.py too, and nowhere else."""
+    """The engine runs in passes.py, its cache is changed in slots.py too, and nowhere else."""
     callers, calls = set(), ("forward", "truncate", "release", "copy", "restore")
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -115,7 +116,7 @@ def test_nobody_else_calls_the_engine() -> None:
                 if owner.rpartition(".")[2] == "engine":
                     callers.add((path.name, function.attr))
     assert callers == {
-        ("scheduler.py", "forward"),
-        ("scheduler.py", "truncate"),
+        ("passes.py", "forward"),
+        ("passes.py", "truncate"),
         *(("slots.py", name) for name in calls if name != "forward"),
     }

@@ -406,6 +406,10 @@ def test_what_is_pinned_serves_all_owners_and_stays() -> None:
     assert [job.reused for job in jobs] == [64, 64]
     assert [house.texts[job] for job in jobs] == [alone(job.request) for job in jobs]
     assert [each.owner for each in house.scheduler.held()] == ["b"]
+    house.scheduler.clear()
+    later = house.submit(request(90))
+    house.finish()
+    assert later.reused == 64
     with pytest.raises(UsageError, match="there are 1 slots for what is pinned"):
         house.scheduler.pin(prompt(64, 5))
     tight = House(capacity=Capacity(parallel=1, pinned=1, bytes=WHOLE + 600))
