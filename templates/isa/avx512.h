@@ -281,7 +281,9 @@ OP vw vw_dot4_values(vw acc, vb v, vb s) {
 }
 
 //: vw_dot4_values_field
-OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) { return vw_dot4_values(acc, v, vb_splat4(x.p + (x.at + 4 * f))); }
+OP vw vw_dot4_values_field(vw acc, vb v, vx x, int f) {
+    return vw_dot4_values(acc, v, vb_splat4(x.p + (x.at + 4 * f)));
+}
 
 //: vw_widen
 // vpmaddwd with ones sign-extends and adds neighbours at once.

@@ -606,8 +606,8 @@ OP float32x4_t neon_zero_below(float32x4_t v, float32x4_t x, float32x4_t limit) 
 
 //: vf_zero_below
 OP vf vf_zero_below(vf v, vf x, vf limit) {
-    return (vf){neon_zero_below(v.a, x.a, limit.a), neon_zero_below(v.b, x.b, limit.b), neon_zero_below(v.c, x.c, limit.c),
-                neon_zero_below(v.d, x.d, limit.d)};
+    return (vf){neon_zero_below(v.a, x.a, limit.a), neon_zero_below(v.b, x.b, limit.b),
+                neon_zero_below(v.c, x.c, limit.c), neon_zero_below(v.d, x.d, limit.d)};
 }
 
 //: vf_blend_n

@@ -414,7 +414,8 @@ enum { values_bias = 0 };
 //: vw_dot4_values
 // w[i] = acc[i] + sum_j v[4 i + j] * s[4 i + j], j = 0..3, v int8 values -127 .. 127 + values_bias, s int8
 OP vw vw_dot4_values(vw acc, vb v, vb s) {
-    for (int i = 0; i < 64; ++i) acc.w[i / 4] = (int32_t)((uint32_t)acc.w[i / 4] + (uint32_t)((int8_t)v.b[i] * (int8_t)s.b[i]));
+    for (int i = 0; i < 64; ++i)
+        acc.w[i / 4] = (int32_t)((uint32_t)acc.w[i / 4] + (uint32_t)((int8_t)v.b[i] * (int8_t)s.b[i]));
     return acc;
 }
 
