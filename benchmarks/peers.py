@@ -4,7 +4,7 @@
 
 The PYTHONs have ik-llama-cpp-python==0.1.5 and llama-cpp-python==0.3.36 installed, each in an environment of
 its own and compiled for this machine: CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary :all: PACKAGE
-(ik's wheel is compiled for AVX2, which is not what bitgen should be held against on a CPU with AVX-512), or
+(ik's wheel is compiled for AVX2, which is not what bitgen should be compared with on a CPU with AVX-512), or
 name such a libllama.so of ik's with --ik-library. Either may be left out. FOLDER holds the peers' files, made
 by make_peer_model.py when they are missing: 1 to 2 GB a type for 3B, and 7 GB for a moment.
 

@@ -136,14 +136,14 @@ class RoundReplay(ReplayRunner):
         if isinstance(record, Missing) or not record.ok:
             return record
         times = self._rounds(record, self._repeats, self._seed)
-        rival = (
+        baseline = (
             self._recorded(replace(job, spec=job.against))
             if job.against and job.against != job.spec
             else None
         )
-        if not isinstance(rival, Measurement) or not rival.ok:
+        if not isinstance(baseline, Measurement) or not baseline.ok:
             return replace(record, times_ns=tuple(times), against_ns=())
-        against = self._rounds(rival, self._repeats, self._seed)
+        against = self._rounds(baseline, self._repeats, self._seed)
         pairs = self._stopping.pairs(times, against)
         return Measurement(job, record.status, "", tuple(times[:pairs]), tuple(against[:pairs]))
 

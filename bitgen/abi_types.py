@@ -1,6 +1,6 @@
 """What cffi reads in csrc/bitgen.h. Do not edit: `python -m bitgen.abi` writes it."""
 
-PARSED = "f75fa698abfeddb535f732a47cf43052ff88ec508a306c0a0523674fb7fbc171"
+PARSED = "3a504e3d3519859a72c70362c923d276504e12b122034bd209e6236cdce54f7e"
 
 # auto-generated file
 import _cffi_backend

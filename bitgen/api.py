@@ -139,7 +139,7 @@ def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report |
             config=config,
             family_winners=tuple(winner.spec for winner in near.winners) if near else (),
             started_from=f"winners of {near.cpu_family} ({near.why})" if near else "",
-            rest_ns=_rest_ns(preset, {name: regime.n for name, regime in config.regimes.items()}),
+            non_matmul_ns=_non_matmul_ns(preset, {name: regime.n for name, regime in config.regimes.items()}),
             fresh=options.fresh,
             progress=progress,
             load=Watch().look,
@@ -148,7 +148,7 @@ def tune_with(model: str | ModelPreset, options: TuneOptions, progress: Report |
         return search(plan, runner, store, env.fingerprints, spaces, session)
 
 
-def _rest_ns(preset: ModelPreset, n: Mapping[str, int]) -> Callable[[str, int], float]:
+def _non_matmul_ns(preset: ModelPreset, n: Mapping[str, int]) -> Callable[[str, int], float]:
     """What a token takes outside the matrices, measured by the forward pass of an untuned library."""
 
     @cache

@@ -284,7 +284,7 @@ def _loader() -> type[Any]:
             for key_node, _ in node.value:
                 if key_node.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                        None, None, f"the key {key_node.value!r} is duplicated", key_node.start_mark
                     )
                 if isinstance(key_node.value, str):
                     seen.add(key_node.value)

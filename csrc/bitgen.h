@@ -77,8 +77,8 @@ enum bitgen_error {
 };
 
 /* Flags of bitgen_context_create: */
-#define BITGEN_ALLOW_GENERIC 1 /* on a CPU the library is not for, serve with its portable kernels: slow, exact */
-#define BITGEN_ONLY_GENERIC 2  /* use the portable kernels on any CPU: something to compare with */
+#define BITGEN_ALLOW_GENERIC 1 /* on a CPU the library is not for, serve with its generic kernels: slow, exact */
+#define BITGEN_ONLY_GENERIC 2  /* use the generic kernels on any CPU: something to compare with */
 
 typedef struct bitgen_context bitgen_context;
 
@@ -141,7 +141,7 @@ BITGEN_API const char *bitgen_error_message(int32_t code);
 /* The features this CPU lacks and the library needs, separated by spaces; "" when it can run here. */
 BITGEN_API const char *bitgen_missing_features(void);
 
-/* How many kernels the library holds, portable ones included. */
+/* How many kernels the library holds, generic ones included. */
 BITGEN_API int32_t bitgen_kernel_count(void);
 
 /* The kernel `index` of 0 .. bitgen_kernel_count() - 1; the strings live as long as the library. */

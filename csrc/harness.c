@@ -1,4 +1,4 @@
-/* Proves kernels exact and times them; compiled with the library's host code at the architecture's baseline. */
+/* Verifies kernels and times them; compiled with the library's host code at the architecture's baseline. */
 #define _POSIX_C_SOURCE 200809L /* clock_gettime; -std=c11 alone hides it */
 #include <stddef.h>
 #include <stdint.h>

@@ -219,7 +219,7 @@ static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, 
     const struct bitgen_preference *preferred =
         format.group || format.kind != BITGEN_WEIGHTS_TERNARY ? NULL : preference_for(ctx, m, k);
     if (preferred) return preferred->layout;
-    for (int32_t i = 0; i < ctx->entry_count; ++i) { /* the portable kernels serve every shape */
+    for (int32_t i = 0; i < ctx->entry_count; ++i) { /* the generic kernels serve every shape */
         const struct bitgen_entry *entry = ctx->entries[i];
         if (entry->layout->group == format.group && entry->layout->kind == format.kind && serves_shape(entry, m, k))
             return entry->layout;
@@ -231,7 +231,7 @@ static const struct bitgen_layout *layout_for(const struct bitgen_context *ctx, 
 static const struct bitgen_entry *entry_for(const struct bitgen_context *ctx, const struct bitgen_layout *layout,
                                             int64_t m, int64_t k, int64_t n)
 {
-    for (int32_t i = 0;; ++i) { /* every layout has portable kernels for all n and every shape */
+    for (int32_t i = 0;; ++i) { /* every layout has generic kernels for all n and every shape */
         const struct bitgen_entry *entry = ctx->entries[i];
         const struct bitgen_kernel *kernel = entry->kernel;
         if (entry->layout == layout && n >= kernel->n_min && n <= kernel->n_max && serves_shape(entry, m, k))
@@ -242,7 +242,7 @@ static const struct bitgen_entry *entry_for(const struct bitgen_context *ctx, co
 /* --- contexts --- */
 
 /* The features a context may use. Tile registers must be asked for, before there are threads: a process that is
- * refused them is one without, which is an error where the library requires them and portable kernels are not allowed. */
+ * refused them is one without, which is an error where the library requires them and generic kernels are not allowed. */
 static int32_t usable_features(uint32_t flags, uint64_t *features)
 {
     *features = flags & BITGEN_ONLY_GENERIC ? 0 : cpu_features();

@@ -240,7 +240,7 @@ def _cpu_lines(terminalreporter: pytest.TerminalReporter, most: int) -> list[str
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How much was proven exact and what was found against oracles, also from parallel workers."""
+    """How much was verified and what was found against oracles, also from parallel workers."""
     if most := terminalreporter.config.option.cpu_times:
         for line in _cpu_lines(terminalreporter, most):
             terminalreporter.write_line(line)

@@ -215,7 +215,7 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
             for regime in REGIMES
             if role != PORTABLE or layout.kind == TERNARY_ROWS
         ]
-    # One portable kernel serves every n of weights in groups and of codes: what is slow need not make
+    # One generic kernel serves every n of weights in groups and of codes: what is slow need not make
     # libraries large.
     others = [layout for layout in layouts if layout.kind != TERNARY_ROWS]
     others += [replace(DEFAULT_LAYOUT, group=group) for group in GROUPS]

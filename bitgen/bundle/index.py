@@ -87,7 +87,7 @@ class Index:
         for path, digest in self.files.items():
             require_path(path)
             if path.casefold() in folded:
-                raise UsageError(f"files: {path!r} stands twice")
+                raise UsageError(f"files: {path!r} is duplicated")
             if not _SHA256.fullmatch(digest):
                 raise UsageError(f"files: {path} has {digest!r}, which is no sha256")
             folded.add(path.casefold())
@@ -95,7 +95,7 @@ class Index:
             if self.files.get(f"{entry.path}/{MANIFEST_NAME}") != entry.manifest:
                 raise UsageError(f"bundles: the manifest of {entry.path} is not among the files")
         if not self.bundles or len({entry.path for entry in self.bundles}) < len(self.bundles):
-            raise UsageError("bundles: there is none, or one stands twice")
+            raise UsageError("bundles: there is none, or one is duplicated")
 
 
 def require_name(name: str) -> None:

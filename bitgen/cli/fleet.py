@@ -128,7 +128,7 @@ class _Lines:
         label, _, rest = text.partition(": ")
         now = time.monotonic()
         with self._lock:
-            if rest.startswith(("search ", "race ", "limits ")):
+            if rest.startswith(("search ", "race ", "peaks ")):
                 if now - self._last.get(label, -_EVERY_S) < _EVERY_S:
                     return
                 self._last[label] = now

@@ -178,7 +178,7 @@ def _thread_table(result: TuningResult) -> Table:
     columns = (
         Column("threads", "threads", "d"),
         Column("matrices", "matrices", ".3f"),
-        Column("rest", "rest of the step", ".3f", "all but matrices"),
+        Column("rest", "non-matmul", ".3f", "all but matrices"),
         Column("relative", f"{result.objective} cost", ".3f"),
         Column("chosen", "chosen"),
     )
@@ -187,7 +187,7 @@ def _thread_table(result: TuningResult) -> Table:
         (
             cost.threads,
             cost.matrices_ns / best,
-            cost.rest_ns / best,
+            cost.non_matmul_ns / best,
             cost.session_ns / best,
             "yes" if cost.threads == result.threads else "",
         )
@@ -198,11 +198,11 @@ def _thread_table(result: TuningResult) -> Table:
 
 def _peak_table(result: TuningResult) -> Table:
     rows: list[tuple[str, int, float, str]] = []
-    for threads, limits in result.limits.items():
+    for threads, peak in result.peaks.items():
         rows.append(("DRAM read, best of the run", threads, result.dram_gbs[threads], "GB/s"))
-        rows += [(f"DRAM read, {name}", threads, gbs, "GB/s") for name, gbs in limits.dram_gbs.items()]
+        rows += [(f"DRAM read, {name}", threads, gbs, "GB/s") for name, gbs in peak.dram_gbs.items()]
         rows += [
-            (f"int8 in registers, {isa}", threads, gops, "GOP/s") for isa, gops in limits.peak_gops.items()
+            (f"int8 in registers, {isa}", threads, gops, "GOP/s") for isa, gops in peak.peak_gops.items()
         ]
     columns = (
         Column("what", "limit", text="probe"),

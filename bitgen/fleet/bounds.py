@@ -36,7 +36,7 @@ BOUNDS = Bounds()
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker's machine is: the records of a request are held against it."""
+    """What a worker's machine is: the records of a request are compared with it."""
 
     name: str
     label: str

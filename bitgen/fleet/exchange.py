@@ -1,7 +1,7 @@
 """The coordinator's end of the database: jobs go into the queue, answers come back, whatever dies meanwhile.
 
 The table of results is what is true; the state of a job is a hint. A request whose answer is there already is
-never put into the queue, so a coordinator that starts anew finds everything that was answered before.
+never put into the queue, so a coordinator that restarts finds everything that was answered before.
 """
 
 from __future__ import annotations

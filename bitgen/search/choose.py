@@ -6,7 +6,7 @@ that read it, over the whole objective:
     cost(shape, layout) = sum over regimes of tokens[regime] / n * time of the layout's winner
 
 on one number of threads. Where several were searched each has a choice of its own, and the model takes the
-number whose session is shortest, the rest of the step included.
+number whose session is shortest, non-matmul cost included.
 
 All costs are vectors over the rounds of the races. Comparing two of them is the same paired test that
 compares two kernels: the default layout, the first family and a uniform format stay unless beaten beyond the

@@ -20,7 +20,7 @@ _LEAST_IDLE = 2  # batches without a gain before a search may end
 
 
 def roofline_ns(layout: Layout, shape: Shape, n: int, cold: bool, dram_gbs: float, peak_gops: float) -> float:
-    """The least time of one matmul of ``n`` tokens on a machine with these limits.
+    """The least time of one matmul of ``n`` tokens on a machine with these peaks.
 
     Cold, every packed byte is read once: packed_bytes / dram_gbs (1 GB/s is 1 byte a ns). In any case 2 * m *
     k * n int8 operations are done: 2mkn / peak_gops. The larger of both counts.
@@ -94,7 +94,7 @@ class GroupSearch:
         starters: Iterable[KernelSpec],
         config: SearchConfig,
         cache: MeasurementCache,
-        limits: MachinePeak,
+        peaks: MachinePeak,
         clock: Callable[[], float],
     ) -> None:
         self.group = group
@@ -104,7 +104,7 @@ class GroupSearch:
         self._config = config
         self._regime: RegimeConfig = config.regimes[group.regime]
         self._cache = cache
-        self._limits = limits
+        self._peaks = peaks
         self._clock = clock
         self._seconds = 0.0
         self._candidates: dict[KernelSpec, Candidate] = {}
@@ -284,8 +284,8 @@ class GroupSearch:
 
     def _share(self, shape: Shape) -> float:
         """The largest share of the machine's limit that a candidate reaches on ``shape``."""
-        n, cold, dram_gbs = self._regime.n, self._regime.cold, self._limits.best_dram_gbs
-        peak_gops = self._limits.peak_gops[self.group.isa.name]
+        n, cold, dram_gbs = self._regime.n, self._regime.cold, self._peaks.best_dram_gbs
+        peak_gops = self._peaks.peak_gops[self.group.isa.name]
         return max(
             roofline_ns(c.spec.layout, shape, n, cold, dram_gbs, peak_gops) / c.time_ns(shape)
             for c in self._candidates.values()

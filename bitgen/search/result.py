@@ -85,17 +85,17 @@ class FormatCost:
 class ThreadCost:
     """What the objective's session takes on a number of threads, in nanoseconds.
 
-    ``matrices_ns``: the ternary matrices in the best layouts; ``rest_ns``: head, attention, norms and all
-    else, 0 where only one number was tried.
+    ``matrices_ns``: the ternary matrices in the best layouts; ``non_matmul_ns``: head, attention, norms and
+    all else, 0 where only one number was tried.
     """
 
     threads: int
     matrices_ns: float
-    rest_ns: float
+    non_matmul_ns: float
 
     @property
     def session_ns(self) -> float:
-        return self.matrices_ns + self.rest_ns
+        return self.matrices_ns + self.non_matmul_ns
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class TuningResult:
     threads: int
     thread_costs: tuple[ThreadCost, ...]
     layouts: Mapping[Shape, Layout]
-    limits: Mapping[int, MachinePeak]
+    peaks: Mapping[int, MachinePeak]
     dram_gbs: Mapping[int, float]
     peak_gops: Mapping[int, Mapping[str, float]]
     groups: tuple[GroupReport, ...]

@@ -1,4 +1,4 @@
-"""The whole tune: limits, search of every group, races, choice of the layouts, records."""
+"""The whole tune: the machine's peaks, search of every group, races, choice of the layouts, records."""
 
 from __future__ import annotations
 
@@ -58,10 +58,11 @@ class Session:
 
     ``family_winners``: committed schedules of this CPU family or of the nearest one (``started_from`` says
     which), tried first, as are stale winners, on the ISA levels of the plan whatever level they won on.
-    ``rest_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are several
-    numbers of threads to compare. ``fresh``: measure again what the store knows. ``earlier``: what the store
-    says of earlier tunes is tried first and races again; False where ``family_winners`` has all of that, so
-    that a tune which was killed after it had recorded its own winners is not led another way by them.
+    ``non_matmul_ns(regime, threads)``: what a token takes outside the matrices, asked only when there are
+    several numbers of threads to compare. ``fresh``: measure again what the store knows. ``earlier``: what
+    the store says of earlier tunes is tried first and races again; False where ``family_winners`` has all of
+    that, so that a tune which was killed after it had recorded its own winners is not led another way by
+    them.
     ``at_once``: searches, and races, that go on at the same time, for a runner that asks many machines; they
     ask for nothing in common, so the outcome is the same. ``load`` is that of `MeasurementCache`.
     """
@@ -69,7 +70,7 @@ class Session:
     config: SearchConfig = field(default_factory=load_search_config)
     family_winners: tuple[KernelSpec, ...] = ()
     started_from: str = ""
-    rest_ns: Callable[[str, int], float] | None = None
+    non_matmul_ns: Callable[[str, int], float] | None = None
     fresh: bool = False
     earlier: bool = True
     at_once: int = 1
@@ -121,7 +122,7 @@ class _Tune:
         self._left_races: dict[str, None] = {}
         self._begin = self._clock()
         self._end = self._begin + (plan.timeout_s or math.inf)
-        self._limits: dict[int, MachinePeak] = {}
+        self._peaks: dict[int, MachinePeak] = {}
         self._read_gbs: dict[int, float] = {}
         self._peak_gops: dict[int, dict[str, float]] = {}
         self._lock = threading.Lock()  # of `_read_gbs`, while slots race at the same time
@@ -130,12 +131,12 @@ class _Tune:
         plan = self._plan
         groups, rejected = groups_of(plan, spaces)
         for done, threads in enumerate(plan.threads):
-            self._report("limits", f"the machine's limits, {threads} threads", done, len(plan.threads))
-            self._limits[threads] = self._cache.runner.machine_peak(threads, [i.name for i in plan.isas])
-            self._read_gbs[threads] = self._limits[threads].best_dram_gbs
-            self._peak_gops[threads] = dict(self._limits[threads].peak_gops)
+            self._report("peaks", f"the machine's peaks, {threads} threads", done, len(plan.threads))
+            self._peaks[threads] = self._cache.runner.machine_peak(threads, [i.name for i in plan.isas])
+            self._read_gbs[threads] = self._peaks[threads].best_dram_gbs
+            self._peak_gops[threads] = dict(self._peaks[threads].peak_gops)
             cpu = self._fingerprints(groups[0].points[0]).cpu
-            self._store.append(PeakRecord(cpu, self._limits[threads]))
+            self._store.append(PeakRecord(cpu, self._peaks[threads]))
         # The runner now holds the machine; the tune it may have waited for has recorded what we can use.
         self._store.reload()
         self._stale = self._store.stale(self._fingerprints) if self._session.earlier else []
@@ -200,8 +201,8 @@ class _Tune:
 
     def _search_of(self, group: Group) -> GroupSearch:
         starters = [spec for spec in self._starters if spec.family == group.family]
-        limits = self._limits[group.threads]
-        return GroupSearch(group, self._plan, starters, self._config, self._cache, limits, self._clock)
+        peaks = self._peaks[group.threads]
+        return GroupSearch(group, self._plan, starters, self._config, self._cache, peaks, self._clock)
 
     def _search(self, searches: Sequence[GroupSearch], end: float) -> None:
         """Search one group after the other, until all are complete or it is ``end``.
@@ -334,16 +335,16 @@ class _Tune:
         return choose(self._plan.targets, self._plan.families, every, default_layouts, self._config)
 
     def _thread_costs(self, choices: Mapping[int, Choice]) -> tuple[ThreadCost, ...]:
-        """What a session takes on each number of threads: the matrices, and the rest of the step."""
+        """What a session takes on each number of threads: the matrices, and what is no matmul."""
         weights = token_weights(self._config, self._plan.objective, self._plan.regimes)
         costs = []
         for done, (threads, choice) in enumerate(choices.items()):
             matrices = statistics.median(total_ns(self._plan.targets, choice.options))
-            rest = 0.0
-            if (rest_ns := self._session.rest_ns) and len(choices) > 1:
-                self._report("rest", f"the rest of the step, {threads} threads", done, len(choices))
-                rest = sum(tokens * rest_ns(regime, threads) for regime, tokens in weights.items() if tokens)
-            costs.append(ThreadCost(threads, matrices, rest))
+            others = 0.0
+            if (cost_ns := self._session.non_matmul_ns) and len(choices) > 1:
+                self._report("non-matmul", f"non-matmul cost, {threads} threads", done, len(choices))
+                others = sum(n * cost_ns(regime, threads) for regime, n in weights.items() if n)
+            costs.append(ThreadCost(threads, matrices, others))
         return tuple(costs)
 
     # ---- outcome ----
@@ -394,7 +395,7 @@ class _Tune:
             threads=threads,
             thread_costs=thread_costs,
             layouts={shape: option.layout for shape, option in choice.options.items()},
-            limits=self._limits,
+            peaks=self._peaks,
             dram_gbs=self._read_gbs,
             peak_gops=self._peak_gops,
             groups=tuple(
@@ -417,7 +418,7 @@ class _Tune:
         return tuple(filter(None, [before, self._session.started_from]))
 
     def _raise_roof(self, choice: Choice) -> None:
-        """The limits quoted are the most that any probe *or kernel* of this run reached."""
+        """The peaks quoted are the most that any probe *or kernel* of this run reached."""
         for option in (option for options in choice.every.values() for option in options):
             for slot, winner in option.winners.items():
                 regime, threads, isa = self._config.regimes[slot.regime], slot.threads, winner.spec.isa

@@ -33,7 +33,7 @@ _LAST_S = 2.0  # for the last words of streams that were cut
 
 
 class _Protocol(H11Protocol):
-    """A connection that is silent at first, or stops amid the headers of a request, is closed."""
+    """A connection that is silent at first, or stops in the middle of the headers of a request, is closed."""
 
     _deadline: asyncio.TimerHandle | None = None
 

@@ -384,8 +384,8 @@ def test_what_was_changed_after_signing_is_refused(
         ("native/../../evil", "is not a path below its folder"),
         ("native/.hidden", "is not a path below its folder"),
         ("a\\..\\evil", "is not a path below its folder"),
-        ("NATIVE/bitgen.h", "stands twice"),
-        ("index.json", "stands twice"),
+        ("NATIVE/bitgen.h", "is duplicated"),
+        ("index.json", "is duplicated"),
     ],
 )
 def test_even_a_signed_index_leads_nowhere_else(
@@ -924,7 +924,8 @@ def test_an_installed_library_multiplies_and_needs_no_compiler(
 ) -> None:
     import bitgen
     from bitgen.api import untuned_library
-    from bitgen.runtime import load, self_test
+    from bitgen.runtime import load
+    from bitgen.self_test import self_test
 
     built = untuned_library()
     archive = pack([built], tmp_path / "x.zip", name="default", signer=signer).path

@@ -299,7 +299,7 @@ def test_tune_prints_results_to_stdout_and_progress_to_stderr(
         assert {row["n"] for row in chosen} == {1, 128}
     assert {row["format"] for row in tables["formats"]} == {"i2s", "tl2", "chosen"}
     assert any("DRAM" in row["what"] for row in tables["limits"])
-    assert "limits" in tuned.stderr
+    assert "peaks" in tuned.stderr
     (log,) = (workplace / "tune_logs").glob("*.jsonl")
     assert all(json.loads(line) for line in log.read_text().splitlines())
 
@@ -581,7 +581,7 @@ def test_unknown_model(fails: Callable[..., str]) -> None:
         (TINY.replace("hidden: 256", "hidden: 0"), "hidden"),
         (TINY.replace("ffn: 512", "ffn: many"), "ffn"),
         (TINY.replace("layers: 2\n", ""), "missing key layers"),
-        (TINY + "hidden: 3\n", "stands twice"),
+        (TINY + "hidden: 3\n", "is duplicated"),
         ("[1, 2", "not valid YAML"),
         ("", "expected"),
     ],

@@ -348,13 +348,13 @@ def test_the_process_that_tunes_maps_no_candidate(tmp_path: Path) -> None:
 
 
 def test_a_right_kernel_has_times_and_so_has_its_incumbent(runner: LocalRunner) -> None:
-    right, rival = spec_of(RIGHT), spec_of(_named("only wrong for many rows"))
+    right, baseline = spec_of(RIGHT), spec_of(_named("only wrong for many rows"))
     small = Shape(300, 96)
-    alone, both = answers_of(runner, [job(right), job(right, against=rival, shape=small)])
+    alone, both = answers_of(runner, [job(right), job(right, against=baseline, shape=small)])
     assert len(alone.times_ns) == QUICK.repeats
     assert alone.job.against is None
     assert (both.job.against, len(both.times_ns), len(both.against_ns)) == (
-        rival,
+        baseline,
         QUICK.repeats,
         QUICK.repeats,
     )

@@ -1,4 +1,4 @@
-"""Levels of CPUs that are not here: the emulator is held against plain loops, then kernels run in it."""
+"""Levels of CPUs that are not here: the emulator is compared with plain loops, then kernels run in it."""
 
 from __future__ import annotations
 

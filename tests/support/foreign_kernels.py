@@ -1,4 +1,4 @@
-"""Kernels for another architecture, held against numpy in an emulator."""
+"""Kernels for another architecture, compared with numpy in an emulator."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def toolchain_of(*extra_flags: str, strict: bool = True) -> QuickToolchain:
 
 
 def built_library(factory: pytest.TempPathFactory) -> Path:
-    """The bundle of a library with `choices` for this CPU, proven by its self-test."""
+    """The bundle of a library with `choices` for this CPU, verified by its self-test."""
 
     def write(folder: Path) -> None:
         cpu = detect_cpu()

@@ -95,7 +95,7 @@ def test_load_names_all_missing_keys() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3\n", "the key 'a' stands twice"),
+        ("a: 1\nb: 2\na: 3\n", "the key 'a' is duplicated"),
         ("a: [1, 2\n", "is not valid YAML"),
         ("a: !!python/object:os.system x\n", "is not valid YAML"),
         ("a: 2023-99-99\n", "is not valid YAML"),
@@ -159,7 +159,7 @@ class Nested:
     size: Size | None
     times: tuple[float, ...]
     order: tuple[tuple[int, ...], ...] = ()
-    rivals: tuple[int | None, ...] = ()
+    baselines: tuple[int | None, ...] = ()
     by_name: Mapping[str, Everything] = dataclasses.field(default_factory=dict)
     either: int | str = 0
     anything: Any = None
@@ -176,7 +176,7 @@ NESTED = Nested(
     size=Size(2, 3),
     times=(1.5, 2.0),
     order=((0, 1), (1,)),
-    rivals=(None, 0),
+    baselines=(None, 0),
     by_name={"b": load(Everything, GOOD, ""), "a": load(Everything, GOOD | {"needs": ["q", "p"]}, "")},
     either="x",
     anything={"free": [1, None]},
@@ -200,7 +200,7 @@ def test_what_is_dumped_is_plain_and_loads_again() -> None:
         ({"times": []}, "f.json: times must not be empty"),
         ({"times": [1.0, True]}, "f.json: times[1] must be a number, found true"),
         ({"order": [[0], [1, 2.0]]}, "f.json: order[1][1] must be a whole number, found the float 2.0"),
-        ({"rivals": [0, "x"]}, "f.json: rivals[1] must be a whole number, found the str 'x'"),
+        ({"baselines": [0, "x"]}, "f.json: baselines[1] must be a whole number, found the str 'x'"),
         ({"either": 1.5}, "f.json: either must be a whole number or a text, found the float 1.5"),
         (
             {"by_name": {"a": GOOD | {"inner": {"size": "3"}}}},

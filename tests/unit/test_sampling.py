@@ -134,10 +134,10 @@ def test_a_draw_is_what_the_definition_says(seed: int, k: int, p: float, min_p: 
     order = [i for i, w in zip(order[:kept], weights, strict=False) if w >= min_p * (1 - 1e-12)]
     if p == 1 and k in (0, *range(50, 61)):  # nothing had to be sorted
         order.sort()
-    heat = [math.exp((float(logits[i]) - top) / t) for i in order]
-    u = uniform(seed, 3) * sum(heat)
+    weights = [math.exp((float(logits[i]) - top) / t) for i in order]
+    u = uniform(seed, 3) * sum(weights)
     expected = next(
-        (i for i, end in zip(order, np.cumsum(heat), strict=True) if u < end * (1 + 1e-12)), order[-1]
+        (i for i, end in zip(order, np.cumsum(weights), strict=True) if u < end * (1 + 1e-12)), order[-1]
     )
     sampler = Sampler(Sampling(temperature=t, top_k=k, top_p=p, min_p=min_p, seed=seed))
     assert sampler.choose(None, logits, (), 3) == expected

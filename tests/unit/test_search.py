@@ -398,7 +398,7 @@ def test_time_is_shared_fairly_and_ends_the_search(tmp_path: Path) -> None:
     assert sum(seconds.values()) == pytest.approx(100, abs=3)
     assert result.seconds <= 102
     assert "not measured" not in result.outcomes
-    assert {step.text.partition(" ")[0] for step in steps} == {"limits", "search", "race"}
+    assert {step.text.partition(" ")[0] for step in steps} == {"peaks", "search", "race"}
     assert all(0 <= step.done <= step.total == 100 for step in steps)
     assert [step.done for step in steps] == sorted(step.done for step in steps)
 
@@ -740,11 +740,11 @@ def test_the_number_of_threads_is_chosen_for_the_whole_step(
         tmp_path / "r",
         both,
         Parallel(runner(both, noise=0.0), gain),
-        rest_ns=lambda regime, threads: a_token * (rest if threads == 2 else 1.0),
+        non_matmul_ns=lambda regime, threads: a_token * (rest if threads == 2 else 1.0),
     )
     assert result.threads == best
     costs = {cost.threads: cost for cost in result.thread_costs}
-    assert costs[1].rest_ns == pytest.approx(costs[1].matrices_ns)
+    assert costs[1].non_matmul_ns == pytest.approx(costs[1].matrices_ns)
     assert costs[1].matrices_ns == pytest.approx(gain * costs[2].matrices_ns)
     store = RecordStore(tmp_path / "r")
     assert store.best_threads([WIDE, TALL], fingerprints) == best
