@@ -32,6 +32,7 @@ from bitgen.llm import library_for
 from bitgen.measure import LocalRunner
 from bitgen.runtime import load
 
+_CHUNK = 128  # positions that keys and values are kept for together
 _ALONE = ("matmul", "head")  # the rest is what a step costs beyond its matrices
 
 
@@ -66,31 +67,19 @@ def measure(config: ModelConfig, args: argparse.Namespace, threads: int, environ
             dram.append(runner.dram_gbs(threads, level))
             decode += steps
         streamed = engine.memory.weights + engine.head_bytes
+        cached = (args.context + 1) * engine.sequence_bytes(_CHUNK) / _CHUNK
         engine.close()
     limit_ns = [streamed / max(pair) for pair in itertools.pairwise(dram)]
     share = statistics.median(limit / step for limit, step in zip(limit_ns, step_ns, strict=True))
-    cached = 1 + cache_bytes(config, args.context + 1, args.kv) / streamed
     attention_ns = statistics.median(run["attention"] for run in prompt)
     fma_share = attention_operations(config, args.prompt) / attention_ns / fma
     tests = [
-        (f"tg, context {args.context}", decode, (share, share * cached, None)),
+        (f"tg, context {args.context}", decode, (share, share * (1 + cached / streamed), None)),
         (f"pp{args.prompt}", prompt, (None, None, fma_share)),
     ]
     return report(
         f"{args.model}, {threads} threads, DRAM read {min(dram):.1f} to {max(dram):.1f} GB/s", tests
     )
-
-
-def cache_bytes(config: ModelConfig, positions: int, kv: str) -> int:
-    """Bytes of the keys and values of so many positions.
-
-    q8: a byte each, and a float for each head; q4: half a byte, and two bytes for each 32 of a head.
-    """
-    groups = -(-config.head_dim // 32)
-    head = {"f16": 4 * config.head_dim, "q8": 2 * config.head_dim + 8}.get(
-        kv, config.head_dim // 2 + groups * 16 + groups * 4
-    )
-    return positions * config.layers * config.kv_heads * head
 
 
 def attention_operations(config: ModelConfig, n: int) -> int:
