@@ -23,7 +23,12 @@ _KV_MIB_MAX = 1 << 30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_draft(parser)
-    group = parser.add_argument_group("the server")
+    _add_server(parser.add_argument_group("the server"))
+    _add_load(parser.add_argument_group("the load"))
+    _add_access(parser.add_argument_group("who may ask"))
+
+
+def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
     group.add_argument("--port", type=int, default=8080, help="0: any that is free (8080)")
     group.add_argument(
@@ -38,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--drain", type=float, default=30, metavar="S", help="seconds for running texts at the end (30)"
     )
-    group = parser.add_argument_group("the load")
+
+
+def _add_load(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--parallel", type=int, default=4, metavar="N", help="texts at once (4)")
     group.add_argument(
         "--parked",
@@ -87,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-body", type=int, default=2 << 20, metavar="BYTES", help="of a request at most (2097152)"
     )
     add_energy(group)
-    group = parser.add_argument_group("who may ask")
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line, mode 600")
     group.add_argument("--insecure", action="store_true", help="serve other machines without a key")
     group.add_argument(
