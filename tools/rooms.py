@@ -3,6 +3,7 @@
     python tools/rooms.py                      # lines now and budget
     python tools/rooms.py --against v0.1.0     # and the lines at that commit
     python tools/rooms.py --markdown           # a table for a change's description
+    python tools/rooms.py --update             # the table in docs/design.md, against what was reviewed
 
 Counted are all lines of tracked source files, comments and blank lines included. ``planned`` is what the
 design gave a room before it held what it holds today, ``budget`` what that should need; where it is more,
@@ -19,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DESIGN = ROOT / "docs" / "design.md"
+REVIEWED = "5890bec"  # the commit from which the rooms were planned
+_BEGIN, _END = "<!-- rooms: python tools/rooms.py --update -->\n", "<!-- end of rooms -->\n"
 SUFFIXES = (".py", ".c", ".h", ".j2", ".md", ".yaml", ".toml")
 
 
@@ -79,7 +83,7 @@ ROOMS = (
         "bitgen/cpu/",
         600,
         1200,
-        "three ways to ask a CPU, the cap, CPUs that are not here",
+        "three ways to ask a CPU, the cap, CPUs that are not here, kinds of cores",
         ("bitgen/target/",),
     ),
     Room("bitgen/toolchain/", 680, 1150, "cross compilers, zig, DLLs, a second compiler for kernels"),
@@ -93,16 +97,22 @@ ROOMS = (
         "bitgen/bundle/",
         1450,
         2950,
-        "signed, installed, verified, made for 15 families, transferred, in wheels",
+        "signed, installed, verified, made for 15 families, transferred, in wheels, one for every CPU",
         ("bitgen/bundle.py", "bitgen/library/"),
     ),
-    Room("bitgen/runtime.py", 350, 600, "groups, codes and int16; one error for each misuse"),
+    Room(
+        "bitgen/runtime.py",
+        350,
+        650,
+        "groups, codes and int16; one error for each misuse; a self-test of all",
+        ("bitgen/self_test.py",),
+    ),
     Room("bitgen/energy.py", 150, 370, "three kinds of sensor, and a reason instead of a number"),
     Room(
         "bitgen/formats/",
         2350,
         4600,
-        "ternary and 4-bit types of many programs, downloads of three",
+        "types of 1 to 4 bits of many programs, tables of our own, RoPE of long contexts, downloads of three",
         ("bitgen/model/",),
     ),
     Room(
@@ -116,28 +126,39 @@ ROOMS = (
         "bitgen/inference/",
         1770,
         4450,
-        "slots, reused prefixes, drafts, grammars, prompt caches, divergence",
+        "slots, reused and pinned prefixes, two kinds of drafts and their account, grammars, prompt caches, "
+        "screened heads, layouts raced, memory by bytes and weights from disk, embeddings, divergence",
         _model("answer", "bench", "chat", "conversation", "engine", "generate", "llm", "packed")
         + _model("perplexity", "rest", "sampling", "synthetic")
         + ("bitgen/llm.py",),  # the class is there because it may build a library
     ),
     Room("bitgen/quantize/", 500, 800, "fit, learn, calibrate, write"),
-    Room("bitgen/serve/", 2200, 3250, "three dialects: OpenAI's two and Ollama's"),
+    Room(
+        "bitgen/serve/",
+        2200,
+        3250,
+        "four dialects (OpenAI's two, Anthropic's, Ollama's), tools, embeddings, guard, metrics",
+    ),
     Room("bitgen/hf/", 350, 530, "checkpoints, layers and the operator of torch"),
     Room("bitgen/lm_eval.py", 200, 230, "windows as the harness cuts them"),
-    Room("bitgen/cli/", 1200, 3200, "23 commands, each with every wrong input in one line"),
+    Room("bitgen/cli/", 1200, 3200, "25 commands, each with every wrong input in one line; progress"),
     Room("bitgen/"),  # what is in no other room
     Room(
         "csrc/",
         2700,
         4850,
-        "ABI 3, bundles opened from C, Windows, groups and 4 bits",
+        "ABI 3, bundles opened from C, Windows, groups, codes of 1 to 4 bits, choice of tokens",
         ("templates/host/", "templates/probes/harness"),
     ),
-    Room("templates/", 5700, 7150, "SVE, groups, values by table, int16, the page of reports"),
+    Room(
+        "templates/",
+        5700,
+        7150,
+        "SVE, groups, values by table, int16, 4-bit keys and values, the page of reports",
+    ),
     Room("tests/golden/", 4000),
     Room("tests/data/"),
-    Room("tests/", 16900, 31000, "a server, a fleet, bundles, formats and transformers came"),
+    Room("tests/", 16900, 31000, "a server, a fleet, bundles, formats, quantising and transformers came"),
     Room("benchmarks/"),
     Room("tools/"),
     Room("examples/"),
@@ -207,15 +228,29 @@ def show(table: Sequence[Sequence[str]], markdown: bool) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
+def in_document(table: str) -> str:
+    """docs/design.md with this table of rooms."""
+    head, begin, behind = DESIGN.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, tail = behind.partition(_END)
+    return f"{head}{begin}\n{table}\n\n{end}{tail}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--against", metavar="REV", help="a commit to compare with")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
+    parser.add_argument("--update", action="store_true", help="write the table into docs/design.md")
     args = parser.parse_args(argv)
+    if args.update:
+        args.against, args.markdown = REVIEWED, True
     before = totals(line_counts(args.against)) if args.against else None
     header = ["room", *(["before"] if args.against else []), "lines", "planned", "budget", "over", "why"]
-    print(show([header, *rows(totals(line_counts()), before)], args.markdown))
+    table = show([header, *rows(totals(line_counts()), before)], args.markdown)
+    if args.update:
+        DESIGN.write_text(in_document(table), encoding="utf-8")
+    else:
+        print(table)
     return 0
 
 

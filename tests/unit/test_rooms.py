@@ -59,6 +59,16 @@ def test_a_room_that_is_larger_than_planned_says_why(rooms: ModuleType) -> None:
         assert bool(room.why) == bool(room.budget and room.budget > 1.05 * room.planned), room.name
 
 
+def test_the_document_has_rooms_budgets_and_reasons_of_today(rooms: ModuleType) -> None:
+    """And the lines of when it was written last, which may be others by now."""
+    lines = rooms.DESIGN.read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = {row[0]: (*row[3:5], row[-1]) for row in cells if len(row) == 7}
+    for room in rooms.ROOMS:
+        numbers = [f"{number:,}" if number else "" for number in (room.planned, room.budget or room.planned)]
+        assert found[room.name] == (*numbers, room.why), "python tools/rooms.py --update"
+
+
 @pytest.mark.usefixtures("repository")
 def test_an_unknown_commit_is_one_line(rooms: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"^rooms: .*nope$"):
