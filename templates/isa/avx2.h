@@ -102,8 +102,8 @@ OP vb vb_lut_low(vb table, vb idx) {
 }
 
 //: vb_lut8
-// vpshufb reads bits 0..3 and 7 of an index. Where a byte has no bit 3, what int16 shift into the one below it leaves its
-// bit 7 clear, so neither code takes a mask.
+// vpshufb reads bits 0..3 and 7 of an index. Where a byte has no bit 3, what int16 shift into the one below it leaves
+// its bit 7 clear, so neither code takes a mask.
 OP vb vb_lut8(vb table, vb v, int bits) {
     if (bits != 0) {
         v.a = _mm256_srli_epi16(v.a, 4);

@@ -82,8 +82,8 @@ OP vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.
 OP vb vb_lut_low(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }
 
 //: vb_lut8
-// vpshufb reads bits 0..3 and 7 of an index. Where a byte has no bit 3, what int16 shift into the one below it leaves its
-// bit 7 clear, so neither code takes a mask.
+// vpshufb reads bits 0..3 and 7 of an index. Where a byte has no bit 3, what int16 shift into the one below it leaves
+// its bit 7 clear, so neither code takes a mask.
 OP vb vb_lut8(vb table, vb v, int bits) {
     return (vb){_mm512_shuffle_epi8(table.v, bits != 0 ? _mm512_srli_epi16(v.v, 4) : v.v)};
 }

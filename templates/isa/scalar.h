@@ -121,8 +121,8 @@ OP vb vb_lut_low(vb table, vb idx) {
 }
 
 //: vb_lut8
-// Look up by the code of three bits from bit 0 or 4 on: b[16 l + i] = table[16 l + (v[16 l + i] >> bits & 7)]. Bits 3 and
-// 7 of v are 0.
+// Look up by the code of three bits from bit 0 or 4 on: b[16 l + i] = table[16 l + (v[16 l + i] >> bits & 7)]. Bits 3
+// and 7 of v are 0.
 OP vb vb_lut8(vb table, vb v, int bits) {
     vb r;
     for (int i = 0; i < 64; ++i) r.b[i] = table.b[(i & 48) + (v.b[i] >> bits & 7)];
@@ -130,8 +130,8 @@ OP vb vb_lut8(vb table, vb v, int bits) {
 }
 
 //: vb_spread
-// Two codes of three bits, from bits 0 and 4 on: bit 0 of the first is bit 3 of a, bit 1 that of b, bit 2 that of c, and
-// of the second it is bit 7 of each.
+// Two codes of three bits, from bits 0 and 4 on: bit 0 of the first is bit 3 of a, bit 1 that of b, bit 2 that of c,
+// and of the second it is bit 7 of each.
 OP vb vb_spread(vb a, vb b, vb c) {
     for (int i = 0; i < 64; ++i)
         a.b[i] = (uint8_t)((a.b[i] & 0x88) >> 3 | (b.b[i] & 0x88) >> 2 | (c.b[i] & 0x88) >> 1);
