@@ -42,7 +42,8 @@ def add_spaces(parser: argparse.ArgumentParser, isas: str, regimes: str = "all")
         "--family",
         action="append",
         default=[],
-        help=f"i2s, tl1, tl2, t5 or tl5 (default: all){again}",
+        help=f"i2s, tl1, tl2, t5 or tl5 (default: all), or of weights that are not ternary q1, t3, t4, q4 or "
+        f"q4m{again}",
     )
     parser.add_argument(
         "--regime", action="append", default=[], help=f"n1, small or large (default: {regimes}){again}"

@@ -70,7 +70,7 @@ def _architecture(file: GgufFile) -> Architecture:
     if found is None:
         raise FileError(
             f"{file.path}: the architecture {short(name)} is not supported; bitgen runs "
-            f"{', '.join(gguf_names())} with ternary matrices",
+            f"{', '.join(gguf_names())}",
         )
     return found
 

@@ -146,9 +146,7 @@ def _architecture(settings: Settings, tensors: Container[str]) -> Architecture:
     name = names[0] if isinstance(names, list) and names else None
     found = stored_in_hf(name, tensors) if isinstance(name, str) else None
     if found is None:
-        raise settings.error(
-            "architectures", f"is {names!r:.60}; bitgen runs {', '.join(hf_classes())} with ternary matrices"
-        )
+        raise settings.error("architectures", f"is {names!r:.60}; bitgen runs {', '.join(hf_classes())}")
     return found
 
 

@@ -65,7 +65,7 @@ def nvfp4_of(quantization: Settings, folder: Path) -> Nvfp4 | None:
     if method is None and (folder / _BESIDE).is_file():
         beside = Settings(folder / _BESIDE, read_json(folder / _BESIDE))
         method, quantization = _MODELOPT, beside.section("quantization")
-    if method not in _WRITERS:
+    if not isinstance(method, str) or method not in _WRITERS:
         return None
     key, known = _KNOWN[method]
     if (found := quantization.get(key)) not in known:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from model_files import plain_model, small_config, write_folder, write_model
 from mutations import TYPES, hf_folder, read_everything
+from nvfp4_files import WRITERS
 
 from bitgen.errors import BitgenError
 from bitgen.formats.gguf import ALIGNMENT, read_gguf
@@ -41,7 +42,7 @@ def counts() -> dict[str, dict[str, int]]:
 
 def test_mutations_are_refused_or_load(counts: dict[str, dict[str, int]]) -> None:
     mutated = {kind: found for kind, found in counts.items() if "prefix" not in kind}
-    assert len(mutated) == 14 + 2 * len(TYPES)
+    assert len(mutated) == 14 + 3 * len(WRITERS) + 2 * len(TYPES)
     for kind, found in mutated.items():
         assert sum(found.values()) == COUNT, kind
         assert set(found) <= {"valid", "refused", "refused by the tokenizer"}
@@ -56,7 +57,7 @@ def test_mutations_are_refused_or_load(counts: dict[str, dict[str, int]]) -> Non
 
 def test_every_prefix_is_refused(counts: dict[str, dict[str, int]]) -> None:
     prefixes = {kind: found for kind, found in counts.items() if "prefix" in kind}
-    assert len(prefixes) == 4 + len(TYPES)
+    assert len(prefixes) == 4 + len(WRITERS) + len(TYPES)
     for kind, found in prefixes.items():
         assert set(found) <= {"refused", "refused by the tokenizer"}, kind
         assert sum(found.values()) > 400

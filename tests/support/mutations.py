@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from model_files import plain_model, shape_of, small_config, tensor, write_folder, write_model
+from nvfp4_files import WRITERS, write_nvfp4
 
 from bitgen.errors import BitgenError
 from bitgen.formats.coded import CODED
@@ -249,6 +250,11 @@ def hf_folder(folder: Path) -> Path:
     return write_folder(folder / "hf", plain_model(small_config("bitnet-b1.58", **TINY)), "packed", OFFLINE)
 
 
+def nvfp4_folder(folder: Path, writer: str) -> Path:
+    config = small_config("llama", **{**TINY, "hidden": 16, "ffn": 16, "head_dim": 8})
+    return write_nvfp4(folder / writer, writer, config)[0]
+
+
 def run(count: int, seed: int) -> dict[str, dict[str, int]]:
     """All kinds of damage, ``count`` of each kind where it is random; the counts of each outcome."""
     rng = random.Random(seed)
@@ -274,6 +280,15 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
             results[f"{text}, one character"] = mutations(hf, hf / text, one_character(content, count, rng))
         for text in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
             results[f"{text}, one value"] = json_values(hf, hf / text, count, rng)
+        for writer in WRITERS:
+            fp4 = nvfp4_folder(folder, writer)
+            weights, kind = fp4 / "model.safetensors", f"NVFP4 of {writer}"
+            content = weights.read_bytes()
+            use_tokenizer(read_everything(fp4))
+            results[f"{kind}, one byte"] = mutations(fp4, weights, one_byte(content, count, rng, 1400))
+            results[f"{kind}, one value"] = json_values(fp4, weights, count, rng)
+            results[f"{kind}, config.json, one value"] = json_values(fp4, fp4 / "config.json", count, rng)
+            results[f"{kind}, every prefix"] = prefixes(fp4, weights)
         for kind in TYPES:
             file, size = typed_file(folder, kind)
             use_tokenizer(read_everything(file))
