@@ -144,7 +144,11 @@ FIGURES = (
         "hf.py --model 2B-4T --layers 6 --prompt 32 --steps 4 --repeats 3 --threads {threads} -o json",
     ),
     Figure("opening", "docs/guide/bundles.md", "opening.py {distribution}"),
-    Figure("quantised", "docs/guide/quantising.md", "quantize.py -m {smollm2} --work {work} --windows 4"),
+    Figure(
+        "quantised",
+        "docs/guide/quantising.md",
+        "quantize.py -m {smollm2} --work {work} --windows 4 --speed {threads}",
+    ),
 )
 
 

@@ -5,15 +5,19 @@
 Of each type: bits a weight (scales, selectors and tables counted), what weights changed by, perplexity and KL
 divergence from the model as it is. The first half of the text calibrates, the second half is measured, in
 windows of 512 tokens of which the second halves are predicted. Activations are floats here, so that the
-numbers speak of weights alone; ``--run`` also runs each file with kernels. ``a row``: each row and group has
-a table of its own, which no kernel runs; else 16 rows share one.
+numbers speak of weights alone; ``--run`` also runs each file with kernels, and ``--speed THREADS`` times
+steps of one token, all files in turn, medians. ``a row``: each row and group has a table of its own, which no
+kernel runs; else 16 rows share one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +34,7 @@ from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
 from bitgen.formats.table_types import STACKS
 from bitgen.formats.weights import CodedMatrix, TernaryMatrix, Weights
+from bitgen.inference.bench import bench_engine
 from bitgen.inference.divergence import Comparison
 from bitgen.inference.sampling import log_softmax_at
 from bitgen.llm import LLM
@@ -52,6 +57,8 @@ COLUMNS = (
     Column("kl_error", "+/-", ".4f"),
     Column("same_top", "same top, %", ".1f"),
 )
+STEPS = 32  # of one token, timed at once
+SPEED = (Column("speed", "tokens/s", ",.1f"),)
 RUN = (Column("run", "run: perplexity", ".3f"), Column("run_kl", "run: KL", ".4f"))
 
 
@@ -138,12 +145,40 @@ def of_floats(matrix: TernaryMatrix, values: Floats) -> TernaryMatrix:
     return TernaryMatrix(matrix.name, matrix.shape, matrix.decode, matrix.find_scale, floats=floats)
 
 
+def scales_of(recipe: Recipe) -> str:
+    return "calibrated" if recipe.calibration else "fitted" if recipe.fits_scales else "largest"
+
+
+def file_of(row: Row, work: Path) -> Path:
+    """Where the file of a row is: what it is made of names it."""
+    kind, group = row.recipe.checked()
+    return work / f"{kind.name}-g{group}-{scales_of(row.recipe)}.gguf"
+
+
+def speeds(files: Sequence[Path], threads: int, rounds: int) -> dict[Path, float]:
+    """Steps of one token a second of each file, medians of rounds in which all take turns, shuffled."""
+    found: dict[Path, list[float]] = {path: [] for path in files}
+    order = random.Random(0)  # noqa: S311 - no secret
+    with contextlib.ExitStack() as stack:
+        opened = {
+            path: stack.enter_context(LLM(path, context=WINDOW, threads=threads))
+            for path in dict.fromkeys(files)
+        }
+        for _ in range(rounds):
+            turns = list(opened)
+            order.shuffle(turns)
+            for path in turns:
+                (timed,) = bench_engine(opened[path].engine, threads, prompts=(), steps=(STEPS,), repeats=1)
+                found[path] += timed.speeds
+    return {path: statistics.median(each) for path, each in found.items()}
+
+
 def one(model: ModelFile, measure: Measure, row: Row, args: argparse.Namespace) -> list[Any]:
     """The cells of a row: the file is made, read, measured, and run where that is asked for."""
     recipe = row.recipe
     kind, group = recipe.checked()
-    how = "calibrated" if recipe.calibration else "fitted" if recipe.fits_scales else "largest"
-    path = args.work / f"{kind.name}-g{group}-{how}.gguf"
+    how = scales_of(recipe)
+    path = file_of(row, args.work)
     if recipe.calibration and not measure.squares:
         measure.squares = list(squares_of(model, recipe.calibration))
     if not path.exists() or not path.with_suffix(".json").exists():
@@ -187,6 +222,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--windows", type=int, default=8, help="at most")
     parser.add_argument("--run", action="store_true", help="run the files with kernels too")
+    parser.add_argument("--speed", type=int, metavar="THREADS", help="time steps of all files")
+    parser.add_argument("--rounds", type=int, default=7, help="of --speed")
     parser.add_argument("-o", "--output", default="md", choices=("text", "md", "csv", "json"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -196,12 +233,18 @@ def main() -> None:
     measure = Measure(model, text[half:], args.windows, args.work)
     title = f"perplexity {measure.perplexity:.3f} over {len(measure.windows)} windows"
     print(f"{args.model}: {title}", file=sys.stderr, flush=True)
-    found = []
-    for row in rows_of(args.types.split(","), args.group, text[:half]):
+    rows, found = list(rows_of(args.types.split(","), args.group, text[:half])), []
+    for row in rows:
         started = time.perf_counter()
         found.append(one(model, measure, row, args))
         print(*found[-1], f"{time.perf_counter() - started:.0f} s", sep="  ", file=sys.stderr, flush=True)
     columns = COLUMNS + (RUN if args.run else ())
+    if args.speed:
+        files = [None if row.own_tables else file_of(row, args.work) for row in rows]
+        timed = speeds([model.path, *(each for each in files if each)], args.speed, args.rounds)
+        found = [[*cells, each and timed[each]] for cells, each in zip(found, files, strict=True)]
+        columns += SPEED
+        print(f"the model as it is: {timed[model.path]:.1f} tokens/s", file=sys.stderr)
     print(render_tables([Table("types", columns, found)], args.output))
 
 
