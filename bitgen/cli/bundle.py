@@ -259,11 +259,23 @@ def passphrase(secret: bytes, where: str) -> bytes | None:
     if b"ENCRYPTED" not in secret.partition(b"\n")[0]:
         return None
     given = os.environ.get(PASSPHRASE_VARIABLE)
-    if given is None:
-        import getpass
+    return (ask_passphrase(f"Passphrase of {where}: ") if given is None else given).encode()
 
-        given = getpass.getpass(f"Passphrase of {where}: ")
-    return given.encode()
+
+def ask_passphrase(prompt: str) -> str:
+    """What a person types into the terminal, unseen. UsageError where there is none."""
+    import getpass
+    import warnings
+
+    from bitgen.errors import UsageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", getpass.GetPassWarning)  # it would read where all can see it
+            return getpass.getpass(prompt)
+    except (getpass.GetPassWarning, EOFError):
+        message = f"there is no terminal to ask for the passphrase: give it in {PASSPHRASE_VARIABLE}"
+        raise UsageError(message) from None
 
 
 def _to_stderr(line: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from bitgen.cli.bundle import PASSPHRASE_VARIABLE
+from bitgen.cli.bundle import PASSPHRASE_VARIABLE, ask_passphrase
 from bitgen.cli.options import add_actions
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 
@@ -71,14 +71,12 @@ def _keygen(args: argparse.Namespace) -> None:
 
 def _new_passphrase() -> bytes:
     """From the environment, or twice from the terminal. UsageError for an empty one."""
-    import getpass
-
     from bitgen.errors import UsageError
 
     given = os.environ.get(PASSPHRASE_VARIABLE)
     if given is None:
-        given = getpass.getpass("Passphrase of the new key: ")
-        if getpass.getpass("The same again: ") != given:
+        given = ask_passphrase("Passphrase of the new key: ")
+        if ask_passphrase("The same again: ") != given:
             raise UsageError("the passphrases differ; no key was made")
     if not given:
         raise UsageError("an empty passphrase protects nothing; --no-passphrase leaves the key unencrypted")

@@ -153,6 +153,24 @@ def test_a_wrong_passphrase_signs_nothing(
     assert not (tmp_path / "x.zip").exists()
 
 
+def test_without_a_terminal_a_passphrase_is_a_variable(tmp_path: Path) -> None:
+    """A job of CI: nothing is read from where it could be seen, and no traceback."""
+    env = {name: value for name, value in os.environ.items() if name != "BITGEN_KEY_PASSPHRASE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bitgen", "trust", "keygen", str(tmp_path / "k")],
+        input="secret\nsecret\n",
+        capture_output=True,
+        text=True,
+        env=env,
+        start_new_session=True,  # without the terminal of whoever runs the tests
+        check=False,
+    )
+    assert done.returncode == UsageError.exit_code
+    said = "bitgen: there is no terminal to ask for the passphrase: give it in BITGEN_KEY_PASSPHRASE\n"
+    assert (done.stdout, done.stderr) == ("", said)
+    assert not list(tmp_path.iterdir())
+
+
 def test_equal_bundles_make_equal_bytes(signer: Any, tmp_path: Path) -> None:
     made = []
     for name, mask in (("a", 0o022), ("b", 0o077)):
