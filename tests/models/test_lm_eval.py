@@ -219,6 +219,23 @@ def test_batches_and_orders_change_no_bit(samples: Callable[..., dict[str, Any]]
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("bitgen_home")
+def test_the_example_is_a_task(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the guide has it: from a checkout, with the task's folder."""
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm-eval)")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    manager = TaskManager(include_path=str(ROOT / "examples" / "lm_eval"), include_defaults=False)
+    done = lm_eval.simple_evaluate(
+        model=own(bundle), tasks=["verses"], task_manager=manager, bootstrap_iters=0, limit=6
+    )
+    assert 0.0 <= done["results"]["verses"]["acc,none"] <= 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bitgen_home")
 def test_texts_that_are_longer_than_the_context(bundle: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed (the extra lm-eval)")
     from types import SimpleNamespace
