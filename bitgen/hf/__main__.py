@@ -20,7 +20,11 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"bitgen: {error.name} is not installed: pip install 'transformers[serving]'", file=sys.stderr)
         return BitgenError.exit_code
-    transformers()
+    try:
+        transformers()
+    except ImportError as error:  # what a command of theirs needs; it says what to install
+        print(f"bitgen: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return BitgenError.exit_code
     return 0
 
 

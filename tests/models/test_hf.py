@@ -313,6 +313,25 @@ def test_torch_compile_as_people_use_it(model: Any) -> None:
         torch._dynamo.reset()
 
 
+def test_what_their_command_line_lacks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("typer", reason="transformers' command line needs it")
+    from transformers.cli import transformers as theirs
+
+    from bitgen.hf.__main__ import main
+
+    def fail() -> None:
+        raise ImportError("Missing dependencies for serving.\nMore of it.")
+
+    monkeypatch.setattr(theirs, "main", fail)
+    try:
+        assert main() == BitgenError.exit_code
+    finally:
+        hf.uninstall()
+    assert capsys.readouterr().err == "bitgen: Missing dependencies for serving.\n"
+
+
 def test_the_operator_is_a_good_citizen(library: Path) -> None:
     layer = hf.optimize(layer_of("BitLinear", torch.float32), library=library, threads=1)
     kernel = layer.bitgen_kernel

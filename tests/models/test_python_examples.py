@@ -25,7 +25,7 @@ def run(name: str, *arguments: str, home: Path) -> str:
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,  # it compiles a library, and a loaded machine is slow, not wrong
         check=False,
     )
     assert done.returncode == 0, done.stderr
