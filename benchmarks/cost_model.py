@@ -2,6 +2,7 @@
 
     python benchmarks/cost_model.py                  # the tables of docs/lab/search.md
     python benchmarks/cost_model.py --bursts 0.2     # the same beside other work
+    python benchmarks/cost_model.py --patience 0.125 # searches that end sooner
 
 The model is a ridge regression of log(time / mean of its space) on what is known of a schedule before it is
 compiled: its knobs, one by one; registers, instructions of the inner loop, chains of sums; blocks against L1
@@ -24,7 +25,7 @@ from search_study import NEAR, Log, Outcome, read_logs, search, true_times
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
 from bitgen.cpu import Cpu, Isa, find_isa, load_isas, target_cpu
-from bitgen.search import load_search_config
+from bitgen.search import SearchConfig, load_search_config
 from bitgen.spec import EVERY_FAMILY, KernelSpec
 
 DATA = Path(__file__).parent / "data"
@@ -185,24 +186,33 @@ def starts(ordered: Sequence[KernelSpec], near: Sequence[Log]) -> dict[str, list
     }
 
 
-def searches(
-    here: Recorded, there: Recorded, groups: Sequence[Group], seeds: int, contention: Contention | None
-) -> dict[str, list[Outcome]]:
+@dataclass(frozen=True)
+class How:
+    """How spaces are searched."""
+
+    seeds: int
+    config: SearchConfig
+    contention: Contention | None
+
+
+def searches(here: Recorded, there: Recorded, groups: Sequence[Group], how: How) -> dict[str, list[Outcome]]:
     """Searches of ``here`` with what was learnt ``there``, by what they tried first."""
-    config, model = load_search_config(), there.model()
+    model = there.model()
     found: dict[str, list[Outcome]] = {}
     for group in groups:
         for name, first in starts(here.order(model, group), there.spaces[group]).items():
-            outcomes = [search(here.spaces[group], seed, config, contention, first) for seed in range(seeds)]
-            found.setdefault(name, []).extend(outcomes)
+            found.setdefault(name, []).extend(
+                search(here.spaces[group], seed, how.config, how.contention, first)
+                for seed in range(how.seeds)
+            )
     return found
 
 
-def table(pairs: Pairs, groups: Sequence[Group], seeds: int, contention: Contention | None) -> Table:
+def table(pairs: Pairs, groups: Sequence[Group], how: How) -> Table:
     """A row for each CPU and start, over all of its spaces, shapes and seeds."""
     rows: list[tuple[Any, ...]] = []
     for here, there in pairs:
-        for name, outcomes in searches(here, there, groups, seeds, contention).items():
+        for name, outcomes in searches(here, there, groups, how).items():
             regret = [value for outcome in outcomes for value in outcome.regret.values()]
             until = [count for outcome in outcomes for count in outcome.until.values()]
             rows.append(
@@ -258,6 +268,10 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--regime", help="only spaces of this one")
+    config = load_search_config()
+    parser.add_argument(
+        "--patience", type=float, default=config.patience, help="of the points without a gain, to the end"
+    )
     parser.add_argument("--bursts", type=float, default=0.0, help="share of turns that a burst hits (0)")
     parser.add_argument("--longer", type=float, default=0.5, help="what a burst adds on average (0.5)")
     add_output(parser)
@@ -266,8 +280,8 @@ def main() -> None:
     pairs = ((one, two), (two, one))
     groups = [group for group in one.spaces if args.regime in (None, group[2])]
     contention = Contention(args.bursts, args.longer) if args.bursts else None
-    tables = [unmeasured(pairs, groups), table(pairs, groups, args.seeds, contention)]
-    print(render_tables(tables, args.output))
+    how = How(args.seeds, replace(config, patience=args.patience), contention)
+    print(render_tables([unmeasured(pairs, groups), table(pairs, groups, how)], args.output))
 
 
 if __name__ == "__main__":
