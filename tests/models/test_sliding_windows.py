@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exact_model import exact_logits
+from feeding import feed, ids_of
 from model_files import plain_model, tokenizer_json, write_folder, write_model
 from model_files import small_config as file_config
 from numpy.typing import NDArray
@@ -55,22 +56,6 @@ def tables(level_library: Callable[[str], Path]) -> Iterator[Callable[..., Kerne
 def sliding(*windows: int, **changes: Any) -> ModelConfig:
     sizes: dict[str, Any] = {"context": 600, "layers": len(windows), "vocab": 61, "hidden": 64, "ffn": 80}
     return small_config(windows=windows, **{**sizes, **changes})
-
-
-def ids_of(config: ModelConfig, n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(0, config.vocab, n).tolist()  # type: ignore[no-any-return]
-
-
-def feed(engine: Engine, ids: list[int], cuts: list[int] | None = None, sequence: int = 0) -> Any:
-    """Logits of a text that goes in by pieces."""
-    parts, at = [], engine.lengths[sequence]
-    for n in cuts or [len(ids)]:
-        part, ids = ids[:n], ids[n:]
-        positions = np.arange(at, at + len(part), dtype=np.int32)
-        where = np.full(len(part), sequence, np.int32)
-        parts.append(engine.forward(np.array(part, np.int32), positions, where, np.ones(len(part), bool)))
-        at += len(part)
-    return np.concatenate(parts)
 
 
 # ---- The numbers ----
