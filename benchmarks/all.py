@@ -133,6 +133,12 @@ FIGURES = (
     Figure("search", "docs/lab/search.md", "search_study.py -o json"),
     Figure("cost-model", "docs/lab/search.md", "cost_model.py -o json"),
     Figure(
+        "tunes-3B",
+        "docs/lab/search.md",
+        "tunes.py tune:480 tune:150 loaded:150 loaded:150 loaded:150 transferred committed --model 3B "
+        "--threads {threads} -o json",
+    ),
+    Figure(
         "transformers",
         "docs/guide/python.md",
         "hf.py --model 2B-4T --prompt 32 --steps 3 --repeats 2 --mode eager --mode own --threads {threads} "

@@ -423,22 +423,25 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
 
 
 # What is held in registers, by the bytes of a register (0: any other). attention_tiles: query rows, blocks of
-# 16 keys for scores, 16-lane vectors for values; head_tiles: rows of the head, tokens. More sums than the
-# latency of an fma hides are useless, more than the registers hold spill.
+# 16 keys for scores, 16-lane vectors for values; head_tiles: rows of the head, tokens; screen_tiles: the same of its screen,
+# with two sums each. More sums than the latency of an fma hides are useless, more than the registers hold spill.
 _STEP_TILES: Mapping[int, Mapping[str, Any]] = {
     64: {
         "attention_tiles": [(1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 2)],
         "head_tiles": [(4, 4), (8, 1)],
+        "screen_tiles": [(4, 2), (8, 1)],
     },
     32: {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
         "head_tiles": [(2, 2), (4, 1)],
+        "screen_tiles": [(2, 1)],
     },
     16: {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
         "head_tiles": [(2, 2), (4, 1)],
+        "screen_tiles": [(2, 1)],
     },
-    0: {"attention_tiles": [(1, 1, 1)], "head_tiles": [(1, 1)]},
+    0: {"attention_tiles": [(1, 1, 1)], "head_tiles": [(1, 1)], "screen_tiles": [(1, 1)]},
 }
 
 

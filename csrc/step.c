@@ -23,6 +23,7 @@ enum {
     GROUP_LEAST = 16, /* weights along k that share a scale, at least and at most */
     GROUP_MOST = 256,
     HEAD_ROWS = 64,       /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
+    ID_BLOCK = 64,        /* tokens of the vocabulary that are passed over at once where none can be among the best */
     SCREEN_SHARE = 16,    /* of the head's rows that may be read by way of its screen; more are faster read in order */
     INLINE_WORK = 1 << 14 /* elements below which a loop over tokens is not worth waking threads */
 };

@@ -41,6 +41,9 @@ struct bitgen_head {
     const float *scale; /* (rows), of BITGEN_DENSE_I8 */
     float *out;         /* (n, out_stride) */
     int64_t n, k, x_stride, row_bytes, out_stride, row_begin, row_end;
+    const int8_t *planes; /* of `screen`, in place of x: (n, 2, x_stride), zero padded to a multiple of 64 columns */
+    const float *x_scale; /* (n): a token is x_scale * (256 * its first plane + its second) */
+    const int32_t *start; /* (n, 2, 16), of screen_start */
 };
 
 struct bitgen_step_ops {
@@ -65,6 +68,9 @@ struct bitgen_step_ops {
     void (*merge_parts)(const float *parts, int64_t chunks, int64_t head_dim, float *work, float *y);
     void (*embed[BITGEN_DENSE_TYPES])(const uint8_t *row, int64_t k, float *x);
     void (*head[BITGEN_DENSE_TYPES])(const struct bitgen_head *a);
+    /* Logits of int8 rows by activations in two planes, for a screen: NULL where a level gains nothing by them. */
+    void (*screen_start)(const int8_t *planes, int64_t stride, int32_t *start);
+    void (*screen)(const struct bitgen_head *a);
 };
 
 /* The first of the keys that a query with the key `last` sees. */

@@ -144,6 +144,12 @@ struct step {
     int32_t *output_of;    /* (outputs) the token of each row of `final` */
     struct run *runs;      /* (outputs) of the head */
     int64_t run_count;
+    /* Of each row of `final` that is screened in two planes: (outputs, 2, screen_stride), (outputs), (outputs, 2, 16), and
+     * (outputs) |x - what the planes stand for|, with room for what is rounded; 0 of a row of floats. */
+    int8_t *screen_x;
+    float *screen_scale;
+    int32_t *screen_start;
+    double *screen_off;
     float *scores;    /* (best, vocab) logits to choose from */
     float *logits;    /* those that the head makes now */
     uint32_t *exact;  /* (best, vocab bits) which of them are the head's own, not the screen's */
@@ -165,6 +171,9 @@ static void *take(uint8_t *base, int64_t *used, int64_t bytes)
     *used += ceil_to(bytes, 64);
     return p;
 }
+
+/* Bytes of a plane of a row of `final`. */
+static int64_t screen_stride(const struct bitgen_model *model) { return ceil_to(model->hidden, 64); }
 
 /* Bytes of the results of attention chunk by chunk for n tokens; 0 where threads have heads enough, or too many. */
 static int64_t parts_bytes(const struct step *s, int64_t n)
@@ -191,6 +200,10 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
     s->final = take(base, &used, s->outputs * ceil_to(model->hidden, FLOATS) * 4);
     s->output_of = take(base, &used, s->outputs * 4);
     s->runs = take(base, &used, s->outputs * (int64_t)sizeof *s->runs);
+    s->screen_x = take(base, &used, s->outputs * 2 * screen_stride(model));
+    s->screen_scale = take(base, &used, s->outputs * 4);
+    s->screen_start = take(base, &used, s->outputs * 2 * 16 * 4);
+    s->screen_off = take(base, &used, s->outputs * (int64_t)sizeof *s->screen_off);
     s->scores = take(base, &used, s->best * model->vocab * 4);
     s->exact = take(base, &used, s->best * ceil_div(model->vocab, 32) * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);

@@ -57,6 +57,34 @@ static void plan_rows(struct step *s)
     }
 }
 
+/* The norm of the hidden state, not rounded down. */
+static double size_of(const float *x, int64_t k)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < k; ++i) sum += (double)x[i] * x[i];
+    return sqrt(sum) * (1 + 0x1p-40);
+}
+
+/* Row i of `final` in two planes for the screen, and how far they and the sums of them may be off: see
+ * docs/reference/screened-head.md. */
+static void quantize_screened(struct step *s, int64_t i, const float *x)
+{
+    const int64_t k = s->hidden, stride = screen_stride(s->model);
+    int8_t *planes = s->screen_x + i * 2 * stride;
+    float scale[2];
+    int32_t sum[2];
+    found(s, s->ops->quantize_planes(x, k, 0, stride, planes, scale, sum));
+    s->screen_scale[i] = scale[1];
+    s->ops->screen_start(planes, stride, s->screen_start + i * 32);
+    double off = 0;
+    for (int64_t j = 0; j < k; ++j) {
+        const double rounded = (double)x[j] - (double)scale[1] * (256 * planes[j] + planes[stride + j]);
+        off += rounded * rounded;
+    }
+    off = sqrt(off) * (1 + 0x1p-40);
+    s->screen_off[i] = off + 0x1p-20 * (size_of(x, k) + off + 256 * (double)scale[1] * sqrt((double)k));
+}
+
 /* The norm before the head, and the hidden states that are wanted. */
 static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
@@ -68,6 +96,8 @@ static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         float *x = s->final + i * stride;
         found(s, s->ops->norm(s->x + i * k, s->delta + i * k, s->model->final_norm, s->model->norm_eps, k, x));
         if (row->want == BITGEN_WANT_HIDDEN) memcpy(row->out, x, (size_t)k * 4);
+        s->screen_off[i] = 0;
+        if (s->ops->screen && is_screened(s->model, row)) quantize_screened(s, i, x);
     }
 }
 
@@ -79,20 +109,24 @@ static void head_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     for (int64_t i = begin; i < end; ++i)
         for (const struct run *run = s->runs; run < s->runs + s->run_count; ++run) {
             const struct bitgen_dense *head = run->screened ? &s->model->screen : &s->model->head;
+            const int in_planes = run->screened && s->ops->screen;
             const struct bitgen_head a = {
                 .x = s->final + run->first * stride,
+                .planes = s->screen_x + run->first * 2 * screen_stride(s->model),
+                .x_scale = s->screen_scale + run->first,
+                .start = s->screen_start + run->first * 32,
                 .w = head->data,
                 .scale = head->scale,
                 .out = run->out,
                 .n = run->count,
                 .k = s->hidden,
-                .x_stride = stride,
+                .x_stride = in_planes ? screen_stride(s->model) : stride,
                 .row_bytes = head->row_bytes,
                 .out_stride = s->model->vocab,
                 .row_begin = i * HEAD_ROWS,
                 .row_end = min64((i + 1) * HEAD_ROWS, s->model->vocab),
             };
-            s->ops->head[head->type](&a);
+            (in_planes ? s->ops->screen : s->ops->head[head->type])(&a);
             for (int64_t t = 0; t < run->count && !run->screened; ++t)
                 found(s, largest_bits(run->out + t * a.out_stride + a.row_begin, a.row_end - a.row_begin) >= INFINITE);
         }
@@ -138,18 +172,31 @@ static void push(struct heap *h, int32_t id, float logit)
 static int is_allowed(const struct bitgen_row *row, int64_t id)
 { return !row->allowed || (row->allowed[id / 32] >> id % 32 & 1); }
 
+/* Whether any of the logits from id `begin` on is above `least`: a loop that compilers turn into vectors, so that most of a
+ * vocabulary is passed over by blocks (a row of 128,256: 0.25 ms by comparing one after the other). */
+static int any_above(const float *logits, int64_t begin, int64_t end, float least)
+{
+    int32_t above = 0;
+    for (int64_t id = begin; id < end; ++id) above += logits[id] > least;
+    return above;
+}
+
 /* The best of the allowed logits, falling; the lower id first among equals. */
 static void choose_best(const struct bitgen_row *row, const float *logits, int64_t vocab)
 {
     struct heap h = {row->ids, row->out, 0};
-    for (int64_t id = 0; id < vocab; ++id) {
-        if (!is_allowed(row, id)) continue;
-        if (h.count < row->best) {
-            push(&h, (int32_t)id, logits[id]);
-        } else if (logits[id] > h.logits[0]) { /* ids rise: an equal one is worse */
-            h.ids[0] = (int32_t)id;
-            h.logits[0] = logits[id];
-            sift_down(&h, 0);
+    for (int64_t begin = 0; begin < vocab; begin += ID_BLOCK) {
+        const int64_t end = min64(begin + ID_BLOCK, vocab);
+        if (h.count == row->best && !any_above(logits, begin, end, h.logits[0])) continue;
+        for (int64_t id = begin; id < end; ++id) {
+            if (!is_allowed(row, id)) continue;
+            if (h.count < row->best) {
+                push(&h, (int32_t)id, logits[id]);
+            } else if (logits[id] > h.logits[0]) { /* ids rise: an equal one is worse */
+                h.ids[0] = (int32_t)id;
+                h.logits[0] = logits[id];
+                sift_down(&h, 0);
+            }
         }
     }
     for (int64_t i = h.count; i < row->best; ++i) {
@@ -166,11 +213,19 @@ static void choose_best(const struct bitgen_row *row, const float *logits, int64
 struct screened {
     struct step *s;
     const float *x;  /* the hidden state */
+    double off;      /* how far the screen's is from it, and more for what it rounds; 0: the screen takes x */
     float *logits;   /* (vocab) */
     uint32_t *exact; /* bit id: logits[id] is the head's */
 };
 
 static int is_exact(const struct screened *a, int64_t id) { return a->exact[id / 32] >> id % 32 & 1; }
+
+static int any_exact(const struct screened *a, int64_t begin, int64_t end)
+{
+    uint32_t some = 0;
+    for (int64_t word = begin / 32; word < ceil_div(end, 32); ++word) some |= a->exact[word];
+    return some != 0;
+}
 
 /* The head's own logit of a token: the bits that all rows at once give. */
 static void make_exact(const struct screened *a, int64_t id)
@@ -195,23 +250,41 @@ static void make_exact(const struct screened *a, int64_t id)
     found(a->s, largest_bits(a->logits + id, 1) >= INFINITE);
 }
 
-/* The norm of the hidden state, not rounded down. */
-static double size_of(const float *x, int64_t k)
+/* Whether the head's own logit of a token may be `least` or more. */
+static int reaches(const struct screened *a, int64_t id, double size, double by_scale, double least)
 {
-    double sum = 0;
-    for (int64_t i = 0; i < k; ++i) sum += (double)x[i] * x[i];
-    return sqrt(sum) * (1 + 0x1p-40);
+    const struct bitgen_model *model = a->s->model;
+    const double off = size * model->screen_bound[id] + by_scale * model->screen.scale[id] + 0x1p-100;
+    const double most = fabs((double)a->logits[id]) + off;
+    /* The last: what may be infinite, or is NaN. */
+    return a->logits[id] + off + most * 0x1p-22 >= least || !(most < 0x1p127);
+}
+
+/* Whether that may be so of any token of a block, in floats, which compilers turn into vectors: whatever is rounded here
+ * is less than what the terms with 2^-18 add, and what is infinite or NaN may. */
+static int any_reaches(const struct screened *a, int64_t begin, int64_t end, double size, double by_scale, double least)
+{
+    const float *bound = a->s->model->screen_bound, *scale = a->s->model->screen.scale, *logits = a->logits;
+    const float by = (float)(size * (1 + 0x1p-18)), by_s = (float)(by_scale * (1 + 0x1p-18));
+    const float below = (float)(least - fabs(least) * 0x1p-18 - 0x1p-99);
+    int32_t under = 0;
+    for (int64_t id = begin; id < end; ++id) {
+        const float off = bound[id] * by + scale[id] * by_s, most = fabsf(logits[id]) + off;
+        under += (logits[id] + fabsf(logits[id]) * 0x1p-18f + off < below) & (most < 0x1p126f);
+    }
+    return under < end - begin;
 }
 
 /* Screened logits, with bias -> the head's own for every token that may be among the best, -infinity for the others.
  *
  * The best by the screen become exact first; as many tokens have at least their least logit, so no token below it can
- * be among the best. A token's two logits are at most size * screen_bound apart (docs/reference/screened-head.md), the
- * addition of its bias rounds by 2^-24 of the sum. */
+ * be among the best. A token's two logits are at most size * screen_bound apart, and the norm of its int8 row, which is below
+ * 127 sqrt(k) * scale, times what x is off (docs/reference/screened-head.md); the addition of its bias rounds by 2^-24 of the
+ * sum. */
 static void screen_row(const struct screened *a, const struct bitgen_row *row)
 {
     const struct bitgen_model *model = a->s->model;
-    const double size = size_of(a->x, a->s->hidden);
+    const double size = size_of(a->x, a->s->hidden), by_scale = 127 * sqrt((double)a->s->hidden) * a->off;
     double least = INFINITY;
     choose_best(row, a->logits, model->vocab);
     for (int64_t i = 0; i < row->best; ++i) {
@@ -222,12 +295,18 @@ static void screen_row(const struct screened *a, const struct bitgen_row *row)
         make_exact(a, row->ids[i]);
         if (a->logits[row->ids[i]] < least) least = a->logits[row->ids[i]];
     }
-    for (int64_t id = 0; id < model->vocab; ++id) {
-        const double off = size * model->screen_bound[id] + 0x1p-100, most = fabs((double)a->logits[id]) + off;
-        if (is_exact(a, id) || !is_allowed(row, id)) continue;
-        /* The last: what may be infinite, or is NaN. */
-        if (a->logits[id] + off + most * 0x1p-22 >= least || !(most < 0x1p127)) make_exact(a, id);
-        else a->logits[id] = -INFINITY;
+    for (int64_t begin = 0; begin < model->vocab; begin += ID_BLOCK) {
+        const int64_t end = min64(begin + ID_BLOCK, model->vocab);
+        const int may = any_reaches(a, begin, end, size, by_scale, least);
+        if (!may && !any_exact(a, begin, end)) { /* nor do those matter that are not allowed */
+            for (int64_t id = begin; id < end; ++id) a->logits[id] = -INFINITY;
+            continue;
+        }
+        for (int64_t id = begin; id < end; ++id) {
+            if (is_exact(a, id) || !is_allowed(row, id)) continue;
+            if (may && reaches(a, id, size, by_scale, least)) make_exact(a, id);
+            else a->logits[id] = -INFINITY;
+        }
     }
 }
 
@@ -242,7 +321,8 @@ static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         const struct bitgen_row *row = &s->tokens->row[s->output_of[i]];
         if (row->want != BITGEN_WANT_BEST || item++ < begin) continue;
         float *logits = s->scores + (item - 1) * vocab;
-        const struct screened a = {s, s->final + i * ceil_to(s->hidden, FLOATS), logits, s->exact + (item - 1) * words};
+        const struct screened a = {s, s->final + i * ceil_to(s->hidden, FLOATS), s->screen_off[i], logits,
+                                   s->exact + (item - 1) * words};
         const int screened = is_screened(s->model, row);
         if (screened) {
             memset(a.exact, 0, (size_t)words * 4);

@@ -56,6 +56,7 @@ LACKS = {
     ),
     "hf": (["--model", "none"], "none"),
     "opening": (["none.zip"], "none.zip"),
+    "tunes": (["tune"], "give tune:SECONDS"),
     "quantize": (["-m", "none.gguf", "--work", "{folder}"], "none.gguf does not exist"),
     "peer_ik": (["none.gguf"], "this Python has no ik-llama-cpp-python"),
     "peer_llama": (["none.gguf"], "this Python has no llama-cpp-python"),
