@@ -69,10 +69,8 @@ class Library:
 
 def parse(arguments: Sequence[str]) -> list[Library]:
     """The libraries of the command line; repeats of a kind get the next seed. UsageError: no such kind."""
-    kinds, found = (
-        {"tune": True, "loaded": True, "library": True, "transferred": False, "committed": False},
-        [],
-    )
+    kinds = {"tune": True, "loaded": True, "library": True, "transferred": False, "committed": False}
+    found: list[Library] = []
     for text in arguments:
         kind, _, value = text.partition(":")
         if kinds.get(kind) != bool(value) or (kind in ("tune", "loaded") and not value.isdigit()):

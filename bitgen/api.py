@@ -50,10 +50,12 @@ from bitgen.spec import (
     regime_of,
 )
 from bitgen.store import RecordStore
-from bitgen.winners import export_winners, family_winners, nearest_winners
+from bitgen.winners import export_winners, nearest_winners
 
 if TYPE_CHECKING:
     from bitgen.bundle import KernelEntry
+    from bitgen.bundle.manifest import Label
+    from bitgen.bundle.transfer import Chosen
     from bitgen.measure.verify import SweepCounts
     from bitgen.runtime import KernelTable
     from bitgen.search import TuneOptions, TuningResult
@@ -188,17 +190,19 @@ def merge(file: Path, *, out: Path | None = None) -> Path:
 # ---- build and load ----
 
 
-def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEntry]:
-    """The kernels of a model's shapes: tuned here, else committed for this CPU family; else none.
+def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> Chosen:
+    """The kernels of a model's shapes: tuned here, else from committed winners, as a release has them.
 
-    A shape without any runs on the default kernels that every library holds.
+    Those of this CPU's family or, where nobody measured it at this ISA level, of the nearest, moved to it. A
+    shape that no family has winners for runs on the default kernels that every library holds.
     """
     from bitgen.bundle import KernelEntry
     from bitgen.bundle.contents import COMMON_GROUP, Target, default_entries
+    from bitgen.bundle.transfer import Chosen, committed_kernels
 
-    store = env.store
-    committed = family_winners(env.cpu.family)
+    store, target = env.store, Target.of(env.cpu, isa.name, env.isas)
     choices: list[KernelEntry] = []
+    missing: list[Shape] = []
     for shape in model.shapes:
         tuned = {
             winner.threads
@@ -212,26 +216,22 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> list[KernelEn
             for regime in REGIMES
             if (winner := store.best(shape, regime.name, threads, env.fingerprints, isa.name, model.kind))
         ]
-        found = found or [
-            KernelEntry(winner.spec, shape, winner.threads)
-            for winner in committed
-            if winner.shape == shape and winner.spec.isa == isa.name and _is_legal(winner, env, isa, model)
-        ]
         choices += dict.fromkeys(found)
+        if not found:
+            missing.append(shape)
+    label: Label = "tuned" if choices else "default"
+    origin = ""
+    if missing and model.weights == TERNARY:
+        committed = committed_kernels(target, missing, group=model.group)
+        choices += committed.entries
+        if not choices or label == "default":
+            label, origin = committed.label, committed.origin
     if model.weights != TERNARY or model.group not in (
         0,
         COMMON_GROUP,
     ):  # every library has defaults for these
-        choices += default_entries(model.weights, model.group, Target.of(env.cpu, isa.name, env.isas))
-    return choices
-
-
-def _is_legal(winner: Job, env: Environment, isa: Isa, model: ModelPreset) -> bool:
-    """Whether a committed schedule is one of today's: the knobs of a family change with its templates."""
-    if winner.spec.layout.kind != model.kind:
-        return False
-    space = env.space(winner.spec.family, isa, winner.spec.regime, winner.shape, model.group)
-    return not space.broken(winner.spec)
+        choices += default_entries(model.weights, model.group, target)
+    return Chosen(tuple(choices), label, origin)
 
 
 def build(
@@ -247,9 +247,9 @@ def build(
 ) -> Path:
     """Write the kernel library of a model: a folder with library, header, manifest and the C text.
 
-    The kernels are the winners tuned on this machine, else those committed for this CPU family, else the
-    defaults. Beside the forward step for every model there is one for this model's sizes. Returns the folder,
-    ``<out>/<model>-<cpu family>``.
+    The kernels are the winners tuned on this machine, else those committed for this CPU family or the
+    nearest one, else the defaults. Beside the forward step for every model there is one for this model's
+    sizes. Returns the folder, ``<out>/<model>-<cpu family>``.
 
     ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux, Darwin or Windows; this one's)
     what runs there. A library that this machine cannot run is written without being tried.
@@ -261,7 +261,8 @@ def build(
     env = Environment(cc, logs, cpu)
     preset = preset_of(model)
     level = env.isa(isa)
-    choices = choices_for(preset, env, level)
+    chosen = choices_for(preset, env, level)
+    choices = chosen.entries
     return write_library(
         choices,
         env.toolchain,
@@ -273,6 +274,8 @@ def build(
         fingerprint=_fingerprint(choices, env),
         threads=env.store.best_threads(preset.shapes, env.fingerprints, preset.kind) if choices else 0,
         check=env.runs(level),
+        label=chosen.label if chosen.label == "transferred" else None,  # else it is seen by the kernels
+        origin=chosen.origin,
     )
 
 
@@ -463,7 +466,7 @@ def bench_kernels(
         raise UsageError("numbers of tokens and of rounds must be at least 1")
     chosen = {
         (choice.shape, choice.spec.regime): choice.spec
-        for choice in choices_for(preset, env, level)
+        for choice in choices_for(preset, env, level).entries
         if choice.threads <= count
     }
     raced: list[KernelTiming] = []

@@ -466,7 +466,7 @@ def _build_known(preset: ModelPreset, progress: Report | None) -> Path | None:
     from bitgen.environment import Environment
 
     env = Environment()
-    if not choices_for(preset, env, env.isa(None)):
+    if not choices_for(preset, env, env.isa(None)).entries:
         return None
     if progress:
         progress(Progress(f"building the kernels of {preset.alias}, once"))

@@ -423,8 +423,9 @@ def render_step(isa_name: str, sizes: StepSizes | None = None) -> Source:
 
 
 # What is held in registers, by the bytes of a register (0: any other). attention_tiles: query rows, blocks of
-# 16 keys for scores, 16-lane vectors for values; head_tiles: rows of the head, tokens; screen_tiles: the same of its screen,
-# with two sums each. More sums than the latency of an fma hides are useless, more than the registers hold spill.
+# 16 keys for scores, 16-lane vectors for values; head_tiles: rows of the head, tokens; screen_tiles: the same
+# of its screen, with two sums each. More sums than the latency of an fma hides are useless, more than the
+# registers hold spill.
 _STEP_TILES: Mapping[int, Mapping[str, Any]] = {
     64: {
         "attention_tiles": [(1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 2)],

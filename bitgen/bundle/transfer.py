@@ -115,8 +115,10 @@ def _legal(job: Job, isa: Isa, cpu: Cpu) -> KernelSpec | None:
     space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu, spec.layout.group)
     alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
     mine, theirs = space.default.schedule.algorithm, find_isa(job.spec.isa, load_isas())
-    if (mine == "tiles" and not theirs.tiles) or (mine == "mmla" and not theirs.mmla):
-        # The winner's level lacks the unit that wins here: without tiles 3B's prompts took 2.6 times as long.
+    gained = (mine == "tiles" and not theirs.tiles) or (mine == "mmla" and not theirs.mmla)
+    if gained or spec.schedule.algorithm not in {point.schedule.algorithm for point in alike}:
+        # One of the two levels lacks the unit that wins on the other: without tiles 3B's prompts took 2.6
+        # times as long, and the knobs of tiles say nothing about other algorithms.
         spec = replace(space.default, layout=spec.layout)
         alike = [point for point in alike if point.schedule.algorithm == mine] or alike
     if not space.broken(spec):

@@ -127,7 +127,7 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     monkeypatch.setattr(winners, "winners_dir", lambda: tmp_path)
     env, preset = Environment(), find_model("3B")
     isa, shape = env.isa(None), Shape(preset.matmuls[0].m, preset.matmuls[0].k)
-    assert choices_for(preset, env, isa) == []
+    assert choices_for(preset, env, isa).entries == ()
     point = next(s for s in env.space("i2s", isa, "n1", shape) if s.layout == R16)
     knobs = tuple((name, 99 if name == "streams" else value) for name, value in point.schedule)
     outdated = replace(point, schedule=Schedule(point.schedule.algorithm, knobs))
@@ -135,7 +135,10 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     store = store_with(tmp_path / "r.jsonl", replace(tuned, shape=shape))
     export_winners(store, env.fingerprints, env.cpu, env.isas, tmp_path)
     assert len(family_winners(env.cpu.family, tmp_path)) == 2
-    assert choices_for(preset, env, isa) == [KernelEntry(point, shape, 2)]
+    found = {entry.threads: entry for entry in choices_for(preset, env, isa).entries}
+    assert found[2] == KernelEntry(point, shape, 2)
+    assert found[1].spec.layout == point.layout
+    assert not env.space("i2s", isa, "n1", shape).broken(found[1].spec), "the nearest legal schedule"
     assert (near := nearest_winners(env.cpu, env.isas))
     assert near.why == "this CPU's family"
 
