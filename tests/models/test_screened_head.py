@@ -110,8 +110,11 @@ def test_the_bits_are_those_of_the_whole_head(head: str, wants: str, table: Kern
 def test_states_that_planes_hold_badly(
     wants: str, in_planes: bool, level_library: Callable[[str], Path]
 ) -> None:
-    """One number of the hidden state is so large that int16 leaves about three values for all others, and the head, which
-    int8 holds exactly, ignores it; on the best level whose screen takes int16, and on the best where it takes floats."""
+    """One number of the state is so large that int16 leaves about three values for all others.
+
+    The head, which int8 holds exactly, ignores it. On the best level whose screen takes int16, and on the best
+    whose screen takes floats.
+    """
 
     def suits(isa: Isa) -> bool:
         return isa.native_dot4 == in_planes and not isa.generic

@@ -109,8 +109,7 @@ def logits_here(level_library: Callable[[str], Path]) -> list[str]:
 def test_it_computes_what_this_machine_computes(
     shipped: tuple[str, str], system: aarch64_root.Aarch64Root, logits_here: list[str]
 ) -> None:
-    """accumulate() equals numpy; every bit of a model's logits, and its text by way of a screened head, are those of
-    scalar code here.
+    """accumulate() equals numpy; a model's logits and, by a screened head, its text are those of scalar code.
 
     Though /proc/cpuinfo may be that of the machine below, the core's levels are known.
     """
