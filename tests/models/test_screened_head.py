@@ -112,8 +112,8 @@ def test_states_that_planes_hold_badly(
 ) -> None:
     """One number of the state is so large that int16 leaves about three values for all others.
 
-    The head, which int8 holds exactly, ignores it. On the best level whose screen takes int16, and on the best
-    whose screen takes floats.
+    The head, which int8 holds exactly, ignores it. On the best level whose screen takes int16, and on the
+    best whose screen takes floats.
     """
 
     def suits(isa: Isa) -> bool:
