@@ -189,9 +189,10 @@ return quantize(x, 150, k_pad, xq, x_scale, x_sum);
 static int32_t norm_quantize_sized(
 float *x, const float *add, const float *weight, float eps, int64_t k, int64_t k_pad, int8_t *xq, float *x_scale,
 int32_t *x_sum) {
-if (k == 100) return norm_quantize(x, add, weight, eps, 100, k_pad, xq, x_scale, x_sum);
-if (k == 500) return norm_quantize(x, add, weight, eps, 500, k_pad, xq, x_scale, x_sum);
-return norm_quantize(x, add, weight, eps, 150, k_pad, xq, x_scale, x_sum);
+if (k == 100) return norm_quantize(x, add, weight, eps, 100, k_pad,
+xq, x_scale, x_sum);
+if (k == 500) return norm_quantize(x, add, weight, eps, 500, k_pad,
+return norm_quantize(x, add, weight, eps, 150, k_pad,
 ffn = 150;
 head_dim = 100;
 hd = 100;
