@@ -18,7 +18,7 @@ from bitgen.bundle.manifest import KernelEntry, Label
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names
 from bitgen.measure import Job
 from bitgen.space import space_for
-from bitgen.spec import KernelSpec, Shape, WeightKind, regime_named
+from bitgen.spec import LARGE, KernelSpec, Shape, WeightKind, regime_named
 from bitgen.winners import family_winners, nearest_winners
 
 
@@ -93,7 +93,7 @@ def _at_level(
         kind = WeightKind(group=group)
         jobs = [job for job in near.winners if (job.shape, job.spec.layout.kind) == (shape, kind)]
         own = [job for job in jobs if job.spec.isa == isa.name]
-        specs = [_legal(job, isa, cpu) for job in own or jobs]
+        specs = [_legal(job, isa, cpu, same=near.cpu_family == cpu.family) for job in own or jobs]
         if specs and None not in specs:
             moved = moved or not own or any(spec != job.spec for spec, job in zip(specs, own, strict=True))
             kept = zip(own or jobs, specs, strict=True)
@@ -109,15 +109,20 @@ def _at_level(
     return Chosen(tuple(dict.fromkeys(entries)), "tuned" if tuned else "transferred", origin)
 
 
-def _legal(job: Job, isa: Isa, cpu: Cpu) -> KernelSpec | None:
-    """A winner on another level or other caches: itself where it is legal, else the nearest that is."""
+def _legal(job: Job, isa: Isa, cpu: Cpu, *, same: bool) -> KernelSpec | None:
+    """A winner on another level or other caches: itself where it is legal, else the nearest that is.
+
+    Not of the ``same`` family its layout alone for few tokens: between two Zens the default's knobs were 4 %
+    from the best there, another family's 9 % (docs/lab/search.md); for many 6 % and 1 %.
+    """
     spec = replace(job.spec, isa=isa.name)
     space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu, spec.layout.group)
     alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
     mine, theirs = space.default.schedule.algorithm, find_isa(job.spec.isa, load_isas())
     gained = (mine == "tiles" and not theirs.tiles) or (mine == "mmla" and not theirs.mmla)
-    if gained or spec.schedule.algorithm not in {point.schedule.algorithm for point in alike}:
-        # One of the two levels lacks the unit that wins on the other: without tiles 3B's prompts took 2.6
+    foreign = not same and job.spec.regime != LARGE.name
+    if foreign or gained or spec.schedule.algorithm not in {point.schedule.algorithm for point in alike}:
+        # Or one of the two levels lacks the unit that wins on the other: without tiles 3B's prompts took 2.6
         # times as long, and the knobs of tiles say nothing about other algorithms.
         spec = replace(space.default, layout=spec.layout)
         alike = [point for point in alike if point.schedule.algorithm == mine] or alike
