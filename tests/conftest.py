@@ -9,9 +9,10 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import emulated
 import pytest
@@ -22,6 +23,9 @@ from libraries import CACHE_VARIABLE, share_cache, shared_cache
 from bitgen.cpu import CAP_VARIABLE, Cpu, detect_cpu
 from bitgen.errors import BitgenError
 from bitgen.paths import HOME_VARIABLE
+
+if TYPE_CHECKING:
+    from bitgen.runtime import KernelTable
 
 # The same examples in every run, and no limits of time: a loaded machine is slow, not wrong.
 # For new examples: pytest --hypothesis-profile=explore
@@ -197,6 +201,14 @@ def level_library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     import step_levels  # asks for the CPU, which pytest_configure may cap
 
     return partial(step_levels.level_library, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tables(level_library: Callable[[str], Path]) -> Iterator[Callable[..., KernelTable]]:
+    """A function from an ISA level (the best here) and threads (2) to a table of its untuned library."""
+    import step_levels
+
+    yield from step_levels.tables(level_library)
 
 
 @pytest.fixture(scope="session")

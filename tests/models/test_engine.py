@@ -5,7 +5,7 @@ import mmap
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ from bitgen.inference.packed_file import cache_entries, check_cache, clear_cache
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.weight_cache import PackedLayer, find_groups, pack_model
 from bitgen.progress import Progress
-from bitgen.runtime import KernelTable, load
+from bitgen.runtime import KernelTable
 
 pytestmark = pytest.mark.slow
 
@@ -121,20 +121,6 @@ CONFIGS = {
     ),
     "heads of 64, ragged ffn": small_config(hidden=64, ffn=5460 // 12, head_dim=64, heads=3, kv_heads=3),
 }
-
-
-@pytest.fixture(scope="session")
-def tables(level_library: Callable[[str], Path]) -> Iterator[Callable[..., KernelTable]]:
-    opened: dict[tuple[str, int], KernelTable] = {}
-
-    def table(level: str = BEST, threads: int = 2) -> KernelTable:
-        if (level, threads) not in opened:
-            opened[level, threads] = load(level_library(level), threads)
-        return opened[level, threads]
-
-    yield table
-    for each in opened.values():
-        each.close()
 
 
 # ---- The numbers ----

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,26 +30,12 @@ from bitgen.inference.engine import Engine
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.weight_cache import named_matrices
 from bitgen.llm import LLM
-from bitgen.runtime import KernelTable, load
+from bitgen.runtime import KernelTable
 
 pytestmark = pytest.mark.slow
 
 BEST = accepted_isas(detect_cpu(), load_isas())[0].name
 NOISE = 1e-4  # standard deviations of logits, as in test_transformers
-
-
-@pytest.fixture(scope="module")
-def tables(level_library: Callable[[str], Path]) -> Iterator[Callable[..., KernelTable]]:
-    opened: dict[tuple[str, int], KernelTable] = {}
-
-    def table(level: str = BEST, threads: int = 2) -> KernelTable:
-        if (level, threads) not in opened:
-            opened[level, threads] = load(level_library(level), threads)
-        return opened[level, threads]
-
-    yield table
-    for each in opened.values():
-        each.close()
 
 
 def sliding(*windows: int, **changes: Any) -> ModelConfig:

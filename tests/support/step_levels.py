@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from libraries import made_once, toolchain_of
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
 from bitgen.cpu import Rejected, accepted_isas, cap_note, detect_cpu, load_isas, resolve_isas
+from bitgen.runtime import KernelTable, load
 
 LEVELS = [isa.name for isa in load_isas() if isa.arch in ("any", detect_cpu().arch)]
 
@@ -27,6 +29,21 @@ def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
 
     name = f"step-{level}"
     return made_once(factory, name, write)
+
+
+def tables(library: Callable[[str], Path]) -> Iterator[Callable[..., KernelTable]]:
+    """A function from a level (the best here) and threads (2) to a table: opened once, closed at the end."""
+    best = accepted_isas(detect_cpu(), load_isas())[0].name
+    opened: dict[tuple[str, int], KernelTable] = {}
+
+    def table(level: str = best, threads: int = 2) -> KernelTable:
+        if (level, threads) not in opened:
+            opened[level, threads] = load(library(level), threads)
+        return opened[level, threads]
+
+    yield table
+    for each in opened.values():
+        each.close()
 
 
 def universal_library(factory: pytest.TempPathFactory) -> Path:
