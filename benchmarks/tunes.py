@@ -43,6 +43,7 @@ from bitgen.formats.config import find_model
 from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
+from bitgen.measure.stats import median_interval
 from bitgen.runtime import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,17 +153,7 @@ def make(library: Library, args: argparse.Namespace, hidden: Path, folder: Path)
     checkout = ROOT if library.kind == "committed" else hidden
     begin = time.monotonic()
     if library.tuned:
-        words = (
-            "tune",
-            "-m",
-            args.model,
-            "--timeout",
-            library.value,
-            "--seed",
-            str(library.seed),
-            "-o",
-            "json",
-        )
+        words = ("tune", "-m", args.model, "--timeout", library.value, "--seed", str(library.seed))
         if library.kind == "loaded":
             with load_beside(library.seed, args.busy, args.burst):
                 bitgen(checkout, home, *words)
@@ -199,13 +190,6 @@ def race(engines: Sequence[Engine], rounds: int) -> dict[int, list[list[float]]]
     return times
 
 
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the 95 % interval of the median from the order statistics of a binomial."""
-    ordered, n = sorted(values), len(values)
-    reach = math.ceil(0.98 * math.sqrt(n))
-    return statistics.median(ordered), ordered[max(0, n // 2 - reach)], ordered[min(n - 1, n // 2 + reach)]
-
-
 def table(
     libraries: Sequence[Library], seconds: Sequence[float], times: dict[int, list[list[float]]], title: str
 ) -> Table:
@@ -216,10 +200,11 @@ def table(
     for i, (library, tune_s) in enumerate(zip(libraries, seconds, strict=True)):
         cells: list[object] = [library.name, None if math.isnan(tune_s) else tune_s]
         for n in _BATCHES:
-            middle, low, high = interval([row[i] / row[0] for row in times[n]])
+            ratios = [row[i] / row[0] for row in times[n]]
+            low, high = median_interval(ratios) or (math.nan, math.nan)
             cells += [
                 statistics.median(row[i] for row in times[n]) * 1e3,
-                f"{middle:.3f} ({low:.3f} to {high:.3f})",
+                f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})",
             ]
         rows.append(tuple(cells))
     return Table(title, tuple(columns), tuple(rows))

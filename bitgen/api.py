@@ -224,7 +224,7 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> Chosen:
     if missing and model.weights == TERNARY:
         committed = committed_kernels(target, missing, group=model.group)
         choices += committed.entries
-        if not choices or label == "default":
+        if label == "default":
             label, origin = committed.label, committed.origin
     if model.weights != TERNARY or model.group not in (
         0,

@@ -173,7 +173,7 @@ static int is_allowed(const struct bitgen_row *row, int64_t id)
 { return !row->allowed || (row->allowed[id / 32] >> id % 32 & 1); }
 
 /* Whether any of the logits from id `begin` on is above `least`: a loop that compilers turn into vectors, so that most of a
- * vocabulary is passed over by blocks (a row of 128,256: 0.25 ms by comparing one after the other). */
+ * vocabulary is passed over by blocks (with those of screen_row 0.2 ms, not 0.9, for a row of 128,256). */
 static int any_above(const float *logits, int64_t begin, int64_t end, float least)
 {
     int32_t above = 0;
