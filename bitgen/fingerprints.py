@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bitgen.cpu import Cpu, Isa
 from bitgen.errors import BitgenError
-from bitgen.measure.harness import harness_units
+from bitgen.measure.harness import timed_texts
 from bitgen.render import Source, render_kernel, render_quantize, render_tables
 from bitgen.spec import KernelSpec
 from bitgen.toolchain import Toolchain
@@ -49,8 +49,7 @@ def fingerprints(cpu: Cpu, isas: Iterable[Isa], toolchain: Toolchain) -> Fingerp
     version = toolchain.compiler.version.splitlines()[0]
     compilers = {isa.name: f"{version} {_digest(toolchain.fingerprint(isa))}" for isa in isas}
     own = cpu_text(cpu)
-    texts = [text for unit in harness_units(cpu.arch) for text in (unit.text, *dict(unit.headers).values())]
-    harness = _digest([_NOT_CODE.sub(" ", text) for text in texts])
+    harness = _digest([_NOT_CODE.sub(" ", text) for text in timed_texts(cpu.arch)])
 
     helpers = functools.cache(_helpers)
 

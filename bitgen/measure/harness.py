@@ -21,6 +21,7 @@ from bitgen.toolchain.cache import key_of
 
 _DLFCN = "void *dlopen(const char *, int); void *dlsym(void *, const char *); char *dlerror(void);\n"
 _MPROTECT = "int mprotect(void *, size_t, int);\n"
+_DECLARATIONS = ("bitgen.h", "step.h")
 _N_ANY = 2**31 - 1  # the host's "no bound"
 
 
@@ -28,6 +29,18 @@ def harness_units(arch: str) -> tuple[Unit, ...]:
     """What a kernel is called and timed by, with its headers."""
     headers = (*host_headers(arch), ("harness.h", csrc_text("harness.h")))
     return (*run_units(arch), Unit("harness", csrc_text("harness.c"), headers=headers))
+
+
+def timed_texts(arch: str) -> tuple[str, ...]:
+    """The code that times a kernel and runs in its turn: of `harness_units`, without what is only declared.
+
+    Declarations, of what applications call and of the step, grow with every ABI and change no timing.
+    """
+    headers = {name: text for unit in harness_units(arch) for name, text in unit.headers}
+    return (
+        *(unit.text for unit in harness_units(arch)),
+        *(text for name, text in headers.items() if name not in _DECLARATIONS),
+    )
 
 
 def build_harness(toolchain: Toolchain, arch: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bitgen import render
+from bitgen import hostcode, render
 from bitgen.cpu import find_isa, load_isas, target_cpu
 from bitgen.fingerprints import fingerprints
 from bitgen.hostcode import csrc_text
@@ -104,6 +104,25 @@ def test_the_cpu_and_the_harness_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fingerprints(other, ISAS, TOOLCHAIN)(SPECS["i2s"]).differences(before) == ["cpu"]
     text = csrc_text
     monkeypatch.setattr(harness, "csrc_text", lambda name: text(name) + "int added;")
+    assert fingerprints(CPU, ISAS, TOOLCHAIN)(SPECS["i2s"]).differences(before) == ["harness"]
+
+
+@pytest.mark.parametrize("name", ["bitgen.h", "step.h"])
+def test_a_new_function_of_the_library_does_not_count(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every ABI would cost all that is known of all kernels."""
+    before = fingerprints(CPU, ISAS, TOOLCHAIN)(SPECS["i2s"])
+    text = csrc_text
+    added = {name: "int32_t added(void);"}
+    monkeypatch.setattr(hostcode, "csrc_text", lambda file: text(file) + added.get(file, ""))
+    assert fingerprints(CPU, ISAS, TOOLCHAIN)(SPECS["i2s"]) == before
+
+
+@pytest.mark.parametrize("name", ["run.c", "pool.c", "kernel.h", "matmul.h"])
+def test_what_runs_in_a_kernels_turn_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprints(CPU, ISAS, TOOLCHAIN)(SPECS["i2s"])
+    text = csrc_text
+    added = {name: "int32_t added(void);"}
+    monkeypatch.setattr(hostcode, "csrc_text", lambda file: text(file) + added.get(file, ""))
     assert fingerprints(CPU, ISAS, TOOLCHAIN)(SPECS["i2s"]).differences(before) == ["harness"]
 
 
