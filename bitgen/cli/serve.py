@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +113,7 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     try:
+        from bitgen.serve.log import say
         from bitgen.serve.ports import listen
         from bitgen.serve.server import serve
     except ModuleNotFoundError as error:
@@ -128,18 +128,18 @@ def run(args: argparse.Namespace) -> int:
         settings = _settings(args, llm, access)
         port = sock.getsockname()[1]
         host = f"[{args.host}]" if ":" in args.host else args.host
-        _say(_memory_line(llm))
+        say(_memory_line(llm))
         for path, text in prompts:
-            _say(f"{llm.pin(text)} tokens of {path} are shared by all chats that start with them")
+            say(f"{llm.pin(text)} tokens of {path} are shared by all chats that start with them")
         if args.cache_file:
             load_cache(llm, args.cache_file)
-        _say(f"{settings.names[0]} ({settings.fingerprint}) on http://{host}:{port}")
+        say(f"{settings.names[0]} ({settings.fingerprint}) on http://{host}:{port}")
         code = serve(llm, settings, sock, args.drain, meter)
         for line in energy_lines(meter, llm.timings):
-            print(f"bitgen: {line}", file=sys.stderr)
+            say(line)
         if args.cache_file:
             tokens = llm.save_cache(args.cache_file)
-            print(f"bitgen: {tokens} tokens of prompts and texts in {args.cache_file}", file=sys.stderr)
+            say(f"{tokens} tokens of prompts and texts in {args.cache_file}")
         return code
 
 
@@ -187,10 +187,6 @@ def _prompt(path: Path) -> str:
         raise FileError(f"{path} is not UTF-8") from None
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _say(line: str) -> None:
-    print(f"bitgen: {line}", file=sys.stderr, flush=True)
 
 
 def _access(args: argparse.Namespace) -> Access:

@@ -13,7 +13,6 @@ import ipaddress
 import json
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitgen.serve.errors import ApiError
+from bitgen.serve.log import say, write
 
 PUBLIC = ("/", "/health", "/v1/health")  # without a key
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -119,7 +119,7 @@ class Guard:
             refused.headers.update(error.headers or {})
             await refused(scope, receive, answer)
         except Exception as error:
-            print(f"bitgen: request {request_id}: {type(error).__name__}", file=sys.stderr)
+            say(f"request {request_id}: {type(error).__name__}")
             failed = ApiError(500, "the server failed; its log names this request id", code="internal")
             if not status:  # else it is too late for an answer
                 await error_response(failed, scope)(scope, receive, answer)
@@ -157,7 +157,7 @@ class Guard:
         else:
             shown = path.encode("unicode_escape").decode()
             line = f"bitgen: {request_id} {scope['method']} {shown} {status} {1e3 * seconds:.1f} ms"
-        print(line, file=sys.stderr, flush=True)
+        write(line)
 
 
 def error_response(error: ApiError, scope: Scope) -> JSONResponse:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from bitgen.formats.model_file import content_digest
 from bitgen.inference.sampling import SAMPLING_VERSION
 from bitgen.serve.app import make_app
 from bitgen.serve.guard import Guard
+from bitgen.serve.log import say
 from bitgen.serve.service import Service, Settings
 from bitgen.serve.worker import Worker
 
@@ -104,11 +104,9 @@ async def _serve(
             os._exit(128 + signum)
         code = InterruptError.exit_code if signum == signal.SIGINT else 0
         service.draining = True
-        print(
-            f"bitgen: shutting down: {len(service.jobs)} texts may take {drain_s:g} s more; a second signal "
-            "ends at once",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"shutting down: {len(service.jobs)} texts may take {drain_s:g} s more; a second signal "
+            "ends at once"
         )
         tasks.add(loop.create_task(drain()))
 

@@ -7,7 +7,6 @@ in the worker's.
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from bitgen.serve import messages
 from bitgen.serve.answers import Answer, Collected, Head
 from bitgen.serve.errors import ApiError, draining, stopped
 from bitgen.serve.guard import Access
+from bitgen.serve.log import say
 from bitgen.serve.metrics import Metrics
 from bitgen.serve.worker import Job, Update, Worker
 
@@ -178,7 +178,7 @@ class Service:
         self._ignored.update(fresh)
         if fresh and self.settings.log is not None:
             shown = ", ".join(fresh).encode("unicode_escape").decode()
-            print(f"bitgen: fields of requests that are ignored: {shown}", file=sys.stderr, flush=True)
+            say(f"fields of requests that are ignored: {shown}")
 
     # ---- Answers ----
 

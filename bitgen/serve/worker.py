@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import queue
-import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import Finish, Request
 from bitgen.inference.sequence import Sequence as Running
 from bitgen.inference.wants import Floats
+from bitgen.serve.log import say
 
 Ended: TypeAlias = "Finish | Literal['cancelled', 'error']"
 _IDS = itertools.count(1)
@@ -225,7 +225,7 @@ class Worker:
         self._running.clear()
         self._scheduler.clear()
         message = error.message if isinstance(error, BitgenError) else f"{type(error).__name__} in the engine"
-        print(f"bitgen: a step failed: {message}", file=sys.stderr)
+        say(f"a step failed: {message}")
         return [self._end(job, "error")._replace(error=message) for job in failed]
 
     def _end(self, job: Job, finish: Ended) -> Update:

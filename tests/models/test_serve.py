@@ -383,6 +383,15 @@ def test_a_signal_lets_texts_end(library: Path, tmp_path: Path, signum: int, cod
         assert not [line for line in server.lines if "Traceback" in line]
 
 
+def test_it_ends_where_nobody_reads_what_it_says(library: Path, tmp_path: Path) -> None:
+    """What started it is gone, and with it the other end of its standard error."""
+    with Server(library, tmp_path, "--log-format", "json") as server:
+        server.stop_reading()
+        assert text_of(server.url, ASK) == text_of(server.url, ASK)
+        server.send(signal.SIGTERM)
+        assert server.ended() == 0
+
+
 def test_prompts_outlive_the_process(library: Path, tmp_path: Path) -> None:
     body, flags = {**ASK, "prompt": "In the beginning " * 40}, ("--cache-file", str(tmp_path / "prompts"))
     answers = []

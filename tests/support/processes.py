@@ -1,4 +1,4 @@
-"""`bitgen serve -m tiny` as a process."""
+"""Programs that run beside a test, and `bitgen serve -m tiny` as one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,35 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+P = TypeVar("P", bound="Program")
 
 
-class Server:
-    """A process, the lines of its standard error, and where it listens."""
+class Program:
+    """A process whose BITGEN_HOME is ``home``, and the lines of its standard error."""
 
-    def __init__(self, library: Path, home: Path, *flags: str) -> None:
+    def __init__(self, command: Sequence[str], home: Path) -> None:
         self.lines: list[str] = []
-        command = [sys.executable, "-m", "bitgen", "serve", "-m", "tiny", "-t", "1", "--port", "0"]
+        self._reading = True
         self.process = subprocess.Popen(
-            [*command, "--library", str(library), *flags],
+            command,
             env={**os.environ, "BITGEN_HOME": str(home)},
             stderr=subprocess.PIPE,
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.url = self.wait_for(r"on (http://\S+)$")[1]
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        self.lines.extend(line.rstrip() for line in iter(self.process.stderr.readline, ""))
+        for line in iter(self.process.stderr.readline, ""):
+            self.lines.append(line.rstrip())
+            if not self._reading:
+                break
+        self.process.stderr.close()
 
     def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
         end = time.monotonic() + seconds
@@ -42,18 +49,29 @@ class Server:
             time.sleep(0.01)
         raise AssertionError(f"no line like {pattern!r} in {self.lines}")
 
+    def stop_reading(self) -> None:
+        """Close this end of its standard error, at its next line."""
+        self._reading = False
+
     def send(self, signum: int) -> None:
         self.process.send_signal(signum)
 
     def ended(self, seconds: float = 20) -> int:
         return self.process.wait(seconds)
 
-    def __enter__(self) -> Server:
+    def __enter__(self: P) -> P:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+
+
+class Server(Program):
+    """`bitgen serve -m tiny`, and where it listens."""
+
+    def __init__(self, library: Path, home: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "bitgen", "serve", "-m", "tiny", "-t", "1", "--port", "0"]
+        super().__init__([*command, "--library", str(library), *flags], home)
+        self.url = self.wait_for(r"on (http://\S+)$")[1]
