@@ -154,7 +154,7 @@ def thread_scaling(tune: Tune) -> Section:
     counts = sorted({slot.threads for slot in tune.slots})
     text = f"The matrices of the chosen layouts on each number of threads. {weighing(tune)}"
     if len(counts) < 2:
-        left = f"Threads: only {counts[0]} was tuned; bitgen tune --threads auto compares some."
+        left = f"One number of threads was tuned, {counts[0]}; bitgen tune --threads auto compares some."
         return Section("threads", "Thread scaling", text, [], [left])
     kernels, lines, rows = tune.kernels(None), [], []
     for place, regime in enumerate(dict.fromkeys(slot.regime for slot in tune.slots)):

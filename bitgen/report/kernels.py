@@ -28,20 +28,20 @@ from bitgen.store import Winner
 
 _WINNERS = (
     "shape|m x k; roles|used by; family; time_us|µs|,.1f; default_us|default µs|,.1f; ratio|ratio|.3f; "
-    "low|from|.3f; high|to|.3f; rounds|rounds|d; layout; schedule; isa|ISA"
+    "low|from|.3f; high|to|.3f; rounds|rounds|d"
 )
+_KERNELS = "slot|tuned for; shape|m x k; layout; schedule; isa|ISA"
 _ROOFLINE = (
     "shape|m x k; family; intensity|op/byte|.1f; gops|GOP/s|,.1f; gbs|GB/s|,.1f; share|% of roofline|.0%; "
     "chosen"
 )
-_COMPARED = (
-    "shape|m x k; this_us|this µs|,.1f; other_us|against µs|,.1f; ratio|ratio|.3f; this; other|against"
-)
+_COMPARED = "shape|m x k; this_us|this µs|,.1f; other_us|against µs|,.1f; ratio|ratio|.3f"
+_BOTH = "slot|tuned for; shape|m x k; this; other|against"
 
 
 def winners(tune: Tune) -> Section:
     """The kernels of the chosen layouts, each against its family's untuned default in the same rounds."""
-    parts = []
+    parts, kernels = [], []
     for slot in tune.shown:
         own = [winner for (_, at), winner in tune.kernels(None).items() if at == slot]
         rows, marks = [], []
@@ -53,8 +53,8 @@ def winners(tune: Tune) -> Section:
             low, high = (None if same else median_interval(ratios)) or (None, None)
             names = (shape.name, tune.roles(shape), family_name(spec.family))
             times = (winner.time_ns / 1e3, base.median_ns / 1e3 if base else None, ratio, low, high)
-            kernel = (spec.layout.name, spec.schedule.name, spec.isa)
-            rows.append((*names, *times, len(ratios), *kernel))
+            rows.append((*names, *times, len(ratios)))
+            kernels.append((slot_name(slot), shape.name, spec.layout.name, spec.schedule.name, spec.isa))
             if ratio is not None:
                 told = "the default itself" if same else f"{ratio:.3f} of its default's time"
                 title = f"{shape.name} {spec.schedule.name}: {told}"
@@ -69,6 +69,8 @@ def winners(tune: Tune) -> Section:
             legend=legend(winner.spec.family for winner in own),
         )
         parts.append(Part(slot_name(slot), plot if marks else None, Table.of(_WINNERS, rows)))
+    # Names of schedules are long: beside a plot they would leave no room for the numbers.
+    parts.append(Part("kernels", table=Table.of(_KERNELS, kernels)))
     text = (
         "Each kernel the tune chose, beside its family's untuned default: the median over the rounds of "
         "the race in which both were timed, and the distribution-free 95 % interval of that median (none "
@@ -167,8 +169,7 @@ def _roofline(tune: Tune, slot: Slot) -> Part:
     marks = []
     cold = False
     for family in tune.families:
-        own = {shape: winner for (shape, at), winner in tune.kernels(family).items() if at == slot}
-        for shape, winner in own.items():
+        for shape, winner in _drawn(tune, family, slot):
             job, spec = winner.measurement.job, winner.spec
             cold = job.cold
             packed, operations = spec.layout.packed_bytes(shape), 2 * shape.m * shape.k * job.n
@@ -196,6 +197,18 @@ def _roofline(tune: Tune, slot: Slot) -> Part:
     return Part(slot_name(slot), Plot(title, x, y, lines, marks, legend=known), Table.of(_ROOFLINE, rows))
 
 
+def _drawn(tune: Tune, family: str, slot: Slot) -> list[tuple[Shape, Winner]]:
+    """The kernels of a family's best layouts, and the chosen ones that are in another layout of it."""
+    best, chosen = tune.kernels(family), tune.kernels(None)
+    pairs = [(shape, winner) for (shape, at), winner in best.items() if at == slot]
+    pairs += [
+        (shape, winner)
+        for (shape, at), winner in chosen.items()
+        if at == slot and winner.spec.family == family and best.get((shape, at)) != winner
+    ]
+    return pairs
+
+
 # ---- two tunes ----
 
 _FACTS: tuple[tuple[str, Callable[[Tune], str]], ...] = (
@@ -213,7 +226,7 @@ def comparison(tune: Tune, other: Tune) -> Section:
     """Before and after, or two CPUs: ratios of times that were not taken in the same moments."""
     facts = [(name, read(tune), read(other)) for name, read in _FACTS]
     parts = [Part("facts", table=Table.of("what|; this; other|against", facts))]
-    left_out = []
+    left_out, kernels = [], []
     mine, theirs = tune.kernels(None), other.kernels(None)
     alike = tune.decisions.keys() == other.decisions.keys() and tune.model == other.model
     for slot in tune.shown:
@@ -226,9 +239,10 @@ def comparison(tune: Tune, other: Tune) -> Section:
             left_out.append(f"{slot_name(slot)}: both tunes have no kernel of one shape.")
             continue
         rows = [_compared(tune, shape, *pair) for shape, pair in pairs.items()]
+        kernels += [(slot_name(slot), shape.name, *map(_kernel, pair)) for shape, pair in pairs.items()]
         these, those = tune.token_ms(mine, slot), other.token_ms(theirs, slot)
         if alike and these and those:
-            rows.append(("all, a token", 1e3 * these, 1e3 * those, these / those, "", ""))
+            rows.append(("all, a token", 1e3 * these, 1e3 * those, these / those))
         plot = Plot(
             f"This / against, {slot_name(slot)}",
             Axis.over("time / time of the other", [*(row[3] for row in rows), 1.0]),
@@ -237,6 +251,7 @@ def comparison(tune: Tune, other: Tune) -> Section:
             reference=1.0,
         )
         parts.append(Part(slot_name(slot), plot, Table.of(_COMPARED, rows)))
+    parts.append(Part("kernels", table=Table.of(_BOTH, kernels)))
     left_out.append(
         "The tunes ran in different moments: these ratios hold the noise of both, without interval."
     )
@@ -244,8 +259,9 @@ def comparison(tune: Tune, other: Tune) -> Section:
     return Section("against", "Two tunes compared", text, parts, left_out)
 
 
-def _compared(tune: Tune, shape: Shape, a: Winner, b: Winner) -> tuple[str, float, float, float, str, str]:
-    kernels = (f"{winner.spec.layout.name} {winner.spec.schedule.name}" for winner in (a, b))
-    this, against = kernels
-    times = a.time_ns / 1e3, b.time_ns / 1e3, a.time_ns / b.time_ns
-    return (shape_name(tune, shape), *times, this, against)
+def _compared(tune: Tune, shape: Shape, a: Winner, b: Winner) -> tuple[str, float, float, float]:
+    return shape_name(tune, shape), a.time_ns / 1e3, b.time_ns / 1e3, a.time_ns / b.time_ns
+
+
+def _kernel(winner: Winner) -> str:
+    return f"{winner.spec.layout.name} {winner.spec.schedule.name}"

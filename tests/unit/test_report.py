@@ -150,12 +150,36 @@ def test_the_numbers_are_those_of_the_records(one: Tune, records: Path) -> None:
         assert row["time_us"] == pytest.approx(winner.time_ns / 1e3, rel=1e-5)
         assert row["default_us"] == pytest.approx(winner.baseline.median_ns / 1e3, rel=1e-5)
         assert row["low"] <= row["ratio"] <= row["high"]
+    (kernels,) = (p for p in data["sections"]["winners"] if p["name"] == "kernels")
+    for slot, shape, layout, schedule, isa in kernels["rows"]:
+        record = next(r for r in store.tunings if r.shape.name == shape)
+        specs = [w.spec for w in record.winners if slot.startswith(f"{w.regime}, {w.threads} thread")]
+        assert (layout, schedule, isa) in [(s.layout.name, s.schedule.name, s.isa) for s in specs]
+    assert len(kernels["rows"]) == len(one.shown) * len(MODEL.shapes)
     (every,) = (p for p in data["sections"]["formats"] if p["name"] == "all")
     chosen = dict(zip(every["columns"], every["rows"][-1], strict=True))
     token_ms = sum(one.count(Shape.parse(row["shape"])) * row["time_us"] for row in rows) / 1e3
     assert chosen[f"token_ms_n1_t{one.threads}"] == pytest.approx(token_ms, rel=1e-4)
     (shares,) = (p for p in data["sections"]["forward"] if p["name"].startswith("n1"))
     assert sum(row[2] for row in shares["rows"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_every_chosen_kernel_is_on_the_roofline(one: Tune) -> None:
+    """Also one in another layout than the one that its family alone would take."""
+    decisions = {}
+    for shape, record in one.decisions.items():
+        taken = {winner.spec.layout for (at, _), winner in one.kernels("i2s").items() if at == shape}
+        others = [w.spec.layout for w in record.winners if w.spec.family == "i2s"]
+        decisions[shape] = replace(record, layout=next(each for each in others if each not in taken))
+    moved = replace(one, decisions=decisions)
+    assert not set(moved.kernels(None).values()) & set(moved.kernels("i2s").values())
+    for tune in (one, moved):
+        section = next(s for s in sections_of(tune) if s.key == "roofline")
+        for part in section.parts:
+            assert part.table
+            assert part.plot
+            assert sum(row[-1] == "yes" for row in part.table.rows) == len(tune.decisions)
+            assert sum(mark.ring for mark in part.plot.marks) == len(tune.decisions)
 
 
 def test_the_history_only_falls_and_tells_who_was_eliminated(one: Tune) -> None:
@@ -246,7 +270,7 @@ def test_without_a_model_each_matrix_counts_once(tmp_path: Path) -> None:
     assert toy.model is None
     text = "".join(check_harmless(render_report(toy)).text)
     assert "each matrix counts once" in text
-    assert "only 1 was tuned" in text
+    assert "One number of threads was tuned, 1;" in text
 
 
 def test_of_several_tunes_the_newest_of_the_model_is_shown(records: Path, tmp_path: Path) -> None:
@@ -262,14 +286,17 @@ def test_of_several_tunes_the_newest_of_the_model_is_shown(records: Path, tmp_pa
 
 
 def test_two_tunes_are_compared(one: Tune, tmp_path: Path) -> None:
-    other = tune_of(RecordStore(recorded(tmp_path / "other.jsonl", seed=3, threads=(2,))))
+    other = tune_of(RecordStore(recorded(tmp_path / "other.jsonl", seed=3)))
     section = next(s for s in sections_of(one, other) if s.key == "against")
     assert "without interval" in " ".join(section.left_out)
-    for part in section.parts[1:]:
+    for part in section.parts[1:-1]:
         assert part.table
         assert [row[0] for row in part.table.rows][-1] == "all, a token"
-        for _, this, against, ratio, _, _ in part.table.rows:
+        for _, this, against, ratio in part.table.rows:
             assert ratio == pytest.approx(this / against)
+    names = section.parts[-1].table
+    assert names
+    assert len(names.rows) == len(one.shown) * len(one.decisions)
     check_harmless(render_report(one, other))
 
 
