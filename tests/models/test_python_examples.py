@@ -65,25 +65,6 @@ def test_optimize(bitgen_home: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed (the extra hf)")
     pytest.importorskip("transformers", reason="transformers is not installed (the extra hf)")
     pytest.importorskip("accelerate", reason="accelerate is not installed (the extra hf)")
-    import torch
-    from model_files import pack_rows
-    from safetensors.torch import save_file
-    from torch_models import STACKED, model_of, tokenizer_of
+    from torch_models import save_tiny
 
-    from bitgen.formats.open import open_model
-
-    opened, folder = open_model("tiny"), tmp_path / "tiny"
-    model = model_of(opened.weights)
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for name in [each for each in tensors if each.split(".")[-2] in STACKED and each.endswith(".weight")]:
-        tensors[name] = torch.from_numpy(pack_rows(tensors[name].to(torch.int8).numpy()))
-    model.config.quantization_config = {
-        "quant_method": "bitnet",
-        "linear_class": "autobitlinear",
-        "quantization_mode": "offline",
-    }
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer_of(opened.tokenizer_data).save_pretrained(folder)
-    assert run("optimize.py", str(folder), home=bitgen_home).startswith("And God said")
+    assert run("optimize.py", str(save_tiny(tmp_path / "tiny")), home=bitgen_home).startswith("And God said")

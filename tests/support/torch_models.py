@@ -20,7 +20,9 @@ from late import Late
 from model_files import pack_rows
 from numpy.typing import NDArray
 
+from bitgen.formats.open import open_model
 from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.inference.chat_template import BUILT_IN, template_for
 from bitgen.reference import quantize_groups
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
@@ -307,6 +309,29 @@ def save(model: Any, folder: Path, form: str) -> Path:
     config.quantization_config = quantization
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
+    return folder
+
+
+def save_tiny(folder: Path) -> Path:
+    """The tiny model that ships, as a checkpoint of transformers with its tokenizer: weights of two bits."""
+    opened = open_model("tiny")
+    model = model_of(opened.weights)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in [each for each in tensors if each.split(".")[-2] in STACKED and each.endswith(".weight")]:
+        tensors[name] = torch.from_numpy(pack_rows(tensors[name].to(torch.int8).numpy()))
+    model.config.quantization_config = {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "offline",
+    }
+    model.config.architectures = [type(model).__name__]
+    data = opened.tokenizer_data
+    model.config.bos_token_id, model.config.eos_token_id = data.bos, data.eos
+    model.config.save_pretrained(folder)
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = tokenizer_of(data)
+    tokenizer.chat_template = BUILT_IN[template_for(Tokenizer(data).ids)]
+    tokenizer.save_pretrained(folder)
     return folder
 
 
