@@ -173,13 +173,13 @@ def test_every_chosen_kernel_is_on_the_roofline(one: Tune) -> None:
         decisions[shape] = replace(record, layout=next(each for each in others if each not in taken))
     moved = replace(one, decisions=decisions)
     assert not set(moved.kernels(None).values()) & set(moved.kernels("i2s").values())
-    for tune in (one, moved):
-        section = next(s for s in sections_of(tune) if s.key == "roofline")
+    for shown in (one, moved):
+        section = next(s for s in sections_of(shown) if s.key == "roofline")
         for part in section.parts:
             assert part.table
             assert part.plot
-            assert sum(row[-1] == "yes" for row in part.table.rows) == len(tune.decisions)
-            assert sum(mark.ring for mark in part.plot.marks) == len(tune.decisions)
+            assert sum(row[-1] == "yes" for row in part.table.rows) == len(shown.decisions)
+            assert sum(mark.ring for mark in part.plot.marks) == len(shown.decisions)
 
 
 def test_the_history_only_falls_and_tells_who_was_eliminated(one: Tune) -> None:
