@@ -95,13 +95,15 @@ def step(args: argparse.Namespace) -> list[Result]:
         tokens = list(range(before))
         for slot in range(8):
             scheduler.forward([Row(slot, tokens, [False] * before)])
-        taken, limits, dram = [], [], [runner.dram_gbs(threads, level)]
+        taken, limits, dram, stages = [], [], [runner.dram_gbs(threads, level)], []
         for _ in range(args.rounds + 1):
             seconds = []
+            engine.reset_times()
             for _ in range(8):
                 started = time.perf_counter()
                 scheduler.answers([Row(slot, [slot]) for slot in range(8)], [Best(41)] * 8)
                 seconds.append(time.perf_counter() - started)
+            stages.append(engine.times_ns)
             scheduler.clear(keep=before)
             dram.append(runner.dram_gbs(threads, level))
             taken.append(statistics.median(seconds))
@@ -110,6 +112,10 @@ def step(args: argparse.Namespace) -> list[Result]:
     bound = statistics.mode(name for _, name in limits[1:])
     return [
         ("a step of 8", "ms", 1e3 * statistics.median(taken[1:]), "", ""),
+        *(
+            (f"its {stage}", "ms", statistics.median(one[stage] for one in stages[1:]) / 8 / 1e6, "", "")
+            for stage in stages[0]
+        ),
         (f"its limit: {bound}", "ms", 1e3 * statistics.median(limit for limit, _ in limits[1:]), "", ""),
         (f"DRAM, {threads} threads", "GB/s", statistics.median(dram), "", ""),
         (f"int8 peak, {threads} threads, {level}", "GOP/s", peak, "", ""),

@@ -80,16 +80,16 @@ OP vb vb_add(vb a, vb b) { return (vb){_mm256_add_epi8(a.a, b.a), _mm256_add_epi
 
 //: vb_field
 // There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
-OP vb vb_field(vb v, int bits, vb mask) {
+OP vb vb_field(vb v, int bits, int mask) {
     if (bits != 0) {
         v.a = _mm256_srli_epi16(v.a, bits);
         v.b = _mm256_srli_epi16(v.b, bits);
     }
-    return (vb){_mm256_and_si256(v.a, mask.a), _mm256_and_si256(v.b, mask.b)};
+    return vb_and(v, vb_splat((uint8_t)mask));
 }
 
 //: vb_high
-OP vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+OP vb vb_high(vb v, int bits) { return vb_field(v, bits, 255 >> bits); }
 
 //: vb_lut16
 OP vb vb_lut16(vb table, vb idx) {

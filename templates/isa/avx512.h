@@ -67,13 +67,13 @@ OP vb vb_add(vb a, vb b) { return (vb){_mm512_add_epi8(a.v, b.v)}; }
 
 //: vb_field
 // There is no byte shift: int16 are shifted, and the mask drops what came from the neighbour byte.
-OP vb vb_field(vb v, int bits, vb mask) {
+OP vb vb_field(vb v, int bits, int mask) {
     if (bits != 0) v.v = _mm512_srl_epi16(v.v, _mm_cvtsi32_si128(bits));
-    return (vb){_mm512_and_si512(v.v, mask.v)};
+    return vb_and(v, vb_splat((uint8_t)mask));
 }
 
 //: vb_high
-OP vb vb_high(vb v, int bits) { return vb_field(v, bits, vb_splat((uint8_t)(255 >> bits))); }
+OP vb vb_high(vb v, int bits) { return vb_field(v, bits, 255 >> bits); }
 
 //: vb_lut16
 OP vb vb_lut16(vb table, vb idx) { return (vb){_mm512_shuffle_epi8(table.v, idx.v)}; }

@@ -84,8 +84,9 @@ OP vb vb_add(vb a, vb b) { return (vb){a.a + b.a, a.b + b.b, a.c + b.c, a.d + b.
 
 //: vb_field
 // Bytes have a shift of their own here.
-OP vb vb_field(vb v, int bits, vb mask) {
-    return (vb){(v.a >> bits) & mask.a, (v.b >> bits) & mask.b, (v.c >> bits) & mask.c, (v.d >> bits) & mask.d};
+OP vb vb_field(vb v, int bits, int mask) {
+    const uint8x16_t low = vdupq_n_u8((uint8_t)mask);
+    return (vb){(v.a >> bits) & low, (v.b >> bits) & low, (v.c >> bits) & low, (v.d >> bits) & low};
 }
 
 //: vb_high

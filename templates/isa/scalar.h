@@ -90,9 +90,9 @@ OP vb vb_add(vb a, vb b) {
 }
 
 //: vb_field
-// b[i] = (v[i] >> bits) & mask[i]; mask has no bit above 8 - bits
-OP vb vb_field(vb v, int bits, vb mask) {
-    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask.b[i]);
+// b[i] = (v[i] >> bits) & mask; mask has no bit above 8 - bits
+OP vb vb_field(vb v, int bits, int mask) {
+    for (int i = 0; i < 64; ++i) v.b[i] = (uint8_t)((v.b[i] >> bits) & mask);
     return v;
 }
 

@@ -141,8 +141,8 @@ OP vb vb_add(vb a, vb b) {
 }
 
 //: vb_field
-OP vb vb_field(vb v, int bits, vb mask) {
-    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = (v.z[i] >> (uint8_t)bits) & mask.z[i];
+OP vb vb_field(vb v, int bits, int mask) {
+    for (int i = 0; i < SVE_PARTS; ++i) v.z[i] = (v.z[i] >> (uint8_t)bits) & (uint8_t)mask;
     return v;
 }
 

@@ -17,10 +17,9 @@ static inline void epilogue(const struct bitgen_matmul *a, int64_t m, int64_t ro
 /* 16 rows x 16 k: 64 bytes of 2-bit codes become four blocks of byte codes (16 rows x 4 k each). */
 static inline void unpack_chunk(const uint8_t *chunk, uint8_t *panel) {
     const vb v = vb_load(chunk);
-    const vb low = vb_splat(3);
-    vb_store(panel, vb_field(v, 0, low));
-    vb_store(panel + 64, vb_field(v, 2, low));
-    vb_store(panel + 128, vb_field(v, 4, low));
+    vb_store(panel, vb_field(v, 0, 3));
+    vb_store(panel + 64, vb_field(v, 2, 3));
+    vb_store(panel + 128, vb_field(v, 4, 3));
     vb_store(panel + 192, vb_high(v, 6));
 }
 

@@ -48,10 +48,10 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_and(v0, mask1), x_first, 1);
                 acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_and(v0, mask2), x_first, 2);
                 acc_r0_t0_f3 = vw_dot4_field(acc_r0_t0_f3, vb_and(v0, mask3), x_first, 3);
-                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_field(v0, 4, mask0), x_last, 0);
-                acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_field(v0, 4, mask1), x_last, 1);
-                acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_field(v0, 4, mask2), x_last, 2);
-                acc_r0_t0_f3 = vw_dot4_field(acc_r0_t0_f3, vb_field(v0, 4, mask3), x_last, 3);
+                acc_r0_t0_f0 = vw_dot4_field(acc_r0_t0_f0, vb_field(v0, 4, 1), x_last, 0);
+                acc_r0_t0_f1 = vw_dot4_field(acc_r0_t0_f1, vb_field(v0, 4, 2), x_last, 1);
+                acc_r0_t0_f2 = vw_dot4_field(acc_r0_t0_f2, vb_field(v0, 4, 4), x_last, 2);
+                acc_r0_t0_f3 = vw_dot4_field(acc_r0_t0_f3, vb_field(v0, 4, 8), x_last, 3);
             }
             {
                 const vb v1 = vb_load(w0 + 128 * c + 64);
@@ -60,10 +60,10 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
                 acc_r1_t0_f1 = vw_dot4_field(acc_r1_t0_f1, vb_and(v1, mask1), x_first, 1);
                 acc_r1_t0_f2 = vw_dot4_field(acc_r1_t0_f2, vb_and(v1, mask2), x_first, 2);
                 acc_r1_t0_f3 = vw_dot4_field(acc_r1_t0_f3, vb_and(v1, mask3), x_first, 3);
-                acc_r1_t0_f0 = vw_dot4_field(acc_r1_t0_f0, vb_field(v1, 4, mask0), x_last, 0);
-                acc_r1_t0_f1 = vw_dot4_field(acc_r1_t0_f1, vb_field(v1, 4, mask1), x_last, 1);
-                acc_r1_t0_f2 = vw_dot4_field(acc_r1_t0_f2, vb_field(v1, 4, mask2), x_last, 2);
-                acc_r1_t0_f3 = vw_dot4_field(acc_r1_t0_f3, vb_field(v1, 4, mask3), x_last, 3);
+                acc_r1_t0_f0 = vw_dot4_field(acc_r1_t0_f0, vb_field(v1, 4, 1), x_last, 0);
+                acc_r1_t0_f1 = vw_dot4_field(acc_r1_t0_f1, vb_field(v1, 4, 2), x_last, 1);
+                acc_r1_t0_f2 = vw_dot4_field(acc_r1_t0_f2, vb_field(v1, 4, 4), x_last, 2);
+                acc_r1_t0_f3 = vw_dot4_field(acc_r1_t0_f3, vb_field(v1, 4, 8), x_last, 3);
             }
         }
         const float x_scale0 = a->x_scale[t0 * groups + g];

@@ -30,11 +30,11 @@ static const uint8_t t5_table[128] __attribute__((aligned(64))) = {
 
 /* 16 rows x 20 k: 64 bytes of five trits become five blocks of byte codes (16 rows x 4 k each). */
 static inline void unpack_chunk(const uint8_t *chunk, uint8_t *panel) {
-    const vb b = vb_load(chunk), low = vb_splat(3);
+    const vb b = vb_load(chunk);
     const vb v = vb_mirror(vb_lut128(t5_table, b), b), fifth = vb_avg(vb_avg(b, vb_splat(0)), b);
-    vb_store(panel, vb_field(v, 0, low));
-    vb_store(panel + 64, vb_field(v, 2, low));
-    vb_store(panel + 128, vb_field(v, 4, low));
+    vb_store(panel, vb_field(v, 0, 3));
+    vb_store(panel + 64, vb_field(v, 2, 3));
+    vb_store(panel + 128, vb_field(v, 4, 3));
     vb_store(panel + 192, vb_high(v, 6));
     vb_store(panel + 256, vb_high(fifth, 6));
 }

@@ -23,7 +23,7 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
     const int64_t block_bytes = 4 * (64 * chunks + 64);
     const int64_t b0 = block;
     const uint8_t *const w0 = a->w + b0 * block_bytes;
-    const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const vb low7 = vb_splat(127), sixteen = vb_splat(16);
     const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
     vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
@@ -36,7 +36,7 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
             {
                 const vb v = vb_load(w0 + 256 * c);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -48,7 +48,7 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
             {
                 const vb v = vb_load(w0 + 256 * c + 64);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 32;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -60,7 +60,7 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
             {
                 const vb v = vb_load(w0 + 256 * c + 128);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 128;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -72,7 +72,7 @@ static void tile_1_of_1(const struct bitgen_matmul *a, int64_t block, int64_t pa
             {
                 const vb v = vb_load(w0 + 256 * c + 192);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 160;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -104,7 +104,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
     const uint8_t *const w0 = a->w + b0 * block_bytes;
     const int64_t b1 = min64(block + part, last);
     const uint8_t *const w1 = a->w + b1 * block_bytes;
-    const vb low7 = vb_splat(127), low4 = vb_splat(15), sixteen = vb_splat(16);
+    const vb low7 = vb_splat(127), sixteen = vb_splat(16);
     const int64_t t0 = a->n - 1; /* 0; compilers that know it hoist more than fits the registers */
     const uint8_t *const table0 = a->tables;
     vw acc_r0_t0_f0 = vw_zero(), acc_r0_t0_f1 = vw_zero(), acc_r0_t0_f2 = vw_zero(), acc_r0_t0_f3 = vw_zero();
@@ -120,7 +120,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w0 + 256 * c);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -132,7 +132,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w1 + 256 * c);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -144,7 +144,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w0 + 256 * c + 64);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 32;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -156,7 +156,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w1 + 256 * c + 64);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 32;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -168,7 +168,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w0 + 256 * c + 128);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 128;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -180,7 +180,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w1 + 256 * c + 128);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 128;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -192,7 +192,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w0 + 256 * c + 192);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 160;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));
@@ -204,7 +204,7 @@ static void tile_1(const struct bitgen_matmul *a, int64_t block, int64_t part, i
             {
                 const vb v = vb_load(w1 + 256 * c + 192);
                 const vb index = vb_and(v, low7), j = vb_add(index, sixteen);
-                const vb i = vb_choose(j, index, vb_field(v, 3, low4));
+                const vb i = vb_choose(j, index, vb_field(v, 3, 15));
                 {
                     const uint8_t *const table = table0 + 256 * c + 160;
                     const vb low = vb_add(vb_lut_low(vb_quad(table), i), vb_lut_low(vb_quad(table + 16), j));

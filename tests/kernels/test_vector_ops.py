@@ -168,7 +168,7 @@ MEANINGS.update(
     vb_mirror=lambda v, s: np.where(s >= 128, np.uint8(0xAA) - v, v),
     vb_and=lambda a, b: a & b,
     vb_add=lambda a, b: wrapped(i64(a) + i64(b), np.uint8),
-    vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & mask,
+    vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & np.uint8(mask),
     vb_high=lambda v, bits: v >> np.uint8(bits),
     vb_spread=lambda a, b, c: sum((v & 0x88) >> np.uint8(3 - p) for p, v in enumerate((a, b, c))),
     vb_test=lambda v, bits: (v & bits != 0).astype(np.uint8),
@@ -484,7 +484,7 @@ def complete(
             reads = "const" in kind
             args[name] = rng.integers(0, 256, size, np.uint8) if reads else np.full(size, CANARY, np.uint8)
     if signature.name == "vb_field":
-        args["mask"] = args["mask"] & np.uint8(255 >> args["bits"])
+        args["mask"] = args["mask"] & np.int32(255 >> args["bits"])
     return [args[name] for _, name in signature.params]
 
 
