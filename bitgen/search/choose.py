@@ -10,13 +10,18 @@ number whose session is shortest, non-matmul cost included.
 
 All costs are vectors over the rounds of the races. Comparing two of them is the same paired test that
 compares two kernels: the default layout, the first family and a uniform format stay unless beaten beyond the
-noise.
+noise. Races of different regimes ran at different moments, so which of their rounds are added is open: the
+quietest of each are, and so on. In any other order a load that disturbs three rounds of ten disturbs two sums
+of three, and their median with them.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import truediv
 
 from bitgen.fingerprints import Fingerprints
 from bitgen.measure import Job, Measurement, RaceJob, Status
@@ -46,7 +51,7 @@ class Option:
     shape: Shape
     layout: Layout
     winners: Mapping[Slot, Winner]
-    cost_ns: tuple[float, ...]
+    cost_ns: tuple[float, ...]  # the quietest rounds first
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,14 @@ class SlotRace:
     defaults: Mapping[str, KernelSpec]
     job: RaceJob  # of its first block
     fingerprints: Fingerprints
+
+    @cached_property
+    def quiet_first(self) -> tuple[int, ...]:
+        """The rounds, those first in which the finishers took the least of what they usually take."""
+        times = [self.raced.rounds_ns[spec] for spec in self.raced.finishers]
+        usual = [statistics.median(mine) for mine in times]
+        slowness = [statistics.median(map(truediv, now, usual)) for now in zip(*times, strict=True)]
+        return tuple(sorted(range(len(slowness)), key=slowness.__getitem__))
 
     def winner(self, layout: Layout, config: SearchConfig) -> Winner | None:
         """The kernel that won among those that read ``layout``; None where nothing ran."""
@@ -99,8 +112,8 @@ def options_of(
         if len(found) == len(races):
             parts = [
                 [
-                    weights[slot.regime] / config.regimes[slot.regime].n * t
-                    for t in winner.measurement.times_ns
+                    weights[slot.regime] / config.regimes[slot.regime].n * winner.measurement.times_ns[i]
+                    for i in races[slot].quiet_first
                 ]
                 for slot, winner in found.items()
                 if slot.threads == threads
