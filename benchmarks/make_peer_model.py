@@ -29,8 +29,9 @@ from bitgen.formats.architectures import architecture_of
 from bitgen.formats.config import Floats, ModelConfig, find_model
 from bitgen.formats.convert import file_matrices, gguf_metadata, model_tensors
 from bitgen.formats.gguf import U32, NewTensor, write_gguf
+from bitgen.formats.stored_matrix import TernaryMatrix
 from bitgen.formats.ternary import encode_blocks
-from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.formats.weights import Weights
 from bitgen.inference.synthetic import random_weights
 
 _F32, _F16 = 0, 1  # GGUF's numbers

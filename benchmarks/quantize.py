@@ -32,8 +32,9 @@ from bitgen.errors import BitgenError
 from bitgen.formats.config import Floats
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
+from bitgen.formats.stored_matrix import CodedMatrix, TernaryMatrix
 from bitgen.formats.table_types import STACKS
-from bitgen.formats.weights import CodedMatrix, TernaryMatrix, Weights
+from bitgen.formats.weights import Weights
 from bitgen.inference.bench import bench_engine
 from bitgen.inference.divergence import Comparison
 from bitgen.inference.sampling import log_softmax_at

@@ -1,6 +1,6 @@
 """What cffi reads in csrc/bitgen.h. Do not edit: `python -m bitgen.abi` writes it."""
 
-PARSED = "3a504e3d3519859a72c70362c923d276504e12b122034bd209e6236cdce54f7e"
+PARSED = "4d6131cf9d5b77feb4f77239e24094808e6ccf2f2b50d50dfa8f4e9368b1d192"
 
 # auto-generated file
 import _cffi_backend

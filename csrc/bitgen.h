@@ -148,8 +148,8 @@ BITGEN_API int32_t bitgen_kernel_count(void);
 BITGEN_API int32_t bitgen_kernel_info(int32_t index, struct bitgen_kernel_info *info);
 
 /* Opens the library of another bundle: of the folder that `bitgen bundle pick --path` prints, or any that
- * `bitgen bundle install` or `bitgen build` made. Nobody but its owner (this user or root) may be able to change it or a
- * folder above it; its ABI is this library's, its bytes have the sha256 that its manifest names, and this CPU has the
+ * `bitgen bundle install` or `bitgen build` made. Nobody but its owner (this user or root) may be able to change it or
+ * a folder above it; its ABI is this library's, its bytes have the sha256 that its manifest names, and this CPU has the
  * features that it needs. `*library` is what dlopen gives: dlsym finds the functions of this header in it, dlclose
  * closes it once nothing of it is used. Otherwise it is NULL, and `reason` (reason_bytes, may be NULL and 0) says in a
  * line why. Whether the system grants AMX shows when a context is created. */
@@ -172,8 +172,8 @@ BITGEN_API int32_t bitgen_context_threads(const bitgen_context *ctx);
  * stays on one of them, neighbours together, as many on each as it has CPUs. */
 BITGEN_API int32_t bitgen_context_nodes(const bitgen_context *ctx);
 
-/* Copies packed weights, or rows of an embedding or head, so that each part lies on the node whose threads read it: `to`
- * is memory that nobody has written to yet, `bytes` long, and does not overlap `from`. On one node it only copies. */
+/* Copies packed weights, or rows of an embedding or head, so that each part lies on the node whose threads read it:
+ * `to` is memory that nobody wrote to yet, `bytes` long, and does not overlap `from`. On one node it only copies. */
 BITGEN_API int32_t bitgen_copy_to_nodes(bitgen_context *ctx, const void *from, void *to, size_t bytes);
 
 /* --- weights ---------------------------------------------------------------------------------------------- */
@@ -185,9 +185,9 @@ BITGEN_API int32_t bitgen_packed_bytes(const bitgen_context *ctx, int64_t m, int
 BITGEN_API int32_t bitgen_packed_layout(const bitgen_context *ctx, int64_t m, int64_t k,
                                         struct bitgen_packed_header *header);
 
-/* From now on weights of (m, k) without groups are packed in the layout of `family` with blocks of row_block rows, not in
- * the one that the library holds to be the best; family NULL: in that one again. What is packed already stays as it is.
- * BITGEN_ERROR_LAYOUT: the library has no kernels for it; bitgen_kernel_info tells which layouts it has kernels for. */
+/* From now on weights of (m, k) without groups are packed in the layout of `family` with blocks of row_block rows, not
+ * in the one that the library holds to be the best; family NULL: in that one again. What is packed already stays as it
+ * is. BITGEN_ERROR_LAYOUT: the library has no kernels for it; bitgen_kernel_info tells for which it has some. */
 BITGEN_API int32_t bitgen_prefer_layout(bitgen_context *ctx, int64_t m, int64_t k, const char *family,
                                         int32_t row_block);
 
@@ -314,8 +314,9 @@ BITGEN_API int32_t bitgen_accumulate(bitgen_context *ctx, const void *packed, co
  * A decoder of ternary matrices, as BitNet b1.58 and Llama-like models with BitLinear are:
  *
  *   x = embedding[token]
- *   of each layer:  q, k, v = qkv(norm(x));  q, k = rope(head_norm(q, k));  x += o(sub_norm(attention(q, cache of k, v)))
- *                   gate, up = gate_up(norm(x));                 x += down(sub_norm(act(gate) * up))
+ *   of each layer:  q, k, v = qkv(norm(x));  q, k = rope(head_norm(q, k))
+ *                   x += o(sub_norm(attention(q, cache of k, v)))
+ *                   gate, up = gate_up(norm(x));  x += down(sub_norm(act(gate) * up))
  *   logits = head(norm(x))
  *
  * or, as in BitNet-embedding, q = q(q_norm_in(norm(x))) and so on: a norm before each matrix.
@@ -341,8 +342,8 @@ enum bitgen_dense_type {
 
 enum bitgen_activation { BITGEN_SILU = 0, BITGEN_RELU2 = 1 };
 
-/* How keys and values are kept: half floats, floats, int8 with a scale for each head and position, or 4 bits with a scale
- * for each 32 of a head. */
+/* How keys and values are kept: half floats, floats, int8 with a scale for each head and position, or 4 bits with a
+ * scale for each 32 of a head. */
 enum bitgen_kv_type { BITGEN_KV_F16 = 0, BITGEN_KV_F32 = 1, BITGEN_KV_I8 = 2, BITGEN_KV_I4 = 3 };
 
 /* The stages that a step reports its time for. */
@@ -384,8 +385,8 @@ struct bitgen_layer {
     const float *attn_sub_norm;        /* (heads * head_dim), or NULL: none */
     const float *ffn_sub_norm;         /* (ffn), or NULL */
     const float *q_norm, *k_norm;      /* (head_dim) of each head of q and of k before RoPE, or NULL: none */
-    /* Where q.packed is no NULL these take the place of qkv and gate_up, their rows: each norms its input once more. o and
-     * down do by attn_sub_norm and ffn_sub_norm. */
+    /* Where q.packed is no NULL these take the place of qkv and gate_up, their rows: each norms its input once more. o
+     * and down do by attn_sub_norm and ffn_sub_norm. */
     struct bitgen_matrix q, k, v, gate, up;
     const float *q_norm_in, *k_norm_in, *v_norm_in, *gate_norm_in, *up_norm_in; /* (hidden), or NULL: none */
     int64_t window; /* positions that a token attends to, the last of them its own; 0: all up to that */

@@ -8,8 +8,8 @@
 #include "bitgen_config.h"
 #include "pool.h"
 
-/* The argument of every kernel: a file of its own, because generated kernels hold its text and include nothing.
- * Of weights in groups x_sum and x_scale are (n, groups), w_scale and acc are NULL, and w_scale_stride is the bytes of a
+/* The argument of every kernel: a file of its own, because generated kernels hold its text and include nothing. Of
+ * weights in groups x_sum and x_scale are (n, groups), w_scale and acc are NULL, and w_scale_stride is the bytes of a
  * scale among the weights, 2 or 4. */
 #include "matmul.h"
 

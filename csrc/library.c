@@ -241,8 +241,8 @@ static const struct bitgen_entry *entry_for(const struct bitgen_context *ctx, co
 
 /* --- contexts --- */
 
-/* The features a context may use. Tile registers must be asked for, before there are threads: a process that is
- * refused them is one without, which is an error where the library requires them and generic kernels are not allowed. */
+/* The features a context may use. Tile registers must be asked for, before there are threads: a process that is refused
+ * them is one without, which is an error where the library requires them and generic kernels are not allowed. */
 static int32_t usable_features(uint32_t flags, uint64_t *features)
 {
     *features = flags & BITGEN_ONLY_GENERIC ? 0 : cpu_features();

@@ -243,8 +243,8 @@ static void gather(const struct bitgen_weights *from, int64_t row, int64_t colum
     }
 }
 
-/* The scales of rows row .. row + 15 and a group: 0 where the matrix has no such row. Returns 1 where one is not finite,
- * or no half float where it must be one. */
+/* The scales of rows row .. row + 15 and a group: 0 where the matrix has no such row. Returns 1 where one is not
+ * finite, or no half float where it must be one. */
 static int32_t pack_scales(const struct bitgen_weights *from, const float *scales, int64_t row, int64_t g,
                            int64_t groups, uint8_t *cell)
 {

@@ -1,7 +1,7 @@
 /* The forward step: the order of its stages and how each is spread over threads. What is computed is in ops.c (one file
  * for each ISA level) and in the kernels; see bitgen.h for the model and step.h for the parts. This file includes
- * step_memory.h (cache, checks, work memory), step_attention.h and step_rows.h (head, the best logits) where they belong.
- */
+ * step_memory.h (cache, checks, work memory), step_attention.h and step_rows.h (head, the best logits) at their
+ * places. */
 #define _POSIX_C_SOURCE 200809L
 
 #include <stdlib.h>
@@ -80,8 +80,8 @@ static void embed_body(void *arg, int32_t worker, int64_t begin, int64_t end)
                                s->x + t * s->hidden);
 }
 
-/* The input of the prepared matrix from token t of the part: x += add, then its norm (where there is a weight), quantised
- * as the matrix and the model want it. */
+/* The input of the prepared matrix from token t of the part: x += add, then its norm (where there is a weight),
+ * quantised as the matrix and the model want it. */
 static void quantize_token(struct step *s, int32_t worker, int64_t t, float *x, const float *add, int64_t k)
 {
     const struct bitgen_step_ops *ops = s->ops;
@@ -193,8 +193,8 @@ static int32_t multiply_layer(struct step *s, float *y)
 
 #include "step_rows.h"
 
-/* Behind the last layer's attention only tokens that want something matter: their rows of x and inner move together, x to
- * `row`, behind those of earlier parts. */
+/* Behind the last layer's attention only tokens that want something matter: their rows of x and inner move together, x
+ * to `row`, behind those of earlier parts. */
 static void keep_outputs(struct step *s, int64_t row)
 {
     int64_t kept = 0;

@@ -77,9 +77,9 @@ struct bitgen_step_ops {
 static inline int64_t bitgen_first_key(int64_t last, int64_t window)
 { return window && last >= window ? last + 1 - window : 0; }
 
-/* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim), then the scales of the keys and
- * those of the values: of I8 a float each, of I4 a half float for each 32 of head_dim, for keys (blocks of 16, groups, 16),
- * for values (keys, groups). Values of I4 are whole groups. Read in this order they are one stream. */
+/* A chunk of one head's cache: keys (blocks of 16, head_dim, 16), values (keys, head_dim), then the scales of the keys
+ * and those of the values: of I8 a float each, of I4 a half float for each 32 of head_dim, for keys (blocks of 16,
+ * groups, 16), for values (keys, groups). Values of I4 are whole groups. Read in this order they are one stream. */
 static inline int64_t bitgen_chunk_bytes(int64_t head_dim, int32_t kv_type)
 {
     const int64_t groups = (head_dim + 31) / 32;

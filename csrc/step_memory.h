@@ -144,8 +144,8 @@ struct step {
     int32_t *output_of;    /* (outputs) the token of each row of `final` */
     struct run *runs;      /* (outputs) of the head */
     int64_t run_count;
-    /* Of each row of `final` that is screened in two planes: (outputs, 2, screen_stride), (outputs), (outputs, 2, 16), and
-     * (outputs) |x - what the planes stand for|, with room for what is rounded; 0 of a row of floats. */
+    /* Of each row of `final` that is screened in two planes: (outputs, 2, screen_stride), (outputs), (outputs, 2, 16),
+     * and (outputs) |x - what the planes stand for|, with room for what is rounded; 0 of a row of floats. */
     int8_t *screen_x;
     float *screen_scale;
     int32_t *screen_start;

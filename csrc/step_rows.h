@@ -172,8 +172,8 @@ static void push(struct heap *h, int32_t id, float logit)
 static int is_allowed(const struct bitgen_row *row, int64_t id)
 { return !row->allowed || (row->allowed[id / 32] >> id % 32 & 1); }
 
-/* Whether any of the logits from id `begin` on is above `least`: a loop that compilers turn into vectors, so that most of a
- * vocabulary is passed over by blocks (with those of screen_row 0.2 ms, not 0.9, for a row of 128,256). */
+/* Whether any of the logits from id `begin` on is above `least`: a loop that compilers turn into vectors, so that most
+ * of a vocabulary is passed over by blocks (with those of screen_row 0.2 ms, not 0.9, for a row of 128,256). */
 static int any_above(const float *logits, int64_t begin, int64_t end, float least)
 {
     int32_t above = 0;
@@ -260,8 +260,8 @@ static int reaches(const struct screened *a, int64_t id, double size, double by_
     return a->logits[id] + off + most * 0x1p-22 >= least || !(most < 0x1p127);
 }
 
-/* Whether that may be so of any token of a block, in floats, which compilers turn into vectors: whatever is rounded here
- * is less than what the terms with 2^-18 add, and what is infinite or NaN may. */
+/* Whether that may be so of any token of a block, in floats, which compilers turn into vectors: whatever is rounded
+ * here is less than what the terms with 2^-18 add, and what is infinite or NaN may. */
 static int any_reaches(const struct screened *a, int64_t begin, int64_t end, double size, double by_scale, double least)
 {
     const float *bound = a->s->model->screen_bound, *scale = a->s->model->screen.scale, *logits = a->logits;
@@ -278,9 +278,9 @@ static int any_reaches(const struct screened *a, int64_t begin, int64_t end, dou
 /* Screened logits, with bias -> the head's own for every token that may be among the best, -infinity for the others.
  *
  * The best by the screen become exact first; as many tokens have at least their least logit, so no token below it can
- * be among the best. A token's two logits are at most size * screen_bound apart, and the norm of its int8 row, which is below
- * 127 sqrt(k) * scale, times what x is off (docs/reference/screened-head.md); the addition of its bias rounds by 2^-24 of the
- * sum. */
+ * be among the best. A token's two logits are at most size * screen_bound apart, and the norm of its int8 row, which is
+ * below 127 sqrt(k) * scale, times what x is off (docs/reference/screened-head.md); the addition of its bias rounds by
+ * 2^-24 of the sum. */
 static void screen_row(const struct screened *a, const struct bitgen_row *row)
 {
     const struct bitgen_model *model = a->s->model;

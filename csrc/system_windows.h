@@ -1,4 +1,4 @@
-/* What differs between systems: Windows 7 and later, on 64 bits. See system_posix.h for what each name means. Internal. */
+/* What differs between systems: Windows 7 and later, on 64 bits. Internal; system_posix.h says what each name means. */
 #pragma once
 
 #define WIN32_LEAN_AND_MEAN

@@ -57,8 +57,8 @@ extern const int32_t bitgen_isa_cap_count;
 extern const int32_t bitgen_tuned_cores;
 extern const int32_t bitgen_tuned_threads;
 
-/* The parts of the forward step for an ISA level: `ops` for every model, `sized` (where there are any) for those of these
- * sizes; what they compute is the same. */
+/* The parts of the forward step for an ISA level: `ops` for every model, `sized` (where there are any) for those of
+ * these sizes; what they compute is the same. */
 struct bitgen_step_level {
     int32_t isa_id;
     const struct bitgen_step_ops *ops, *sized;

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from bitgen.families.base import Codes
 from bitgen.formats.quants import Bytes, Floats, half
+from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.formats.ternary import TERNARY
-from bitgen.formats.weights import CodedMatrix
 from bitgen.spec import Shape
 
 # 16 int8 values each. Those of FP4 (E2M1) are doubled, so that half of one is an integer too.

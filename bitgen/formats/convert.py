@@ -39,6 +39,7 @@ from bitgen.formats.open import open_model
 from bitgen.formats.pooling import pooling_metadata
 from bitgen.formats.quants import DENSE, OTHER
 from bitgen.formats.source import Bytes
+from bitgen.formats.stored_matrix import CodedMatrix, TernaryMatrix
 from bitgen.formats.table_types import STACKS, TableLayout
 from bitgen.formats.ternary import (
     I2_S_BLOCK,
@@ -49,7 +50,7 @@ from bitgen.formats.ternary import (
     encode_i2_s,
     i2_s_bytes,
 )
-from bitgen.formats.weights import CodedMatrix, DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.weights import DenseMatrix, LayerWeights, Weights
 from bitgen.progress import Report
 from bitgen.reference import are_halves
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from bitgen.errors import FileError
 from bitgen.families.base import Codes
+from bitgen.formats.code_rows import selectors_among, with_offsets, with_table
 from bitgen.formats.coded import CODED, UE4M3, encode_codes
 from bitgen.formats.gguf import NewTensor
 from bitgen.formats.quants import DENSE, OTHER, Bytes
+from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.formats.table_types import ROWS, TableLayout
-from bitgen.formats.weights import CodedMatrix, selectors_among, with_offsets, with_table
 from bitgen.reference import are_halves
 
 OWN = "table4"

@@ -42,7 +42,8 @@ from bitgen.formats.rope import Yarn, llama3_divisors
 from bitgen.formats.safetensors import INDEX, SINGLE, StoredTensor, read_folder
 from bitgen.formats.scalars import Scalars
 from bitgen.formats.source import Settings, read_json, short
-from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, LayerWeights, Weights
 from bitgen.spec import Shape, WeightKind
 from bitgen.tokenizer.data import TokenizerData
 

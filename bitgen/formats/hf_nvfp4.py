@@ -28,7 +28,7 @@ from bitgen.families.base import Codes
 from bitgen.formats.coded import CODED, UE4M3
 from bitgen.formats.config import Floats
 from bitgen.formats.source import Bytes, Settings, read_json, short
-from bitgen.formats.weights import CodedMatrix
+from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.spec import Shape, WeightKind
 
 TYPE = CODED["nvfp4"]

@@ -14,6 +14,7 @@ from bitgen.errors import FileError
 from bitgen.formats.config import Floats
 from bitgen.formats.quants import DENSE, dequantize
 from bitgen.formats.source import Bytes
+from bitgen.formats.stored_matrix import GroupScales, TernaryMatrix
 from bitgen.formats.ternary import (
     TERNARY,
     Ternary,
@@ -23,7 +24,7 @@ from bitgen.formats.ternary import (
     decode_i2_s,
     ternary_of_floats,
 )
-from bitgen.formats.weights import DenseMatrix, GroupScales, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix
 from bitgen.spec import Shape
 
 _CHUNK_VALUES = 1 << 20  # decoded at once while a whole matrix is read for its scales: 4 MB of float32

@@ -16,7 +16,7 @@ import numpy as np
 
 from bitgen.formats.config import Floats
 from bitgen.formats.source import Settings
-from bitgen.formats.weights import TernaryMatrix
+from bitgen.formats.stored_matrix import TernaryMatrix
 
 _BASE = 256.0  # the width whose logits are as they are, of files that do not say it
 

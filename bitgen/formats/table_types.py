@@ -25,7 +25,7 @@ from bitgen.formats.config import printable
 from bitgen.formats.gguf import U32
 from bitgen.formats.quants import Bytes
 from bitgen.formats.source import Settings, short
-from bitgen.formats.weights import CodedMatrix
+from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.spec import EVERY_FAMILY, Shape
 
 VERSION = 1

@@ -23,7 +23,7 @@ from transformers.integrations.bitnet import AutoBitLinear, BitLinear
 from bitgen.api import load
 from bitgen.errors import BitgenError, FileError, UsageError
 from bitgen.formats.matrices import packed_matrix, ternary_matrix
-from bitgen.formats.weights import TernaryMatrix
+from bitgen.formats.stored_matrix import TernaryMatrix
 from bitgen.hf.operator import WithoutGradient, bytes_of, table_of
 from bitgen.runtime import Groups, KernelTable
 

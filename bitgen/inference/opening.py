@@ -19,7 +19,8 @@ from bitgen.errors import UsageError
 from bitgen.families.base import TERNARY
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
-from bitgen.formats.weights import BINARY, Weights
+from bitgen.formats.stored_matrix import BINARY
+from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.layouts import settle_layouts

@@ -15,16 +15,9 @@ from bitgen.formats.architectures import matrices_of, norms_of
 from bitgen.formats.coded import IQ4_NL
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.formats.matrices import ONE_BIT, ternary_head
+from bitgen.formats.stored_matrix import BINARY, CodedMatrix, GroupScales, TernaryMatrix
 from bitgen.formats.ternary import TERNARY, encode_blocks
-from bitgen.formats.weights import (
-    BINARY,
-    CodedMatrix,
-    DenseMatrix,
-    GroupScales,
-    LayerWeights,
-    TernaryMatrix,
-    Weights,
-)
+from bitgen.formats.weights import DenseMatrix, LayerWeights, Weights
 from bitgen.spec import EVERY_FAMILY, Shape
 
 _BLOCK = 1 << 20  # random weights a matrix

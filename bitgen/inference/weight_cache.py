@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from bitgen.errors import FileError
 from bitgen.families.base import TERNARY, Codes
-from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference.memory import mapping_of
 from bitgen.inference.packed_file import Bytes, Pieces, cached, check_disk, key_of, path_of
 from bitgen.progress import Progress, Report

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.formats.config import Floats, ModelConfig
-from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import TernaryMatrix
+from bitgen.formats.weights import Weights
 
 Squares: TypeAlias = Mapping[str, Floats]  # of each matrix of a layer, by its role
 Linear: TypeAlias = Callable[[str, TernaryMatrix, Floats], Floats]  # role, matrix, x (n, k) -> (n, m)

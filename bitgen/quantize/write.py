@@ -30,8 +30,9 @@ from bitgen.formats.gguf import NewTensor, write_gguf
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.pooling import pooling_metadata
 from bitgen.formats.quants import DENSE, OTHER, Bytes, quantize_rows
+from bitgen.formats.stored_matrix import TernaryMatrix
 from bitgen.formats.table_types import ROWS, STACKS, TableLayout
-from bitgen.formats.weights import DenseMatrix, LayerWeights, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, LayerWeights
 from bitgen.progress import Report
 from bitgen.quantize.codebooks import learn_tables
 from bitgen.quantize.fit import Chosen, Fit, Tables, choose

@@ -25,7 +25,8 @@ from bitgen.errors import BitgenError, UsageError
 from bitgen.formats.config import ModelConfig, ModelPreset, load_models
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import DENSE
-from bitgen.formats.weights import DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import weight_cache as packed
 from bitgen.inference.engine import PREFILL, Engine, inverse_frequencies
 from bitgen.inference.kv_memory import Capacity

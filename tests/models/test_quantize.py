@@ -33,8 +33,8 @@ from bitgen.formats.gguf import U32, NewTensor, read_gguf, write_gguf
 from bitgen.formats.inspect import facts, type_uses
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import dequantize, quantize_rows
+from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.formats.table_types import TableLayout
-from bitgen.formats.weights import CodedMatrix
 from bitgen.inference.engine import Engine
 from bitgen.quantize import TYPES, Recipe, quantize
 from bitgen.quantize.codebooks import learn_tables

@@ -7,6 +7,7 @@ from bitgen.errors import BitgenError
 from bitgen.formats.gguf import BY_ID
 from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.quants import DENSE, dequantize
+from bitgen.formats.stored_matrix import TernaryMatrix
 from bitgen.formats.ternary import (
     TERNARY,
     absmean,
@@ -18,7 +19,6 @@ from bitgen.formats.ternary import (
     i2_s_bytes,
     ternary_of_floats,
 )
-from bitgen.formats.weights import TernaryMatrix
 
 
 def random_ternary(*shape: int, seed: int = 0) -> np.ndarray:

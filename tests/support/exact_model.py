@@ -14,7 +14,8 @@ from float_ops import fma, greater
 from numpy.typing import NDArray
 
 from bitgen.families.base import TERNARY
-from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import TernaryMatrix
+from bitgen.formats.weights import Weights
 from bitgen.inference.engine import OWN_ACTIVATIONS, inverse_frequencies
 from bitgen.reference import (
     coded_int16_linear,

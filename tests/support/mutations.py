@@ -31,8 +31,8 @@ from bitgen.formats.coded import CODED
 from bitgen.formats.inspect import facts, metadata_lines, token_bytes, type_uses
 from bitgen.formats.open import open_model
 from bitgen.formats.quants import DENSE, OTHER
+from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.formats.ternary import TERNARY
-from bitgen.formats.weights import CodedMatrix
 from bitgen.tokenizer.data import TokenizerData
 
 SECONDS_A_FILE = 10

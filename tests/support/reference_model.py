@@ -20,7 +20,8 @@ from wanted import answers_wants
 
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.quants import DENSE
-from bitgen.formats.weights import CodedMatrix, DenseMatrix, TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import CodedMatrix, TernaryMatrix
+from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference.memory import Memory
 from bitgen.reference import quantize_activations, quantize_groups, scale_output
 

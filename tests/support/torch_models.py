@@ -21,7 +21,8 @@ from model_files import pack_rows
 from numpy.typing import NDArray
 
 from bitgen.formats.open import open_model
-from bitgen.formats.weights import TernaryMatrix, Weights
+from bitgen.formats.stored_matrix import TernaryMatrix
+from bitgen.formats.weights import Weights
 from bitgen.inference.chat_template import BUILT_IN, template_for
 from bitgen.reference import quantize_groups
 from bitgen.tokenizer.data import TokenizerData

@@ -21,7 +21,7 @@ from bitgen.cli import main
 from bitgen.cpu import ANY_ARCH, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.measure.harness import unit_of
-from bitgen.paths import templates_dir
+from bitgen.paths import csrc_dir, templates_dir
 from bitgen.render import (
     Source,
     inherits,
@@ -117,8 +117,11 @@ def test_text_tells_nothing_of_this_machine_and_has_no_conditions() -> None:
         assert source.name in text.splitlines()[1]
 
 
-def test_no_line_of_a_template_is_wider_than_a_page() -> None:
-    for file in sorted(templates_dir().rglob("*.*")):
+@pytest.mark.parametrize("folder", [templates_dir(), csrc_dir()], ids=["templates", "csrc"])
+def test_no_line_of_c_is_wider_than_a_page(folder: Path) -> None:
+    files = sorted(folder.rglob("*.*"))
+    assert files
+    for file in files:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             assert len(line) <= WIDTH, f"{file}:{number}"
 
