@@ -36,7 +36,7 @@ _ROOFLINE = (
     "chosen"
 )
 _COMPARED = "shape|m x k; this_us|this µs|,.1f; other_us|against µs|,.1f; ratio|ratio|.3f"
-_BOTH = "slot|tuned for; shape|m x k; this; other|against"
+_BOTH = "slot|tuned for; shape|m x k; tune; layout; schedule; isa|ISA"
 
 
 def winners(tune: Tune) -> Section:
@@ -54,7 +54,7 @@ def winners(tune: Tune) -> Section:
             names = (shape.name, tune.roles(shape), family_name(spec.family))
             times = (winner.time_ns / 1e3, base.median_ns / 1e3 if base else None, ratio, low, high)
             rows.append((*names, *times, len(ratios)))
-            kernels.append((slot_name(slot), shape.name, spec.layout.name, spec.schedule.name, spec.isa))
+            kernels.append((slot_name(slot), shape.name, *_kernel(winner)))
             if ratio is not None:
                 told = "the default itself" if same else f"{ratio:.3f} of its default's time"
                 title = f"{shape.name} {spec.schedule.name}: {told}"
@@ -239,7 +239,9 @@ def comparison(tune: Tune, other: Tune) -> Section:
             left_out.append(f"{slot_name(slot)}: both tunes have no kernel of one shape.")
             continue
         rows = [_compared(tune, shape, *pair) for shape, pair in pairs.items()]
-        kernels += [(slot_name(slot), shape.name, *map(_kernel, pair)) for shape, pair in pairs.items()]
+        for shape, (this, against) in pairs.items():
+            each = [("both", this)] if this.spec == against.spec else [("this", this), ("against", against)]
+            kernels += [(slot_name(slot), shape.name, name, *_kernel(winner)) for name, winner in each]
         these, those = tune.token_ms(mine, slot), other.token_ms(theirs, slot)
         if alike and these and those:
             rows.append(("all, a token", 1e3 * these, 1e3 * those, these / those))
@@ -263,5 +265,5 @@ def _compared(tune: Tune, shape: Shape, a: Winner, b: Winner) -> tuple[str, floa
     return shape_name(tune, shape), a.time_ns / 1e3, b.time_ns / 1e3, a.time_ns / b.time_ns
 
 
-def _kernel(winner: Winner) -> str:
-    return f"{winner.spec.layout.name} {winner.spec.schedule.name}"
+def _kernel(winner: Winner) -> tuple[str, str, str]:
+    return winner.spec.layout.name, winner.spec.schedule.name, winner.spec.isa
