@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from pathlib import Path
 
 from bitgen.bundle.contents import Target
@@ -40,64 +41,93 @@ def committed_kernels(
     scale; 0: scales lie outside.
     """
     wanted = [(shape, group) for shape in dict.fromkeys(shapes)]
-    levels = target.levels if target.universal else (target.isa,)
-    stands = [_stands_for(isa, target, folder) for isa in levels]
-    places = tuple(zip(stands, levels, strict=True))
-    parts = [_at_level(cpu, isa, wanted, target.isas, folder) for cpu, isa in places]
     if not target.universal:
-        return parts[0]
-    entries = tuple(
-        entry
-        for (cpu, isa), part in zip(places, parts, strict=True)
-        for entry in (*part.entries, *_of_other_families(cpu, isa, wanted, target, folder))
-    )
-    found = [f"{isa.name}: {part.origin}" for isa, part in zip(levels, parts, strict=True)]
+        return _at_level(target.cpu, target.isa, wanted, target, folder)
+    entries: list[KernelEntry] = []
+    found: list[str] = []
+    for isa in target.levels:
+        part = _of_any_family(isa, wanted, target, folder)
+        own = _of_each_family(isa, wanted, target, folder, part.entries)
+        entries += [*part.entries, *own]
+        names = ", ".join(dict.fromkeys(entry.cpu_family for entry in own))
+        found.append(f"{isa.name}: {part.origin}" + (f"; others for {names}" if names else ""))
     # Whatever its levels were measured on, a CPU of this library may be of any family.
-    return Chosen(entries, "transferred" if entries else "default", "; ".join(found))
+    return Chosen(tuple(entries), "transferred" if entries else "default", "; ".join(found))
 
 
-def _stands_for(isa: Isa, target: Target, folder: Path | None) -> Cpu:
-    """The CPU whose winners a level gets: one whose best level it is, of a family that has some."""
-    if not target.universal:
-        return target.cpu
+def _served(cpu: Cpu, isas: Sequence[Isa]) -> tuple[Isa, ...]:
+    """The levels that CPUs of a family find best: its own, and where a system hides their tiles the next."""
+    first, *others = accepted_isas(cpu, isas)
+    return (first, *([isa for isa in others if not isa.tile_registers][:1] if first.tile_registers else []))
+
+
+def _families_of(isa: Isa, target: Target) -> list[Cpu]:
     known = [target_cpu(name, target.cpu.os) for name in target_names()]
-    best = [cpu for cpu in known if cpu.arch == isa.arch and accepted_isas(cpu, target.isas)[0] == isa]
-    return next((cpu for cpu in best if family_winners(cpu.family, folder)), target.cpu_of(isa))
+    return [cpu for cpu in known if cpu.arch == isa.arch and isa in _served(cpu, target.isas)]
 
 
-def _of_other_families(
-    first: Cpu, isa: Isa, shapes: Sequence[tuple[Shape, int]], target: Target, folder: Path | None
+def _of_any_family(
+    isa: Isa, shapes: Sequence[tuple[Shape, int]], target: Target, folder: Path | None
+) -> Chosen:
+    """What a CPU gets at a level, of whatever family: layouts that won at it, and not all of their knobs."""
+    families = _families_of(isa, target)
+    stand = next((cpu for cpu in families if family_winners(cpu.family, folder)), target.cpu_of(isa))
+    alike = len({cpu.vendor for cpu in families}) == 1
+    return _at_level(stand, isa, shapes, target, folder, most=_Kept.MANY if alike else _Kept.LAYOUT)
+
+
+def _of_each_family(
+    isa: Isa,
+    shapes: Sequence[tuple[Shape, int]],
+    target: Target,
+    folder: Path | None,
+    anyone: Sequence[KernelEntry],
 ) -> list[KernelEntry]:
-    """What other families of a level than that of ``first`` won with; it comes first on their own CPUs."""
-    known = {cpu.family: cpu for cpu in (target_cpu(name, target.cpu.os) for name in target_names())}
+    """What is known better of a family, and comes first on its CPUs, than what ``anyone`` gets."""
+    found = {cpu.family: _at_level(cpu, isa, shapes, target, folder) for cpu in _families_of(isa, target)}
     return [
-        replace(entry, cpu_family=cpu.family)
-        for cpu in known.values()
-        if cpu.family != first.family
-        and cpu.arch == isa.arch
-        and accepted_isas(cpu, target.isas)[0] == isa
-        and family_winners(cpu.family, folder)
-        for entry in _at_level(cpu, isa, shapes, target.isas, folder).entries
+        replace(entry, cpu_family=family)
+        for family, part in found.items()
+        if part.entries != tuple(anyone)
+        for entry in part.entries
     ]
 
 
+class _Kept(IntEnum):
+    """What of a winner serves another CPU; the default's knobs take the place of the rest.
+
+    Between two Zens the default's were 4 % from the best for few tokens, the other family's 9 %; for many 6 %
+    and 1 % (docs/lab/search.md). Those of a Zen 4 took 1.30 times as long for both on an Emerald Rapids.
+    """
+
+    LAYOUT = 0  # nothing else: it is of another vendor
+    MANY = 1  # and the schedule for many tokens: it is of another family
+    ALL = 2
+
+
 def _at_level(
-    cpu: Cpu, isa: Isa, shapes: Sequence[tuple[Shape, int]], isas: Sequence[Isa], folder: Path | None
+    cpu: Cpu,
+    isa: Isa,
+    shapes: Sequence[tuple[Shape, int]],
+    target: Target,
+    folder: Path | None,
+    most: _Kept = _Kept.ALL,
 ) -> Chosen:
-    near = nearest_winners(cpu, isas, folder)
+    near = nearest_winners(cpu, target.isas, folder)
     if near is None:
         return Chosen((), "default", f"no family of {cpu.arch} has winners: default schedules")
+    kept = _Kept.ALL if near.cpu_family == cpu.family else _Kept(int(near.traits.vendor == cpu.vendor))
     entries: list[KernelEntry] = []
     moved = False
     for shape, group in shapes:
         kind = WeightKind(group=group)
         jobs = [job for job in near.winners if (job.shape, job.spec.layout.kind) == (shape, kind)]
         own = [job for job in jobs if job.spec.isa == isa.name]
-        specs = [_legal(job, isa, cpu, same=near.cpu_family == cpu.family) for job in own or jobs]
+        specs = [_legal(job, isa, cpu, min(kept, most)) for job in own or jobs]
         if specs and None not in specs:
             moved = moved or not own or any(spec != job.spec for spec, job in zip(specs, own, strict=True))
-            kept = zip(own or jobs, specs, strict=True)
-            entries += [KernelEntry(spec, shape, job.threads) for job, spec in kept if spec]
+            made = zip(own or jobs, specs, strict=True)
+            entries += [KernelEntry(spec, shape, job.threads) for job, spec in made if spec]
     if not entries:
         return Chosen((), "default", "no family has winners for these shapes: default schedules")
     tuned = near.cpu_family == cpu.family and not moved
@@ -109,18 +139,14 @@ def _at_level(
     return Chosen(tuple(dict.fromkeys(entries)), "tuned" if tuned else "transferred", origin)
 
 
-def _legal(job: Job, isa: Isa, cpu: Cpu, *, same: bool) -> KernelSpec | None:
-    """A winner on another level or other caches: itself where it is legal, else the nearest that is.
-
-    Not of the ``same`` family its layout alone for few tokens: between two Zens the default's knobs were 4 %
-    from the best there, another family's 9 % (docs/lab/search.md); for many 6 % and 1 %.
-    """
+def _legal(job: Job, isa: Isa, cpu: Cpu, kept: _Kept) -> KernelSpec | None:
+    """A winner on another level or other caches: itself where it is legal, else the nearest that is."""
     spec = replace(job.spec, isa=isa.name)
     space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu, spec.layout.group)
     alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
     mine, theirs = space.default.schedule.algorithm, find_isa(job.spec.isa, load_isas())
     gained = (mine == "tiles" and not theirs.tiles) or (mine == "mmla" and not theirs.mmla)
-    foreign = not same and job.spec.regime != LARGE.name
+    foreign = kept < (_Kept.MANY if spec.regime == LARGE.name else _Kept.ALL)
     if foreign or gained or spec.schedule.algorithm not in {point.schedule.algorithm for point in alike}:
         # Or one of the two levels lacks the unit that wins on the other: without tiles 3B's prompts took 2.6
         # times as long, and the knobs of tiles say nothing about other algorithms.
