@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jinja2
@@ -137,10 +137,13 @@ def _numbers(values: Sequence[int], column: int) -> str:
     return (",\n" + " " * column).join(lines)
 
 
+@lru_cache(4096)
 def _at_column(text: str, column: int) -> str:
     """Lines of C (a macro's) moved to start at ``column``, without empty lines around and between them."""
-    lines = [line for line in textwrap.dedent(text).splitlines() if line.strip()]
-    return textwrap.indent("\n".join(lines), " " * column)
+    lines = [line for line in text.splitlines() if line.strip()]
+    margin = min((len(line) - len(line.lstrip(" ")) for line in lines), default=0)
+    indent = " " * column
+    return "\n".join([indent + line[margin:] for line in lines])
 
 
 @dataclass(frozen=True)
