@@ -251,12 +251,13 @@ def test_foreign_specs_are_not_legal() -> None:
         assert space.broken(other)
 
 
-def mutants(spec: KernelSpec) -> Iterator[KernelSpec]:
-    """Specs near a legal one, most of them wrong."""
+def mutants(space: Space, spec: KernelSpec) -> Iterator[KernelSpec]:
+    """Specs near a legal one, most of them wrong; also of a knob that its schedule leaves out."""
     values = (-1, 0, 1, 3, 4, 16, 24, 64, 66, 960, 1 << 19, 1 << 21)
-    for name, _ in spec.schedule:
-        for value in values:
-            yield changed(spec, **{name: value})
+    algorithm = spec.schedule.algorithm
+    own = {name: spec.knobs[name] for name in space.knobs(algorithm)}
+    for name, value in product(own, values):
+        yield space.make(algorithm, spec.layout, {**own, name: value})
     knobs = dict(spec.schedule)
     if "mr" in knobs:
         yield changed(spec, mr=256, mc=256, nr=16)
@@ -290,7 +291,7 @@ def test_every_rule_can_be_broken(family: str, isa: Isa, regime: Regime, l2_kib:
     broken = {
         rule.text
         for spec in (*space.known_good, *legal.values())
-        for mutant in mutants(spec)
+        for mutant in mutants(space, spec)
         for rule in space.broken(mutant)
     }
     assert broken == {rule.text for rule in (*space.bounds, *space.rules)}
