@@ -2,7 +2,7 @@
 
     python benchmarks/tunes.py tune:480 tune:150 loaded:150 loaded:150 loaded:150 transferred --model 3B
 
-Each argument is a library; all are held against the first:
+Each argument is a library; all are compared with the first:
 
 tune:SECONDS     of a tune of so long, from an empty store
 loaded:SECONDS   the same beside a load: bursts of a process that computes or reads memory, in turn, drawn by

@@ -41,7 +41,7 @@ class MeasurementCache:
         self._lock = threading.Lock()
 
     def measure(self, jobs: Sequence[Job]) -> Generator[Measurement | Missing, None, None]:
-        """One answer for each job: those known first, then the others as they are measured."""
+        """One measurement for each job: those known first, then the others as they are measured."""
         unknown = []
         for job in jobs:
             known = None if self._fresh else self.store.known(job, self.fingerprints)
@@ -53,11 +53,11 @@ class MeasurementCache:
                 yield known
         if not unknown:
             return
-        for answer in self.runner.measure(unknown):
-            if isinstance(answer, Measurement):
-                fingerprint = self.fingerprints(answer.job.spec)
-                self._record(TrialRecord(fingerprint, answer, self._seed))
-            yield answer
+        for measurement in self.runner.measure(unknown):
+            if isinstance(measurement, Measurement):
+                fingerprint = self.fingerprints(measurement.job.spec)
+                self._record(TrialRecord(fingerprint, measurement, self._seed))
+            yield measurement
 
     def race(self, job: RaceJob) -> Race:
         """One block of a race."""

@@ -110,7 +110,7 @@ class GroupSearch:
         self._candidates: dict[KernelSpec, Candidate] = {}
         self._asked = 0
         self._batch: list[KernelSpec] = []  # under way
-        self._answered: set[tuple[KernelSpec, Shape]] = set()
+        self._measured: set[tuple[KernelSpec, Shape]] = set()
         self._reference: dict[Shape, float] = {}  # times of the first candidate that ran on every shape
         # The best so far, beside which others are timed.
         self._incumbents: dict[tuple[Shape, Layout], KernelSpec] = {}
@@ -185,18 +185,18 @@ class GroupSearch:
     def _measure(self, specs: list[KernelSpec], shapes: list[Shape], deadline: float) -> bool:
         """Measure what was not measured before; False when the time ran out on the way."""
         pairs = [(spec, shape) for shape in shapes for spec in specs if spec in self.group.legal[shape]]
-        jobs = [self._job(*pair) for pair in pairs if pair not in self._answered]
+        jobs = [self._job(*pair) for pair in pairs if pair not in self._measured]
         if jobs and self._clock() >= deadline:
             return False
         # A generator closed early tells the runner to stop what it prepared.
-        answers = self._cache.measure(jobs)
-        with closing(answers):
-            for done, answer in enumerate(answers, start=1):
-                job = answer.job
+        measurements = self._cache.measure(jobs)
+        with closing(measurements):
+            for done, measurement in enumerate(measurements, start=1):
+                job = measurement.job
                 candidate = self._candidates.setdefault(job.spec, Candidate(job.spec))
-                self._answered.add((job.spec, job.shape))
-                if isinstance(answer, Measurement):
-                    self._note(candidate, answer)
+                self._measured.add((job.spec, job.shape))
+                if isinstance(measurement, Measurement):
+                    self._note(candidate, measurement)
                 if done < len(jobs) and self._clock() >= deadline:
                     return False
         return True
@@ -205,16 +205,16 @@ class GroupSearch:
         against = self._incumbents.get((shape, spec.layout))
         return Job(spec, shape, self._regime.n, self.group.threads, self._regime.cold, against)
 
-    def _note(self, candidate: Candidate, answer: Measurement) -> None:
-        if not answer.ok:
-            candidate.failure = candidate.failure or answer
+    def _note(self, candidate: Candidate, measurement: Measurement) -> None:
+        if not measurement.ok:
+            candidate.failure = candidate.failure or measurement
             return
-        time_ns = answer.median_ns
-        against, shape = answer.job.against, answer.job.shape
+        time_ns = measurement.median_ns
+        against, shape = measurement.job.against, measurement.job.shape
         baseline = self._candidates.get(against) if against else None
-        if baseline and answer.ratio is not None and shape in baseline.times_ns:
+        if baseline and measurement.ratio is not None and shape in baseline.times_ns:
             # In units of the incumbent's time at that very moment: a slow moment of the machine cancels.
-            time_ns = answer.ratio * baseline.times_ns[shape]
+            time_ns = measurement.ratio * baseline.times_ns[shape]
         candidate.times_ns[shape] = time_ns
 
     def _judge(self, seen: Callable[[int], None]) -> None:

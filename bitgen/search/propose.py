@@ -1,7 +1,7 @@
 """Which candidates next? Small spaces are enumerated, in large ones a model (optuna's TPE) proposes.
 
-Both are deterministic: the same seed and the same answers give the same candidates, in the same order, each
-of them once. So a search that was killed walks the same way again, and finds its answers in the store.
+Both are deterministic: the same seed and measurements give the same candidates, in the same order, each
+of them once. So a search that was killed walks the same way again, and finds its measurements in the store.
 This is the only module that imports optuna; it takes 0.9 s, so only a large space pays for it.
 """
 
@@ -88,13 +88,13 @@ class TpeProposer:
             # Until now the pending trial kept the sampler away from itself (constant liar).
             self._study.tell(self._pending.pop(spec), state=states.FAIL)
         params = self._coordinates.params(spec)
-        answer = self._optuna.trial.create_trial(
+        told = self._optuna.trial.create_trial(
             state=states.PRUNED if cost is None else states.COMPLETE,
             value=cost,
             params=params,
             distributions=self._coordinates.distributions(params),
         )
-        self._study.add_trial(answer)
+        self._study.add_trial(told)
 
 
 class _Coordinates:

@@ -118,7 +118,7 @@ class TuningResult:
     are chosen for it. ``dram_gbs[threads]`` and ``peak_gops[threads][isa]`` are what shares are quoted
     against: the most that any probe or kernel of this run reached. ``left_races``: verified kernels that
     failed in a race, and how. ``started_from``: what was known before and tried first. ``recorded`` and
-    ``recalled``: answers added to the store, and taken from it.
+    ``recalled``: measurements added to the store, and taken from it.
     """
 
     model: str

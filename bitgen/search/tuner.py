@@ -91,7 +91,7 @@ def tune(
 
     Everything that is measured is recorded at once, and what still holds by its fingerprint is not measured
     again: after a kill the same call walks the same way and continues. With a trial budget and no timeout the
-    outcome depends on the answers and ``plan.seed`` alone.
+    outcome depends on the measurements and ``plan.seed`` alone.
     InterruptError after Ctrl-C; FileError when the store cannot be written.
     """
     session = session or Session()
