@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md says one touches is all that it takes to add something: done in a copy of the house."""
+"""What CONTRIBUTING.md says one touches is all it takes to add something: done in a copy of the house."""
 
 from __future__ import annotations
 
