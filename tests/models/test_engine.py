@@ -313,6 +313,25 @@ def test_sequences_in_a_batch_do_not_see_each_other(tables: Any) -> None:
         assert np.array_equal(np.stack(made), expected)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_sequence_that_stands_in_two_places_sees_itself(tables: Any, threads: int) -> None:
+    """Threads take sequences apart only where each stands in one place of a step."""
+    config = small_config()
+    weights = random_weights(config, 5)
+    texts = [ids_of(config, n, seed=n) for n in (40, 33)]
+    alone = [feed(Engine(weights, tables(threads=1)), text) for text in texts]
+    for order in ([0, 1, 0, 1, 0], [0, 0, 1, 0], [0, 1], [1, 0, 0, 0]):
+        engine = Engine(weights, tables(threads=threads), max_batch=2)
+        for s, text in enumerate(texts):
+            feed(engine, text[:30], sequence=s)
+        position = [30 + order[:i].count(s) for i, s in enumerate(order)]
+        token = [texts[s][at] for s, at in zip(order, position, strict=True)]
+        columns = np.array([token, position, order], np.int32)
+        logits = engine.forward(*columns, np.ones(len(order), bool))
+        expected = [alone[s][at] for s, at in zip(order, position, strict=True)]
+        assert np.array_equal(logits, expected), order
+
+
 def test_only_the_logits_that_are_wanted(tables: Any) -> None:
     config = small_config()
     weights = random_weights(config, 6)
