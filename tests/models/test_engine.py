@@ -326,8 +326,8 @@ def test_a_sequence_that_stands_in_two_places_sees_itself(tables: Any, threads: 
             feed(engine, text[:30], sequence=s)
         position = [30 + order[:i].count(s) for i, s in enumerate(order)]
         token = [texts[s][at] for s, at in zip(order, position, strict=True)]
-        columns = np.array([token, position, order], np.int32)
-        logits = engine.forward(*columns, np.ones(len(order), bool))
+        tokens, positions, sequences = np.array([token, position, order], np.int32)
+        logits = engine.forward(tokens, positions, sequences, np.ones(len(order), bool))
         expected = [alone[s][at] for s, at in zip(order, position, strict=True)]
         assert np.array_equal(logits, expected), order
 
