@@ -178,7 +178,7 @@ def test_a_real_race(
     table: KernelTable, bundle: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """Of what kind of weights the model may have; each number of threads is timed in each part."""
-    monkeypatch.setattr(thread_race, "BUDGET_S", 0.3)
+    monkeypatch.setattr(thread_race, "BUDGET_S", 1.0)
     monkeypatch.setattr(first_use, "_POOL", 1 << 16)
     config = small_config(hidden=160, ffn=320, head_dim=40, layers=2, **changes)
     assert thread_race._bytes_of(table, config) > 0

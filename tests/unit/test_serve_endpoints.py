@@ -870,7 +870,7 @@ def test_a_silent_stream_is_kept_alive() -> None:
         engine = FakeEngine()
         async with running(engine, ping_s=0.02) as client:
             go = blocked(engine)
-            asyncio.get_running_loop().call_later(0.2, go.set)
+            asyncio.get_running_loop().call_later(0.6, go.set)
             return (await client.post(COMPLETIONS, {**ASK, "stream": True})).content
 
     content = asyncio.run(ask())
