@@ -127,8 +127,8 @@ static void fused_body(void *arg, int32_t worker, int64_t begin, int64_t end)
     }
 }
 
-/* Whether each block is of another sequence: then none attends to what another one stores, and items are smaller. With 5
- * heads, 2 threads and 8 sequences of 1,024 tokens attention took 26.9 ms, not 32.7. */
+/* Whether each block is of another sequence: then none attends to what another one stores, and items are smaller. With
+ * 5 heads, 2 threads and 8 sequences of 1,024 tokens attention took 26.9 ms, not 32.7. */
 static int blocks_apart(const struct step *s)
 {
     const int32_t *sequence = s->tokens->sequence + s->token;
