@@ -143,18 +143,22 @@ def _legal(job: Job, isa: Isa, cpu: Cpu, kept: _Kept) -> KernelSpec | None:
     """A winner on another level or other caches: itself where it is legal, else the nearest that is."""
     spec = replace(job.spec, isa=isa.name)
     space = space_for(spec.family, isa, regime_named(spec.regime), job.shape, cpu, spec.layout.group)
-    alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
-    mine, theirs = space.default.schedule.algorithm, find_isa(job.spec.isa, load_isas())
+    default = replace(space.default, layout=spec.layout)
+    mine, theirs = default.schedule.algorithm, find_isa(job.spec.isa, load_isas())
     gained = (mine == "tiles" and not theirs.tiles) or (mine == "mmla" and not theirs.mmla)
     foreign = kept < (_Kept.MANY if spec.regime == LARGE.name else _Kept.ALL)
-    if foreign or gained or spec.schedule.algorithm not in {point.schedule.algorithm for point in alike}:
+    wanted = default if foreign or gained else spec
+    if not space.broken(wanted):
+        return wanted
+    alike = [point for point in space if point.layout == spec.layout and point.shape == spec.shape]
+    if wanted == default or spec.schedule.algorithm not in {point.schedule.algorithm for point in alike}:
         # Or one of the two levels lacks the unit that wins on the other: without tiles 3B's prompts took 2.6
         # times as long, and the knobs of tiles say nothing about other algorithms.
-        spec = replace(space.default, layout=spec.layout)
+        wanted = default
+        if not space.broken(wanted):
+            return wanted
         alike = [point for point in alike if point.schedule.algorithm == mine] or alike
-    if not space.broken(spec):
-        return spec
-    return min(alike, key=lambda point: _distance(point, spec), default=None)
+    return min(alike, key=lambda point: _distance(point, wanted), default=None)
 
 
 def _distance(spec: KernelSpec, other: KernelSpec) -> tuple[bool, float]:
