@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import FileError
+from bitgen.errors import BitgenError, FileError
 from bitgen.formats.config import Activation, ModelConfig
+from bitgen.spec import WeightKind
 
 
 @dataclass(frozen=True)
@@ -250,3 +252,19 @@ def half_to_interleaved(heads: int, head_dim: int) -> NDArray[np.int64]:
     """The inverse order, for writing a `llama` GGUF."""
     rows = np.arange(heads * head_dim, dtype=np.int64)
     return rows.reshape(heads, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
+def file_config(where: object, architecture: Architecture, kind: WeightKind, **fields: Any) -> ModelConfig:
+    """The config that the file ``where`` holds, of a model of ``architecture``; FileError names the file."""
+    try:
+        return ModelConfig(
+            architecture=architecture.runs_as or architecture.name,
+            sub_norms=architecture.sub_norms,
+            qk_norm=architecture.qk_norm,
+            input_norms=architecture.input_norms,
+            group=kind.group,
+            weights=kind.weights,
+            **fields,
+        )
+    except BitgenError as error:
+        raise FileError(f"{where}: {error.message}") from None

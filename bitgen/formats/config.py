@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.errors import BitgenError, FileError, UsageError, nearest_names
+from bitgen.errors import FileError, UsageError, nearest_names
 from bitgen.formats.rope import Yarn
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
@@ -258,11 +258,3 @@ def preset_name(config: ModelConfig) -> str | None:
     """The preset with the same matrices, for `bitgen tune --model`."""
     alike = (m for m in load_models() if m.weights == config.weights)
     return next((m.alias for m in alike if set(m.shapes) == set(config.shapes)), None)
-
-
-def file_config(where: object, **fields: Any) -> ModelConfig:
-    """The config that the file ``where`` holds; FileError names it."""
-    try:
-        return ModelConfig(**fields)
-    except BitgenError as error:
-        raise FileError(f"{where}: {error.message}") from None

@@ -16,12 +16,13 @@ from bitgen.formats.architectures import (
     GGUF_LAYER,
     LM_HEAD,
     Architecture,
+    file_config,
     gguf_names,
     stored_in_gguf,
 )
 from bitgen.formats.code_rows import common_kind
 from bitgen.formats.coded import CODED, TWO_BIT_KIND, TWO_BITS
-from bitgen.formats.config import Floats, ModelConfig, check_head_dim, file_config, printable
+from bitgen.formats.config import Floats, ModelConfig, check_head_dim, printable
 from bitgen.formats.gguf import GgufFile, TensorInfo
 from bitgen.formats.gguf_tensors import tensor_of, type_name, vector
 from bitgen.formats.matrices import ONE_BIT
@@ -74,7 +75,8 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
     factors, context = _rope_factors(file, keys, head_dim, context)
     return file_config(
         file.path,
-        architecture=arch.runs_as or arch.name,
+        arch,
+        kind,
         hidden=hidden,
         ffn=keys.integer("feed_forward_length"),
         layers=keys.integer("block_count"),
@@ -85,11 +87,6 @@ def gguf_config(file: GgufFile, two_bits: bool = False) -> ModelConfig:
         context=context,
         rope_theta=keys.number("rope.freq_base", 10000.0),
         activation=arch.activation,
-        sub_norms=arch.sub_norms,
-        qk_norm=arch.qk_norm,
-        input_norms=arch.input_norms,
-        group=kind.group,
-        weights=kind.weights,
         norm_eps=scalars_of(keys, arch).eps(keys.number("attention.layer_norm_rms_epsilon")),
         tied_head=f"{LM_HEAD.gguf}.weight" not in file.tensors,
         name=printable(Settings(file.path, file.metadata, "general.").text("name")[:200]),

@@ -29,10 +29,11 @@ from bitgen.formats.architectures import (
     LM_HEAD,
     Architecture,
     Tensor,
+    file_config,
     hf_classes,
     stored_in_hf,
 )
-from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, file_config, printable
+from bitgen.formats.config import Activation, Floats, ModelConfig, check_head_dim, printable
 from bitgen.formats.hf_nvfp4 import KIND, METHODS, Nvfp4, check_factor, nvfp4_matrix, nvfp4_of
 from bitgen.formats.hf_tokenizer import hf_tokenizer
 from bitgen.formats.matrices import master_matrix, packed_matrix, ternary_head, ternary_matrix
@@ -81,7 +82,8 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         kind = KIND
     return file_config(
         settings.where,
-        architecture=architecture.runs_as or architecture.name,
+        architecture,
+        kind,
         hidden=hidden,
         ffn=settings.integer("intermediate_size"),
         layers=settings.integer("num_hidden_layers"),
@@ -91,11 +93,6 @@ def hf_config(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Store
         vocab=settings.integer("vocab_size"),
         context=context,
         activation=_ACTIVATIONS[act],
-        sub_norms=architecture.sub_norms,
-        qk_norm=architecture.qk_norm,
-        input_norms=architecture.input_norms,
-        weights=kind.weights,
-        group=kind.group,
         norm_eps=_scalars(settings, architecture).eps(settings.number("rms_norm_eps")),
         # A model of vectors is mostly stored without a head, whatever its config.json says.
         tied_head=no_head if tied is None else bool(tied) or (no_head and architecture.last_token),
