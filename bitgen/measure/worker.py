@@ -23,6 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -49,6 +50,7 @@ from bitgen.spec import Layout, Shape, ceil_to, family_named, regime_of
 # Row blocks of random weights that a pool repeats: enough that no cache line of weights comes twice in a row.
 _UNIT_BLOCKS = 4
 _KEPT_OUTPUTS = 4
+_SCRATCH_BYTES = 32 << 20  # the most that a kernel may ask for in a check
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05  # how often the phase of a silent task is looked at
 _GRACE_S = 5  # a task whose worker was killed outlives its time limit by this at most
@@ -174,8 +176,13 @@ class Workbench:
 
     def _kept_checks(self, key: tuple[Any, ...], cases: Callable[[], Sequence[Case]]) -> Checks:
         if key not in self._checks:
-            self._checks[key] = Checks(self.harness, key[0], cases())
+            self._checks[key] = Checks(self.harness, key[0], cases(), self._scratch)
         return self._checks[key]
+
+    @cached_property
+    def _scratch(self) -> Guarded:
+        # One for all checks: the first touch of it for each layout and regime took more time than they.
+        return Guarded(self.harness, _SCRATCH_BYTES, 64)
 
     def _time(
         self, kernels: Sequence[Any], timing: Timing, progress: Any
