@@ -156,7 +156,8 @@ def _activations(name: str, n: int, k: int) -> Int8:
 
 
 def _alternating(pair: tuple[int, int], k: int) -> Int8:
-    return np.tile(np.array(pair, np.int8), -(-k // 2))[:k]  # np.resize joins pair by pair: 20 ms of the longest
+    # np.resize joins pair by pair: 20 ms for the longest k.
+    return np.tile(np.array(pair, np.int8), -(-k // 2))[:k]
 
 
 def _rng(*key: int) -> np.random.Generator:
