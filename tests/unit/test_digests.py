@@ -22,11 +22,18 @@ def digests() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("kind", ["text", pytest.param("space", marks=pytest.mark.slow)])
-def test_rendered_c_is_as_recorded(digests: ModuleType, kind: str) -> None:
-    assert not digests.changes(kind), (
-        "look at them with `python tools/digests.py --diff main`; then `python tools/digests.py --update`"
-    )
+CHANGED = "look at them with `python tools/digests.py --diff main`; then `python tools/digests.py --update`"
+
+
+def test_rendered_c_is_as_recorded(digests: ModuleType) -> None:
+    assert not digests.changes("text"), CHANGED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_spaces_are_as_recorded(digests: ModuleType, whole: bool) -> None:
+    """All names in order and every eighth text; ``whole``: every text."""
+    assert not digests.changes("space", whole=whole), CHANGED
 
 
 def test_texts_for_reading_are_as_recorded(digests: ModuleType) -> None:
