@@ -5,8 +5,9 @@
     python tools/digests.py --diff main        # the unified diff of every text that changed since a commit
 
 A line `text NAME SHA` is one file of C below its banner; `space NAME COUNT ORDER SOME TEXTS` are all legal
-kernels of a family, ISA level and regime for 3200x8640: how many, their names in order, and the texts of every
-eighth, which the tests render, and of all, which --check and `.ci/deep` do. The few texts of GOLDENS are for reading: tests/golden/NAME.c is what a template makes, without ops and struct.
+kernels of a family, ISA level and regime for 3200x8640: how many, their names in order, and the texts of
+every eighth, which the tests render, and of all, which --check and `.ci/deep` do. The few texts of GOLDENS
+are for reading: tests/golden/NAME.c is what a template makes, without ops and struct.
 """
 
 from __future__ import annotations
