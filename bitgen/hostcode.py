@@ -212,7 +212,8 @@ def library_units(arch: str, system: str, checks: CpuChecks, table: Mapping[str,
         raise UnsupportedError(f"there is no host code for {system}; there is for {', '.join(SYSTEMS)}")
     headers = library_headers(arch, system)
     bundle = "bundle_windows.c" if system == "Windows" else "bundle.c"
-    parts = tuple((name, csrc_text(name)) for name in ("step_memory.h", "step_attention.h", "step_rows.h"))
+    names = ("step_memory.h", "step_attention.h", "step_best.h", "step_rows.h")
+    parts = tuple((name, csrc_text(name)) for name in names)
     found = (("features.h", features_header(arch, system, checks.features, checks.families)),)
     return (
         *run_units(arch, system),

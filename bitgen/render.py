@@ -433,17 +433,17 @@ _STEP_TILES: Mapping[int, Mapping[str, Any]] = {
     64: {
         "attention_tiles": [(1, 8, 8), (2, 4, 8), (4, 4, 4), (8, 2, 2)],
         "head_tiles": [(4, 4), (8, 1)],
-        "screen_tiles": [(4, 2), (8, 1)],
+        "screen_tiles": [(4, 4), (4, 2), (8, 1)],
     },
     32: {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
         "head_tiles": [(2, 2), (4, 1)],
-        "screen_tiles": [(2, 1)],
+        "screen_tiles": [(2, 2), (4, 1)],
     },
     16: {
         "attention_tiles": [(1, 4, 4), (2, 2, 2), (4, 1, 1)],
         "head_tiles": [(2, 2), (4, 1)],
-        "screen_tiles": [(2, 1)],
+        "screen_tiles": [(2, 2), (4, 1)],
     },
     0: {"attention_tiles": [(1, 1, 1)], "head_tiles": [(1, 1)], "screen_tiles": [(1, 1)]},
 }

@@ -44,7 +44,7 @@ extern "C" {
 /* ABI begins: what follows up to "ABI ends" is also what other languages read to call this library. */
 
 /* Grows with every incompatible change of this header. */
-#define BITGEN_ABI_VERSION 5
+#define BITGEN_ABI_VERSION 6
 
 /* The codes; bitgen_error_message() has a sentence for each. */
 enum bitgen_error {
@@ -409,6 +409,7 @@ struct bitgen_model {
      * at most screen_bound * |x| apart. */
     struct bitgen_dense screen;
     const float *screen_bound; /* (vocab), or NULL */
+    const float *screen_norm;  /* (vocab) at least the norm of each of its rows, its scale included, or NULL */
 };
 
 /* What a token's row of a forward pass gives. */

@@ -1,7 +1,7 @@
 /* The forward step: the order of its stages and how each is spread over threads. What is computed is in ops.c (one file
  * for each ISA level) and in the kernels; see bitgen.h for the model and step.h for the parts. This file includes
- * step_memory.h (cache, checks, work memory), step_attention.h and step_rows.h (head, the best logits) at their
- * places. */
+ * step_memory.h (cache, checks, work memory), step_attention.h, step_best.h (the best logits, by a screen) and
+ * step_rows.h (what rows want, the head) at their places. */
 #define _POSIX_C_SOURCE 200809L
 
 #include <stdlib.h>
@@ -25,8 +25,12 @@ enum {
     HEAD_ROWS = 64,       /* rows of the head in a claim: 0.4 MB in half floats for hidden 3200, so L2 holds them */
     ID_BLOCK = 64,        /* tokens of the vocabulary that are passed over at once where none can be among the best */
     SCREEN_SHARE = 16,    /* of the head's rows that may be read by way of its screen; more are faster read in order */
+    SCREEN_CHUNK = 64,    /* columns that have one plane or two */
     INLINE_WORK = 1 << 14 /* elements below which a loop over tokens is not worth waking threads */
 };
+/* Of the norm of a state, what rounding to 8 bits may take on average: then 1 % of a trained head's rows are read for
+ * the 40 best, 0.3 % with all columns in 16 bits (docs/reference/screened-head.md). */
+static const double SCREEN_OFF = 0.01;
 static const uint32_t INFINITE = 0x7f800000;   /* the bits of infinity */
 static const int64_t SIZE_MAX_MODEL = 1 << 24; /* of every dimension, so that products of three fit */
 /* Multiplications of attention below which another thread costs more than it brings: about 4 us. */
@@ -191,6 +195,7 @@ static int32_t multiply_layer(struct step *s, float *y)
     return code;
 }
 
+#include "step_best.h"
 #include "step_rows.h"
 
 /* Behind the last layer's attention only tokens that want something matter: their rows of x and inner move together, x

@@ -44,6 +44,8 @@ struct bitgen_head {
     const int8_t *planes; /* of `screen`, in place of x: (n, 2, x_stride), zero padded to a multiple of 64 columns */
     const float *x_scale; /* (n): a token is x_scale * (256 * its first plane + its second) */
     const int32_t *start; /* (n, 2, 16), of screen_start */
+    const int32_t *high;  /* (high_count) the chunks of 64 columns where some token's first plane is not zero */
+    int64_t high_count;
 };
 
 struct bitgen_step_ops {

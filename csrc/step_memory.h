@@ -92,7 +92,7 @@ static int32_t check_model(const struct bitgen_model *model, const struct bitgen
     if (model->lm_head.packed) return BITGEN_OK;
     code = check_dense(&model->head, model->hidden);
     if (code || !model->screen.data) return code;
-    if (!model->screen_bound) return BITGEN_ERROR_NULL;
+    if (!model->screen_bound || !model->screen_norm) return BITGEN_ERROR_NULL;
     return model->screen.type == BITGEN_DENSE_I8 ? check_dense(&model->screen, model->hidden) : BITGEN_ERROR_MODEL;
 }
 
@@ -145,15 +145,19 @@ struct step {
     struct run *runs;      /* (outputs) of the head */
     int64_t run_count;
     /* Of each row of `final` that is screened in two planes: (outputs, 2, screen_stride), (outputs), (outputs, 2, 16),
-     * and (outputs) |x - what the planes stand for|, with room for what is rounded; 0 of a row of floats. */
+     * (outputs) |x - what the planes stand for|, with room for what is rounded, 0 of a row of floats, (outputs) |x|,
+     * (outputs, chunks) the largest magnitudes of 64 columns each; and the chunks with a first plane in any row. */
     int8_t *screen_x;
     float *screen_scale;
     int32_t *screen_start;
-    double *screen_off;
-    float *scores;    /* (best, vocab) logits to choose from */
-    float *logits;    /* those that the head makes now */
-    uint32_t *exact;  /* (best, vocab bits) which of them are the head's own, not the screen's */
-    const float *add; /* of the current norm */
+    double *screen_off, *screen_size; /* the latter -1 of the others */
+    float *screen_most;
+    int32_t *screen_high;
+    int64_t screen_high_count, screened; /* rows that are screened */
+    float *scores;                       /* (best, vocab) logits to choose from */
+    float *logits;                       /* those that the head makes now */
+    uint32_t *exact;                     /* (best, vocab bits) which of them are the head's own, not the screen's */
+    const float *add;                    /* of the current norm */
     const float *weight;
     int64_t wide_row, column; /* of matrices with norms of their own: a row of wide, where the next one writes */
     const struct bitgen_matrix *matrix; /* the one that comes next, (m, k), and its kernel */
@@ -173,7 +177,7 @@ static void *take(uint8_t *base, int64_t *used, int64_t bytes)
 }
 
 /* Bytes of a plane of a row of `final`. */
-static int64_t screen_stride(const struct bitgen_model *model) { return ceil_to(model->hidden, 64); }
+static int64_t screen_stride(const struct bitgen_model *model) { return ceil_to(model->hidden, SCREEN_CHUNK); }
 
 /* Bytes of the results of attention chunk by chunk for n tokens; 0 where threads have heads enough, or too many. */
 static int64_t parts_bytes(const struct step *s, int64_t n)
@@ -204,6 +208,9 @@ static int64_t place(struct step *s, uint8_t *base, int64_t n)
     s->screen_scale = take(base, &used, s->outputs * 4);
     s->screen_start = take(base, &used, s->outputs * 2 * 16 * 4);
     s->screen_off = take(base, &used, s->outputs * (int64_t)sizeof *s->screen_off);
+    s->screen_size = take(base, &used, s->outputs * (int64_t)sizeof *s->screen_size);
+    s->screen_most = take(base, &used, s->outputs * screen_stride(model) / SCREEN_CHUNK * 4);
+    s->screen_high = take(base, &used, screen_stride(model) / SCREEN_CHUNK * 4);
     s->scores = take(base, &used, s->best * model->vocab * 4);
     s->exact = take(base, &used, s->best * ceil_div(model->vocab, 32) * 4);
     s->attention = take(base, &used, s->ctx->threads * ceil_to(bitgen_attention_floats(model->head_dim), FLOATS) * 4);

@@ -382,7 +382,7 @@ class Engine:
         work += self.context * config.head_dim * 4  # RoPE
         weights = packed_bytes(self.weights, self.table, groups)
         if head != "full":
-            weights += config.vocab * (config.hidden + 8)
+            weights += config.vocab * (config.hidden + 12)
         output = self.weights.output.data
         is_read = head == "full" and self.weights.ternary_head is None and mapping_of(output) is not None
         return Memory(weights, cache, work, output.nbytes if is_read else 0)
@@ -418,6 +418,7 @@ class Engine:
             place.row_bytes = self.config.hidden
             place.type = DENSE_TYPES["i8"]
             model.screen_bound = self._pointer("float[]", small.bound)
+            model.screen_norm = self._pointer("float[]", small.norm)
             self.head_error = small.error if head == "q8" else 0.0
         if head == "full" and packed.head is not None:
             self._set_matrix(model.lm_head, packed.head)

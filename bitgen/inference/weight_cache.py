@@ -67,12 +67,14 @@ class QuantizedLmHead:
 
     ``error`` is the root mean square of what rounding changed, relative to that of the weights: logits are
     off by about this share of their spread. ``bound * |x|`` is more than the two logits of a row, of w and of
-    the int8, differ for any hidden state x (docs/reference/screened-head.md).
+    the int8, differ for any hidden state x, and ``norm * |x - y|`` more than those of the int8 by x and by y
+    (docs/reference/screened-head.md).
     """
 
     data: NDArray[np.int8]  # (vocab, hidden)
     scale: Floats  # (vocab,)
     bound: Floats  # (vocab,)
+    norm: Floats  # (vocab,) at least the norm of data * scale
     error: float
 
 
@@ -207,14 +209,15 @@ def quantize_lm_head(
         model,
         lambda: _quantize(head, table, progress),
         lambda found: (
-            [found[n].size for n in ("data", "scale", "bound", "error")]
-            == [rows * cols, rows * 4, rows * 4, 8]
+            [found[n].size for n in ("data", "scale", "bound", "norm", "error")]
+            == [rows * cols, rows * 4, rows * 4, rows * 4, 8]
         ),
     )
     return QuantizedLmHead(
         pieces["data"].view(np.int8).reshape(rows, cols),
         pieces["scale"].view(np.float32),
         pieces["bound"].view(np.float32),
+        pieces["norm"].view(np.float32),
         float(pieces["error"].view(np.float64)[0]),
     )
 
@@ -304,14 +307,11 @@ def _slabs(
 
 
 def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) -> Iterator[tuple[str, Bytes]]:
-    """int8 rows, their scales, bounds, the relative error: as activations are quantised, a row at a time."""
+    """int8 rows, scales, bounds, norms, the relative error: as activations are quantised, a row at a time."""
     ffi, lib, context = table.native
     rows, cols = head.shape
-    data, scale, bound = (
-        np.empty((rows, cols), np.int8),
-        np.empty(rows, np.float32),
-        np.empty(rows, np.float32),
-    )
+    data = np.empty((rows, cols), np.int8)
+    scale, bound, norm = (np.empty(rows, np.float32) for _ in range(3))
     step = max(1, (1 << 22) // cols)
     changed = size = 0.0
     for begin in range(0, rows, step):
@@ -332,6 +332,7 @@ def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) ->
         near = data[begin:end] * scale[begin:end, None].astype(np.float64)
         squares = [np.square(values).sum(axis=1) for values in (w - near, w, near)]
         bound[begin:end] = _screen_bound(squares, cols)
+        norm[begin:end] = _at_least(np.sqrt(squares[2]) * (1 + 1e-9))
         changed += float(squares[0].sum())
         size += float(squares[1].sum())
         if progress:
@@ -339,6 +340,7 @@ def _quantize(head: DenseMatrix, table: KernelTable, progress: Report | None) ->
     yield "data", data.view(np.uint8).reshape(-1)
     yield "scale", scale.view(np.uint8)
     yield "bound", bound.view(np.uint8)
+    yield "norm", norm.view(np.uint8)
     yield "error", np.array([(changed / size) ** 0.5 if size else 0.0]).view(np.uint8)
 
 
@@ -351,7 +353,11 @@ def _screen_bound(squares: Sequence[Doubles], k: int) -> Floats:
     off, w, near = map(np.sqrt, squares)
     rounding = (-(-k // 16) + 8) * 2.0**-24
     bound = off * (1 + 1e-9) + rounding * (w + near) * 1.01
-    return np.nextafter(bound.astype(np.float32), np.float32(np.inf))
+    return _at_least(bound)
+
+
+def _at_least(values: Doubles) -> Floats:
+    return np.nextafter(values.astype(np.float32), np.float32(np.inf))
 
 
 def _is_valid(

@@ -698,7 +698,7 @@ def test_the_plan_is_what_is_allocated(tables: Any) -> None:
         assert engine.memory_bytes == engine.memory.total > engine.memory.cache + engine.memory.weights
     q8 = Engine(weights, tables(), head="q8")
     exact = Engine(weights, tables())
-    assert q8.memory.weights - exact.memory.weights == 300 * (100 + 8)  # rows, their scales and bounds
+    assert q8.memory.weights - exact.memory.weights == 300 * (100 + 12)  # rows, scales, bounds, norms
 
 
 MEASURE = """

@@ -105,15 +105,17 @@ def test_the_bits_are_those_of_the_whole_head(head: str, wants: str, table: Kern
     assert list(map(bits, answers_of(screened, WANTS[wants]))) == list(map(bits, whole))
 
 
+@pytest.mark.parametrize("outlier", [30, 30000])
+@pytest.mark.parametrize("weight", [0, 3])
 @pytest.mark.parametrize("in_planes", [True, False])
 @pytest.mark.parametrize("wants", ["top 40", "named", "all kinds"])
 def test_states_that_planes_hold_badly(
-    wants: str, in_planes: bool, level_library: Callable[[str], Path]
+    wants: str, in_planes: bool, weight: int, outlier: int, level_library: Callable[[str], Path]
 ) -> None:
-    """One number of the state is so large that int16 leaves about three values for all others.
+    """One number of the state is so large that its chunk of columns needs two planes, the other one.
 
-    The head, which int8 holds exactly, ignores it. On the best level whose screen takes int16, and on the
-    best whose screen takes floats.
+    The head, which int8 holds exactly, ignores it or not; 30,000 leaves about three values of int16 for the
+    others of its chunk. On the best level whose screen takes planes, and the best whose screen takes floats.
     """
 
     def suits(isa: Isa) -> bool:
@@ -123,10 +125,10 @@ def test_states_that_planes_hold_badly(
     if level is None:
         pytest.skip(f"this CPU has no level with{'' if in_planes else 'out'} an instruction for dot products")
     head = RNG.integers(-126, 127, PLAIN.shape).astype(np.float16)
-    head[:, 0], head[:, 1] = 0, 127
+    head[:, 0], head[:, 1] = weight * (np.arange(VOCAB) % 2), 127
     weights = weights_of(head)
     final_norm = np.ones(HIDDEN, np.float32)
-    final_norm[0] = 30000
+    final_norm[0] = outlier
     weights = replace(weights, final_norm=final_norm)
     with load(level_library(level), 2) as table:
         whole = answers_of(Engine(weights, table), WANTS[wants])
@@ -163,9 +165,7 @@ def test_the_bound_is_one(table: KernelTable) -> None:
 
 
 def test_without_a_bound_it_is_wrong(table: KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        weight_cache, "_screen_bound", lambda squares, _: np.zeros(len(squares[0]), np.float32)
-    )
+    monkeypatch.setattr(weight_cache, "_at_least", lambda values: np.zeros(len(values), np.float32))
     weights = weights_of(HEADS["rows that int8 cannot tell apart"])
     wants = WANTS["top 40"]
     whole = answers_of(Engine(weights, table), wants)
