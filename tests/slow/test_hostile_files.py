@@ -17,6 +17,7 @@ from bitgen.errors import BitgenError
 from bitgen.formats.gguf import ALIGNMENT, read_gguf
 
 COUNT = 100  # mutations of each kind; the docs have the counts of a long run
+STEP = 8  # between the lengths of files of each type; `.ci/deep mutations` takes every one
 
 pytest.importorskip("tokenizers", reason="the tokenizer is read too")
 
@@ -27,7 +28,7 @@ def counts() -> dict[str, dict[str, int]]:
     script = Path(__file__).parents[1] / "support" / "mutations.py"
     root = script.parents[2]
     done = subprocess.run(
-        [sys.executable, str(script), "--count", str(COUNT), "--seed", "7"],
+        [sys.executable, str(script), "--count", str(COUNT), "--seed", "7", "--step", str(STEP)],
         capture_output=True,
         text=True,
         timeout=1200,
@@ -60,7 +61,7 @@ def test_every_prefix_is_refused(counts: dict[str, dict[str, int]]) -> None:
     assert len(prefixes) == 4 + len(WRITERS) + len(TYPES)
     for kind, found in prefixes.items():
         assert set(found) <= {"refused", "refused by the tokenizer"}, kind
-        assert sum(found.values()) > 400
+        assert sum(found.values()) > 250
 
 
 def test_a_prefix_of_the_last_tensor_is_refused_too(tmp_path: Path) -> None:

@@ -255,8 +255,11 @@ def nvfp4_folder(folder: Path, writer: str) -> Path:
     return write_nvfp4(folder / writer, writer, config)[0]
 
 
-def run(count: int, seed: int) -> dict[str, dict[str, int]]:
-    """All kinds of damage, ``count`` of each kind where it is random; the counts of each outcome."""
+def run(count: int, seed: int, step: int = 1) -> dict[str, dict[str, int]]:
+    """All kinds of damage, ``count`` of each kind where it is random; the counts of each outcome.
+
+    ``step``: between the lengths of GGUF files whose headers differ in one type alone.
+    """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -295,7 +298,7 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
             content = file.read_bytes()
             results[f"GGUF {kind}, one byte"] = mutations(file, file, one_byte(content, count, rng, size))
             results[f"GGUF {kind}, one number"] = mutations(file, file, one_number(content, count, rng, size))
-            results[f"GGUF {kind}, every prefix"] = prefixes(file, file, size)
+            results[f"GGUF {kind}, every prefix"] = prefixes(file, file, size, step)
         results |= {
             "GGUF llama, every prefix": prefixes(path, path),
             "GGUF bitnet-embedding, every prefix": prefixes(others[1][0], others[1][0]),
@@ -305,14 +308,14 @@ def run(count: int, seed: int) -> dict[str, dict[str, int]]:
     return {kind: dict(counts) for kind, counts in results.items()}
 
 
-def prefixes(path: Path, damaged: Path, header: int | None = None) -> Counter[str]:
+def prefixes(path: Path, damaged: Path, header: int | None = None, step: int = 1) -> Counter[str]:
     """Every length of ``damaged`` from its own down to 0; the file is spent afterwards.
 
-    Where the size of the ``header`` is given, lengths beyond it are taken in steps.
+    Where the size of the ``header`` is given, lengths up to it are taken by ``step``, beyond it by 61.
     """
     counts: Counter[str] = Counter()
     size = damaged.stat().st_size
-    lengths = range(size) if header is None else [*range(header), *range(header, size, 61), size - 1]
+    lengths = range(size) if header is None else [*range(0, header, step), *range(header, size, 61), size - 1]
     for length in sorted(lengths, reverse=True):
         os.truncate(damaged, length)
         counts[outcome(path)] += 1
@@ -330,9 +333,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000, help="mutations of each file")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--step", type=int, default=1, help="between the lengths of files of each type")
     args = parser.parse_args()
     started = time.perf_counter()
-    results = run(args.count, args.seed)
+    results = run(args.count, args.seed, args.step)
     print(json.dumps({"seconds": round(time.perf_counter() - started, 1), **results}, indent=2))
 
 
