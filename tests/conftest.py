@@ -100,25 +100,34 @@ ANY_CPU = {
     )
 }
 # Files that take longest, by `--cpu-times` or because they wait, begin first: none is left alone at the end.
+# The soak of a server, a minute, is over while others compile.
 LONG = (
     "test_exact",
+    "test_serve",
     "test_fleet_database",
     "test_arm",
     "test_engine",
     "test_vector_ops",
     "test_aarch64_root",
+    "test_cli",
     "test_measure",
     "test_sanitizers",
     "test_bundle_commands",
-    "test_cli",
-    "test_wheel",
+    "test_places",
     "test_emulated",
-    "test_benchmarks",
-    "test_cli_model",
-    "test_generate",
-    "test_serve",
-    "test_library",
+    "test_render",
     "test_sized_step",
+    "test_sliding_windows",
+    "test_search",
+    "test_library",
+    "test_wheel",
+    "test_benchmarks",
+    "test_release",
+    "test_tiny",
+    "test_hostile_files",
+    "test_cli_model",
+    "test_energy_outcomes",
+    "test_generate",
 )
 
 
