@@ -129,7 +129,7 @@ class Space:
 
 
 def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, group: int = 0) -> Space:
-    """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes.
+    """The space of a family on an ISA level for one shape; ``cpu`` gives the cache sizes and the vendor.
 
     ``group``: weights along k that share a scale; 0: scales lie outside. UsageError where the family has no
     such layout.
@@ -153,7 +153,7 @@ def space_for(family: str, isa: Isa, regime: Regime, shape: Shape, cpu: Cpu, gro
             Schedule(preset.algorithm, tuple(_grouped(facts, preset.algorithm, group, preset.knobs).items())),
         )
         for preset in presets_of(facts, isa, regime)
-        if preset.algorithm in axes or not group
+        if (preset.algorithm in axes or not group) and preset.vendor in ("", cpu.vendor)
     )
     return Space(
         family=family,

@@ -56,6 +56,7 @@ class Isa:
     lookups: tuple[int, ...] = (16,)
     tiles: bool = False
     mmla: bool = False
+    affine: bool = False
     exact_vector: bool = False
 
     @property
@@ -119,6 +120,10 @@ class Rejected:
     reason: str
 
 
+# What a level has from the one that it extends, unless it says so itself.
+_CAPABILITIES = ("dot", "lookups", "tiles", "mmla", "affine", "exact_vector")
+
+
 @dataclass(frozen=True)
 class _Entry:
     """A level as isas.yaml writes it: what is None is the base's, or the default of `Isa`."""
@@ -135,6 +140,7 @@ class _Entry:
     lookups: tuple[int, ...] | None = None
     tiles: bool | None = None
     mmla: bool | None = None
+    affine: bool | None = None
     exact_vector: bool | None = None
 
 
@@ -189,8 +195,7 @@ def _level(name: str, entry: _Entry, above: _Level | None) -> _Level:
         raise UsageError("arch and registers must be given, or a level that it extends")
     if above and arch != above.isa.arch:
         raise UsageError(f"arch must be that of {above.isa.name}, which it extends")
-    given = {"dot": entry.dot, "lookups": entry.lookups, "tiles": entry.tiles, "mmla": entry.mmla}
-    given["exact_vector"] = entry.exact_vector
+    given = {key: getattr(entry, key) for key in _CAPABILITIES}
     capabilities: dict[str, Any] = {key: getattr(above.isa, key) for key in given} if above else {}
     capabilities |= {key: value for key, value in given.items() if value is not None}
     features = (*(above.features if above else ()), *entry.features)

@@ -19,17 +19,14 @@ OP vb vb_high_bytes(vh a, vh b) {
     return (vb){_mm512_permutex2var_epi8((__m512i)a.v, pick, (__m512i)b.v)};
 }
 
-//: vb_field
+//: vb_affine_field
 // An affine map of the bits of each byte. Of the identity, row i is bit i; rows moved by `bits` shift, and those whose
-// bit is not in the mask give 0. One instruction, where a shift of int16 and a mask are two.
-OP vb vb_field(vb v, int bits, int mask) {
-    if (bits == 0) return vb_and(v, vb_splat((uint8_t)mask));
+// bit is not in the mask give 0. One instruction, where a shift of int16 and a mask are two; but on Zen 4 it takes the
+// pipes that multiply (docs/decisions/0099-fields-by-gfni-are-a-knob.md).
+OP vb vb_affine_field(vb v, int bits, int mask) {
     const uint64_t identity = 0x0102040810204080u, kept = 0x0101010101010101u * (uint8_t)(mask << bits);
     return (vb){_mm512_gf2p8affine_epi64_epi8(v.v, _mm512_set1_epi64((int64_t)((identity << 8 * bits) & kept)), 0)};
 }
-
-//: vb_high
-OP vb vb_high(vb v, int bits) { return vb_field(v, bits, 255 >> bits); }
 
 //: vb_lut128
 // One vpermi2b, which reads the low 7 bits of an index, against 24 instructions.

@@ -96,6 +96,10 @@ OP vb vb_field(vb v, int bits, int mask) {
     return v;
 }
 
+//: vb_affine_field
+// The same, for levels with an instruction that does both at once
+OP vb vb_affine_field(vb v, int bits, int mask) { return vb_field(v, bits, mask); }
+
 //: vb_high
 // b[i] = v[i] >> bits: what lies above the lower fields
 OP vb vb_high(vb v, int bits) {

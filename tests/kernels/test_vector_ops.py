@@ -86,12 +86,15 @@ TILES = signatures("scalar", tiles=True)
 MMLA_PART = (templates_dir() / "isa" / "scalar.h").read_text().partition("//== Products of 2 x 8")[2]
 MMLA_NAMES = set(parse_ops(MMLA_PART))
 MMLA = {name: signature for name, signature in signatures("scalar").items() if name in MMLA_NAMES}
-SCALAR = {name: signature for name, signature in signatures("scalar").items() if name not in MMLA}
+AFFINE = {"vb_affine_field": signatures("scalar")["vb_affine_field"]}
+SCALAR = {
+    name: signature for name, signature in signatures("scalar").items() if name not in {**MMLA, **AFFINE}
+}
 
 
 def ops_of(isa: Isa) -> dict[str, Signature]:
     """The ops that a level must have, without those for tiles."""
-    return {**SCALAR, **(MMLA if isa.mmla else {})}
+    return {**SCALAR, **(MMLA if isa.mmla else {}), **(AFFINE if isa.affine else {})}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ MEANINGS.update(
     vb_and=lambda a, b: a & b,
     vb_add=lambda a, b: wrapped(i64(a) + i64(b), np.uint8),
     vb_field=lambda v, bits, mask: (v >> np.uint8(bits)) & np.uint8(mask),
+    vb_affine_field=lambda v, bits, mask: (v >> np.uint8(bits)) & np.uint8(mask),
     vb_high=lambda v, bits: v >> np.uint8(bits),
     vb_spread=lambda a, b, c: sum((v & 0x88) >> np.uint8(3 - p) for p, v in enumerate((a, b, c))),
     vb_test=lambda v, bits: (v & bits != 0).astype(np.uint8),
@@ -389,6 +393,7 @@ DOMAINS: dict[tuple[str, str], list[Any]] = {
 }
 RANGES: dict[tuple[str, str], range] = {
     ("vb_field", "bits"): range(8),
+    ("vb_affine_field", "bits"): range(8),
     ("vb_high", "bits"): range(8),
     ("vb_lut8", "bits"): range(0, 5, 4),
     ("vh_digits_lo", "radix"): range(1, 65),
@@ -483,7 +488,7 @@ def complete(
             size = EXTENTS[signature.name](args) if signature.name in EXTENTS else 64
             reads = "const" in kind
             args[name] = rng.integers(0, 256, size, np.uint8) if reads else np.full(size, CANARY, np.uint8)
-    if signature.name == "vb_field":
+    if signature.name in ("vb_field", "vb_affine_field"):
         args["mask"] = args["mask"] & np.int32(255 >> args["bits"])
     return [args[name] for _, name in signature.params]
 

@@ -259,6 +259,8 @@ def mutants(space: Space, spec: KernelSpec) -> Iterator[KernelSpec]:
     for name, value in product(own, values):
         yield space.make(algorithm, spec.layout, {**own, name: value})
     knobs = dict(spec.schedule)
+    if "affine" in own:
+        yield space.make(algorithm, spec.layout, {**own, "affine": 1, "accumulators": 2})
     if "mr" in knobs:
         yield changed(spec, mr=256, mc=256, nr=16)
         yield changed(spec, mc=1 << 18, mr=16)
