@@ -58,8 +58,9 @@ def chosen(
 ) -> list[KernelSpec]:
     """Of a space the default and a preset, an edge of int16 sums or a sample; `.ci/deep`: all of them.
 
-    Which one goes around: a family has each in one regime of an ISA level. Of scalar kernels neither presets
-    nor a sample; of kernels that have the text of their level's parent the default alone.
+    Which one goes around: a family has each in one regime of an ISA level, and with weights in groups, which
+    have no edges, a preset or a sample in one regime. Of scalar kernels neither presets nor a sample; of
+    kernels that have the text of their level's parent the default alone.
     """
     space = space_for(family, isa, regime, SHAPE, cpu, group)
     draw = random.Random(f"{seed} {family} {isa.name} {regime.name}" + (f" {group}" if group else ""))
@@ -72,7 +73,10 @@ def chosen(
     else:
         places = ([r.name for r in REGIMES], [i.name for i in load_isas()], list(EVERY_FAMILY))
         turn = sum(map(list.index, places, (regime.name, isa.name, family)))
-        some = (presets, widest, ())[turn % 3] or (() if scalar else space.points)
+        of_space: Sequence[KernelSpec] = () if scalar else space.points
+        some = (presets, widest, ())[turn % 3] or of_space
+        if group:
+            some = () if turn % 3 else (presets, ())[turn % 2] or of_space
         others = draw.sample(some, min(1, len(some)))
     points = (space.default, *others)
     return [spec for spec in dict.fromkeys(points) if spec == space.default or not inherits(spec)]
