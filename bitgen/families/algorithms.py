@@ -104,7 +104,7 @@ class Multiply(Algorithm):
         Time with it / without, 8 tokens of 3B's shapes, cold: 0.94 (T5) and 0.93 (I2_S) on an Emerald Rapids,
         1.08 and 1.09 on a Zen 4. Of codes of 3 and 4 bits at most one field is shifted.
         """
-        return {"affine": (0, 1)} if isa.affine and family.code_bits <= 2 else {}
+        return {"affine": (0, 1)} if isa.affine and not isa.generic and family.code_bits <= 2 else {}
 
     def _many(self, family: Family, isa: Isa) -> Axes:
         """More than 16 tokens: codes that stay in L1 are decoded once for ``nr`` of them.

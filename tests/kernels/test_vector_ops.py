@@ -933,14 +933,14 @@ def forbidden_access_is_seen(harness: Harness | Emulated) -> None:
 
 
 def test_every_word_has_a_meaning() -> None:
-    assert set(MEANINGS) == {*SCALAR, *MMLA}
+    assert set(MEANINGS) == {*SCALAR, *MMLA, *AFFINE}
 
 
 @pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
 def test_every_level_has_the_ops_of_scalar(isa: Isa) -> None:
     own = {name for name in vector_ops(isa.name) if not name.startswith(HELPERS)}
     of_tiles = {"vt", *TILES}
-    assert own | of_tiles | set(MMLA) == set(vector_ops("scalar"))
+    assert own | of_tiles | set(MMLA) | set(AFFINE) == set(vector_ops("scalar"))
     assert own & of_tiles == (of_tiles if isa.tiles else set())
     assert signatures(isa.name) == ops_of(isa)
     assert signatures(isa.name, tiles=True) == (TILES if isa.tiles else {})
