@@ -15,7 +15,7 @@ static double size_of(const float *x, int64_t k)
     return sqrt(sum) * (1 + 0x1p-40);
 }
 
-/* The largest magnitude of each chunk of columns of row i of `final`, and its norm. */
+/* The largest magnitude of each chunk of columns of row i of `final`. */
 static void measure_screened(struct step *s, int64_t i, const float *x)
 {
     const int64_t chunks = screen_stride(s->model) / SCREEN_CHUNK;
@@ -25,7 +25,6 @@ static void measure_screened(struct step *s, int64_t i, const float *x)
         most[c] = 0;
         for (int64_t j = c * SCREEN_CHUNK; j < end; ++j) most[c] = fabsf(x[j]) > most[c] ? fabsf(x[j]) : most[c];
     }
-    s->screen_size[i] = size_of(x, s->hidden);
 }
 
 /* The chunks of columns that need two planes: those that do not fit in 8 bits with steps that leave each row SCREEN_OFF
@@ -177,6 +176,7 @@ static void choose_best(const struct bitgen_row *row, const float *logits, int64
 struct screened {
     struct step *s;
     const float *x;  /* the hidden state */
+    double size;     /* its norm */
     double off;      /* how far the screen's is from it, and more for what it rounds; 0: the screen takes x */
     float *logits;   /* (vocab) */
     uint32_t *exact; /* bit id: logits[id] is the head's */
@@ -215,10 +215,10 @@ static void make_exact(const struct screened *a, int64_t id)
 }
 
 /* Whether the head's own logit of a token may be `least` or more. */
-static int reaches(const struct screened *a, int64_t id, double size, double least)
+static int reaches(const struct screened *a, int64_t id, double least)
 {
     const struct bitgen_model *model = a->s->model;
-    const double off = size * model->screen_bound[id] + a->off * model->screen_norm[id] + 0x1p-100;
+    const double off = a->size * model->screen_bound[id] + a->off * model->screen_norm[id] + 0x1p-100;
     const double most = fabs((double)a->logits[id]) + off;
     /* The last: what may be infinite, or is NaN. */
     return a->logits[id] + off + most * 0x1p-22 >= least || !(most < 0x1p127);
@@ -226,10 +226,10 @@ static int reaches(const struct screened *a, int64_t id, double size, double lea
 
 /* Whether that may be so of any token of a block, in floats, which compilers turn into vectors: whatever is rounded
  * here is less than what the terms with 2^-18 add, and what is infinite or NaN may. */
-static int any_reaches(const struct screened *a, int64_t begin, int64_t end, double size, double least)
+static int any_reaches(const struct screened *a, int64_t begin, int64_t end, double least)
 {
     const float *bound = a->s->model->screen_bound, *norm = a->s->model->screen_norm, *logits = a->logits;
-    const float by = (float)(size * (1 + 0x1p-18)), by_norm = (float)(a->off * (1 + 0x1p-18));
+    const float by = (float)(a->size * (1 + 0x1p-18)), by_norm = (float)(a->off * (1 + 0x1p-18));
     const float below = (float)(least - fabs(least) * 0x1p-18 - 0x1p-99);
     int32_t under = 0;
     for (int64_t id = begin; id < end; ++id) {
@@ -247,7 +247,6 @@ static int any_reaches(const struct screened *a, int64_t begin, int64_t end, dou
 static void screen_row(const struct screened *a, const struct bitgen_row *row)
 {
     const struct bitgen_model *model = a->s->model;
-    const double size = size_of(a->x, a->s->hidden);
     double least = INFINITY;
     choose_best(row, a->logits, model->vocab);
     for (int64_t i = 0; i < row->best; ++i) {
@@ -260,14 +259,14 @@ static void screen_row(const struct screened *a, const struct bitgen_row *row)
     }
     for (int64_t begin = 0; begin < model->vocab; begin += ID_BLOCK) {
         const int64_t end = min64(begin + ID_BLOCK, model->vocab);
-        const int may = any_reaches(a, begin, end, size, least);
+        const int may = any_reaches(a, begin, end, least);
         if (!may && !any_exact(a, begin, end)) { /* nor do those matter that are not allowed */
             for (int64_t id = begin; id < end; ++id) a->logits[id] = -INFINITY;
             continue;
         }
         for (int64_t id = begin; id < end; ++id) {
             if (is_exact(a, id) || !is_allowed(row, id)) continue;
-            if (may && reaches(a, id, size, least)) make_exact(a, id);
+            if (may && reaches(a, id, least)) make_exact(a, id);
             else a->logits[id] = -INFINITY;
         }
     }

@@ -150,7 +150,7 @@ struct step {
     int8_t *screen_x;
     float *screen_scale;
     int32_t *screen_start;
-    double *screen_off, *screen_size; /* the latter -1 of the others */
+    double *screen_off, *screen_size; /* the latter of all that are screened, else -1 */
     float *screen_most;
     int32_t *screen_high;
     int64_t screen_high_count, screened; /* rows that are screened */

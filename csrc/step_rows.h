@@ -63,8 +63,8 @@ static void final_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         found(s, s->ops->norm(s->x + i * k, s->delta + i * k, s->model->final_norm, s->model->norm_eps, k, x));
         if (row->want == BITGEN_WANT_HIDDEN) memcpy(row->out, x, (size_t)k * 4);
         s->screen_off[i] = 0;
-        s->screen_size[i] = -1;
-        if (s->ops->screen && is_screened(s->model, row)) measure_screened(s, i, x);
+        s->screen_size[i] = is_screened(s->model, row) ? size_of(x, k) : -1;
+        if (s->ops->screen && s->screen_size[i] >= 0) measure_screened(s, i, x);
     }
 }
 
@@ -112,7 +112,11 @@ static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
         const struct bitgen_row *row = &s->tokens->row[s->output_of[i]];
         if (row->want != BITGEN_WANT_BEST || item++ < begin) continue;
         float *logits = s->scores + (item - 1) * vocab;
-        const struct screened a = {s, s->final + i * ceil_to(s->hidden, FLOATS), s->screen_off[i], logits,
+        const struct screened a = {s,
+                                   s->final + i * ceil_to(s->hidden, FLOATS),
+                                   s->screen_size[i],
+                                   s->screen_off[i],
+                                   logits,
                                    s->exact + (item - 1) * words};
         const int screened = is_screened(s->model, row);
         if (screened) {

@@ -75,7 +75,7 @@ class Preset:
     algorithm: str
     knobs: Knobs
     row_block: int = 0
-    vendor: str = ""  # of the CPUs that it is for; all
+    vendor: str = ""  # of the CPUs that it is for; empty: all
 
 
 @dataclass(frozen=True)

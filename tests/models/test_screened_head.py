@@ -159,9 +159,11 @@ def test_the_bound_is_one(table: KernelTable) -> None:
             for kind in ("full", "q8")
         )
         states = np.array(answers_of(Engine(weights, table), [Hidden()] * N), np.float64)
-        bound = weight_cache.quantize_lm_head(weights.output, table).bound
-        most = np.linalg.norm(states, axis=1)[:, None] * bound + 1e-30
+        small = weight_cache.quantize_lm_head(weights.output, table)
+        most = np.linalg.norm(states, axis=1)[:, None] * small.bound + 1e-30
         assert (np.abs(whole - near) <= most).all()
+        rows = small.data * small.scale[:, None].astype(np.float64)
+        assert (np.linalg.norm(rows, axis=1) <= small.norm).all()
 
 
 def test_without_a_bound_it_is_wrong(table: KernelTable, monkeypatch: pytest.MonkeyPatch) -> None:
