@@ -512,6 +512,24 @@ def test_a_shape_at_its_roofline_is_not_searched_further(tmp_path: Path) -> None
     assert 0.95 <= row.roofline_share <= 1
 
 
+@pytest.mark.parametrize(("gain", "searched"), [(1.0, False), (1.1, True), (0.9, True)])
+def test_a_roofline_is_probed_beside_the_kernel(tmp_path: Path, gain: float, searched: bool) -> None:
+    """Memory that reads ``gain`` times what it did at the start: more, and there is something left to win."""
+    only = plan(families=("i2s",), targets=plan().targets[:1])
+    records = runner(only, noise=0.0)._records.values()
+    layout = Layout("i2s", 16)
+    roof = layout.packed_bytes(WIDE) / best_ns(WIDE, "i2s", "n1") * 1.01
+
+    class Probing(ReplayRunner):
+        def race(self, job: RaceJob) -> Race:
+            read = (1 / (roof * gain),) * job.rounds if job.cold else ()
+            return replace(super().race(job), read_ns_a_byte=read)
+
+    result = go(tmp_path / "r", only, Probing(records, [MachinePeak(1, {"1 stream": roof}, {"scalar": 1e6})]))
+    n1 = sum(result.groups[0].outcomes.values())
+    assert n1 == 54 if searched else CONFIG.least_trials <= n1 < 54
+
+
 def test_a_disturbed_probe_of_the_limits_does_not_end_the_search(tmp_path: Path) -> None:
     # Every kernel exceeds this bandwidth, which no machine allows.
     disturbed = ReplayRunner(
