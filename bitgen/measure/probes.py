@@ -42,7 +42,7 @@ class ReadPattern:
 
 
 # A core that waits for single lines reads more with more of them under way, and hardware prefetchers stop at
-# the end of a page of 4 KiB: on an Ice Lake two threads read 23 GB/s by 2 streams, 30 by 16 that ask 6 KiB ahead.
+# the end of a page of 4 KiB: on an Ice Lake two threads read 23 GB/s by 2 streams, 30 by 16 with 6 KiB ahead.
 PATTERNS = tuple(ReadPattern(s, p) for s in (1, 2, 4, 8, 16) for p in (0, 4096, 6144))
 DEFAULT_PATTERN = ReadPattern(4, 4096)
 

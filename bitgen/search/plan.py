@@ -85,6 +85,8 @@ class SearchConfig:
     patience: float
     least_trials: int
     roofline_share: float
+    first_share: float
+    hopeless_ratio: float
     race_share: float
     finalist_ratio: float
     race_block: int
@@ -109,8 +111,10 @@ class SearchConfig:
             raise unknown("strategy", self.strategy, ("auto", *STRATEGIES))
         if min(self.batch, self.race_block) < 1 or self.finalist_ratio < 1:
             raise BitgenError("batch, race_block and finalist_ratio must be at least 1")
-        if self.patience <= 0 or not 0 <= self.race_share < 1:
-            raise BitgenError("patience must be above 0, race_share in [0, 1)")
+        if self.patience <= 0 or not (0 <= self.race_share < 1 and 0 <= self.first_share <= 1):
+            raise BitgenError("patience must be above 0, race_share in [0, 1), first_share in [0, 1]")
+        if self.hopeless_ratio < 1:
+            raise BitgenError("hopeless_ratio must be at least 1")
 
     def smoke(self) -> SearchConfig:
         """For `Plan.smoke`: the least tokens of each regime, one round, beyond which nothing is compared."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from bitgen.errors import BitgenError, InterruptError
 from bitgen.fingerprints import Fingerprints
-from bitgen.measure import MachinePeak, Race, RaceJob, Runner
+from bitgen.measure import Job, MachinePeak, Measurement, Race, RaceJob, Runner
 from bitgen.measure.load import Load
 from bitgen.progress import Progress, Report
 from bitgen.search.cache import MeasurementCache
@@ -30,7 +30,7 @@ from bitgen.search.choose import (
     token_weights,
     total_ns,
 )
-from bitgen.search.group import GroupOutcome, GroupSearch, roofline_ns
+from bitgen.search.group import Candidate, GroupOutcome, GroupSearch, roofline_ns
 from bitgen.search.plan import (
     Group,
     Plan,
@@ -125,6 +125,7 @@ class _Tune:
         self._peaks: dict[int, MachinePeak] = {}
         self._read_gbs: dict[int, float] = {}
         self._peak_gops: dict[int, dict[str, float]] = {}
+        self._anchors: dict[Slot, dict[Shape, Candidate]] = {}
         self._lock = threading.Lock()  # of `_read_gbs`, while slots race at the same time
 
     def run(self, spaces: SpaceFactory) -> TuningResult:
@@ -145,6 +146,7 @@ class _Tune:
             for spec in (*self._stale, *self._session.family_winners)
             for isa in plan.isas
         ]
+        self._anchors = self._measure_anchors(groups)
         outcomes, races = self._search_and_race(groups)
         layouts = list(dict.fromkeys(layout for group in groups for layout in group.layouts))
         self._require_kernels(self._options(plan.threads[0], races, layouts), outcomes)
@@ -199,27 +201,78 @@ class _Tune:
                 races[shape].update(of_slot)
         return [search.outcome for search in searches], races
 
+    def _measure_anchors(self, groups: Sequence[Group]) -> dict[Slot, dict[Shape, Candidate]]:
+        """The default of each slot's first family on every shape, for the times of others to be told in."""
+        first: dict[Slot, Group] = {}
+        for group in groups:
+            first.setdefault(slot_of(group), group)
+        anchors: dict[Slot, dict[Shape, Candidate]] = {slot: {} for slot in first}
+        for slot, group in first.items():
+            regime = self._config.regimes[slot.regime]
+            jobs = [
+                Job(spec, shape, regime.n, slot.threads, regime.cold)
+                for shape, spec in group.defaults.items()
+            ]
+            for measurement in self._cache.measure(jobs):
+                if isinstance(measurement, Measurement) and measurement.ok:
+                    spec, shape = measurement.job.spec, measurement.job.shape
+                    anchors[slot][shape] = Candidate(spec, {shape: measurement.median_ns})
+        return anchors
+
     def _search_of(self, group: Group) -> GroupSearch:
         starters = [spec for spec in self._starters if spec.family == group.family]
-        peaks = self._peaks[group.threads]
-        return GroupSearch(group, self._plan, starters, self._config, self._cache, peaks, self._clock)
+        peaks, anchors = self._peaks[group.threads], self._anchors[slot_of(group)]
+        return GroupSearch(
+            group, self._plan, starters, self._config, self._cache, peaks, self._clock, anchors
+        )
 
     def _search(self, searches: Sequence[GroupSearch], end: float) -> None:
         """Search one group after the other, until all are complete or it is ``end``.
 
         Each gets its share of the time that is left when its turn comes, so what one leaves goes to those
-        behind it; what they leave goes to those that were cut short, in further turns.
+        behind it; what they leave goes to those that were cut short, in further turns. The first turn takes
+        ``first_share`` of the time: what is left goes to families that may still win.
         """
-        turn = [search for search in searches if not search.complete]
+        begin = self._clock()
+        first = begin + self._config.first_share * (end - begin) if math.isfinite(end) else end
+        self._turns([search for search in searches if not search.complete], searches, first, once=True)
+        self._turns(self._hopeful(searches), searches, end)
+        self._turns([search for search in searches if not search.complete], searches, end)
+        self._recall(searches)
+
+    def _turns(
+        self, turn: Sequence[GroupSearch], searches: Sequence[GroupSearch], end: float, once: bool = False
+    ) -> None:
         while turn:
             shares = [self._config.regimes[search.group.regime].time_share for search in turn]
             for i, search in enumerate(turn):
                 now = self._clock()
                 share = (end - now) * shares[i] / sum(shares[i:]) if math.isfinite(end) else end
                 self._run(search, searches, now + share)
-            more = end - self._clock() >= _LEAST_TURN_S
+            more = not once and end - self._clock() >= _LEAST_TURN_S
             turn = [search for search in turn if more and not search.complete]
-        self._recall(searches)
+
+    def _hopeful(self, searches: Sequence[GroupSearch]) -> list[GroupSearch]:
+        """What is open of families whose kernels so far cost a session little more than the best family's."""
+        tokens = token_weights(self._config, self._plan.objective, self._plan.regimes)
+        best: dict[tuple[int, str], dict[str, float]] = {}
+        for search in searches:
+            group = search.group
+            found = best.setdefault((group.threads, group.family), {})
+            per_token = search.best_ns / self._config.regimes[group.regime].n
+            found[group.regime] = min(per_token, found.get(group.regime, math.inf))
+        costs = {
+            key: sum(count * found.get(regime, math.inf) for regime, count in tokens.items() if count)
+            for key, found in best.items()
+        }
+        least = {threads: min(c for (t, _), c in costs.items() if t == threads) for threads, _ in costs}
+        return [
+            search
+            for search in searches
+            if not search.complete
+            and costs[search.group.threads, search.group.family]
+            <= self._config.hopeless_ratio * least[search.group.threads]
+        ]
 
     def _recall(self, searches: Sequence[GroupSearch]) -> None:
         """A previous winner must not be lost by a shorter tune."""

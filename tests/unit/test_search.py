@@ -56,7 +56,7 @@ from bitgen.search import (
 )
 from bitgen.search.cache import MeasurementCache
 from bitgen.search.choose import Option, Slot, SlotRace, choose, options_of
-from bitgen.search.group import GroupSearch, roofline_ns
+from bitgen.search.group import Candidate, GroupSearch, roofline_ns
 from bitgen.search.plan import groups_of
 from bitgen.search.propose import STRATEGIES, Enumeration, TpeProposer, proposer_for
 from bitgen.search.race import Raced, run_race
@@ -421,15 +421,34 @@ class Clocked(CountingRunner):
         return super().race(job)
 
 
+def test_hopeless_families_wait_for_those_that_may_win(tmp_path: Path) -> None:
+    """TL1 takes half as long again: after its first turn it gets what time the others leave."""
+    records = [
+        replace(record, times_ns=tuple(1.5 * ns for ns in record.times_ns))
+        if record.job.spec.family == "tl1"
+        else record
+        for record in runner(plan(), noise=0.0)._records.values()
+    ]
+    peak = runner(plan()).machine_peak(1, ["scalar"])
+    slow = Clocked(ReplayRunner(records, [peak]), lambda job: 1.0)
+    result = go(tmp_path / "r", plan(timeout_s=250.0), slow, clock=lambda: slow.now)
+    tried = {
+        family: sum(g.outcomes.total() for g in result.groups if g.name.startswith(family))
+        for family in ("I2_S", "TL1")
+    }
+    assert tried["TL1"] < 0.6 * tried["I2_S"], tried
+
+
 def test_time_that_one_search_leaves_goes_to_those_that_were_cut_short(tmp_path: Path) -> None:
     # The first of four searches needs 54 points x 2 shapes x 3 s, ten times as much as the others together.
     slow = Clocked(runner(plan()), lambda job: 3.0 if (job.spec.family, job.n) == ("i2s", 1) else 0.1)
     result = go(tmp_path / "r", plan(timeout_s=600.0), slow, clock=lambda: slow.now)
     first, *others = result.groups
     assert first.name.startswith("I2_S scalar n1")
-    assert first.seconds == pytest.approx(54 * 2 * 3)  # its share of 450 s is 90 s
+    anchors = 2 * 3.0 + 2 * 0.1  # the defaults of both slots on both shapes
+    assert first.seconds == pytest.approx(53 * 2 * 3)  # its share of 450 s is 90 s
     assert result.complete
-    assert result.seconds == pytest.approx(sum(group.seconds for group in result.groups))
+    assert result.seconds == pytest.approx(anchors + sum(group.seconds for group in result.groups))
     assert len(slow.jobs) == len({job.key for job in slow.jobs}) > 54 * 2 + 3 * 54
     assert sum(group.outcomes.total() for group in others) == 3 * 54
 
@@ -512,6 +531,29 @@ def test_a_shape_at_its_roofline_is_not_searched_further(tmp_path: Path) -> None
     assert 0.95 <= row.roofline_share <= 1
 
 
+def test_a_first_measurement_in_a_bad_moment_favours_no_layout(tmp_path: Path) -> None:
+    """What is timed before anything else takes twice its time; all others are told in its units."""
+
+    class BadStart(CountingRunner):
+        def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
+            for job, answer in zip(jobs, super().measure(jobs), strict=True):
+                times = tuple((1 if job.against else 2) * ns for ns in answer.times_ns)
+                beside = (true_ns(job.against, job.shape, job.n),) * len(times) if job.against else ()
+                yield replace(answer, job=job, times_ns=times, against_ns=beside)
+
+    only = plan(families=("i2s",), targets=plan().targets[:1])
+    bad = BadStart(runner(only, noise=0.0))
+    cache = MeasurementCache(bad, RecordStore(tmp_path / "r"), fingerprints)
+    n1, _ = groups_of(only, spaces())[0]
+    default = n1.defaults[WIDE]
+    (first,) = cache.measure([Job(default, WIDE, 1, 1, True)])
+    anchors = {WIDE: Candidate(default, {WIDE: first.median_ns})}
+    search = GroupSearch(n1, only, [], CONFIG, cache, bad.machine_peak(1, ["scalar"]), lambda: 0.0, anchors)
+    search.run(math.inf, lambda candidates: None)
+    for candidate in search.outcome.candidates:
+        assert candidate.time_ns(WIDE) == pytest.approx(2 * true_ns(candidate.spec, WIDE, 1))
+
+
 @pytest.mark.parametrize(("gain", "searched"), [(1.0, False), (1.1, True), (0.9, True)])
 def test_a_roofline_is_probed_beside_the_kernel(tmp_path: Path, gain: float, searched: bool) -> None:
     """Memory that reads ``gain`` times what it did at the start: more, and there is something left to win."""
@@ -559,14 +601,17 @@ def test_a_slow_candidate_is_not_timed_on_every_shape_of_a_large_batch(tmp_path:
 def test_candidates_are_measured_against_the_best_so_far_of_their_layout(tmp_path: Path) -> None:
     counting = CountingRunner(runner(plan(), noise=0.0))
     go(tmp_path / "r", plan(), counting)
-    assert [job.against for job in counting.jobs[:2]] == [None, None]  # the default on two shapes
+    anchors, others = counting.jobs[:4], counting.jobs[4:]
+    assert [job.against for job in anchors] == [None] * 4  # a default for each regime on two shapes
+    of_slot = {(job.shape, job.spec.regime): job.spec for job in anchors}
     beaten: dict[Any, float] = {}
-    for job in counting.jobs:
+    for job in others:
         key = (job.shape, job.spec.regime, job.spec.layout)
-        if job.against is None:
+        assert job.against is not None
+        if job.against.layout != job.spec.layout:  # the first of its layout
+            assert job.against == of_slot[job.shape, job.spec.regime]
             assert key not in beaten
             continue
-        assert job.against.layout == job.spec.layout
         # Incumbents only ever get faster.
         time_ns = true_ns(job.against, job.shape, job.n)
         assert time_ns <= beaten.get(key, math.inf)
