@@ -547,6 +547,7 @@ def test_a_first_measurement_in_a_bad_moment_favours_no_layout(tmp_path: Path) -
     n1, _ = groups_of(only, spaces())[0]
     default = n1.defaults[WIDE]
     (first,) = cache.measure([Job(default, WIDE, 1, 1, True)])
+    assert isinstance(first, Measurement)
     anchors = {WIDE: Candidate(default, {WIDE: first.median_ns})}
     search = GroupSearch(n1, only, [], CONFIG, cache, bad.machine_peak(1, ["scalar"]), lambda: 0.0, anchors)
     search.run(math.inf, lambda candidates: None)
