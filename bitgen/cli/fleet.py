@@ -59,7 +59,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
         "--families", required=True, metavar="LIST", help="kinds of CPU: zen3,zen4 (see status)"
     )
     tune.add_argument("--quick", action="store_true", help="few candidates, n = 1 and large n")
-    tune.add_argument("--objective", help="decode, prefill or balanced (configs/search.yaml)")
+    tune.add_argument("--objective", help="decode, prefill, balanced or serve (configs/search.yaml)")
     add_spaces(tune, "the best", regimes="all; of --quick n1 and large")
     tune.add_argument("-t", "--threads", type=int, help="of every job (default: all of the first machine)")
     tune.add_argument("--trials", type=int, help="candidates of each family and regime")

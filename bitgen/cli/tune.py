@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="within 90 seconds: few candidates, n = 1 and large n"
     )
-    parser.add_argument("--objective", help="decode, prefill or balanced (configs/search.yaml)")
+    parser.add_argument("--objective", help="decode, prefill, balanced or serve (configs/search.yaml)")
     add_spaces(parser, "the best", regimes="all; of --quick n1 and large")
     parser.add_argument(
         "-t",

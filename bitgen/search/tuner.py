@@ -206,17 +206,18 @@ class _Tune:
         first: dict[Slot, Group] = {}
         for group in groups:
             first.setdefault(slot_of(group), group)
+        regimes = self._config.regimes
+        jobs = [
+            Job(spec, shape, regimes[slot.regime].n, slot.threads, regimes[slot.regime].cold)
+            for slot, group in first.items()
+            for shape, spec in group.defaults.items()
+        ]
         anchors: dict[Slot, dict[Shape, Candidate]] = {slot: {} for slot in first}
-        for slot, group in first.items():
-            regime = self._config.regimes[slot.regime]
-            jobs = [
-                Job(spec, shape, regime.n, slot.threads, regime.cold)
-                for shape, spec in group.defaults.items()
-            ]
-            for measurement in self._cache.measure(jobs):
-                if isinstance(measurement, Measurement) and measurement.ok:
-                    spec, shape = measurement.job.spec, measurement.job.shape
-                    anchors[slot][shape] = Candidate(spec, {shape: measurement.median_ns})
+        for measurement in self._cache.measure(jobs):
+            if isinstance(measurement, Measurement) and measurement.ok:
+                job = measurement.job
+                known = Candidate(job.spec, {job.shape: measurement.median_ns})
+                anchors[Slot(job.spec.regime, job.threads)][job.shape] = known
         return anchors
 
     def _search_of(self, group: Group) -> GroupSearch:

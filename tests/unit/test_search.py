@@ -1141,7 +1141,7 @@ def test_a_plan_fills_in_what_is_not_asked_for() -> None:
         ({"trials": 0}, "--trials must be at least 1"),
         ({"timeout_s": 0.0}, "--timeout above 0"),
         ({"threads": (0,)}, "--threads must be at least 1"),
-        ({"objective": "speed"}, "unknown objective 'speed'; there are decode, prefill, balanced"),
+        ({"objective": "speed"}, "unknown objective 'speed'; there are decode, prefill, balanced, serve"),
         ({"families": ("q9",)}, "unknown family 'q9'"),
         ({"regimes": ("huge",)}, "unknown regime 'huge'"),
     ],
