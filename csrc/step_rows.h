@@ -118,7 +118,7 @@ static void best_body(void *arg, int32_t worker, int64_t begin, int64_t end)
                                    s->screen_off[i],
                                    logits,
                                    s->exact + (item - 1) * words};
-        const int screened = is_screened(s->model, row);
+        const int screened = s->screen_size[i] >= 0;
         if (screened) {
             memset(a.exact, 0, (size_t)words * 4);
             for (int64_t j = 0; j < row->bias_count; ++j) make_exact(&a, row->bias_id[j]);

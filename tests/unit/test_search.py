@@ -537,6 +537,7 @@ def test_a_first_measurement_in_a_bad_moment_favours_no_layout(tmp_path: Path) -
     class BadStart(CountingRunner):
         def measure(self, jobs: Sequence[Job]) -> Iterator[Any]:
             for job, answer in zip(jobs, super().measure(jobs), strict=True):
+                assert isinstance(answer, Measurement)
                 times = tuple((1 if job.against else 2) * ns for ns in answer.times_ns)
                 beside = (true_ns(job.against, job.shape, job.n),) * len(times) if job.against else ()
                 yield replace(answer, job=job, times_ns=times, against_ns=beside)
