@@ -341,6 +341,8 @@ def render_source(
 ) -> Source:
     """The C text of one kernel: the default schedule of its space, with ``knobs`` ("name=value") set.
 
+    Where knobs are given, those that a schedule may leave out (`Algorithm.off`) are off unless they are among
+    them: so the command in a file's banner makes the file again on every CPU, whatever its default.
     ``group``: weights along k that share a scale (0: scales lie outside the weights).
     ``family`` may also be quantize, tables such as tl1_tables or tl5_wide_tables, or step: the forward step
     for every model, or for the sizes of ``model``. BitgenError quotes the rules that a schedule breaks.
@@ -363,7 +365,9 @@ def render_source(
         space.knobs(algorithm or "")  # raises, naming the algorithms there are
         raise UsageError(f"no legal schedule uses {algorithm}")
     layout = Layout(space.family, row_block, group) if row_block else start.layout
-    spec = space.make(start.schedule.algorithm, layout, {**dict(start.schedule), **_parse_knobs(knobs)})
+    off = EVERY_FAMILY[family].algorithm(start.schedule.algorithm).off
+    kept = {knob: value for knob, value in start.schedule if not (knobs and knob in off)}
+    spec = space.make(start.schedule.algorithm, layout, kept | _parse_knobs(knobs))
     space.check(spec, local=False)
     fixed = Shape.parse(shape) if shape else None
     return render_kernel(KernelSpec(spec.family, spec.isa, spec.regime, layout, spec.schedule, fixed))

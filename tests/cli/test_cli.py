@@ -626,8 +626,8 @@ def test_a_model_file_that_is_wrong(
         ("check --sample 0", "--sample must be at least 1"),
         ("check --sample -3", "--sample must be at least 1"),
         (
-            "tune -m 3B --objective speed",
-            "unknown objective 'speed'; there are decode, prefill, balanced, serve",
+            "tune -m 3B --objective fastest",
+            "unknown objective 'fastest'; there are decode, prefill, balanced, serve",
         ),
         ("tune -m 3B --family tl9", "unknown family"),
         ("tune -m 3B --regime n2", "unknown regime"),

@@ -18,7 +18,7 @@ import pytest
 from libraries import toolchain_of
 
 from bitgen.cli import main
-from bitgen.cpu import ANY_ARCH, detect_cpu, load_isas
+from bitgen.cpu import ANY_ARCH, Cpu, detect_cpu, load_isas
 from bitgen.errors import BitgenError, UsageError
 from bitgen.measure.harness import unit_of
 from bitgen.paths import csrc_dir, templates_dir
@@ -38,6 +38,7 @@ from bitgen.toolchain import Compiler, find_compilers
 
 ROOT = Path(__file__).parents[2]
 CPU = detect_cpu()
+AMD, INTEL = (replace(CPU, vendor=vendor) for vendor in ("AuthenticAMD", "GenuineIntel"))
 ISAS = {isa.name: isa for isa in load_isas()}
 HERE = [isa.name for isa in ISAS.values() if isa.arch in (ANY_ARCH, CPU.arch)]  # what compilers here make
 TABLED = [(family.name, kind) for family in FAMILIES.values() for kind, _ in family.tables]
@@ -49,8 +50,8 @@ def points(family: str, isa: str, regime: Regime, shape: Shape = SHAPE) -> tuple
     return space_for(family, ISAS[isa], regime, shape, CPU).points
 
 
-def default(family: str, isa: str, regime: Regime) -> KernelSpec:
-    return space_for(family, ISAS[isa], regime, SHAPE, CPU).default
+def default(family: str, isa: str, regime: Regime, cpu: Cpu = CPU) -> KernelSpec:
+    return space_for(family, ISAS[isa], regime, SHAPE, cpu).default
 
 
 def kernel(
@@ -214,8 +215,16 @@ def banner_command(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_banners_command_makes_the_file_again(capsys: pytest.CaptureFixture[str]) -> None:
-    for source in everything():
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_the_banners_command_makes_the_file_again(
+    vendor: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU of another vendor too, whose default may have other knobs."""
+    for module in ("bitgen.environment", "bitgen.api"):
+        monkeypatch.setattr(f"{module}.detect_cpu", lambda: replace(CPU, vendor=vendor))
+    small = [render_kernel(default("i2s", "avx512_vbmi", SMALL, cpu)) for cpu in (AMD, INTEL)]
+    assert small[0] != small[1]
+    for source in (*everything(), *small):
         words = banner_command(source.text)
         assert words[:2] == ["bitgen", "render"]
         assert main(words[1:]) == 0
@@ -285,11 +294,13 @@ def test_inherited_kernels() -> None:
     """VBMI changes ops that only T5, table builders and a knob use, VNNI some that every kernel uses."""
     for family in ("i2s", "tl1", "tl2"):
         for regime in REGIMES:
-            assert inherits(default(family, "avx512_vbmi", regime)) == "avx512_vnni"
+            assert inherits(default(family, "avx512_vbmi", regime, AMD)) == "avx512_vnni"
             assert inherits(default(family, "avx512_vnni", regime)) is None
             assert inherits(default(family, "avx512", regime)) is None  # no parent
             assert inherits(default(family, "scalar", regime)) is None
     assert inherits(default("t5", "avx512_vbmi", N1)) is None
+    intel = default("i2s", "avx512_vbmi", SMALL, INTEL)  # with that knob
+    assert inherits(intel) is None
 
 
 # ---- errors
