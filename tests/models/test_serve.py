@@ -41,6 +41,7 @@ PAGES = Path(__file__).parents[2] / "docs" / "guide"
 GUIDE = (PAGES / "serving.md").read_text(encoding="utf-8")
 CLIENTS = (PAGES / "clients.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8080"  # of the guide
+SOAK_S = int(os.environ.get("BITGEN_TEST_SOAK", "20"))  # a minute in .ci/run
 PAUSE_S = 1.0  # of a client that thinks, each second time: the soak leaves a processor to other tests
 ASK: dict[str, Any] = {"prompt": "In the beginning", "max_tokens": 40, "seed": 7}
 
@@ -81,7 +82,7 @@ def test_it_says_what_the_engine_says(server: Server, library: Path, bitgen_home
     assert choice["logprobs"]["token_logprobs"][:-1] == [None, *scores]
 
 
-@pytest.mark.parametrize("seconds", [60, pytest.param(600, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("seconds", [SOAK_S, pytest.param(600, marks=pytest.mark.deep)])
 def test_the_soak_has_no_wrong_byte(server: Server, seconds: float) -> None:
     """Eight connections, seeded, some of which leave: every text is the one its request gets alone."""
     rng = random.Random(3)
