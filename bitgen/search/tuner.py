@@ -236,22 +236,19 @@ class _Tune:
         """
         begin = self._clock()
         first = begin + self._config.first_share * (end - begin) if math.isfinite(end) else end
-        self._turns([search for search in searches if not search.complete], searches, first, once=True)
-        self._turns(self._hopeful(searches), searches, end)
-        self._turns([search for search in searches if not search.complete], searches, end)
+        self._turn([search for search in searches if not search.complete], searches, first)
+        for wanted in (self._hopeful, lambda every: [search for search in every if not search.complete]):
+            while (turn := wanted(searches)) and end - self._clock() >= _LEAST_TURN_S:
+                self._turn(turn, searches, end)
         self._recall(searches)
 
-    def _turns(
-        self, turn: Sequence[GroupSearch], searches: Sequence[GroupSearch], end: float, once: bool = False
-    ) -> None:
-        while turn:
-            shares = [self._config.regimes[search.group.regime].time_share for search in turn]
-            for i, search in enumerate(turn):
-                now = self._clock()
-                share = (end - now) * shares[i] / sum(shares[i:]) if math.isfinite(end) else end
-                self._run(search, searches, now + share)
-            more = not once and end - self._clock() >= _LEAST_TURN_S
-            turn = [search for search in turn if more and not search.complete]
+    def _turn(self, turn: Sequence[GroupSearch], searches: Sequence[GroupSearch], end: float) -> None:
+        """Each of ``turn`` once, until ``end`` at the latest."""
+        shares = [self._config.regimes[search.group.regime].time_share for search in turn]
+        for i, search in enumerate(turn):
+            now = self._clock()
+            share = (end - now) * shares[i] / sum(shares[i:]) if math.isfinite(end) else end
+            self._run(search, searches, now + share)
 
     def _hopeful(self, searches: Sequence[GroupSearch]) -> list[GroupSearch]:
         """What is open of families whose kernels so far cost a session little more than the best family's."""
