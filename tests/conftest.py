@@ -109,6 +109,7 @@ LONG = (
     "test_engine",
     "test_vector_ops",
     "test_aarch64_root",
+    "test_windows",
     "test_cli",
     "test_measure",
     "test_sanitizers",
