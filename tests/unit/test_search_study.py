@@ -30,7 +30,8 @@ def test_a_search_ends_within_three_percent_of_the_best(
     for log in logs:
         regrets = [outcome.regret[log.shape] for outcome in outcomes]
         assert statistics.median(regrets) <= 0.03, log.shape.name
-    assert statistics.mean(outcome.share for outcome in outcomes) <= 0.17
+    # 0.157 at most: kernels near the roofline run beside probes.
+    assert statistics.mean(outcome.share for outcome in outcomes) <= 0.16
 
 
 def test_the_logs_hold_whole_spaces_with_something_to_win() -> None:
