@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from compiled import QuickToolchain
+from exact_specs import DEEP_VARIABLE
 from filelock import FileLock
 
 from bitgen.bundle import KernelEntry
@@ -25,6 +26,12 @@ from bitgen.spec import LARGE, N1, SMALL, KernelSpec, Layout, Regime, Shape, Ste
 from bitgen.toolchain import find_compiler
 
 CACHE_VARIABLE = "BITGEN_TEST_CACHE"
+
+# Test libraries, and kernels of levels that this CPU does not choose, are compiled quickly: with gcc 12 the
+# library of a level takes 44 s of processor time at -O3 and 10 s at -Og, the scalar one 51 and 6. CI and
+# `.ci/deep` compile everything as commands do.
+OPTIMIZED_VARIABLE = "BITGEN_TEST_OPTIMIZED"
+QUICK = () if os.environ.get(OPTIMIZED_VARIABLE) or os.environ.get(DEEP_VARIABLE) else ("-Og",)
 
 # Shapes the library is "tuned" for: a layout with two 16-row sub-blocks and signs, and one with tables.
 TL2_SHAPE, TL1_SHAPE = Shape(100, 500), Shape(64, 640)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from libraries import made_once, toolchain_of
+from libraries import QUICK, made_once, toolchain_of
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
@@ -25,7 +25,7 @@ def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
 
     def write(folder: Path) -> None:
         target = Target.of(detect_cpu(), level)
-        write_library((), toolchain_of(), folder, name, target, check=False)
+        write_library((), toolchain_of(*QUICK), folder, name, target, check=False)
 
     name = f"step-{level}"
     return made_once(factory, name, write)
@@ -54,7 +54,7 @@ def universal_library(factory: pytest.TempPathFactory) -> Path:
 
     def write(folder: Path) -> None:
         target = Target.every(cpu.arch, cpu.os, held)
-        toolchain = replace(toolchain_of(), strip=True)
+        toolchain = replace(toolchain_of(*QUICK), strip=True)
         write_library((), toolchain, folder, name, target, check=False, release=True)
 
     return made_once(factory, name, write)
