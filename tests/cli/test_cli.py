@@ -539,7 +539,7 @@ def test_a_full_disk_costs_one_trial_at_most(
 ) -> None:
     assert tuned.stdout
     filler = small_disk / "filler"
-    filler.write_bytes(b"\0" * 180_000)
+    filler.write_bytes(b"\0" * 188_000)
     tune = ("tune", "-m", "tiny.yaml", "--family", "i2s", "--regime", "n1", "--logs", str(small_disk))
     done = bitgen_in(workplace, *tune, "--trials", "30", code=FileError.exit_code)
     last = done.stderr.strip().splitlines()[-1]

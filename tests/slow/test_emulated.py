@@ -174,13 +174,12 @@ def test_suites_pass_on_an_emulated_cpu(
 
 
 BUILD = """
-import sys; from pathlib import Path; import emulated; emulated.pretend(); from libraries import shared_cache
+import sys; import emulated; emulated.pretend(); from libraries import QUICK, toolchain_of
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
 from bitgen.cpu import detect_cpu
-from bitgen.toolchain import Toolchain, find_compiler
-toolchain = Toolchain(find_compiler(), cache_dir=shared_cache())
-write_library((), toolchain, sys.argv[1], "tiles", Target.of(detect_cpu(), "amx_int8"), check=False)
+target = Target.of(detect_cpu(), "amx_int8")
+write_library((), toolchain_of(*QUICK), sys.argv[1], "tiles", target, check=False)
 """
 CREATE = """
 import ctypes, sys

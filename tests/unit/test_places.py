@@ -124,7 +124,7 @@ def test_an_isa_level_is_an_entry_and_a_header(house: Path) -> None:
 def test_both_are_tuned(house: Path) -> None:
     out = bitgen(
         *(house, "tune", "-m", "toy-model.yaml", "--family", "toy", "--isa", "toy_c", "--regime", "n1"),
-        *("--trials", "2", "-t", "1", "-o", "csv"),
+        *("--trials", "2", "--quick", "-t", "1", "-o", "csv"),
     )
     assert "toy" in out
     assert "toy_c" in out
