@@ -54,6 +54,7 @@ levels = pytest.mark.parametrize(
 families = pytest.mark.parametrize("family", FAMILIES)
 
 SAMPLE, SEED = 1, 20
+SCALAR = () if os.environ.get(DEEP_VARIABLE) else ("-Og",)
 EXAMPLES = 25 if os.environ.get(DEEP_VARIABLE) else 8  # of drawn problems, a kernel
 PATIENT = TimingPolicy(check_timeout_s=120, timeout_s=600)  # nothing here hangs; a loaded machine is slow
 
@@ -73,18 +74,29 @@ def runner(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def quick_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
-    """For levels that this CPU does not choose.
-
-    gcc takes 0.58 s at -O3 and 0.16 s at -Og for a kernel of AVX-512, for one of scalar TL5 in groups 8.4 s
-    and 0.6 s.
-    """
+    """For levels that this CPU does not choose."""
     locks = tmp_path_factory.mktemp("locks")
     with LocalRunner(toolchain_of(*QUICK), CPU, policy=PATIENT, lock_folder=locks) as local:
         yield local
 
 
+@pytest.fixture(scope="module")
+def scalar_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
+    """For scalar kernels: gcc takes 8.4 s at -O3 and 0.6 s at -Og for one of TL5 in groups.
+
+    As CI compiles them, at -O3, drawn problems are multiplied with below; `.ci/deep` verifies all of it.
+    """
+    locks = tmp_path_factory.mktemp("locks")
+    with LocalRunner(toolchain_of(*SCALAR), CPU, policy=PATIENT, lock_folder=locks) as local:
+        yield local
+
+
 @pytest.fixture
-def level_runner(isa_name: str, runner: LocalRunner, quick_runner: LocalRunner) -> LocalRunner:
+def level_runner(
+    isa_name: str, runner: LocalRunner, quick_runner: LocalRunner, scalar_runner: LocalRunner
+) -> LocalRunner:
+    if isa_name == "scalar":
+        return scalar_runner
     return runner if isa_name == BEST else quick_runner
 
 
@@ -249,7 +261,7 @@ def test_a_wrong_kernel_is_found(family: str, old: str, new: str, tmp_path: Path
         return type(source)(source.name, text, source.isa, source.prototypes)
 
     with LocalRunner(
-        toolchain_of(*QUICK, strict=False), CPU, policy=PATIENT, render=broken, lock_folder=tmp_path
+        toolchain_of(*SCALAR, strict=False), CPU, policy=PATIENT, render=broken, lock_folder=tmp_path
     ) as runner:
         (found,) = runner.verify([spec])
     assert found.status is Status.INCORRECT, found
@@ -265,7 +277,7 @@ def test_an_overflow_beyond_the_rule_is_found(tmp_path: Path) -> None:
             spec.family, spec.isa, spec.regime, spec.layout, spec.schedule.with_knobs(widen_every=widen_every)
         )
         assert space.broken(beyond)
-        with LocalRunner(toolchain_of(*QUICK), CPU, policy=PATIENT, lock_folder=tmp_path) as runner:
+        with LocalRunner(toolchain_of(*SCALAR), CPU, policy=PATIENT, lock_folder=tmp_path) as runner:
             found: list[Verification] = list(runner.verify([spec, beyond]))
         assert [one.status for one in found] == [Status.OK, Status.INCORRECT]
         assert "all w" in found[1].detail or "no product cancels" in found[1].detail
