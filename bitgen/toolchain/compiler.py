@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -171,8 +172,8 @@ def find_cross_compilers(
 ) -> list[Compiler]:
     """The compilers of this machine that make code for another, in order of preference; runs none of them.
 
-    clang is one where gcc's cross compiler is, whose linker and C library it uses. ``libc`` musl: of Linux
-    with that C library, which zig has.
+    clang is one where gcc's cross compiler is, whose linker and C library it uses; for this machine itself
+    what compiles for it does, whatever its name. ``libc`` musl: of Linux with that C library, which zig has.
     """
     triple, zig_triple = _triples_of(arch, system)
     if libc == "musl":
@@ -182,6 +183,8 @@ def find_cross_compilers(
         found.append(Compiler("gcc", (f"{triple}-gcc",), probe_timeout_s))
         if shutil.which("clang"):
             found.append(Compiler("clang", ("clang", f"--target={triple}"), probe_timeout_s))
+    elif triple and _is_here(arch, system):
+        found += [each for each in find_compilers(probe_timeout_s) if each.kind != "zig"]
     zig = _zig_command()
     return [*found, Compiler("zig", (*zig, "-target", zig_triple), probe_timeout_s)] if zig else found
 
@@ -239,8 +242,16 @@ def _triples_of(arch: str, system: str) -> tuple[str | None, str]:
     return _TRIPLES[arch, system]
 
 
+def _is_here(arch: str, system: str) -> bool:
+    """Whether this machine's compilers make libraries for that one: with glibc, as those are."""
+    here = normal_machine(platform.machine().lower()), platform.system()
+    return here == (arch, system) and (system != "Linux" or platform.libc_ver()[0] == "glibc")
+
+
 def _no_cross_compiler(arch: str, system: str) -> str:
     triple, _ = _triples_of(arch, system)
+    if triple and _is_here(arch, system):
+        return f"no compiler for {arch} {system} found: install gcc or clang, or pip install ziglang"
     gcc = f"install {triple}-gcc (Debian: gcc-{triple.replace('_', '-')}), or " if triple else ""
     return f"no compiler for {arch} {system} found: {gcc}pip install ziglang"
 

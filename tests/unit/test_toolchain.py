@@ -36,6 +36,8 @@ from bitgen.toolchain import (
     declarations_of,
     find_compiler,
     find_compilers,
+    find_cross_compiler,
+    find_cross_compilers,
     python_headers,
 )
 from bitgen.toolchain.linker import exports_text, shared_flags
@@ -122,6 +124,29 @@ def test_order_is_gcc_clang_zig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     (tmp_path / "gcc").unlink()
     assert find_compiler().kind == "clang"
+
+
+@pytest.mark.parametrize(
+    ("machine", "libc", "found"),
+    [
+        ("x86_64", "glibc", ["gcc"]),  # of a system that does not call it x86_64-linux-gnu-gcc
+        ("x86_64", "", []),  # its libraries would need musl
+        ("aarch64", "glibc", []),
+    ],
+)
+def test_this_machines_compiler_makes_libraries_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, libc: str, found: list[str]
+) -> None:
+    script(tmp_path / "gcc", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.libc_ver", lambda: (libc, "2.36"))
+    assert [compiler.kind for compiler in find_cross_compilers("x86_64", "Linux")] == found
+    if not found:
+        with pytest.raises(ToolchainError, match="pip install ziglang"):
+            find_cross_compiler("x86_64", "Linux")
 
 
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
