@@ -14,7 +14,7 @@ import pytest
 from exact_specs import DEEP_VARIABLE, SHAPE, chosen, edges, for_one_shape, in_turn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from libraries import QUICK, toolchain_of
+from libraries import QUICK, flags_for, toolchain_of
 from loaded import load_units
 
 from bitgen.cpu import ANY_ARCH, Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
@@ -84,7 +84,7 @@ def quick_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunn
 def scalar_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
     """For scalar kernels: gcc takes 8.4 s at -O3 and 0.6 s at -Og for one of TL5 in groups.
 
-    As CI compiles them, at -O3, drawn problems are multiplied with below; `.ci/deep` verifies all of it.
+    What users get, at -O3, drawn problems are multiplied with below, and `.ci/deep` verifies all of it.
     """
     locks = tmp_path_factory.mktemp("locks")
     with LocalRunner(toolchain_of(*SCALAR), CPU, policy=PATIENT, lock_folder=locks) as local:
@@ -102,7 +102,7 @@ def level_runner(
 
 @pytest.fixture
 def level_toolchain(isa_name: str) -> Toolchain:
-    return toolchain_of(*(() if isa_name == BEST else QUICK))
+    return toolchain_of(*flags_for(isa_name))
 
 
 def runnable(name: str) -> Isa:

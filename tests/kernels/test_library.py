@@ -41,7 +41,7 @@ def cpu() -> Cpu:
 
 @pytest.fixture
 def toolchain() -> Toolchain:
-    return libraries.toolchain_of(*libraries.QUICK)
+    return libraries.toolchain_of()
 
 
 @pytest.fixture

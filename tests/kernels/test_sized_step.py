@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import QUICK, RAGGED, WHOLE, toolchain_of
+from libraries import RAGGED, WHOLE, toolchain_of
 from reference_model import random_dense, small_config
 
 from bitgen import records
@@ -72,7 +72,7 @@ def made(
     name = f"sized-{level}-{sizes.hidden}"
     target = Target.of(detect_cpu(), level)
     out = tmp_path_factory.mktemp("sized")
-    bundle = write_library((), toolchain_of(*QUICK), out, name, target, sizes=sizes, check=False)
+    bundle = write_library((), toolchain_of(), out, name, target, sizes=sizes, check=False)
     assert read_bundle(bundle).manifest.step == sizes
     with load(bundle, 2) as sized, load(level_library(level), 2) as generic:
         yield sizes, sized, generic
@@ -149,7 +149,7 @@ def test_the_step_for_its_sizes_runs_where_all_of_them_fit(
 
     monkeypatch.setattr(write, "library_units_of", replaced)
     target = Target.of(detect_cpu(), "scalar")
-    bundle = write_library((), toolchain_of(*QUICK), tmp_path, "refuses", target, sizes=RAGGED, check=False)
+    bundle = write_library((), toolchain_of(), tmp_path, "refuses", target, sizes=RAGGED, check=False)
     with load(bundle, 1) as table:
         for name, config in models(RAGGED).items():
             run = partial(logits_in_parts, Engine(random_weights(config, 3), table), config)

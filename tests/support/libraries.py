@@ -27,9 +27,9 @@ from bitgen.toolchain import find_compiler
 
 CACHE_VARIABLE = "BITGEN_TEST_CACHE"
 
-# Test libraries, and kernels of levels that this CPU does not choose, are compiled quickly: with gcc 12 the
-# library of a level takes 44 s of processor time at -O3 and 10 s at -Og, the scalar one 51 and 6. CI and
-# `.ci/deep` compile everything as commands do.
+# Levels that commands do not compile here, all but this CPU's best and the scalar one, are compiled quickly:
+# with gcc 12 the library of a level takes 44 s of processor time at -O3 and 10 s at -Og. CI and `.ci/deep`
+# compile everything as commands do.
 OPTIMIZED_VARIABLE = "BITGEN_TEST_OPTIMIZED"
 QUICK = () if os.environ.get(OPTIMIZED_VARIABLE) or os.environ.get(DEEP_VARIABLE) else ("-Og",)
 
@@ -118,6 +118,11 @@ def toolchain_of(*extra_flags: str, strict: bool = True) -> QuickToolchain:
     return QuickToolchain(
         find_compiler(), cache_dir=shared_cache(), timeout_s=900, extra_flags=extra_flags, strict=strict
     )
+
+
+def flags_for(level: str) -> tuple[str, ...]:
+    """What to compile an ISA level with, beside the flags of commands: `QUICK`, or nothing."""
+    return () if level in ("scalar", Target.of(detect_cpu()).isa.name) else QUICK
 
 
 def built_library(factory: pytest.TempPathFactory) -> Path:

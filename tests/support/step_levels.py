@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from libraries import QUICK, made_once, toolchain_of
+from libraries import QUICK, flags_for, made_once, toolchain_of
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
@@ -25,7 +25,7 @@ def level_library(factory: pytest.TempPathFactory, level: str) -> Path:
 
     def write(folder: Path) -> None:
         target = Target.of(detect_cpu(), level)
-        write_library((), toolchain_of(*QUICK), folder, name, target, check=False)
+        write_library((), toolchain_of(*flags_for(level)), folder, name, target, check=False)
 
     name = f"step-{level}"
     return made_once(factory, name, write)
