@@ -183,7 +183,7 @@ def find_cross_compilers(
         found.append(Compiler("gcc", (f"{triple}-gcc",), probe_timeout_s))
         if shutil.which("clang"):
             found.append(Compiler("clang", ("clang", f"--target={triple}"), probe_timeout_s))
-    elif triple and _is_here(arch, system):
+    elif libc == "gnu" and _is_here(arch, system):
         found += [each for each in find_compilers(probe_timeout_s) if each.kind != "zig"]
     zig = _zig_command()
     return [*found, Compiler("zig", (*zig, "-target", zig_triple), probe_timeout_s)] if zig else found
@@ -243,14 +243,14 @@ def _triples_of(arch: str, system: str) -> tuple[str | None, str]:
 
 
 def _is_here(arch: str, system: str) -> bool:
-    """Whether this machine's compilers make libraries for that one: with glibc, as those are."""
-    here = normal_machine(platform.machine().lower()), platform.system()
-    return here == (arch, system) and (system != "Linux" or platform.libc_ver()[0] == "glibc")
+    """Whether what compiles for this machine makes such libraries: those of Linux, with glibc."""
+    here = normal_machine(platform.machine()), platform.system()
+    return here == (arch, system) and system == "Linux" and platform.libc_ver()[0] == "glibc"
 
 
 def _no_cross_compiler(arch: str, system: str) -> str:
     triple, _ = _triples_of(arch, system)
-    if triple and _is_here(arch, system):
+    if _is_here(arch, system):
         return f"no compiler for {arch} {system} found: install gcc or clang, or pip install ziglang"
     gcc = f"install {triple}-gcc (Debian: gcc-{triple.replace('_', '-')}), or " if triple else ""
     return f"no compiler for {arch} {system} found: {gcc}pip install ziglang"

@@ -371,9 +371,10 @@ def test_a_level_the_target_lacks_is_refused() -> None:
 def test_no_cross_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr("bitgen.toolchain.compiler._zig_command", lambda: None)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert find_cross_compilers("aarch64", "Linux") == []
     with pytest.raises(
-        BitgenError, match=r"install (aarch64-linux-gnu-gcc .*|gcc or clang), or pip install ziglang"
+        BitgenError, match=r"install aarch64-linux-gnu-gcc .*, or pip install ziglang"
     ) as caught:
         find_cross_compiler("aarch64", "Linux")
     assert caught.value.exit_code == ToolchainError.exit_code
