@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from exact_specs import DEEP_VARIABLE, SHAPE, chosen, edges, for_one_shape, in_turn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from libraries import QUICK, flags_for, toolchain_of
+from libraries import flags_for, toolchain_of
 from loaded import load_units
 
 from bitgen.cpu import ANY_ARCH, Accepted, Isa, accepted_isas, detect_cpu, load_isas, resolve_isas
@@ -47,57 +48,39 @@ pytestmark = pytest.mark.slow
 CPU = detect_cpu()
 LEVELS = {decision.isa.name: decision for decision in resolve_isas(CPU, load_isas())}
 ISAS = {isa.name: isa for isa in accepted_isas(CPU, load_isas())}
-BEST = next(iter(ISAS))  # what commands compile for this CPU
 levels = pytest.mark.parametrize(
     "isa_name", [isa.name for isa in load_isas() if isa.arch in (ANY_ARCH, CPU.arch)]
 )
 families = pytest.mark.parametrize("family", FAMILIES)
 
 SAMPLE, SEED = 1, 20
+# gcc takes 8.4 s at -O3 and 0.6 s at -Og for a scalar kernel of TL5 in groups. What users get, at -O3, drawn
+# problems are multiplied with below, and `.ci/deep` verifies all of it.
 SCALAR = () if os.environ.get(DEEP_VARIABLE) else ("-Og",)
 EXAMPLES = 25 if os.environ.get(DEEP_VARIABLE) else 8  # of drawn problems, a kernel
 PATIENT = TimingPolicy(check_timeout_s=120, timeout_s=600)  # nothing here hangs; a loaded machine is slow
 
 
 @pytest.fixture(scope="module")
-def toolchain() -> Toolchain:
-    return toolchain_of()
+def runner_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LocalRunner]]:
+    """A function from flags to a runner that compiles with them.
 
-
-@pytest.fixture(scope="module")
-def runner(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
-    """Nothing is timed here, so the lock is not the machine's."""
-    locks = tmp_path_factory.mktemp("locks")
-    with LocalRunner(toolchain, CPU, policy=PATIENT, lock_folder=locks) as local:
-        yield local
-
-
-@pytest.fixture(scope="module")
-def quick_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
-    """For levels that this CPU does not choose."""
-    locks = tmp_path_factory.mktemp("locks")
-    with LocalRunner(toolchain_of(*QUICK), CPU, policy=PATIENT, lock_folder=locks) as local:
-        yield local
-
-
-@pytest.fixture(scope="module")
-def scalar_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRunner]:
-    """For scalar kernels: gcc takes 8.4 s at -O3 and 0.6 s at -Og for one of TL5 in groups.
-
-    What users get, at -O3, drawn problems are multiplied with below, and `.ci/deep` verifies all of it.
+    Nothing is timed here, so the lock is not the machine's; a runner holds its own until it is closed.
     """
-    locks = tmp_path_factory.mktemp("locks")
-    with LocalRunner(toolchain_of(*SCALAR), CPU, policy=PATIENT, lock_folder=locks) as local:
-        yield local
+    with ExitStack() as opened:
+
+        @cache
+        def runner(*flags: str) -> LocalRunner:
+            locks = tmp_path_factory.mktemp("locks")
+            local = LocalRunner(toolchain_of(*flags), CPU, policy=PATIENT, lock_folder=locks)
+            return opened.enter_context(local)
+
+        yield runner
 
 
 @pytest.fixture
-def level_runner(
-    isa_name: str, runner: LocalRunner, quick_runner: LocalRunner, scalar_runner: LocalRunner
-) -> LocalRunner:
-    if isa_name == "scalar":
-        return scalar_runner
-    return runner if isa_name == BEST else quick_runner
+def level_runner(isa_name: str, runner_of: Callable[..., LocalRunner]) -> LocalRunner:
+    return runner_of(*(SCALAR if isa_name == "scalar" else flags_for(isa_name)))
 
 
 @pytest.fixture
@@ -226,7 +209,8 @@ def test_the_cases_reach_the_edges() -> None:
 # ---- a sweep can fail
 
 
-def test_a_sweep_of_nothing_fails(runner: LocalRunner) -> None:
+def test_a_sweep_of_nothing_fails(runner_of: Callable[..., LocalRunner]) -> None:
+    runner = runner_of()
     with pytest.raises(BitgenError, match="no kernel to verify"):
         sweep(runner, [])
     with pytest.raises(BitgenError, match="no kernel to verify"):
