@@ -197,7 +197,8 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> Chosen:
     shape that no family has winners for runs on the default kernels that every library holds.
     """
     from bitgen.bundle import KernelEntry
-    from bitgen.bundle.contents import COMMON_GROUP, Target, default_entries
+    from bitgen.bundle.contents import Target, default_entries
+    from bitgen.bundle.manifest import in_every_library
     from bitgen.bundle.transfer import Chosen, committed_kernels
 
     store, target = env.store, Target.of(env.cpu, isa.name, env.isas)
@@ -226,10 +227,7 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> Chosen:
         choices += committed.entries
         if label == "default":
             label, origin = committed.label, committed.origin
-    if model.weights != TERNARY or model.group not in (
-        0,
-        COMMON_GROUP,
-    ):  # every library has defaults for these
+    if not in_every_library(model.weights, model.group):
         choices += default_entries(model.weights, model.group, target)
     return Chosen(tuple(choices), label, origin)
 

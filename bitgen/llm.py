@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.bundle import Bundle
+from bitgen.bundle.manifest import in_every_library
 from bitgen.cpu import detect_cpu
 from bitgen.errors import ToolchainError, UsageError
-from bitgen.families.base import TERNARY
 from bitgen.formats.config import ModelConfig, ModelPreset, find_model, preset_name
 from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
@@ -40,6 +39,7 @@ from bitgen.inference.generation import Generation
 from bitgen.inference.grammar import Grammars
 from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.opening import (
+    config_of_kernels,
     context_for,
     find_library,
     has_kernels,
@@ -103,9 +103,8 @@ class LLM:
         self.precision = (f"kv {kv}", *(["int16"] if self.activations == "int16" else []))
         self.pooling = pooling_of(file)
         self._content = partial(content_digest, file.path, KV_VERSION, *self.precision)
-        self.table = table = open_table(
-            library or library_for(config, progress), config, threads, progress, from_disk=from_disk
-        )
+        found = library or library_for(config_of_kernels(file), progress)
+        self.table = table = open_table(found, config, threads, progress, from_disk=from_disk)
         self._open = partial(
             open_engine,
             file,
@@ -167,7 +166,7 @@ class LLM:
         positions = min(self.context, file.config.context)
         if positions < self.context:
             self.notes.append(f"the draft model has {positions} positions: behind them nothing is drafted")
-        found = library or library_for(file.config, progress)
+        found = library or library_for(config_of_kernels(file), progress)
         self._draft_table = open_table(found, file.config, threads, progress)
         engine = open_engine(file, self._draft_table, context=positions, batch=batch, progress=progress)
         self.scheduler.drafts = self._drafts = DraftModel(Scheduler(engine))
@@ -420,10 +419,10 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
     compiler.
     """
     bundle = find_library(config)
-    coded = config.weights != TERNARY  # of 4 bits: not every library has good kernels for them
+    special = not in_every_library(config.weights, config.group)
     if bundle is not None and (
         has_kernels(bundle, config)
-        if coded
+        if special
         else tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels))
     ):
         tuned_here = tune_logs_dir() / f"{detect_cpu().family}.jsonl"
@@ -432,13 +431,15 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
         ):  # what was tuned here comes before what was shipped
             return bundle
     name = preset_name(config)
-    if name is not None or coded:
+    if name is not None or special:
         try:
             known = _build_known(find_model(name) if name else _untuned(config), progress)
         except ToolchainError:
             if bundle is None:
                 raise
             known = None  # no compiler: what is there runs
+            if progress and special and not has_kernels(bundle, config):
+                progress(Progress(_portable_only(config), lasting=True))
         if known is not None:
             return known
     if bundle is not None and not made_for_others(bundle, config):
@@ -455,9 +456,16 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
         return bundle  # no compiler: what is there runs
 
 
+def _portable_only(config: ModelConfig) -> str:
+    return (
+        f"no library here has kernels for {config.weights} weights in groups of {config.group}, and there is "
+        "no compiler to build them: slow portable ones run"
+    )
+
+
 def _untuned(config: ModelConfig) -> ModelPreset:
     """A model that nobody gave a name: libraries of default kernels are for its kind of weights."""
-    return ModelPreset.of(replace(config, name=""), f"untuned-{config.weights}-g{config.group}")
+    return ModelPreset.of(config, f"untuned-{config.weights}-g{config.group}")
 
 
 def _build_known(preset: ModelPreset, progress: Report | None) -> Path | None:

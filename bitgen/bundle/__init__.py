@@ -2,7 +2,7 @@
 
 A bundle holds::
 
-    NAME/libbitgen-NAME.so      the library;  libbitgen-NAME.so.5 is a link to it, for programs that load it
+    NAME/libbitgen-NAME.so      the library;  libbitgen-NAME.so.6 is a link to it, for programs that load it
     NAME/bitgen.h               its public header
     NAME/bitgen.pc              for pkg-config; the folder may be moved
     NAME/manifest.json          what is inside, with digests

@@ -17,7 +17,7 @@ from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names, told_features
 from bitgen.errors import BitgenError, UnsupportedError
 from bitgen.families import first_family
-from bitgen.families.base import GROUPS
+from bitgen.families.base import COMMON_GROUP, GROUPS
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
 from bitgen.spec import (
@@ -34,7 +34,6 @@ from bitgen.spec import (
 )
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
-COMMON_GROUP = 128  # of weights in groups: every library has kernels of its ISA level for these
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
 BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 

@@ -17,6 +17,7 @@ import msgspec
 
 from bitgen.abi import ABI_VERSION
 from bitgen.errors import BitgenError, FileError
+from bitgen.families.base import COMMON_GROUP, TERNARY
 from bitgen.records import load
 from bitgen.spec import KernelSpec, Shape, StepSizes
 
@@ -27,6 +28,15 @@ PACKAGE = "a package of pip"  # whoever installs one lets it run
 WHEEL = "in bitgen's wheel"  # whoever trusts bitgen trusts it
 TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 Label: TypeAlias = Literal["tuned", "transferred", "default"]  # how a bundle's kernels were found
+
+
+def in_every_library(weights: str, group: int) -> bool:
+    """Whether all libraries have kernels of their ISA level for such weights, whatever they were built for.
+
+    Ternary ones with a scale a row (``group`` 0) or for each `COMMON_GROUP` weights along k. Others run on a
+    portable kernel, tens of times slower, in a library that was not built for them.
+    """
+    return weights == TERNARY and group in (0, COMMON_GROUP)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _run_model(args: argparse.Namespace) -> None:
     from bitgen.cli.progress import ProgressBar
     from bitgen.errors import UsageError
     from bitgen.inference.bench import bench_engine
-    from bitgen.inference.opening import open_engine
+    from bitgen.inference.opening import config_of_kernels, open_engine
     from bitgen.inference.thread_race import open_table
     from bitgen.llm import library_for
     from bitgen.progress import Progress
@@ -146,7 +146,7 @@ def _run_model(args: argparse.Namespace) -> None:
             line.show(Progress("measuring what the machine takes when idle"))
             meter.measure_idle()
         model = _open(args.model, context)
-        library = args.library or library_for(model.config, line.show)
+        library = args.library or library_for(config_of_kernels(model), line.show)
         random = f"random {replace(model.config, context=1)!r}"  # names packed weights of a preset
         for count in threads:
             with open_table(library, model.config, count, line.show, from_disk=args.from_disk) as table:

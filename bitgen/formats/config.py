@@ -256,5 +256,8 @@ def find_model(name_or_path: str, models: tuple[ModelPreset, ...] | None = None)
 
 def preset_name(config: ModelConfig) -> str | None:
     """The preset with the same matrices, for `bitgen tune --model`."""
-    alike = (m for m in load_models() if m.weights == config.weights)
-    return next((m.alias for m in alike if set(m.shapes) == set(config.shapes)), None)
+
+    def matrices(of: ModelConfig) -> tuple[str, int, frozenset[Shape]]:
+        return of.weights, of.group, frozenset(of.shapes)
+
+    return next((m.alias for m in load_models() if matrices(m) == matrices(config)), None)

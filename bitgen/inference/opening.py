@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from bitgen.bundle import (
     PORTABLE,
@@ -12,11 +14,11 @@ from bitgen.bundle import (
     judge,
     refused_features,
 )
-from bitgen.bundle.manifest import Offer
+from bitgen.bundle.manifest import Offer, in_every_library
 from bitgen.bundle.measured import recall
 from bitgen.cpu import detect_cpu
 from bitgen.errors import UsageError
-from bitgen.families.base import TERNARY
+from bitgen.families.base import COMMON_GROUP, TERNARY
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.stored_matrix import BINARY
@@ -24,6 +26,7 @@ from bitgen.formats.weights import Weights
 from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.layouts import settle_layouts
+from bitgen.inference.weight_cache import find_groups, named_matrices
 from bitgen.progress import Report
 from bitgen.runtime import Activations, KernelTable
 from bitgen.spec import EVERY_FAMILY, Shape
@@ -40,6 +43,24 @@ def context_for(config: ModelConfig, asked: int | None) -> int:
     return asked or config.context
 
 
+def config_of_kernels(model: ModelFile | Weights) -> ModelConfig:
+    """The config of the kernels that a model needs: its own, but for groups that not every library serves.
+
+    In which groups ternary weights run is seen in their scales. Where some run in groups that only a library
+    built for them has kernels of an ISA level for, ``group`` is the one of the most weights.
+    """
+    weights = model if isinstance(model, Weights) else model.weights
+    config = weights.config
+    if isinstance(model, Weights) or config.weights != TERNARY:
+        return config
+    groups, sizes = find_groups(weights, model.fingerprint.key), Counter[int]()
+    for name, matrix in named_matrices(weights).items():
+        group = 0 if (found := groups[name]) is None else found.group
+        if not in_every_library(config.weights, group):
+            sizes[group] += matrix.shape.m * matrix.shape.k
+    return replace(config, group=sizes.most_common(1)[0][0]) if sizes else config
+
+
 def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shape]:
     """Those of the model's matrix shapes that are among the ``tuned`` ones of a library's kernels."""
     return set(config.shapes) & {shape for shape in tuned if shape}
@@ -47,9 +68,8 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
 
 def _multiplies(offer: Offer, config: ModelConfig) -> bool:
     """Whether a kernel is for weights such as the model's, and more than the generic one."""
-    if EVERY_FAMILY[offer.family].weights != config.weights:
-        return False
-    return config.weights == TERNARY or (offer.group == config.group and offer.role != PORTABLE)
+    kind = (EVERY_FAMILY[offer.family].weights, offer.group)
+    return kind == (config.weights, config.group) and offer.role != PORTABLE
 
 
 def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
@@ -58,14 +78,16 @@ def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
 
 
 def made_for_others(bundle: Bundle, config: ModelConfig) -> bool:
-    """Whether a library was built for models of codes, this one being ternary: it has I2_S, not T5.
+    """Whether a library was built for weights of another kind than the model's ordinary ternary ones.
 
-    Kernels of bits for every shape are in every library.
+    It has I2_S for those, not T5. Kernels of bits for every shape are in every library.
     """
+    if not in_every_library(config.weights, config.group):
+        return False
     offers = (offer for offer in bundle.manifest.offers() if offer.role != PORTABLE)
-    kinds = {(EVERY_FAMILY[offer.family].weights, offer.shape is None) for offer in offers}
-    others = {kind for kind, _ in kinds - {(BINARY, True)}} - {TERNARY}
-    return config.weights == TERNARY and bool(others)
+    kinds = {(EVERY_FAMILY[offer.family].weights, offer.group, offer.shape is None) for offer in offers}
+    kinds -= {(BINARY, COMMON_GROUP, True)}
+    return any(not in_every_library(weights, group) for weights, group, _ in kinds)
 
 
 def find_library(config: ModelConfig) -> Bundle | None:

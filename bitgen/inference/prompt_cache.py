@@ -25,7 +25,7 @@ from bitgen.inference.passes import Held
 from bitgen.inference.scheduler import Scheduler
 from bitgen.whole import whole
 
-KV_VERSION = "kv 1"  # goes up when the same tokens fill the KV cache with other bits than before
+KV_VERSION = "kv 2"  # goes up when the same tokens fill the KV cache with other bits than before
 _MAGIC = b"bitgen prompt cache 1\n"
 _HEADER_MAX = 1 << 28
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import FileError
-from bitgen.families.base import TERNARY, Codes
+from bitgen.families.base import COMMON_GROUP, TERNARY, Codes
 from bitgen.formats.stored_matrix import TernaryMatrix
 from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference.memory import mapping_of
@@ -97,7 +97,7 @@ def find_groups(weights: Weights, fingerprint: str | None = None) -> GroupsOf:
         yield "groups", np.array(numbers, np.int32).view(np.uint8).reshape(-1)
 
     pieces = cached(
-        key_of(fingerprint, "groups", weights.config.group, list(matrices)),
+        key_of(fingerprint, "groups", weights.config.group, COMMON_GROUP, list(matrices)),
         weights.config.name or weights.config.architecture,
         make,
         lambda found: found["groups"].size == 8 * len(matrices),

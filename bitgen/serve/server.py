@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bitgen.errors import FileError, InterruptError
 from bitgen.formats.model_file import content_digest
+from bitgen.inference.prompt_cache import KV_VERSION
 from bitgen.inference.sampling import SAMPLING_VERSION
 from bitgen.serve.app import make_app
 from bitgen.serve.guard import Guard
@@ -138,7 +139,7 @@ async def _until_idle(app: Guard, seconds: float) -> None:
 
 def fingerprint_of(path: Path, *details: str) -> str:
     """What answers depend on beside the request: the model's bytes, how it is run, sampling."""
-    return f"fp_{content_digest(path, f'sampling {SAMPLING_VERSION}', *details)[:16]}"
+    return f"fp_{content_digest(path, f'sampling {SAMPLING_VERSION}', KV_VERSION, *details)[:16]}"
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

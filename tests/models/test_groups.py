@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from bitgen.formats.matrices import ternary_matrix
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
 from bitgen.formats.ternary import TERNARY, dequantize_blocks, encode_blocks
+from bitgen.inference.opening import config_of_kernels
 
 LOSSLESS = ("q2_0", "pq2_0", "ptq1_0", "f16")  # they hold all codes and scales of groups of 128
 
@@ -72,7 +74,23 @@ def test_groups_of_256(tmp_path: Path, kind: str) -> None:
     model = grouped_model(group=256)
     opened = open_model(write_model(tmp_path / "m.gguf", model, kind))
     check(model, opened)
-    assert opened.weights.layers[0].down.group == 256
+    down = opened.weights.layers[0].down
+    assert (down.group, opened.weights.group_of(down)) == (256, 128), "every library has kernels for 128"
+
+
+@pytest.mark.usefixtures("bitgen_home")
+def test_groups_that_not_every_library_serves_are_those_its_kernels_are_for(tmp_path: Path) -> None:
+    """Where one matrix has groups of 64, the library is asked to have kernels for those too."""
+    model = grouped_model()
+    path = write_model(tmp_path / "128.gguf", model, "q2_0")
+    assert config_of_kernels(open_model(path)) == open_model(path).config
+    w = model.w.pop("blk.0.ffn_down")
+    scales = np.random.default_rng(5).uniform(0.1, 1, (len(w), w.shape[1] // 64)).astype(np.float32)
+    data = encode_blocks("q2_0", w, scales)
+    other = tensor("blk.0.ffn_down.weight", data, TERNARY["q2_0"].id, (len(w), w.shape[1]))
+    mixed = open_model(write_model(tmp_path / "64.gguf", model, "q2_0", more=[other]))
+    for _ in range(2):  # found, then remembered
+        assert config_of_kernels(mixed) == replace(mixed.config, group=64)
 
 
 def test_unpacked_safetensors(tmp_path: Path) -> None:

@@ -249,12 +249,12 @@ def test_shards_are_those_of_llama_in_floats(
     """TriLM's: trained on several devices, each with a scale for its part of a matrix, f16.
 
     Rows of q, k, v, gate and up are cut, and columns of o and down: the first have a scale a row here, the
-    others run in groups. Three devices, as widths of the 190M model are cut into parts of 256 and 512.
+    others run in groups of 128. Three devices, as widths of the 190M model are cut into parts of 256 and 512.
     """
     weights = open_model(sharded_file(tmp_path / "m.gguf", kind)).weights
     config, layer = weights.config, weights.layers[0]
     assert (config.architecture, config.group) == ("llama", 0)
-    assert [weights.group_of(matrix) for matrix in layer.matrices] == [0, 256, 0, 256]
+    assert [weights.group_of(matrix) for matrix in layer.matrices] == [0, 128, 0, 128]
     assert len(set(layer.qkv.scale.tolist())) == 9
     assert [len(set(one.scales(0, 1)[0])) for one in (layer.o, layer.down)] == [3, 3]
     record_property("oracle", f"shards, {kind}: {against_floats(weights, table, most=1e-2)}")

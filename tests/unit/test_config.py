@@ -61,6 +61,7 @@ def test_binary_presets_are_their_ternary_sisters_in_bits(size: str) -> None:
     assert binary.shapes == ternary.shapes
     assert preset_name(binary) == f"Bonsai-{size}-1bit"
     assert preset_name(ternary) == f"Bonsai-{size}"
+    assert preset_name(dataclasses.replace(ternary, group=64)) is None
 
 
 def test_a_preset_whose_matrices_norm_their_inputs_has_no_stacks() -> None:

@@ -11,7 +11,7 @@ import pytest
 from synthetic import WIDE, fingerprints
 from test_store import LARGE, R16, R32, of_layout, others, tuning
 
-from bitgen import __version__, winners
+from bitgen import __version__, api, llm, winners
 from bitgen.api import choices_for
 from bitgen.bundle import PORTABLE, Bundle, KernelEntry, read_bundle
 from bitgen.bundle.contents import Target
@@ -21,8 +21,8 @@ from bitgen.cli import main
 from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
 from bitgen.errors import BitgenError, FileError
-from bitgen.formats.config import find_model
-from bitgen.inference.opening import made_for_others
+from bitgen.formats.config import ModelPreset, find_model
+from bitgen.inference.opening import has_kernels, made_for_others
 from bitgen.llm import library_for
 from bitgen.measure import Job
 from bitgen.paths import winners_dir
@@ -175,6 +175,46 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     assert folder_of(library_for(preset)) == untuned
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_groups_that_not_every_library_serves_get_a_library(
+    group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ternary weights in other groups than 128 ran on portable kernels, 76 times slower."""
+    built: list[ModelPreset] = []
+    monkeypatch.setattr(llm, "find_library", lambda _: None)
+
+    def build(preset: ModelPreset) -> Path:
+        built.append(preset)
+        return tmp_path
+
+    monkeypatch.setattr(api, "build", build)
+    preset = replace(find_model("Bonsai-1.7B"), group=group)
+    assert library_for(preset) == tmp_path
+    assert [one.alias for one in built] == [f"untuned-ternary-g{group}"]
+    env = Environment()
+    kernels = choices_for(built[0], env, env.isa(None)).entries
+    regimes = {one.spec.regime for one in kernels if one.spec.layout.group == group and one.shape is None}
+    assert regimes == {"n1", "small", "large"}
+
+
+def test_portable_kernels_are_told_of_where_no_compiler_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offers = [Offer("i2s", 0, "default", None), Offer("i2s", 64, PORTABLE, None)]
+    bundle = cast(Bundle, SimpleNamespace(manifest=SimpleNamespace(offers=lambda: offers)))
+    monkeypatch.setattr(llm, "find_library", lambda _: bundle)
+    monkeypatch.setenv("CC", str(tmp_path / "none"))
+    said: list[Progress] = []
+    assert library_for(replace(find_model("Bonsai-1.7B"), group=64), said.append) is bundle
+    assert [(one.text, one.lasting) for one in said if one.lasting] == [
+        (
+            "no library here has kernels for ternary weights in groups of 64, and there is no compiler to "
+            "build them: slow portable ones run",
+            True,
+        )
+    ]
+
+
 def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
     """It holds I2_S alone for ternary weights: a ternary model gets the default kernels of all families.
 
@@ -184,20 +224,27 @@ def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
         Offer("i2s", 0, "default", None),
         Offer("q1", 128, "default", None),
         Offer("t4", 32, PORTABLE, None),
+        Offer("i2s", 64, PORTABLE, None),
     ]
-    plain, coded, binary = (
+    plain, coded, binary, grouped = (
         cast(Bundle, SimpleNamespace(manifest=SimpleNamespace(offers=lambda each=each: each)))
         for each in (
             offers,
             [*offers, Offer("t4", 32, "default", None)],
             [*offers, Offer("q1", 128, "tuned", Shape(256, 256))],
+            [*offers, Offer("i2s", 64, "default", None)],
         )
     )
     ternary = find_model("TriLM-99M")
     assert not made_for_others(plain, ternary)
     assert made_for_others(coded, ternary)
     assert made_for_others(binary, ternary)
+    assert made_for_others(grouped, ternary)
     assert not made_for_others(coded, replace(ternary, weights="t4", group=32))
+    in_groups = replace(ternary, group=64)
+    assert not made_for_others(grouped, in_groups)
+    assert has_kernels(grouped, in_groups)
+    assert not has_kernels(plain, in_groups)
 
 
 def test_committed_winners_are_legal_schedules_of_one_layout_a_shape() -> None:
