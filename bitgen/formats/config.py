@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import FileError, UsageError, nearest_names
+from bitgen.families.base import COMMON_GROUP, TERNARY
 from bitgen.formats.rope import Yarn
 from bitgen.paths import configs_dir
 from bitgen.records import load, load_yaml
@@ -195,6 +196,8 @@ class ModelPreset(ModelConfig):
         for alias in (self.alias, *self.aliases):
             if not _ALIAS.fullmatch(alias):
                 raise FileError(f"{alias!r} cannot name files; use letters, digits, dot, dash, underscore")
+        if self.weights == TERNARY and self.group > COMMON_GROUP:
+            raise FileError(f"ternary weights run in groups of {COMMON_GROUP} at most, found {self.group}")
 
     @property
     def alias(self) -> str:

@@ -132,6 +132,7 @@ def test_unknown_models_get_the_nearest_names() -> None:
         ("layers: 26", "layers: many", "layers must be a whole number, found the str 'many'"),
         ("norm_eps: 1.0e-5", "norm_eps: .nan", "norm_eps must be greater than 0"),
         ("kv_heads: 32", "kv_heads: 5", "kv_heads must divide heads, found 5 and 32"),
+        ("vocab: 32002", "vocab: 32002\ngroup: 256", "weights run in groups of 128 at most, found 256"),
         ("head_dim: 100", "head_dim: 99", "head_dim must be even"),
         ("activation: silu", "activation: gelu", "activation must be one of silu, relu2"),
         ('["3B"', '["3/B"', "'3/B' cannot name files"),
