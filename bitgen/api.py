@@ -228,7 +228,7 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> Chosen:
         if label == "default":
             label, origin = committed.label, committed.origin
     if not in_every_library(model.weights, model.group):
-        choices += default_entries(model.weights, model.group, target)
+        choices += default_entries(model.kind, target)
     return Chosen(tuple(choices), label, origin)
 
 

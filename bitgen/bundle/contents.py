@@ -17,7 +17,7 @@ from bitgen.bundle.manifest import DEFAULT, PORTABLE, KernelEntry
 from bitgen.cpu import Cpu, Isa, accepted_isas, find_isa, load_isas, target_cpu, target_names, told_features
 from bitgen.errors import BitgenError, UnsupportedError
 from bitgen.families import first_family
-from bitgen.families.base import COMMON_GROUP, GROUPS
+from bitgen.families.base import COMMON_GROUP, GROUPS, TERNARY
 from bitgen.render import Source, render_kernel, render_quantize, render_step, render_tables
 from bitgen.space import space_for
 from bitgen.spec import (
@@ -30,11 +30,23 @@ from bitgen.spec import (
     Layout,
     Shape,
     StepSizes,
+    WeightKind,
     regime_named,
 )
 
 DEFAULT_LAYOUT = Layout("i2s", 16)  # of shapes nobody tuned
 _ANY_SHAPE = Shape(4096, 4096)  # default schedules of kernels for every shape come from this one's space
+# Weights in groups as files have them. Whoever has a library for every CPU may have no compiler, so it has
+# kernels of all its levels for them: 126 more for x86-64, 1.4 times the bytes.
+KINDS_OF_FILES = (
+    WeightKind("q4", 32),  # Q4_0
+    WeightKind("q4m", 32),  # Q4_1
+    WeightKind("t4", 32),  # IQ4_NL, MXFP4
+    WeightKind("t4", 16),  # NVFP4
+    WeightKind("t4", 128),  # bitgen quantize, with 4 bits
+    WeightKind("t3", 128),  # and with 3; Q2_0 with a fourth code
+    WeightKind(TERNARY, 64),  # Q2_0
+)
 BASELINES = {"x86_64": "x86-64", "aarch64": "armv8-a"}  # the targets that stand for every CPU
 
 
@@ -207,6 +219,9 @@ def choose_contents(choices: Sequence[KernelEntry], target: Target) -> Contents:
     entries = [choice for choice in choices if choice.shape]
     entries += [choice for choice in choices if not choice.shape]
     entries += [entry for isa in target.levels for entry in _for_other_shapes(choices, isa)]
+    if target.universal:
+        kinds = ((kind, isa) for isa in target.levels for kind in KINDS_OF_FILES)
+        entries += [entry for kind, isa in kinds for entry in default_entries(kind, target, isa)]
     for isa, role in (*((isa, DEFAULT) for isa in target.levels), (target.scalar, PORTABLE)):
         entries += [
             KernelEntry(_default_spec(layout, regime.name, isa, target, choices), role=role)
@@ -247,11 +262,12 @@ def _for_other_shapes(choices: Sequence[KernelEntry], isa: Isa) -> Iterator[Kern
         yield from (KernelEntry(spec) for size, spec in mine if size == largest and spec.shape is None)
 
 
-def default_entries(weights: str, group: int, target: Target) -> list[KernelEntry]:
-    """Kernels of the target's level for every shape of such weights in groups, all of one layout."""
-    space = space_for(first_family(weights), target.isa, N1, _ANY_SHAPE, target.cpu_of(target.isa), group)
-    layout = space.default.layout
-    return [KernelEntry(_default_spec(layout, one.name, target.isa, target, ())) for one in REGIMES]
+def default_entries(kind: WeightKind, target: Target, isa: Isa | None = None) -> list[KernelEntry]:
+    """Kernels of a level (None: the target's) for every shape of such weights, all of one layout."""
+    level = isa or target.isa
+    cpu = target.cpu_of(level)
+    layout = space_for(first_family(kind.weights), level, N1, _ANY_SHAPE, cpu, kind.group).default.layout
+    return [KernelEntry(_default_spec(layout, one.name, level, target, ())) for one in REGIMES]
 
 
 def untuned_entries(target: Target) -> list[KernelEntry]:

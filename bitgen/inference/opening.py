@@ -80,9 +80,10 @@ def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
 def made_for_others(bundle: Bundle, config: ModelConfig) -> bool:
     """Whether a library was built for weights of another kind than the model's ordinary ternary ones.
 
-    It has I2_S for those, not T5. Kernels of bits for every shape are in every library.
+    It has I2_S for those, not T5. Kernels of bits for every shape are in every library, and one for every CPU
+    has kernels for all kinds.
     """
-    if not in_every_library(config.weights, config.group):
+    if bundle.manifest.dispatches or not in_every_library(config.weights, config.group):
         return False
     offers = (offer for offer in bundle.manifest.offers() if offer.role != PORTABLE)
     kinds = {(EVERY_FAMILY[offer.family].weights, offer.group, offer.shape is None) for offer in offers}

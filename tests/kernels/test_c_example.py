@@ -9,7 +9,7 @@ from pathlib import Path
 
 import libraries
 import pytest
-from compiled import QuickToolchain
+from compiled import QuickToolchain, need_sanitizers
 
 from bitgen.bundle.contents import Target
 from bitgen.bundle.write import write_library
@@ -100,6 +100,7 @@ def test_every_misuse_has_its_code_under_sanitizers(compiler: Compiler, tmp_path
 
     By each compiler, as clang sees more: an offset to a null pointer, also of zero.
     """
+    need_sanitizers(compiler.command, SANITIZE)
     cpu = detect_cpu()
     toolchain = SanitizedHost(
         compiler, libraries.shared_cache(), timeout_s=900, extra_flags=SANITIZE, kernels=find_compiler()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from compiled import need_sanitizers
 from libraries import EMPTY_TABLE, shared_cache, toolchain_of
 from loaded import load_units
 
@@ -314,6 +315,7 @@ POOL_PROGRAM = (Path(__file__).parents[1] / "data" / "host" / "pool.c").read_tex
 
 
 def test_the_pool_has_no_data_race(tmp_path: Path) -> None:
+    need_sanitizers(find_compiler().command, ["-fsanitize=thread"])
     pool = next(unit for unit in run_units(detect_cpu().arch) if unit.name == "pool")
     program = Unit("main", POOL_PROGRAM, headers=all_headers())
     said = run_program(tmp_path, [pool, program], "-fsanitize=thread", "-g")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compiled import QuickToolchain
+from compiled import QuickToolchain, need_sanitizers
 from libraries import shared_cache
 
 from bitgen.cpu import Accepted, Isa, detect_cpu, load_isas, resolve_isas
@@ -142,12 +142,7 @@ def build(isa: Isa, folder: Path) -> Program:
     gcc = shutil.which("gcc")
     if gcc is None:
         pytest.skip("gcc is not installed")
-    probe = folder / "probe.c"
-    probe.write_text("int main(void) { return 0; }\n")
-    if subprocess.run(
-        [gcc, *SANITIZERS, probe, "-o", folder / "probe"], capture_output=True, check=False
-    ).returncode:
-        pytest.skip("gcc has no AddressSanitizer here (libasan and libubsan)")
+    need_sanitizers([gcc], SANITIZERS)
     specs = specs_of(isa)
     sources = [render_kernel(spec) for spec in specs]
     sources += [

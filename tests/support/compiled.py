@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
 
 from bitgen.toolchain import CompileError, Compiler, Toolchain
 from bitgen.toolchain.cache import key_of
@@ -14,6 +18,20 @@ from bitgen.toolchain.process import Finished, LiveProcesses
 _INCLUDES = re.compile(r"^(?:#include <[\w/]+\.h>\n)+", re.MULTILINE)
 # Not arm_sve.h, which is short and on which gcc 12 fails when it was read before.
 _INTRINSICS = ("immintrin.h", "arm_neon.h")
+
+
+def need_sanitizers(command: Sequence[str], flags: Sequence[str]) -> None:
+    """Skip where a compiler has not the runtime of the sanitizers that ``flags`` ask for.
+
+    It is a package of its own: with Debian 13 and clang, libclang-rt-dev.
+    """
+    with TemporaryDirectory() as folder:
+        probe = Path(folder, "probe.c")
+        probe.write_text("int main(void) { return 0; }\n", encoding="utf-8")
+        linked = [*command, *flags, str(probe), "-o", str(probe.with_suffix(""))]
+        if subprocess.run(linked, capture_output=True, check=False).returncode:
+            asked = next(flag for flag in flags if flag.startswith("-fsanitize="))
+            pytest.skip(f"{Path(command[0]).name} has no runtime for {asked} here (libasan, libclang-rt-dev)")
 
 
 @dataclass(frozen=True)

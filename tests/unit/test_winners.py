@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,12 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     assert folder_of(library_for(preset)) == untuned
 
 
+def a_bundle(offers: Sequence[Offer], *, dispatches: bool = False) -> Bundle:
+    """One of which only what it offers is asked."""
+    manifest = SimpleNamespace(offers=lambda: offers, dispatches=dispatches)
+    return cast(Bundle, SimpleNamespace(manifest=manifest))
+
+
 @pytest.mark.parametrize("group", [32, 64])
 def test_groups_that_not_every_library_serves_get_a_library(
     group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,7 +208,7 @@ def test_portable_kernels_are_told_of_where_no_compiler_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offers = [Offer("i2s", 0, "default", None), Offer("i2s", 64, PORTABLE, None)]
-    bundle = cast(Bundle, SimpleNamespace(manifest=SimpleNamespace(offers=lambda: offers)))
+    bundle = a_bundle(offers)
     monkeypatch.setattr(llm, "find_library", lambda _: bundle)
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     said: list[Progress] = []
@@ -227,7 +234,7 @@ def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
         Offer("i2s", 64, PORTABLE, None),
     ]
     plain, coded, binary, grouped = (
-        cast(Bundle, SimpleNamespace(manifest=SimpleNamespace(offers=lambda each=each: each)))
+        a_bundle(each)
         for each in (
             offers,
             [*offers, Offer("t4", 32, "default", None)],
@@ -240,6 +247,8 @@ def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
     assert made_for_others(coded, ternary)
     assert made_for_others(binary, ternary)
     assert made_for_others(grouped, ternary)
+    every_kind = a_bundle([*offers, Offer("t4", 32, "default", None)], dispatches=True)
+    assert not made_for_others(every_kind, ternary), "one for every CPU"
     assert not made_for_others(coded, replace(ternary, weights="t4", group=32))
     in_groups = replace(ternary, group=64)
     assert not made_for_others(grouped, in_groups)
