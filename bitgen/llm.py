@@ -438,8 +438,6 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
             if bundle is None:
                 raise
             known = None  # no compiler: what is there runs
-            if progress and special and not has_kernels(bundle, config):
-                progress(Progress(_portable_only(config), lasting=True))
         if known is not None:
             return known
     if bundle is not None and not made_for_others(bundle, config):
@@ -454,13 +452,6 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
         if bundle is None:
             raise
         return bundle  # no compiler: what is there runs
-
-
-def _portable_only(config: ModelConfig) -> str:
-    return (
-        f"no library here has kernels for {config.weights} weights in groups of {config.group}, and there is "
-        "no compiler to build them: slow portable ones run"
-    )
 
 
 def _untuned(config: ModelConfig) -> ModelPreset:

@@ -250,6 +250,13 @@ class KernelTable:
 
     # ---- Packed weights, for those who keep them elsewhere than in a `Linear` ----
 
+    def kernel_for(self, packed: Any, n: int) -> KernelInfo:
+        """The kernel that multiplies packed weights (an address, or uint8) with ``n`` rows of int8."""
+        data = ffi.from_buffer("uint8_t[]", packed) if isinstance(packed, np.ndarray) else packed
+        index = ffi.new("int32_t *")
+        self.check(self._lib.bitgen_kernel_choice(self._context, data, n, index))
+        return self._kernel(index[0])
+
     def layout_name(self, shape: Shape, groups: Groups | None = None) -> str:
         """The layout that weights of this shape are packed in, for example "i2s_r16" or "i2s_r16_g128"."""
         lib, header = self._lib, ffi.new("struct bitgen_packed_header *")
@@ -480,10 +487,7 @@ class Linear:
 
     def kernel(self, n: int) -> KernelInfo:
         """The kernel that multiplies ``n`` tokens; int16 activations are two rows of int8 for each."""
-        index = ffi.new("int32_t *")
-        table, rows = self.table, n if self.activations == "int8" else 2 * n
-        table.check(table._lib.bitgen_kernel_choice(table._context, self._packed, rows, index))
-        return table._kernel(index[0])
+        return self.table.kernel_for(self._packed, n if self.activations == "int8" else 2 * n)
 
     def _tokens(self, name: str, x: Any, dtype: type[np.generic]) -> int:
         """The number of tokens in an activation array that is right."""

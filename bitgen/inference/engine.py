@@ -28,7 +28,7 @@ from bitgen.formats.weights import DenseMatrix, Weights
 from bitgen.inference import FEW
 from bitgen.inference.disk import hold, read_rate
 from bitgen.inference.kv_memory import Capacity, KvMemory
-from bitgen.inference.layouts import pack_smaller
+from bitgen.inference.layouts import pack_smaller, tell_portable
 from bitgen.inference.memory import (
     Memory,
     check_fits,
@@ -137,6 +137,8 @@ class Engine:
         # What C reads must live as long as its addresses: everything is kept in these two.
         self._alive: list[Any] = []
         packed = pack_model(weights, table, groups, fingerprint, progress, from_disk=from_disk)
+        if progress:
+            tell_portable(table, config, packed.layers[0].values(), progress)
         packed = self._from_disk(packed, progress) if from_disk else place_model(packed, table, progress)
         self._places = table.nodes > 1 and not from_disk  # rows that steps read
         self._set_weights(packed, head, fingerprint, progress)

@@ -9,7 +9,7 @@ give the same bits. Weights in groups have one layout.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -24,7 +24,7 @@ from bitgen.families.base import TERNARY
 from bitgen.formats.config import Matmul, ModelConfig
 from bitgen.formats.weights import Weights
 from bitgen.inference import first_use
-from bitgen.inference.weight_cache import GroupsOf, named_matrices
+from bitgen.inference.weight_cache import GroupsOf, PackedMatrix, named_matrices
 from bitgen.progress import Progress, Report
 from bitgen.records import load, load_json
 from bitgen.runtime import KernelTable, Linear
@@ -32,6 +32,7 @@ from bitgen.spec import Shape
 
 BUDGET_S = 8.0  # of rounds, all shapes together; with packing the race takes 10 s
 _WEIGHTS = 1 << 24  # of a matrix that is raced: rows beyond change nothing but the time it takes to pack them
+_PORTABLE = "scalar"  # the level that every CPU runs
 _PROBE = Shape(64, 512)  # weights that show which kernel a layout has for shapes nobody tuned
 
 
@@ -118,6 +119,26 @@ def settle_layouts(table: KernelTable, config: ModelConfig, progress: Report | N
     for matmul in matmuls:
         if option := by_name.get(known.layouts[matmul.shape.name]):
             table.prefer(matmul.shape, *option)
+
+
+def tell_portable(
+    table: KernelTable, config: ModelConfig, matrices: Iterable[PackedMatrix], progress: Report
+) -> None:
+    """Say where a library has portable kernels alone for matrices, and better ones for other weights.
+
+    Portable code is tens of times slower than that of an ISA level.
+    """
+    level = table.linear(np.zeros((_PROBE.m, _PROBE.k), np.int8), 1.0).kernel(1).isa
+    if level == _PORTABLE:
+        return
+    slow = {one.group for one in matrices if table.kernel_for(one.data, 1).isa == _PORTABLE}
+    if slow:
+        groups = " and ".join(map(str, sorted(slow)))
+        text = (
+            f"slow, portable kernels run: {table.path.name} has no {level} ones for {config.weights} weights "
+            f"in groups of {groups}; with a C compiler here and without --library a library is built that has"
+        )
+        progress(Progress(text, lasting=True))
 
 
 # ---- the race ----

@@ -648,6 +648,28 @@ def test_files_with_groups_run(tables: Any, tmp_path: Path, kind: str, bitgen_ho
     assert not screened.screens
 
 
+@pytest.mark.parametrize("level", ["scalar", BEST])
+def test_portable_kernels_are_told_of(tables: Any, level: str) -> None:
+    """Where a library has none of the CPU's level for a model's groups, and has for others: they are slow."""
+
+    def told(config: str) -> list[str]:
+        said: list[Progress] = []
+        weights = random_weights(CONFIGS[config])
+        Engine(weights, tables(level), context=8, progress=said.append).close()
+        return [one.text for one in said if one.lasting]
+
+    assert told("silu, sub-norms, hidden 100") == []
+    assert told("groups of 128, a ternary head") == []
+    assert told("bits, their head too") == []
+    for config, kind, group in (
+        ("groups of 64, sub-norms", "ternary", 64),
+        ("values of 4-bit codes in groups of 16", "t4", 16),
+    ):
+        slow = f"has no {level} ones for {kind} weights in groups of {group};"
+        assert all(slow in text for text in told(config))
+        assert len(told(config)) == (level != "scalar")
+
+
 def test_a_layer_with_some_of_its_own_matrices_is_an_error(tables: Any) -> None:
     config = small_config(qk_norm=True, input_norms=True)
     engine = Engine(random_weights(config, 1), tables())

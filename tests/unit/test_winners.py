@@ -204,24 +204,6 @@ def test_groups_that_not_every_library_serves_get_a_library(
     assert regimes == {"n1", "small", "large"}
 
 
-def test_portable_kernels_are_told_of_where_no_compiler_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offers = [Offer("i2s", 0, "default", None), Offer("i2s", 64, PORTABLE, None)]
-    bundle = a_bundle(offers)
-    monkeypatch.setattr(llm, "find_library", lambda _: bundle)
-    monkeypatch.setenv("CC", str(tmp_path / "none"))
-    said: list[Progress] = []
-    assert library_for(replace(find_model("Bonsai-1.7B"), group=64), said.append) is bundle
-    assert [(one.text, one.lasting) for one in said if one.lasting] == [
-        (
-            "no library here has kernels for ternary weights in groups of 64, and there is no compiler to "
-            "build them: slow portable ones run",
-            True,
-        )
-    ]
-
-
 def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
     """It holds I2_S alone for ternary weights: a ternary model gets the default kernels of all families.
 
