@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.errors import BitgenError
-from bitgen.families.base import COMMON_GROUP
-from bitgen.families.base import TERNARY as TERNARY_WEIGHTS
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.formats.quants import DENSE, dequantize
 from bitgen.formats.stored_matrix import TernaryMatrix
@@ -144,13 +142,8 @@ class Weights:
         object.__setattr__(self, "config", config)
 
     def group_of(self, matrix: TernaryMatrix) -> int:
-        """The groups in which a matrix runs: its own, else those of the model; 0: a scale a row.
-
-        Ternary ones of more than 128 weights run as several of 128, for which every library has kernels of
-        its ISA level: 3 % more bytes, where portable kernels took 76 times as long.
-        """
-        group = matrix.group or self.config.group
-        return min(group, COMMON_GROUP) if matrix.weights == TERNARY_WEIGHTS else group
+        """The groups in which a matrix runs: its own, else those of the model; 0: a scale a row."""
+        return matrix.kernel_group or self.config.group
 
     @property
     def output(self) -> DenseMatrix:

@@ -278,8 +278,8 @@ def _count(matrix: TernaryMatrix) -> int:
 
 def _pack(table: KernelTable, matrix: TernaryMatrix) -> torch.Tensor:
     """Packed weights and the scales behind them, uint8; PyTorch's memory starts at a multiple of 64."""
-    shape, group = matrix.shape, matrix.group
-    scales = matrix.scales(0, shape.m) if group else matrix.scale.astype(np.float32)
+    shape, group = matrix.shape, matrix.kernel_group
+    scales = matrix.scales(0, shape.m, group) if group else matrix.scale.astype(np.float32)
     groups = Groups.of(scales, group) if group else None
     size = table.packed_bytes(shape, groups)
     whole = torch.empty(size + (0 if group else scales.nbytes), dtype=torch.uint8)
