@@ -147,7 +147,8 @@ def _environment() -> Any:
     The sandbox keeps a template from reaching anything; what is added here keeps its texts and numbers small:
     doubling a text forty times would fill any memory.
     """
-    environment = _sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    extensions = ("jinja2.ext.loopcontrols", _marks_of_answers())
+    environment = _sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     for padding in ("center", "format", "indent", "wordwrap", "batch", "slice", "xmlattr", "urlize"):
         environment.filters.pop(padding, None)
     environment.filters["tojson"] = _to_json
@@ -189,6 +190,23 @@ def _sandbox() -> Any:
             return _text_method(obj, argument) or super().getitem(obj, argument)
 
     return Sandbox
+
+
+def _marks_of_answers() -> Any:
+    """{% generation %} ... {% endgeneration %}: what is inside, no more.
+
+    Training finds by it what the assistant said.
+    """
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - jinja2's own type
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def _check_operands(operator: str, left: Any, right: Any) -> None:
@@ -245,9 +263,18 @@ def _refuse(message: object) -> None:
     raise FileError(f"the chat template of the model refuses: {message}")
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Not jinja2's own, which escapes for HTML.
-    return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(int(indent), 16))
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: not jinja2's own, which escapes for HTML."""
+    indent = None if indent is None else min(int(indent), 16)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _now(form: str) -> str:
