@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -68,9 +69,10 @@ def _lines(path: Path) -> list[str]:
 
     data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
-        lines = data.decode("utf-8").splitlines()
+        # Not splitlines(), which ends lines at form feeds and U+2028 too: a vector for each line is wanted.
+        lines = io.TextIOWrapper(io.BytesIO(data), "utf-8").read().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not lines:
+    if not data:
         raise UsageError(f"{path} has no lines: a text a line is wanted")
     return lines

@@ -14,6 +14,7 @@ from reference_model import logits_of
 from text_models import small_llm, weights
 
 from bitgen.cli import main
+from bitgen.cli.embed import _lines
 from bitgen.errors import FileError, UsageError
 from bitgen.formats.convert import convert
 from bitgen.formats.gguf import U32
@@ -140,3 +141,12 @@ def test_bad_arguments_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    """Others (form feeds, U+2028) are text: there are as many vectors as lines."""
+    path = tmp_path / "texts"
+    path.write_bytes("one\u2028still one\r\ntwo\x0c\x85\n\nfour".encode())
+    assert _lines(path) == ["one\u2028still one", "two\x0c\x85", "", "four"]
+    path.write_bytes(b"one\n")
+    assert _lines(path) == ["one"]
