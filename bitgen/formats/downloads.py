@@ -35,6 +35,7 @@ _FOLDER_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer*",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",
 )
@@ -50,7 +51,7 @@ class Download:
     @property
     def bytes(self) -> int:
         files = [self.path] if self.path.is_file() else list(self.path.glob("*.safetensors"))
-        return sum(file.stat().st_size for file in files)
+        return sum(file.stat().st_size for file in files if file.exists())  # links may lead nowhere
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,9 @@ def _file_of(names: Sequence[str], name: str) -> str | None:
 def _files_of_folder(names: Sequence[str]) -> list[str]:
     """Those that a folder of safetensors needs."""
     top = [name for name in names if "/" not in name]
-    return [name for name in top if any(fnmatch(name, pattern) for pattern in _FOLDER_FILES)]
+    # Mistral's repositories hold all weights once more, in a form of their own.
+    own = [name for name in top if not fnmatch(name, "consolidated*.safetensors")]
+    return [name for name in own if any(fnmatch(name, pattern) for pattern in _FOLDER_FILES)]
 
 
 def _check_sum(path: Path) -> None:

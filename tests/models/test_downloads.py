@@ -155,13 +155,21 @@ def test_a_token_is_sent_and_its_absence_is_one_line(hub: Hub, monkeypatch: pyte
 
 
 def test_a_folder_of_safetensors_comes_whole(hub: Hub) -> None:
-    hub.files = {"config.json": b"{}", "model.safetensors": b"x", "tokenizer.json": b"{}", "a.png": b"y"}
+    wanted = ["added_tokens.json", "config.json", "model.safetensors", "tokenizer.model"]
+    hub.files = dict.fromkeys([*wanted, "a.png", "consolidated.safetensors"], b"x")
     folder = find_download("hf:owner/repo")
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
+    assert sorted(file.name for file in folder.iterdir()) == wanted
+
+
+def test_a_file_whose_bytes_were_deleted_does_not_end_the_list(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = home / ".cache" / "huggingface" / "hub" / "models--a--b" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to(home / "gone")
+    assert main(["list", "-o", "json"]) == 0
+    assert "tiny" in capsys.readouterr().out
 
 
 def test_what_the_hub_cannot_give_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
