@@ -79,7 +79,7 @@ class BitgenLM(TemplateLM):
             head=head,
             batch=slots,
         )
-        self._add_bos = self.llm.tokenizer.add_bos if add_bos_token is None else add_bos_token
+        self._add_bos = self.llm.tokenizer.starts_with_bos if add_bos_token is None else add_bos_token
 
     # ---- Tokens ----
 

@@ -123,7 +123,7 @@ def _described(llm: LLM, context: int, windows: Sequence[Sequence[int]]) -> Wind
 def _predictions(llm: LLM, window: Sequence[int]) -> Iterator[tuple[Floats, int]]:
     """(logits, the token that follows) of each position that predicts one."""
     first, ids = len(window) // 2, list(window)
-    if llm.tokenizer.add_bos and llm.tokenizer.bos is not None:
+    if llm.tokenizer.starts_with_bos and llm.tokenizer.bos is not None:
         ids[0] = llm.tokenizer.bos
     rows = (row for part in llm.logit_parts(ids, first) for row in part)
     yield from zip(rows, window[first + 1 :], strict=False)  # the last row predicts nothing that is there

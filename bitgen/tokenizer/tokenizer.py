@@ -89,6 +89,11 @@ class Tokenizer:
     _strip: bool  # one space before the text was added when it was encoded
     _encode_text: Callable[[str, bool, bool], list[int]]  # text, special tokens around, special tokens inside
 
+    @cached_property
+    def starts_with_bos(self) -> bool:
+        """Whether `encode` starts a text with BOS, by a flag or by the post-processor of a tokenizer.json."""
+        return self.bos is not None and self.encode("")[:1] == [self.bos]
+
     def token(self, i: int | None) -> str:
         """How a token is written, "" for None and for an id without a token."""
         return "" if i is None else self._bytes(i).decode("utf-8", "replace")

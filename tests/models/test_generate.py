@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_files import tokenizer_json
 from reference_model import ReferenceEngine, logits_of, small_config
 from text_models import SPACE, piece_data, small_llm, weights
 from wanted import answers_wants
@@ -26,6 +28,7 @@ from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.sequence import StopFilter
 from bitgen.llm import LLM
 from bitgen.progress import Progress
+from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
@@ -448,6 +451,29 @@ def test_perplexity_is_over_the_second_halves_of_windows(add_bos: bool) -> None:
     assert [r.windows for r in perplexity(llm, text, 32, 2)] == [1, 2]
 
 
+def test_windows_start_with_the_bos_of_a_post_processor() -> None:
+    """A folder says it in tokenizer.json alone, the GGUF file made of it with a flag: one perplexity."""
+    tokenizer = {
+        **tokenizer_json(11),
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [9], "tokens": ["<s>"]}},
+        },
+    }
+    values = []
+    for add_bos in (None, True):
+        data = TokenizerData(json=json.dumps(tokenizer), bos=9, eos=10, add_bos=add_bos)
+        llm = LLM.over(ReferenceEngine(weights()), weights().config, data)
+        *_, result = perplexity(llm, "abcdefghcabdbacd" * 8, 16)
+        values.append(result.value)
+    assert values[0] == values[1]
+
+
 def test_a_text_shorter_than_two_windows_has_no_perplexity() -> None:
     with pytest.raises(BitgenError, match="two windows of 64 are the least"):
         next(perplexity(small_llm(), "the end", 64))
@@ -548,6 +574,15 @@ TALK = [
         ("{%- for m in messages %}\n  {%- if loop.last %}{{ m | tojson }}{% endif %}\n{% endfor %}\n", None),
         ("{{ strftime_now('%Y')[:2] }}{{ nothing }}", "20"),
         ("{% for m in messages %}{% break %}{% endfor %}{{ messages | length }}", "4"),
+        (
+            "{% for m in messages %}{%- generation %}{{ m.content | trim }}|{%- endgeneration %}{% endfor %}",
+            "Be brief.|Hi|Hello|Bye|",
+        ),
+        (
+            "{{ {'b': 'é', 'a': 1} | tojson(ensure_ascii=True, sort_keys=True, separators=(',', ':')) }}",
+            '{"a":1,"b":"\\u00e9"}',
+        ),
+        ("{{ ['é'] | tojson(ensure_ascii=False) }}", '["é"]'),
     ],
 )
 def test_templates_render_as_hugging_face_renders_them(template: str, expected: str | None) -> None:
