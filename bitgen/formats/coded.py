@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitgen.families.base import Codes
-from bitgen.formats.quants import Bytes, Floats, half
+from bitgen.formats.quants import IQ4_NL, Bytes, Floats, half
 from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.formats.ternary import TERNARY
 from bitgen.spec import Shape
 
-# 16 int8 values each. Those of FP4 (E2M1) are doubled, so that half of one is an integer too.
-IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# 16 int8 values. Those of FP4 (E2M1) are doubled, so that half of one is an integer too.
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 BLOCK = 32  # weights of a block and of a group, but of NVFP4
 

@@ -203,11 +203,11 @@ def _rope_factors(
     factors = np.ones(half, np.float32)
     if "rope_freqs.weight" in file.tensors:
         factors = vector(file, "rope_freqs.weight", half)
-    scaling = keys.text("rope.scaling.type", "none")
-    linear = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    if scaling == "linear" or (scaling == "none" and keys.get("rope.scale_linear") is not None):
-        # GGUF readers treat 0 as "not set".
-        factors = factors * np.float32(linear or 1.0)
+    # A factor alone is a linear one, as llama.cpp has it.
+    linear = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+    scaling = keys.text("rope.scaling.type", "linear" if linear else "none")
+    if scaling == "linear":
+        factors = factors * np.float32(linear or 1.0)  # GGUF readers treat 0 as "not set"
     elif scaling == "longrope":
         factors, context = _longrope(file, keys, half, context)
     elif scaling not in ("none", "yarn"):

@@ -40,7 +40,8 @@ from bitgen.formats.weights import DenseMatrix, LayerWeights, Weights
 TERNARY_TYPES = ("i2_s", *TERNARY, "f32", "f16", "bf16", "q8_0")
 MATRIX_TYPES = (*TERNARY_TYPES, *CODED)
 HEAD_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q4_0", "q4_1", *TERNARY)
-EMBEDDING_TYPES = (*HEAD_TYPES, "q4_k")  # gathered row by row here, so that any type dequantize knows will do
+# Gathered row by row here, so that any type dequantize knows will do.
+EMBEDDING_TYPES = (*HEAD_TYPES, "q4_k", "iq4_nl")
 
 # Tensors that carry no weights: tables of RoPE that old converters stored.
 _IGNORED = ("attn_rot_embd.weight", "attention.rotary_emb.inv_freq")
@@ -204,8 +205,20 @@ def tensor_summaries(file: GgufFile, config: ModelConfig) -> tuple[TensorSummary
     return tuple(summary(info) for info in file.tensors.values())
 
 
+def _refuse_part(file: GgufFile) -> None:
+    """Of a model that `llama-gguf-split` cut only the first part has metadata, and none has all tensors."""
+    keys = Settings(file.path, file.metadata, "split.")
+    count = keys.integer("count", 1)
+    if count > 1:
+        raise FileError(
+            f"{file.path} is part {keys.integer('no', 0) + 1} of {count} of a model; bitgen reads whole "
+            "files: `llama-gguf-split --merge FIRST-PART model.gguf` makes one of the parts"
+        )
+
+
 def read_gguf_model(path: Path | str, two_bits: bool = False) -> tuple[GgufFile, ModelConfig, Weights]:
     """Open a file and check that it holds a whole model of a supported architecture; see `gguf_config`."""
     file = read_gguf(path)
+    _refuse_part(file)
     weights = gguf_weights(file, gguf_config(file, two_bits))
     return file, weights.config, weights

@@ -47,6 +47,7 @@ DENSE = _types(
     ("q8_0", 8, 32, 34),
     ("q4_k", 12, 256, 144),
     ("q6_k", 14, 256, 210),
+    ("iq4_nl", 20, 32, 18),
     ("bf16", 30, 1, 2),
 )
 # Everything else has a name, for messages, and mostly a size, for checks of the file that holds it.
@@ -62,7 +63,6 @@ OTHER = _types(
     ("iq2_xs", 17, 256, 74),
     ("iq3_xxs", 18, 256, 98),
     ("iq1_s", 19, 256, 50),
-    ("iq4_nl", 20, 32, 18),
     ("iq3_s", 21, 256, 110),
     ("iq2_s", 22, 256, 82),
     ("iq4_xs", 23, 256, 136),
@@ -75,6 +75,10 @@ OTHER = _types(
     ("mxfp4", 39, 32, 17),
     ("nvfp4", 40, 64, 36),
 )
+
+
+# IQ4_NL's values by their codes.
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 def dequantize(name: str, data: Bytes, cols: int) -> Floats:
@@ -138,6 +142,12 @@ def _q8_0(blocks: Bytes) -> Floats:
     return half(blocks, 0) * np.ascontiguousarray(blocks[..., 2:]).view(np.int8).astype(np.float32)
 
 
+def _iq4_nl(blocks: Bytes) -> Floats:
+    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+    values: Floats = np.array(IQ4_NL, np.float32)[codes]
+    return half(blocks, 0) * values
+
+
 def _q4_k(blocks: Bytes) -> Floats:
     s = blocks[..., 4:16]
     low, mid, high = s[..., 0:4], s[..., 4:8], s[..., 8:12]
@@ -164,4 +174,11 @@ def _q6_k(blocks: Bytes) -> Floats:
     return values
 
 
-_DEQUANTIZE = {"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q6_k": _q6_k}
+_DEQUANTIZE = {
+    "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q8_0": _q8_0,
+    "q4_k": _q4_k,
+    "q6_k": _q6_k,
+    "iq4_nl": _iq4_nl,
+}

@@ -23,8 +23,8 @@ class DenseMatrix:
     """An embedding or an LM head (rows, cols) in the format of its file.
 
     ``data`` uint8 (rows, row_bytes) is a view of the mapped file: touching a row reads that row. ``type`` is
-    one of quants.DENSE (f32, f16, bf16, q8_0, q6_k, q4_0, q4_1; q4_k, for embeddings only), or ternary in
-    blocks, one of ternary.TERNARY.
+    one of quants.DENSE (f32, f16, bf16, q8_0, q6_k, q4_0, q4_1; q4_k and iq4_nl, for embeddings only), or
+    ternary in blocks, one of ternary.TERNARY.
     """
 
     name: str

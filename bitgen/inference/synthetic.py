@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from bitgen.families.base import TERNARY as TERNARY_WEIGHTS
 from bitgen.families.base import Codes
 from bitgen.formats.architectures import matrices_of, norms_of
-from bitgen.formats.coded import IQ4_NL
 from bitgen.formats.config import Floats, ModelConfig
 from bitgen.formats.matrices import ONE_BIT, ternary_head
+from bitgen.formats.quants import IQ4_NL
 from bitgen.formats.stored_matrix import BINARY, CodedMatrix, GroupScales, TernaryMatrix
 from bitgen.formats.ternary import TERNARY, encode_blocks
 from bitgen.formats.weights import DenseMatrix, LayerWeights, Weights

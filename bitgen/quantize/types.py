@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.formats.coded import FP4, IQ4_NL
+from bitgen.formats.coded import FP4
+from bitgen.formats.quants import IQ4_NL
 from bitgen.quantize.fit import Sign
 
 Table = tuple[int, ...]

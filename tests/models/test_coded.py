@@ -16,13 +16,13 @@ from reference_model import TIE
 from bitgen.cpu import accepted_isas, detect_cpu, load_isas
 from bitgen.errors import FileError
 from bitgen.formats.code_rows import code_floats, common_kind
-from bitgen.formats.coded import CODED, FP4, IQ4_NL, UE4M3, coded_matrix, decode_codes
+from bitgen.formats.coded import CODED, FP4, UE4M3, coded_matrix, decode_codes
 from bitgen.formats.config import ModelConfig
 from bitgen.formats.convert import convert
 from bitgen.formats.gguf import NewTensor, read_gguf
 from bitgen.formats.inspect import facts
 from bitgen.formats.open import open_model
-from bitgen.formats.quants import DENSE, OTHER
+from bitgen.formats.quants import DENSE, IQ4_NL, OTHER
 from bitgen.formats.stored_matrix import CodedMatrix
 from bitgen.inference.engine import Engine
 from bitgen.reference import are_halves

@@ -403,7 +403,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     assert open_model(path).config.layers == 2
 
 
-@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_0", "q4_1", "q4_k"])
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q4_0", "q4_1", "q4_k", "iq4_nl"])
 def test_quantised_heads_and_embeddings_stay_in_their_format(tmp_path: Path, kind: str) -> None:
     gguf = pytest.importorskip("gguf", reason="the gguf package is the oracle")
     from gguf.quants import dequantize
@@ -421,13 +421,25 @@ def test_quantised_heads_and_embeddings_stay_in_their_format(tmp_path: Path, kin
     )
     head = replaced("output.weight", tensor("output.weight", data, DENSE[kind].id, (11, 256)))
     path = rewritten(tmp_path / "m.gguf", WIDE, head)
-    if kind == "q4_k":  # gathered, but no kernel streams it
+    if kind in ("q4_k", "iq4_nl"):  # gathered, but no kernel streams it
         assert (
-            "output.weight is stored as Q4_K; bitgen reads F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1"
+            f"output.weight is stored as {kind.upper()}; bitgen reads F32, F16, BF16, Q8_0, Q6_K, Q4_0, Q4_1"
             in refused(path)
         )
     else:
         assert open_model(path).weights.output.type == kind
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_part_of_a_split_model_says_how_to_join_them(tmp_path: Path, part: int) -> None:
+    path = tmp_path / f"m-0000{part + 1}-of-00002.gguf"
+    model = plain_model(small_config("llama"))
+    metadata = {**gguf_metadata(model.config), "split.no": U32(part), "split.count": U32(2)}
+    # Only the first part says what the model is.
+    write_gguf(path, {k: v for k, v in metadata.items() if part == 0 or k.startswith("split.")}, [])
+    message = refused(path)
+    assert f"is part {part + 1} of 2 of a model" in message
+    assert "llama-gguf-split --merge" in message
 
 
 # ---- configuration ----
@@ -528,6 +540,13 @@ def test_rope_factors_and_linear_scaling(tmp_path: Path) -> None:
     changes["bitnet.rope.scaling.factor"] = 1.0  # as the converter of `bitnet` writes it
     write_model(path, plain_model(small_config()), metadata=changes)
     assert open_model(path).config.rope_factors is None
+    # llama.cpp takes a factor without a type as linear, and none where the type says so.
+    for key in ("scaling.factor", "scale_linear"):
+        write_model(path, plain_model(small_config()), metadata={f"bitnet.rope.{key}": 4.0})
+        assert open_model(path).config.rope_factors == (4, 4, 4)
+        changes = {"bitnet.rope.scaling.type": "none", f"bitnet.rope.{key}": 4.0}
+        write_model(path, plain_model(small_config()), metadata=changes)
+        assert open_model(path).config.rope_factors is None
 
 
 # ---- tokenizer ----
