@@ -28,6 +28,10 @@ _BYTES = {
 }  # fmt: skip
 
 
+# Of the format too, and in no model that bitgen runs.
+_OTHERS = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor: its type as the file names it, in lower case, and a read-only view of its bytes."""
@@ -88,6 +92,8 @@ def _tensor(path: Path, name: str, entry: object, body: Bytes) -> StoredTensor:
     if not isinstance(entry, dict):
         raise _damaged(path, f"{short!r} is no object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype in _OTHERS:
+        raise FileError(f"{path}: {short!r} is stored as {dtype}, which bitgen does not read")
     if not isinstance(dtype, str) or dtype not in _BYTES:
         raise _damaged(path, f"{short!r} has the type {str(dtype)[:20]!r}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(shape) > _DIMS_MAX or len(offsets) != 2:

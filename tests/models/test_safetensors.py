@@ -84,6 +84,7 @@ def entry(dtype: Any = "F32", shape: Any = (4,), offsets: Any = (0, 16)) -> dict
         (header([]), "holds no JSON object"),
         (header({"a": 3}), "'a' is no object"),
         (header({"a": entry(dtype="F5")}), "'a' has the type 'F5'"),
+        (header({"a": entry(dtype="F8_E8M0")}), "'a' is stored as F8_E8M0, which bitgen does not read"),
         (header({"a": entry(dtype=["F32"])}), "'a' has the type"),
         (header({"a": entry(shape=[-4])}), "'a' has the shape"),
         (header({"a": entry(shape=[True, 4])}), "'a' has the shape"),
