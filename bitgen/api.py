@@ -286,17 +286,25 @@ def _fingerprint(choices: Sequence[KernelEntry], env: Environment) -> str | None
 def load(path: str | Path | None = None, threads: int | None = None) -> KernelTable:
     """Open a kernel library: a .so, a bundle folder, or without a path the best one built or installed here.
 
-    Where there is none yet, an untuned library of default kernels is built once (seconds) and kept.
+    Where there is none yet, or only what another CPU left here, for a lower ISA level than this one's best,
+    an untuned library of default kernels is built once (seconds) and kept.
     """
-    from bitgen.bundle import all_bundles, choose_bundle, refused_features
+    from bitgen.bundle import all_bundles, choose_bundle, level_below_best, refused_features
     from bitgen.bundle.measured import recall
     from bitgen.runtime import load as open_library
 
     if path is not None:
         return open_library(path, threads)
     cpu = detect_cpu()
-    bundle, _ = choose_bundle(all_bundles(hashed=False, cpu=cpu)[0], cpu, refused_features(cpu), recall(cpu))
-    return open_library(untuned_library() if bundle is None else bundle, threads)
+    refused, measured = refused_features(cpu), recall(cpu)
+    bundle, _ = choose_bundle(all_bundles(hashed=False, cpu=cpu)[0], cpu, refused, measured)
+    if bundle is None:
+        return open_library(untuned_library(), threads)
+    left = bundle.manifest.cpu_family != cpu.family or bundle.label == "default"
+    if left and measured.of(bundle) is None and level_below_best(bundle, cpu, refused):
+        with contextlib.suppress(BitgenError):  # no compiler: what is there runs
+            return open_library(untuned_library(), threads)
+    return open_library(bundle, threads)
 
 
 def untuned_library() -> Path:

@@ -22,10 +22,10 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.bundle import Bundle
+from bitgen.bundle import Bundle, level_below_best, refused_features
 from bitgen.bundle.manifest import in_every_library
 from bitgen.cpu import detect_cpu
-from bitgen.errors import ToolchainError, UsageError
+from bitgen.errors import BitgenError, ToolchainError, UsageError
 from bitgen.formats.config import ModelConfig, ModelPreset, find_model, preset_name
 from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
@@ -415,20 +415,29 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
     """The library to run a model with: one with winners for its matrices, else any, else the untuned one.
 
     What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
-    were tuned here or are committed for this CPU family. ToolchainError when there is neither library nor
-    compiler.
+    were tuned here or are committed for this CPU family. So is what is there for a lower ISA level than this
+    CPU's best only, unless it was tuned for these matrices on this family: that is said. ToolchainError when
+    there is neither library nor compiler.
     """
-    bundle = find_library(config)
+    bundle = find_library(config, progress)
+    slow = _slower_level(bundle)
+    foreign = bundle is not None and bundle.manifest.cpu_family != detect_cpu().family
     special = not in_every_library(config.weights, config.group)
-    if bundle is not None and (
-        has_kernels(bundle, config)
-        if special
-        else tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels))
+    if (
+        bundle is not None
+        and not (slow and foreign)
+        and (
+            has_kernels(bundle, config)
+            if special
+            else tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels))
+        )
     ):
         tuned_here = tune_logs_dir() / f"{detect_cpu().family}.jsonl"
         if (
             bundle.origin is None or not tuned_here.exists()
         ):  # what was tuned here comes before what was shipped
+            if progress and slow:
+                progress(Progress(f"{slow}: `bitgen build` makes a faster one", lasting=True))
             return bundle
     name = preset_name(config)
     if name is not None or special:
@@ -440,7 +449,9 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
             known = None  # no compiler: what is there runs
         if known is not None:
             return known
-    if bundle is not None and not made_for_others(bundle, config):
+    if bundle is not None and not made_for_others(bundle, config) and (special or not slow):
+        if progress and slow:
+            progress(Progress(slow, lasting=True))
         return bundle
     from bitgen.api import untuned_library
 
@@ -448,10 +459,21 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
         progress(Progress("building the default kernels, once"))
     try:
         return untuned_library()
-    except ToolchainError:
-        if bundle is None:
+    except BitgenError as error:
+        if bundle is None or not (slow or isinstance(error, ToolchainError)):
             raise
+        if progress and slow:
+            progress(Progress(f"{slow}, and one for that cannot be built: {error.message}", lasting=True))
         return bundle  # no compiler: what is there runs
+
+
+def _slower_level(bundle: Bundle | None) -> str:
+    """That a library is for a lower ISA level than this CPU's best, for people; empty where it is not."""
+    cpu = detect_cpu()
+    levels = level_below_best(bundle, cpu, refused_features(cpu)) if bundle is not None else None
+    if bundle is None or levels is None:
+        return ""
+    return f"the library {bundle.manifest.name} is for {levels[0].name}, and this CPU runs {levels[1].name}"
 
 
 def _untuned(config: ModelConfig) -> ModelPreset:

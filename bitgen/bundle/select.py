@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from bitgen.bundle.manifest import Bundle
 from bitgen.bundle.measured import Measured
-from bitgen.cpu import Cpu
+from bitgen.cpu import Cpu, Isa, accepted_isas, load_isas
 from bitgen.errors import UnsupportedError
 
 
@@ -115,6 +115,17 @@ def judge(bundle: Bundle, cpu: Cpu, refused: Set[str] = frozenset()) -> Decision
         else f"{manifest.cpu_family}, which also runs here"
     )
     return Decision(bundle, True, f"{_LABELS[bundle.label]}, for {where}")
+
+
+def level_below_best(bundle: Bundle, cpu: Cpu, refused: Set[str] = frozenset()) -> tuple[Isa, Isa] | None:
+    """The best ISA level of a library on ``cpu`` and that CPU's own, where this is a better one.
+
+    Such a library was made on another CPU that had this folder (a home on a network, an image made
+    elsewhere), or for less than this one: with --isa, or under BITGEN_ISA_CAP. It is exact, and slow.
+    """
+    levels = [isa for isa in accepted_isas(cpu, load_isas()) if not isa.requires & refused]
+    own = next((isa for isa in levels if isa.name in bundle.manifest.isas), None)
+    return None if own in (None, levels[0]) else (own, levels[0])
 
 
 def require_runnable(bundle: Bundle, cpu: Cpu) -> None:

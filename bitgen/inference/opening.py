@@ -12,6 +12,7 @@ from bitgen.bundle import (
     all_bundles,
     choose_bundle,
     judge,
+    level_below_best,
     refused_features,
 )
 from bitgen.bundle.manifest import Offer, in_every_library
@@ -27,7 +28,7 @@ from bitgen.inference.engine import Engine, Head, Kv
 from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.layouts import settle_layouts
 from bitgen.inference.weight_cache import find_groups, named_matrices
-from bitgen.progress import Report
+from bitgen.progress import Progress, Report
 from bitgen.runtime import Activations, KernelTable
 from bitgen.spec import EVERY_FAMILY, Shape
 
@@ -91,20 +92,27 @@ def made_for_others(bundle: Bundle, config: ModelConfig) -> bool:
     return any(not in_every_library(weights, group) for weights, group, _ in kinds)
 
 
-def find_library(config: ModelConfig) -> Bundle | None:
+def find_library(config: ModelConfig, progress: Report | None = None) -> Bundle | None:
     """The bundle to run a model with on this CPU, built here or installed: tuned for its matrices first.
 
-    Its library is verified when it is opened.
+    What another family left here for a lower ISA level than this CPU's best comes after all that have it.
+    The library is verified when it is opened. ``progress`` hears of what must not be used: one of another
+    ABI, a damaged or a revoked one, installed ones that others can change.
     """
     cpu = detect_cpu()
     refused = refused_features(cpu)
-    found = all_bundles(hashed=False, cpu=cpu)[0]
+    found, errors = all_bundles(hashed=False, cpu=cpu)
+    if progress is not None:
+        for error in errors:
+            progress(Progress(f"not used: {error.message}", lasting=True))
     bundles = [bundle for bundle in found if judge(bundle, cpu, refused).accepted]
 
-    def fitting(bundle: Bundle) -> tuple[int, bool, bool]:
+    def fitting(bundle: Bundle) -> tuple[bool, bool, int, bool, bool]:
         offers = [offer for offer in bundle.manifest.offers() if _multiplies(offer, config)]
         tuned = tuned_shapes(config, (offer.shape for offer in offers))
-        return len(tuned), bool(offers), not made_for_others(bundle, config)
+        best = level_below_best(bundle, cpu, refused) is None
+        suits = best or bundle.manifest.cpu_family == cpu.family
+        return bool(offers), suits, len(tuned), not made_for_others(bundle, config), best
 
     fits = [fitting(bundle) for bundle in bundles]
     most = max(fits, default=None)

@@ -19,10 +19,11 @@ from bitgen.bundle.contents import Target
 from bitgen.bundle.manifest import Offer
 from bitgen.bundle.transfer import committed_kernels
 from bitgen.cli import main
-from bitgen.cpu import Cpu, find_isa, load_isas, target_cpu
+from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
-from bitgen.errors import BitgenError, FileError
+from bitgen.errors import BitgenError, FileError, ToolchainError
 from bitgen.formats.config import ModelPreset, find_model
+from bitgen.inference import opening
 from bitgen.inference.opening import has_kernels, made_for_others
 from bitgen.llm import library_for
 from bitgen.measure import Job
@@ -176,10 +177,18 @@ def test_a_model_runs_on_the_winners_of_this_cpus_family(
     assert folder_of(library_for(preset)) == untuned
 
 
-def a_bundle(offers: Sequence[Offer], *, dispatches: bool = False) -> Bundle:
-    """One of which only what it offers is asked."""
-    manifest = SimpleNamespace(offers=lambda: offers, dispatches=dispatches)
-    return cast(Bundle, SimpleNamespace(manifest=manifest))
+def a_bundle(offers: Sequence[Offer], *, dispatches: bool = False, isa: str = "", family: str = "") -> Bundle:
+    """One of which only what it offers is asked; of this CPU's best ISA level and family, or others."""
+    here = detect_cpu()
+    manifest = SimpleNamespace(
+        name="a",
+        offers=lambda: offers,
+        kernels=offers,
+        dispatches=dispatches,
+        cpu_family=family or here.family,
+        isas={isa or accepted_isas(here, ISAS)[0].name: ()},
+    )
+    return cast(Bundle, SimpleNamespace(manifest=manifest, origin=None, label="default"))
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -188,7 +197,7 @@ def test_groups_that_not_every_library_serves_get_a_library(
 ) -> None:
     """Ternary weights in other groups than 128 ran on portable kernels, 76 times slower."""
     built: list[ModelPreset] = []
-    monkeypatch.setattr(llm, "find_library", lambda _: None)
+    monkeypatch.setattr(llm, "find_library", lambda *_: None)
 
     def build(preset: ModelPreset) -> Path:
         built.append(preset)
@@ -202,6 +211,64 @@ def test_groups_that_not_every_library_serves_get_a_library(
     kernels = choices_for(built[0], env, env.isa(None)).entries
     regimes = {one.spec.regime for one in kernels if one.spec.layout.group == group and one.shape is None}
     assert regimes == {"n1", "small", "large"}
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.parametrize("family", ["", "another"])
+def test_a_library_for_a_lower_level_is_replaced_or_told_of(
+    tuned: bool, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that another CPU left in a shared home, or a run under BITGEN_ISA_CAP, slowed every later run."""
+    own = accepted_isas(detect_cpu(), load_isas())[0].name
+    if own == "scalar":
+        pytest.skip("needs a CPU with more than the scalar level")
+    preset = replace(find_model("TriLM-99M"), name="nobody's")
+    shape = preset.matmuls[0].shape if tuned else None
+    low = a_bundle([Offer("i2s", 0, "default", shape)], isa="scalar", family=family)
+    monkeypatch.setattr(llm, "find_library", lambda *_: low)
+    monkeypatch.setattr(llm, "preset_name", lambda _: None)
+    monkeypatch.setattr(api, "untuned_library", lambda: tmp_path)
+    said: list[Progress] = []
+    found = library_for(preset, said.append)
+    kept = [one.text for one in said if one.lasting]
+    if tuned and not family:  # it was asked for
+        assert found is low
+        why = f"the library a is for scalar, and this CPU runs {own}: `bitgen build` makes a faster one"
+        assert kept == [why]
+    else:
+        assert found == tmp_path
+        assert not kept
+
+    def fail() -> Path:
+        raise ToolchainError("no compiler")
+
+    monkeypatch.setattr(api, "untuned_library", fail)
+    assert library_for(preset, said.append) is low
+    assert said[-1].lasting
+    assert said[-1].text.startswith(f"the library a is for scalar, and this CPU runs {own}")
+
+
+def test_a_library_of_this_cpus_level_comes_before_another_familys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though that one was tuned for the model's matrices."""
+    preset = find_model("TriLM-99M")
+    if len(accepted_isas(detect_cpu(), load_isas())) < 2:
+        pytest.skip("needs a CPU with more than the scalar level")
+    tuned = [Offer("i2s", 0, "tuned", matmul.shape) for matmul in preset.matmuls]
+    theirs = a_bundle(tuned, isa="scalar", family="another")
+    mine = a_bundle([Offer("i2s", 0, "default", None)])
+    monkeypatch.setattr(opening, "all_bundles", lambda **_: ([theirs, mine], []))
+    monkeypatch.setattr(opening, "judge", lambda *_: SimpleNamespace(accepted=True))
+    monkeypatch.setattr(opening, "choose_bundle", lambda found, *_: (found[0], []))
+    assert opening.find_library(preset) is mine
+
+
+def test_what_is_there_and_not_used_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed library that a group could write to was passed over, and slow default kernels ran."""
+    why = FileError("cannot trust bundles: its group can write to it; chmod g-w")
+    monkeypatch.setattr(opening, "all_bundles", lambda **_: ([], [why]))
+    said: list[Progress] = []
+    assert opening.find_library(find_model("TriLM-99M"), said.append) is None
+    assert [(one.text, one.lasting) for one in said] == [(f"not used: {why.message}", True)]
 
 
 def test_a_library_for_4_bit_models_is_not_a_ternary_ones() -> None:
