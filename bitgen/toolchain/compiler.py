@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -269,7 +268,7 @@ def _named(words: str, origin: str, probe_timeout_s: float) -> Compiler:
     if os.sep in command[0]:
         # Compilers run in a scratch folder, where a relative path would lead elsewhere.
         command = (str(Path(command[0]).absolute()), *command[1:])
-    if Path(command[0]).name == "zig" or "ziglang" in command:
+    if Path(command[0]).name == "zig" or "ziglang" in command:  # `zig`, `python -m ziglang`
         return Compiler("zig", command if command[-1] == "cc" else (*command, "cc"), probe_timeout_s)
     kind = _kind_of(command, probe_timeout_s)
     if kind is None:
@@ -280,9 +279,12 @@ def _named(words: str, origin: str, probe_timeout_s: float) -> Compiler:
 def _zig_command() -> tuple[str, ...] | None:
     if shutil.which("zig"):
         return ("zig", "cc")
-    if sys.executable and importlib.util.find_spec("ziglang") is not None:
-        return (sys.executable, "-m", "ziglang", "cc")
-    return None
+    package = importlib.util.find_spec("ziglang")
+    if package is None or not package.submodule_search_locations:
+        return None
+    # Not by `python -m ziglang`: in the locale C, which compilers run in, Python does not start where a .pth
+    # file of its environment (pip install -e) names a folder with letters beyond ASCII.
+    return (str(Path(package.submodule_search_locations[0], "zig")), "cc")
 
 
 def _kind_of(command: tuple[str, ...], probe_timeout_s: float) -> str | None:

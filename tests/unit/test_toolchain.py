@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.machinery import ExtensionFileLoader
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +163,15 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_ziglang_package_counts_as_zig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "ziglang" else None)
-    assert find_compiler("zig").command == (sys.executable, "-m", "ziglang", "cc")
+    """Its program is run without Python, which cannot always start in the locale that compilers run in."""
+    folder = tmp_path / "jürgen"
+    folder.mkdir()
+    zig = script(folder / "zig", "exit 0")
+    package = ModuleSpec("ziglang", None, is_package=True)
+    package.submodule_search_locations = [str(folder)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: package if name == "ziglang" else None)
+    assert find_compiler("zig").command == (str(zig), "cc")
+    assert [one.command[0] for one in find_cross_compilers("aarch64", "Linux")] == [str(zig)]
 
 
 def test_argument_before_environment_before_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
