@@ -242,6 +242,7 @@ def build(
     name: str | None = None,
     target: str | None = None,
     system: str | None = None,
+    progress: Report | None = None,
 ) -> Path:
     """Write the kernel library of a model: a folder with library, header, manifest and the C text.
 
@@ -250,7 +251,8 @@ def build(
     sizes. Returns the folder, ``<out>/<model>-<cpu family>``.
 
     ``target`` names a CPU of configs/targets.yaml, and ``system`` (Linux, Darwin or Windows; this one's)
-    what runs there. A library that this machine cannot run is written without being tried.
+    what runs there. A library that this machine cannot run is written without being tried. ``progress``
+    hears of winners that were tuned here and do not count any more.
     """
     from bitgen.bundle.contents import Target
     from bitgen.bundle.write import write_library
@@ -259,6 +261,8 @@ def build(
     env = Environment(cc, logs, cpu)
     preset = preset_of(model)
     level = env.isa(isa)
+    if progress and (text := _stale(preset, env, level)):
+        progress(Progress(text, lasting=True))
     chosen = choices_for(preset, env, level)
     choices = chosen.entries
     return write_library(
@@ -274,6 +278,29 @@ def build(
         check=env.runs(level),
         label=chosen.label if chosen.label == "transferred" else None,  # else it is seen by the kernels
         origin=chosen.origin,
+    )
+
+
+def _stale(model: ModelPreset, env: Environment, isa: Isa) -> str:
+    """Why a tune of a model's shapes does not count any more, for people; empty where it does, or was none.
+
+    An update of the compiler is enough, and nobody who builds after it thinks of that.
+    """
+    changed: dict[str, None] = {}
+    shapes: dict[Shape, bool] = {}  # whether some winner of theirs holds
+    for record in env.store.tunings:
+        if record.shape not in model.shapes or record.layout.kind != model.kind:
+            continue
+        for winner in (winner for winner in record.winners if winner.spec.isa == isa.name):
+            differences = winner.fingerprint.differences(env.fingerprints(winner.spec))
+            changed |= dict.fromkeys(differences)
+            shapes[record.shape] = shapes.get(record.shape, False) or not differences
+    stale = sum(not holds for holds in shapes.values())
+    if not stale:
+        return ""
+    return (
+        f"what was tuned here for {stale} of {len(model.shapes)} shapes does not count, made with another "
+        f"{', '.join(changed)}: `bitgen tune --model {model.alias}` again"
     )
 
 

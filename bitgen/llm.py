@@ -491,4 +491,4 @@ def _build_known(preset: ModelPreset, progress: Report | None) -> Path | None:
         return None
     if progress:
         progress(Progress(f"building the kernels of {preset.alias}, once"))
-    return build(preset)
+    return build(preset, progress=progress)

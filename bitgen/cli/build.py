@@ -26,20 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from bitgen.api import build
+    from bitgen.cli.progress import ProgressBar
     from bitgen.cli.show import library_table
     from bitgen.cli.tables import render_tables
 
     if args.os and not args.target:
         raise UsageError("--os needs --target: the CPU that the system runs on")
-    path = build(
-        args.model,
-        isa=args.isa,
-        cc=args.cc,
-        out=args.out,
-        logs=args.logs,
-        name=args.name,
-        target=args.target,
-        system={"linux": "Linux", "macos": "Darwin", "windows": "Windows", None: None}[args.os],
-    )
+    with ProgressBar() as line:
+        path = build(
+            args.model,
+            isa=args.isa,
+            cc=args.cc,
+            out=args.out,
+            logs=args.logs,
+            name=args.name,
+            target=args.target,
+            system={"linux": "Linux", "macos": "Darwin", "windows": "Windows", None: None}[args.os],
+            progress=line.show,
+        )
     print(render_tables([library_table(path)], "text"))
     print(f"\n{path}")

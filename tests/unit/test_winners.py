@@ -14,7 +14,7 @@ from test_store import LARGE, R16, R32, of_layout, others, tuning
 
 from bitgen import __version__, api, llm, winners
 from bitgen.api import choices_for
-from bitgen.bundle import PORTABLE, Bundle, KernelEntry, read_bundle
+from bitgen.bundle import PORTABLE, Bundle, KernelEntry, read_bundle, write
 from bitgen.bundle.contents import Target
 from bitgen.bundle.manifest import Offer
 from bitgen.bundle.transfer import committed_kernels
@@ -22,6 +22,7 @@ from bitgen.cli import main
 from bitgen.cpu import Cpu, accepted_isas, detect_cpu, find_isa, load_isas, target_cpu
 from bitgen.environment import Environment
 from bitgen.errors import BitgenError, FileError, ToolchainError
+from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import ModelPreset, find_model
 from bitgen.inference import opening
 from bitgen.inference.opening import has_kernels, made_for_others
@@ -30,7 +31,7 @@ from bitgen.measure import Job
 from bitgen.paths import winners_dir
 from bitgen.progress import Progress
 from bitgen.space import space_for
-from bitgen.spec import RENAMED_KNOBS, Layout, Schedule, Shape, regime_named
+from bitgen.spec import RENAMED_KNOBS, KernelSpec, Layout, Schedule, Shape, regime_named
 from bitgen.store import RecordStore
 from bitgen.winners import Traits, export_winners, family_winners, nearest_winners
 
@@ -145,6 +146,27 @@ def test_a_library_takes_the_legal_winners_of_this_cpus_family(
     assert near.why == "this CPU's family"
 
 
+def test_a_build_tells_of_a_tune_that_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update of the compiler made every winner stale, and the build took others without a word."""
+    monkeypatch.setattr(write, "write_library", lambda *_, **__: tmp_path)
+    env, preset = Environment(logs=tmp_path), find_model("TriLM-99M")
+    isa, shape = env.isa(None), preset.matmuls[0].shape
+    point = next(s for s in env.space("i2s", isa, "n1", shape) if s.layout == R16)
+
+    def older(spec: KernelSpec) -> Fingerprint:
+        return replace(env.fingerprints(spec), compiler="gcc 4.2")
+
+    store_with(env.store.path, replace(tuning([(point, 1)], made=older), shape=shape))
+    said: list[Progress] = []
+    api.build(preset, logs=tmp_path, progress=said.append)
+    stale = "what was tuned here for 1 of 4 shapes does not count, made with another compiler"
+    assert [one.text for one in said if one.lasting] == [f"{stale}: `bitgen tune --model TriLM-99M` again"]
+    store_with(env.store.path, replace(tuning([(point, 1)], made=env.fingerprints), shape=shape))
+    said.clear()
+    api.build(preset, logs=tmp_path, progress=said.append)
+    assert not said
+
+
 def folder_of(library: Path | Bundle) -> Path:
     return library.path if isinstance(library, Bundle) else library
 
@@ -199,7 +221,7 @@ def test_groups_that_not_every_library_serves_get_a_library(
     built: list[ModelPreset] = []
     monkeypatch.setattr(llm, "find_library", lambda *_: None)
 
-    def build(preset: ModelPreset) -> Path:
+    def build(preset: ModelPreset, **_: object) -> Path:
         built.append(preset)
         return tmp_path
 
