@@ -396,8 +396,9 @@ def _rows(matrix: TernaryMatrix) -> Iterator[tuple[Ternary, int, int]]:
     for begin in range(0, matrix.shape.m, step):
         end = min(begin + step, matrix.shape.m)
         w = matrix.rows(begin, end)
-        if not matrix.group and matrix.scale.size > 1:  # a row with scale 0 is zero whatever its codes are
-            w = np.where(matrix.scale[begin:end, None] == 0, np.int8(0), w)
+        if not matrix.group:  # a row with scale 0 is zero whatever its codes are
+            scale = np.broadcast_to(matrix.scale, (matrix.shape.m,))[begin:end, None]
+            w = w if scale.all() else np.where(scale == 0, np.int8(0), w)
         yield w, begin, end
 
 
