@@ -35,6 +35,10 @@ def gguf_tokenizer(file: GgufFile) -> TokenizerData:
         if array is not None and len(array) != len(tokens or ()):
             raise keys.error(key, f"has {len(array)} elements for {len(tokens or ())} tokens")
     ids = {name: _token_id(keys, f"ggml.{name}_token_id", len(tokens or ())) for name in _TOKEN_IDS}
+    ends = _array(keys, _ENDS, np.ndarray)
+    if ends is not None and not (ends.dtype.kind in "iu" and all(0 <= i < len(tokens or ()) for i in ends)):
+        raise keys.error(_ENDS, f"is {short(ends.tolist())}; there are {len(tokens or ())} tokens")
+    known = [ids["eos"], ids["eot"], ids["eom"], *(() if ends is None else ends.tolist())]
     return TokenizerData(
         json=keys.text("huggingface.json") or None,
         model=keys.text("ggml.model"),
@@ -48,7 +52,7 @@ def gguf_tokenizer(file: GgufFile) -> TokenizerData:
         eot=ids["eot"],
         unknown=ids["unknown"],
         pad=ids["padding"],
-        end_ids=tuple(dict.fromkeys(i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None)),
+        end_ids=tuple(dict.fromkeys(i for i in known if i is not None)),
         add_bos=keys.flag("ggml.add_bos_token"),
         add_eos=keys.flag("ggml.add_eos_token"),
         add_space_prefix=keys.flag("ggml.add_space_prefix"),
@@ -56,6 +60,8 @@ def gguf_tokenizer(file: GgufFile) -> TokenizerData:
     )
 
 
+# All tokens that end an answer: generation_config.json may list more than GGUF has names for.
+_ENDS = "bitgen.end_token_ids"
 _TOKEN_IDS = ("bos", "eos", "eot", "eom", "unknown", "padding")
 
 
@@ -99,6 +105,9 @@ def tokenizer_metadata(data: TokenizerData, vocab: int) -> tuple[dict[str, Any],
             out[f"tokenizer.ggml.{name}_token_id"] = U32(value)
     if data.eot is not None and data.eot < vocab:
         out["tokenizer.ggml.eot_token_id"] = U32(data.eot)
+    ends = [i for i in data.end_ids if i < vocab]
+    if set(ends) - {data.eos, data.eot}:
+        out[f"tokenizer.{_ENDS}"] = np.array(ends, np.int32)
     add_bos = data.add_bos if data.add_bos is not None else _adds_bos(tokenizer, data.bos)
     if add_bos is not None:
         out["tokenizer.ggml.add_bos_token"] = add_bos

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_files import Plain, plain_model, small_config, tokenizer_json, write_folder, write_model
+from model_files import (
+    Plain,
+    gguf_metadata,
+    plain_model,
+    small_config,
+    tokenizer_json,
+    write_folder,
+    write_model,
+)
 
 from bitgen.cli import main
 from bitgen.errors import BitgenError, FileError, UsageError
@@ -17,6 +25,7 @@ from bitgen.formats.convert import TYPES, convert
 from bitgen.formats.gguf_tokenizer import tokenizer_metadata
 from bitgen.formats.model_file import ModelFile
 from bitgen.formats.open import open_model
+from bitgen.tokenizer.tokenizer import Tokenizer
 
 OFFLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
 WIDE = {"hidden": 256, "ffn": 512, "heads": 4, "head_dim": 64, "layers": 1}
@@ -103,6 +112,32 @@ def test_rope_factors_are_kept(tmp_path: Path) -> None:
     convert(folder, tmp_path / "m.gguf")
     assert open_model(tmp_path / "m.gguf").config.rope_factors is not None
     same(open_model(folder), open_model(tmp_path / "m.gguf"))
+
+
+def test_a_scale_of_zero_is_kept(tmp_path: Path) -> None:
+    """I2_S holds it beside codes that are not zero; written with another scale they would come alive."""
+    model = plain_model(small_config("llama", **WIDE))
+    model.scale["blk.0.ffn_down"] = 0.0
+    source = write_model(tmp_path / "a.gguf", model, "i2_s")
+    for kind in ("i2_s", "f16", "tq2_0"):
+        convert(source, tmp_path / "b.gguf", kind)
+        down = open_model(tmp_path / "b.gguf").weights.layers[0].down
+        assert not (down.rows(0, down.shape.m) * down.scale).any(), kind
+
+
+def test_all_tokens_that_end_an_answer_are_kept(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", plain_model(small_config("llama")))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [10, 3, 4]}))
+    convert(folder, tmp_path / "m.gguf", "f16")
+    convert(tmp_path / "m.gguf", tmp_path / "again.gguf", "f16")
+    for path in (folder, tmp_path / "m.gguf", tmp_path / "again.gguf"):
+        assert Tokenizer(open_model(path).tokenizer_data).end_ids == {10, 3, 4}
+    metadata = gguf_metadata(small_config("llama"))
+    for wrong in (np.array([99]), np.array([1.5])):
+        bad = {**metadata, "tokenizer.bitgen.end_token_ids": wrong}
+        path = write_model(tmp_path / "bad.gguf", plain_model(small_config("llama")), metadata=bad)
+        with pytest.raises(BitgenError, match=r"tokenizer\.bitgen\.end_token_ids is"):
+            _ = open_model(path).tokenizer_data
 
 
 def test_rows_with_scales_of_their_own_are_kept(tmp_path: Path) -> None:
