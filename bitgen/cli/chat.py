@@ -155,6 +155,8 @@ class _Lines:
         while True:
             try:
                 line = input(("... " if lines else "> ") if self.on_terminal else "")
+            except UnicodeDecodeError as error:
+                raise FileError(f"the message is not {error.encoding.upper()} text: {error.reason}") from None
             except EOFError:
                 if self.on_terminal:
                     print(file=sys.stderr)

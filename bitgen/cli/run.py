@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-cnv",
         "--conversation",
         action="store_true",
-        help="chat; -p is the system message (see `bitgen chat`)",
+        help="chat; -p or -f is the system message (see `bitgen chat`)",
     )
     add_sampling(parser, tokens=128)
     add_energy(parser)
@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
 
         if args.energy or args.energy_command is not None:
             raise UsageError("--energy is of one text: leave out -cnv")
-        return converse(args, system=args.prompt)
+        if args.prompt_cache:
+            raise UsageError("--prompt-cache is of one text: in a chat /save FILE and /load FILE keep it")
+        given = args.prompt is not None or args.file is not None
+        return converse(args, system=_prompt(args) if given else None)
     options = sampling_options(args)
     prompt = _prompt(args)
     with metered(args) as meter, open_llm(args) as llm:

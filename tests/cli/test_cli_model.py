@@ -17,6 +17,7 @@ from text_models import piece_data
 
 import bitgen
 from bitgen.cli import main
+from bitgen.cli.chat import _Lines
 from bitgen.energy import open_source
 from bitgen.errors import BitgenError, FileError, InterruptError, ToolchainError, UsageError
 from bitgen.formats.config import ModelConfig, find_model
@@ -285,6 +286,26 @@ def test_run_with_cnv_is_a_chat(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the end\n")))
         texts.append(out_of(capsys, *argv, *arguments, "-n", "5", "--temp", "0")[0])
     assert texts[0] == texts[1]
+
+
+def test_run_with_cnv_takes_the_system_message_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+    monkeypatch.setattr("bitgen.cli.chat.converse", lambda _, system: asked.append(system))
+    (tmp_path / "system").write_text("be an end\n")
+    for more in (["-f", str(tmp_path / "system")], ["-e", "-p", "an\\tend"], []):
+        out_of(capsys, "run", "-m", "tiny", "-cnv", *more)
+    assert asked == ["be an end", "an\tend", None]
+    cache = ["--prompt-cache", str(tmp_path / "cache")]
+    _, err = out_of(capsys, "run", "-m", "tiny", "-cnv", *cache, code=UsageError.exit_code)
+    assert "--prompt-cache is of one text" in err
+
+
+def test_a_message_that_is_no_utf8_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"h\xe9\n"), "utf-8"))
+    with pytest.raises(FileError, match="the message is not UTF-8 text"):
+        _Lines().read()
 
 
 def test_chat_templates_come_by_name_or_from_a_file(
