@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+from bitgen.errors import FileError
 from bitgen.measure.task import Outcome, Task
+from bitgen.paths import HOME_VARIABLE
 
 # The same import path as here, whatever the working folder and environment of the worker.
 _BOOT = (
@@ -40,14 +42,21 @@ class WorkerClient:
     def ask(self, task: Task) -> Outcome:
         """What became of ``task``. WorkerDiedError when the worker gives no answer.
 
-        It is started when it is not running; after an error the next task starts a new one.
+        FileError where the system lets it load nothing that was compiled here, which is no kernel's fault. It
+        is started when it is not running; after an error the next task starts a new one.
         """
         process = self._running()
         try:
-            return Outcome.from_json(_exchange(process, pickle.dumps(task), task.total_s + _SLACK_S))
+            outcome = Outcome.from_json(_exchange(process, pickle.dumps(task), task.total_s + _SLACK_S))
+            if outcome.status == "unusable":
+                raise FileError(
+                    f"cannot load what was compiled: {outcome.detail.partition('.  ')[0]}; if that folder is "
+                    f"mounted noexec, name another one with {HOME_VARIABLE}"
+                )
         except BaseException:
             self.kill()
             raise
+        return outcome
 
     def close(self) -> None:
         """End the worker; a process it waits for ends with it."""

@@ -64,7 +64,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: ``status`` is done, or crashed, timeout or failed.
+    """What became of a task: ``status`` is done, crashed, timeout, failed, or unusable: nothing can load.
 
     Done: for each kernel what is ``wrong`` with it (None: nothing), how many ``cases`` it passed, and its
     nanoseconds a call of each round. Otherwise ``detail`` and the index of the ``culprit``; ``loading``: the
