@@ -94,8 +94,13 @@ class Endpoints:
 
     async def tokenize(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, TokenizeBody)
-        ids = await self._service.in_thread(self._tokens, body)
-        written = [self._llm.tokenizer.piece(i, special=True).decode("utf-8", "replace") for i in ids]
+        return await self._service.in_thread(self._tokenized, body)
+
+    def _tokenized(self, body: TokenizeBody) -> Response:
+        ids = self._tokens(body)
+        written: list[str] = []
+        if body.with_pieces or body.return_token_strs:
+            written = [self._llm.tokenizer.piece(i, special=True).decode("utf-8", "replace") for i in ids]
         tokens: list[Any] = list(ids)
         if body.with_pieces:
             tokens = [{"id": i, "piece": piece} for i, piece in zip(ids, written, strict=True)]
@@ -113,6 +118,9 @@ class Endpoints:
 
     async def detokenize(self, http: HttpRequest) -> Response:
         body = await self._service.body(http, DetokenizeBody)
+        return await self._service.in_thread(self._detokenized, body)
+
+    def _detokenized(self, body: DetokenizeBody) -> Response:
         vocab = self._llm.config.vocab
         wrong = next((i for i in body.tokens if not 0 <= i < vocab), None)
         messages.check(wrong is None, f"token {wrong} is outside the vocabulary of {vocab}", "tokens")

@@ -30,6 +30,8 @@ from bitgen.tokenizer.sentencepiece import SPACE, SentencePiece, byte_of
 
 T = TypeVar("T")
 
+_LONG = 1 << 14  # characters of a text that takes milliseconds
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # token types of GGUF
 
 # Tokens that end an answer though a file may not say so; llama.cpp ends at the same ones.
@@ -153,9 +155,15 @@ class Tokenizer:
         self.bos, self.eos = data.bos, data.eos
         self.add_bos, self.add_eos = bool(data.add_bos), bool(data.add_eos)
 
+        # One for each way to read special tokens: a switch would be turned under another thread's text.
+        encoders = {True: encoder}
+
         def encode(text: str, special: bool, parse: bool) -> list[int]:
-            encoder.encode_special_tokens = not parse
-            ids: list[int] = _guarded(lambda: encoder.encode(text, add_special_tokens=special).ids)
+            if parse not in encoders:
+                other = _guarded(lambda: _encoder_of(data.json or ""))
+                other.encode_special_tokens = True
+                encoders[parse] = other
+            ids = _guarded(lambda: _ids_of(encoders[parse], text, special))
             # The post-processor adds them; older files leave it to tokenizer_config.json.
             if special and data.add_bos and data.bos is not None and ids[:1] != [data.bos]:
                 ids.insert(0, data.bos)
@@ -193,8 +201,7 @@ class Tokenizer:
         self._pre = pre
 
         def encode(text: str, after_special: bool) -> list[int]:  # noqa: ARG001 - words start alike everywhere
-            ids: list[int] = _guarded(lambda: self._bpe.encode(text, add_special_tokens=False).ids)
-            return ids
+            return _guarded(lambda: _ids_of(self._bpe, text, special=False))
 
         self._encode_text = self._encoder(encode)
 
@@ -309,6 +316,20 @@ class TokenStream:
         return self._decoder.decode(b"", final=True)
 
 
+def _ids_of(encoder: Any, text: str, special: bool) -> list[int]:
+    """The ids of a text by the library ``tokenizers``.
+
+    Its `encode` keeps the interpreter's lock, a second for 1 MB, in which a server would stand still;
+    `encode_batch` does not, but starts threads, which short texts are not worth.
+    """
+    if len(text) <= _LONG:
+        found = encoder.encode(text, add_special_tokens=special)
+    else:
+        found = encoder.encode_batch([text], add_special_tokens=special)[0]
+    ids: list[int] = found.ids
+    return ids
+
+
 def _guarded(call: Callable[[], T]) -> T:
     """``call()``; what the library ``tokenizers`` raises, its panics included, as BitgenError."""
     try:
@@ -327,12 +348,16 @@ def _read_json(text: str) -> tuple[Any, Mapping[str, Any]]:
         raise FileError(f"tokenizer.json is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise FileError("tokenizer.json holds no tokenizer model")
+    return _guarded(lambda: _encoder_of(text)), content
+
+
+def _encoder_of(text: str) -> Any:
     from tokenizers import Tokenizer as Encoder
 
-    encoder = _guarded(lambda: Encoder.from_str(text))
+    encoder = Encoder.from_str(text)
     encoder.no_truncation()
     encoder.no_padding()
-    return encoder, content
+    return encoder
 
 
 def _decoder_of(decoder: Any) -> tuple[Callable[[str], bytes], bool]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -258,6 +259,31 @@ def test_special_tokens_in_a_text_are_read_only_when_asked() -> None:
         assert tokenizer.decode(plain) == "a<|eot_id|>b"
         assert tokenizer.decode(read) == "ab"
         assert tokenizer.decode(read, special=True) == "a<|eot_id|>b"
+
+
+@pytest.mark.parametrize("kind", ["json", "bpe"])
+def test_a_long_text_does_not_hold_up_other_threads(kind: str) -> None:
+    hf = trained()
+    data = TokenizerData(json=hf.to_str(), bos=0, eos=1) if kind == "json" else gguf_of(hf, "llama-bpe")
+    tokenizer = Tokenizer(data)
+    text = "the quick <|eot_id|> brown fox " * 20_000
+    read = tokenizer.encode(text, special=False)
+    spelled = tokenizer.encode(text, special=False, parse=False)
+    assert read[:20] == tokenizer.encode(text[:400], special=False)[:20]
+    assert hf.token_to_id("<|eot_id|>") in read
+    assert hf.token_to_id("<|eot_id|>") not in spelled
+    turns, done = 0, threading.Event()
+
+    def encode() -> None:
+        tokenizer.encode(text.replace("<|eot_id|>", ""))
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.wait(1e-3):
+        turns += 1
+    thread.join()
+    assert turns > 10
 
 
 def test_tokens_that_users_defined_are_always_read_and_always_shown() -> None:
