@@ -134,8 +134,15 @@ class Grammars:
             limits=self._limits,
             log_level=0,
         )
-        if matcher.is_error():
-            raise UsageError(f"the JSON schema cannot be used: {_line(matcher.get_error())}")
+        # What compiles may still be beyond the limits of a step: the start tells, where anything may come.
+        tried = matcher.deep_copy()
+        if not tried.is_error():
+            tried.compute_bitmask()
+        if not tried.is_error():
+            tried.try_consume_tokens(tried.compute_ff_tokens())
+            tried.compute_bitmask()
+        if tried.is_error():
+            raise UsageError(f"the JSON schema cannot be used: {_line(tried.get_error())}")
         grammar = Grammar(matcher, self._vocab)
         with self._lock:
             self._kept[rules] = grammar
