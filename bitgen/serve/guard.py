@@ -43,6 +43,8 @@ class Access:
     origins: tuple[str, ...] = ()
 
     def host_allowed(self, host: str) -> bool:
+        if not host:  # HTTP/1.0 of a health check, as HAProxy's; browsers, whom rebinding needs, name one
+            return True
         name = _name_of(f"//{host}")
         if name is None:
             return False
