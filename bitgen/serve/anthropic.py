@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -210,7 +210,7 @@ class MessagesAnswer(SingleAnswer):
                 "type": "tool_use",
                 "id": f"toolu_{self._head['id'][4:]}_{i}",
                 "name": call.name,
-                "input": _arguments(call.arguments),
+                "input": call.given,
             }
             for i, call in enumerate(self.calls)
         ]
@@ -271,15 +271,6 @@ class MessagesAnswer(SingleAnswer):
             return b""
         self._opened = True
         return _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-
-
-def _arguments(text: str) -> Any:
-    """The object that a call's arguments are; none where they are no object."""
-    try:
-        found = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -169,7 +169,7 @@ class OllamaAnswer(SingleAnswer):
         if self._chat:
             message: dict[str, Any] = {"role": "assistant", "content": text}
             if last and self.calls:
-                calls = [{"name": c.name, "arguments": msgspec.json.decode(c.arguments)} for c in self.calls]
+                calls = [{"name": call.name, "arguments": call.given} for call in self.calls]
                 message["tool_calls"] = [{"function": call} for call in calls]
             found["message"] = message
         else:

@@ -80,6 +80,15 @@ class Call:
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The object that the arguments are; an empty one where the model wrote something else."""
+        try:
+            found = msgspec.json.decode(self.arguments)
+        except (msgspec.DecodeError, RecursionError):
+            return {}
+        return found if isinstance(found, Mapping) else {}
+
 
 def tell(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """For a template that knows no tools: say in the system message what may be called and how."""

@@ -11,7 +11,11 @@ import msgspec
 import pytest
 from serving import FakeEngine, Reply, fake_llm, once
 
+from bitgen.inference.sequence import Request
+from bitgen.serve.answers import Head
 from bitgen.serve.messages import ChatBody, ChatMessage, chat_ids
+from bitgen.serve.ollama import OllamaAnswer
+from bitgen.serve.worker import Job, Update
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 TALK: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 5}
@@ -290,6 +294,15 @@ def test_an_ollama_chat_may_be_a_call_or_follow_a_schema() -> None:
         "POST", "/api/chat", {**body, "messages": talk, "format": None, "tools": tools}, engine=roomy()
     )
     assert reply.status == 200
+
+
+@pytest.mark.parametrize("arguments", ['"to the end"', '{"to": NaN}', "[1]", "null"])
+def test_a_call_whose_arguments_are_no_object_is_told_without_them(arguments: str) -> None:
+    job = Job(Request((1,)), lambda _: None, submitted=0.0)
+    llm = fake_llm(FakeEngine())
+    answer = OllamaAnswer([job], Head("fake", "fp", llm.tokenizer), chat=True, names=["hand"])
+    answer.take(Update(job, f'{{"name": "hand", "arguments": {arguments}}}', [5], finish="end"))
+    assert answer.body()["message"]["tool_calls"] == [{"function": {"name": "hand", "arguments": {}}}]
 
 
 def test_what_ollama_clients_ask_beside_texts() -> None:
