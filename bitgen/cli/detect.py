@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from bitgen.cli.tables import Column, Table, add_output, render_tables
+from bitgen.errors import ToolchainError
 
 if TYPE_CHECKING:
     from bitgen.cpu import Topology
+    from bitgen.toolchain import Compiler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +30,6 @@ def run(args: argparse.Namespace) -> None:
     )
     from bitgen.cpu.raced import raced_here
     from bitgen.records import dump
-    from bitgen.toolchain import find_compilers
 
     cpu, cap = detect_cpu(), isa_cap()
     facts = [
@@ -49,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
         (d.isa.name, "accepted", "") if isinstance(d, Accepted) else (d.isa.name, "rejected", d.reason)
         for d in resolve_isas(cpu, load_isas())
     ]
-    compilers = [(c.name, c.version.splitlines()[0], " ".join(c.command)) for c in find_compilers()]
     tables = [
         Table("cpu", (Column("what", "cpu"), Column("value", "")), facts),
         Table(
@@ -60,10 +61,33 @@ def run(args: argparse.Namespace) -> None:
         Table(
             "compilers",
             (Column("kind", "compiler"), Column("version", "version"), Column("command", "command")),
-            compilers or [("none", "install gcc or clang, or pip install ziglang", "")],
+            _compilers() or [("none", "install gcc or clang, or pip install ziglang", "")],
         ),
     ]
     print(render_tables(tables, args.output, {"cpu_record": dump(cpu), "isa_cap": cap.name if cap else None}))
+
+
+def _compilers() -> list[tuple[str, str, str]]:
+    """The one that CC names, which is what is used, and those found. One that does not work says why."""
+    from bitgen.toolchain import find_compiler, find_compilers
+
+    rows = []
+    if words := os.environ.get("CC", "").strip():
+        try:
+            named = find_compiler()
+            rows.append((f"{named.kind} (CC)", *_version(named)))
+        except ToolchainError as error:
+            rows.append(("CC", error.message, words))
+    return rows + [(c.name, *_version(c)) for c in find_compilers()]
+
+
+def _version(compiler: Compiler) -> tuple[str, str]:
+    """The version of a compiler, or what is wrong with it, and its command."""
+    try:
+        said = compiler.version.splitlines()[0]
+    except ToolchainError as error:
+        said = error.message
+    return said, " ".join(compiler.command)
 
 
 def _topology(found: Topology) -> list[tuple[str, str]]:

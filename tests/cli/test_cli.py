@@ -186,6 +186,22 @@ def test_models_shows_stacked_shapes(capsys: pytest.CaptureFixture[str]) -> None
     assert "17280x3200 (gate_up)" in row["shapes"]
 
 
+def test_detect_shows_compilers_that_do_not_work_and_the_one_in_cc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the gcc of a Mac without its tools: who looks for what is wrong saw nothing else."""
+    gcc = tmp_path / "gcc"
+    gcc.write_text("#!/bin/sh\necho no tools >&2\nexit 1\n")
+    gcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "nocc -g")
+    assert main(["detect", "-o", "json"]) == 0
+    found = [(row["kind"], row["version"]) for row in json.loads(capsys.readouterr().out)["compilers"]]
+    assert found[0][0] == "CC"
+    assert "there is no such program" in found[0][1]
+    assert ("gcc", "the C compiler is broken: gcc --version failed (1): no tools") in found
+
+
 def test_detect_gives_a_reason_for_each_rejection(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["detect", "-o", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
