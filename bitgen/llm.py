@@ -416,8 +416,8 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
 
     What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
     were tuned here or are committed for this CPU family. So is what is there for a lower ISA level than this
-    CPU's best only, unless it was tuned for these matrices on this family: that is said. ToolchainError when
-    there is neither library nor compiler.
+    CPU's best only, unless it was tuned for these matrices on this family: that is said. Where nothing can be
+    built what is there runs. ToolchainError when there is neither library nor compiler.
     """
     bundle = find_library(config, progress)
     slow = _slower_level(bundle)
@@ -443,10 +443,12 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
     if name is not None or special:
         try:
             known = _build_known(find_model(name) if name else _untuned(config), progress)
-        except ToolchainError:
+        except BitgenError as error:
             if bundle is None:
                 raise
-            known = None  # no compiler: what is there runs
+            known = None  # no compiler, or nothing can be written: what is there runs
+            if progress and not isinstance(error, ToolchainError):
+                progress(Progress(f"better kernels cannot be built: {error.message}", lasting=True))
         if known is not None:
             return known
     if bundle is not None and not made_for_others(bundle, config) and (special or not slow):
@@ -460,11 +462,11 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
     try:
         return untuned_library()
     except BitgenError as error:
-        if bundle is None or not (slow or isinstance(error, ToolchainError)):
+        if bundle is None:
             raise
         if progress and slow:
             progress(Progress(f"{slow}, and one for that cannot be built: {error.message}", lasting=True))
-        return bundle  # no compiler: what is there runs
+        return bundle
 
 
 def _slower_level(bundle: Bundle | None) -> str:

@@ -270,6 +270,30 @@ def test_a_library_for_a_lower_level_is_replaced_or_told_of(
     assert said[-1].text.startswith(f"the library a is for scalar, and this CPU runs {own}")
 
 
+@pytest.mark.parametrize("family", ["", "another"])
+def test_what_is_there_runs_where_nothing_can_be_written(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an image whose folders are read-only: the model did not run at all."""
+    if family and len(accepted_isas(detect_cpu(), load_isas())) < 2:
+        pytest.skip("needs a CPU with more than the scalar level")
+    preset = find_model("TriLM-99M")
+    shape = preset.matmuls[0].shape if family else None
+    isa = "scalar" if family else ""
+    there = a_bundle([Offer("i2s", 0, "default", shape)], isa=isa, family=family)
+    monkeypatch.setattr(llm, "find_library", lambda *_: there)
+    monkeypatch.setattr(llm, "preset_name", lambda _: preset.alias)
+
+    def fail(*_: object, **__: object) -> Path:
+        raise FileError("it is read-only")
+
+    monkeypatch.setattr(llm, "_build_known", fail)
+    monkeypatch.setattr(api, "untuned_library", fail)
+    said: list[Progress] = []
+    assert library_for(preset, said.append) is there
+    assert "better kernels cannot be built: it is read-only" in [one.text for one in said if one.lasting]
+
+
 def test_a_library_of_this_cpus_level_comes_before_another_familys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though that one was tuned for the model's matrices."""
     preset = find_model("TriLM-99M")
