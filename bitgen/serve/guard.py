@@ -7,6 +7,8 @@ request id and a line in the log, which never holds a text.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -29,6 +31,8 @@ from bitgen.serve.log import say, write
 PUBLIC = ("/", "/health", "/v1/health")  # without a key
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _METHODS = "GET, POST, OPTIONS"
+_EARLY = (401, 403, 404, 413, 501, 503)  # what is answered before the whole body is there
+_DROP_BYTES, _DROP_S = 64 << 20, 2.0  # of a body that nobody wants
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,14 @@ class Guard:
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else secrets.token_hex(8)
         origin, host = headers.get("origin"), headers.get("host", "")
         started, status = time.perf_counter(), 0
+        body = _Unread(receive)
+        receive = body.receive
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                if message["status"] in _EARLY and "expect" not in headers:
+                    await body.drop()
                 status = message["status"]
                 out = MutableHeaders(scope=message)
                 out["x-request-id"] = request_id
@@ -160,6 +168,33 @@ class Guard:
             shown = path.encode("unicode_escape").decode()
             line = f"bitgen: {request_id} {scope['method']} {shown} {status} {1e3 * seconds:.1f} ms"
         write(line)
+
+
+class _Unread:
+    """The body of a request, what is left of which may be read and dropped.
+
+    The connection is closed behind an answer to a body that is still being sent, and a client that writes all
+    of it before it reads, as Python's do, would then see a broken connection in place of the answer.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._more = True
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._more = message.get("more_body", False)
+        return message
+
+    async def drop(self) -> None:
+        """Read for a while: who sends more than that is not told."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drop(), _DROP_S)
+
+    async def _drop(self) -> None:
+        left = _DROP_BYTES
+        while self._more and left > 0:
+            left -= len((await self.receive()).get("body", b""))
 
 
 def error_response(error: ApiError, scope: Scope) -> JSONResponse:

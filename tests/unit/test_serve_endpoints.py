@@ -418,6 +418,29 @@ def test_a_base_url_that_is_wrong_is_told(path: str, meant: str, end: str) -> No
     assert (reply.status, error(reply)["message"]) == (404, told)
 
 
+@pytest.mark.parametrize(("key", "status"), [("secret", 413), ("wrong", 401)])
+def test_who_sends_a_body_that_nobody_wants_is_told_why(key: str, status: int) -> None:
+    left, found = 50, list[tuple[int, int]]()
+
+    async def receive() -> dict[str, Any]:
+        nonlocal left
+        left -= 1
+        return {"type": "http.request", "body": b"a" * 1000, "more_body": left > 0}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            found.append((message["status"], left))
+
+    async def ask() -> None:
+        async with running(access=KEYS, max_body=2000) as client:
+            headers = [(b"host", b"localhost"), (b"x-api-key", key.encode())]
+            scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": headers}
+            await client.app({**scope, "query_string": b"", "root_path": ""}, receive, send)
+
+    asyncio.run(ask())
+    assert found == [(status, 0)]
+
+
 def test_a_body_has_a_largest_size_and_a_model_its_names() -> None:
     reply = once("POST", COMPLETIONS, {"prompt": "a" * 3000}, max_body=2000)
     assert (reply.status, "2000 bytes" in error(reply)["message"]) == (413, True)
