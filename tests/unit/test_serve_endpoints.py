@@ -418,6 +418,16 @@ def test_a_base_url_that_is_wrong_is_told(path: str, meant: str, end: str) -> No
     assert (reply.status, error(reply)["message"]) == (404, told)
 
 
+def test_whole_numbers_may_be_written_as_floating_point() -> None:
+    plain = once("POST", COMPLETIONS, {"prompt": "the end", "max_tokens": 4, "seed": 7, "top_k": 9})
+    given = b'{"prompt": "the end", "max_tokens": 4.0, "seed": 7.0, "top_k": 9e0, "temperature": 0.8}'
+    assert once("POST", COMPLETIONS, given).json["choices"] == plain.json["choices"]
+    wrong = once("POST", COMPLETIONS, given.replace(b"4.0", b"4.5"))
+    assert (wrong.status, error(wrong)["param"]) == (400, "max_tokens")
+    options = b'{"model": "fake", "prompt": "hello", "stream": false, "options": {"num_predict": 3.0}}'
+    assert once("POST", "/api/generate", options).json["eval_count"] == 3
+
+
 @pytest.mark.parametrize(("key", "status"), [("secret", 413), ("wrong", 401)])
 def test_who_sends_a_body_that_nobody_wants_is_told_why(key: str, status: int) -> None:
     left, found = 50, list[tuple[int, int]]()
