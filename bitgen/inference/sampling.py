@@ -196,7 +196,7 @@ class Sampler:
         logits = answer
         if s.logit_bias:
             logits = logits.copy()
-            for token, bias in s.logit_bias:
+            for token, bias in dict(s.logit_bias).items():  # as `want` has it: the last one of a token
                 logits[token] += np.float32(bias)
         if allowed is None:
             return self.choose(None, logits, text, position)

@@ -165,6 +165,14 @@ def test_presence_counts_once_and_frequency_each_time_after_the_repeat_penalty()
     assert draw([4.0, 1.1], text=[0], repeat_penalty=2.0, presence_penalty=1.0, **greedy) == [1]  # 4 / 2 - 1
 
 
+def test_of_two_biases_of_a_token_the_last_counts_whatever_the_row_gives() -> None:
+    logits = np.array([0, 5, 0, 0], np.float32)
+    sampler = Sampler(Sampling(temperature=0, logit_bias=((2, 9.0), (2, 1.0))))
+    want = sampler.want([], len(logits))
+    assert isinstance(want, Best)
+    assert sampler.take(best_of(logits, want), [], 0) == sampler.take(logits, [], 0) == 1
+
+
 def test_a_bias_is_added_before_anything_else() -> None:
     logits = np.array([2.0, 1.5, -1.0, 0.0], np.float32)
     sampler = Sampler(Sampling(temperature=0, logit_bias=((2, 50.0), (0, -100.0))))
