@@ -24,7 +24,7 @@ from bitgen.formats.open import open_model
 from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
-from bitgen.llm import library_for
+from bitgen.library import library_for
 from bitgen.runtime import Activations, load
 
 MODES: tuple[Activations, ...] = ("int8", "int16")

@@ -30,7 +30,7 @@ from bitgen.inference.opening import open_engine
 from bitgen.inference.passes import Row
 from bitgen.inference.scheduler import Scheduler
 from bitgen.inference.synthetic import random_weights
-from bitgen.llm import library_for
+from bitgen.library import library_for
 from bitgen.runtime import load
 
 MODES = ("eager", "own", "compile")

@@ -26,7 +26,7 @@ from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
 from bitgen.inference.wants import Best, Nothing
-from bitgen.llm import library_for
+from bitgen.library import library_for
 from bitgen.runtime import load
 
 

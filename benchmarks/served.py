@@ -32,7 +32,8 @@ from bitgen.formats.open import open_model, shipped_model
 from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
-from bitgen.llm import LLM, library_for
+from bitgen.library import library_for
+from bitgen.llm import LLM
 from bitgen.runtime import load
 from bitgen.serve.load import Load, Timed, run_load
 from bitgen.serve.ports import listen

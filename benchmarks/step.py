@@ -28,7 +28,7 @@ from bitgen.formats.config import ModelConfig, find_model
 from bitgen.inference.engine import Engine
 from bitgen.inference.opening import open_engine
 from bitgen.inference.synthetic import random_weights
-from bitgen.llm import library_for
+from bitgen.library import library_for
 from bitgen.measure import LocalRunner
 from bitgen.runtime import load
 

@@ -25,7 +25,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bitgen.cpu import Isa, accepted_isas, detect_cpu, find_isa, target_cpu
+from bitgen.cpu import Isa, accepted_isas, detect_cpu, find_isa, isa_cap, target_cpu
 from bitgen.environment import Environment, check_threads
 from bitgen.errors import BitgenError, UsageError
 from bitgen.families import first_family
@@ -261,8 +261,9 @@ def build(
     env = Environment(cc, logs, cpu)
     preset = preset_of(model)
     level = env.isa(isa)
-    if progress and (text := _stale(preset, env, level)):
-        progress(Progress(text, lasting=True))
+    if progress:
+        for text in filter(None, (env.store.damage, _stale(preset, env, level))):
+            progress(Progress(text, lasting=True))
     chosen = choices_for(preset, env, level)
     choices = chosen.entries
     return write_library(
@@ -340,7 +341,9 @@ def untuned_library() -> Path:
 
     env = Environment()
     target = Target.of(env.cpu, None, env.isas)
-    entries, name = untuned_entries(target), f"untuned-{env.cpu.family}"
+    # Beside the one of the whole CPU, or runs with and without a cap would make it again in turns.
+    name = f"untuned-{env.cpu.family}" + (f"-{target.isa.name}" if isa_cap() else "")
+    entries = untuned_entries(target)
     return write_library(entries, env.toolchain, generated_dir(), name, target)
 
 

@@ -22,11 +22,8 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.bundle import Bundle, level_below_best, refused_features
-from bitgen.bundle.manifest import in_every_library
-from bitgen.cpu import detect_cpu
-from bitgen.errors import BitgenError, ToolchainError, UsageError
-from bitgen.formats.config import ModelConfig, ModelPreset, find_model, preset_name
+from bitgen.errors import UsageError
+from bitgen.formats.config import ModelConfig, preset_name
 from bitgen.formats.model_file import content_digest
 from bitgen.formats.open import open_model
 from bitgen.formats.pooling import Pooling, pooling_of
@@ -41,9 +38,6 @@ from bitgen.inference.kv_memory import Capacity
 from bitgen.inference.opening import (
     config_of_kernels,
     context_for,
-    find_library,
-    has_kernels,
-    made_for_others,
     open_engine,
     tuned_shapes,
 )
@@ -54,8 +48,8 @@ from bitgen.inference.scheduler import Scheduler, Timings
 from bitgen.inference.sequence import Request
 from bitgen.inference.slots import common_start
 from bitgen.inference.thread_race import open_table
-from bitgen.paths import tune_logs_dir
-from bitgen.progress import Progress, Report
+from bitgen.library import library_for
+from bitgen.progress import Report
 from bitgen.runtime import Activations, KernelTable
 from bitgen.tokenizer.data import TokenizerData
 from bitgen.tokenizer.tokenizer import Tokenizer
@@ -409,88 +403,3 @@ class LLM:
 
 def _texts(texts: str | Iterable[str]) -> tuple[str, ...]:
     return (texts,) if isinstance(texts, str) else tuple(texts)
-
-
-def library_for(config: ModelConfig, progress: Report | None = None) -> Path | Bundle:
-    """The library to run a model with: one with winners for its matrices, else any, else the untuned one.
-
-    What is missing is built now (seconds, once): the untuned library, and before it one with the winners that
-    were tuned here or are committed for this CPU family. So is what is there for a lower ISA level than this
-    CPU's best only, unless it was tuned for these matrices on this family: that is said. Where nothing can be
-    built what is there runs. ToolchainError when there is neither library nor compiler.
-    """
-    bundle = find_library(config, progress)
-    slow = _slower_level(bundle)
-    foreign = bundle is not None and bundle.manifest.cpu_family != detect_cpu().family
-    special = not in_every_library(config.weights, config.group)
-    if (
-        bundle is not None
-        and not (slow and foreign)
-        and (
-            has_kernels(bundle, config)
-            if special
-            else tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels))
-        )
-    ):
-        tuned_here = tune_logs_dir() / f"{detect_cpu().family}.jsonl"
-        if (
-            bundle.origin is None or not tuned_here.exists()
-        ):  # what was tuned here comes before what was shipped
-            if progress and slow:
-                progress(Progress(f"{slow}: `bitgen build` makes a faster one", lasting=True))
-            return bundle
-    name = preset_name(config)
-    if name is not None or special:
-        try:
-            known = _build_known(find_model(name) if name else _untuned(config), progress)
-        except BitgenError as error:
-            if bundle is None:
-                raise
-            known = None  # no compiler, or nothing can be written: what is there runs
-            if progress and not isinstance(error, ToolchainError):
-                progress(Progress(f"better kernels cannot be built: {error.message}", lasting=True))
-        if known is not None:
-            return known
-    if bundle is not None and not made_for_others(bundle, config) and (special or not slow):
-        if progress and slow:
-            progress(Progress(slow, lasting=True))
-        return bundle
-    from bitgen.api import untuned_library
-
-    if progress:
-        progress(Progress("building the default kernels, once"))
-    try:
-        return untuned_library()
-    except BitgenError as error:
-        if bundle is None:
-            raise
-        if progress and slow:
-            progress(Progress(f"{slow}, and one for that cannot be built: {error.message}", lasting=True))
-        return bundle
-
-
-def _slower_level(bundle: Bundle | None) -> str:
-    """That a library is for a lower ISA level than this CPU's best, for people; empty where it is not."""
-    cpu = detect_cpu()
-    levels = level_below_best(bundle, cpu, refused_features(cpu)) if bundle is not None else None
-    if bundle is None or levels is None:
-        return ""
-    return f"the library {bundle.manifest.name} is for {levels[0].name}, and this CPU runs {levels[1].name}"
-
-
-def _untuned(config: ModelConfig) -> ModelPreset:
-    """A model that nobody gave a name: libraries of default kernels are for its kind of weights."""
-    return ModelPreset.of(config, f"untuned-{config.weights}-g{config.group}")
-
-
-def _build_known(preset: ModelPreset, progress: Report | None) -> Path | None:
-    """The library of a preset, if winners are known for any of its shapes, or it needs other defaults."""
-    from bitgen.api import build, choices_for
-    from bitgen.environment import Environment
-
-    env = Environment()
-    if not choices_for(preset, env, env.isa(None)).entries:
-        return None
-    if progress:
-        progress(Progress(f"building the kernels of {preset.alias}, once"))
-    return build(preset, progress=progress)

@@ -369,6 +369,14 @@ class RecordStore:
 
     # ---- reading ----
 
+    @property
+    def damage(self) -> str:
+        """What people should know of lines that could not be used; empty: there are none."""
+        if not self.skipped:
+            return ""
+        lines = "1 line" if self.skipped == 1 else f"{self.skipped} lines"
+        return f"{lines} of {self.path} cannot be read (torn, damaged, or of a newer bitgen) and do not count"
+
     def _read(self) -> Iterator[Record]:
         try:
             data = self.path.read_bytes()

@@ -129,7 +129,7 @@ def _run_model(args: argparse.Namespace) -> None:
     from bitgen.inference.bench import bench_engine
     from bitgen.inference.opening import config_of_kernels, open_engine
     from bitgen.inference.thread_race import open_table
-    from bitgen.llm import library_for
+    from bitgen.library import library_for
     from bitgen.progress import Progress
 
     prompts = [n for n in numbers("-p", args.n_prompt, 0) if n]

@@ -68,9 +68,14 @@ def library_table(path: Path) -> Table:
 
 def _tuned_table(logs: Path | None, cc: str | None) -> Table:
     """One winner for every use; a stale one tells why its timing does not count."""
+    from bitgen.cli.progress import ProgressBar
     from bitgen.environment import Environment
+    from bitgen.progress import Progress
 
     env = Environment(cc, logs)
+    if env.store.damage:
+        with ProgressBar() as line:
+            line.show(Progress(env.store.damage, lasting=True))
     rows = []
     for record, winner in newest_winners(env.store, env.fingerprints):
         changed = winner.fingerprint.differences(env.fingerprints(winner.spec))

@@ -233,17 +233,17 @@ class ChoicesAnswer(Answer):
         }
 
     def usage(self) -> dict[str, Any]:
-        """Tokens of each prompt once, and of all texts."""
+        """Tokens of each prompt once, as its first text had them, and of all texts."""
         jobs = [choice.job for choice in self.choices]
-        prompt = sum(
-            len(ids) for ids in {id(job.request.prompt): job.request.prompt for job in jobs}.values()
-        )
+        firsts = {id(job.request.prompt): job for job in reversed(jobs)}.values()
+        prompt = sum(len(job.request.prompt) for job in firsts)
+        cached = sum(min(job.reused, len(job.request.prompt)) for job in firsts)
         sampled = sum(job.sampled for job in jobs)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": sampled,
             "total_tokens": prompt + sampled,
-            "prompt_tokens_details": {"cached_tokens": min(prompt, sum(job.reused for job in jobs[:1]))},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def _written(self, token: int) -> str:

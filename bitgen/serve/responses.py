@@ -176,8 +176,12 @@ class ResponsesAnswer(SingleAnswer):
     # ---- Whole ----
 
     def body(self) -> dict[str, Any]:
-        cut = self.choices[0].finish == "length"
-        return self._response("incomplete" if cut else "completed", self._items(), self._usage())
+        return self._response(self._status, self._items(), self._usage())
+
+    @property
+    def _status(self) -> str:
+        """Of the whole, and of its text."""
+        return "incomplete" if self.choices[0].finish == "length" else "completed"
 
     def _response(self, status: str, output: Sequence[Any], usage: Any = None) -> dict[str, Any]:
         asked = self._asked
@@ -201,11 +205,11 @@ class ResponsesAnswer(SingleAnswer):
         }
 
     def _items(self) -> list[dict[str, Any]]:
-        items = [self._message("completed")] if self.choices[0].text or not self.calls else []
+        items = [self._message(self._status)] if self.choices[0].text or not self.calls else []
         return items + self._call_items()
 
     def _message(self, status: str) -> dict[str, Any]:
-        content = [self._text(self.choices[0].text)] if status == "completed" else []
+        content = [] if status == "in_progress" else [self._text(self.choices[0].text)]
         return {
             "id": self._item,
             "type": "message",
@@ -264,7 +268,7 @@ class ResponsesAnswer(SingleAnswer):
                 self._open(),
                 self._of_text("output_text.done", text=text, logprobs=[]),
                 self._of_text("content_part.done", part=self._text(text)),
-                self._event("output_item.done", output_index=0, item=self._message("completed")),
+                self._event("output_item.done", output_index=0, item=self._message(self._status)),
             ]
             at = 1
         for i, item in enumerate(self._call_items(), at):

@@ -60,6 +60,7 @@ def test_a_response_is_the_answer_of_a_chat() -> None:
     assert (item["type"], item["role"], item["content"][0]["text"]) == ("message", "assistant", text)
     assert (whole["object"], whole["status"]) == ("response", "incomplete")
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert whole["output"][0]["status"] == "incomplete"
     assert whole["usage"]["output_tokens"] == 8
     assert whole["usage"]["total_tokens"] == whole["usage"]["input_tokens"] + 8
     parts = [{"type": "input_text", "text": "hel"}, {"type": "input_text", "text": "lo"}]

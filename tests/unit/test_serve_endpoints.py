@@ -952,6 +952,21 @@ def test_one_key_learns_nothing_of_another_from_the_cache() -> None:
     assert own > 0
 
 
+def test_what_was_cached_is_counted_of_each_prompt_once() -> None:
+    async def ask() -> list[dict[str, Any]]:
+        async with running(FakeEngine(batch=8)) as client:
+            one, two = "the end and the other hand on the end", "a hand is on the other end of it"
+            found = []
+            for prompt in (one, two, [one, two]):
+                reply = await client.post(COMPLETIONS, {**ASK, "prompt": prompt, "n": 2})
+                found.append(reply.json["usage"])
+            return found
+
+    one, two, both = asyncio.run(ask())
+    cached = both["prompt_tokens_details"]["cached_tokens"]
+    assert cached == one["prompt_tokens"] + two["prompt_tokens"] - 2, "all but the last token of each"
+
+
 @pytest.mark.parametrize(
     ("host", "status"),
     [

@@ -156,6 +156,10 @@ def test_foreign_and_broken_lines_are_skipped_and_counted(tmp_path: Path) -> Non
     store = RecordStore(path)
     assert len(list(store.trials())) == 1
     assert store.skipped == len(lines) + 4
+    assert store.damage.startswith(f"{len(lines) + 4} lines of {path} cannot be read")
+    path.write_text("7\n")
+    assert RecordStore(path).damage.startswith(f"1 line of {path} cannot be read")
+    assert not RecordStore(tmp_path / "none.jsonl").damage
 
 
 def test_two_writers_never_mix_their_lines(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from synthetic import WIDE, fingerprints
 from test_store import LARGE, R16, R32, of_layout, others, tuning
 
-from bitgen import __version__, api, llm, winners
+from bitgen import __version__, api, library, winners
 from bitgen.api import choices_for
 from bitgen.bundle import PORTABLE, Bundle, KernelEntry, read_bundle, write
 from bitgen.bundle.contents import Target
@@ -26,7 +26,7 @@ from bitgen.fingerprints import Fingerprint
 from bitgen.formats.config import ModelPreset, find_model
 from bitgen.inference import opening
 from bitgen.inference.opening import has_kernels, made_for_others
-from bitgen.llm import library_for
+from bitgen.library import library_for
 from bitgen.measure import Job
 from bitgen.paths import winners_dir
 from bitgen.progress import Progress
@@ -219,7 +219,7 @@ def test_groups_that_not_every_library_serves_get_a_library(
 ) -> None:
     """Ternary weights in other groups than 128 ran on portable kernels, 76 times slower."""
     built: list[ModelPreset] = []
-    monkeypatch.setattr(llm, "find_library", lambda *_: None)
+    monkeypatch.setattr(library, "find_library", lambda *_: None)
 
     def build(preset: ModelPreset, **_: object) -> Path:
         built.append(preset)
@@ -247,8 +247,8 @@ def test_a_library_for_a_lower_level_is_replaced_or_told_of(
     preset = replace(find_model("TriLM-99M"), name="nobody's")
     shape = preset.matmuls[0].shape if tuned else None
     low = a_bundle([Offer("i2s", 0, "default", shape)], isa="scalar", family=family)
-    monkeypatch.setattr(llm, "find_library", lambda *_: low)
-    monkeypatch.setattr(llm, "preset_name", lambda _: None)
+    monkeypatch.setattr(library, "find_library", lambda *_: low)
+    monkeypatch.setattr(library, "preset_name", lambda _: None)
     monkeypatch.setattr(api, "untuned_library", lambda: tmp_path)
     said: list[Progress] = []
     found = library_for(preset, said.append)
@@ -281,13 +281,13 @@ def test_what_is_there_runs_where_nothing_can_be_written(
     shape = preset.matmuls[0].shape if family else None
     isa = "scalar" if family else ""
     there = a_bundle([Offer("i2s", 0, "default", shape)], isa=isa, family=family)
-    monkeypatch.setattr(llm, "find_library", lambda *_: there)
-    monkeypatch.setattr(llm, "preset_name", lambda _: preset.alias)
+    monkeypatch.setattr(library, "find_library", lambda *_: there)
+    monkeypatch.setattr(library, "preset_name", lambda _: preset.alias)
 
     def fail(*_: object, **__: object) -> Path:
         raise FileError("it is read-only")
 
-    monkeypatch.setattr(llm, "_build_known", fail)
+    monkeypatch.setattr(library, "_build", fail)
     monkeypatch.setattr(api, "untuned_library", fail)
     said: list[Progress] = []
     assert library_for(preset, said.append) is there
