@@ -227,7 +227,7 @@ def choices_for(model: ModelPreset, env: Environment, isa: Isa) -> Chosen:
         choices += committed.entries
         if label == "default":
             label, origin = committed.label, committed.origin
-    if not in_every_library(model.weights, model.group):
+    if not in_every_library(model.kind):
         choices += default_entries(model.kind, target)
     return Chosen(tuple(choices), label, origin)
 

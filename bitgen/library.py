@@ -36,7 +36,7 @@ def library_for(config: ModelConfig, progress: Report | None = None) -> Path | B
     known = _build_known(config, bundle, say)
     if known is not None:
         return known
-    special = not in_every_library(config.weights, config.group)
+    special = not in_every_library(config.kind)
     if bundle is not None and not made_for_others(bundle, config) and (special or not slow):
         if slow:
             say(Progress(slow, lasting=True))
@@ -62,7 +62,7 @@ def _is_made_for(bundle: Bundle, config: ModelConfig, slow: str) -> bool:
     family = detect_cpu().family
     if slow and bundle.manifest.cpu_family != family:
         return False
-    if in_every_library(config.weights, config.group):
+    if in_every_library(config.kind):
         if not tuned_shapes(config, (kernel.shape for kernel in bundle.manifest.kernels)):
             return False
     elif not has_kernels(bundle, config):
@@ -77,7 +77,7 @@ def _build_known(config: ModelConfig, bundle: Bundle | None, say: Report) -> Pat
     With a ``bundle`` at hand also where none can be built: no compiler, or no folder to write to.
     """
     name = preset_name(config)
-    if name is None and in_every_library(config.weights, config.group):
+    if name is None and in_every_library(config.kind):
         return None
     try:
         return _build(find_model(name) if name else _untuned(config), say)

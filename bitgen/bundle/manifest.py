@@ -19,7 +19,7 @@ from bitgen.abi import ABI_VERSION
 from bitgen.errors import BitgenError, FileError
 from bitgen.families.base import COMMON_GROUP, TERNARY
 from bitgen.records import load
-from bitgen.spec import KernelSpec, Shape, StepSizes
+from bitgen.spec import EVERY_FAMILY, KernelSpec, Shape, StepSizes, WeightKind
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -30,13 +30,13 @@ TUNED, DEFAULT, PORTABLE = "tuned", "default", "portable"
 Label: TypeAlias = Literal["tuned", "transferred", "default"]  # how a bundle's kernels were found
 
 
-def in_every_library(weights: str, group: int) -> bool:
+def in_every_library(kind: WeightKind) -> bool:
     """Whether all libraries have kernels of their ISA level for such weights, whatever they were built for.
 
-    Ternary ones with a scale a row (``group`` 0) or for each `COMMON_GROUP` weights along k. Others run on a
+    Ternary ones with a scale a row or for each `COMMON_GROUP` weights along k. Others run on a
     portable kernel, tens of times slower, in a library that was not built for them.
     """
-    return weights == TERNARY and group in (0, COMMON_GROUP)
+    return kind.weights == TERNARY and kind.group in (0, COMMON_GROUP)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Offer(NamedTuple):
     group: int
     role: str
     shape: Shape | None
+
+    @property
+    def kind(self) -> WeightKind:
+        """Of the weights that it multiplies."""
+        return WeightKind(EVERY_FAMILY[self.family].weights, self.group)
 
 
 class Kernels(Sequence[KernelEntry]):

@@ -29,8 +29,8 @@ TERNARY = "ternary"  # of `Family.weights`
 TABLES = 4  # of 16 values at the head of a row block
 VALUE_MAX = 127  # the largest magnitude of such a value: -128 has no negative
 GROUPS = (32, 64, 128, 256)  # weights along k that may share a scale
-COMMON_GROUP = 128  # of ternary weights: every library has kernels of its ISA level for these groups
 FINE_GROUPS = (16,)  # likewise, of families whose `least_group` is that small
+COMMON_GROUP = 128  # of ternary weights: every library has kernels of its ISA level for these groups
 TAIL = 8  # weights behind the whole chunks of a group that 2-bit codes hold
 
 # Values a knob may have at all; an algorithm narrows some. Counts multiply the code of a kernel; sizes

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bitgen.cpu import cpu_key, detect_cpu
+from bitgen.cpu import cpu_key, detect_cpu, load_isas
 from bitgen.errors import BitgenError
 from bitgen.families.base import TERNARY
 from bitgen.formats.config import Matmul, ModelConfig
@@ -32,7 +32,6 @@ from bitgen.spec import Shape
 
 BUDGET_S = 8.0  # of rounds, all shapes together; with packing the race takes 10 s
 _WEIGHTS = 1 << 24  # of a matrix that is raced: rows beyond change nothing but the time it takes to pack them
-_PORTABLE = "scalar"  # the level that every CPU runs
 _PROBE = Shape(64, 512)  # weights that show which kernel a layout has for shapes nobody tuned
 
 
@@ -128,11 +127,12 @@ def tell_portable(
 
     Portable code is tens of times slower than that of an ISA level.
     """
-    level = table.linear(np.zeros((_PROBE.m, _PROBE.k), np.int8), 1.0).kernel(1).isa
-    if level == _PORTABLE:
+    portable = {isa.name for isa in load_isas() if isa.generic}
+    slow = {one.group for one in matrices if table.kernel_for(one.data, 1).isa in portable}
+    if not slow:
         return
-    slow = {one.group for one in matrices if table.kernel_for(one.data, 1).isa == _PORTABLE}
-    if slow:
+    level = table.linear(np.zeros((_PROBE.m, _PROBE.k), np.int8), 1.0).kernel(1).isa
+    if level not in portable:
         groups = " and ".join(map(str, sorted(slow)))
         text = (
             f"slow, portable kernels run: {table.path.name} has no {level} ones for {config.weights} weights "

@@ -30,7 +30,7 @@ from bitgen.inference.layouts import settle_layouts
 from bitgen.inference.weight_cache import find_groups, named_matrices
 from bitgen.progress import Progress, Report
 from bitgen.runtime import Activations, KernelTable
-from bitgen.spec import EVERY_FAMILY, Shape
+from bitgen.spec import Shape, WeightKind
 
 CONTEXT_DEFAULT = 4096  # positions, where the model has as many and nobody asks for more
 
@@ -57,7 +57,7 @@ def config_of_kernels(model: ModelFile | Weights) -> ModelConfig:
     groups, sizes = find_groups(weights, model.fingerprint.key), Counter[int]()
     for name, matrix in named_matrices(weights).items():
         group = 0 if (found := groups[name]) is None else found.group
-        if not in_every_library(config.weights, group):
+        if not in_every_library(WeightKind(config.weights, group)):
             sizes[group] += matrix.shape.m * matrix.shape.k
     return replace(config, group=sizes.most_common(1)[0][0]) if sizes else config
 
@@ -69,8 +69,7 @@ def tuned_shapes(config: ModelConfig, tuned: Iterable[Shape | None]) -> set[Shap
 
 def _multiplies(offer: Offer, config: ModelConfig) -> bool:
     """Whether a kernel is for weights such as the model's, and more than the generic one."""
-    kind = (EVERY_FAMILY[offer.family].weights, offer.group)
-    return kind == (config.weights, config.group) and offer.role != PORTABLE
+    return offer.kind == config.kind and offer.role != PORTABLE
 
 
 def has_kernels(bundle: Bundle, config: ModelConfig) -> bool:
@@ -84,12 +83,11 @@ def made_for_others(bundle: Bundle, config: ModelConfig) -> bool:
     It has I2_S for those, not T5. Kernels of bits for every shape are in every library, and one for every CPU
     has kernels for all kinds.
     """
-    if bundle.manifest.dispatches or not in_every_library(config.weights, config.group):
+    if bundle.manifest.dispatches or not in_every_library(config.kind):
         return False
     offers = (offer for offer in bundle.manifest.offers() if offer.role != PORTABLE)
-    kinds = {(EVERY_FAMILY[offer.family].weights, offer.group, offer.shape is None) for offer in offers}
-    kinds -= {(BINARY, COMMON_GROUP, True)}
-    return any(not in_every_library(weights, group) for weights, group, _ in kinds)
+    bits = (WeightKind(BINARY, COMMON_GROUP), None)
+    return any(not in_every_library(offer.kind) and (offer.kind, offer.shape) != bits for offer in offers)
 
 
 def find_library(config: ModelConfig, progress: Report | None = None) -> Bundle | None:

@@ -162,8 +162,8 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_ziglang_package_counts_as_zig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
     """Its program is run without Python, which cannot always start in the locale that compilers run in."""
+    monkeypatch.setenv("PATH", str(tmp_path))
     folder = tmp_path / "jürgen"
     folder.mkdir()
     zig = script(folder / "zig", "exit 0")
